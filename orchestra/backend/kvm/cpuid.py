@@ -1,0 +1,99 @@
+"""What CPUID tells a guest: the kernel's table in the kernel's own memory layout, ready to be set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import attrs
+
+from ...errors import SpecError
+from ...native import ffi, lib
+from .registers import new_struct
+
+__all__ = ["Cpuid", "CpuidEntry"]
+
+# Where a leaf carries the (initial, x2, extended) APIC id: Intel SDM volume 2 CPUID, AMD APM volume 3 appendix E.
+_APIC_ID_IN_EBX = 0x1
+_APIC_ID_IN_EDX = (0xB, 0x1F)
+_APIC_ID_IN_EAX = 0x8000_001E
+
+
+@attrs.frozen(kw_only=True)
+class CpuidEntry:
+    """One leaf (``struct kvm_cpuid_entry2``); `index` (the subleaf) counts only if `flags` says so."""
+
+    function: int
+    index: int = 0
+    flags: int = 0
+    eax: int = 0
+    ebx: int = 0
+    ecx: int = 0
+    edx: int = 0
+
+
+_ENTRY = tuple(field.name for field in attrs.fields(CpuidEntry))
+
+
+class Cpuid:
+    """A CPUID table in a ``struct kvm_cpuid2`` of its own.
+
+    One table serves a whole fleet: `with_apic_id` patches it in place for the vCPU at hand, which takes a microsecond
+    where building a table takes a hundred. So it belongs to one thread.
+
+    Parameters:
+        buffer: a ``struct kvm_cpuid2 *`` as KVM_GET_SUPPORTED_CPUID fills it; kept.
+
+    Attributes:
+        buffer: that pointer.
+    """
+
+    __slots__ = ("_in_eax", "_in_ebx", "_in_edx", "buffer")
+
+    def __init__(self, buffer: Any) -> None:
+        self.buffer = buffer
+        entries = [buffer.entries + i for i in range(buffer.nent)]
+        # These point into `buffer`, which owns the memory.
+        self._in_ebx = tuple(entry for entry in entries if entry.function == _APIC_ID_IN_EBX)
+        self._in_edx = tuple(entry for entry in entries if entry.function in _APIC_ID_IN_EDX)
+        self._in_eax = tuple(entry for entry in entries if entry.function == _APIC_ID_IN_EAX)
+
+    def __len__(self) -> int:
+        return int(self.buffer.nent)
+
+    @classmethod
+    def from_entries(cls, entries: Iterable[CpuidEntry]) -> Cpuid:
+        """A table of `entries`. Raises SpecError for a value that is no unsigned 32-bit number."""
+        structs = [
+            new_struct("struct kvm_cpuid_entry2 *", {name: getattr(entry, name) for name in _ENTRY})[0]
+            for entry in entries
+        ]
+        return cls(ffi.new("struct kvm_cpuid2 *", {"nent": len(structs), "entries": structs}))
+
+    def entries(self) -> list[CpuidEntry]:
+        """A copy as plain data, to look at or to change and give to `from_entries`."""
+        buffer = self.buffer
+        return [CpuidEntry(**{name: getattr(buffer.entries[i], name) for name in _ENTRY}) for i in range(buffer.nent)]
+
+    def find(self, function: int, index: int = 0) -> CpuidEntry | None:
+        """The leaf, or None if the table has none such."""
+        for entry in self.entries():
+            indexed = entry.flags & lib.KVM_CPUID_FLAG_SIGNIFCANT_INDEX
+            if entry.function == function and (not indexed or entry.index == index):
+                return entry
+        return None
+
+    def with_apic_id(self, index: int) -> Any:
+        """Patch the table in place for the vCPU number `index` and return its buffer, for `KvmVcpu.set_cpuid`.
+
+        KVM gives a vCPU its number as APIC id; a guest that reads another one from CPUID starts the wrong CPUs.
+        """
+        if not 0 <= index <= 0xFFFF_FFFF:
+            raise SpecError(f"index={index!r}: must be a vCPU number, from 0")
+        for entry in self._in_ebx:
+            entry.ebx = entry.ebx & 0x00FF_FFFF | (index & 0xFF) << 24
+        for entry in self._in_edx:
+            entry.edx = index
+        for entry in self._in_eax:
+            entry.eax = index
+        return self.buffer
