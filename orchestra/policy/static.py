@@ -1,0 +1,117 @@
+"""Limits by name: what an operator would set by hand on each VM, tenant and the host."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+from typing import Final
+
+from ..actions import Throttle
+from ..errors import SpecError
+from ..spec import Limit, Meter, optional_limit
+from .facts import Facts
+
+__all__ = ["StaticLimits"]
+
+MOST_REMEMBERED: Final = 65536
+
+
+class StaticLimits:
+    """Hold VMs, tenants and the host to fixed limits, each from the moment it is first seen.
+
+    Limits stack, and the tighter counts: this one never loosens what a spec says.
+
+    Parameters:
+        vms: a `Limit` by VM name, or by a pattern as in a shell (``"web-*"``). A name in full goes before patterns; of
+            several patterns that fit, the first counts.
+        tenants: the same for tenants, each limit for all VMs of the tenant together.
+        host: for the whole fleet.
+        meter: what the limits count.
+        interval: seconds between two looks for new VMs. Without `vms` one look is enough.
+
+    Raises:
+        SpecError: a limit is not a `Limit`, or the interval is not more than 0.
+    """
+
+    def __init__(
+        self,
+        vms: Mapping[str, Limit] | None = None,
+        tenants: Mapping[str, Limit] | None = None,
+        host: Limit | None = None,
+        *,
+        meter: Meter | str = Meter.BUS_LOCKS,
+        interval: float = 0.1,
+    ) -> None:
+        if not 0 < interval < float("inf"):
+            raise SpecError(f"interval={interval!r}: must be more than 0 seconds and finite")
+        self._vms = _checked("vms", vms)
+        self._tenants = _checked("tenants", tenants)
+        self._host = optional_limit("host", host)
+        self._meter = Meter(meter)
+        self._interval = interval if self._vms else None
+        self._host_done = False
+        self._tenants_done: set[str] = set()
+        self._vms_done: set[str] = set()
+
+    @property
+    def name(self) -> str:
+        return "static-limits" if self._meter is Meter.BUS_LOCKS else f"static-limits-{self._meter}"
+
+    @property
+    def interval(self) -> float | None:
+        return self._interval
+
+    def decide(self, facts: Facts) -> list[Throttle]:
+        return list(self._new(facts))
+
+    def _new(self, facts: Facts) -> Iterator[Throttle]:
+        if self._host is not None and not self._host_done:
+            self._host_done = True
+            yield Throttle(limit=self._host, meter=self._meter, reason="static limit of the host")
+        for name in facts.tenants:
+            if name in self._tenants_done:
+                continue
+            self._tenants_done.add(name)
+            if (found := _find(self._tenants, name)) is not None:
+                pattern, limit = found
+                yield Throttle(
+                    tenant=name,
+                    limit=limit,
+                    meter=self._meter,
+                    reason=f"static limit of tenant {name}",
+                    evidence={"pattern": pattern},
+                )
+        if not self._vms:
+            return
+        if len(self._vms_done) > MOST_REMEMBERED:
+            # Facts don't say which VMs are gone. Setting a limit again does no harm; growing without end would.
+            self._vms_done.intersection_update(facts.vms)
+        for name in facts.vms:
+            if name in self._vms_done:
+                continue
+            self._vms_done.add(name)
+            if (found := _find(self._vms, name)) is not None:
+                pattern, limit = found
+                yield Throttle(
+                    vm=name,
+                    limit=limit,
+                    meter=self._meter,
+                    reason=f"static limit of VMs named {pattern}",
+                    evidence={"pattern": pattern},
+                )
+
+
+def _checked(field: str, limits: Mapping[str, Limit] | None) -> dict[str, Limit]:
+    checked: dict[str, Limit] = {}
+    for pattern, value in (limits or {}).items():
+        limit = optional_limit(f"{field}[{pattern!r}]", value)
+        if limit is None:
+            raise SpecError(f"{field}[{pattern!r}]=None: must be a Limit; leave the name out for no limit")
+        checked[pattern] = limit
+    return checked
+
+
+def _find(limits: Mapping[str, Limit], name: str) -> tuple[str, Limit] | None:
+    if name in limits:
+        return name, limits[name]
+    return next(((pattern, limit) for pattern, limit in limits.items() if fnmatchcase(name, pattern)), None)
