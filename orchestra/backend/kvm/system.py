@@ -104,12 +104,7 @@ class Kvm:
         Raises ResourceLimit (no file descriptor or memory left), BackendUnavailable (another hypervisor holds the
         CPU), KvmError.
         """
-        fd = call(self.fd, "KVM_CREATE_VM")
-        try:
-            return KvmVm(fd, self.vcpu_mmap_size)
-        except BaseException:
-            os.close(fd)
-            raise
+        return KvmVm(call(self.fd, "KVM_CREATE_VM"), self.vcpu_mmap_size)
 
     def close(self) -> None:
         """Close /dev/kvm. Done at once if it is closed already."""

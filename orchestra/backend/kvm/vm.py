@@ -51,10 +51,12 @@ class KvmVm:
 
         Raises SpecError (an argument that is no unsigned 64-bit number, too many), KvmError (EINVAL: not known here).
         """
-        if cap == _BUS_LOCK and len(args) == 1:
+        if cap != _BUS_LOCK:
+            self._enable_cap(cap, args)
+        elif len(args) == 1:
             self.set_bus_lock_detection(args[0])
         else:
-            self._enable_cap(cap, args)
+            raise SpecError(f"args={args!r}: KVM_CAP_X86_BUS_LOCK_EXIT takes one argument, its bits")
 
     def _enable_cap(self, cap: int, args: tuple[int, ...]) -> None:
         call(self.fd, "KVM_ENABLE_CAP", new_struct("struct kvm_enable_cap *", {"cap": cap, "args": args}))
