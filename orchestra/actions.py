@@ -1,0 +1,162 @@
+"""What can be done to a fleet, each with its reason and evidence; and how a VM can end. Plain frozen data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Any, TypeAlias
+
+import attrs
+
+from .errors import SpecError
+from .spec import Limit, Meter
+
+__all__ = [
+    "Action",
+    "Applied",
+    "Failed",
+    "Halted",
+    "Kill",
+    "Outcome",
+    "Pause",
+    "Resume",
+    "Shutdown",
+    "State",
+    "Stop",
+    "Stopped",
+    "Throttle",
+    "Unthrottle",
+]
+
+
+@attrs.frozen(kw_only=True)
+class _OnVm:
+    vm: str
+    reason: str = ""
+    evidence: Mapping[str, Any] = attrs.field(factory=dict)
+
+
+@attrs.frozen(kw_only=True)
+class Pause(_OnVm):
+    """Hold a VM's vCPUs outside the guest. Allowed while it runs; done at once if it is paused already."""
+
+
+@attrs.frozen(kw_only=True)
+class Resume(_OnVm):
+    """Let a paused VM go on. Done at once if it runs already."""
+
+
+@attrs.frozen(kw_only=True)
+class Stop(_OnVm):
+    """End a VM in an orderly way: its vCPUs leave the guest between two instructions. Always allowed."""
+
+
+@attrs.frozen(kw_only=True)
+class Kill(_OnVm):
+    """End a VM and never restart it, whatever its restart policy says. Always allowed."""
+
+
+@attrs.frozen(kw_only=True)
+class Throttle:
+    """Hold a VM, a tenant, or (with neither) the host to `limit`. Takes effect at once, also in the middle of a wait.
+
+    It never loosens what the spec or `set_limit` said: the tighter of the two counts. `Unthrottle` takes it away.
+    """
+
+    limit: Limit
+    vm: str | None = None
+    tenant: str | None = None
+    meter: Meter = attrs.field(default=Meter.BUS_LOCKS, converter=Meter)
+    reason: str = ""
+    evidence: Mapping[str, Any] = attrs.field(factory=dict)
+
+    def __attrs_post_init__(self) -> None:
+        if not isinstance(self.limit, Limit):
+            raise SpecError(f"limit={self.limit!r}: must be a Limit; use Unthrottle to take a limit away")
+        _one_target(self.vm, self.tenant)
+
+
+@attrs.frozen(kw_only=True)
+class Unthrottle:
+    """Take away what `Throttle` set at the same place."""
+
+    vm: str | None = None
+    tenant: str | None = None
+    meter: Meter = attrs.field(default=Meter.BUS_LOCKS, converter=Meter)
+    reason: str = ""
+    evidence: Mapping[str, Any] = attrs.field(factory=dict)
+
+    def __attrs_post_init__(self) -> None:
+        _one_target(self.vm, self.tenant)
+
+
+def _one_target(vm: str | None, tenant: str | None) -> None:
+    if vm is not None and tenant is not None:
+        raise SpecError(f"vm={vm!r}, tenant={tenant!r}: name one of them, or neither for the host")
+
+
+Action: TypeAlias = Pause | Resume | Stop | Kill | Throttle | Unthrottle
+
+
+@attrs.frozen(kw_only=True)
+class Applied:
+    """An action that was applied, or that failed: what the journal keeps.
+
+    `time` is in nanoseconds on the fleet's clock, `policy` the name of the policy that asked for it (None: a caller),
+    `error` why it could not be done (None: it was). Without an action: the policy raised `error` and is switched off.
+    """
+
+    time: int
+    action: Action | None
+    policy: str | None = None
+    error: str | None = None
+
+
+class State(StrEnum):
+    """Where a VM is. Being throttled is a condition of running (`Vm.throttled`), not a state of its own."""
+
+    CREATED = "created"
+    RUNNING = "running"
+    PAUSED = "paused"
+    STOPPED = "stopped"
+    FAILED = "failed"
+
+
+@attrs.frozen
+class Halted:
+    """Every vCPU executed HLT and nothing can wake it (no irqchip)."""
+
+
+@attrs.frozen
+class Shutdown:
+    """The guest ended itself: through an exit port, a system event, or a triple fault."""
+
+    reason: str = "exit port"
+    code: int | None = None
+
+
+@attrs.frozen
+class Stopped:
+    """You stopped it: `Vm.stop`, an action, or the end of its fleet."""
+
+    reason: str = ""
+
+
+@attrs.frozen
+class Failed:
+    """An exit nobody can handle, or an error of the host or of a device, ended it.
+
+    `registers` holds those of the vCPU that failed, by name, as far as they could be read.
+    """
+
+    reason: str
+    registers: Mapping[str, int] = attrs.field(factory=dict)
+    vcpu: int | None = None
+
+    def __str__(self) -> str:
+        where = "" if self.vcpu is None else f"vCPU {self.vcpu}: "
+        registers = " ".join(f"{name}={value:#x}" for name, value in self.registers.items())
+        return f"{where}{self.reason}" + (f" ({registers})" if registers else "")
+
+
+Outcome: TypeAlias = Halted | Shutdown | Stopped | Failed

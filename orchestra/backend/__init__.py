@@ -1,0 +1,161 @@
+"""What executes guests: the contract of the three backends, and the choice among them.
+
+A backend makes a `Machine` for a spec; a machine has guest memory and an `Engine` for each vCPU. Engines only execute:
+what an exit means is decided above, in `orchestra.vcpu`, which is the same for all. All engines account their exits
+through the C core (`VcpuCore`), so counters, buckets, ring and commands are the same as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Sequence
+from enum import IntEnum
+from typing import Any, Literal, Protocol
+
+import attrs
+
+from ..errors import BackendUnavailable, NoSuchBackend
+from ..memory import GuestMemory
+from ..native import lib
+from ..native.core import VcpuCore
+from ..native.records import Fields
+from ..spec import VmSpec
+
+__all__ = ["Backend", "Detection", "Engine", "EntryState", "Machine", "Why", "choose"]
+
+
+class Why(IntEnum):
+    """Why an engine came back: `enum orc_why` of the core."""
+
+    EXIT = int(lib.ORC_EXIT)
+    IO = int(lib.ORC_IO)
+    MMIO = int(lib.ORC_MMIO)
+    COMMAND = int(lib.ORC_COMMAND)
+    ERROR = int(lib.ORC_ERROR)
+
+
+Detection = Literal["fault-like", "trap-like", "unknown"]
+"""When a bus lock is reported: before the instruction (AMD), behind it (Intel), or nobody knows."""
+
+
+@attrs.frozen
+class EntryState:
+    """The CPU state that a boot loader asks for; what it leaves out is as after reset."""
+
+    mode: int
+    rip: int
+    rsp: int = 0
+    rdi: int = 0
+    cr0: int | None = None
+    cr3: int = 0
+    cr4: int = 0
+    efer: int = 0
+    gdt: tuple[int, int] | None = None  # base, limit
+    code_selector: int = 0
+    data_selector: int = 0
+
+
+class Engine(Protocol):
+    """One vCPU's executor. Its methods are for the runner unless they say otherwise."""
+
+    core: VcpuCore
+    threaded: bool
+    """`run` blocks and belongs on a thread of its own; else it is awaited on the fleet's."""
+    access: Any
+    """`struct orc_access *`: what to answer after `Why.IO` and `Why.MMIO`."""
+
+    def run(self) -> Any:
+        """Execute until something needs a decision: a `Why`, or an awaitable of one if not threaded."""
+
+    def sleep(self, seen: int) -> Awaitable[None] | None:
+        """Sleep until woken or kicked, unless that came since `seen` was read."""
+
+    def attach(self) -> None: ...
+    def detach(self) -> None: ...
+    def kick(self) -> None:
+        """Tell an engine that is not threaded to look at its commands. Any time, fleet's thread."""
+
+    def wake(self) -> None:
+        """End `sleep`. Any time, fleet's thread."""
+
+    def last_exit(self) -> Fields:
+        """The record of the exit that `run` returned with, for `records.decode`."""
+
+    def error(self) -> int:
+        """errno after `Why.ERROR`."""
+
+    def enter_at(self, state: EntryState) -> None:
+        """Set the vCPU up to start there. Before it runs."""
+
+    def registers(self) -> Any:
+        """General registers, with an attribute for each. While it does not run; any thread."""
+
+    def special_registers(self) -> Any: ...
+
+    def close(self) -> None:
+        """After the runner has ended. The core stays: its owner closes it."""
+
+
+class Machine(Protocol):
+    """One VM as a backend made it."""
+
+    memory: GuestMemory
+    engines: Sequence[Engine]
+
+    def claim_ports(self, ports: range, claimed: bool) -> None:
+        """Accesses to claimed ports come back as `Why.IO`; others read as ones and are only counted."""
+
+    def irq_line(self, gsi: int, level: bool) -> None:
+        """Set an interrupt line of the irqchip. Any thread."""
+
+    def close(self) -> None:
+        """Release everything but the memory, which its owner closes."""
+
+
+class Backend(Protocol):
+    """A way to execute guests."""
+
+    name: str
+    why: str
+    """One line: what it is and why it was picked."""
+    blocking: bool
+    """`create` takes its time and belongs on a worker thread."""
+
+    def bus_lock_detection(self) -> Detection | None:
+        """How this host reports bus locks; None: it does not."""
+
+    def now(self) -> int:
+        """Nanoseconds on the clock that exits are stamped with."""
+
+    def create(self, spec: VmSpec, cores: Sequence[VcpuCore], memory: GuestMemory, *, bus_locks: bool) -> Machine:
+        """Make a VM. Rolls back whatever it opened if it fails."""
+
+    def limits_changed(self) -> None:
+        """Limits changed: engines that wait by themselves look again. (Threads are woken by the core.)"""
+
+    def max_vcpus(self) -> int: ...
+
+    def close(self) -> None: ...
+
+
+def choose(backend: str | Backend) -> Backend:
+    """The backend of that name, opened.
+
+    Raises:
+        NoSuchBackend: no backend has that name.
+        BackendUnavailable: it can't work on this host; the message says what to do.
+    """
+    if not isinstance(backend, str):
+        return backend
+    if backend in ("auto", "kvm"):
+        from .kvm.machine import KvmBackend
+
+        return KvmBackend.open(picked=backend == "auto")
+    if backend == "emulated":
+        raise BackendUnavailable(
+            "backend='emulated' is not part of this version; use backend='kvm', or ScriptedBackend for tests"
+        )
+    if backend == "scripted":
+        from .scripted import ScriptedBackend
+
+        return ScriptedBackend()
+    raise NoSuchBackend(f"backend={backend!r}: must be 'auto', 'kvm', 'scripted' or a Backend object")

@@ -1,0 +1,324 @@
+"""The scripted backend: guests that are a timed list of exits. No thread, no KVM; for tests of all that reacts to exits.
+
+Exits are accounted by the same C core as real ones, so counters, budgets, statistics and subscriptions are the real
+ones too. Time is trio's, so a test under `trio.testing.MockClock(autojump_threshold=0)` runs hours in milliseconds.
+
+    script = [bus_lock(after=0.001)] * 1000 + [hlt()]
+    async with open_fleet(backend=ScriptedBackend({"noisy": script}), limit=Limit(rate=100)) as fleet: ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import attrs
+import trio
+
+from ..errors import SpecError
+from ..memory import GuestMemory
+from ..native import ffi, lib
+from ..native.core import NEVER, VcpuCore
+from ..native.records import BUS_LOCK, Fields, build, unpack
+from ..spec import VmSpec
+from . import Detection, EntryState, Why
+
+__all__ = [
+    "ScriptedBackend",
+    "ScriptedExit",
+    "bus_lock",
+    "failed_run",
+    "hlt",
+    "io_read",
+    "io_write",
+    "mmio_read",
+    "mmio_write",
+    "triple_fault",
+]
+
+
+@attrs.frozen
+class ScriptedExit:
+    """One exit of a script.
+
+    Attributes:
+        reason: the kernel's name in lower case ("io", "hlt", "x86_bus_lock", ...) or any number.
+        after: seconds that the guest runs before it, not counting waits for its turn.
+        flags: KVM_RUN_X86_*: 1 SMM, 2 bus lock, 4 guest mode.
+        rip: what it was sampled as.
+        args, data: as `describe` in native/kvm.c fills them for the reason.
+        errno: not 0: KVM_RUN fails with it, and `flags` are what an earlier run left.
+    """
+
+    reason: str | int
+    after: float = 0.0
+    flags: int = 0
+    rip: int | None = None
+    args: tuple[int, ...] = ()
+    data: bytes = b""
+    errno: int = 0
+
+
+Script: TypeAlias = Iterable[ScriptedExit]
+Scripts: TypeAlias = Mapping[str, Script] | Callable[[VmSpec, int], Script]
+
+
+def bus_lock(after: float = 0.0, rip: int | None = None) -> ScriptedExit:
+    """A bus lock that nothing else coincides with."""
+    return ScriptedExit("x86_bus_lock", after, BUS_LOCK, rip)
+
+
+def io_write(port: int, data: bytes, after: float = 0.0, flags: int = 0) -> ScriptedExit:
+    """OUT of 1, 2 or 4 bytes."""
+    return ScriptedExit("io", after, flags, args=(port, len(data), 1, 1), data=data)
+
+
+def io_read(port: int, size: int = 1, after: float = 0.0, flags: int = 0) -> ScriptedExit:
+    """IN; the answer lands in `ScriptedEngine.answers`."""
+    return ScriptedExit("io", after, flags, args=(port, size, 1, 0))
+
+
+def mmio_write(address: int, data: bytes, after: float = 0.0, flags: int = 0) -> ScriptedExit:
+    return ScriptedExit("mmio", after, flags, args=(address, len(data), 1), data=data)
+
+
+def mmio_read(address: int, size: int, after: float = 0.0, flags: int = 0) -> ScriptedExit:
+    return ScriptedExit("mmio", after, flags, args=(address, size, 0))
+
+
+def hlt(after: float = 0.0) -> ScriptedExit:
+    return ScriptedExit("hlt", after)
+
+
+def triple_fault(after: float = 0.0) -> ScriptedExit:
+    return ScriptedExit("shutdown", after)
+
+
+def failed_run(errno: int, after: float = 0.0, flags: int = 0, reason: str | int = "unknown") -> ScriptedExit:
+    """KVM_RUN fails with `errno`."""
+    return ScriptedExit(reason, after, flags, errno=errno)
+
+
+@attrs.define
+class ScriptedRegisters:
+    """General registers of a scripted vCPU: where it was entered, and nothing that a script would change."""
+
+    rax: int = 0
+    rbx: int = 0
+    rcx: int = 0
+    rdx: int = 0
+    rsi: int = 0
+    rdi: int = 0
+    rsp: int = 0
+    rbp: int = 0
+    r8: int = 0
+    r9: int = 0
+    r10: int = 0
+    r11: int = 0
+    r12: int = 0
+    r13: int = 0
+    r14: int = 0
+    r15: int = 0
+    rip: int = 0
+    rflags: int = 2
+
+
+class ScriptedEngine:
+    """One vCPU that plays a script. At the script's end it halts.
+
+    Attributes:
+        answers: what reads were answered, in order: (address, bytes).
+    """
+
+    threaded = False
+
+    def __init__(self, core: VcpuCore, script: Script, backend: ScriptedBackend, bus_locks: bool) -> None:
+        self.core = core
+        self.answers: list[tuple[int, bytes]] = []
+        self.access = ffi.new("struct orc_access *")
+        self._data = ffi.new("uint8_t[]", 4096)
+        self._script: Iterator[ScriptedExit] = iter(script)
+        self._next: ScriptedExit | None = None
+        self._left = 0.0
+        self._backend = backend
+        self._bus_locks = bus_locks
+        self._kicked = trio.Event()
+        self._record: Any = build("hlt")
+        self._errno = 0
+        self._read: tuple[int, int] | None = None
+        self._registers = ScriptedRegisters()
+
+    async def run(self) -> Why:
+        await trio.lowlevel.checkpoint()
+        self._finish_read()
+        handle, backend = self.core.handle, self._backend
+        while True:
+            kicked = self._kicked
+            if self.core.commands():
+                return Why.COMMAND
+            if (turn := lib.orc_vcpu_turn(handle)) != NEVER and not await self._wait_turn(turn, kicked):
+                continue
+            if self._next is None:
+                self._next = next(self._script, ScriptedExit("hlt"))
+                self._left = self._next.after
+            if self._left > 0:
+                begun = trio.current_time()
+                with trio.move_on_after(self._left):
+                    await kicked.wait()
+                self._left -= trio.current_time() - begun
+                if kicked.is_set() and self._left > 0:
+                    continue
+            step, self._next = self._next, None
+            if step.errno:
+                self._errno = step.errno
+                return Why.ERROR
+            flags = step.flags
+            if not self._bus_locks:  # what the host can't see does not exit, and sets no flag
+                if step.reason == "x86_bus_lock":
+                    continue
+                flags &= ~BUS_LOCK
+            self._record = build(step.reason, flags=flags, rip=step.rip, args=step.args, data=step.data)
+            lib.orc_vcpu_account(handle, self._record, backend.now())
+            return self._why(step)
+
+    async def _wait_turn(self, turn: int, kicked: trio.Event) -> bool:
+        handle, backend = self.core.handle, self._backend
+        lib.orc_vcpu_wait_begin(handle, backend.now())
+        served = False
+        try:
+            with trio.move_on_after(max(0, turn - backend.now()) / 1e9):
+                await kicked.wait()
+            # The clock is a float: what is left below its resolution counts as waited.
+            served = lib.orc_vcpu_turn(handle) <= backend.now() + 1000
+        finally:
+            lib.orc_vcpu_wait_end(handle, max(backend.now(), turn) if served else backend.now(), served)
+        return served
+
+    def _why(self, step: ScriptedExit) -> Why:
+        if step.reason not in ("io", "mmio"):
+            return Why.EXIT
+        access = self.access
+        if step.reason == "io":
+            access.address, access.size, access.count, access.write = step.args
+        else:
+            access.address, access.size, access.write = step.args
+            access.count = 1
+        ffi.memmove(self._data, step.data, len(step.data))
+        access.data = self._data
+        self._read = None if access.write else (access.address, access.size)
+        return Why.IO if step.reason == "io" else Why.MMIO
+
+    def _finish_read(self) -> None:
+        if self._read is not None:
+            address, size = self._read
+            self.answers.append((address, bytes(ffi.buffer(self._data, size))))
+            self._read = None
+
+    async def sleep(self, seen: int) -> None:
+        await trio.lowlevel.checkpoint()
+        while self.core.wakes() == seen:
+            kicked = self._kicked
+            await kicked.wait()
+
+    def attach(self) -> None:
+        """Nothing: there is no thread."""
+
+    def detach(self) -> None:
+        """Nothing: there is no thread."""
+
+    def kick(self) -> None:
+        self._kicked.set()
+        self._kicked = trio.Event()
+
+    def wake(self) -> None:
+        if self.core.handle != ffi.NULL:
+            self.core.wake()
+            self.kick()
+
+    def last_exit(self) -> Fields:
+        return unpack(self._record)
+
+    def error(self) -> int:
+        return self._errno
+
+    def enter_at(self, state: EntryState) -> None:
+        self._registers = ScriptedRegisters(rip=state.rip, rsp=state.rsp, rdi=state.rdi)
+
+    def registers(self) -> ScriptedRegisters:
+        return attrs.evolve(self._registers)
+
+    def special_registers(self) -> Any:
+        raise NotImplementedError("a script has no special registers")
+
+    def close(self) -> None:
+        self.kick()
+
+
+class ScriptedMachine:
+    """One scripted VM. It has guest memory like any other."""
+
+    def __init__(self, engines: Sequence[ScriptedEngine], memory: GuestMemory) -> None:
+        self.engines = engines
+        self.memory = memory
+
+    def claim_ports(self, ports: range, claimed: bool) -> None:
+        """Nothing: every access comes back."""
+
+    def irq_line(self, gsi: int, level: bool) -> None:
+        """Nothing: a script takes no interrupts."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class ScriptedBackend:
+    """Plays scripts.
+
+    Parameters:
+        scripts: by VM name, or a function of the spec and the vCPU's number. A VM without a script halts at once. A
+            script may be endless (`itertools.repeat(bus_lock(after=0.01))`). One given as a list is played from its
+            start by each vCPU and after each restart.
+        detection: how the pretended host reports bus locks; None: it does not.
+
+    Attributes:
+        machines: made so far, by VM name.
+    """
+
+    name = "scripted"
+    why = "scripted, as asked for"
+    blocking = False
+
+    def __init__(self, scripts: Scripts | None = None, *, detection: Detection | None = "fault-like") -> None:
+        self.machines: dict[str, ScriptedMachine] = {}
+        self._scripts: Scripts = {} if scripts is None else scripts
+        self._detection = detection
+
+    def bus_lock_detection(self) -> Detection | None:
+        return self._detection
+
+    def now(self) -> int:
+        return round(trio.current_time() * 1e9) + 1  # never 0, which the core reads as "not waiting"
+
+    def create(
+        self, spec: VmSpec, cores: Sequence[VcpuCore], memory: GuestMemory, *, bus_locks: bool
+    ) -> ScriptedMachine:
+        if spec.irqchip:
+            raise SpecError(f"vm {spec.name!r}: irqchip=True needs backend='kvm'; a script takes no interrupts")
+        scripts = self._scripts
+        engines = [
+            ScriptedEngine(core, scripts(spec, i) if callable(scripts) else scripts.get(spec.name, ()), self, bus_locks)
+            for i, core in enumerate(cores)
+        ]
+        self.machines[spec.name] = ScriptedMachine(engines, memory)
+        return self.machines[spec.name]
+
+    def limits_changed(self) -> None:
+        for machine in self.machines.values():
+            for engine in machine.engines:
+                engine.kick()
+
+    def max_vcpus(self) -> int:
+        return 4096
+
+    def close(self) -> None:
+        self.machines.clear()

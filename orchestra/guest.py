@@ -1,0 +1,335 @@
+"""One run of a VM: its machine, buses, devices and vCPU tasks, from set-up to the last resource given back.
+
+A `Vm` is the handle that lives on; a restart gives it a new `Guest`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from threading import Lock
+from typing import Any, Protocol
+
+import trio
+
+from .actions import Failed, Halted, Outcome, Shutdown, Stopped
+from .backend import Backend, Machine
+from .boot import flat
+from .budget import Budgets, connect
+from .devices.bus import Bus, Claim, Handler
+from .devices.console import Console
+from .devices.ports import DebugConsolePort, ExitDevice
+from .devices.serial import Uart16550
+from .memory import GuestMemory
+from .native.core import Command, Counters, FleetCore, VcpuCore
+from .spec import DebugConsole, ExitPort, Limit, Meter, Serial, VmSpec
+from .vcpu import Vcpu
+
+__all__ = ["Guest", "House"]
+
+PORTS = 1 << 16
+PHYSICAL = 1 << 52
+
+
+class House(Protocol):
+    """What a guest needs from its fleet."""
+
+    backend: Backend
+    core: FleetCore
+    bus_locks: bool
+    vcpu_threads: trio.CapacityLimiter
+    setup_threads: trio.CapacityLimiter
+
+    def post(self, function: Callable[..., object], *args: object) -> None:
+        """Run it soon on the fleet's thread. Any thread; nothing happens once the fleet is gone."""
+
+    def next_id(self) -> int: ...
+    def told(self, vm: str) -> int: ...
+    def register(self, core: VcpuCore, vm: str, index: int) -> None:
+        """Exits of this core belong to that vCPU."""
+
+    def retire(self, cores: Iterable[VcpuCore]) -> None:
+        """Deliver what these cores still have to tell; none of them runs any more."""
+
+    def released(self, vm: Any) -> None:
+        """A VM was stopped and leaves the fleet."""
+
+    def set_limit_nowait(
+        self, limit: Limit | None, *, meter: Meter | str, tenant: str | None = None, vm: str | None, vcpu: int | None
+    ) -> None: ...
+
+
+class Guest:
+    """Made by `Guest.start`, run by `Guest.run` in the VM's task, released by `Guest.close`."""
+
+    def __init__(self, house: House, spec: VmSpec, levels: Sequence[tuple[Budgets, ...]], console: Console) -> None:
+        self.house = house
+        self.spec = spec
+        self.name = spec.name
+        self.ports = Bus("ports", PORTS)
+        self.mmio = Bus("mmio", PHYSICAL)
+        self.pause_number = 0
+        self.final: list[Counters] | None = None
+        self.parked = trio.Event()
+        self.ended = trio.Event()
+        self.vcpus: list[Vcpu] = []
+        self.memory: GuestMemory
+        self._machine: Machine
+        self._console = console
+        self._levels = levels
+        self._cores: list[VcpuCore] = []
+        self._lock = Lock()
+        self._outcome: Outcome | None = None
+        self._parked: set[int] = set()
+        self._gone: set[int] = set()
+        self._calls: dict[int, list[Callable[[], None]]] = {}
+
+    # ---- set-up
+
+    async def start(self, devices: Iterable[tuple[range | None, range | None, Handler]], paused: bool) -> None:
+        """Set everything up. If it fails or is cancelled, all of it is given back.
+
+        Raises:
+            OrchestraError: the host can't give it what it needs.
+        """
+        house = self.house
+        if house.backend.blocking:
+            await trio.to_thread.run_sync(self._build, limiter=house.setup_threads)
+        else:
+            await trio.lowlevel.checkpoint()
+            self._build()
+        try:
+            for device in self.spec.devices:
+                self._plug(device)
+            for ports, mmio, handler in devices:
+                self.claim(ports, mmio, handler)
+            told = house.told(self.name)
+            for index, core in enumerate(self._cores):
+                core.tell(told)
+                house.register(core, self.name, index)
+                self.vcpus.append(Vcpu(self, index, self._machine.engines[index]))
+            if paused:
+                self.pause_number = 1
+                for core in self._cores:
+                    core.command(set=Command.PAUSE)
+        except BaseException:
+            self._teardown()
+            self.memory.close()
+            raise
+
+    def _build(self) -> None:
+        """May run on a worker thread: ioctls that create VMs take from 0.3 to 30 ms."""
+        house, spec = self.house, self.spec
+        self.memory = GuestMemory(spec)
+        try:
+            for index in range(spec.vcpus):
+                core = VcpuCore(house.core, house.next_id())
+                self._cores.append(core)
+                connect(core, self._levels[index])
+            self._machine = house.backend.create(spec, self._cores, self.memory, bus_locks=house.bus_locks)
+            try:
+                for engine, state in zip(self._machine.engines, flat.load(spec, self.memory), strict=True):
+                    engine.enter_at(state)
+            except BaseException:
+                self._machine.close()
+                raise
+        except BaseException:
+            for core in self._cores:
+                core.close()
+            self.memory.close()
+            raise
+
+    def _plug(self, device: object) -> None:
+        match device:
+            case DebugConsole(port=port):
+                self.claim(range(port, port + 1), None, DebugConsolePort(port, self._console.write))
+            case ExitPort(port=port):
+                self.claim(range(port, port + 4), None, ExitDevice(lambda code: self.end(Shutdown(code=code))))
+            case Serial(port=port, irq=irq):
+                wired = irq is not None and self.spec.irqchip
+
+                def interrupt(level: bool) -> None:
+                    if wired and irq is not None:
+                        self._machine.irq_line(irq, level)
+
+                self.claim(range(port, port + 8), None, Uart16550(self._console.write, interrupt))
+
+    def claim(self, ports: range | None, mmio: range | None, handler: Handler) -> list[tuple[Bus, Claim]]:
+        """Give ranges of the buses to a handler; all of them or, with an error, none."""
+        claims: list[tuple[Bus, Claim]] = []
+        try:
+            if ports is not None:
+                claims.append((self.ports, self.ports.claim(ports, handler)))
+                self._machine.claim_ports(ports, True)
+            if mmio is not None:
+                claims.append((self.mmio, self.mmio.claim(mmio, handler)))
+        except BaseException:
+            self.release(claims)
+            raise
+        return claims
+
+    def release(self, claims: list[tuple[Bus, Claim]]) -> None:
+        for bus, claim in claims:
+            bus.release(claim)
+            if bus is self.ports and self.final is None:
+                self._machine.claim_ports(claim.span, False)
+
+    # ---- life
+
+    async def run(self) -> Outcome:
+        """Run all vCPUs until the last has ended, and take the machine down. Cancelling stops them first."""
+        try:
+            async with trio.open_nursery() as nursery:
+                for vcpu in self.vcpus:
+                    nursery.start_soon(self._run_vcpu, vcpu)
+                try:
+                    await self.ended.wait()
+                finally:
+                    self.end(Stopped("the fleet was closed"))
+        finally:
+            self._finish()
+            with trio.CancelScope(shield=True):  # closing a VM's descriptors takes about a millisecond, no more
+                if self.house.backend.blocking:
+                    await trio.to_thread.run_sync(self._machine.close, limiter=self.house.setup_threads)
+                else:
+                    self._machine.close()
+        assert self._outcome is not None
+        return self._outcome
+
+    async def _run_vcpu(self, vcpu: Vcpu) -> None:
+        if vcpu.engine.threaded:
+            try:
+                # Not cancellable by itself: `run` tells all vCPUs to stop first, and then waits for each.
+                await trio.to_thread.run_sync(vcpu.drive, limiter=self.house.vcpu_threads)
+            except RuntimeError as error:  # "can't start new thread"
+                self.end(Failed(f"no thread for vCPU {vcpu.index}: {error}; see ulimit -u and cgroup pids.max"))
+                self._on_ended(vcpu.index)
+        else:
+            await vcpu.drive_async()
+
+    def end(self, outcome: Outcome) -> None:
+        """End the VM with that outcome, unless it has one. Any thread, while the guest is not finished."""
+        with self._lock:
+            if self._outcome is None:
+                self._outcome = outcome
+        if self.final is None:
+            self.command(set=Command.STOP)
+
+    def command(self, set: Command = Command(0), clear: Command = Command(0)) -> None:
+        """Command all vCPUs: all are signalled before anybody waits for one. Any thread."""
+        for core in self._cores:
+            core.command(set, clear)
+        for vcpu in self.vcpus:
+            vcpu.engine.kick()
+
+    def pause(self) -> None:
+        """Ask all vCPUs to park; `parked` is set when they have."""
+        self.pause_number += 1
+        self._parked.clear()
+        self.parked = trio.Event()
+        self.command(set=Command.PAUSE)
+
+    def resume(self) -> None:
+        self.parked.set()  # whoever waits for a pause that is taken back goes on
+        self.parked = trio.Event()
+        self._parked.clear()
+        self.command(clear=Command.PAUSE)
+
+    async def call(self, index: int, function: Callable[[], Any]) -> Any:
+        """Run a function on a vCPU's runner between two entries of the guest, and return what it does.
+
+        Cancelling abandons the result; the function may run all the same.
+        """
+        done = trio.Event()
+        result: list[Any] = []
+
+        def run() -> None:
+            try:
+                result.append(function())
+            except Exception as error:
+                result.append(error)
+            self.house.post(done.set)
+
+        with self._lock:
+            self._calls.setdefault(index, []).append(run)
+        self._cores[index].command(set=Command.CALL)
+        self.vcpus[index].engine.kick()
+        await done.wait()
+        if isinstance(result[0], Exception):
+            raise result[0]
+        return result[0]
+
+    # ---- told by runners, on their threads
+
+    def commanded(self, index: int) -> list[Callable[[], None]]:
+        with self._lock:
+            self._cores[index].command(clear=Command.CALL)
+            return self._calls.pop(index, [])
+
+    def on_parked(self, index: int, number: int) -> None:
+        self.house.post(self._on_parked, index, number)
+
+    def on_ended(self, index: int, outcome: Outcome) -> None:
+        if not isinstance(outcome, Halted):
+            self.end(outcome)
+        for call in self.commanded(index):
+            call()
+        self.house.post(self._on_ended, index)
+
+    def _on_parked(self, index: int, number: int) -> None:
+        if number == self.pause_number:
+            self._parked.add(index)
+            self._check_parked()
+
+    def _on_ended(self, index: int) -> None:
+        self._gone.add(index)
+        self._check_parked()
+        if len(self._gone) == len(self.vcpus):
+            with self._lock:
+                if self._outcome is None:
+                    self._outcome = Halted()
+            self.ended.set()
+
+    def _check_parked(self) -> None:
+        if len(self._parked | self._gone) == len(self.vcpus):
+            self.parked.set()
+
+    # ---- end
+
+    def is_parked(self, index: int) -> bool:
+        return index in self._parked
+
+    def has_ended(self, index: int) -> bool:
+        return index in self._gone or self.final is not None
+
+    def counters(self) -> list[Counters]:
+        if self.final is not None:
+            return self.final
+        now = self.house.backend.now()
+        return [core.counters(now) for core in self._cores]
+
+    def sums(self, index: int, now: int) -> tuple[int, int, int]:
+        return self._cores[index].sums(now) if self.final is None else (0, 0, 0)
+
+    def tell(self, mask: int) -> None:
+        if self.final is None:
+            for core in self._cores:
+                core.tell(mask)
+
+    def _finish(self) -> None:
+        """No runner is left: keep the last figures, deliver the last records, free the cores."""
+        self.final = self.counters()
+        self.house.retire(self._cores)
+        self.ended.set()
+        self.parked.set()
+        for vcpu in self.vcpus:
+            vcpu.engine.close()
+        for core in self._cores:
+            core.close()
+
+    def _teardown(self) -> None:
+        self._finish()
+        self._machine.close()
+
+    def close(self) -> None:
+        """Unmap the memory, which stays readable until then."""
+        self.memory.close()

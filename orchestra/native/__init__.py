@@ -1,0 +1,12 @@
+"""The one door to the C core. Everything else in orchestra that needs it imports it from here."""
+
+from __future__ import annotations
+
+try:
+    from ._core import ffi, lib
+except ImportError as error:  # a source tree that was never built
+    raise ImportError(
+        "orchestra's C core is not built: run `pip install -e .` (or `python setup.py build_ext --inplace`) first"
+    ) from error
+
+__all__ = ["ffi", "lib"]

@@ -1,0 +1,26 @@
+"""Builds the C core with cffi (API mode, one abi3 extension). `setup.py` names it; by hand: ``python _build.py``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cffi import FFI
+
+HERE = Path(__file__).parent
+SOURCES = ["bucket.c", "ring.c", "vcpu.c", "signal.c", "kvm.c", "names.c"]
+
+ffibuilder = FFI()
+ffibuilder.cdef((HERE / "cdef.h").read_text())
+ffibuilder.set_source(
+    "orchestra.native._core",
+    '#include "orc.h"',
+    sources=[f"orchestra/native/{name}" for name in SOURCES],
+    depends=[f"orchestra/native/{name}" for name in ("orc.h", "core.h", "cdef.h")],
+    include_dirs=["orchestra/native"],
+    extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", "-fvisibility=hidden"],
+    define_macros=[("Py_LIMITED_API", "0x030B0000"), ("_GNU_SOURCE", None)],
+    py_limited_api=True,
+)
+
+if __name__ == "__main__":
+    ffibuilder.compile(verbose=True)

@@ -1,0 +1,168 @@
+#include <stdlib.h>
+
+#include "core.h"
+
+#define UNIT 65536.0 /* ticket numbers per token: 1.5e-5 tokens */
+#define FAR ((double)(INT64_MAX / 4))
+
+/* Ticket numbers and made tokens wrap (after 39 hours at 1e9 a second, which is what "practically unlimited" gets set
+ * to): only their differences mean anything. No debt is larger than this: bursts are at most 1e9 tokens, and beyond the
+ * burst a bucket owes one token for each vCPU that waits. A `last` that seems further ahead lies far behind. */
+#define DEBT ((int64_t)1 << 50)
+
+struct orc_bucket {
+	_Alignas(ORC_CACHE_LINE) _Atomic int64_t last; /* the last ticket given */
+
+	/* The limit, by a sequence lock: writers are rare (the owner), readers are the runners' every charge. */
+	_Alignas(ORC_CACHE_LINE) _Atomic uint32_t version; /* odd while being written */
+	_Atomic bool limited;
+	_Atomic orc_ns since;         /* tokens(since) == made */
+	_Atomic int64_t made;
+	_Atomic double per_ns;        /* units a nanosecond */
+	_Atomic int64_t tolerance;    /* (burst - 1) units */
+	_Atomic orc_ns max_delay;     /* < 0: unbounded */
+	pthread_mutex_t lock;         /* among writers */
+};
+
+struct limit {
+	bool limited;
+	orc_ns since, max_delay;
+	int64_t made, tolerance;
+	double per_ns;
+};
+
+static struct limit read_limit(const orc_bucket *constant)
+{
+	orc_bucket *b = (orc_bucket *)constant; /* C11 atomic loads want it without const */
+	struct limit l;
+	uint32_t before, after;
+
+	do {
+		before = atomic_load_explicit(&b->version, memory_order_acquire);
+		l.limited = atomic_load_explicit(&b->limited, memory_order_acquire);
+		l.since = atomic_load_explicit(&b->since, memory_order_acquire);
+		l.made = atomic_load_explicit(&b->made, memory_order_acquire);
+		l.per_ns = atomic_load_explicit(&b->per_ns, memory_order_acquire);
+		l.tolerance = atomic_load_explicit(&b->tolerance, memory_order_acquire);
+		l.max_delay = atomic_load_explicit(&b->max_delay, memory_order_acquire);
+		after = atomic_load_explicit(&b->version, memory_order_relaxed);
+	} while ((before & 1) || before != after);
+	return l;
+}
+
+static int64_t to_int(double x)
+{
+	return x >= FAR ? INT64_MAX / 4 : x <= -FAR ? -(INT64_MAX / 4) : (int64_t)x;
+}
+
+static int64_t plus(int64_t a, int64_t b)
+{
+	return (int64_t)((uint64_t)a + (uint64_t)b);
+}
+
+static int64_t minus(int64_t a, int64_t b)
+{
+	return (int64_t)((uint64_t)a - (uint64_t)b);
+}
+
+static int64_t tokens(const struct limit *l, orc_ns t)
+{
+	double more;
+
+	/* A runner may have read the clock just before the limit was set: time never runs backwards here. */
+	if (t <= l->since)
+		return l->made;
+	more = (double)(t - l->since) * l->per_ns;
+	return plus(l->made, more < FAR ? (int64_t)more : (int64_t)(uint64_t)(unsigned __int128)more);
+}
+
+orc_bucket *orc_bucket_new(void)
+{
+	orc_bucket *b = aligned_alloc(ORC_CACHE_LINE, sizeof *b);
+
+	if (!b)
+		return NULL;
+	*b = (orc_bucket){0};
+	pthread_mutex_init(&b->lock, NULL);
+	return b;
+}
+
+void orc_bucket_free(orc_bucket *b)
+{
+	if (!b)
+		return;
+	pthread_mutex_destroy(&b->lock);
+	free(b);
+}
+
+bool orc_bucket_limited(const orc_bucket *b)
+{
+	return atomic_load_explicit(&((orc_bucket *)b)->limited, memory_order_relaxed);
+}
+
+void orc_bucket_set(orc_bucket *b, double rate, double burst, orc_ns max_delay, orc_ns now)
+{
+	struct limit old;
+	int64_t made;
+
+	pthread_mutex_lock(&b->lock);
+	old = read_limit(b);
+	if (old.limited) {
+		made = tokens(&old, now);
+	} else {
+		made = old.made;
+		atomic_store_explicit(&b->last, made, memory_order_release); /* a new limit starts without old debts */
+	}
+
+	atomic_fetch_add_explicit(&b->version, 1, memory_order_acq_rel);
+	/* Release stores: a reader that sees one of them also sees the odd version. */
+	atomic_store_explicit(&b->limited, rate > 0, memory_order_release);
+	atomic_store_explicit(&b->since, now > old.since ? now : old.since, memory_order_release);
+	atomic_store_explicit(&b->made, made, memory_order_release);
+	atomic_store_explicit(&b->per_ns, rate > 0 ? rate * UNIT / 1e9 : 0.0, memory_order_release);
+	atomic_store_explicit(&b->tolerance, to_int((burst - 1.0) * UNIT), memory_order_release);
+	atomic_store_explicit(&b->max_delay, max_delay, memory_order_release);
+	atomic_fetch_add_explicit(&b->version, 1, memory_order_release);
+	pthread_mutex_unlock(&b->lock);
+}
+
+void orc_bucket_charge(orc_bucket *b, orc_ns now, struct orc_ticket *out)
+{
+	struct limit l = read_limit(b);
+	int64_t made = tokens(&l, now), most = INT64_MAX, last, debt, kept;
+
+	/* What max_delay lets go early must not pile up as a debt that others pay for long afterwards. */
+	if (l.max_delay >= 0)
+		most = l.tolerance + to_int((double)l.max_delay * l.per_ns);
+	last = atomic_load_explicit(&b->last, memory_order_relaxed);
+	do {
+		debt = minus(last, made);
+		if (debt < 0 || debt > DEBT)
+			debt = 0;
+		kept = debt + (int64_t)UNIT;
+		if (kept > most)
+			kept = most > debt ? most : debt;
+		if (kept < (int64_t)UNIT) /* a max_delay shorter than a token still leaves this event's own */
+			kept = debt + (int64_t)UNIT;
+	} while (!atomic_compare_exchange_weak_explicit(&b->last, &last, plus(made, kept), memory_order_acq_rel,
+							memory_order_relaxed));
+	out->number = plus(made, debt + (int64_t)UNIT);
+	out->charged = now;
+}
+
+void orc_bucket_turn(const orc_bucket *b, const struct orc_ticket *ticket, orc_ns *by_tokens, orc_ns *by_delay)
+{
+	struct limit l = read_limit(b);
+	orc_ns from = ticket->charged > l.since ? ticket->charged : l.since;
+	int64_t ahead;
+
+	*by_tokens = ORC_NEVER;
+	*by_delay = INT64_MAX;
+	if (!l.limited)
+		return;
+	ahead = minus(ticket->number, tokens(&l, from)) - l.tolerance;
+	if (ahead > 0)
+		*by_tokens = from + to_int((double)ahead / l.per_ns + 1.0);
+	if (l.max_delay >= 0)
+		*by_delay = ticket->charged + l.max_delay;
+}

@@ -1,0 +1,81 @@
+/* What the C files share among themselves; the Python side does not see it. */
+#ifndef ORC_CORE_H
+#define ORC_CORE_H
+
+#include "orc.h"
+
+struct orc_ring {
+	/* Producer and consumer index on cache lines of their own, so that neither invalidates the other's. */
+	_Alignas(ORC_CACHE_LINE) _Atomic uint32_t head; /* next to write: runner */
+	_Alignas(ORC_CACHE_LINE) _Atomic uint32_t tail; /* next to read: owner */
+	_Alignas(ORC_CACHE_LINE) uint32_t mask;
+	struct orc_record *records;
+};
+
+/* A stack that many push to and one takes whole. `queued` keeps a node from being on it twice. */
+struct orc_link {
+	_Atomic(struct orc_link *) next;
+	_Atomic bool queued;
+};
+struct orc_stack {
+	_Alignas(ORC_CACHE_LINE) _Atomic(struct orc_link *) top;
+};
+
+struct orc_fleet {
+	struct orc_stack ready;  /* vCPUs with records */
+	struct orc_stack active; /* vCPUs that accounted an exit since the last look */
+	_Alignas(ORC_CACHE_LINE) _Atomic bool asleep;
+	int eventfd;
+	struct orc_link *draining, *activating; /* owner: taken from the stacks, not yet looked at */
+	pthread_mutex_t throttled_lock;
+	orc_vcpu *throttled; /* list of those that wait for a turn */
+};
+
+struct orc_vcpu {
+	orc_fleet *fleet;
+	uint32_t id;
+	struct orc_link ready, active;
+	struct orc_ring ring;
+	orc_vcpu *throttled_next, **throttled_link; /* fleet->throttled_lock */
+
+	/* Set by the owner, read by the runner. */
+	_Alignas(ORC_CACHE_LINE) _Atomic uint32_t wakes; /* futex */
+	_Atomic uint32_t commands;
+	_Atomic orc_u64 told;
+	_Atomic int tid;
+	_Atomic bool in_guest;
+
+	/* The runner's. */
+	_Alignas(ORC_CACHE_LINE) orc_bucket *bucket[ORC_METERS][ORC_LEVELS];
+	struct orc_ticket ticket[ORC_METERS][ORC_LEVELS];
+	bool charged[ORC_METERS];
+	bool waiting; /* a ticket is out whose turn had not come */
+	bool unfinished; /* the last exit is completed by the next KVM_RUN (I/O, MMIO, MSR, hypercall) */
+	int fd, error;
+	bool sync_regs;
+	struct kvm_run *run;
+	orc_ports *ports;
+	struct orc_access access;
+	struct orc_record record;
+
+	/* Counters: one writer (the runner), so plain load and store, atomic only against torn reads. */
+	_Alignas(ORC_CACHE_LINE) _Atomic orc_u64 exits[ORC_REASONS];
+	_Atomic orc_u64 bus_locks, throttled, waits, released, missed, kicks, unclaimed;
+	_Atomic orc_ns throttled_since;
+	_Atomic uint32_t wait_version; /* odd while the two above move from a wait to the sum */
+};
+
+#define ORC_CONTAINER(pointer, type, member) ((type *)((char *)(pointer) - offsetof(type, member)))
+
+static inline void orc_count(_Atomic orc_u64 *counter, orc_u64 n)
+{
+	atomic_store_explicit(counter, atomic_load_explicit(counter, memory_order_relaxed) + n, memory_order_relaxed);
+}
+
+void orc_ring_put(orc_vcpu *, const struct orc_record *);
+void orc_push(struct orc_stack *, struct orc_link *);
+void orc_forget(orc_fleet *, orc_vcpu *); /* owner: takes it off every list of the fleet */
+/* Runner: waits until its turn. False: a command or a kick ended the wait, and the tickets stay valid. */
+bool orc_wait_turn(orc_vcpu *);
+
+#endif

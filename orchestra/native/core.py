@@ -1,0 +1,208 @@
+"""The C core's objects as Python ones: buckets, a fleet's ring and ready lists, a vCPU's counters and commands.
+
+Lifetimes are explicit, as the core frees what threads may be looking at: `close` each, the vCPUs before their buckets
+and their fleet. All methods are for the fleet's thread unless they say otherwise.
+"""
+
+from __future__ import annotations
+
+import os
+from enum import IntFlag
+from typing import Any, Final
+
+import attrs
+
+from ..errors import ResourceLimit
+from ..spec import Limit, Meter
+from . import ffi, lib
+
+__all__ = ["Bucket", "Command", "Counters", "FleetCore", "VcpuCore", "install_signal", "monotonic_ns"]
+
+METER_NUMBERS: Final = {Meter.BUS_LOCKS: int(lib.ORC_BUS_LOCKS), Meter.EXITS: int(lib.ORC_EXITS)}
+RING_RECORDS: Final = 4096
+NEVER: Final = int(lib.ORC_NEVER)
+REASON_NAMES: Final[dict[int, str]] = {}
+"""KVM_EXIT_* number → the kernel's name in lower case."""
+
+_index = 0
+while lib.orc_exit_reasons[_index].name != ffi.NULL:
+    REASON_NAMES[int(lib.orc_exit_reasons[_index].number)] = ffi.string(lib.orc_exit_reasons[_index].name).decode()
+    _index += 1
+REASON_NUMBERS: Final = {name: number for number, name in REASON_NAMES.items()}
+
+
+def monotonic_ns() -> int:
+    """Nanoseconds on CLOCK_MONOTONIC, the clock of the kvm backend."""
+    return int(lib.orc_now())
+
+
+def install_signal() -> None:
+    """Install the empty handler of the kick's signal, the one thing that is global to the process.
+
+    Raises:
+        ResourceLimit: the program already uses that signal.
+    """
+    result = lib.orc_signal_install()
+    if result:
+        raise ResourceLimit(
+            -result,
+            f"signal {lib.orc_signal_number()} (SIGRTMIN+5) has another handler in this process; orchestra kicks vCPU "
+            "threads with it: free it before the fleet is opened",
+        )
+
+
+class Command(IntFlag):
+    """What a vCPU's runner is told. Bits, so that a stop can come on top of a pause."""
+
+    STOP = 1
+    PAUSE = 2
+    CALL = 4
+
+
+class Bucket:
+    """A GCRA bucket of the C core with a limit that can change at any time."""
+
+    __slots__ = ("handle", "limit")
+
+    def __init__(self) -> None:
+        self.handle: Any = lib.orc_bucket_new()
+        if self.handle == ffi.NULL:
+            raise MemoryError("orc_bucket_new")
+        self.limit: Limit | None = None
+
+    def set(self, limit: Limit | None, now: int) -> None:
+        """Put `limit` in force at `now` ns. Call `FleetCore.limits_changed` after the last of several."""
+        if limit == self.limit:
+            return
+        self.limit = limit
+        if limit is None:
+            lib.orc_bucket_set(self.handle, 0.0, 1.0, -1, now)
+        else:
+            delay = -1 if limit.max_delay is None else round(limit.max_delay * 1e9)
+            lib.orc_bucket_set(self.handle, float(limit.rate), float(limit.tokens), delay, now)
+
+    def close(self) -> None:
+        lib.orc_bucket_free(self.handle)
+        self.handle = ffi.NULL
+
+
+class FleetCore:
+    """The ring that all vCPUs of a fleet tell their exits through, and its one eventfd."""
+
+    BATCH: Final = 1024
+
+    def __init__(self) -> None:
+        self.handle: Any = lib.orc_fleet_new()
+        if self.handle == ffi.NULL:
+            raise ResourceLimit(ffi.errno, f"eventfd: {os.strerror(ffi.errno)}: raise the limit on open files (ulimit -n)")
+        self.eventfd = int(lib.orc_fleet_eventfd(self.handle))
+        self._records = ffi.new("struct orc_record[]", self.BATCH)
+        self._buffer = memoryview(ffi.buffer(self._records))
+        self._record_size = int(ffi.sizeof("struct orc_record"))
+        self._ids = ffi.new("uint32_t[]", self.BATCH)
+
+    def drain(self) -> memoryview:
+        """The next batch of records, as raw bytes of `struct orc_record`; empty if there are none. Valid until the next call."""
+        return self._buffer[: lib.orc_fleet_drain(self.handle, self._records, self.BATCH) * self._record_size]
+
+    def may_sleep(self) -> bool:
+        """Before waiting for `eventfd`: False if records came meanwhile."""
+        return bool(lib.orc_fleet_sleep(self.handle))
+
+    def active(self) -> list[int]:
+        """Ids of the vCPUs that accounted an exit since the last call."""
+        ids: list[int] = []
+        while n := lib.orc_fleet_active(self.handle, self._ids, self.BATCH):
+            ids += ffi.unpack(self._ids, n)
+        return ids
+
+    def limits_changed(self) -> None:
+        """Let whoever waits for a turn ask again."""
+        lib.orc_fleet_limits_changed(self.handle)
+
+    def close(self) -> None:
+        lib.orc_fleet_free(self.handle)
+        self.handle = ffi.NULL
+
+
+@attrs.frozen
+class Counters:
+    """What a vCPU counted. Times in nanoseconds; `throttled_since` is None unless it waits for its turn now."""
+
+    exits: dict[str, int]
+    bus_locks: int
+    throttled: int
+    waits: int
+    released: int
+    missed: int
+    kicks: int
+    unclaimed: int
+    throttled_since: int | None
+
+
+class VcpuCore:
+    """A vCPU as the core knows it: counters, tickets, commands, its part of the ring. The same for all backends."""
+
+    __slots__ = ("fleet", "handle", "id")
+
+    def __init__(self, fleet: FleetCore, id: int) -> None:
+        self.fleet = fleet
+        self.id = id
+        self.handle: Any = lib.orc_vcpu_new(fleet.handle, id, RING_RECORDS)
+        if self.handle == ffi.NULL:
+            raise ResourceLimit(ffi.errno, f"ring of a vCPU: {os.strerror(ffi.errno)}: vm.max_map_count or memory is used up")
+
+    def set_bucket(self, meter: Meter, level: int, bucket: Bucket) -> None:
+        """Before it runs. `level`: 0 host, 1 tenant, 2 VM, 3 vCPU."""
+        lib.orc_vcpu_set_bucket(self.handle, METER_NUMBERS[meter], level, bucket.handle)
+
+    def tell(self, mask: int) -> None:
+        """Which exit reasons go to the ring."""
+        lib.orc_vcpu_tell(self.handle, mask)
+
+    def command(self, set: Command = Command(0), clear: Command = Command(0)) -> None:
+        """Set and clear commands, and kick."""
+        lib.orc_vcpu_command(self.handle, set, clear)
+
+    def commands(self) -> int:
+        """Any thread."""
+        return int(lib.orc_vcpu_commands(self.handle))
+
+    def wakes(self) -> int:
+        """What to hand to an engine's `sleep`: read it before looking at what would make sleeping wrong. Any thread."""
+        return int(lib.orc_vcpu_wakes(self.handle))
+
+    def wake(self) -> None:
+        """End `orc_vcpu_sleep` in the runner. Any thread."""
+        lib.orc_vcpu_wake(self.handle)
+
+    def counters(self, now: int) -> Counters:
+        raw = ffi.new("struct orc_counters *")
+        lib.orc_vcpu_counters(self.handle, raw, now)
+        exits = {
+            REASON_NAMES.get(number, f"exit_{number}" if number < len(raw.exits) - 1 else "other"): int(count)
+            for number, count in enumerate(raw.exits)
+            if count
+        }
+        return Counters(
+            exits=exits,
+            bus_locks=int(raw.bus_locks),
+            throttled=int(raw.throttled),
+            waits=int(raw.waits),
+            released=int(raw.released),
+            missed=int(raw.missed),
+            kicks=int(raw.kicks),
+            unclaimed=int(raw.unclaimed),
+            throttled_since=int(raw.throttled_since) or None,
+        )
+
+    def sums(self, now: int) -> tuple[int, int, int]:
+        """Exits, bus locks, throttled nanoseconds: what a policy tick needs."""
+        raw = ffi.new("struct orc_sums *")
+        lib.orc_vcpu_sums(self.handle, raw, now)
+        return int(raw.exits), int(raw.bus_locks), int(raw.throttled)
+
+    def close(self) -> None:
+        """The runner has ended."""
+        lib.orc_vcpu_free(self.handle)
+        self.handle = ffi.NULL

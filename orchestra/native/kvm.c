@@ -1,0 +1,269 @@
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+
+#include "core.h"
+
+/* ---- claimed ports -------------------------------------------------------------------------------------------- */
+
+struct orc_ports {
+	_Atomic uint8_t claimed[65536 / 8]; /* changed by the owner while runners read */
+};
+
+orc_ports *orc_ports_new(void)
+{
+	return calloc(1, sizeof(orc_ports));
+}
+
+void orc_ports_free(orc_ports *p)
+{
+	free(p);
+}
+
+void orc_ports_claim(orc_ports *p, uint32_t first, uint32_t count, bool claimed)
+{
+	for (uint32_t port = first; port < first + count && port < 65536; port++) {
+		uint8_t bit = (uint8_t)(1u << (port & 7));
+
+		if (claimed)
+			atomic_fetch_or(&p->claimed[port >> 3], bit);
+		else
+			atomic_fetch_and(&p->claimed[port >> 3], (uint8_t)~bit);
+	}
+}
+
+static bool is_claimed(orc_ports *p, unsigned port)
+{
+	return atomic_load_explicit(&p->claimed[port >> 3], memory_order_relaxed) & (1u << (port & 7));
+}
+
+/* ---- ioctls --------------------------------------------------------------------------------------------------- */
+
+long orc_ioctl(int fd, unsigned long request, void *argument)
+{
+	return orc_ioctl_value(fd, request, (unsigned long)argument);
+}
+
+long orc_ioctl_value(int fd, unsigned long request, unsigned long argument)
+{
+	long rc;
+
+	/* KVM_CREATE_VM returns EINTR on loaded hosts when a signal comes while it waits (QEMU retries likewise). */
+	do
+		rc = ioctl(fd, request, argument);
+	while (rc < 0 && errno == EINTR);
+	return rc < 0 ? -errno : rc;
+}
+
+/* ---- the run loop --------------------------------------------------------------------------------------------- */
+
+void orc_vcpu_bind_kvm(orc_vcpu *v, int fd, struct kvm_run *run, orc_ports *ports, bool sync_regs)
+{
+	v->fd = fd;
+	v->run = run;
+	v->ports = ports;
+	v->sync_regs = sync_regs;
+}
+
+static void take_data(struct orc_record *r, const void *data, size_t size)
+{
+	r->data_size = (uint8_t)(size < sizeof r->data ? size : sizeof r->data);
+	memcpy(r->data, data, r->data_size);
+}
+
+/* What each exit says, in the order that orchestra/native/records.py reads it. */
+static void describe(struct orc_record *r, const struct kvm_run *run)
+{
+	r->reason = (uint16_t)(run->exit_reason < 0xffff ? run->exit_reason : 0xffff);
+	r->flags = run->flags;
+	r->has_rip = 0;
+	r->data_size = 0;
+	memset(r->arg, 0, sizeof r->arg);
+	switch (run->exit_reason) {
+	case KVM_EXIT_UNKNOWN:
+		r->arg[0] = run->hw.hardware_exit_reason;
+		break;
+	case KVM_EXIT_EXCEPTION:
+		r->arg[0] = run->ex.exception;
+		r->arg[1] = run->ex.error_code;
+		break;
+	case KVM_EXIT_IO:
+		r->arg[0] = run->io.port;
+		r->arg[1] = run->io.size;
+		r->arg[2] = run->io.count;
+		r->arg[3] = run->io.direction == KVM_EXIT_IO_OUT;
+		if (r->arg[3])
+			take_data(r, (const char *)run + run->io.data_offset, (size_t)run->io.size * run->io.count);
+		break;
+	case KVM_EXIT_MMIO:
+		r->arg[0] = run->mmio.phys_addr;
+		r->arg[1] = run->mmio.len;
+		r->arg[2] = run->mmio.is_write;
+		if (run->mmio.is_write)
+			take_data(r, run->mmio.data, run->mmio.len <= 8 ? run->mmio.len : 8);
+		break;
+	case KVM_EXIT_HYPERCALL:
+		r->arg[0] = run->hypercall.nr;
+		for (int i = 0; i < 3; i++)
+			r->arg[1 + i] = run->hypercall.args[i];
+		break;
+	case KVM_EXIT_DEBUG:
+		r->arg[0] = run->debug.arch.exception;
+		r->arg[1] = run->debug.arch.pc;
+		r->arg[2] = run->debug.arch.dr6;
+		r->arg[3] = run->debug.arch.dr7;
+		break;
+	case KVM_EXIT_FAIL_ENTRY:
+		r->arg[0] = run->fail_entry.hardware_entry_failure_reason;
+		r->arg[1] = run->fail_entry.cpu;
+		break;
+	case KVM_EXIT_SET_TPR:
+		r->arg[0] = run->cr8;
+		break;
+	case KVM_EXIT_TPR_ACCESS:
+		r->arg[0] = run->tpr_access.rip;
+		r->arg[1] = run->tpr_access.is_write;
+		break;
+	case KVM_EXIT_INTERNAL_ERROR:
+		r->arg[0] = run->internal.suberror;
+		if (run->internal.suberror == KVM_INTERNAL_ERROR_EMULATION && run->internal.ndata >= 3 &&
+		    run->emulation_failure.flags & KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES)
+			take_data(r, run->emulation_failure.insn_bytes,
+				  run->emulation_failure.insn_size <= 15 ? run->emulation_failure.insn_size : 15);
+		break;
+	case KVM_EXIT_SYSTEM_EVENT:
+		r->arg[0] = run->system_event.type;
+		r->arg[1] = run->system_event.ndata;
+		for (int i = 0; i < 3; i++)
+			r->arg[2 + i] = run->system_event.data[i];
+		break;
+	case KVM_EXIT_IOAPIC_EOI:
+		r->arg[0] = run->eoi.vector;
+		break;
+	case KVM_EXIT_HYPERV:
+		r->arg[0] = run->hyperv.type;
+		break;
+	case KVM_EXIT_X86_RDMSR:
+	case KVM_EXIT_X86_WRMSR:
+		r->arg[0] = run->msr.index;
+		r->arg[1] = run->msr.reason;
+		r->arg[2] = run->msr.data;
+		break;
+	case KVM_EXIT_XEN:
+		r->arg[0] = run->xen.type;
+		break;
+	case KVM_EXIT_NOTIFY:
+	case KVM_EXIT_MEMORY_FAULT: /* read through `hw`, the union's start: older headers have no member for them */
+		memcpy(r->arg, &run->hw, (run->exit_reason == KVM_EXIT_NOTIFY ? 4 : 24));
+		break;
+	default:
+		break;
+	}
+}
+
+static void sample_rip(orc_vcpu *v)
+{
+	struct kvm_regs regs;
+
+	if (v->sync_regs)
+		v->record.rip = v->run->s.regs.regs.rip;
+	else if (!ioctl(v->fd, KVM_GET_REGS, &regs))
+		v->record.rip = regs.rip;
+	else
+		return;
+	v->record.has_rip = 1;
+}
+
+static bool finishes_on_entry(unsigned reason)
+{
+	return reason == KVM_EXIT_IO || reason == KVM_EXIT_MMIO || reason == KVM_EXIT_X86_RDMSR ||
+	       reason == KVM_EXIT_X86_WRMSR || reason == KVM_EXIT_HYPERCALL || reason == KVM_EXIT_HYPERV ||
+	       reason == KVM_EXIT_XEN;
+}
+
+static enum orc_why port_io(orc_vcpu *v)
+{
+	struct kvm_run *run = v->run;
+	uint8_t *data = (uint8_t *)run + run->io.data_offset;
+
+	if (!is_claimed(v->ports, run->io.port)) {
+		orc_count(&v->unclaimed, 1);
+		/* Nobody drives the bus: it reads as ones. */
+		if (run->io.direction == KVM_EXIT_IO_IN)
+			memset(data, 0xff, (size_t)run->io.size * run->io.count);
+		return ORC_EXIT;
+	}
+	v->access = (struct orc_access){.address = run->io.port, .size = run->io.size, .count = run->io.count,
+					.write = run->io.direction == KVM_EXIT_IO_OUT, .data = data};
+	return ORC_IO;
+}
+
+enum orc_why orc_kvm_run(orc_vcpu *v)
+{
+	struct kvm_run *run = v->run;
+
+	for (;;) {
+		orc_u64 told;
+		unsigned reason;
+		int rc;
+
+		if (atomic_load_explicit(&v->commands, memory_order_seq_cst)) {
+			if (!v->unfinished)
+				return ORC_COMMAND;
+			/* KVM completes the last I/O on entry; with this flag it does no more than that, and registers
+			 * are then what the guest would see (api.rst, KVM_EXIT_IO and immediate_exit). */
+			__atomic_store_n(&run->immediate_exit, 1, __ATOMIC_SEQ_CST);
+		} else if (v->waiting && !orc_wait_turn(v)) {
+			continue;
+		}
+
+		told = atomic_load_explicit(&v->told, memory_order_relaxed);
+		run->kvm_valid_regs = v->sync_regs && told & (1ull << ORC_TOLD_BUS_LOCK) ? KVM_SYNC_X86_REGS : 0;
+		atomic_store_explicit(&v->in_guest, true, memory_order_seq_cst);
+		rc = ioctl(v->fd, KVM_RUN, 0);
+		v->error = errno;
+		atomic_store_explicit(&v->in_guest, false, memory_order_seq_cst);
+
+		if (rc < 0) {
+			/* `flags` may be left from an earlier run: not looked at. */
+			if (v->error == EINTR || v->error == EAGAIN) {
+				/* Cleared before `commands` is read again: a kick that comes later sets it again. */
+				__atomic_store_n(&run->immediate_exit, 0, __ATOMIC_SEQ_CST);
+				v->unfinished = false;
+				orc_count(&v->kicks, 1);
+				continue;
+			}
+			if (v->error != EFAULT || run->exit_reason != KVM_EXIT_MEMORY_FAULT)
+				return ORC_ERROR;
+			describe(&v->record, run);
+			v->record.flags = 0;
+			orc_vcpu_account(v, &v->record, orc_now());
+			return ORC_EXIT;
+		}
+
+		reason = run->exit_reason;
+		describe(&v->record, run);
+		if (run->flags & KVM_RUN_X86_BUS_LOCK && told & (1ull << ORC_TOLD_BUS_LOCK))
+			sample_rip(v);
+		orc_vcpu_account(v, &v->record, orc_now());
+		v->unfinished = finishes_on_entry(reason);
+
+		switch (reason) {
+		case KVM_EXIT_X86_BUS_LOCK:
+		case KVM_EXIT_INTR:
+		case KVM_EXIT_IRQ_WINDOW_OPEN:
+			break;
+		case KVM_EXIT_IO:
+			if (port_io(v) == ORC_IO)
+				return ORC_IO;
+			break;
+		case KVM_EXIT_MMIO:
+			v->access = (struct orc_access){.address = run->mmio.phys_addr, .size = run->mmio.len, .count = 1,
+							.write = run->mmio.is_write, .data = run->mmio.data};
+			return ORC_MMIO;
+		default:
+			return ORC_EXIT;
+		}
+	}
+}

@@ -1,0 +1,216 @@
+/* The core's one header: what must not wait for the interpreter lock.
+ *
+ * Who calls what, from which thread:
+ *   owner   the fleet's thread (trio): makes and frees everything, drains the ring, sets limits, commands vCPUs
+ *   runner  the one thread that runs a vCPU: accounts exits, waits, writes the vCPU's ring
+ *
+ * Lock order: fleet->throttled_lock, then bucket->lock; nothing is called with either held but futex wake-ups.
+ */
+#ifndef ORC_H
+#define ORC_H
+
+#include <linux/kvm.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/mman.h>
+
+/* Numbers that older kernel headers lack, each with its source: include/uapi/linux/kvm.h and
+ * arch/x86/include/uapi/asm/kvm.h of Linux 7.0. */
+#ifndef KVM_EXIT_MEMORY_FAULT
+#define KVM_EXIT_MEMORY_FAULT 39
+#endif
+#ifndef KVM_EXIT_NOTIFY
+#define KVM_EXIT_NOTIFY 37
+#endif
+#ifndef KVM_RUN_X86_BUS_LOCK
+#define KVM_RUN_X86_BUS_LOCK (1 << 1)
+#endif
+#ifndef KVM_RUN_X86_GUEST_MODE
+#define KVM_RUN_X86_GUEST_MODE (1 << 2)
+#endif
+#ifndef KVM_CAP_X86_NOTIFY_VMEXIT
+#define KVM_CAP_X86_NOTIFY_VMEXIT 219
+#endif
+#ifndef KVM_CAP_XSAVE2
+#define KVM_CAP_XSAVE2 208
+#define KVM_GET_XSAVE2 _IOR(KVMIO, 0xcf, struct kvm_xsave)
+#endif
+#ifndef KVM_STATS_UNIT_BOOLEAN
+#define KVM_STATS_UNIT_BOOLEAN (0x4 << 4)
+#endif
+
+typedef uint64_t orc_u64;
+typedef int64_t orc_ns; /* nanoseconds on the fleet's clock: CLOCK_MONOTONIC, or trio's for the scripted backend */
+
+enum {
+	ORC_REASONS = 64, /* exit reasons counted one by one; the last counter takes every number from it up */
+	ORC_LEVELS = 4,   /* host, tenant, VM, vCPU */
+	ORC_METERS = 2,
+	ORC_BUS_LOCKS = 0,
+	ORC_EXITS = 1,
+	ORC_CACHE_LINE = 64,
+};
+
+#define ORC_NEVER INT64_MIN /* "no wait": earlier than any time */
+#define ORC_TOLD_BUS_LOCK 63 /* bit of the told mask: any exit that reports a bus lock */
+
+/* What orc_kvm_run returns for: the runner must look at something. */
+enum orc_why {
+	ORC_EXIT = 0,     /* an exit that Python decides about; orc_vcpu_record has it */
+	ORC_IO = 1,       /* port I/O on a claimed port: answer it */
+	ORC_MMIO = 2,     /* answer it */
+	ORC_COMMAND = 3,  /* commands are pending */
+	ORC_ERROR = 4,    /* KVM_RUN failed: orc_vcpu_errno */
+};
+
+/* ---- bucket.c ------------------------------------------------------------------------------------------------- */
+
+/* A GCRA (ITU-T I.371) in token time. `tokens(t)` is how many tokens the bucket has made by time t; it grows with the
+ * rate and is continuous over a change of rate. An event takes the ticket  max(last ticket, tokens(now)) + 1  and its
+ * turn is when  tokens(t) >= ticket - (burst - 1).  Tickets are served in order and outlive a change of limit: whoever
+ * waits asks again when its turn is.
+ *
+ * Events are charged when they are seen, and what waits is the vCPU that caused them, so with one vCPU the events
+ * themselves keep to burst + rate * t; with several, each may have one event more in flight at the very start. */
+typedef struct orc_bucket orc_bucket;
+typedef struct orc_fleet orc_fleet;
+typedef struct orc_vcpu orc_vcpu;
+
+orc_bucket *orc_bucket_new(void);
+void orc_bucket_free(orc_bucket *);
+/* Sets the limit; rate <= 0: none. max_delay < 0: unbounded. */
+void orc_bucket_set(orc_bucket *, double rate, double burst, orc_ns max_delay, orc_ns now);
+bool orc_bucket_limited(const orc_bucket *);
+
+struct orc_ticket {
+	int64_t number;  /* in 1/65536 tokens */
+	orc_ns charged;  /* when */
+};
+void orc_bucket_charge(orc_bucket *, orc_ns now, struct orc_ticket *out);
+/* When the ticket's turn is: by the tokens, and at the latest by max_delay. ORC_NEVER if the bucket has no limit. */
+void orc_bucket_turn(const orc_bucket *, const struct orc_ticket *, orc_ns *by_tokens, orc_ns *by_delay);
+
+/* ---- ring.c --------------------------------------------------------------------------------------------------- */
+
+/* One exit, as all backends tell it. Two cache lines. */
+struct orc_record {
+	orc_u64 time;
+	orc_u64 rip;
+	orc_u64 wait;
+	orc_u64 arg[5];
+	uint32_t id;     /* of the vCPU, given by the owner */
+	uint16_t reason; /* KVM_EXIT_*; numbers past 65535 do not exist */
+	uint16_t flags;  /* KVM_RUN_X86_* */
+	uint8_t has_rip;
+	uint8_t data_size;
+	uint8_t data[32];
+	uint8_t pad[22];
+};
+_Static_assert(sizeof(struct orc_record) == 2 * ORC_CACHE_LINE, "a record is two cache lines");
+
+orc_fleet *orc_fleet_new(void); /* NULL with errno: no eventfd left */
+void orc_fleet_free(orc_fleet *);
+int orc_fleet_eventfd(const orc_fleet *);
+/* Before the consumer waits for the eventfd: true if it may, false if records came meanwhile. */
+bool orc_fleet_sleep(orc_fleet *);
+/* Takes up to `most` records; costs O(vCPUs that have some). */
+size_t orc_fleet_drain(orc_fleet *, struct orc_record *out, size_t most);
+/* Takes up to `most` ids of vCPUs that accounted an exit since the last call. */
+size_t orc_fleet_active(orc_fleet *, uint32_t *out, size_t most);
+/* A limit changed: whoever waits for a turn asks again. */
+void orc_fleet_limits_changed(orc_fleet *);
+
+/* ---- vcpu.c --------------------------------------------------------------------------------------------------- */
+
+orc_vcpu *orc_vcpu_new(orc_fleet *, uint32_t id, uint32_t ring_records /* a power of two */);
+/* Owner; the runner has ended. */
+void orc_vcpu_free(orc_vcpu *);
+void orc_vcpu_set_bucket(orc_vcpu *, int meter, int level, orc_bucket *); /* before the runner starts */
+void orc_vcpu_tell(orc_vcpu *, orc_u64 mask); /* which reasons go to the ring, a bit each */
+
+/* Runner: counts one exit, charges the buckets, tells it if somebody listens. Returns when the vCPU may go on
+ * (ORC_NEVER: at once). Counts a bus lock by the flag and by nothing else. */
+orc_ns orc_vcpu_account(orc_vcpu *, struct orc_record *, orc_ns now);
+/* Runner: when the exit accounted last may go on, by the limits in force now. */
+orc_ns orc_vcpu_turn(const orc_vcpu *);
+/* Runner, for backends that wait by themselves: the wait begins; it ends (served: the turn came, by tokens or delay). */
+void orc_vcpu_wait_begin(orc_vcpu *, orc_ns now);
+void orc_vcpu_wait_end(orc_vcpu *, orc_ns now, bool served);
+
+/* Commands: bits that the owner sets and clears, and the runner sees. */
+void orc_vcpu_command(orc_vcpu *, uint32_t set, uint32_t clear);
+uint32_t orc_vcpu_commands(const orc_vcpu *);
+/* Ends KVM_RUN and every wait: immediate_exit, then the signal, then the futex. Any thread. */
+void orc_vcpu_kick(orc_vcpu *);
+/* The runner sleeps until orc_vcpu_wake or a kick, if none came since it read `seen`. */
+uint32_t orc_vcpu_wakes(const orc_vcpu *);
+void orc_vcpu_sleep(orc_vcpu *, uint32_t seen);
+void orc_vcpu_wake(orc_vcpu *);
+/* The runner's thread takes the vCPU up and puts it down. */
+void orc_vcpu_attach(orc_vcpu *);
+void orc_vcpu_detach(orc_vcpu *);
+
+struct orc_counters {
+	orc_u64 exits[ORC_REASONS];
+	orc_u64 bus_locks;
+	orc_u64 throttled; /* ns, a wait in progress included up to `now` */
+	orc_u64 waits;
+	orc_u64 released;
+	orc_u64 missed;
+	orc_u64 kicks;      /* times a kick or signal interrupted KVM_RUN */
+	orc_u64 unclaimed;  /* port accesses that found nobody */
+	orc_ns throttled_since; /* 0: not waiting now */
+};
+void orc_vcpu_counters(const orc_vcpu *, struct orc_counters *out, orc_ns now);
+/* The sums that a policy tick needs, without the copy of every counter. */
+struct orc_sums {
+	orc_u64 exits, bus_locks, throttled;
+};
+void orc_vcpu_sums(const orc_vcpu *, struct orc_sums *out, orc_ns now);
+
+orc_ns orc_now(void); /* CLOCK_MONOTONIC */
+
+/* ---- signal.c ------------------------------------------------------------------------------------------------- */
+
+/* Installs the one signal handler (an empty function). 0, or -EBUSY if the program uses that signal otherwise. */
+int orc_signal_install(void);
+int orc_signal_number(void);
+
+/* ---- kvm.c ---------------------------------------------------------------------------------------------------- */
+
+typedef struct orc_ports orc_ports; /* which ports are claimed: unclaimed ones never leave the C loop */
+orc_ports *orc_ports_new(void);
+void orc_ports_free(orc_ports *);
+void orc_ports_claim(orc_ports *, uint32_t first, uint32_t count, bool claimed);
+
+/* An access to answer. `data` points into kvm_run. */
+struct orc_access {
+	orc_u64 address;
+	uint32_t size, count;
+	uint32_t write;
+	uint8_t *data;
+};
+
+void orc_vcpu_bind_kvm(orc_vcpu *, int fd, struct kvm_run *, orc_ports *, bool sync_regs);
+/* Runner: enters the guest again and again until something needs Python. Waits for its turn first. */
+enum orc_why orc_kvm_run(orc_vcpu *);
+struct orc_access *orc_vcpu_access(orc_vcpu *);
+struct orc_record *orc_vcpu_record(orc_vcpu *);
+int orc_vcpu_errno(const orc_vcpu *);
+
+/* ioctl with the error as a negative number; what may return EINTR is tried again. */
+long orc_ioctl(int fd, unsigned long request, void *argument);
+long orc_ioctl_value(int fd, unsigned long request, unsigned long argument);
+
+/* ---- names.c -------------------------------------------------------------------------------------------------- */
+
+struct orc_name {
+	const char *name;
+	long number;
+};
+extern const struct orc_name orc_capabilities[], orc_exit_reasons[]; /* ended by a NULL name */
+
+#endif

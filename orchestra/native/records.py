@@ -1,0 +1,132 @@
+"""From the core's exit records to the named types of `orchestra.exits`."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator
+from typing import Any, Final, TypeAlias
+
+from .. import exits
+from . import ffi, lib
+from .core import REASON_NUMBERS
+
+__all__ = ["TELL_BUS_LOCK", "Fields", "RecordReader", "build", "decode", "told_mask", "unpack"]
+
+# time rip wait arg[5] id reason flags has_rip data_size data[32]; a test compares it with the C struct's offsets.
+_LAYOUT: Final = struct.Struct("=8QI2H2B32s22x")
+assert _LAYOUT.size == ffi.sizeof("struct orc_record")
+
+SMM: Final = int(lib.KVM_RUN_X86_SMM)
+BUS_LOCK: Final = int(lib.KVM_RUN_X86_BUS_LOCK)
+GUEST_MODE: Final = int(lib.KVM_RUN_X86_GUEST_MODE)
+OTHER_REASON: Final = int(lib.ORC_REASONS) - 1
+TELL_OTHERS: Final = 1 << (OTHER_REASON - 1)
+TELL_BUS_LOCK: Final = 1 << int(lib.ORC_TOLD_BUS_LOCK)
+
+Fields: TypeAlias = tuple[Any, ...]
+"""A record as `_LAYOUT` unpacks it."""
+Decoder: TypeAlias = Callable[[tuple[Any, ...], tuple[int, int, int, int, int], bytes], exits.Exit]
+
+# From (the common fields, arg[5], data) to the object, by reason: the order that describe() in kvm.c writes.
+_DECODERS: Final[dict[str, Decoder]] = {
+    "unknown": lambda c, a, d: exits.UnknownExit(*c, a[0]),
+    "exception": lambda c, a, d: exits.ExceptionExit(*c, a[0], a[1]),
+    "io": lambda c, a, d: exits.Io(*c, a[0], a[1], a[2], a[3] == 1, d),
+    "hypercall": lambda c, a, d: exits.Hypercall(*c, a[0], a[1:4]),
+    "debug": lambda c, a, d: exits.Debug(*c, a[0], a[1], a[2], a[3]),
+    "hlt": lambda c, a, d: exits.Hlt(*c),
+    "mmio": lambda c, a, d: exits.Mmio(*c, a[0], a[1], a[2] == 1, d),
+    "irq_window_open": lambda c, a, d: exits.IrqWindowOpen(*c),
+    "shutdown": lambda c, a, d: exits.ShutdownExit(*c),
+    "fail_entry": lambda c, a, d: exits.FailEntry(*c, a[0], a[1]),
+    "intr": lambda c, a, d: exits.Interrupted(*c),
+    "set_tpr": lambda c, a, d: exits.SetTpr(*c, a[0]),
+    "tpr_access": lambda c, a, d: exits.TprAccess(*c, a[0], a[1] == 1),
+    "nmi": lambda c, a, d: exits.Nmi(*c),
+    "internal_error": lambda c, a, d: exits.InternalError(*c, a[0], d),
+    "system_event": lambda c, a, d: exits.SystemEvent(*c, a[0], a[2 : 2 + min(a[1], 3)]),
+    "ioapic_eoi": lambda c, a, d: exits.IoapicEoi(*c, a[0]),
+    "hyperv": lambda c, a, d: exits.Hyperv(*c, a[0]),
+    "x86_rdmsr": lambda c, a, d: exits.Rdmsr(*c, a[0], a[1]),
+    "x86_wrmsr": lambda c, a, d: exits.Wrmsr(*c, a[0], a[1], a[2]),
+    "dirty_ring_full": lambda c, a, d: exits.DirtyRingFull(*c),
+    "x86_bus_lock": lambda c, a, d: exits.BusLock(*c),
+    "xen": lambda c, a, d: exits.Xen(*c, a[0]),
+    "notify": lambda c, a, d: exits.Notify(*c, a[0]),
+    "memory_fault": lambda c, a, d: exits.MemoryFault(*c, a[0], a[1], a[2]),
+}
+_BY_NUMBER: Final = {REASON_NUMBERS[name]: decoder for name, decoder in _DECODERS.items()}
+_KINDS: Final = {kind.kernel_name: kind for kind in vars(exits).values() if isinstance(kind, type) and "kernel_name" in vars(kind)}
+
+
+def told_mask(kinds: tuple[type[exits.Exit], ...]) -> int:
+    """The mask of `VcpuCore.tell` for subscribers of `kinds`."""
+    mask = 0
+    for kind in kinds:
+        if issubclass(exits.BusLock, kind):
+            mask |= TELL_BUS_LOCK
+        if issubclass(exits.OtherExit, kind):
+            mask |= ((1 << OTHER_REASON) - 1) & ~sum(1 << number for number in REASON_NUMBERS.values())
+            mask |= TELL_OTHERS
+        for name, number in REASON_NUMBERS.items():
+            if issubclass(_KINDS[name], kind):
+                mask |= 1 << number
+    return mask
+
+
+def unpack(record: Any) -> Fields:
+    """The fields of one `struct orc_record *`, for `decode`."""
+    return _LAYOUT.unpack(ffi.buffer(record, _LAYOUT.size))
+
+
+def decode(fields: Fields, vm: str, vcpu: int) -> exits.Exit:
+    """One record's fields as an exit of the named vCPU."""
+    time, rip, wait, a0, a1, a2, a3, a4, _, reason, flags, has_rip, size, data = fields
+    common = (
+        vm,
+        vcpu,
+        time,
+        rip if has_rip else None,
+        wait,
+        flags & BUS_LOCK != 0,
+        flags & GUEST_MODE != 0,
+        flags & SMM != 0,
+    )
+    decoder = _BY_NUMBER.get(reason)
+    if decoder is None:
+        return exits.OtherExit(*common, reason)
+    return decoder(common, (a0, a1, a2, a3, a4), data[:size])
+
+
+class RecordReader:
+    """Turns drained batches into exits, given who the vCPU ids belong to."""
+
+    def __init__(self) -> None:
+        self._names: dict[int, tuple[str, int]] = {}
+
+    def add(self, id: int, vm: str, vcpu: int) -> None:
+        self._names[id] = (vm, vcpu)
+
+    def remove(self, id: int) -> None:
+        self._names.pop(id, None)
+
+    def read(self, batch: memoryview) -> Iterator[exits.Exit]:
+        names = self._names
+        for fields in _LAYOUT.iter_unpack(batch):
+            name = names.get(fields[8])
+            if name is not None:
+                yield decode(fields, *name)
+
+
+def build(reason: str | int, *, flags: int = 0, rip: int | None = None, args: tuple[int, ...] = (), data: bytes = b"") -> Any:
+    """A `struct orc_record *` for an exit that no kernel made: what the scripted backend plays."""
+    record = ffi.new("struct orc_record *")
+    record.reason = REASON_NUMBERS[reason] if isinstance(reason, str) else reason
+    record.flags = flags
+    if rip is not None:
+        record.rip, record.has_rip = rip, 1
+    for index, value in enumerate(args):
+        record.arg[index] = value
+    record.data_size = min(len(data), len(record.data))
+    ffi.memmove(record.data, data, record.data_size)
+    return record

@@ -1,0 +1,347 @@
+#include <errno.h>
+#include <linux/futex.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "core.h"
+
+orc_ns orc_now(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return (orc_ns)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+orc_vcpu *orc_vcpu_new(orc_fleet *f, uint32_t id, uint32_t ring_records)
+{
+	orc_vcpu *v = aligned_alloc(ORC_CACHE_LINE, sizeof *v);
+	void *records;
+
+	if (!v) {
+		errno = ENOMEM;
+		return NULL;
+	}
+	memset(v, 0, sizeof *v);
+	/* Mapped, so that a ring costs memory only once it is written. */
+	records = mmap(NULL, ring_records * sizeof(struct orc_record), PROT_READ | PROT_WRITE,
+		       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	if (records == MAP_FAILED) {
+		free(v);
+		return NULL;
+	}
+	v->fleet = f;
+	v->id = id;
+	v->fd = -1;
+	v->ring.records = records;
+	v->ring.mask = ring_records - 1;
+	return v;
+}
+
+void orc_vcpu_free(orc_vcpu *v)
+{
+	if (!v)
+		return;
+	orc_forget(v->fleet, v);
+	munmap(v->ring.records, ((size_t)v->ring.mask + 1) * sizeof(struct orc_record));
+	free(v);
+}
+
+void orc_vcpu_set_bucket(orc_vcpu *v, int meter, int level, orc_bucket *b)
+{
+	v->bucket[meter][level] = b;
+}
+
+void orc_vcpu_tell(orc_vcpu *v, orc_u64 mask)
+{
+	atomic_store_explicit(&v->told, mask, memory_order_relaxed);
+}
+
+/* ---- accounting ----------------------------------------------------------------------------------------------- */
+
+static bool charge(orc_vcpu *v, int meter, orc_ns now)
+{
+	bool charged = false;
+
+	for (int level = 0; level < ORC_LEVELS; level++) {
+		orc_bucket *b = v->bucket[meter][level];
+
+		/* number 0: no ticket. (Numbers wrap, so one real ticket in 2^64 goes free.) */
+		v->ticket[meter][level].number = 0;
+		if (b && orc_bucket_limited(b)) {
+			orc_bucket_charge(b, now, &v->ticket[meter][level]);
+			charged = true;
+		}
+	}
+	return charged;
+}
+
+/* The slowest bucket's turn; *early is set if max_delay will come before the tokens do. */
+static orc_ns turn(const orc_vcpu *v, orc_ns *by_tokens)
+{
+	orc_ns at = ORC_NEVER;
+
+	*by_tokens = ORC_NEVER;
+	for (int meter = 0; meter < ORC_METERS; meter++) {
+		if (!v->charged[meter])
+			continue;
+		for (int level = 0; level < ORC_LEVELS; level++) {
+			orc_ns tokens, delay;
+
+			if (!v->ticket[meter][level].number)
+				continue;
+			orc_bucket_turn(v->bucket[meter][level], &v->ticket[meter][level], &tokens, &delay);
+			if (tokens > *by_tokens)
+				*by_tokens = tokens;
+			if ((tokens < delay ? tokens : delay) > at)
+				at = tokens < delay ? tokens : delay;
+		}
+	}
+	return at;
+}
+
+orc_ns orc_vcpu_turn(const orc_vcpu *v)
+{
+	orc_ns by_tokens;
+
+	return v->waiting ? turn(v, &by_tokens) : ORC_NEVER;
+}
+
+orc_ns orc_vcpu_account(orc_vcpu *v, struct orc_record *record, orc_ns now)
+{
+	unsigned reason = record->reason < ORC_REASONS ? record->reason : ORC_REASONS - 1;
+	bool bus_lock = record->flags & KVM_RUN_X86_BUS_LOCK;
+	orc_u64 told = atomic_load_explicit(&v->told, memory_order_relaxed);
+	orc_ns at = ORC_NEVER, by_tokens;
+
+	if (bus_lock)
+		orc_count(&v->bus_locks, 1);
+	/* seq_cst: counted before orc_push reads `queued`, so that whoever takes us from the stack sees this exit. */
+	atomic_store_explicit(&v->exits[reason], atomic_load_explicit(&v->exits[reason], memory_order_relaxed) + 1,
+			      memory_order_seq_cst);
+	orc_push(&v->fleet->active, &v->active);
+
+	v->charged[ORC_BUS_LOCKS] = bus_lock && charge(v, ORC_BUS_LOCKS, now);
+	v->charged[ORC_EXITS] = charge(v, ORC_EXITS, now);
+	v->waiting = false;
+	if (v->charged[ORC_BUS_LOCKS] || v->charged[ORC_EXITS]) {
+		at = turn(v, &by_tokens);
+		v->waiting = at > now;
+		if (!v->waiting)
+			at = ORC_NEVER;
+	}
+
+	if ((told & (1ull << reason) && reason != ORC_TOLD_BUS_LOCK) || (bus_lock && told & (1ull << ORC_TOLD_BUS_LOCK)) ||
+	    (reason == ORC_REASONS - 1 && told & (1ull << 62))) {
+		record->time = (orc_u64)now;
+		record->wait = at == ORC_NEVER ? 0 : (orc_u64)(at - now);
+		record->id = v->id;
+		orc_ring_put(v, record);
+	}
+	return at;
+}
+
+/* ---- waiting -------------------------------------------------------------------------------------------------- */
+
+void orc_vcpu_wait_begin(orc_vcpu *v, orc_ns now)
+{
+	orc_fleet *f = v->fleet;
+
+	orc_count(&v->waits, 1);
+	atomic_store_explicit(&v->throttled_since, now, memory_order_relaxed);
+	pthread_mutex_lock(&f->throttled_lock);
+	v->throttled_next = f->throttled;
+	v->throttled_link = &f->throttled;
+	if (f->throttled)
+		f->throttled->throttled_link = &v->throttled_next;
+	f->throttled = v;
+	pthread_mutex_unlock(&f->throttled_lock);
+}
+
+void orc_vcpu_wait_end(orc_vcpu *v, orc_ns now, bool served)
+{
+	orc_fleet *f = v->fleet;
+	orc_ns by_tokens;
+
+	pthread_mutex_lock(&f->throttled_lock);
+	*v->throttled_link = v->throttled_next;
+	if (v->throttled_next)
+		v->throttled_next->throttled_link = v->throttled_link;
+	pthread_mutex_unlock(&f->throttled_lock);
+	/* Both or neither: a reader that saw the sum with this wait in it and the wait still on would count it twice. */
+	atomic_fetch_add_explicit(&v->wait_version, 1, memory_order_acq_rel);
+	atomic_store_explicit(&v->throttled, atomic_load_explicit(&v->throttled, memory_order_relaxed) +
+			      (orc_u64)(now - atomic_load_explicit(&v->throttled_since, memory_order_relaxed)),
+			      memory_order_release);
+	atomic_store_explicit(&v->throttled_since, 0, memory_order_release);
+	atomic_fetch_add_explicit(&v->wait_version, 1, memory_order_release);
+	if (!served)
+		return;
+	turn(v, &by_tokens);
+	if (by_tokens > now)
+		orc_count(&v->released, 1);
+	v->waiting = false;
+}
+
+static void futex_wait_until(_Atomic uint32_t *word, uint32_t seen, const struct timespec *until)
+{
+	/* An absolute time on CLOCK_MONOTONIC: late wake-ups do not add up. EINTR, EAGAIN, ETIMEDOUT: the caller looks. */
+	syscall(SYS_futex, word, FUTEX_WAIT_BITSET | FUTEX_PRIVATE_FLAG, seen, until, NULL, FUTEX_BITSET_MATCH_ANY);
+}
+
+bool orc_wait_turn(orc_vcpu *v)
+{
+	orc_ns now = orc_now(), at;
+	bool served;
+
+	orc_vcpu_wait_begin(v, now);
+	for (;;) {
+		uint32_t seen = atomic_load_explicit(&v->wakes, memory_order_seq_cst);
+		struct timespec until;
+
+		/* Read after `wakes`: a command or limit that comes later also changes `wakes`, and the futex returns. */
+		if (atomic_load_explicit(&v->commands, memory_order_seq_cst)) {
+			served = false;
+			break;
+		}
+		at = orc_vcpu_turn(v);
+		if (at <= now) {
+			served = true;
+			break;
+		}
+		until = (struct timespec){.tv_sec = at / 1000000000, .tv_nsec = at % 1000000000};
+		futex_wait_until(&v->wakes, seen, &until);
+		now = orc_now();
+	}
+	orc_vcpu_wait_end(v, now, served);
+	return served;
+}
+
+uint32_t orc_vcpu_wakes(const orc_vcpu *v)
+{
+	return atomic_load_explicit(&((orc_vcpu *)v)->wakes, memory_order_seq_cst);
+}
+
+void orc_vcpu_sleep(orc_vcpu *v, uint32_t seen)
+{
+	while (orc_vcpu_wakes(v) == seen)
+		futex_wait_until(&v->wakes, seen, NULL);
+}
+
+void orc_vcpu_wake(orc_vcpu *v)
+{
+	atomic_fetch_add_explicit(&v->wakes, 1, memory_order_seq_cst);
+	syscall(SYS_futex, &v->wakes, FUTEX_WAKE | FUTEX_PRIVATE_FLAG, 1, NULL, NULL, 0);
+}
+
+/* ---- commands and kicks --------------------------------------------------------------------------------------- */
+
+void orc_vcpu_command(orc_vcpu *v, uint32_t set, uint32_t clear)
+{
+	atomic_fetch_or_explicit(&v->commands, set, memory_order_seq_cst);
+	atomic_fetch_and_explicit(&v->commands, ~clear, memory_order_seq_cst);
+	orc_vcpu_kick(v);
+}
+
+uint32_t orc_vcpu_commands(const orc_vcpu *v)
+{
+	return atomic_load_explicit(&((orc_vcpu *)v)->commands, memory_order_seq_cst);
+}
+
+void orc_vcpu_kick(orc_vcpu *v)
+{
+	/* First the flag, then the signal (Documentation/virt/kvm/api.rst, immediate_exit): a signal that lands before
+	 * KVM_RUN is entered is not lost, as KVM looks at the flag on entry. The runner clears it. */
+	if (v->run)
+		__atomic_store_n(&v->run->immediate_exit, 1, __ATOMIC_SEQ_CST);
+	if (atomic_load_explicit(&v->in_guest, memory_order_seq_cst))
+		syscall(SYS_tgkill, getpid(), atomic_load_explicit(&v->tid, memory_order_seq_cst), orc_signal_number());
+	orc_vcpu_wake(v);
+}
+
+void orc_vcpu_attach(orc_vcpu *v)
+{
+	sigset_t mask;
+
+	/* The program may block the signal in its threads: kicks would be lost. */
+	sigemptyset(&mask);
+	sigaddset(&mask, orc_signal_number());
+	pthread_sigmask(SIG_UNBLOCK, &mask, NULL);
+	/* The default slack of 50 microseconds would make every throttled wait late by as much. */
+	prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0);
+	atomic_store_explicit(&v->tid, (int)syscall(SYS_gettid), memory_order_seq_cst);
+}
+
+void orc_vcpu_detach(orc_vcpu *v)
+{
+	/* The thread goes back to a cache; a late signal to it would only run the empty handler. */
+	atomic_store_explicit(&v->tid, 0, memory_order_seq_cst);
+	prctl(PR_SET_TIMERSLACK, 0, 0, 0, 0);
+}
+
+/* ---- reading -------------------------------------------------------------------------------------------------- */
+
+static orc_u64 get(const _Atomic orc_u64 *counter)
+{
+	return atomic_load_explicit((_Atomic orc_u64 *)counter, memory_order_relaxed);
+}
+
+static orc_u64 throttled(const orc_vcpu *constant, orc_ns now, orc_ns *since)
+{
+	orc_vcpu *v = (orc_vcpu *)constant;
+	uint32_t before, after;
+	orc_u64 sum;
+
+	do {
+		before = atomic_load_explicit(&v->wait_version, memory_order_acquire);
+		*since = atomic_load_explicit(&v->throttled_since, memory_order_acquire);
+		sum = atomic_load_explicit(&v->throttled, memory_order_acquire);
+		after = atomic_load_explicit(&v->wait_version, memory_order_relaxed);
+	} while ((before & 1) || before != after);
+	return sum + (*since && now > *since ? (orc_u64)(now - *since) : 0);
+}
+
+void orc_vcpu_counters(const orc_vcpu *v, struct orc_counters *out, orc_ns now)
+{
+	for (int i = 0; i < ORC_REASONS; i++)
+		out->exits[i] = get(&v->exits[i]);
+	out->bus_locks = get(&v->bus_locks);
+	out->throttled = throttled(v, now, &out->throttled_since);
+	out->waits = get(&v->waits);
+	out->released = get(&v->released);
+	out->missed = get(&v->missed);
+	out->kicks = get(&v->kicks);
+	out->unclaimed = get(&v->unclaimed);
+}
+
+void orc_vcpu_sums(const orc_vcpu *v, struct orc_sums *out, orc_ns now)
+{
+	orc_ns since;
+
+	out->exits = 0;
+	for (int i = 0; i < ORC_REASONS; i++)
+		out->exits += get(&v->exits[i]);
+	out->bus_locks = get(&v->bus_locks);
+	out->throttled = throttled(v, now, &since);
+}
+
+struct orc_access *orc_vcpu_access(orc_vcpu *v)
+{
+	return &v->access;
+}
+
+struct orc_record *orc_vcpu_record(orc_vcpu *v)
+{
+	return &v->record;
+}
+
+int orc_vcpu_errno(const orc_vcpu *v)
+{
+	return v->error;
+}

@@ -1,0 +1,255 @@
+"""A vCPU: what its exits mean, and its life between run, wait for an answer, pause and end.
+
+`Vcpu.life` is a generator that says what it needs next (run the engine, or sleep until woken) and is told what came of
+it. A worker thread drives it for engines that block, the fleet's thread for those that are awaited: the same life.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Generator
+from typing import Any, Final, Protocol
+
+from . import exits
+from .actions import Failed, Halted, Outcome, Shutdown, Stopped
+from .backend import Engine, Why
+from .devices.bus import Bus, Claim
+from .devices.requests import Request
+from .native import ffi
+from .native.core import Command
+from .native.records import decode
+
+__all__ = ["Vcpu"]
+
+RUN: Final = -1
+"""What `life` yields to have the engine run; any other number: sleep unless woken since that was read."""
+
+# Exits after which the guest simply goes on: user space asked for them, or they need nothing done.
+_GO_ON: Final = (
+    exits.BusLock,
+    exits.Interrupted,
+    exits.IrqWindowOpen,
+    exits.SetTpr,
+    exits.TprAccess,
+    exits.IoapicEoi,
+)
+NOTIFY_CONTEXT_INVALID: Final = 1
+SYSTEM_EVENTS: Final = {1: "shutdown", 2: "reset", 3: "crash"}
+_SHOWN: Final = ("rip", "rflags", "rsp", "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp")
+
+
+class Host(Protocol):
+    """What a vCPU needs from its VM."""
+
+    name: str
+    ports: Bus
+    mmio: Bus
+    pause_number: int
+    """Counts pauses, so that a vCPU that was resumed and paused again says so again."""
+
+    def on_parked(self, index: int, number: int) -> None:
+        """The runner is outside the guest for that pause. Runner's thread."""
+
+    def on_ended(self, index: int, outcome: Outcome) -> None:
+        """The vCPU will never run again. Runner's thread."""
+
+    def commanded(self, index: int) -> list[Callable[[], None]]:
+        """Functions to run between two entries of the guest. Runner's thread."""
+
+
+class Vcpu:
+    """One vCPU of a VM, for its runner."""
+
+    def __init__(self, host: Host, index: int, engine: Engine) -> None:
+        self.host = host
+        self.index = index
+        self.engine = engine
+        self.core = engine.core
+        self.parked_for = 0
+        self.final_registers: Any = None
+
+    # ---- drivers
+
+    def drive(self) -> None:
+        """Run to the end on this thread."""
+        engine, life = self.engine, self.life()
+        run, sleep, send = engine.run, engine.sleep, life.send
+        engine.attach()
+        try:
+            wanted = next(life)
+            while True:
+                wanted = send(run() if wanted == RUN else sleep(wanted))
+        except StopIteration as end:
+            outcome = end.value
+        except Exception as error:
+            outcome = self._failed(f"{type(error).__name__}: {error}")
+        finally:
+            engine.detach()
+        self._end(outcome)
+
+    async def drive_async(self) -> None:
+        """Run to the end on the fleet's thread; cancelling it ends the vCPU where it is."""
+        engine, life = self.engine, self.life()
+        try:
+            wanted = next(life)
+            while True:
+                wanted = life.send(await (engine.run() if wanted == RUN else engine.sleep(wanted)))  # type: ignore[misc]  # not threaded: awaitable
+        except StopIteration as end:
+            outcome = end.value
+        except Exception as error:
+            outcome = self._failed(f"{type(error).__name__}: {error}")
+        self._end(outcome)
+
+    def _end(self, outcome: Outcome) -> None:
+        try:
+            self.final_registers = self.engine.registers()
+        except Exception as error:  # the outcome matters more than the registers
+            self.final_registers = error
+        self.host.on_ended(self.index, outcome)
+
+    # ---- life
+
+    def life(self) -> Generator[int, Any, Outcome]:
+        """From the first entry to the end; returns how it ended."""
+        host, access = self.host, self.engine.access
+        io, mmio = Why.IO, Why.MMIO
+        while True:
+            why = yield RUN
+            if why == io or why == mmio:
+                bus = host.ports if why == io else host.mmio
+                address, size = access.address, access.size
+                claim = bus.find(address, size)
+                if claim is None:
+                    if not access.write:
+                        ffi.memmove(access.data, b"\xff" * (size * access.count), size * access.count)
+                elif claim.device is not None:
+                    try:
+                        self._use(claim, address, size)
+                    except Exception as error:
+                        direction = "write to" if access.write else "read of"
+                        name = type(claim.handler).__name__
+                        return self._failed(f"device {name} failed at a {direction} {bus.name} {address:#x}: {error!r}")
+                else:
+                    yield from self._ask(bus, claim, address, size)
+            elif why == Why.COMMAND:
+                commands = self.core.commands()
+                if commands & Command.STOP:
+                    return Stopped()
+                if commands & Command.CALL:
+                    for call in host.commanded(self.index):
+                        call()
+                if commands & Command.PAUSE:
+                    yield from self._park()
+            elif why == Why.EXIT:
+                outcome = self._judge(decode(self.engine.last_exit(), host.name, self.index))
+                if outcome is not None:
+                    return outcome
+            else:
+                number = self.engine.error()
+                return self._failed(f"KVM_RUN failed: {_errno(number)}")
+
+    def _use(self, claim: Claim, address: int, size: int) -> None:
+        """Let a device answer, element by element for a string instruction."""
+        access, device, offset = self.engine.access, claim.device, address - claim.span.start
+        assert device is not None
+        data = access.data
+        with claim.lock:
+            for start in range(0, size * access.count, size):
+                if access.write:
+                    value = data[start] if size == 1 else int.from_bytes(ffi.buffer(data + start, size), "little")
+                    device.write(offset, size, value)
+                elif size == 1:
+                    data[start] = device.read(offset, 1) & 0xFF
+                else:
+                    value = device.read(offset, size) & (1 << 8 * size) - 1
+                    ffi.memmove(data + start, value.to_bytes(size, "little"), size)
+
+    def _ask(self, bus: Bus, claim: Claim | None, address: int, size: int) -> Generator[int, Any, None]:
+        """Have a task answer, element by element; pauses and stops come through meanwhile."""
+        access = self.engine.access
+        for start in range(0, size * access.count, size):
+            value = (1 << 8 * size) - 1  # nobody there any more: the bus reads as ones
+            while claim is not None and claim.device is None:
+                data = bytes(ffi.buffer(access.data + start, size)) if access.write else b""
+                request = claim.handler.submit(self.index, address, size, bool(access.write), data, self.engine.wake)  # type: ignore[union-attr]  # not a Device
+                assert isinstance(request, Request)
+                while not (request.answered or request.returned):
+                    seen = self.core.wakes()
+                    commands = self.core.commands()
+                    if commands & Command.STOP:
+                        return
+                    if commands & Command.PAUSE:
+                        self._say_parked()
+                    if not (request.answered or request.returned):
+                        yield seen
+                if request.answered:
+                    value = request.value
+                    break
+                claim = bus.find(address, size)
+            if not access.write:
+                ffi.memmove(access.data + start, value.to_bytes(size, "little"), size)
+
+    def _park(self) -> Generator[int, Any, None]:
+        while True:
+            seen = self.core.wakes()
+            commands = self.core.commands()
+            if not commands & Command.PAUSE or commands & Command.STOP:
+                return
+            if commands & Command.CALL:
+                for call in self.host.commanded(self.index):
+                    call()
+                continue
+            self._say_parked()
+            yield seen
+
+    def _say_parked(self) -> None:
+        number = self.host.pause_number
+        if self.parked_for != number:
+            self.parked_for = number
+            self.host.on_parked(self.index, number)
+
+    # ---- what exits mean
+
+    def _judge(self, exit: exits.Exit) -> Outcome | None:
+        """How an exit ends the vCPU; None if the guest goes on."""
+        match exit:
+            case exits.Hlt():
+                return Halted()
+            case exits.ShutdownExit():
+                return Shutdown(reason="triple fault")
+            case exits.SystemEvent(type=1 | 2 as number):
+                return Shutdown(reason=f"system event: {SYSTEM_EVENTS[number]}")
+            case exits.SystemEvent():
+                return self._failed(f"system event {exit.type} ({SYSTEM_EVENTS.get(exit.type, 'unknown')})")
+            case exits.Notify() if not exit.flags & NOTIFY_CONTEXT_INVALID:
+                return None
+            case exits.InternalError():
+                what = {1: "KVM can't emulate an instruction", 3: "an exit during event delivery"}.get(exit.suberror)
+                bytes_ = f", bytes {exit.instruction.hex(' ')}" if exit.instruction else ""
+                return self._failed(f"KVM internal error {exit.suberror}" + (f": {what}" if what else "") + bytes_)
+            case exits.FailEntry():
+                reason = exit.hardware_entry_failure_reason
+                return self._failed(f"the CPU refused to enter the guest: hardware reason {reason:#x}")
+            case exits.MemoryFault():
+                return self._failed(f"memory fault at {exit.address:#x}, {exit.size} bytes, flags {exit.flags:#x}")
+            case exits.OtherExit():
+                return self._failed(f"exit reason {exit.reason}, which this version of orchestra does not know")
+            case _ if isinstance(exit, _GO_ON):
+                return None
+        return self._failed(f"exit {exit.kernel_name} that nobody handles: {exit}")
+
+    def _failed(self, reason: str) -> Failed:
+        registers: dict[str, int] = {}
+        try:
+            general, special = self.engine.registers(), self.engine.special_registers()
+            registers = {name: getattr(general, name) for name in _SHOWN}
+            registers |= {name: getattr(special, name) for name in ("cr0", "cr2", "cr3", "cr4", "efer")}
+            registers["cs"] = special.cs.selector
+        except Exception:  # the reason matters more than the registers
+            pass
+        return Failed(reason, registers, self.index)
+
+
+def _errno(number: int) -> str:
+    return f"{errno.errorcode.get(number, number)} ({os.strerror(number)})"

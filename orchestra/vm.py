@@ -1,0 +1,454 @@
+"""A virtual machine: the handle to steer it by, and the task that keeps it to its restart policy."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import attrs
+import trio
+
+from .actions import Failed, Outcome, State, Stopped
+from .budget import Budgets, make_budgets
+from .devices.bus import Device, Handler
+from .devices.console import Console
+from .devices.requests import Requests
+from .errors import OrchestraError, SpecError, StateError
+from .guest import Guest, House
+from .native.core import Counters
+from .spec import Limit, Meter, VmSpec
+
+__all__ = ["VcpuStatistics", "Vm", "VmStatistics"]
+
+
+@attrs.frozen
+class VcpuStatistics:
+    """What one vCPU did since its VM was launched, restarts included. Times in seconds.
+
+    Attributes:
+        state: as `Vm.state`, for this vCPU.
+        throttled: it waits for its turn right now.
+        bus_locks: exactly as many as the host reported; None where it reports none.
+        throttled_seconds: how long it waited for its turn, a wait in progress included.
+        waits: how many waits.
+        released: waits that ``max_delay`` ended before the turn came.
+        exits: exits by the kernel's name of the reason, lower case ("io", "mmio", "hlt", "x86_bus_lock", ...).
+        unclaimed: port accesses that found nobody.
+        missed: exits whose details were lost because the ring was full; they are counted all the same.
+        kicks: times that KVM_RUN was interrupted.
+    """
+
+    index: int
+    state: State
+    throttled: bool
+    bus_locks: int | None
+    throttled_seconds: float
+    waits: int
+    released: int
+    exits: Mapping[str, int]
+    unclaimed: int
+    missed: int
+    kicks: int
+
+
+@attrs.frozen
+class VmStatistics:
+    """What a VM did since it was launched: sums over its vCPUs (see `VcpuStatistics`), and each of them."""
+
+    name: str
+    tenant: str
+    state: State
+    throttled: bool
+    outcome: Outcome | None
+    restarts: int
+    bus_locks: int | None
+    throttled_seconds: float
+    waits: int
+    released: int
+    exits: Mapping[str, int]
+    unclaimed: int
+    missed: int
+    kicks: int
+    limit: Limit | None
+    exit_limit: Limit | None
+    vcpus: tuple[VcpuStatistics, ...]
+
+
+def _add(a: Counters, b: Counters) -> Counters:
+    exits = dict(a.exits)
+    for name, count in b.exits.items():
+        exits[name] = exits.get(name, 0) + count
+    fields = ("bus_locks", "throttled", "waits", "released", "missed", "kicks", "unclaimed")
+    return Counters(exits=exits, throttled_since=b.throttled_since, **{f: getattr(a, f) + getattr(b, f) for f in fields})
+
+
+class Vm:
+    """Made by `Fleet.launch`. All methods are for the fleet's thread; those that wait are checkpoints.
+
+    What it holds of the host (descriptors, memory, threads) goes when it is stopped or its fleet is closed. After it
+    ended by itself its memory, registers and statistics can still be read; `stop` then gives the memory back.
+    """
+
+    def __init__(self, house: House, spec: VmSpec, tenant: str, above: tuple[Budgets, Budgets]) -> None:
+        now = house.backend.now()
+        self.spec = spec
+        self.name = spec.name
+        self.tenant = tenant
+        self.restarts = 0
+        self.console = Console(house.post)
+        self.budgets = make_budgets(spec.limit, spec.exit_limit, now)
+        self.vcpu_budgets = [make_budgets(spec.vcpu_limit, spec.vcpu_exit_limit, now) for _ in range(spec.vcpus)]
+        self._house = house
+        self._above = above
+        self._guest: Guest | None = None
+        self._retired: list[Counters] | None = None
+        self._outcome: Outcome | None = None
+        self._paused = False
+        self._released = False
+        self._stop_reason: Stopped | None = None
+        self._kick_restart = trio.Event()
+        self._ended = trio.Event()
+        self._devices: list[tuple[range | None, range | None, Device]] = []
+        self._requests: dict[Requests, tuple[range | None, range | None]] = {}
+
+    # ---- state
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """How it ended; None while it has not."""
+        return self._outcome
+
+    @property
+    def state(self) -> State:
+        """Created (being set up), running, paused, stopped or failed."""
+        if self._outcome is not None:
+            return State.FAILED if isinstance(self._outcome, Failed) else State.STOPPED
+        if self._guest is None:
+            return State.CREATED
+        return State.PAUSED if self._paused and self._guest.parked.is_set() else State.RUNNING
+
+    @property
+    def throttled(self) -> bool:
+        """One of its vCPUs waits for its turn right now."""
+        return self._guest is not None and any(c.throttled_since for c in self._guest.counters())
+
+    def __repr__(self) -> str:
+        return f"<Vm {self.name!r} {self.state}>"
+
+    # ---- steering
+
+    async def wait(self) -> Outcome:
+        """Wait until it has ended for good (its restart policy lets it be), and return how."""
+        await self._ended.wait()
+        assert self._outcome is not None
+        return self._outcome
+
+    async def pause(self) -> None:
+        """Hold it: returns when every vCPU is outside the guest, and not waiting for its turn either.
+
+        Cancelled, the VM pauses all the same; call `resume`.
+
+        Raises:
+            StateError: it has ended.
+        """
+        guest = self._alive("pause")
+        if not self._paused:
+            self._paused = True
+            guest.pause()
+        await guest.parked.wait()
+
+    async def resume(self) -> None:
+        """Let it go on. What it still had to wait for its turn, it waits.
+
+        Raises:
+            StateError: it has ended.
+        """
+        guest = self._alive("resume")
+        if self._paused:
+            self._paused = False
+            guest.resume()
+        await trio.lowlevel.checkpoint()
+
+    async def stop(self, reason: str = "stop()") -> Outcome:
+        """End it, wait until nothing of it is left, and return how it ended. Stopping what has ended is no error.
+
+        It leaves `Fleet.vms` and its memory is given back; registers and statistics stay readable.
+        Cancelled, it stops all the same.
+        """
+        self.stop_soon(Stopped(reason))
+        await self._ended.wait()
+        self.release()
+        assert self._outcome is not None
+        return self._outcome
+
+    def release(self) -> None:
+        """It has ended: leave the fleet and give the memory back."""
+        if not self._released:
+            self._released = True
+            self._house.released(self)
+
+    def stop_soon(self, outcome: Stopped) -> None:
+        """Tell it to stop, and don't wait."""
+        self._stop_reason = self._stop_reason or outcome
+        self._kick_restart.set()
+        if self._guest is not None and self._outcome is None:
+            self._guest.end(self._stop_reason)
+
+    async def set_limit(
+        self, limit: Limit | None, *, meter: Meter | str = Meter.BUS_LOCKS, vcpu: int | None = None
+    ) -> None:
+        """Change its limit, or one vCPU's; at once, also for waits in progress. None: no limit.
+
+        Raises:
+            SpecError: not a limit, no such meter or vCPU.
+            BusLockUnsupported: a bus-lock limit where the fleet can't see bus locks.
+        """
+        self._house.set_limit_nowait(limit, meter=meter, vm=self.name, vcpu=vcpu)
+        await trio.lowlevel.checkpoint()
+
+    def budget(self, meter: Meter, vcpu: int | None) -> Any:
+        """The budget that `set_limit` means."""
+        if vcpu is None:
+            return self.budgets[meter]
+        return self.vcpu_budgets[self._vcpu(vcpu)][meter]
+
+    # ---- devices and requests
+
+    def attach(self, device: Device, *, ports: range | None = None, mmio: range | None = None) -> None:
+        """Add a device of your own. It is called on vCPU threads, one call at a time; it stays over restarts.
+
+        Raises:
+            SpecError: no range given, or one that is taken, or not a device.
+        """
+        if not isinstance(device, Device):
+            raise SpecError(f"device={device!r}: must have read(offset, size) and write(offset, size, value)")
+        self._claim(ports, mmio, device)
+        self._devices.append((ports, mmio, device))
+
+    @asynccontextmanager
+    async def requests(self, *, ports: range | None = None, mmio: range | None = None) -> AsyncIterator[Requests]:
+        """Claim ranges for this task, which answers each access (`Request`).
+
+        When the block is left, unanswered accesses go back to the bus: reads then give ones, as if nobody was there.
+
+        Raises:
+            SpecError: no range given, or one that is taken.
+        """
+        requests = Requests(self._house.post)
+        claims = self._claim(ports, mmio, requests)
+        self._requests[requests] = (ports, mmio)
+        try:
+            await trio.lowlevel.checkpoint()
+            yield requests
+        finally:
+            del self._requests[requests]
+            for guest, claim in claims:
+                if guest is self._guest:
+                    guest.release([claim])
+            requests.close()
+
+    def _claim(self, ports: range | None, mmio: range | None, handler: Handler) -> list[tuple[Guest, Any]]:
+        if ports is None and mmio is None:
+            raise SpecError("ports=None, mmio=None: name the ports or the MMIO addresses to claim, as ranges")
+        guest = self._alive("claim addresses of")
+        return [(guest, claim) for claim in guest.claim(ports, mmio, handler)]
+
+    # ---- inspection
+
+    def read_memory(self, address: int, size: int) -> bytes:
+        """Copy guest-physical memory. Not atomic against a running guest: pause it for a consistent picture.
+
+        Raises:
+            GuestMemoryError: outside its memory, or the memory was given back by `stop`.
+        """
+        return self._made().memory.read(address, size)
+
+    def write_memory(self, address: int, data: bytes) -> None:
+        """Copy bytes into guest-physical memory, read-only regions included.
+
+        Raises:
+            GuestMemoryError: outside its memory; nothing is written then.
+        """
+        self._made().memory.write(address, data)
+
+    def registers(self, vcpu: int = 0) -> Any:
+        """A vCPU's general registers (.rax ... .r15, .rip, .rflags), while it is paused or after it ended.
+
+        Raises:
+            StateError: it runs: `pause` it first, or use `inspect`.
+        """
+        guest = self._made()
+        index = self._vcpu(vcpu)
+        if guest.has_ended(index):
+            registers = guest.vcpus[index].final_registers
+            if registers is None or isinstance(registers, Exception):
+                raise StateError(f"vm {self.name!r}: vCPU {vcpu} ended before its registers could be read: {registers}")
+            return registers
+        if not (self._paused and guest.is_parked(index)):
+            raise StateError(f"vm {self.name!r}: vCPU {vcpu} runs: pause() first, or `await vm.inspect({vcpu})`")
+        return guest.vcpus[index].engine.registers()
+
+    async def inspect(self, vcpu: int = 0) -> Any:
+        """A running vCPU's general registers, taken between two entries of the guest; it is not paused for it."""
+        guest = self._made()
+        index = self._vcpu(vcpu)
+        if guest.has_ended(index):
+            await trio.lowlevel.checkpoint()
+            return self.registers(vcpu)
+        return await guest.call(index, guest.vcpus[index].engine.registers)
+
+    def statistics(self) -> VmStatistics:
+        """What it did so far."""
+        guest, seen = self._guest, self._house.bus_locks
+        counters: Sequence[Counters] = guest.counters() if guest is not None else []
+        if self._retired is not None:
+            counters = [_add(a, b) for a, b in zip(self._retired, counters, strict=True)] if counters else self._retired
+        vcpus = tuple(
+            VcpuStatistics(
+                index=index,
+                state=self._vcpu_state(index),
+                throttled=c.throttled_since is not None,
+                bus_locks=c.bus_locks if seen else None,
+                throttled_seconds=c.throttled / 1e9,
+                waits=c.waits,
+                released=c.released,
+                exits=c.exits,
+                unclaimed=c.unclaimed,
+                missed=c.missed,
+                kicks=c.kicks,
+            )
+            for index, c in enumerate(counters)
+        )
+        exits: dict[str, int] = {}
+        for c in counters:
+            for name, count in c.exits.items():
+                exits[name] = exits.get(name, 0) + count
+        return VmStatistics(
+            name=self.name,
+            tenant=self.tenant,
+            state=self.state,
+            throttled=any(v.throttled for v in vcpus),
+            outcome=self._outcome,
+            restarts=self.restarts,
+            bus_locks=sum(c.bus_locks for c in counters) if seen else None,
+            throttled_seconds=sum(v.throttled_seconds for v in vcpus),
+            waits=sum(v.waits for v in vcpus),
+            released=sum(v.released for v in vcpus),
+            exits=exits,
+            unclaimed=sum(v.unclaimed for v in vcpus),
+            missed=sum(v.missed for v in vcpus),
+            kicks=sum(v.kicks for v in vcpus),
+            limit=self.budgets[Meter.BUS_LOCKS].limit,
+            exit_limit=self.budgets[Meter.EXITS].limit,
+            vcpus=vcpus,
+        )
+
+    def _vcpu_state(self, index: int) -> State:
+        guest = self._guest
+        if guest is not None and self._outcome is None and guest.has_ended(index):
+            return State.STOPPED
+        if guest is not None and self._outcome is None and self._paused and guest.is_parked(index):
+            return State.PAUSED
+        return self.state
+
+    def _vcpu(self, vcpu: int) -> int:
+        if isinstance(vcpu, bool) or not isinstance(vcpu, int) or not 0 <= vcpu < self.spec.vcpus:
+            raise SpecError(f"vcpu={vcpu!r}: vm {self.name!r} has vCPUs 0 to {self.spec.vcpus - 1}")
+        return vcpu
+
+    def _made(self) -> Guest:
+        if self._guest is None:
+            raise StateError(f"vm {self.name!r} is still being set up")
+        return self._guest
+
+    def _alive(self, verb: str) -> Guest:
+        if self._outcome is not None or self._guest is None:
+            raise StateError(f"can't {verb} vm {self.name!r}: it is {self.state}")
+        return self._guest
+
+    # ---- for the fleet
+
+    @property
+    def guest(self) -> Guest | None:
+        return self._guest
+
+    async def supervise(
+        self, devices: Iterable[tuple[range | None, range | None, Device]], paused: bool, *, task_status: Any
+    ) -> None:
+        """The VM's task: run it, restart it as its spec says, and leave nothing behind."""
+        self._devices = list(devices)
+        self._paused = paused
+        restart, delay, in_a_row, started = self.spec.restart, self.spec.restart.backoff, 0, False
+        outcome: Outcome = Stopped("the fleet was closed")
+        try:
+            while True:
+                begun = trio.current_time()
+                try:
+                    guest = await self._start_guest()
+                except OrchestraError as error:
+                    if not started:
+                        raise
+                    outcome = Failed(f"restart: {error}")
+                else:
+                    if not started:
+                        started = True
+                        task_status.started()
+                    outcome = await guest.run()
+                    self._retire(guest)
+                if self._stop_reason is not None:
+                    outcome = self._stop_reason if isinstance(outcome, Stopped) else outcome
+                    return
+                if restart.when == "never" or not isinstance(outcome, Failed):
+                    return
+                if trio.current_time() - begun > restart.backoff_max:
+                    delay, in_a_row = restart.backoff, 0
+                in_a_row += 1
+                if restart.most is not None and in_a_row > restart.most:
+                    return
+                with trio.move_on_after(delay):
+                    await self._kick_restart.wait()
+                    return  # stopped while it waited to be restarted
+                delay = min(delay * 2, restart.backoff_max)
+                self.restarts += 1
+        finally:
+            self._outcome = outcome
+            self.console.close()
+            for requests in self._requests:
+                requests.end()
+            self._ended.set()
+
+    async def _start_guest(self) -> Guest:
+        levels = [(*self._above, self.budgets, vcpu) for vcpu in self.vcpu_budgets]
+        guest = Guest(self._house, self.spec, levels, self.console)
+        claims: list[tuple[range | None, range | None, Handler]] = [*self._devices]
+        claims += [(ports, mmio, requests) for requests, (ports, mmio) in self._requests.items()]
+        await guest.start(claims, self._paused)
+        if self._guest is not None:
+            self._guest.close()
+        self._guest = guest
+        if self._stop_reason is not None:
+            guest.end(self._stop_reason)
+        return guest
+
+    def _retire(self, guest: Guest) -> None:
+        """Keep an ended guest's figures if another will follow it."""
+        assert guest.final is not None
+        if self.spec.restart.when != "never":
+            previous = self._retired
+            self._retired = guest.final if previous is None else [_add(a, b) for a, b in zip(previous, guest.final, strict=True)]
+            guest.final = [attrs.evolve(_ZERO) for _ in guest.final]
+
+    def close(self) -> None:
+        """It left the fleet: give its memory back, and free its buckets."""
+        self._released = True
+        if self._guest is not None:
+            self._guest.close()
+        for budgets in (self.budgets, *self.vcpu_budgets):
+            for budget in budgets.values():
+                budget.close()
+
+
+_ZERO = Counters(
+    exits={}, bus_locks=0, throttled=0, waits=0, released=0, missed=0, kicks=0, unclaimed=0, throttled_since=None
+)
