@@ -1,4 +1,7 @@
-"""What this host can do for orchestra, and what to change where it could do more. Reads only, and never raises."""
+"""What this host can do for orchestra, and what to change where it could do more. Reads only, and never raises.
+
+One check after the other, each a few lines: what was found, what follows, what to do.
+"""
 
 from __future__ import annotations
 
@@ -132,6 +135,22 @@ class _Host:
         found = re.match(r"(\d{1,9})\.(\d{1,9})", self.read("proc/sys/kernel/osrelease"))
         return (int(found[1]), int(found[2])) if found else None
 
+    @cached_property
+    def split_lock_mode(self) -> tuple[str, str]:
+        """off, warn, fatal or ratelimit; and as it was set. Like the kernel, takes what it does not know for "warn"."""
+        settings = re.findall(r"(?:^|\s)split_lock_detect=(\S+)", self.read("proc/cmdline"))
+        if not self.flags & {"split_lock_detect", "bus_lock_detect"}:
+            return "off", "off (the CPU has no detection for host programs)"
+        mode = settings[-1].partition(":")[0] if settings else ""
+        if mode in ("off", "warn", "fatal", "ratelimit"):
+            return mode, settings[-1]
+        return "warn", f"warn (default; {settings[-1]!r} is no setting)" if settings else "warn (default)"
+
+    @property
+    def acts_on_guests(self) -> bool:
+        """Split locks of guests raise #AC in the host: only on Intel CPUs that detect split locks (not bus locks)."""
+        return self.vendor == "Intel" and "split_lock_detect" in self.flags
+
     def limit(self, name: str) -> tuple[int | None, str]:
         """Soft limit (None: unlimited or unknown) and the hard one as text, from /proc/self/limits."""
         found = re.search(rf"^{name}\s+(\S+)\s+(\S+)", self.read("proc/self/limits"), re.MULTILINE)
@@ -149,6 +168,20 @@ class _Host:
             if len(before) > 5 and len(after) > 2 and after[0] in ("cgroup", "cgroup2"):
                 mounts.append((before[4], after[0], {*before[5].split(","), *after[2].split(",")}))
         return mounts
+
+    @property
+    def nx_huge_pages(self) -> str:
+        return self.read("sys/module/kvm/parameters/nx_huge_pages")
+
+    @property
+    def favoured(self) -> bool:
+        return any("favordynmods" in options for _, _, options in self.cgroup_mounts)
+
+    @property
+    def favour(self) -> str:
+        """How to switch it on; the mount counts for the whole host, whichever it is."""
+        mount = min(self.cgroup_mounts, key=lambda mount: mount[1] != "cgroup2")[0]
+        return f"`mount -o remount,favordynmods {mount}`"
 
     def cgroup_values(self, controller: str, file: str) -> list[int]:
         """The numbers in `file` of this process's cgroup and of those above it ("max" is none)."""
@@ -230,10 +263,10 @@ def _bus_lock_exits(host: _Host) -> Iterator[Finding]:
             check,
             "note",
             str(bits),
-            'bus locks can\'t be seen here: bus_locks="require" refuses to start, "auto" runs without seeing them; exits '
-            "can be limited",
-            "use an Intel CPU with bus-lock detection (Linux 5.12) or an AMD CPU with Bus Lock Threshold (Linux 6.16); in "
-            "a virtual machine, its host must pass the feature on",
+            'bus locks can\'t be seen here: bus_locks="require" refuses to start, "auto" runs without seeing them; '
+            "exits can be limited",
+            "use an Intel CPU with bus-lock detection (Linux 5.12) or an AMD CPU with Bus Lock Threshold (Linux 6.16); "
+            "in a virtual machine, its host must pass the feature on",
         )
     else:
         meanings = {
@@ -256,34 +289,33 @@ def _bus_lock_flags(host: _Host) -> Iterator[Finding]:
 
 
 def _split_lock_detect(host: _Host) -> Iterator[Finding]:
-    """Documentation/arch/x86/buslock.rst; what guests feel: handle_guest_split_lock in arch/x86/kernel/cpu/bus_lock.c."""
-    check, settings = "split_lock_detect", re.findall(r"(?:^|\s)split_lock_detect=(\S+)", host.read("proc/cmdline"))
-    supported = "split_lock_detect" in host.flags or "bus_lock_detect" in host.flags
-    setting = settings[-1] if settings else "warn" if supported else "off"
-    value = setting if settings else f"{setting} (default)"
-    mitigate = host.number("proc/sys/kernel/split_lock_mitigate")
-    off = "boot with split_lock_detect=off and let orchestra's limits act"
-    mode = setting.partition(":")[0]
-    if mode not in ("off", "warn", "fatal", "ratelimit"):
-        yield Finding(check, "note", value, "not a setting that the kernel knows: it uses its default", off)
-    elif mode == "off":
+    """Documentation/arch/x86/buslock.rst; for guests, handle_guest_split_lock in arch/x86/kernel/cpu/bus_lock.c."""
+    check, off = "split_lock_detect", "boot with split_lock_detect=off and let orchestra's limits act"
+    mode, value = host.split_lock_mode
+    if mode == "off":
         yield Finding(
             check, "ok", value, "the host lets guests' split locks be: orchestra's limits are what acts on them"
         )
-    elif host.vendor == "AMD" or not supported:
-        yield Finding(
-            check, "ok", value, "acts on host programs at most: this CPU does not raise it for guests' split locks"
-        )
-    elif mode in ("fatal", "ratelimit"):
+    elif not host.acts_on_guests:
+        meaning = "acts on host programs at most: this CPU raises nothing for a guest's split lock"
+        yield Finding(check, "ok", value, meaning)
+    elif mode == "fatal":
         meaning = "a guest's split lock sends SIGBUS to its vCPU thread, which kills the process with every VM in it"
         yield Finding(check, "problem", value, meaning, off)
-    elif mitigate == 0:
-        meaning = "a guest's split lock is logged once and goes on (kernel.split_lock_mitigate=0)"
-        yield Finding(check, "ok", value, meaning)
+    elif mode == "ratelimit":
+        meaning = (
+            "the kernel means to leave guests' split locks alone in this mode, but one that it does notice sends "
+            "SIGBUS to the vCPU thread, which kills the process with every VM in it; host programs are slowed"
+        )
+        yield Finding(check, "note", value, meaning, off)
+    elif host.number("proc/sys/kernel/split_lock_mitigate") == 0:
+        yield Finding(
+            check, "ok", value, "a guest's split lock is logged once and goes on (kernel.split_lock_mitigate=0)"
+        )
     else:
         meaning = (
-            "each split lock of a guest puts its vCPU thread to sleep for 10 ms, one offender at a time in the whole "
-            "system; a vCPU that is kicked more often than that never gets past the instruction"
+            "each split lock of a guest puts its vCPU thread to sleep for 10 ms, and offenders of the whole host take "
+            "turns; a vCPU that is kicked more often than that never gets past the instruction"
         )
         yield Finding(check, "problem", value, meaning, f"`sysctl kernel.split_lock_mitigate=0`, or {off}")
 
@@ -291,44 +323,46 @@ def _split_lock_detect(host: _Host) -> Iterator[Finding]:
 def _split_lock_mitigate(host: _Host) -> Iterator[Finding]:
     check, value = "kernel.split_lock_mitigate", host.number("proc/sys/kernel/split_lock_mitigate")
     if value is None:
-        yield Finding(check, "ok", "absent", "this kernel has no such switch, so it slows no split lock by sleeping")
+        yield Finding(check, "ok", "absent", "this kernel has no such switch")
     elif value == 0:
-        yield Finding(check, "ok", "0", "split_lock_detect=warn only warns")
+        yield Finding(check, "ok", "0", "split_lock_detect=warn only logs")
+    elif host.split_lock_mode[0] != "warn" or not host.acts_on_guests:
+        yield Finding(check, "ok", str(value), "would act with split_lock_detect=warn, which acts on no guest here")
     else:
-        meaning = "split_lock_detect=warn also makes the offender sleep for 10 ms per split lock"
-        yield Finding(
-            check, "note", str(value), meaning, "`sysctl kernel.split_lock_mitigate=0` if split_lock_detect acts"
-        )
+        meaning = "split_lock_detect=warn makes the offender sleep for 10 ms per split lock, before orchestra sees it"
+        yield Finding(check, "problem", str(value), meaning, "`sysctl kernel.split_lock_mitigate=0`")
 
 
 # ---- what launching costs
 
 
 def _nx_huge_pages(host: _Host) -> Iterator[Finding]:
-    check, value = "kvm.nx_huge_pages", host.read("sys/module/kvm/parameters/nx_huge_pages") or "unknown"
-    favoured = any("favordynmods" in options for _, _, options in host.cgroup_mounts)
+    check, value = "kvm.nx_huge_pages", host.nx_huge_pages
     if value == "never":
         yield Finding(check, "ok", value, "a VM starts without a recovery thread of its own")
-    elif favoured or not host.cgroup_mounts:
-        yield Finding(check, "ok", value, "a VM's recovery thread starts fast here")
+    elif host.favoured or not host.cgroup_mounts:
+        yield Finding(check, "ok", value or "unknown", "a VM's recovery thread starts fast here")
     else:
-        meaning = "each VM starts a recovery thread and moves it into its cgroup: KVM_CREATE_VM can take 27 ms for 0.35"
-        remedy = (
-            "`mount -o remount,favordynmods /sys/fs/cgroup`, or the module parameter kvm.nx_huge_pages=never where safe"
+        meaning = (
+            "each VM starts a recovery thread and moves it into a cgroup: KVM_CREATE_VM can take 27 ms instead of 0.35"
         )
-        yield Finding(check, "note", value, meaning, remedy)
+        remedy = (
+            f"{host.favour}, or the module parameter kvm.nx_huge_pages=never where the CPU has no iTLB multihit bug"
+        )
+        yield Finding(check, "note", value or "unknown", meaning, remedy)
 
 
 def _favordynmods(host: _Host) -> Iterator[Finding]:
+    check = "cgroup favordynmods"
     if not host.cgroup_mounts:
-        yield Finding("cgroup favordynmods", "ok", "no cgroups", "nothing slows the start of a VM")
-    elif any("favordynmods" in options for _, _, options in host.cgroup_mounts):
-        yield Finding(
-            "cgroup favordynmods", "ok", "on", "moving threads between cgroups is fast, and so is starting VMs"
-        )
+        yield Finding(check, "ok", "no cgroups", "nothing slows the start of a VM")
+    elif host.favoured:
+        yield Finding(check, "ok", "on", "moving a thread into a cgroup is fast, and so is starting a VM")
+    elif host.nx_huge_pages == "never":
+        yield Finding(check, "ok", "off", "no matter: with kvm.nx_huge_pages=never a VM starts no thread of KVM's")
     else:
-        meaning = "moving threads between cgroups waits for RCU, and each start of a VM does that"
-        yield Finding("cgroup favordynmods", "note", "off", meaning, "`mount -o remount,favordynmods /sys/fs/cgroup`")
+        meaning = "moving a thread into a cgroup waits for RCU, and KVM does that for each VM"
+        yield Finding(check, "note", "off", meaning, host.favour)
 
 
 # ---- limits
