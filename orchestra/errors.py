@@ -26,7 +26,7 @@ class OrchestraError(Exception):
 
 
 class SpecError(OrchestraError, ValueError):
-    """Your spec, limit or argument says something that can't be: the message names the field, the value and the remedy."""
+    """Your spec, limit or argument can't be: the message names the field, the value and the remedy."""
 
 
 class NoSuchBackend(SpecError):
@@ -56,7 +56,7 @@ class GuestMemoryError(OrchestraError, IndexError):
 
 
 class BackendUnavailable(OrchestraError, RuntimeError):
-    """The host lacks what the backend needs (no /dev/kvm, no permission on it, an old kernel); the message says what to do."""
+    """The host lacks what the backend needs (/dev/kvm, permission, a newer kernel); the message says what to do."""
 
 
 class BusLockUnsupported(BackendUnavailable):

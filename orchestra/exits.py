@@ -202,7 +202,7 @@ class Nmi(Exit):
 
 @attrs.define(eq=False)
 class InternalError(Exit):
-    """KVM_EXIT_INTERNAL_ERROR. `suberror` 1: an instruction that KVM can't emulate, whose bytes are in `instruction`."""
+    """KVM_EXIT_INTERNAL_ERROR. `suberror` 1: KVM can't emulate an instruction; its bytes are in `instruction`."""
 
     kernel_name: ClassVar[str] = "internal_error"
     suberror: int

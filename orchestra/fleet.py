@@ -1,8 +1,8 @@
 """A fleet: many VMs in one nursery, their exits merged, actions applied to any of them.
 
-    fleet's nursery ── drain task (ring → channels)
-                    ├─ governor (policies)
-                    └─ a task for each VM ── a task for each vCPU ── its thread
+fleet's nursery ── drain task (ring → channels)
+                ├─ governor (policies)
+                └─ a task for each VM ── a task for each vCPU ── its thread
 """
 
 from __future__ import annotations
@@ -203,7 +203,9 @@ class Fleet:
             raise SpecError(f"vm {spec.name!r}: vcpus={spec.vcpus}: this host's KVM allows at most {most} in a VM")
         previous = self._vms.get(spec.name)
         if previous is not None and previous.outcome is None:
-            raise VmExists(f"name={spec.name!r}: a VM of that name is {previous.state}; stop it, or choose another name")
+            raise VmExists(
+                f"name={spec.name!r}: a VM of that name is {previous.state}; stop it, or choose another name"
+            )
 
         vm = Vm(self, spec, seat.tenant.name, (self._budgets, seat.budgets))
         if previous is not None:

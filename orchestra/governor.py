@@ -25,8 +25,9 @@ class Fleet(Protocol):
 
     core: FleetCore
     bus_locks: bool
-    tenants: Mapping[str, Tenant]
 
+    @property
+    def tenants(self) -> Mapping[str, Tenant]: ...
     @property
     def limit(self) -> Limit | None: ...
     @property
@@ -171,5 +172,3 @@ class Governor:
         for action in actions:
             seat.actions += 1
             await fleet.apply(action, policy=policy.name)
-
-

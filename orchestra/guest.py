@@ -61,7 +61,9 @@ class House(Protocol):
 class Guest:
     """Made by `Guest.start`, run by `Guest.run` in the VM's task, released by `Guest.close`."""
 
-    def __init__(self, house: House, spec: VmSpec, levels: Sequence[tuple[Budgets, ...]], console: Console) -> None:
+    def __init__(
+        self, house: House, spec: VmSpec, levels: Sequence[tuple[Budgets, Budgets, Budgets, Budgets]], console: Console
+    ) -> None:
         self.house = house
         self.spec = spec
         self.name = spec.name
@@ -214,7 +216,7 @@ class Guest:
         if self.final is None:
             self.command(set=Command.STOP)
 
-    def command(self, set: Command = Command(0), clear: Command = Command(0)) -> None:
+    def command(self, set: int = 0, clear: int = 0) -> None:
         """Command all vCPUs: all are signalled before anybody waits for one. Any thread."""
         for core in self._cores:
             core.command(set, clear)

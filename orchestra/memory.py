@@ -72,7 +72,10 @@ class GuestMemory:
         while size:
             region = next((region for region in self.regions if address in region.span), None)
             if region is None:
-                where = ", ".join(f"{r.span.start:#x}-{r.span.stop - 1:#x}" for r in self.regions) or "nowhere: it is released"
+                where = (
+                    ", ".join(f"{r.span.start:#x}-{r.span.stop - 1:#x}" for r in self.regions)
+                    or "nowhere: it is released"
+                )
                 raise GuestMemoryError(f"address {address:#x}, {size} bytes: outside the guest's memory ({where})")
             length = min(size, region.span.stop - address)
             yield region, address - region.span.start, length

@@ -5,6 +5,7 @@ Every check names the field, the value and the remedy, and is made here at the e
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Mapping
@@ -107,7 +108,9 @@ class Limit:
         if self.burst is not None and not 1 <= _number("burst", self.burst) <= 1e9:
             raise _fail("burst", self.burst, "must be from 1 to 1e9 events")
         if self.max_delay is not None and not 0 < _number("max_delay", self.max_delay) <= 1e6:
-            raise _fail("max_delay", self.max_delay, "must be more than 0 and at most 1e6 seconds, or None for no bound")
+            raise _fail(
+                "max_delay", self.max_delay, "must be more than 0 and at most 1e6 seconds, or None for no bound"
+            )
 
     @property
     def tokens(self) -> float:
@@ -166,7 +169,7 @@ class MemoryRegion:
     size: int
     readonly: bool = False
     log_dirty: bool = False
-    contents: bytes = attrs.field(default=b"", repr=len)
+    contents: bytes = attrs.field(default=b"", repr=lambda contents: f"<{len(contents)} bytes>")
 
     def __attrs_post_init__(self) -> None:
         _whole("region address", self.address, 0, MAX_MEMORY)
@@ -352,7 +355,7 @@ class VmSpec:
 
     def _check_layout(self) -> None:
         spans = sorted([*self.ram, *(region.span for region in self.regions)], key=lambda span: span.start)
-        for low, high in zip(spans, spans[1:], strict=False):
+        for low, high in itertools.pairwise(spans):
             if high.start < low.stop:
                 raise SpecError(
                     f"regions: {high.start:#x}-{high.stop - 1:#x} overlaps {low.start:#x}-{low.stop - 1:#x}; "
@@ -369,7 +372,9 @@ class VmSpec:
         if boot.mode != 16:
             tables = self.tables
             if tables.start < PAGE:
-                raise _fail("memory", self.memory, f"{boot.mode}-bit mode needs at least {14 * PAGE} bytes, for its tables")
+                raise _fail(
+                    "memory", self.memory, f"{boot.mode}-bit mode needs at least {14 * PAGE} bytes, for its tables"
+                )
             if boot.span.start < tables.stop and tables.start < boot.span.stop:
                 raise SpecError(
                     f"boot: the image at {boot.span.start:#x}-{boot.span.stop - 1:#x} overlaps the descriptor and page "

@@ -76,6 +76,7 @@ class Vcpu:
         engine, life = self.engine, self.life()
         run, sleep, send = engine.run, engine.sleep, life.send
         engine.attach()
+        outcome: Outcome
         try:
             wanted = next(life)
             while True:
@@ -84,17 +85,17 @@ class Vcpu:
             outcome = end.value
         except Exception as error:
             outcome = self._failed(f"{type(error).__name__}: {error}")
-        finally:
-            engine.detach()
+        engine.detach()
         self._end(outcome)
 
     async def drive_async(self) -> None:
         """Run to the end on the fleet's thread; cancelling it ends the vCPU where it is."""
         engine, life = self.engine, self.life()
+        outcome: Outcome
         try:
             wanted = next(life)
             while True:
-                wanted = life.send(await (engine.run() if wanted == RUN else engine.sleep(wanted)))  # type: ignore[misc]  # not threaded: awaitable
+                wanted = life.send(await (engine.run() if wanted == RUN else engine.sleep(wanted)))
         except StopIteration as end:
             outcome = end.value
         except Exception as error:
@@ -116,7 +117,7 @@ class Vcpu:
         io, mmio = Why.IO, Why.MMIO
         while True:
             why = yield RUN
-            if why == io or why == mmio:
+            if why in (io, mmio):
                 bus = host.ports if why == io else host.mmio
                 address, size = access.address, access.size
                 claim = bus.find(address, size)

@@ -80,7 +80,9 @@ def _add(a: Counters, b: Counters) -> Counters:
     for name, count in b.exits.items():
         exits[name] = exits.get(name, 0) + count
     fields = ("bus_locks", "throttled", "waits", "released", "missed", "kicks", "unclaimed")
-    return Counters(exits=exits, throttled_since=b.throttled_since, **{f: getattr(a, f) + getattr(b, f) for f in fields})
+    return Counters(
+        exits=exits, throttled_since=b.throttled_since, **{f: getattr(a, f) + getattr(b, f) for f in fields}
+    )
 
 
 class Vm:
@@ -436,7 +438,9 @@ class Vm:
         assert guest.final is not None
         if self.spec.restart.when != "never":
             previous = self._retired
-            self._retired = guest.final if previous is None else [_add(a, b) for a, b in zip(previous, guest.final, strict=True)]
+            self._retired = (
+                guest.final if previous is None else [_add(a, b) for a, b in zip(previous, guest.final, strict=True)]
+            )
             guest.final = [attrs.evolve(_ZERO) for _ in guest.final]
 
     def close(self) -> None:

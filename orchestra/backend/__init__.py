@@ -7,7 +7,7 @@ through the C core (`VcpuCore`), so counters, buckets, ring and commands are the
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Sequence
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any, Literal, Protocol
 
@@ -57,16 +57,20 @@ class EntryState:
 class Engine(Protocol):
     """One vCPU's executor. Its methods are for the runner unless they say otherwise."""
 
-    core: VcpuCore
-    threaded: bool
-    """`run` blocks and belongs on a thread of its own; else it is awaited on the fleet's."""
-    access: Any
-    """`struct orc_access *`: what to answer after `Why.IO` and `Why.MMIO`."""
+    @property
+    def core(self) -> VcpuCore: ...
+    @property
+    def threaded(self) -> bool:
+        """`run` blocks and belongs on a thread of its own; else it is awaited on the fleet's."""
+
+    @property
+    def access(self) -> Any:
+        """`struct orc_access *`: what to answer after `Why.IO` and `Why.MMIO`."""
 
     def run(self) -> Any:
         """Execute until something needs a decision: a `Why`, or an awaitable of one if not threaded."""
 
-    def sleep(self, seen: int) -> Awaitable[None] | None:
+    def sleep(self, seen: int) -> Any:
         """Sleep until woken or kicked, unless that came since `seen` was read."""
 
     def attach(self) -> None: ...
@@ -98,8 +102,8 @@ class Engine(Protocol):
 class Machine(Protocol):
     """One VM as a backend made it."""
 
-    memory: GuestMemory
-    engines: Sequence[Engine]
+    @property
+    def engines(self) -> Sequence[Engine]: ...
 
     def claim_ports(self, ports: range, claimed: bool) -> None:
         """Accesses to claimed ports come back as `Why.IO`; others read as ones and are only counted."""
@@ -114,11 +118,15 @@ class Machine(Protocol):
 class Backend(Protocol):
     """A way to execute guests."""
 
-    name: str
-    why: str
-    """One line: what it is and why it was picked."""
-    blocking: bool
-    """`create` takes its time and belongs on a worker thread."""
+    @property
+    def name(self) -> str: ...
+    @property
+    def why(self) -> str:
+        """One line: what it is and why it was picked."""
+
+    @property
+    def blocking(self) -> bool:
+        """`create` takes its time and belongs on a worker thread."""
 
     def bus_lock_detection(self) -> Detection | None:
         """How this host reports bus locks; None: it does not."""

@@ -1,4 +1,4 @@
-"""The scripted backend: guests that are a timed list of exits. No thread, no KVM; for tests of all that reacts to exits.
+"""Guests that are a timed list of exits. No thread, no KVM; for tests of all that reacts to exits.
 
 Exits are accounted by the same C core as real ones, so counters, budgets, statistics and subscriptions are the real
 ones too. Time is trio's, so a test under `trio.testing.MockClock(autojump_threshold=0)` runs hours in milliseconds.
@@ -189,7 +189,7 @@ class ScriptedEngine:
             with trio.move_on_after(max(0, turn - backend.now()) / 1e9):
                 await kicked.wait()
             # The clock is a float: what is left below its resolution counts as waited.
-            served = lib.orc_vcpu_turn(handle) <= backend.now() + 1000
+            served = bool(lib.orc_vcpu_turn(handle) <= backend.now() + 1000)
         finally:
             lib.orc_vcpu_wait_end(handle, max(backend.now(), turn) if served else backend.now(), served)
         return served

@@ -42,7 +42,6 @@ def _page_tables(base: int) -> bytes:
     return pml4 + pointers.ljust(PAGE, b"\0") + pages
 
 
-
 def load(spec: VmSpec, memory: GuestMemory) -> list[EntryState]:
     """Write the image, and the tables that its mode needs; return where each vCPU starts."""
     image = spec.boot

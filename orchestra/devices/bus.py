@@ -72,8 +72,8 @@ class Bus:
         for claim in claims:
             if span.start < claim.span.stop and claim.span.start < span.stop:
                 raise SpecError(
-                    f"{self.name}={span.start:#x}-{span.stop - 1:#x}: {claim.span.start:#x}-{claim.span.stop - 1:#x} is "
-                    f"claimed by {type(claim.handler).__name__} already"
+                    f"{self.name}={span.start:#x}-{span.stop - 1:#x}: "
+                    f"{claim.span.start:#x}-{claim.span.stop - 1:#x} is claimed by {type(claim.handler).__name__} already"
                 )
         added = Claim(span, handler, handler if isinstance(handler, Device) else None)
         self._replace(sorted([*claims, added], key=lambda claim: claim.span.start))

@@ -65,15 +65,20 @@ static int64_t minus(int64_t a, int64_t b)
 	return (int64_t)((uint64_t)a - (uint64_t)b);
 }
 
-static int64_t tokens(const struct limit *l, orc_ns t)
+/* Tokens made by `t`, in whole units; *part is what there is of the next one. */
+static int64_t tokens(const struct limit *l, orc_ns t, double *part)
 {
 	double more;
 
+	*part = 0;
 	/* A runner may have read the clock just before the limit was set: time never runs backwards here. */
 	if (t <= l->since)
 		return l->made;
 	more = (double)(t - l->since) * l->per_ns;
-	return plus(l->made, more < FAR ? (int64_t)more : (int64_t)(uint64_t)(unsigned __int128)more);
+	if (more >= FAR)
+		return plus(l->made, (int64_t)(uint64_t)(unsigned __int128)more);
+	*part = more - (double)(int64_t)more;
+	return plus(l->made, (int64_t)more);
 }
 
 orc_bucket *orc_bucket_new(void)
@@ -104,11 +109,12 @@ void orc_bucket_set(orc_bucket *b, double rate, double burst, orc_ns max_delay, 
 {
 	struct limit old;
 	int64_t made;
+	double part;
 
 	pthread_mutex_lock(&b->lock);
 	old = read_limit(b);
 	if (old.limited) {
-		made = tokens(&old, now);
+		made = tokens(&old, now, &part);
 	} else {
 		made = old.made;
 		atomic_store_explicit(&b->last, made, memory_order_release); /* a new limit starts without old debts */
@@ -129,7 +135,8 @@ void orc_bucket_set(orc_bucket *b, double rate, double burst, orc_ns max_delay, 
 void orc_bucket_charge(orc_bucket *b, orc_ns now, struct orc_ticket *out)
 {
 	struct limit l = read_limit(b);
-	int64_t made = tokens(&l, now), most = INT64_MAX, last, debt, kept;
+	double part;
+	int64_t made = tokens(&l, now, &part), most = INT64_MAX, last, debt, kept;
 
 	/* What max_delay lets go early must not pile up as a debt that others pay for long afterwards. */
 	if (l.max_delay >= 0)
@@ -155,14 +162,15 @@ void orc_bucket_turn(const orc_bucket *b, const struct orc_ticket *ticket, orc_n
 	struct limit l = read_limit(b);
 	orc_ns from = ticket->charged > l.since ? ticket->charged : l.since;
 	int64_t ahead;
+	double part;
 
 	*by_tokens = ORC_NEVER;
 	*by_delay = INT64_MAX;
 	if (!l.limited)
 		return;
-	ahead = minus(ticket->number, tokens(&l, from)) - l.tolerance;
+	ahead = minus(ticket->number, tokens(&l, from, &part)) - l.tolerance;
 	if (ahead > 0)
-		*by_tokens = from + to_int((double)ahead / l.per_ns + 1.0);
+		*by_tokens = from + to_int(((double)ahead - part) / l.per_ns + 1.0);
 	if (l.max_delay >= 0)
 		*by_delay = ticket->charged + l.max_delay;
 }

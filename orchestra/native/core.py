@@ -94,7 +94,9 @@ class FleetCore:
     def __init__(self) -> None:
         self.handle: Any = lib.orc_fleet_new()
         if self.handle == ffi.NULL:
-            raise ResourceLimit(ffi.errno, f"eventfd: {os.strerror(ffi.errno)}: raise the limit on open files (ulimit -n)")
+            raise ResourceLimit(
+                ffi.errno, f"eventfd: {os.strerror(ffi.errno)}: raise the limit on open files (ulimit -n)"
+            )
         self.eventfd = int(lib.orc_fleet_eventfd(self.handle))
         self._records = ffi.new("struct orc_record[]", self.BATCH)
         self._buffer = memoryview(ffi.buffer(self._records))
@@ -102,7 +104,7 @@ class FleetCore:
         self._ids = ffi.new("uint32_t[]", self.BATCH)
 
     def drain(self) -> memoryview:
-        """The next batch of records, as raw bytes of `struct orc_record`; empty if there are none. Valid until the next call."""
+        """The next batch of records, raw `struct orc_record`; empty if there are none. Valid until the next call."""
         return self._buffer[: lib.orc_fleet_drain(self.handle, self._records, self.BATCH) * self._record_size]
 
     def may_sleep(self) -> bool:
@@ -150,7 +152,9 @@ class VcpuCore:
         self.id = id
         self.handle: Any = lib.orc_vcpu_new(fleet.handle, id, RING_RECORDS)
         if self.handle == ffi.NULL:
-            raise ResourceLimit(ffi.errno, f"ring of a vCPU: {os.strerror(ffi.errno)}: vm.max_map_count or memory is used up")
+            raise ResourceLimit(
+                ffi.errno, f"ring of a vCPU: {os.strerror(ffi.errno)}: vm.max_map_count or memory is used up"
+            )
 
     def set_bucket(self, meter: Meter, level: int, bucket: Bucket) -> None:
         """Before it runs. `level`: 0 host, 1 tenant, 2 VM, 3 vCPU."""
@@ -160,7 +164,7 @@ class VcpuCore:
         """Which exit reasons go to the ring."""
         lib.orc_vcpu_tell(self.handle, mask)
 
-    def command(self, set: Command = Command(0), clear: Command = Command(0)) -> None:
+    def command(self, set: int = 0, clear: int = 0) -> None:
         """Set and clear commands, and kick."""
         lib.orc_vcpu_command(self.handle, set, clear)
 

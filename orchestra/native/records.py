@@ -25,38 +25,41 @@ TELL_BUS_LOCK: Final = 1 << int(lib.ORC_TOLD_BUS_LOCK)
 
 Fields: TypeAlias = tuple[Any, ...]
 """A record as `_LAYOUT` unpacks it."""
-Decoder: TypeAlias = Callable[[tuple[Any, ...], tuple[int, int, int, int, int], bytes], exits.Exit]
+Decoder: TypeAlias = Callable[[Any, tuple[int, int, int, int, int], bytes], exits.Exit]
 
 # From (the common fields, arg[5], data) to the object, by reason: the order that describe() in kvm.c writes.
+_make: Any = exits  # mypy takes whatever follows a starred argument for too many
 _DECODERS: Final[dict[str, Decoder]] = {
-    "unknown": lambda c, a, d: exits.UnknownExit(*c, a[0]),
-    "exception": lambda c, a, d: exits.ExceptionExit(*c, a[0], a[1]),
-    "io": lambda c, a, d: exits.Io(*c, a[0], a[1], a[2], a[3] == 1, d),
-    "hypercall": lambda c, a, d: exits.Hypercall(*c, a[0], a[1:4]),
-    "debug": lambda c, a, d: exits.Debug(*c, a[0], a[1], a[2], a[3]),
-    "hlt": lambda c, a, d: exits.Hlt(*c),
-    "mmio": lambda c, a, d: exits.Mmio(*c, a[0], a[1], a[2] == 1, d),
-    "irq_window_open": lambda c, a, d: exits.IrqWindowOpen(*c),
-    "shutdown": lambda c, a, d: exits.ShutdownExit(*c),
-    "fail_entry": lambda c, a, d: exits.FailEntry(*c, a[0], a[1]),
-    "intr": lambda c, a, d: exits.Interrupted(*c),
-    "set_tpr": lambda c, a, d: exits.SetTpr(*c, a[0]),
-    "tpr_access": lambda c, a, d: exits.TprAccess(*c, a[0], a[1] == 1),
-    "nmi": lambda c, a, d: exits.Nmi(*c),
-    "internal_error": lambda c, a, d: exits.InternalError(*c, a[0], d),
-    "system_event": lambda c, a, d: exits.SystemEvent(*c, a[0], a[2 : 2 + min(a[1], 3)]),
-    "ioapic_eoi": lambda c, a, d: exits.IoapicEoi(*c, a[0]),
-    "hyperv": lambda c, a, d: exits.Hyperv(*c, a[0]),
-    "x86_rdmsr": lambda c, a, d: exits.Rdmsr(*c, a[0], a[1]),
-    "x86_wrmsr": lambda c, a, d: exits.Wrmsr(*c, a[0], a[1], a[2]),
-    "dirty_ring_full": lambda c, a, d: exits.DirtyRingFull(*c),
-    "x86_bus_lock": lambda c, a, d: exits.BusLock(*c),
-    "xen": lambda c, a, d: exits.Xen(*c, a[0]),
-    "notify": lambda c, a, d: exits.Notify(*c, a[0]),
-    "memory_fault": lambda c, a, d: exits.MemoryFault(*c, a[0], a[1], a[2]),
+    "unknown": lambda c, a, d: _make.UnknownExit(*c, a[0]),
+    "exception": lambda c, a, d: _make.ExceptionExit(*c, a[0], a[1]),
+    "io": lambda c, a, d: _make.Io(*c, a[0], a[1], a[2], a[3] == 1, d),
+    "hypercall": lambda c, a, d: _make.Hypercall(*c, a[0], a[1:4]),
+    "debug": lambda c, a, d: _make.Debug(*c, a[0], a[1], a[2], a[3]),
+    "hlt": lambda c, a, d: _make.Hlt(*c),
+    "mmio": lambda c, a, d: _make.Mmio(*c, a[0], a[1], a[2] == 1, d),
+    "irq_window_open": lambda c, a, d: _make.IrqWindowOpen(*c),
+    "shutdown": lambda c, a, d: _make.ShutdownExit(*c),
+    "fail_entry": lambda c, a, d: _make.FailEntry(*c, a[0], a[1]),
+    "intr": lambda c, a, d: _make.Interrupted(*c),
+    "set_tpr": lambda c, a, d: _make.SetTpr(*c, a[0]),
+    "tpr_access": lambda c, a, d: _make.TprAccess(*c, a[0], a[1] == 1),
+    "nmi": lambda c, a, d: _make.Nmi(*c),
+    "internal_error": lambda c, a, d: _make.InternalError(*c, a[0], d),
+    "system_event": lambda c, a, d: _make.SystemEvent(*c, a[0], a[2 : 2 + min(a[1], 3)]),
+    "ioapic_eoi": lambda c, a, d: _make.IoapicEoi(*c, a[0]),
+    "hyperv": lambda c, a, d: _make.Hyperv(*c, a[0]),
+    "x86_rdmsr": lambda c, a, d: _make.Rdmsr(*c, a[0], a[1]),
+    "x86_wrmsr": lambda c, a, d: _make.Wrmsr(*c, a[0], a[1], a[2]),
+    "dirty_ring_full": lambda c, a, d: _make.DirtyRingFull(*c),
+    "x86_bus_lock": lambda c, a, d: _make.BusLock(*c),
+    "xen": lambda c, a, d: _make.Xen(*c, a[0]),
+    "notify": lambda c, a, d: _make.Notify(*c, a[0]),
+    "memory_fault": lambda c, a, d: _make.MemoryFault(*c, a[0], a[1], a[2]),
 }
 _BY_NUMBER: Final = {REASON_NUMBERS[name]: decoder for name, decoder in _DECODERS.items()}
-_KINDS: Final = {kind.kernel_name: kind for kind in vars(exits).values() if isinstance(kind, type) and "kernel_name" in vars(kind)}
+_KINDS: Final[dict[str, type[exits.Exit]]] = {
+    kind.kernel_name: kind for kind in vars(exits).values() if isinstance(kind, type) and issubclass(kind, exits.Exit)
+}
 
 
 def told_mask(kinds: tuple[type[exits.Exit], ...]) -> int:
@@ -118,7 +121,9 @@ class RecordReader:
                 yield decode(fields, *name)
 
 
-def build(reason: str | int, *, flags: int = 0, rip: int | None = None, args: tuple[int, ...] = (), data: bytes = b"") -> Any:
+def build(
+    reason: str | int, *, flags: int = 0, rip: int | None = None, args: tuple[int, ...] = (), data: bytes = b""
+) -> Any:
     """A `struct orc_record *` for an exit that no kernel made: what the scripted backend plays."""
     record = ffi.new("struct orc_record *")
     record.reason = REASON_NUMBERS[reason] if isinstance(reason, str) else reason

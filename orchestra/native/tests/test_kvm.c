@@ -1,0 +1,296 @@
+#include <errno.h>
+#include <fcntl.h>
+#include <sched.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "check.h"
+
+enum { SIZE = 0x10000, LOAD = 0x1000, PORT = 0x500, NOBODY = 0x80, STOP = 1 };
+
+/* 16-bit guests, position: LOAD. */
+#define GUEST(name, code)                                                                                              \
+	extern const uint8_t name[], name##_end[];                                                                     \
+	__asm__(".pushsection .rodata\n.code16\n" #name ":\n" code "\n" #name "_end:\n.code64\n.popsection\n")
+
+GUEST(spin, "1: jmp 1b");
+GUEST(ports, "mov $0x80, %dx; mov $1, %al; out %al, %dx; out %ax, %dx;" /* nobody there */
+	     "in %dx, %eax; mov %eax, 0x3000;"
+	     "mov $0x500, %dx; mov $0x41, %al; out %al, %dx;"
+	     "in %dx, %ax; mov %ax, 0x3004; hlt");
+GUEST(strings, "cld; mov $0x500, %dx; mov $0x2000, %si; mov $5, %cx; rep outsb;"
+	       "mov $0x3000, %di; mov $5, %cx; rep insb;"
+	       "mov $0x80, %dx; mov $4, %cx; rep insw;"
+	       "mov $0x2000, %si; mov $5, %cx; rep outsb; hlt");
+
+struct guest {
+	int kvm, vm, fd;
+	uint8_t *memory;
+	struct kvm_run *run;
+	size_t run_size;
+	orc_fleet *fleet;
+	orc_vcpu *vcpu;
+	orc_ports *ports;
+};
+
+static bool guest_new(struct guest *g, const uint8_t *code, const uint8_t *end)
+{
+	struct kvm_userspace_memory_region region = {.memory_size = SIZE};
+	struct kvm_sregs sregs;
+	struct kvm_regs regs = {.rip = LOAD, .rflags = 2};
+
+	g->kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
+	if (g->kvm < 0) {
+		skipped = errno == ENOENT ? "no /dev/kvm here" : "/dev/kvm does not open (permissions?)";
+		return false;
+	}
+	CHECK(!orc_signal_install());
+	g->vm = (int)orc_ioctl_value(g->kvm, KVM_CREATE_VM, 0);
+	CHECK(g->vm >= 0, "%d", g->vm);
+	g->memory = mmap(NULL, SIZE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	region.userspace_addr = (uintptr_t)g->memory;
+	CHECK(!orc_ioctl_value(g->vm, KVM_SET_TSS_ADDR, 0xfffbd000));
+	CHECK(!orc_ioctl(g->vm, KVM_SET_USER_MEMORY_REGION, &region));
+	g->fd = (int)orc_ioctl_value(g->vm, KVM_CREATE_VCPU, 0);
+	CHECK(g->fd >= 0, "%d", g->fd);
+	g->run_size = (size_t)orc_ioctl_value(g->kvm, KVM_GET_VCPU_MMAP_SIZE, 0);
+	g->run = mmap(NULL, g->run_size, PROT_READ | PROT_WRITE, MAP_SHARED, g->fd, 0);
+	CHECK(g->run != MAP_FAILED);
+	CHECK(!orc_ioctl(g->fd, KVM_GET_SREGS, &sregs));
+	sregs.cs.base = 0;
+	sregs.cs.selector = 0;
+	CHECK(!orc_ioctl(g->fd, KVM_SET_SREGS, &sregs));
+	CHECK(!orc_ioctl(g->fd, KVM_SET_REGS, &regs));
+	memcpy(g->memory + LOAD, code, (size_t)(end - code));
+	g->fleet = orc_fleet_new();
+	g->vcpu = orc_vcpu_new(g->fleet, 0, 64);
+	g->ports = orc_ports_new();
+	orc_vcpu_bind_kvm(g->vcpu, g->fd, g->run, g->ports, false);
+	return true;
+}
+
+static void guest_free(struct guest *g)
+{
+	orc_vcpu_free(g->vcpu);
+	orc_ports_free(g->ports);
+	orc_fleet_free(g->fleet);
+	munmap(g->run, g->run_size);
+	close(g->fd);
+	close(g->vm);
+	munmap(g->memory, SIZE);
+	close(g->kvm);
+}
+
+static struct orc_counters counters(const orc_vcpu *v)
+{
+	struct orc_counters out;
+
+	orc_vcpu_counters(v, &out, orc_now());
+	return out;
+}
+
+static void accesses_to_claimed_ports_come_out_and_others_stay_in_the_loop(void)
+{
+	struct guest g;
+	struct orc_access *access;
+	uint32_t value;
+
+	if (!guest_new(&g, ports, ports_end))
+		return;
+	orc_vcpu_attach(g.vcpu);
+	orc_ports_claim(g.ports, PORT, 1, true);
+	access = orc_vcpu_access(g.vcpu);
+
+	CHECK(orc_kvm_run(g.vcpu) == ORC_IO);
+	CHECK(access->address == PORT && access->write && access->size == 1 && access->count == 1);
+	CHECK(access->data[0] == 0x41);
+	CHECK(counters(g.vcpu).unclaimed == 3);
+
+	CHECK(orc_kvm_run(g.vcpu) == ORC_IO);
+	CHECK(access->address == PORT && !access->write && access->size == 2);
+	memcpy(access->data, "\x34\x12", 2);
+
+	CHECK(orc_kvm_run(g.vcpu) == ORC_EXIT);
+	CHECK(orc_vcpu_record(g.vcpu)->reason == KVM_EXIT_HLT);
+	memcpy(&value, g.memory + 0x3000, 4);
+	CHECK(value == 0xffffffff, "nobody drives the bus: %#x", value);
+	CHECK(g.memory[0x3004] == 0x34 && g.memory[0x3005] == 0x12);
+	CHECK(counters(g.vcpu).exits[KVM_EXIT_IO] == 5 && counters(g.vcpu).exits[KVM_EXIT_HLT] == 1);
+	orc_vcpu_detach(g.vcpu);
+	guest_free(&g);
+}
+
+static void string_instructions_on_ports_move_every_byte(void)
+{
+	struct guest g;
+	struct orc_access *access;
+	char written[16] = "";
+	size_t out = 0, in = 0;
+	enum orc_why why;
+
+	if (!guest_new(&g, strings, strings_end))
+		return;
+	memcpy(g.memory + 0x2000, "hello", 5);
+	memset(g.memory + 0x3000, 0, 16);
+	orc_vcpu_attach(g.vcpu);
+	orc_ports_claim(g.ports, PORT - 1, 3, true);
+	orc_ports_claim(g.ports, PORT - 1, 1, false);
+	access = orc_vcpu_access(g.vcpu);
+	/* A host may split a string instruction into several exits. */
+	while ((why = orc_kvm_run(g.vcpu)) == ORC_IO) {
+		CHECK(access->address == PORT && access->size == 1);
+		for (uint32_t i = 0; i < access->count; i++) {
+			CHECK(out + in < 10);
+			if (access->write)
+				written[out++] = (char)access->data[i];
+			else
+				access->data[i] = (uint8_t)"WORLD"[in++];
+		}
+	}
+	CHECK(why == ORC_EXIT && orc_vcpu_record(g.vcpu)->reason == KVM_EXIT_HLT, "%d %d", why,
+	      orc_vcpu_record(g.vcpu)->reason);
+	CHECK(!strcmp(written, "hello"), "%s", written);
+	CHECK(!memcmp(g.memory + 0x3000, "WORLD\xff\xff\xff\xff\xff\xff\xff\xff\0", 14));
+	CHECK(counters(g.vcpu).unclaimed >= 2);
+	orc_vcpu_detach(g.vcpu);
+	guest_free(&g);
+}
+
+static void a_command_during_an_answer_comes_after_the_access_is_finished(void)
+{
+	struct guest g;
+	struct kvm_regs regs;
+
+	if (!guest_new(&g, ports, ports_end))
+		return;
+	orc_vcpu_attach(g.vcpu);
+	orc_ports_claim(g.ports, PORT, 1, true);
+	CHECK(orc_kvm_run(g.vcpu) == ORC_IO);
+	CHECK(orc_kvm_run(g.vcpu) == ORC_IO);
+	memcpy(orc_vcpu_access(g.vcpu)->data, "\x34\x12", 2);
+	orc_vcpu_command(g.vcpu, STOP, 0);
+	CHECK(orc_kvm_run(g.vcpu) == ORC_COMMAND);
+	CHECK(!orc_ioctl(g.fd, KVM_GET_REGS, &regs));
+	CHECK((regs.rax & 0xffff) == 0x1234, "registers are what the guest would see: %#llx", regs.rax);
+	CHECK(orc_kvm_run(g.vcpu) == ORC_COMMAND, "it stays until somebody clears it");
+	orc_vcpu_command(g.vcpu, 0, STOP);
+	CHECK(orc_kvm_run(g.vcpu) == ORC_EXIT);
+	CHECK(g.memory[0x3004] == 0x34);
+	orc_vcpu_detach(g.vcpu);
+	guest_free(&g);
+}
+
+static void exits_are_held_to_their_limit_in_the_loop(void)
+{
+	struct guest g;
+	orc_bucket *b = orc_bucket_new();
+	orc_ns before;
+
+	if (!guest_new(&g, ports, ports_end)) {
+		orc_bucket_free(b);
+		return;
+	}
+	orc_vcpu_attach(g.vcpu);
+	orc_vcpu_set_bucket(g.vcpu, ORC_EXITS, 0, b);
+	before = orc_now();
+	orc_bucket_set(b, 1000, 1, -1, before);
+	while (orc_kvm_run(g.vcpu) != ORC_EXIT) /* 3 unclaimed accesses stay in the loop; hlt is the fourth */
+		;
+	CHECK(orc_now() - before >= 3000000);
+	CHECK(counters(g.vcpu).waits >= 3);
+	orc_vcpu_detach(g.vcpu);
+	guest_free(&g);
+	orc_bucket_free(b);
+}
+
+/* ---- kicks ---------------------------------------------------------------------------------------------------- */
+
+enum { KICKERS = 2, KICKS = 1000, END_BIT = 1u << 31 };
+
+struct kicker {
+	struct guest *guest;
+	uint32_t bit;
+	_Atomic int answered;
+};
+static struct kicker kickers[KICKERS];
+
+static void *run_guest(void *argument)
+{
+	struct guest *g = argument;
+	uint32_t commands;
+
+	orc_vcpu_attach(g->vcpu);
+	do {
+		CHECK(orc_kvm_run(g->vcpu) == ORC_COMMAND);
+		commands = orc_vcpu_commands(g->vcpu);
+		CHECK(commands, "a kick without a command came out");
+		atomic_fetch_and(&g->vcpu->commands, ~commands);
+		for (int i = 0; i < KICKERS; i++)
+			if (commands & kickers[i].bit)
+				atomic_fetch_add(&kickers[i].answered, 1);
+	} while (!(commands & END_BIT));
+	orc_vcpu_detach(g->vcpu);
+	return NULL;
+}
+
+static void *kick(void *argument)
+{
+	struct kicker *k = argument;
+	uint64_t seed = k->bit;
+
+	for (int i = 1; i <= KICKS; i++) {
+		orc_ns deadline = orc_now() + PATIENCE;
+
+		for (uint64_t spin = random_number(&seed) % 20000; spin--;)
+			atomic_signal_fence(memory_order_seq_cst);
+		orc_vcpu_command(k->guest->vcpu, k->bit, 0);
+		while (atomic_load(&k->answered) < i) {
+			CHECK(orc_now() < deadline, "kick %d was lost", i);
+			sched_yield();
+		}
+	}
+	return NULL;
+}
+
+static void two_threads_kick_a_spinning_guest_2000_times_and_none_is_lost(void)
+{
+	struct guest g;
+	pthread_t runner, threads[KICKERS];
+
+	if (!guest_new(&g, spin, spin_end))
+		return;
+	for (int i = 0; i < KICKERS; i++) {
+		kickers[i].guest = &g;
+		kickers[i].bit = 1u << i;
+		kickers[i].answered = 0;
+	}
+	runner = start(run_guest, &g);
+	for (int i = 0; i < KICKERS; i++)
+		threads[i] = start(kick, &kickers[i]);
+	for (int i = 0; i < KICKERS; i++) {
+		join(threads[i]);
+		CHECK(kickers[i].answered == KICKS);
+	}
+	orc_vcpu_command(g.vcpu, END_BIT, 0);
+	join(runner);
+	CHECK(counters(g.vcpu).kicks > 0);
+	guest_free(&g);
+}
+
+static void the_signal_is_installed_once_and_not_over_somebody_elses(void)
+{
+	CHECK(!orc_signal_install());
+	CHECK(!orc_signal_install());
+}
+
+const struct test kvm_tests[] = {
+	TEST(the_signal_is_installed_once_and_not_over_somebody_elses),
+	TEST(accesses_to_claimed_ports_come_out_and_others_stay_in_the_loop),
+	TEST(string_instructions_on_ports_move_every_byte),
+	TEST(a_command_during_an_answer_comes_after_the_access_is_finished),
+	TEST(exits_are_held_to_their_limit_in_the_loop),
+	TEST(two_threads_kick_a_spinning_guest_2000_times_and_none_is_lost),
+	{NULL, NULL},
+};
