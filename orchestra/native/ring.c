@@ -51,7 +51,7 @@ void orc_push(struct orc_stack *s, struct orc_link *link)
 	top = atomic_load_explicit(&s->top, memory_order_relaxed);
 	do
 		atomic_store_explicit(&link->next, top, memory_order_relaxed);
-	while (!atomic_compare_exchange_weak_explicit(&s->top, &top, link, memory_order_acq_rel, memory_order_relaxed));
+	while (!atomic_compare_exchange_weak_explicit(&s->top, &top, link, memory_order_seq_cst, memory_order_relaxed));
 }
 
 /* The owner's next link: what it took before, or all that is on the stack now. Links taken are the owner's until it

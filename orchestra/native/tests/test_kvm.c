@@ -279,18 +279,35 @@ static void two_threads_kick_a_spinning_guest_2000_times_and_none_is_lost(void)
 	guest_free(&g);
 }
 
-static void the_signal_is_installed_once_and_not_over_somebody_elses(void)
+static void a_kick_just_before_the_guest_is_entered_holds_until_then(void)
+{
+	struct guest g;
+
+	if (!guest_new(&g, ports, ports_end))
+		return;
+	orc_vcpu_attach(g.vcpu);
+	orc_vcpu_kick(g.vcpu); /* nobody is in the guest: no signal, and the flag alone has to do */
+	CHECK(g.run->immediate_exit);
+	CHECK(orc_kvm_run(g.vcpu) == ORC_EXIT);
+	CHECK(!g.run->immediate_exit, "the runner clears it");
+	CHECK(counters(g.vcpu).kicks == 1);
+	orc_vcpu_detach(g.vcpu);
+	guest_free(&g);
+}
+
+static void the_signal_may_be_installed_again(void)
 {
 	CHECK(!orc_signal_install());
 	CHECK(!orc_signal_install());
 }
 
 const struct test kvm_tests[] = {
-	TEST(the_signal_is_installed_once_and_not_over_somebody_elses),
+	TEST(the_signal_may_be_installed_again),
 	TEST(accesses_to_claimed_ports_come_out_and_others_stay_in_the_loop),
 	TEST(string_instructions_on_ports_move_every_byte),
 	TEST(a_command_during_an_answer_comes_after_the_access_is_finished),
 	TEST(exits_are_held_to_their_limit_in_the_loop),
+	TEST(a_kick_just_before_the_guest_is_entered_holds_until_then),
 	TEST(two_threads_kick_a_spinning_guest_2000_times_and_none_is_lost),
 	{NULL, NULL},
 };

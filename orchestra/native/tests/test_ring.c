@@ -185,14 +185,8 @@ static void *producer(void *argument)
 		if (random_number(&seed) % 512 == 0)
 			sched_yield(); /* the consumer catches up and falls asleep */
 	}
-	for (orc_u64 before = missed(v) + 1; missed(v) != before;) { /* the last one must arrive */
-		before = missed(v);
-		put(v, END);
-		if (missed(v) == before)
-			break;
+	for (orc_u64 before = missed(v); put(v, END), missed(v) != before; sched_yield()) /* this one must arrive */
 		atomic_store(&v->missed, before);
-		sched_yield();
-	}
 	return NULL;
 }
 
