@@ -70,10 +70,11 @@ class Bus:
             raise SpecError(f"{self.name}={span.start:#x}-{span.stop - 1:#x}: must lie in 0-{self.size - 1:#x}")
         claims = self._table[1]
         for claim in claims:
-            if span.start < claim.span.stop and claim.span.start < span.stop:
+            taken = claim.span
+            if span.start < taken.stop and taken.start < span.stop:
                 raise SpecError(
-                    f"{self.name}={span.start:#x}-{span.stop - 1:#x}: "
-                    f"{claim.span.start:#x}-{claim.span.stop - 1:#x} is claimed by {type(claim.handler).__name__} already"
+                    f"{self.name}={span.start:#x}-{span.stop - 1:#x}: {taken.start:#x}-{taken.stop - 1:#x} is claimed "
+                    f"by {type(claim.handler).__name__} already"
                 )
         added = Claim(span, handler, handler if isinstance(handler, Device) else None)
         self._replace(sorted([*claims, added], key=lambda claim: claim.span.start))

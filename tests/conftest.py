@@ -1,0 +1,111 @@
+"""What all tests share: guests, the backends a behaviour is tried over, and a check that nothing is left behind."""
+
+from __future__ import annotations
+
+import gc
+import os
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from orchestra import FlatImage, KvmError, OrchestraError, VmSpec
+from orchestra.backend.kvm.system import Kvm
+from orchestra.native import lib
+
+GUESTS = Path(__file__).parent / "guests"
+COUNT, ROUNDS = 0x8000, 0x8004
+"""Where the lock guests keep their own count, and are told how many rounds to do (see guests/locks.inc)."""
+
+
+def guest(name: str) -> bytes:
+    """The bytes of tests/guests/NAME.asm."""
+    return (GUESTS / f"{name}.bin").read_bytes()
+
+
+def lock_spec(kind: str, mode: int, name: str = "guest", **more: object) -> VmSpec:
+    """A guest that does locked instructions of that kind; write how many to ROUNDS."""
+    return VmSpec(name=name, boot=FlatImage(code=guest(f"lock_{kind}_{mode}"), mode=mode), **more)  # type: ignore[arg-type]
+
+
+def word(vm: object, address: int) -> int:
+    """A 32-bit word of guest memory."""
+    (value,) = struct.unpack("<I", vm.read_memory(address, 4))  # type: ignore[attr-defined]
+    return int(value)
+
+
+def kvm_problem() -> str | None:
+    try:
+        with Kvm.open():
+            return None
+    except (OrchestraError, KvmError) as error:
+        return str(error)
+
+
+def bus_lock_problem() -> str | None:
+    problem = kvm_problem()
+    if problem is not None:
+        return problem
+    with Kvm.open() as kvm:
+        if kvm.extension(lib.KVM_CAP_X86_BUS_LOCK_EXIT) & lib.KVM_BUS_LOCK_DETECTION_EXIT:
+            return None
+    return "this host's KVM reports no bus locks (KVM_CAP_X86_BUS_LOCK_EXIT)"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    problems = {"kvm": kvm_problem(), "buslock": bus_lock_problem()}
+    for item in items:
+        for marker, problem in problems.items():
+            if problem is not None and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=problem))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_vm_stays() -> Iterator[None]:
+    """KVM switches the CPU's virtualisation on with the first VM and off after the last. One that stays keeps that from
+    happening hundreds of times."""
+    if kvm_problem() is not None:
+        yield
+        return
+    with Kvm.open() as kvm, kvm.create_vm():
+        yield
+
+
+class Held:
+    """What this process holds of the host."""
+
+    def __init__(self) -> None:
+        gc.collect()
+        self.fds = {fd: _target(fd) for fd in os.listdir("/proc/self/fd")}
+        self.threads = {thread.name for thread in threading.enumerate() if not thread.name.startswith("Trio thread")}
+        self.mappings = self.guest_mappings()
+
+    @staticmethod
+    def guest_mappings() -> int:
+        """kvm_run mappings; guest memory and rings are anonymous and counted by `anonymous`."""
+        with open("/proc/self/maps") as maps:
+            return sum("kvm-vcpu" in line for line in maps)
+
+
+def _target(fd: str) -> str:
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    except OSError:
+        return ""
+
+
+@pytest.fixture
+def nothing_left() -> Iterator[Callable[[], None]]:
+    """Fails if the test leaves a descriptor, a mapping of a vCPU or a vCPU thread behind."""
+    before = Held()
+
+    def check() -> None:
+        after = Held()
+        assert sorted(after.fds.values()) == sorted(before.fds.values())
+        assert after.mappings == before.mappings
+        assert after.threads == before.threads
+
+    yield check
+    check()

@@ -1,0 +1,7 @@
+; bts across a cache line, 64-bit.
+bits 64
+org 0x1000
+%macro LOCKED 0
+        lock bts dword [ADDRESS], 3
+%endmacro
+%include "locks.inc"
