@@ -60,7 +60,8 @@ class Kill(_OnVm):
 class Throttle:
     """Hold a VM, a tenant, or (with neither) the host to `limit`. Takes effect at once, also in the middle of a wait.
 
-    It never loosens what the spec or `set_limit` said: the tighter of the two counts. `Unthrottle` takes it away.
+    Each policy, and the callers of `Fleet.apply` together, have one throttle at each place. It never loosens what the
+    spec, `set_limit` or another said: the tightest counts. `Unthrottle` takes away one's own.
     """
 
     limit: Limit
@@ -78,7 +79,7 @@ class Throttle:
 
 @attrs.frozen(kw_only=True)
 class Unthrottle:
-    """Take away what `Throttle` set at the same place."""
+    """Take away what `Throttle` set at the same place. Where there is none, or the VM is gone, nothing is to be done."""
 
     vm: str | None = None
     tenant: str | None = None

@@ -1,35 +1,33 @@
-"""A limit as it is set in two places: by the spec or `set_limit`, and by an action that throttles on top."""
+"""A limit as it is set in several places: by the spec or `set_limit`, and by those that throttle on top of it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TypeAlias
 
 from .native.core import Bucket, VcpuCore
 from .spec import Limit, Meter
 
-__all__ = ["HOST", "TENANT", "VCPU", "VM", "Budget", "Budgets", "effective", "make_budgets"]
+__all__ = ["HOST", "TENANT", "VCPU", "VM", "Budget", "Budgets", "connect", "make_budgets", "tightest"]
 
 HOST, TENANT, VM, VCPU = range(4)
 """Levels, from the widest bucket to the narrowest."""
 
 
-def effective(base: Limit | None, throttle: Limit | None) -> Limit | None:
-    """The tighter one: an action never loosens what was set."""
-    if base is None or throttle is None:
-        return throttle if base is None else base
-    return throttle if throttle.rate < base.rate else base
+def tightest(limits: Iterable[Limit | None]) -> Limit | None:
+    """The one with the lowest rate: nobody loosens what another set."""
+    return min((limit for limit in limits if limit is not None), key=lambda limit: limit.rate, default=None)
 
 
 class Budget:
     """One bucket with its limits."""
 
-    __slots__ = ("base", "bucket", "throttle")
+    __slots__ = ("_throttles", "base", "bucket")
 
     def __init__(self, base: Limit | None, now: int) -> None:
         self.bucket = Bucket()
         self.base = base
-        self.throttle: Limit | None = None
+        self._throttles: dict[str | None, Limit] = {}
         self.bucket.set(base, now)
 
     @property
@@ -39,11 +37,18 @@ class Budget:
 
     def set_base(self, limit: Limit | None, now: int) -> None:
         self.base = limit
-        self.bucket.set(effective(self.base, self.throttle), now)
+        self._set(now)
 
-    def set_throttle(self, limit: Limit | None, now: int) -> None:
-        self.throttle = limit
-        self.bucket.set(effective(self.base, self.throttle), now)
+    def set_throttle(self, by: str | None, limit: Limit | None, now: int) -> None:
+        """`by`: who asks (a policy's name; None: a caller). Each has one throttle of its own, and the tightest counts."""
+        if limit is None:
+            self._throttles.pop(by, None)
+        else:
+            self._throttles[by] = limit
+        self._set(now)
+
+    def _set(self, now: int) -> None:
+        self.bucket.set(tightest([self.base, *self._throttles.values()]), now)
 
     def close(self) -> None:
         self.bucket.close()

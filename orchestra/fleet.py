@@ -292,19 +292,21 @@ class Fleet:
         if not isinstance(action, Action):
             raise SpecError(f"action={action!r}: must be one of orchestra's actions")
         try:
-            await self._do(action)
+            await self._do(action, policy)
         except OrchestraError as failure:
             error = str(failure)
         return self._record(action, policy, error)
 
-    async def _do(self, action: Action) -> None:
+    async def _do(self, action: Action, policy: str | None) -> None:
         match action:
             case Throttle() | Unthrottle():
                 limit = action.limit if isinstance(action, Throttle) else None
+                if limit is None and action.vm is not None and self._is_gone(action.vm):
+                    return  # with the VM went its limits
                 if limit is not None and action.meter is Meter.BUS_LOCKS:
                     self._check_seen(limit, "limit")
                 budget = self._budget(action.meter, action.tenant, action.vm, None)
-                self._change(budget, lambda now: budget.set_throttle(limit, now))
+                self._change(budget, lambda now: budget.set_throttle(policy, limit, now))
                 await trio.lowlevel.cancel_shielded_checkpoint()
             case Pause(vm=name):
                 await self.vm(name).pause()
@@ -314,6 +316,10 @@ class Fleet:
                 await self.vm(name).stop(action.reason or "stopped by an action")
             case Kill(vm=name):
                 await self.vm(name).stop(action.reason or "killed by an action")
+
+    def _is_gone(self, name: str) -> bool:
+        vm = self._vms.get(name)
+        return vm is None or vm.outcome is not None
 
     def _record(self, action: Action, policy: str | None, error: str | None) -> Applied:
         applied = Applied(time=self.now(), action=action, policy=policy, error=error)

@@ -77,7 +77,8 @@ class Governor:
         now = fleet.now()
         self._fleet = fleet
         self._strict = strict
-        self._seats = [_Seat(policy, now, now) for policy in policies]
+        # Facts are about an interval: a policy that ticks decides first when one has passed.
+        self._seats = [_Seat(policy, now, now + round((policy.interval or 0) * 1e9)) for policy in policies]
         self._seen: dict[int, tuple[int, int, int]] = {}
         self._waiting: set[int] = set()
 
@@ -119,7 +120,8 @@ class Governor:
             sums = guest.sums(index, now)
             before = self._seen.get(id, (0, 0, 0))
             self._seen[id] = sums
-            exits, bus_locks, throttled = (new - old for new, old in zip(sums, before, strict=True))
+            # Clamped: runner and governor read the clock each for itself, so a wait may end "before" it was looked at.
+            exits, bus_locks, throttled = (max(0, new - old) for new, old in zip(sums, before, strict=True))
             if throttled:
                 self._waiting.add(id)
             if not (exits or bus_locks or throttled):

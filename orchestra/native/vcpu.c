@@ -246,7 +246,10 @@ void orc_vcpu_command(orc_vcpu *v, uint32_t set, uint32_t clear)
 {
 	atomic_fetch_or_explicit(&v->commands, set, memory_order_seq_cst);
 	atomic_fetch_and_explicit(&v->commands, ~clear, memory_order_seq_cst);
-	orc_vcpu_kick(v);
+	if (set)
+		orc_vcpu_kick(v);
+	else
+		orc_vcpu_wake(v); /* it is parked or runs: nothing to interrupt */
 }
 
 uint32_t orc_vcpu_commands(const orc_vcpu *v)

@@ -1,0 +1,25 @@
+"""The program ``orchestra``."""
+
+from __future__ import annotations
+
+import sys
+
+__all__ = ["main"]
+
+EXTRA = ("cyclopts", "rich")
+
+
+def main() -> int:
+    """Run the command line; the exit status."""
+    try:
+        from .cli import app, render  # noqa: F401  # both of the extra's libraries, or neither
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in EXTRA:
+            raise
+        print(f"orchestra: the command line needs {error.name}: pip install 'orchestra[cli]'", file=sys.stderr)
+        return 1
+    return app.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,180 @@
+"""What the demo saw, as plain data: what a table shows while it runs, and what is told and written at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import attrs
+
+from ..actions import Applied, Outcome
+from ..spec import Limit, Meter
+
+__all__ = ["Act", "Result", "Row", "Sample", "Span", "VmSummary", "document"]
+
+
+@attrs.frozen
+class Act:
+    number: int
+    title: str
+    text: str
+
+
+@attrs.frozen
+class Row:
+    """One VM in one sample; rates per second over the last moments, `throttled_share` of its vCPUs' time."""
+
+    name: str
+    tenant: str
+    noisy: bool
+    state: str
+    throttled: bool
+    count: int
+    rate: float
+    work: int
+    work_rate: float
+    throttled_seconds: float
+    throttled_share: float
+    budget: float | None
+
+
+@attrs.frozen
+class Sample:
+    """All VMs at one time, in seconds since they were let go."""
+
+    time: float
+    act: int
+    rows: tuple[Row, ...]
+
+
+@attrs.frozen
+class Span:
+    """One VM in one act: what it did in how many seconds, and the limit it had."""
+
+    act: int
+    seconds: float
+    count: int
+    work: int
+    throttled_seconds: float
+    limit: Limit | None
+
+    @property
+    def rate(self) -> float:
+        return self.count / self.seconds if self.seconds else 0.0
+
+    @property
+    def work_rate(self) -> float:
+        return self.work / self.seconds if self.seconds else 0.0
+
+    @property
+    def held(self) -> bool:
+        """It stayed within its limit: at most burst + rate * t."""
+        return self.limit is None or self.count <= self.limit.tokens + self.limit.rate * self.seconds
+
+
+@attrs.frozen
+class VmSummary:
+    name: str
+    tenant: str
+    noisy: bool
+    state: str
+    outcome: Outcome | None
+    count: int
+    work: int
+    throttled_seconds: float
+    released: int
+    spans: tuple[Span, ...]
+
+
+@attrs.frozen
+class Result:
+    """The whole run.
+
+    Attributes:
+        complete: all acts were played to their end.
+        began: when the VMs were let go, on the fleet's clock.
+        backend, why: what executed the guests, and why it was picked.
+        detection: how bus locks are reported here; None: they are not.
+        ceiling: the host's limit at the end.
+    """
+
+    complete: bool
+    meter: Meter
+    backend: str
+    why: str
+    detection: str | None
+    began: int
+    seconds: float
+    acts: tuple[Act, ...]
+    samples: tuple[Sample, ...]
+    actions: tuple[Applied, ...]
+    ceiling: Limit | None
+    vms: tuple[VmSummary, ...]
+
+    @property
+    def noisy(self) -> tuple[VmSummary, ...]:
+        return tuple(vm for vm in self.vms if vm.noisy)
+
+    @property
+    def quiet(self) -> tuple[VmSummary, ...]:
+        return tuple(vm for vm in self.vms if not vm.noisy)
+
+    def work_rate(self, act: int) -> float | None:
+        """Work per second of all quiet VMs together in that act; None if it was not played, or there are none."""
+        rates = [span.work_rate for vm in self.quiet for span in vm.spans if span.act == act]
+        return sum(rates) if rates else None
+
+    @property
+    def relief(self) -> float | None:
+        """By how much the quiet VMs' own work grew from act 1 to act 2: 0.5 is half as much again."""
+        before, after = self.work_rate(1), self.work_rate(2)
+        return after / before - 1 if before and after is not None else None
+
+    def time(self, applied: Applied) -> float:
+        """When that was, in seconds since the VMs were let go."""
+        return (applied.time - self.began) / 1e9
+
+
+def document(result: Result) -> dict[str, Any]:
+    """For JSON."""
+
+    def plain(_: object, __: object, value: Any) -> Any:
+        return dict(value) if isinstance(value, Mapping) else value
+
+    def action(applied: Applied) -> dict[str, Any]:
+        fields = attrs.asdict(applied.action, value_serializer=plain) if applied.action is not None else {}
+        kind = type(applied.action).__name__ if applied.action is not None else None
+        return {
+            "time": result.time(applied),
+            "action": kind,
+            **fields,
+            "policy": applied.policy,
+            "error": applied.error,
+        }
+
+    def vm(summary: VmSummary) -> dict[str, Any]:
+        fields = attrs.asdict(summary, recurse=False)
+        fields["outcome"] = None if summary.outcome is None else str(summary.outcome)
+        fields["acts"] = [
+            {**attrs.asdict(span), "rate": span.rate, "work_rate": span.work_rate, "held": span.held}
+            for span in fields.pop("spans")
+        ]
+        return fields
+
+    return {
+        "program": "orchestra demo",
+        "complete": result.complete,
+        "backend": result.backend,
+        "why": result.why,
+        "bus_lock_detection": result.detection,
+        "meter": str(result.meter),
+        "seconds": result.seconds,
+        "acts": [attrs.asdict(act) for act in result.acts],
+        "samples": [attrs.asdict(sample) for sample in result.samples],
+        "actions": [action(applied) for applied in result.actions],
+        "summary": {
+            "relief": result.relief,
+            "ceiling": None if result.ceiling is None else attrs.asdict(result.ceiling),
+            "vms": [vm(summary) for summary in result.vms],
+        },
+    }

@@ -1,0 +1,67 @@
+"""``orchestra demo``: tells the story to whoever is there, a terminal, a pipe or a script."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import attrs
+import trio
+
+from ..backend.scripted import ScriptedBackend
+from ..errors import SpecError
+from .account import Result, document
+from .plain import Plain
+from .signals import until_interrupted
+from .story import Plan, Story
+
+__all__ = ["demo"]
+
+
+def demo(plan: Plan, *, as_json: bool, plain: bool, plot: Path | None) -> int:
+    """Run it; the exit status.
+
+    Raises:
+        OrchestraError: it can't be done; the message says why.
+    """
+    draw: Callable[[Result, Path], None] | None = None
+    if plot is not None:  # what is wrong with it is told now, not after the last act
+        draw = _artist()
+        if plot.suffix != ".svg":
+            raise SpecError(f"--plot {plot}: must end in .svg")
+        if not os.access(plot.parent, os.W_OK) or plot.is_dir():
+            raise SpecError(f"--plot {plot}: can't be written; name a file in a directory that you may write to")
+    if plan.backend == "scripted":
+        from .rehearsal import scripts
+
+        plan = attrs.evolve(plan, backend=ScriptedBackend(scripts))
+    audience: Any = Plain(sys.stderr) if as_json else Plain(sys.stdout)
+    if not (as_json or plain) and sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb":
+        from .render import LiveTable
+
+        audience = LiveTable()
+    story = Story(plan, audience)
+    with audience:
+        number = trio.run(until_interrupted, story.tell)
+        result = story.result
+        if result is not None:
+            audience.ending(result)
+    if as_json and result is not None:
+        json.dump(document(result), sys.stdout, allow_nan=False)
+        print()
+    if draw and plot and result is not None and result.samples:
+        draw(result, plot)
+        print(f"orchestra: drew {plot}", file=sys.stderr)
+    if number:
+        return 128 + number
+    return 0 if result is not None and result.complete else 1
+
+
+def _artist() -> Callable[[Result, Path], None]:
+    from .plot import draw
+
+    return draw

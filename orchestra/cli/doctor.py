@@ -1,0 +1,24 @@
+"""``orchestra doctor``: what this host can do, and what to do about the rest."""
+
+from __future__ import annotations
+
+import json
+
+from ..doctor import Report, examine
+
+__all__ = ["doctor"]
+
+FATAL = frozenset({"/dev/kvm"})
+"""Checks without which no guest can run at all; other problems slow it down or bound it."""
+
+
+def doctor(*, as_json: bool, capabilities: bool, report: Report | None = None) -> int:
+    """Look, and show it; the exit status."""
+    report = examine() if report is None else report
+    if as_json:
+        print(json.dumps(report.as_dict(), indent=2))
+    else:
+        from .render import show_report
+
+        show_report(report, capabilities)
+    return 1 if any(finding.check in FATAL for finding in report.problems) else 0
