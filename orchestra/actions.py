@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import attrs
 
 from .errors import SpecError
-from .spec import Limit, Meter
+from .spec import Limit, Meter, as_meter
 
 __all__ = [
     "Action",
@@ -33,7 +33,7 @@ __all__ = [
 class _OnVm:
     vm: str
     reason: str = ""
-    evidence: Mapping[str, Any] = attrs.field(factory=dict)
+    evidence: Mapping[str, Any] = attrs.field(factory=dict, hash=False)
 
 
 @attrs.frozen(kw_only=True)
@@ -67,9 +67,9 @@ class Throttle:
     limit: Limit
     vm: str | None = None
     tenant: str | None = None
-    meter: Meter = attrs.field(default=Meter.BUS_LOCKS, converter=Meter)
+    meter: Meter = attrs.field(default=Meter.BUS_LOCKS, converter=as_meter)
     reason: str = ""
-    evidence: Mapping[str, Any] = attrs.field(factory=dict)
+    evidence: Mapping[str, Any] = attrs.field(factory=dict, hash=False)
 
     def __attrs_post_init__(self) -> None:
         if not isinstance(self.limit, Limit):
@@ -83,9 +83,9 @@ class Unthrottle:
 
     vm: str | None = None
     tenant: str | None = None
-    meter: Meter = attrs.field(default=Meter.BUS_LOCKS, converter=Meter)
+    meter: Meter = attrs.field(default=Meter.BUS_LOCKS, converter=as_meter)
     reason: str = ""
-    evidence: Mapping[str, Any] = attrs.field(factory=dict)
+    evidence: Mapping[str, Any] = attrs.field(factory=dict, hash=False)
 
     def __attrs_post_init__(self) -> None:
         _one_target(self.vm, self.tenant)
@@ -151,7 +151,7 @@ class Failed:
     """
 
     reason: str
-    registers: Mapping[str, int] = attrs.field(factory=dict)
+    registers: Mapping[str, int] = attrs.field(factory=dict, hash=False)
     vcpu: int | None = None
 
     def __str__(self) -> str:

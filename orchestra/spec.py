@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
@@ -43,6 +43,9 @@ GiB: Final = 1024 * MiB
 PAGE: Final = 4096
 MAX_VCPUS: Final = 4096
 MAX_MEMORY: Final = 1 << 46
+PORTS: Final = 1 << 16
+IRQS: Final = 24
+STACKS: Final = 8
 MMIO_HOLE: Final = range(0xC000_0000, 0x1_0000_0000)
 """Guest-physical addresses that hold no RAM: the local APIC, the I/O APIC and MMIO devices live there, as on a PC."""
 
@@ -55,15 +58,23 @@ class Meter(StrEnum):
 
 
 def _fail(field: str, value: object, remedy: str) -> SpecError:
-    return SpecError(f"{field}={value!r}: {remedy}")
+    try:
+        shown = repr(value)
+    except ValueError:  # an int of more than 4300 digits has none
+        shown = f"<{type(value).__name__}>"
+    return SpecError(f"{field}={shown if len(shown) <= 200 else shown[:200] + '...'}: {remedy}")
 
 
 def _number(field: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _fail(field, value, "must be a number")
-    if not math.isfinite(value):
+    try:
+        number = float(value)
+    except OverflowError:  # an int beyond the floats
+        number = math.inf
+    if not math.isfinite(number):
         raise _fail(field, value, "must be finite; leave the limit out (None) for no limit")
-    return float(value)
+    return number
 
 
 def _whole(field: str, value: object, low: int, high: int, unit: str = "") -> int:
@@ -78,6 +89,14 @@ def _check_name(field: str, value: object) -> str:
     if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", value):
         raise _fail(field, value, "must be 1 to 64 letters, digits, '.', '_' or '-', the first a letter or digit")
     return value
+
+
+def as_meter(value: object) -> Meter:
+    """Check an argument that names a meter."""
+    try:
+        return Meter(value)  # type: ignore[arg-type]  # it looks the value up, whatever it is
+    except ValueError:
+        raise _fail("meter", value, 'must be "bus_locks" or "exits"') from None
 
 
 @attrs.frozen
@@ -177,6 +196,9 @@ class MemoryRegion:
         for field in ("address", "size"):
             if getattr(self, field) % PAGE:
                 raise _fail(f"region {field}", getattr(self, field), f"must be a multiple of {PAGE}")
+        if not isinstance(self.contents, bytes | bytearray | memoryview):
+            raise _fail("region contents", self.contents, "must be bytes")
+        object.__setattr__(self, "contents", bytes(self.contents))
         if len(self.contents) > self.size:
             raise _fail("region contents", f"{len(self.contents)} bytes", f"must fit the region's {self.size} bytes")
 
@@ -198,7 +220,7 @@ class FlatImage:
             48 KiB of the first RAM region; the image must leave them alone unless it brings its own.
 
     Every vCPU starts at `entry` with interrupts off, its number in ``DI``/``EDI``/``RDI`` and, in modes 32 and 64, a
-    stack of 4 KiB of its own below the tables (up to 8 vCPUs; more set up their own).
+    stack of 4 KiB of its own below the tables (the first 8 vCPUs; others set up their own).
     """
 
     code: bytes = attrs.field(repr=lambda code: f"<{len(code)} bytes>")
@@ -210,7 +232,7 @@ class FlatImage:
         if not isinstance(self.code, bytes | bytearray | memoryview) or not len(self.code):
             raise _fail("code", self.code, "must be the image's bytes, at least one")
         object.__setattr__(self, "code", bytes(self.code))
-        if self.mode not in (16, 32, 64):
+        if not isinstance(self.mode, int) or self.mode not in (16, 32, 64):
             raise _fail("mode", self.mode, "must be 16, 32 or 64")
         _whole("load", self.load, 0, MAX_MEMORY)
         if self.entry is None:
@@ -231,11 +253,18 @@ class FlatImage:
         return range(self.load, self.load + len(self.code))
 
 
+def _check_port(value: object, width: int) -> None:
+    _whole("port", value, 0, PORTS - width, f", as the device has {width} of the {PORTS} ports" if width > 1 else "")
+
+
 @attrs.frozen
 class DebugConsole:
     """A write-only port whose bytes go to the VM's console (QEMU's ``isa-debugcon``). Reads give the port's number."""
 
     port: int = 0xE9
+
+    def __attrs_post_init__(self) -> None:
+        _check_port(self.port, 1)
 
 
 @attrs.frozen
@@ -244,6 +273,9 @@ class ExitPort:
 
     port: int = 0xF4
 
+    def __attrs_post_init__(self) -> None:
+        _check_port(self.port, 4)
+
 
 @attrs.frozen
 class Serial:
@@ -251,6 +283,11 @@ class Serial:
 
     port: int = 0x3F8
     irq: int | None = 4
+
+    def __attrs_post_init__(self) -> None:
+        _check_port(self.port, 8)
+        if self.irq is not None:
+            _whole("irq", self.irq, 0, IRQS - 1)
 
 
 DeviceSpec: TypeAlias = DebugConsole | ExitPort | Serial
@@ -279,6 +316,10 @@ class Restart:
             raise _fail("backoff", self.backoff, f"must be more than 0 and at most backoff_max={self.backoff_max!r}")
         if self.most is not None:
             _whole("most", self.most, 1, 1_000_000)
+
+
+def _to_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, Iterable) else value  # what is none, VmSpec refuses
 
 
 def _to_restart(value: object) -> object:
@@ -317,11 +358,11 @@ class VmSpec:
     exit_limit: Limit | None = None
     vcpu_limit: Limit | None = None
     vcpu_exit_limit: Limit | None = None
-    regions: tuple[MemoryRegion, ...] = attrs.field(default=(), converter=tuple)
-    devices: tuple[DeviceSpec, ...] = attrs.field(default=(), converter=tuple)
+    regions: tuple[MemoryRegion, ...] = attrs.field(default=(), converter=_to_tuple)
+    devices: tuple[DeviceSpec, ...] = attrs.field(default=(), converter=_to_tuple)
     irqchip: bool = False
     restart: Restart = attrs.field(default=Restart(), converter=_to_restart)
-    labels: Mapping[str, str] = attrs.field(factory=dict)
+    labels: Mapping[str, str] = attrs.field(factory=dict, hash=False)
 
     def __attrs_post_init__(self) -> None:
         _check_name("name", self.name)
@@ -338,6 +379,11 @@ class VmSpec:
             optional_limit(field, getattr(self, field))
         if not isinstance(self.restart, Restart):
             raise _fail("restart", self.restart, 'must be a Restart, "never" or "on-failure"')
+        for field in ("regions", "devices"):
+            if not isinstance(getattr(self, field), tuple):
+                raise _fail(field, getattr(self, field), "must be a tuple or list of them")
+        if not isinstance(self.labels, Mapping):
+            raise _fail("labels", self.labels, "must be a mapping, such as a dict")
         for region in self.regions:
             if not isinstance(region, MemoryRegion):
                 raise _fail("regions", region, "must be MemoryRegion objects")
@@ -370,15 +416,17 @@ class VmSpec:
         if not any(boot.start in span for span in spans):
             raise SpecError(f"entry={boot.start:#x}: lies outside the guest's memory of {self.memory:#x} bytes")
         if boot.mode != 16:
-            tables = self.tables
-            if tables.start < PAGE:
+            ours = range(self.stacks.start, self.tables.stop)
+            if ours.start < 0:
                 raise _fail(
-                    "memory", self.memory, f"{boot.mode}-bit mode needs at least {14 * PAGE} bytes, for its tables"
+                    "memory",
+                    self.memory,
+                    f"{boot.mode}-bit mode needs at least {self.memory - ours.start} bytes, for its tables and stacks",
                 )
-            if boot.span.start < tables.stop and tables.start < boot.span.stop:
+            if boot.span.start < ours.stop and ours.start < boot.span.stop:
                 raise SpecError(
-                    f"boot: the image at {boot.span.start:#x}-{boot.span.stop - 1:#x} overlaps the descriptor and page "
-                    f"tables at {tables.start:#x}-{tables.stop - 1:#x}: give it more memory"
+                    f"boot: the image at {boot.span.start:#x}-{boot.span.stop - 1:#x} overlaps the stacks and the "
+                    f"descriptor and page tables at {ours.start:#x}-{ours.stop - 1:#x}: give it more memory"
                 )
 
     @property
@@ -389,3 +437,9 @@ class VmSpec:
         """
         end = self.ram[0].stop
         return range(end - 12 * PAGE, end - 2 * PAGE)
+
+    @property
+    def stacks(self) -> range:
+        """Where the stacks of the first vCPUs of a 32 or 64-bit `FlatImage` are, from the top down."""
+        top = self.tables.start
+        return range(top - min(self.vcpus, STACKS) * PAGE, top)

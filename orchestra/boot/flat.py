@@ -11,7 +11,7 @@ from typing import Final
 
 from ..backend import EntryState
 from ..memory import GuestMemory
-from ..spec import GiB, MiB, VmSpec
+from ..spec import STACKS, GiB, MiB, VmSpec
 
 __all__ = ["load"]
 
@@ -22,7 +22,6 @@ CODE32: Final = 1 * 8
 CODE64: Final = 2 * 8
 DATA: Final = 3 * 8
 MAPPED: Final = 4 * GiB
-STACKS: Final = 8
 
 CR0_PE, CR0_ET, CR0_NE, CR0_PG = 1 << 0, 1 << 4, 1 << 5, 1 << 31
 CR4_PAE = 1 << 5
@@ -52,7 +51,6 @@ def load(spec: VmSpec, memory: GuestMemory) -> list[EntryState]:
     tables = spec.tables
     gdt = tables.stop - PAGE
     memory.write(gdt, _GDT)
-    stacks = tables.start
     cr0 = CR0_PE | CR0_ET | CR0_NE
     cr3 = cr4 = efer = 0
     if image.mode == 64:
@@ -62,7 +60,7 @@ def load(spec: VmSpec, memory: GuestMemory) -> list[EntryState]:
         EntryState(
             mode=image.mode,
             rip=image.start,
-            rsp=max(stacks - index * PAGE, PAGE) if index < STACKS else 0,
+            rsp=spec.stacks.stop - index * PAGE if index < STACKS else 0,
             rdi=index,
             cr0=cr0,
             cr3=cr3,

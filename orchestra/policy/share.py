@@ -11,7 +11,7 @@ import attrs
 
 from ..actions import Throttle, Unthrottle
 from ..errors import SpecError
-from ..spec import Limit, Meter, optional_limit
+from ..spec import Limit, Meter, as_meter, optional_limit
 from .facts import Facts, VmFacts
 from .maxmin import max_min
 
@@ -94,7 +94,7 @@ class WeightedShare:
         self._headroom = _within("headroom", headroom, 0.06, 10, "of the demand")
         self._tolerance = _within("tolerance", tolerance, 0, 0.5, "of the limit")
         self._memory = int(_within("memory", memory, 1, 1000, "ticks"))
-        self._meter = Meter(meter)
+        self._meter = as_meter(meter)
         self._vms: dict[str, _Vm] = {}
 
     @property

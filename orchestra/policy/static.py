@@ -8,7 +8,7 @@ from typing import Final
 
 from ..actions import Throttle
 from ..errors import SpecError
-from ..spec import Limit, Meter, optional_limit
+from ..spec import Limit, Meter, as_meter, optional_limit
 from .facts import Facts
 
 __all__ = ["StaticLimits"]
@@ -47,7 +47,7 @@ class StaticLimits:
         self._vms = _checked("vms", vms)
         self._tenants = _checked("tenants", tenants)
         self._host = optional_limit("host", host)
-        self._meter = Meter(meter)
+        self._meter = as_meter(meter)
         self._interval = interval if self._vms else None
         self._host_done = False
         self._tenants_done: set[str] = set()
