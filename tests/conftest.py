@@ -6,13 +6,15 @@ import gc
 import os
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import pytest
 
-from orchestra import FlatImage, KvmError, OrchestraError, VmSpec
+from orchestra import ExitPort, FlatImage, Fleet, KvmError, OrchestraError, ScriptedBackend, VmSpec, open_fleet
 from orchestra.backend.kvm.system import Kvm
+from orchestra.backend.scripted import ScriptedExit, hlt, io_read, io_write, triple_fault
 from orchestra.native import lib
 
 GUESTS = Path(__file__).parent / "guests"
@@ -109,3 +111,60 @@ def nothing_left() -> Iterator[Callable[[], None]]:
 
     yield check
     check()
+
+
+SCRIPTS: dict[str, Callable[[int], Iterable[ScriptedExit]]] = {
+    "halt": lambda vcpu: [hlt()],
+    "spin": lambda vcpu: [hlt(after=1e9)],
+    "registers": lambda vcpu: [hlt(after=1e9)],
+    "first_spins": lambda vcpu: [hlt(after=0 if vcpu else 1e9)],
+    "exit_port": lambda vcpu: [io_write(0xF4, b"\x2a")],
+    "triple_fault": lambda vcpu: [triple_fault()],
+    "ask_twice": lambda vcpu: [io_read(0x500 + vcpu, 4)],
+    "ports": lambda vcpu: [
+        *(io_read(0x500, size) for size in (1, 2, 4)),
+        *(io_write(0x500, bytes.fromhex("11223344")[:size]) for size in (1, 2, 4)),
+    ],
+}
+"""What some of the guests do, for the scripted backend."""
+
+
+class Stage:
+    """A backend to try a behaviour over, and guests that do the same on each."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+        self._guests: dict[str, str] = {}
+
+    def open(self, **options: object) -> AbstractAsyncContextManager[Fleet]:
+        """A fleet on this backend."""
+        backend = self.backend if self.backend == "kvm" else ScriptedBackend(self._script)
+        return open_fleet(backend=backend, **options)  # type: ignore[arg-type]
+
+    def _script(self, spec: VmSpec, vcpu: int) -> Iterable[ScriptedExit]:
+        return SCRIPTS[self._guests[spec.name]](vcpu)
+
+    def spec(self, source: str, name: str = "guest", mode: int = 16, **more: object) -> VmSpec:
+        """tests/guests/SOURCE.asm, with an exit port."""
+        self._guests[name] = source
+        more.setdefault("devices", [ExitPort()])
+        return VmSpec(name=name, boot=FlatImage(code=guest(source), mode=mode), **more)  # type: ignore[arg-type]
+
+
+@pytest.fixture(params=["scripted", pytest.param("kvm", marks=pytest.mark.kvm)])
+def stage(request: pytest.FixtureRequest, nothing_left: Callable[[], None]) -> Stage:
+    """For behaviours that are the same over all backends."""
+    return Stage(request.param)
+
+
+def play(
+    script: Iterable[ScriptedExit] | dict[str, Iterable[ScriptedExit]], **options: object
+) -> AbstractAsyncContextManager[Fleet]:
+    """A fleet whose VMs play scripts: by name, or one for all of them. Under `autojump_clock`."""
+    scripts = script if isinstance(script, dict) else lambda spec, vcpu: script
+    return open_fleet(backend=ScriptedBackend(scripts), **options)  # type: ignore[arg-type]
+
+
+def blank(name: str = "guest", **more: object) -> VmSpec:
+    """A VM whose image does not matter: for scripts."""
+    return VmSpec(name=name, boot=FlatImage(code=b"\xf4"), **more)  # type: ignore[arg-type]
