@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TypeAlias
 
+import attrs
+
 from .native.core import Bucket, VcpuCore
 from .spec import Limit, Meter
 
@@ -15,8 +17,13 @@ HOST, TENANT, VM, VCPU = range(4)
 
 
 def tightest(limits: Iterable[Limit | None]) -> Limit | None:
-    """The one with the lowest rate: nobody loosens what another set."""
-    return min((limit for limit in limits if limit is not None), key=lambda limit: limit.rate, default=None)
+    """The one with the lowest rate, with the smallest of the bursts: nobody loosens what another set."""
+    given = [limit for limit in limits if limit is not None]
+    if not given:
+        return None
+    lowest = min(given, key=lambda limit: limit.rate)
+    burst = min(limit.tokens for limit in given)
+    return lowest if lowest.tokens == burst else attrs.evolve(lowest, burst=burst)
 
 
 class Budget:
