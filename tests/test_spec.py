@@ -271,8 +271,7 @@ ADDRESS = st.one_of(
 def made_or_refused(kind: type, arguments: dict[str, object]) -> object | None:
     try:
         return kind(**arguments)
-    except SpecError as error:
-        assert str(error)
+    except SpecError:
         return None
 
 
