@@ -5,17 +5,20 @@ from __future__ import annotations
 import gc
 import os
 import struct
-import threading
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
+from types import FrameType
 
 import pytest
 
 from orchestra import ExitPort, FlatImage, Fleet, KvmError, OrchestraError, ScriptedBackend, VmSpec, open_fleet
 from orchestra.backend.kvm.system import Kvm
 from orchestra.backend.scripted import ScriptedExit, hlt, io_read, io_write, triple_fault
+from orchestra.memory import GuestMemory
 from orchestra.native import lib
+from orchestra.vcpu import Vcpu
 
 GUESTS = Path(__file__).parent / "guests"
 COUNT, ROUNDS = 0x8000, 0x8004
@@ -76,19 +79,16 @@ def _one_vm_stays() -> Iterator[None]:
 
 
 class Held:
-    """What this process holds of the host."""
+    """What orchestra holds of the host in this process. (Trio has descriptors and threads of its own.)"""
 
     def __init__(self) -> None:
         gc.collect()
-        self.fds = {fd: _target(fd) for fd in os.listdir("/proc/self/fd")}
-        self.threads = {thread.name for thread in threading.enumerate() if not thread.name.startswith("Trio thread")}
-        self.mappings = self.guest_mappings()
-
-    @staticmethod
-    def guest_mappings() -> int:
-        """kvm_run mappings; guest memory and rings are anonymous and counted by `anonymous`."""
+        targets = (_target(fd) for fd in os.listdir("/proc/self/fd"))
+        self.fds = sorted(target for target in targets if "kvm" in target or "eventfd" in target)
         with open("/proc/self/maps") as maps:
-            return sum("kvm-vcpu" in line for line in maps)
+            self.vcpu_mappings = sum("kvm-vcpu" in line for line in maps)
+        self.guest_memories = sum(isinstance(thing, GuestMemory) and not thing.released for thing in gc.get_objects())
+        self.runners = sum(_runs_a_vcpu(frame) for frame in sys._current_frames().values())
 
 
 def _target(fd: str) -> str:
@@ -98,16 +98,21 @@ def _target(fd: str) -> str:
         return ""
 
 
+def _runs_a_vcpu(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code is Vcpu.drive.__code__:
+            return True
+        frame = frame.f_back
+    return False
+
+
 @pytest.fixture
 def nothing_left() -> Iterator[Callable[[], None]]:
-    """Fails if the test leaves a descriptor, a mapping of a vCPU or a vCPU thread behind."""
-    before = Held()
+    """Fails if the test leaves a descriptor, a mapping, guest memory or a vCPU's runner behind; call it to check now."""
+    before = vars(Held())
 
     def check() -> None:
-        after = Held()
-        assert sorted(after.fds.values()) == sorted(before.fds.values())
-        assert after.mappings == before.mappings
-        assert after.threads == before.threads
+        assert vars(Held()) == before
 
     yield check
     check()
