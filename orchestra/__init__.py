@@ -2,7 +2,7 @@
 #
 #   door      cli, __main__                     a person at a terminal
 #   windows   doctor                            ways to see and steer a fleet
-#   house     fleet, governor, subscription     many VMs: supervise, merge exits, run policies, apply actions
+#   house     opening, fleet, governor, subscription, statistics   many VMs: supervise, merge exits, apply actions
 #   machine   vm, guest, vcpu                   one VM: its tasks, its state machine
 #   parts     devices/, boot/, budget           what a guest sees, and what it may use
 #   silicon   backend/ (kvm, scripted), memory, native/   what executes a guest
@@ -75,7 +75,8 @@ from .exits import (
     Wrmsr,
     Xen,
 )
-from .fleet import Fleet, FleetStatistics, TenantStatistics, open_fleet
+from .fleet import Fleet
+from .opening import open_fleet
 from .policy import Facts, Policy, StaticLimits, VmFacts, WeightedShare
 from .spec import (
     DebugConsole,
@@ -92,6 +93,7 @@ from .spec import (
     Tenant,
     VmSpec,
 )
+from .statistics import FleetStatistics, TenantStatistics
 from .subscription import Exits, ExitsStatistics
 from .vm import VcpuStatistics, Vm, VmStatistics
 

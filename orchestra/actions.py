@@ -79,7 +79,7 @@ class Throttle:
 
 @attrs.frozen(kw_only=True)
 class Unthrottle:
-    """Take away what `Throttle` set at the same place. Where there is none, or the VM is gone, nothing is to be done."""
+    """Take away what `Throttle` set at the same place. Where there is none, or the VM is gone, nothing is done."""
 
     vm: str | None = None
     tenant: str | None = None

@@ -47,7 +47,7 @@ class Budget:
         self._set(now)
 
     def set_throttle(self, by: str | None, limit: Limit | None, now: int) -> None:
-        """`by`: who asks (a policy's name; None: a caller). Each has one throttle of its own, and the tightest counts."""
+        """`by`: who asks (a policy's name; None: a caller). Each has one throttle, and the tightest counts."""
         if limit is None:
             self._throttles.pop(by, None)
         else:

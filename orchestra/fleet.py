@@ -1,4 +1,4 @@
-"""A fleet: many VMs in one nursery, their exits merged, actions applied to any of them.
+"""A fleet: many VMs in one nursery, their exits merged, actions applied to any of them. `open_fleet` makes one.
 
 fleet's nursery ── drain task (ring → channels)
                 ├─ governor (policies)
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from types import MappingProxyType
 from typing import Any, Final, Literal
@@ -18,7 +18,7 @@ import attrs
 import trio
 
 from .actions import Action, Applied, Kill, Outcome, Pause, Resume, Stop, Stopped, Throttle, Unthrottle
-from .backend import Backend, Detection, choose
+from .backend import Backend, Detection
 from .budget import Budget, Budgets, make_budgets
 from .devices.bus import Device
 from .errors import (
@@ -31,14 +31,15 @@ from .errors import (
     VmExists,
 )
 from .exits import Exit
-from .governor import Governor, PolicyStatus
+from .governor import Governor
 from .native.core import FleetCore, VcpuCore
 from .policy import Policy
 from .spec import Limit, Meter, Tenant, VmSpec, optional_limit
+from .statistics import FleetStatistics, TenantStatistics, Totals
 from .subscription import Exits, Switchboard
-from .vm import Vm, VmStatistics
+from .vm import Vm
 
-__all__ = ["DEFAULT_TENANT", "Fleet", "FleetStatistics", "TenantStatistics", "open_fleet"]
+__all__ = ["DEFAULT_TENANT", "Fleet"]
 
 log: Final = logging.getLogger("orchestra")
 DEFAULT_TENANT: Final = "default"
@@ -47,79 +48,10 @@ SETUP_THREADS: Final = 4
 
 
 @attrs.frozen
-class TenantStatistics:
-    """What a tenant's VMs did, those that are gone included."""
-
-    name: str
-    weight: float
-    vms: int
-    bus_locks: int | None
-    exits: int
-    throttled_seconds: float
-    released: int
-    limit: Limit | None
-    exit_limit: Limit | None
-
-
-@attrs.frozen
-class FleetStatistics:
-    """What the fleet did since it was opened, VMs that are gone included. Times in seconds.
-
-    Attributes:
-        backend, why: what executes the guests, and why it was picked.
-        bus_lock_detection: "fault-like" (AMD: reported before the instruction, counts approximate), "trap-like" (Intel:
-            behind it), "unknown", or None: bus locks are not seen here, and `bus_locks` is None as well.
-        vms, vcpus: that have not ended.
-        launched: VMs, ever. states: how many of `Fleet.vms` are in each state.
-        released: waits that ``max_delay`` ended before the turn came.
-        missed: exits whose details were lost in a full ring or channel; they are counted in everything else.
-    """
-
-    backend: str
-    why: str
-    bus_lock_detection: Detection | None
-    vms: int
-    vcpus: int
-    launched: int
-    states: Mapping[str, int]
-    bus_locks: int | None
-    exits: Mapping[str, int]
-    throttled_seconds: float
-    waits: int
-    released: int
-    missed: int
-    limit: Limit | None
-    exit_limit: Limit | None
-    tenants: Mapping[str, TenantStatistics]
-    policies: tuple[PolicyStatus, ...]
-
-
-@attrs.define
-class _Totals:
-    """Sums over VMs that are gone, for one tenant."""
-
-    bus_locks: int = 0
-    throttled: float = 0.0
-    waits: int = 0
-    released: int = 0
-    missed: int = 0
-    exits: dict[str, int] = attrs.field(factory=dict)
-
-    def add(self, statistics: VmStatistics) -> None:
-        self.bus_locks += statistics.bus_locks or 0
-        self.throttled += statistics.throttled_seconds
-        self.waits += statistics.waits
-        self.released += statistics.released
-        self.missed += statistics.missed
-        for name, count in statistics.exits.items():
-            self.exits[name] = self.exits.get(name, 0) + count
-
-
-@attrs.frozen
 class _TenantSeat:
     tenant: Tenant
     budgets: Budgets
-    gone: _Totals
+    gone: Totals
 
 
 class Fleet:
@@ -146,7 +78,7 @@ class Fleet:
         self._budgets = budgets
         now = backend.now()
         self._tenants = {
-            name: _TenantSeat(tenant, make_budgets(tenant.limit, tenant.exit_limit, now), _Totals())
+            name: _TenantSeat(tenant, make_budgets(tenant.limit, tenant.exit_limit, now), Totals())
             for name, tenant in tenants.items()
         }
         self._nursery = nursery
@@ -430,7 +362,7 @@ class Fleet:
 
     def statistics(self) -> FleetStatistics:
         """What the fleet did so far."""
-        sums = {name: attrs.evolve(seat.gone, exits=dict(seat.gone.exits)) for name, seat in self._tenants.items()}
+        sums = {name: seat.gone.copy() for name, seat in self._tenants.items()}
         states: dict[str, int] = {}
         live: dict[str, int] = dict.fromkeys(self._tenants, 0)
         vcpus = 0
@@ -441,12 +373,9 @@ class Fleet:
             if vm.outcome is None:
                 live[vm.tenant] += 1
                 vcpus += vm.spec.vcpus
-        total = _Totals()
+        total = Totals()
         for tenant in sums.values():
-            for field in ("bus_locks", "throttled", "waits", "released", "missed"):
-                setattr(total, field, getattr(total, field) + getattr(tenant, field))
-            for name, count in tenant.exits.items():
-                total.exits[name] = total.exits.get(name, 0) + count
+            total.join(tenant)
         return FleetStatistics(
             backend=self.backend.name,
             why=self.backend.why,
@@ -522,7 +451,8 @@ class Fleet:
             if vm.guest is not None:
                 vm.guest.tell(self.told(vm.name))
 
-    async def _run(self) -> None:
+    def start(self) -> None:
+        """Start its own tasks."""
         self._nursery.start_soon(self._switchboard.run)
         self._nursery.start_soon(self._governor.run)
 
@@ -539,7 +469,11 @@ class Fleet:
             outcomes[vm.name] = await vm.stop(reason)
         return outcomes
 
-    def _close(self) -> None:
+    def closing(self) -> None:
+        """The block is being left: nothing is launched any more."""
+        self._closing = True
+
+    def close(self) -> None:
         """No task is left."""
         self._switchboard.close()
         for vm in list(self._vms.values()):
@@ -547,117 +481,3 @@ class Fleet:
         for seat in self._tenants.values():
             for budget in seat.budgets.values():
                 budget.close()
-
-
-def _as_tenants(tenants: Mapping[str, Limit | Tenant | None] | Iterable[Tenant]) -> dict[str, Tenant]:
-    """All the ways to name tenants, and the default one."""
-    made: dict[str, Tenant] = {}
-    items: Iterator[tuple[Any, Any]]
-    items = iter(tenants.items()) if isinstance(tenants, Mapping) else ((getattr(t, "name", None), t) for t in tenants)
-    for name, value in items:
-        if isinstance(value, Tenant):
-            if value.name != name:
-                raise SpecError(f"tenants[{name!r}]: its name is {value.name!r}: they must be the same")
-            made[name] = value
-        elif value is None or isinstance(value, Limit):
-            made[name] = Tenant(name, limit=value)
-        else:
-            raise SpecError(f"tenants[{name!r}]={value!r}: must be a Tenant, a Limit, or None for no limit")
-    made.setdefault(DEFAULT_TENANT, Tenant(DEFAULT_TENANT))
-    return made
-
-
-def _detection(backend: Backend, bus_locks: str, limits: Mapping[str, Limit | None]) -> Detection | None:
-    """How bus locks are seen in this fleet; None: not at all. Design rule 3: asked for and impossible is an error."""
-    asked = next((what for what, limit in limits.items() if limit is not None), None)
-    if bus_locks == "off":
-        if asked:
-            raise SpecError(f"{asked} limits bus locks, but bus_locks='off': leave one of them out")
-        return None
-    detection = backend.bus_lock_detection()
-    if detection is not None:
-        return detection
-    if bus_locks == "require" or asked:
-        raise BusLockUnsupported(
-            f"{asked or 'bus_locks=require'}: this host's KVM can't report bus locks "
-            "(KVM_CAP_X86_BUS_LOCK_EXIT lacks KVM_BUS_LOCK_DETECTION_EXIT). They need an Intel CPU with bus-lock "
-            "detection and Linux 5.12, or an AMD one with Bus Lock Threshold and Linux 6.16; see `orchestra doctor`. "
-            'Without limits on bus locks, bus_locks="auto" runs and only can\'t see them; exit_limit works anywhere'
-        )
-    log.warning("bus locks can't be seen on this host (backend %s); everything else works", backend.name)
-    return None
-
-
-@asynccontextmanager
-async def open_fleet(
-    *,
-    backend: str | Backend = "auto",
-    limit: Limit | None = None,
-    exit_limit: Limit | None = None,
-    tenants: Mapping[str, Limit | Tenant | None] | Iterable[Tenant] = (),
-    policies: Iterable[Policy] = (),
-    bus_locks: Literal["require", "auto", "off"] = "auto",
-    strict: bool = False,
-) -> AsyncIterator[Fleet]:
-    """Open a fleet; leaving the block stops its VMs and leaves no thread, descriptor or mapping behind.
-
-    Parameters:
-        backend: "auto" (KVM where /dev/kvm opens), "kvm", "scripted", or a Backend object.
-        limit: the host's: bus locks per second of all VMs together; None: only counted.
-        exit_limit: the same for exits of any kind.
-        tenants: by name, each a `Tenant`, a `Limit`, or None; or `Tenant` objects. VMs that name none belong to
-            "default", which may be given here as well.
-        policies: asked at each of their ticks; see `orchestra.policy`.
-        bus_locks: "require" (fail where they can't be seen), "auto" (see them if they can be), "off".
-        strict: a policy that raises ends the fleet instead of being switched off.
-
-    Raises:
-        BusLockUnsupported: bus locks are required or limited, and can't be seen here. No guest has run then.
-        BackendUnavailable, NoSuchBackend, SpecError: the message says what to do.
-    """
-    if bus_locks not in ("require", "auto", "off"):
-        raise SpecError(f'bus_locks={bus_locks!r}: must be "require", "auto" or "off"')
-    optional_limit("limit", limit)
-    optional_limit("exit_limit", exit_limit)
-    named = _as_tenants(tenants)
-    seats = list(policies)
-    for policy in seats:
-        if not isinstance(policy, Policy):
-            raise SpecError(f"policies: {policy!r} must have a name, an interval and decide(facts)")
-
-    opened = choose(backend)
-    core: FleetCore | None = None
-    try:
-        asked = {"limit": limit, **{f"tenants[{name!r}]": tenant.limit for name, tenant in named.items()}}
-        detection = _detection(opened, bus_locks, asked)
-        core = FleetCore()
-        budgets = make_budgets(limit, exit_limit, opened.now())
-        fleet: Fleet | None = None
-        try:
-            async with trio.open_nursery() as nursery:
-                fleet = Fleet(
-                    core=core,
-                    backend=opened,
-                    detection=detection,
-                    budgets=budgets,
-                    tenants=named,
-                    policies=seats,
-                    strict=strict,
-                    nursery=nursery,
-                )
-                try:
-                    await fleet._run()
-                    yield fleet
-                finally:
-                    fleet._closing = True
-                    nursery.cancel_scope.cancel()
-        finally:
-            if fleet is not None:
-                fleet._close()
-            for budget in budgets.values():
-                budget.close()
-    finally:
-        if core is not None:
-            core.close()
-        if isinstance(backend, str):
-            opened.close()

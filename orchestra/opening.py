@@ -1,0 +1,161 @@
+"""The way into a fleet: arguments checked, backend chosen, and everything given back however the block is left."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any, Final, Literal
+
+import trio
+
+from .backend import Backend, Detection, choose
+from .budget import make_budgets
+from .errors import BusLockUnsupported, SpecError
+from .fleet import DEFAULT_TENANT, Fleet
+from .native.core import FleetCore
+from .policy import Policy
+from .spec import Limit, Tenant, optional_limit
+
+__all__ = ["open_fleet"]
+
+log: Final = logging.getLogger("orchestra")
+
+
+def _as_tenants(tenants: Mapping[str, Limit | Tenant | None] | Iterable[Tenant]) -> dict[str, Tenant]:
+    """All the ways to name tenants, and the default one."""
+    made: dict[str, Tenant] = {}
+    items: Iterator[tuple[Any, Any]]
+    items = iter(tenants.items()) if isinstance(tenants, Mapping) else ((getattr(t, "name", None), t) for t in tenants)
+    for name, value in items:
+        if isinstance(value, Tenant):
+            if value.name != name:
+                raise SpecError(f"tenants[{name!r}]: its name is {value.name!r}: they must be the same")
+            made[name] = value
+        elif value is None or isinstance(value, Limit):
+            made[name] = Tenant(name, limit=value)
+        else:
+            raise SpecError(f"tenants[{name!r}]={value!r}: must be a Tenant, a Limit, or None for no limit")
+    made.setdefault(DEFAULT_TENANT, Tenant(DEFAULT_TENANT))
+    return made
+
+
+def _detection(backend: Backend, bus_locks: str, limits: Mapping[str, Limit | None]) -> Detection | None:
+    """How bus locks are seen in this fleet; None: not at all. Design rule 3: asked for and impossible is an error."""
+    asked = next((what for what, limit in limits.items() if limit is not None), None)
+    if bus_locks == "off":
+        if asked:
+            raise SpecError(f"{asked} limits bus locks, but bus_locks='off': leave one of them out")
+        return None
+    detection = backend.bus_lock_detection()
+    if detection is not None:
+        return detection
+    if bus_locks == "require" or asked:
+        raise BusLockUnsupported(
+            f"{asked or 'bus_locks=require'}: this host's KVM can't report bus locks "
+            "(KVM_CAP_X86_BUS_LOCK_EXIT lacks KVM_BUS_LOCK_DETECTION_EXIT). They need an Intel CPU with bus-lock "
+            "detection and Linux 5.12, or an AMD one with Bus Lock Threshold and Linux 6.16; see `orchestra doctor`. "
+            'Without limits on bus locks, bus_locks="auto" runs and only can\'t see them; exit_limit works anywhere'
+        )
+    log.warning("bus locks can't be seen on this host (backend %s); everything else works", backend.name)
+    return None
+
+
+@asynccontextmanager
+async def open_fleet(
+    *,
+    backend: str | Backend = "auto",
+    limit: Limit | None = None,
+    exit_limit: Limit | None = None,
+    tenants: Mapping[str, Limit | Tenant | None] | Iterable[Tenant] = (),
+    policies: Iterable[Policy] = (),
+    bus_locks: Literal["require", "auto", "off"] = "auto",
+    strict: bool = False,
+) -> AsyncIterator[Fleet]:
+    """Open a fleet; leaving the block stops its VMs and leaves no thread, descriptor or mapping behind.
+
+    Parameters:
+        backend: "auto" (KVM where /dev/kvm opens), "kvm", "scripted", or a Backend object.
+        limit: the host's: bus locks per second of all VMs together; None: only counted.
+        exit_limit: the same for exits of any kind.
+        tenants: by name, each a `Tenant`, a `Limit`, or None; or `Tenant` objects. VMs that name none belong to
+            "default", which may be given here as well.
+        policies: asked at each of their ticks; see `orchestra.policy`.
+        bus_locks: "require" (fail where they can't be seen), "auto" (see them if they can be), "off".
+        strict: a policy that raises ends the fleet instead of being switched off.
+
+    Raises:
+        BusLockUnsupported: bus locks are required or limited, and can't be seen here. No guest has run then.
+        BackendUnavailable, NoSuchBackend, SpecError: the message says what to do.
+    """
+    if bus_locks not in ("require", "auto", "off"):
+        raise SpecError(f'bus_locks={bus_locks!r}: must be "require", "auto" or "off"')
+    optional_limit("limit", limit)
+    optional_limit("exit_limit", exit_limit)
+    named = _as_tenants(tenants)
+    seats = list(policies)
+    for policy in seats:
+        if not isinstance(policy, Policy):
+            raise SpecError(f"policies: {policy!r} must have a name, an interval and decide(facts)")
+
+    opened = choose(backend)
+    core: FleetCore | None = None
+    try:
+        asked = {"limit": limit, **{f"tenants[{name!r}]": tenant.limit for name, tenant in named.items()}}
+        detection = _detection(opened, bus_locks, asked)
+        core = FleetCore()
+        budgets = make_budgets(limit, exit_limit, opened.now())
+        fleet: Fleet | None = None
+        error: BaseException | None = None
+        try:
+            async with trio.open_nursery() as nursery:
+                fleet = Fleet(
+                    core=core,
+                    backend=opened,
+                    detection=detection,
+                    budgets=budgets,
+                    tenants=named,
+                    policies=seats,
+                    strict=strict,
+                    nursery=nursery,
+                )
+                fleet.start()
+                try:
+                    yield fleet
+                except BaseException as raised:
+                    error = raised
+                fleet.closing()
+                nursery.cancel_scope.cancel()
+        except BaseExceptionGroup as group:
+            error = _merge(group, error)
+        finally:
+            if fleet is not None:
+                fleet.close()
+            for budget in budgets.values():
+                budget.close()
+        if error is not None:
+            raise error
+    finally:
+        if core is not None:
+            core.close()
+        if isinstance(backend, str):
+            opened.close()
+
+
+def _merge(group: BaseExceptionGroup[BaseException], raised: BaseException | None) -> BaseException:
+    """The nursery is our affair: one error comes out as itself, so that `except SpecError` around the block works."""
+    _, others = group.split(trio.Cancelled)
+    errors = list(_leaves(others)) if others is not None else []
+    if raised is not None and not isinstance(raised, trio.Cancelled):
+        errors.append(raised)
+    if not errors:
+        return group
+    return errors[0] if len(errors) == 1 else BaseExceptionGroup("errors in a fleet", errors)
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            yield from _leaves(error)
+        else:
+            yield error
