@@ -1,0 +1,1 @@
+"""How fast, how exact, how small: one command, one table. See README.md here."""

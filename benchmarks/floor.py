@@ -1,0 +1,56 @@
+"""Compiles and runs the floor, floor.c."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import trio
+
+__all__ = ["compile_c", "exits", "guest", "launch"]
+
+HERE = Path(__file__).parent
+
+
+def compile_c(source: str, to: Path, *flags: str) -> Path:
+    """Compile one of the C files here with ``cc -O2``, or what CC says.
+
+    Raises:
+        SystemExit: there is no compiler, or it fails; the message is on standard error then.
+    """
+    compiler = os.environ.get("CC", "cc")
+    if shutil.which(compiler) is None:
+        print(f"{compiler}: not found; the floor is a C program: install a compiler or name one in CC", file=sys.stderr)
+        raise SystemExit(2)
+    command = [compiler, "-O2", "-Wall", "-Wextra", *flags, "-o", str(to), str(HERE / source), "-lpthread"]
+    if subprocess.run(command).returncode:
+        print(f"{' '.join(command)} failed", file=sys.stderr)
+        raise SystemExit(2)
+    return to
+
+
+def guest(name: str) -> bytes:
+    """The bytes of guests/NAME.asm."""
+    return (HERE / "guests" / f"{name}.bin").read_bytes()
+
+
+async def _run(floor: Path, what: str, name: str, amount: float, bus_locks: bool) -> list[int]:
+    image = HERE / "guests" / f"{name}.bin"
+    command = [str(floor), what, str(image), str(amount), str(int(bus_locks))]
+    done = await trio.run_process(command, capture_stdout=True)
+    return [int(word) for word in done.stdout.split()]
+
+
+async def exits(floor: Path, name: str, seconds: float, bus_locks: bool = False) -> tuple[float, float]:
+    """Nanoseconds for each exit of that guest in a bare KVM_RUN loop: of CPU time, and by the clock."""
+    count, cpu, wall = await _run(floor, "exits", name, seconds, bus_locks)
+    return cpu / count, wall / count
+
+
+async def launch(floor: Path, name: str, vms: int, bus_locks: bool = False) -> tuple[float, float]:
+    """Seconds from nothing to the first exit of all of so many one-vCPU VMs: by the clock, and of CPU time."""
+    wall, cpu = await _run(floor, "launch", name, vms, bus_locks)
+    return wall / 1e9, cpu / 1e9

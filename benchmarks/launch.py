@@ -1,0 +1,69 @@
+"""From nothing to the first exit of many VMs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from statistics import median
+
+import trio
+
+import orchestra as orc
+
+from . import floor
+from .machine import sees_bus_locks
+from .row import Options, Row
+
+__all__ = ["launch"]
+
+CONCURRENT = 8
+# After its first exit a vCPU sleeps, as the floor's threads do.
+ONE_EXIT = orc.Limit(rate=1e-6, burst=1, max_delay=None)
+
+
+async def launch_all(vms: int, concurrent: int) -> tuple[float, float]:
+    """Seconds to the first exit of all, by that many tasks that launch one after the other: wall, CPU."""
+    boot = orc.FlatImage(code=floor.guest("write"))
+    specs = iter([orc.VmSpec(name=f"vm-{n}", boot=boot, exit_limit=ONE_EXIT) for n in range(vms)])
+
+    async with orc.open_fleet() as fleet:
+
+        async def launcher(specs: Iterator[orc.VmSpec]) -> None:
+            for spec in specs:
+                await fleet.launch(spec)
+
+        async with fleet.exits(orc.Io) as exits, trio.open_nursery() as nursery:
+            start, cpu = time.perf_counter(), time.process_time()
+            for _ in range(concurrent):
+                nursery.start_soon(launcher, specs)
+            for _ in range(vms):
+                await exits.receive()
+            return time.perf_counter() - start, time.process_time() - cpu
+
+
+async def launch(options: Options) -> list[Row]:
+    vms, locks = options.pick(500, 20), sees_bus_locks()
+    bare: list[tuple[float, float]] = []
+    ours: dict[int, list[tuple[float, float]]] = {1: [], CONCURRENT: []}
+    for _ in range(options.pick(5, 1)):
+        bare.append(await floor.launch(options.floor, "write", vms, locks))
+        for concurrent, seconds in ours.items():
+            seconds.append(await launch_all(vms, concurrent))
+    base, base_cpu = (median(column) for column in zip(*bare, strict=True))
+    rows = []
+    for concurrent, how in ((1, "one after the other"), (CONCURRENT, f"{CONCURRENT} at a time")):
+        wall, cpu = (median(column) for column in zip(*ours[concurrent], strict=True))
+        rows.append(
+            Row(
+                what=f"launch of {vms} VMs to their first exit, {how}",
+                measured=f"{wall:.3f} s ({cpu:.3f} s CPU)",
+                floor=f"{base:.3f} s ({base_cpu:.3f} s CPU)",
+                ratio=wall / base,
+                bound="1.5x",
+                ok=wall / base <= 1.5,
+                note="By the clock, 1 MiB and one vCPU each, all alive until the last had its first exit; the floor "
+                "makes them one after the other, with a thread each.",
+                details={"wall_and_cpu": ours[concurrent], "floor_wall_and_cpu": bare, "cpu_ratio": cpu / base_cpu},
+            )
+        )
+    return rows

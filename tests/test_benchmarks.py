@@ -1,0 +1,68 @@
+"""That the benchmarks run, and that what judges their figures judges right. Nothing depends on how fast they are."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.rate import excess, jain
+from benchmarks.row import Row, table
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_jain_is_one_when_all_have_the_same_and_one_nth_when_one_has_all() -> None:
+    assert jain([7, 7, 7, 7]) == 1.0
+    assert jain([9, 0, 0]) == pytest.approx(1 / 3)
+
+
+def test_excess_finds_the_worst_window_and_not_only_the_whole() -> None:
+    kept = [0.0, 0.0, 1.0, 2.0, 3.0]  # burst 2, then one a second: exactly the law
+    assert excess(kept, rate=1.0, burst=2.0) == pytest.approx(0.0)
+    assert excess([*kept, 100.0, 100.0, 100.0, 100.0], rate=1.0, burst=2.0) == pytest.approx(2.0)
+
+
+def test_table_lines_up_and_numbers_each_note_once() -> None:
+    rows = [
+        Row(what="a", measured="1 us", floor="1 us", ratio=1.0, bound="2x", ok=True, note="same"),
+        Row(what="much longer", measured="2", bound="1", ok=False, note="same"),
+    ]
+    lines = table(rows).splitlines()
+    assert len({len(line) for line in lines[:4]}) == 1
+    assert "a [1]" in lines[2]
+    assert lines[3].endswith("| NO  |")
+    assert lines[4:] == ["", "1. same"]
+
+
+@pytest.mark.kvm
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which(os.environ.get("CC", "cc")) is None, reason="the floor needs a C compiler")
+def test_a_quick_run_prints_its_rows_as_json() -> None:
+    command = [sys.executable, "-m", "benchmarks", "exit-in-c", "pause", "--quick", "--json", "-"]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=300)
+    assert done.returncode in (0, 1), "2 and up: it could not run; whether it was fast enough is not a test's business"
+    result = json.loads(done.stdout)
+    assert [row["bound"] for row in result["rows"]] == ["1.05x", "p99 5 ms"]
+    assert result["machine"]["kvm"]
+    assert result["rows"][0]["details"]["cpu_ns"] > 0
+
+
+def test_an_unknown_name_is_refused_with_those_that_there_are() -> None:
+    command = [sys.executable, "-m", "benchmarks", "speed"]
+    done = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "speed: no such benchmark" in done.stderr
+    assert "exit-in-c" in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("nasm") is None, reason="needs nasm")
+@pytest.mark.parametrize("source", sorted((ROOT / "benchmarks" / "guests").glob("*.asm")), ids=lambda path: path.stem)
+def test_guest_bytes_are_those_of_its_source(source: Path, tmp_path: Path) -> None:
+    subprocess.run(["nasm", "-f", "bin", "-o", tmp_path / "guest", source], check=True)
+    assert source.with_suffix(".bin").read_bytes() == (tmp_path / "guest").read_bytes()
