@@ -14,9 +14,10 @@ def main() -> int:
     try:
         from .cli import app, render  # noqa: F401  # both of the extra's libraries, or neither
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in EXTRA:
+        library = (error.name or "").partition(".")[0]
+        if library not in EXTRA:
             raise
-        print(f"orchestra: the command line needs {error.name}: pip install 'orchestra[cli]'", file=sys.stderr)
+        print(f"orchestra: the command line needs {library}: pip install 'orchestra[cli]'", file=sys.stderr)
         return 1
     return app.main()
 

@@ -149,15 +149,16 @@ def doctor(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line (default: this program's); the exit status. A user's mistake is one line on standard error."""
+    _open_standard_streams()
     # What the library logs is said by the commands themselves, where it matters to them.
-    logging.getLogger("orchestra").addHandler(logging.NullHandler())
+    logging.getLogger("orchestra").addHandler(_SILENT)
     tokens = list(sys.argv[1:] if arguments is None else arguments)
     try:
         command, bound, _ = app.parse_args(tokens, exit_on_error=False, print_error=False)
         result: object = command(*bound.args, **bound.kwargs)
         sys.stdout.flush()
     except CycloptsError as error:
-        return _complain(_one_line(error), USAGE)
+        return _complain(" ".join(str(error).split()), USAGE)
     except KeyboardInterrupt:
         return INTERRUPTED
     except BaseException as error:
@@ -170,11 +171,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case KeyboardInterrupt():
                 return INTERRUPTED
             case BrokenPipeError():
-                # Python would complain again when it flushes standard output at its end.
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                _give_up_output()
                 return PIPE_CLOSED
+            case OSError(strerror=str(text)):
+                _give_up_output()
+                return _complain(f"{cause.filename}: {text}" if cause.filename else text, 1)
         raise
     return result if isinstance(result, int) else 0
+
+
+_SILENT = logging.NullHandler()
+
+
+def _open_standard_streams() -> None:
+    """If we were started with one closed, the next file opened would take its number, and guests would write to it."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for the rest of the process
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # for the rest of the process
+
+
+def _give_up_output() -> None:
+    """Standard output can't be written: Python must not complain again when it flushes what is left at its end."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, sys.stdout.fileno())
+    except (OSError, ValueError):
+        pass  # replaced by something without a descriptor
+    finally:
+        os.close(null)
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -187,7 +217,3 @@ def _cause(error: BaseException) -> BaseException:
 def _complain(message: str, status: int) -> int:
     print(f"orchestra: {message}", file=sys.stderr)
     return status
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -7,6 +7,7 @@ import os
 import select
 import sys
 from collections.abc import Awaitable, Callable
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,8 +15,9 @@ import attrs
 import trio
 
 from ..actions import Failed, Outcome, Shutdown
+from ..backend import Backend
 from ..errors import SpecError, StateError
-from ..fleet import open_fleet
+from ..opening import open_fleet
 from ..spec import VmSpec
 from ..vm import Vm, VmStatistics
 from .signals import until_interrupted
@@ -26,7 +28,7 @@ PATIENCE: Final = 0.02
 """Seconds that a write of console output may take before the guest is held until it is done: it must not outrun what is
 kept for us (64 KiB)."""
 AT_ONCE: Final = 256
-"""Bytes that whatever polls as writable takes without blocking: terminals promise the least (WAKEUP_CHARS in n_tty.c)."""
+"""Bytes that whatever polls as writable takes without blocking; terminals promise the least (WAKEUP_CHARS, n_tty.c)."""
 TIMED_OUT: Final = 124
 PIECE: Final = 1 << 20
 MOST_CODE: Final = 1 << 30
@@ -63,7 +65,7 @@ class GuestRun:
     """What to run, and for how long. `output`: the file descriptor that the console goes to."""
 
     spec: VmSpec
-    backend: str = "auto"
+    backend: str | Backend = "auto"
     timeout: float | None = None
     output: int = 1
 
@@ -131,14 +133,15 @@ async def _run(plan: GuestRun, seen: _Seen) -> None:
 
 async def _copy_console(vm: Vm, output: int) -> None:
     """Write what the guest writes, as it comes. While nobody takes it the guest is held, and Ctrl-C still works."""
-    async for chunk in vm.console.follow():
-        if _taken_at_once(output, chunk):
-            continue
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_write, output, chunk, nursery.cancel_scope)
-            await trio.sleep(PATIENCE)
-            await _unless_ended(vm.pause)
-        await _unless_ended(vm.resume)
+    async with aclosing(vm.console.follow()) as chunks:
+        async for chunk in chunks:
+            if _taken_at_once(output, chunk):
+                continue
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_write, output, chunk, nursery.cancel_scope)
+                await trio.sleep(PATIENCE)
+                await _unless_ended(vm.pause)
+            await _unless_ended(vm.resume)
 
 
 def _taken_at_once(output: int, data: bytes) -> bool:

@@ -15,7 +15,8 @@ import trio
 from ..actions import Applied, Throttle
 from ..backend import Backend
 from ..errors import SpecError
-from ..fleet import Fleet, open_fleet
+from ..fleet import Fleet
+from ..opening import open_fleet
 from ..spec import Limit, Meter, VmSpec
 from ..vm import Vm
 from . import guests

@@ -1,0 +1,412 @@
+"""The demo: its story on scripts in no time, how it is shown, and the whole of it on real guests."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import re
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+
+import attrs
+import pytest
+import trio
+from rich.console import Console
+
+from orchestra import Failed, Limit, Meter, ScriptedBackend, SpecError, Throttle
+from orchestra.backend.scripted import bus_lock, failed_run, io_write
+from orchestra.cli import rehearsal, words
+from orchestra.cli.account import document
+from orchestra.cli.app import main
+from orchestra.cli.plain import Plain, columns, summary
+from orchestra.cli.render import LiveTable
+from orchestra.cli.story import MORE, Plan, Story
+
+
+class Listener:
+    """An audience that remembers."""
+
+    def __init__(self) -> None:
+        self.told = []
+
+    def opened(self, plan, fleet, meter):
+        self.told.append(("opened", meter))
+
+    def act(self, act, time):
+        self.told.append(("act", act.number))
+
+    def applied(self, applied, time):
+        self.told.append(("applied", applied.action.vm))
+
+    def sample(self, sample):
+        self.told.append(("sample", sample.act))
+
+
+def scripts(spec, _):
+    """A noisy VM: 1050 locks a second. A quiet one: one every 2 seconds."""
+    return itertools.repeat(bus_lock(after=0.00095 if spec.name.startswith("noisy") else 2.0))
+
+
+def port_writes(spec, _):
+    return itertools.repeat(io_write(0x80, b"\0", after=0.00095 if spec.name.startswith("noisy") else 2.0))
+
+
+def plan(backend=None, **options) -> Plan:
+    return Plan(**{"vms": 3, "noisy": 2, "seconds": 3.0, "backend": backend or ScriptedBackend(scripts), **options})
+
+
+async def told(plan: Plan, audience=None):
+    story = Story(plan, audience or Listener())
+    await story.tell()
+    return story.result
+
+
+# ---- the story
+
+
+async def test_the_noisy_are_held_to_their_budget_and_the_quiet_are_not_touched(autojump_clock):
+    result = await told(plan())
+    assert result.complete
+    for vm in result.noisy:
+        free, limited, _ = vm.spans
+        assert free.rate == pytest.approx(1050, rel=0.01)
+        assert limited.limit.rate == 50  # 5 % of it
+        assert limited.rate == pytest.approx(50, rel=0.06)
+        assert all(span.held for span in vm.spans)
+        assert vm.throttled_seconds > 0
+    for vm in result.quiet:
+        assert vm.throttled_seconds == 0
+        assert all(span.limit is None for span in vm.spans)
+
+
+async def test_in_the_last_act_one_of_the_noisy_gets_more_at_once(autojump_clock):
+    first, second = (await told(plan())).noisy
+    assert first.spans[2].limit.rate == MORE * first.spans[1].limit.rate
+    assert first.spans[2].rate == pytest.approx(200, rel=0.1)
+    assert second.spans[2].rate == pytest.approx(50, rel=0.1)
+
+
+async def test_the_budget_can_be_said(autojump_clock):
+    result = await told(plan(limit=7.0))
+    assert {vm.spans[1].limit.rate for vm in result.noisy} == {7.0}
+    assert all(vm.spans[1].held for vm in result.noisy)
+
+
+async def test_every_action_has_a_reason_and_its_evidence_and_is_in_the_journal(autojump_clock):
+    result = await told(plan())
+    assert [applied.action.vm for applied in result.actions] == ["noisy-1", "noisy-2", None, "noisy-1"]
+    for applied in result.actions:
+        assert isinstance(applied.action, Throttle)
+        assert applied.action.reason
+        assert applied.action.evidence
+        assert applied.error is None
+    assert result.actions[0].action.evidence["share"] == pytest.approx(0.5, abs=0.01)
+
+
+async def test_acts_actions_and_samples_are_told_in_their_order(autojump_clock):
+    listener = Listener()
+    await told(plan(), listener)
+    order = [key for key, _ in itertools.groupby(listener.told, key=lambda item: item)]
+    assert order == [
+        *(("opened", Meter.BUS_LOCKS), ("act", 1), ("sample", 1)),
+        *(("act", 2), ("applied", "noisy-1"), ("applied", "noisy-2"), ("applied", None), ("sample", 2)),
+        *(("act", 3), ("applied", "noisy-1"), ("sample", 3)),
+    ]
+
+
+async def test_it_takes_as_long_as_it_was_told_and_looks_at_most_four_times_a_second(autojump_clock):
+    begun = trio.current_time()
+    result = await told(plan(seconds=3.0))
+    assert trio.current_time() - begun == pytest.approx(3, abs=0.1)
+    assert len(result.samples) <= 3 * 4 + 3
+
+
+async def test_where_no_bus_locks_are_seen_exits_tell_the_same_story(autojump_clock):
+    result = await told(plan(ScriptedBackend(port_writes, detection=None)))
+    assert result.meter is Meter.EXITS
+    assert result.detection is None
+    assert all(vm.spans[1].held and vm.spans[1].limit.rate == 50 for vm in result.noisy)
+    assert all(vm.throttled_seconds == 0 for vm in result.quiet)
+
+
+async def test_telling_that_takes_its_time_makes_the_looks_rarer_not_the_guests_slower(autojump_clock):
+    class Slow(Listener):
+        def sample(self, sample):
+            super().sample(sample)
+            autojump_clock.jump(0.5)
+
+    assert len((await told(plan(seconds=10.0), Slow())).samples) <= 10 / 2.5 + 6  # and not 40
+
+
+async def test_a_guest_that_fails_is_told_of_and_the_others_play_on(autojump_clock):
+    def failing(spec, i):
+        return [failed_run(14, after=0.1)] if spec.name == "noisy-1" else scripts(spec, i)
+
+    result = await told(plan(ScriptedBackend(failing)))
+    assert result.complete
+    assert isinstance(result.noisy[0].outcome, Failed)
+    assert "has ended" in result.actions[0].error
+    assert any("noisy-1 failed" in line for line in words.verdict(result))
+
+
+async def test_when_all_have_ended_it_is_over_and_not_complete(autojump_clock):
+    begun = trio.current_time()
+    result = await told(plan(ScriptedBackend({})))
+    assert not result.complete
+    assert trio.current_time() - begun < 2
+
+
+@pytest.mark.parametrize("seconds", [0.1, 1.0, 1.5, 2.5])
+async def test_a_cancelled_story_has_a_result_of_what_was_played(seconds, autojump_clock):
+    story = Story(plan(), Listener())
+    with trio.move_on_after(seconds):
+        await story.tell()
+    result = story.result
+    assert not result.complete
+    assert result.seconds == pytest.approx(seconds, abs=0.01)
+    assert sum(span.seconds for span in result.vms[0].spans) == pytest.approx(seconds, abs=0.01)
+    assert "up to here" in "\n".join(summary(result))
+    json.dumps(document(result))
+
+
+async def test_only_noisy_ones_are_a_story_too(autojump_clock):
+    result = await told(plan(vms=1, noisy=1))
+    assert result.relief is None
+    assert "\n".join(summary(result))
+
+
+async def test_many_vms_are_summed_up(autojump_clock):
+    result = await told(plan(vms=12, noisy=8))
+    assert any("Of 8 noisy VMs, 8 stayed" in line for line in words.verdict(result))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"vms": 0}, {"vms": 1001}, {"noisy": 0}, {"noisy": 4}, {"seconds": 0.0}, {"seconds": 1e9}, {"limit": 1e9}],
+    ids=str,
+)
+def test_a_plan_that_can_not_be_played_is_refused(options):
+    with pytest.raises(SpecError):
+        plan(**options)
+
+
+# ---- what was seen
+
+
+async def test_relief_is_what_the_quiet_got_done_more(autojump_clock):
+    result = await told(plan())
+    quiet = result.quiet[0]
+    spans = tuple(
+        attrs.evolve(span, work=round(span.seconds * rate))
+        for span, rate in zip(quiet.spans, (100, 150, 9), strict=True)
+    )
+    result = attrs.evolve(result, vms=(attrs.evolve(quiet, spans=spans), *result.noisy))
+    assert result.relief == pytest.approx(0.5, abs=0.01)
+    assert any("50% more of their own work" in line for line in words.verdict(result))
+
+
+async def test_a_budget_that_was_broken_would_be_told(autojump_clock):
+    result = await told(plan())
+    span = attrs.evolve(result.noisy[0].spans[1], count=10_000)
+    assert not span.held
+    noisy = attrs.evolve(result.noisy[0], spans=(result.noisy[0].spans[0], span))
+    assert any("BROKE" in line for line in words.verdict(attrs.evolve(result, vms=(noisy,))))
+
+
+async def test_the_document_has_samples_actions_and_summary(autojump_clock):
+    made = json.loads(json.dumps(document(await told(plan())), allow_nan=False))
+    assert made["complete"] is True
+    assert made["meter"] == "bus_locks"
+    assert [act["number"] for act in made["acts"]] == [1, 2, 3]
+    assert {row["name"] for row in made["samples"][0]["rows"]} == {"quiet-1", "noisy-1", "noisy-2"}
+    assert made["actions"][0]["limit"]["rate"] == 50
+    assert made["actions"][0]["action"] == "Throttle"
+    assert made["summary"]["ceiling"]["rate"] > 250
+    noisy = made["summary"]["vms"][1]
+    assert noisy["acts"][1]["held"] is True
+    assert noisy["count"] >= sum(act["count"] for act in noisy["acts"])
+
+
+# ---- how it is shown
+
+
+async def test_plain_lines_name_acts_actions_and_figures(autojump_clock):
+    out = io.StringIO()
+    plain = Plain(out)
+    result = await told(plan(), plain)
+    plain.ending(result)
+    text = out.getvalue()
+    assert [int(number) for number in re.findall(r"^Act (\d)", text, re.MULTILINE)] == [1, 2, 3]
+    assert "noisy-1 held to 50 bus locks/s: it made 1,05" in text
+    assert "What was done, when and why:" in text
+    assert "\x1b" not in text
+
+
+def test_columns_line_up():
+    assert list(columns([("a", "b"), ("long", "1"), ("x", "12")], left=1)) == ["a      b", "long   1", "x     12"]
+
+
+@contextmanager
+def live(width=80, height=24, **options):
+    out = io.StringIO()
+    table = LiveTable(Console(file=out, force_terminal=True, width=width, height=height, highlight=False, **options))
+    with table:
+        yield table, out
+
+
+def lines(text: str) -> list[str]:
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).replace("\r", "\n").splitlines()
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+async def test_the_live_table_fits_the_terminal(width, autojump_clock):
+    with live(width=width) as (table, out):
+        table.ending(await told(plan(), table))
+    assert max(len(line) for line in lines(out.getvalue())) <= width
+
+
+async def test_the_live_table_shows_each_vm_with_budget_and_state(autojump_clock):
+    with live() as (table, out):
+        table.ending(await told(plan(), table))
+    shown = lines(out.getvalue())
+    row = next(line for line in reversed(shown) if line.startswith("noisy-2") and "initech" in line).split()
+    assert (row[1], row[3]) == ("initech", "50")
+    assert row[-1] == "throttled"
+    assert any("What was done, when and why" in line for line in shown)
+
+
+async def test_the_cursor_comes_back_when_it_is_interrupted(autojump_clock):
+    with live() as (table, out), trio.move_on_after(1.0):
+        await told(plan(), table)
+    assert out.getvalue().rindex("\x1b[?25h") > out.getvalue().rindex("\x1b[?25l")
+
+
+async def test_more_vms_than_lines_are_cut_and_the_noisy_ones_stay(autojump_clock):
+    with live(height=16) as (table, out):
+        await told(plan(vms=40, noisy=2, seconds=1.0), table)
+    shown = lines(out.getvalue())
+    assert any("... and 32 more" in line for line in shown)
+    assert any(line.startswith("noisy-2") for line in shown)
+
+
+async def test_without_colours_nothing_is_lost(autojump_clock):
+    with live(no_color=True) as (table, out):
+        await told(plan(), table)
+    assert "\x1b[3" not in out.getvalue()  # no foreground colour
+    assert "noisy-1" in out.getvalue()
+
+
+def test_the_opening_says_how_bus_locks_are_seen():
+    @attrs.frozen
+    class Fleet:
+        bus_lock_detection: str | None
+        backend: object = ScriptedBackend()
+
+    def said(detection, meter):
+        return " ".join(words.opening(plan(), Fleet(detection), meter))
+
+    assert "no bus locks" in said(None, Meter.EXITS)
+    assert "before" in said("fault-like", Meter.BUS_LOCKS)
+    assert "behind" in said("trap-like", Meter.BUS_LOCKS)
+    assert "rehearsal" in said("trap-like", Meter.BUS_LOCKS)
+
+
+# ---- the command
+
+
+def test_the_rehearsal_runs_anywhere(capsys):
+    assert main(["demo", "--backend", "scripted", "--seconds", "0.2"]) == 0
+    assert "rehearsal" in capsys.readouterr().out
+
+
+def test_rehearsed_noise_is_what_the_rehearsal_promises():
+    spec = attrs.make_class("Spec", ["name"])
+    assert next(rehearsal.scripts(spec("noisy-1"), 0)).after == 0.002
+    assert next(rehearsal.scripts(spec("quiet-1"), 0)).after == 2.0
+
+
+def test_json_leaves_nothing_else_on_standard_output(capsys):
+    assert main(["demo", "--backend", "scripted", "--seconds", "0.2", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["complete"] is True
+    assert "Act 1" in err
+
+
+def test_a_backend_that_is_not_there_is_one_line(capsys):
+    assert main(["demo", "--backend", "emulated"]) == 1
+    assert capsys.readouterr().err.startswith("orchestra: backend='emulated'")
+
+
+def test_the_plot_is_an_svg(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "run.svg"
+    assert main(["demo", "--backend", "scripted", "--seconds", "0.2", "--plot", str(path)]) == 0
+    assert "<svg" in path.read_text()
+    assert str(path) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", ["run.png", "nowhere/run.svg"])
+def test_a_plot_that_can_not_be_written_is_told_before_the_play(path, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    assert main(["demo", "--plot", str(tmp_path / path)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("orchestra: --plot")
+
+
+def test_without_matplotlib_a_plot_is_refused_with_the_command_that_installs_it(monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "orchestra.cli.plot", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["demo", "--plot", "x.svg"]) == 1
+    assert "pip install 'orchestra[plot]'" in capsys.readouterr().err
+
+
+# ---- on real guests
+
+
+@pytest.mark.kvm
+def test_real_guests_tell_the_story(capsys):
+    assert main(["demo", "--seconds", "1.5", "--vms", "3", "--noisy", "1", "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    noisy = made["summary"]["vms"][-1]
+    assert noisy["acts"][1]["held"]
+    assert noisy["acts"][1]["rate"] < noisy["acts"][0]["rate"] / 2
+    assert noisy["throttled_seconds"] > 0
+    for vm in made["summary"]["vms"][:-1]:
+        assert vm["throttled_seconds"] == 0
+        assert vm["work"] > 0
+
+
+@pytest.mark.kvm
+def test_a_limit_given_on_the_command_line_is_the_budget(capsys):
+    assert main(["demo", "--seconds", "0.6", "--vms", "2", "--noisy", "1", "--limit", "0.05K", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["actions"][0]["limit"] == {"rate": 50, "burst": None, "max_delay": 1}
+
+
+@pytest.mark.kvm
+def test_ctrl_c_stops_the_fleet_tells_the_summary_and_is_130():
+    command = [sys.executable, "-m", "orchestra", "demo", "--seconds", "600", "--vms", "2", "--noisy", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if re.match(r" +\d+\.\d s", line):
+                break
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert err == ""
+    assert "What happened, up to here:" in out
+
+
+def test_limits_are_shown_with_what_went_wrong():
+    from orchestra.actions import Applied, Pause, Unthrottle
+
+    limit = Throttle(tenant="acme", limit=Limit(rate=5), reason="why")
+    assert words.action_line(Applied(time=0, action=limit), 1.0) == "  1.0 s  tenant acme held to 5 bus locks/s: why"
+    assert "free again" in words.action_line(Applied(time=0, action=Unthrottle(vm="a")), 1.0)
+    assert "a: pause (could not be done: gone)" in words.action_line(
+        Applied(time=0, action=Pause(vm="a"), error="gone"), 1
+    )
+    assert "a policy failed" in words.action_line(Applied(time=0, action=None, error="x"), 1)

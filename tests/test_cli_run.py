@@ -1,0 +1,290 @@
+"""``orchestra run``: console, exit status, and each way to get it wrong."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import repeat
+
+import pytest
+import trio
+
+from orchestra import DebugConsole, ExitPort, Failed, FlatImage, Halted, ScriptedBackend, Shutdown, Stopped, VmSpec
+from orchestra.backend.scripted import ScriptedExit, failed_run, hlt, io_write, triple_fault
+from orchestra.cli import run as module
+from orchestra.cli.app import main
+from orchestra.cli.run import GuestRun, run, status
+
+HELLO = b"".join(b"\xb0%c\xe6\xe9" % byte for byte in b"hi\n") + b"\xf4"  # mov al, X; out 0xe9, al; hlt
+EXIT_7 = b"\xb0\x07\xe6\xf4\xeb\xfe"  # mov al, 7; out 0xf4, al; jmp $
+SPIN = b"\xeb\xfe"
+UD2 = b"\x0f\x0b"
+SERIAL = b"\xba\xf8\x03\xb0A\xee\xf4"  # mov dx, 0x3f8; mov al, 'A'; out dx, al; hlt
+
+
+@pytest.fixture
+def guest(tmp_path):
+    def write(code: bytes) -> str:
+        path = tmp_path / "guest.bin"
+        path.write_bytes(code)
+        return str(path)
+
+    return write
+
+
+# ---- on KVM
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("mode", ["16", "32", "64"])
+def test_the_console_is_standard_output_and_halting_is_0(mode, guest, capfd):
+    assert main(["run", guest(HELLO), "--mode", mode]) == 0
+    assert capfd.readouterr() == ("hi\n", "")
+
+
+@pytest.mark.kvm
+def test_the_exit_ports_value_is_the_status(guest, capfd):
+    assert main(["run", guest(EXIT_7)]) == 7
+
+
+@pytest.mark.kvm
+def test_a_guest_that_does_not_end_is_stopped_after_the_timeout(guest, capfd):
+    assert main(["run", guest(SPIN), "--timeout", "0.05"]) == 124
+    assert "0.05 s" in capfd.readouterr().err
+
+
+@pytest.mark.kvm
+def test_a_triple_fault_is_1_and_says_where(guest, capfd):
+    assert main(["run", guest(UD2), "--mode", "32"]) == 1
+    assert "triple fault at rip=0x1000" in capfd.readouterr().err
+
+
+@pytest.mark.kvm
+def test_the_serial_port_writes_to_standard_output_if_there_is_one(guest, capfd):
+    assert main(["run", guest(SERIAL)]) == 0
+    assert main(["run", guest(SERIAL), "--serial", "--irqchip", "--timeout", "0.2"]) in (0, 124)
+    assert capfd.readouterr().out == "A"
+
+
+@pytest.mark.kvm
+def test_ports_load_address_and_entry_are_where_they_were_asked_for(guest, capfd):
+    code = b"\xf4" + HELLO.replace(b"\xe6\xe9", b"\xe6\x42")
+    options = ["--console-port", "0x42", "--load", "0x2000", "--entry", "0x2001", "--memory", "64K"]
+    assert main(["run", guest(code), *options]) == 0
+    assert capfd.readouterr().out == "hi\n"
+
+
+@pytest.mark.kvm
+def test_json_is_one_document_and_the_console_goes_to_standard_error(guest, capfd):
+    assert main(["run", guest(HELLO), "--json"]) == 0
+    out, err = capfd.readouterr()
+    document = json.loads(out)
+    assert document["outcome"] == {"kind": "Halted"}
+    assert document["console"] == err == "hi\n"
+    assert document["statistics"]["exits"] == {"io": 3, "hlt": 1}
+
+
+@pytest.mark.kvm
+def test_an_exit_limit_is_kept(guest, capfd):
+    assert main(["run", guest(b"\xe6\x80\xeb\xfc"), "--exit-limit", "100", "--timeout", "0.1", "--json"]) == 124
+    assert 1 <= json.loads(capfd.readouterr().out)["statistics"]["exits"]["io"] <= 5 + 100 * 0.5
+
+
+@pytest.mark.kvm
+def test_a_bus_lock_limit_where_none_are_seen_is_the_hosts_fault(guest, capfd):
+    result = main(["run", guest(HELLO), "--limit", "5"])
+    err = capfd.readouterr().err
+    assert result == 0 or (result == 1 and err.startswith("orchestra: ") and "bus locks" in err)
+
+
+@pytest.mark.kvm
+def test_ctrl_c_ends_the_guest_and_is_130(guest):
+    code = b"\xb0\x0a\xe6\xe9\xeb\xfe"  # a line, so that we know that it runs; then jmp $
+    command = [sys.executable, "-m", "orchestra", "run", guest(code)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"\n"
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err) == (130, b"", b"")
+
+
+@pytest.mark.kvm
+def test_a_reader_that_leaves_ends_it_quietly(guest):
+    command = [sys.executable, "-m", "orchestra", "run", guest(b"\xe6\xe9\xeb\xfc")]  # out 0xe9, al, for ever
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(timeout=30) == 141
+
+
+# ---- on scripts
+
+
+def spec() -> VmSpec:
+    return VmSpec(name="guest", boot=FlatImage(code=b"\xf4"), devices=[DebugConsole(), ExitPort()])
+
+
+def played(*script: ScriptedExit, **options) -> GuestRun:
+    return GuestRun(spec=spec(), backend=ScriptedBackend({"guest": script}), **options)
+
+
+def test_a_failed_guest_is_1_with_the_reason(capfd):
+    assert run(played(failed_run(errno.EFAULT)), as_json=False) == 1
+    err = capfd.readouterr().err
+    assert err.startswith("orchestra: the guest failed: vCPU 0: KVM_RUN failed: EFAULT")
+
+
+def test_a_failed_guests_registers_are_shown_four_in_a_row():
+    seen = module._Seen(outcome=Failed("x", {f"r{i}": i for i in range(6)}, 1))
+    lines = module._complaints(seen, played())
+    assert lines == ["the guest failed: vCPU 1: x", "  r0=0x0 r1=0x1 r2=0x2 r3=0x3", "  r4=0x4 r5=0x5"]
+
+
+def test_a_triple_fault_without_registers_is_still_told():
+    assert run(played(triple_fault()), as_json=False) == 1
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code"),
+    [
+        (Halted(), 0),
+        (Stopped(), 0),
+        (Shutdown(code=0), 0),
+        (Shutdown(code=3), 3),
+        (Shutdown(code=0x1FF), 0xFF),
+        (Shutdown(reason="system event: shutdown"), 0),
+        (Shutdown(reason="triple fault"), 1),
+        (Failed("x"), 1),
+        (None, 1),
+    ],
+)
+def test_the_outcome_decides_the_status(outcome, code):
+    assert status(outcome) == code
+
+
+async def test_a_guest_is_held_while_nobody_takes_its_output_and_nothing_is_lost(autojump_clock):
+    block, blocks = bytes(range(256)) * 2, 400  # three times as much as is kept for a reader
+
+    def script() -> Iterator[ScriptedExit]:
+        for _ in range(blocks):
+            yield ScriptedExit("io", 0.001, args=(0xE9, 1, len(block), 1), data=block)
+        yield hlt()
+
+    receive, send = os.pipe()
+    fcntl.fcntl(send, fcntl.F_SETPIPE_SZ, 4096)
+    plan = GuestRun(spec=spec(), backend=ScriptedBackend({"guest": script()}), output=send)
+    seen, taken = module._Seen(), io.BytesIO()
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(module._run, plan, seen)
+            await trio.sleep(60)  # on the mocked clock: the script alone would take 0.4 s
+            assert seen.outcome is None
+            while len(taken.getvalue()) < len(block) * blocks:
+                taken.write(await trio.to_thread.run_sync(os.read, receive, 65536))
+    finally:
+        os.close(send)
+        os.close(receive)
+    assert taken.getvalue() == block * blocks
+    assert seen.outcome == Halted()
+
+
+async def test_a_timeout_also_ends_a_guest_whose_output_nobody_takes(autojump_clock):
+    receive, send = os.pipe()
+    fcntl.fcntl(send, fcntl.F_SETPIPE_SZ, 4096)
+    script = repeat(ScriptedExit("io", 0.001, args=(0xE9, 1, 512, 1), data=bytes(512)))
+    seen = module._Seen()
+    try:
+        await module._run(
+            GuestRun(spec=spec(), backend=ScriptedBackend({"guest": script}), output=send, timeout=5.0), seen
+        )
+    finally:
+        os.close(receive)  # the abandoned write ends
+        os.close(send)
+    assert seen.timed_out
+    assert seen.statistics is not None
+
+
+def test_the_registers_of_what_ran_until_the_timeout_are_not_needed(capfd):
+    assert run(played(io_write(0xE9, b"x"), hlt(after=60), timeout=0.01), as_json=True) == 124
+    document = json.loads(capfd.readouterr().out.removeprefix("x"))
+    assert document["timed_out"]
+    assert document["console"] == "x"
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--mode", "8"],
+        ["--load", "zz"],
+        ["--load", "16M"],
+        ["--load", "0xffffffffffffffff"],
+        ["--entry", "0x10000"],
+        ["--entry", "-1"],
+        ["--memory", "0"],
+        ["--memory", "5000"],
+        ["--memory", "1000000G"],
+        ["--memory", "12Q"],
+        ["--vcpus", "0"],
+        ["--vcpus", "1000000000"],
+        ["--limit", "0"],
+        ["--exit-limit", "nan"],
+        ["--timeout", "0"],
+        ["--timeout", "-1"],
+        ["--backend", "nonsense"],
+    ],
+    ids="=".join,
+)
+def test_a_bad_option_is_one_line_and_2(options, guest, capfd):
+    assert main(["run", guest(HELLO), *options]) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.startswith("orchestra: ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("options", [["--console-port", "0x10000"], ["--console-port", "0xf4"]], ids="=".join)
+def test_a_port_that_can_not_be_had_is_one_line_and_2(options, guest, capfd):
+    assert main(["run", guest(HELLO), "--backend", "scripted", *options]) == 2
+    assert capfd.readouterr().err.startswith("orchestra: port")
+
+
+def test_a_missing_file_is_named(tmp_path, capfd):
+    assert main(["run", str(tmp_path / "nowhere.bin")]) == 2
+    assert "nowhere.bin: No such file" in capfd.readouterr().err
+
+
+def test_an_empty_file_is_refused(guest, capfd):
+    assert main(["run", guest(b"")]) == 2
+    assert "is empty" in capfd.readouterr().err
+
+
+def test_a_directory_is_refused(tmp_path, capfd):
+    assert main(["run", str(tmp_path)]) == 2
+    assert "directory" in capfd.readouterr().err
+
+
+def test_an_image_larger_than_the_memory_is_refused(guest, capfd):
+    assert main(["run", guest(bytes(70_000)), "--memory", "64K"]) == 2
+    assert "more --memory" in capfd.readouterr().err
+
+
+def test_a_file_without_an_end_is_not_read_for_ever(capfd):
+    assert main(["run", "/dev/zero"]) == 2
+    assert "larger" in capfd.readouterr().err
+
+
+def test_no_image_may_be_larger_than_there_is_sense_in(monkeypatch, capfd):
+    monkeypatch.setattr(module, "MOST_CODE", 1 << 20)
+    assert main(["run", "/dev/zero", "--memory", "1G"]) == 2
+    assert "larger than 1 MiB" in capfd.readouterr().err
