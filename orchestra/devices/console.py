@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from threading import Lock
 
 import trio
@@ -61,7 +61,7 @@ class Console:
         """How many bytes were ever written."""
         return self._total
 
-    async def follow(self) -> AsyncIterator[bytes]:
+    async def follow(self) -> AsyncGenerator[bytes, None]:
         """All output from the kept beginning on, as it comes, until the VM has ended.
 
         A follower that falls behind by more than is kept loses the oldest output.
