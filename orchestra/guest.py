@@ -15,7 +15,7 @@ from .actions import Failed, Halted, Outcome, Shutdown, Stopped
 from .backend import Backend, Machine
 from .boot import flat
 from .budget import Budgets, connect
-from .devices.bus import Bus, Claim, Handler
+from .devices.bus import Bus, Handler
 from .devices.console import Console
 from .devices.ports import DebugConsolePort, ExitDevice
 from .devices.serial import Uart16550
@@ -155,25 +155,27 @@ class Guest:
 
                 self.claim(range(port, port + 8), None, Uart16550(self._console.write, interrupt))
 
-    def claim(self, ports: range | None, mmio: range | None, handler: Handler) -> list[tuple[Bus, Claim]]:
+    def claim(self, ports: range | None, mmio: range | None, handler: Handler) -> None:
         """Give ranges of the buses to a handler; all of them or, with an error, none."""
-        claims: list[tuple[Bus, Claim]] = []
-        try:
-            if ports is not None:
-                claims.append((self.ports, self.ports.claim(ports, handler)))
-                self._machine.claim_ports(ports, True)
-            if mmio is not None:
-                claims.append((self.mmio, self.mmio.claim(mmio, handler)))
-        except BaseException:
-            self.release(claims)
-            raise
-        return claims
+        claimed = self.ports.claim(ports, handler) if ports is not None else None
+        if mmio is not None:
+            try:
+                self.mmio.claim(mmio, handler)
+            except BaseException:
+                if claimed is not None:
+                    self.ports.release(claimed)
+                raise
+        if ports is not None and self.final is None:
+            self._machine.claim_ports(ports, True)
 
-    def release(self, claims: list[tuple[Bus, Claim]]) -> None:
-        for bus, claim in claims:
-            bus.release(claim)
-            if bus is self.ports and self.final is None:
-                self._machine.claim_ports(claim.span, False)
+    def release(self, handler: Handler) -> None:
+        """Take back whatever the handler claimed."""
+        for bus in (self.ports, self.mmio):
+            for claim in bus.claims():
+                if claim.handler is handler:
+                    bus.release(claim)
+                    if bus is self.ports and self.final is None:
+                        self._machine.claim_ports(claim.span, False)
 
     # ---- life
 

@@ -238,23 +238,21 @@ class Vm:
             SpecError: no range given, or one that is taken.
         """
         requests = Requests(self._house.post)
-        claims = self._claim(ports, mmio, requests)
+        self._claim(ports, mmio, requests)
         self._requests[requests] = (ports, mmio)
         try:
             await trio.lowlevel.checkpoint()
             yield requests
         finally:
             del self._requests[requests]
-            for guest, claim in claims:
-                if guest is self._guest:
-                    guest.release([claim])
+            if self._guest is not None:  # it may be another one by now: claims stay over a restart
+                self._guest.release(requests)
             requests.close()
 
-    def _claim(self, ports: range | None, mmio: range | None, handler: Handler) -> list[tuple[Guest, Any]]:
+    def _claim(self, ports: range | None, mmio: range | None, handler: Handler) -> None:
         if ports is None and mmio is None:
             raise SpecError("ports=None, mmio=None: name the ports or the MMIO addresses to claim, as ranges")
-        guest = self._alive("claim addresses of")
-        return [(guest, claim) for claim in guest.claim(ports, mmio, handler)]
+        self._alive("claim addresses of").claim(ports, mmio, handler)
 
     # ---- inspection
 
