@@ -9,8 +9,9 @@ from .account import Result
 from .story import EVENTS
 
 try:
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
+    # mypy may well be run where this extra is not installed.
+    from matplotlib import rc_context  # type: ignore[import-not-found,unused-ignore]
+    from matplotlib.figure import Figure  # type: ignore[import-not-found,unused-ignore]
 except ImportError as error:
     raise OrchestraError(f"--plot needs matplotlib ({error}): pip install 'orchestra[plot]'") from None
 
@@ -40,7 +41,12 @@ def draw(result: Result, path: Path) -> None:
         above.legend(loc="upper right", frameon=False)
         for vm in result.quiet:
             rows = [next(row for row in sample.rows if row.name == vm.name) for sample in result.samples]
-            below.plot(times, [row.work_rate for row in rows], color=QUIET, linewidth=0.8, alpha=0.6)
+            below.plot(times, [row.work_rate for row in rows], color=QUIET, linewidth=0.7, alpha=0.5)
+        if result.quiet:
+            each = [[row.work_rate for row in sample.rows if not row.noisy] for sample in result.samples]
+            means = [sum(rates) / len(rates) for rates in each]
+            below.plot(times, means, color=QUIET, linewidth=2.2, label="mean of the quiet VMs")
+            below.legend(loc="upper left", frameon=False)
         below.set_ylim(bottom=0)
         below.set_ylabel("quiet VMs: own work a second")
         below.set_xlabel("seconds")
