@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 from cyclopts import App, CycloptsError, Parameter
 
 from ..errors import OrchestraError, SpecError
-from ..spec import DebugConsole, ExitPort, FlatImage, Limit, Serial, VmSpec
+from ..spec import DebugConsole, DeviceSpec, ExitPort, FlatImage, Limit, Serial, VmSpec
 from .numbers import parse_rate, parse_seconds, parse_size
 
 __all__ = ["main"]
@@ -116,7 +116,7 @@ def run(
     """
     from .run import GuestRun, read_image, run
 
-    devices: Any = [DebugConsole(console_port), ExitPort(exit_port)]
+    devices: list[DeviceSpec] = [DebugConsole(console_port), ExitPort(exit_port)]
     if serial:
         devices.append(Serial())
     spec = VmSpec(
