@@ -13,7 +13,7 @@ from ...native.records import Fields, unpack
 from ...spec import VmSpec
 from .. import Detection, EntryState
 from .cpuid import Cpuid
-from .registers import Registers, SpecialRegisters
+from .registers import MpState, Registers, SpecialRegisters
 from .system import Kvm
 from .vcpu import KvmVcpu
 from .vm import KvmVm
@@ -31,9 +31,10 @@ class KvmEngine:
 
     threaded = True
 
-    def __init__(self, core: VcpuCore, vcpu: KvmVcpu, ports: Any, sync_regs: bool) -> None:
+    def __init__(self, core: VcpuCore, vcpu: KvmVcpu, ports: Any, sync_regs: bool, irqchip: bool) -> None:
         self.core = core
         self.vcpu = vcpu
+        self._irqchip = irqchip
         self.access = lib.orc_vcpu_access(core.handle)
         self._handle = core.handle
         lib.orc_vcpu_bind_kvm(core.handle, vcpu.fd, vcpu.run, ports, sync_regs)
@@ -82,6 +83,8 @@ class KvmEngine:
         self.vcpu.write_regs(
             ffi.new("struct kvm_regs *", {"rip": state.rip, "rsp": state.rsp, "rdi": state.rdi, "rflags": 2})
         )
+        if self._irqchip:  # with one, all vCPUs but the first would wait for INIT and SIPI
+            self.vcpu.set_mp_state(MpState.RUNNABLE)
 
     def registers(self) -> Registers:
         return self.vcpu.registers()
@@ -138,7 +141,7 @@ class KvmMachine:
         try:
             for index, core in enumerate(cores):
                 vcpu = vm.create_vcpu(index)
-                self.engines.append(KvmEngine(core, vcpu, self._ports, sync_regs))
+                self.engines.append(KvmEngine(core, vcpu, self._ports, sync_regs, spec.irqchip))
                 vcpu.set_cpuid(cpuid.with_apic_id(index))
         finally:
             cpuids.append(cpuid)
