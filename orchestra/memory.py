@@ -88,9 +88,8 @@ class GuestMemory:
         Raises:
             GuestMemoryError: not all of the range is memory, or the memory is released.
         """
-        return b"".join(
-            bytes(region.mapping[offset : offset + length]) for region, offset, length in self._pieces(address, size)
-        )
+        pieces = list(self._pieces(address, size))  # all are looked up before anything is copied
+        return b"".join(region.mapping[offset : offset + length] for region, offset, length in pieces)
 
     def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
         """Copy `data` to guest-physical `address`. Read-only regions are so for the guest, not for you.
@@ -98,7 +97,7 @@ class GuestMemory:
         Raises:
             GuestMemoryError: not all of the range is memory; nothing was written then.
         """
-        data = bytes(data)
+        data = bytes(memoryview(data))  # not bytes(5), which would be five zeros
         done = 0
         for region, offset, length in list(self._pieces(address, len(data))):
             region.mapping[offset : offset + length] = data[done : done + length]
