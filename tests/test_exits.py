@@ -35,7 +35,7 @@ def test_exits_are_slotted_as_hundreds_of_thousands_are_built_a_second(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_exits_are_told_apart_by_identity(kind):
     one, other = example(kind), example(kind)
-    assert one == one  # noqa: PLR0124  (that is the point)
+    assert one == one
     assert one != other
     assert len({one, other}) == 2
 

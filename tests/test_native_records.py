@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from orchestra import exits
-from orchestra.native import ffi, lib, records
+from orchestra.native import ffi, records
 from orchestra.native.core import REASON_NAMES, REASON_NUMBERS
 from orchestra.native.records import (
     BUS_LOCK,
