@@ -5,6 +5,7 @@ A `Vm` is the handle that lives on; a restart gives it a new `Guest`.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterable, Sequence
 from threading import Lock
 from typing import Any, Protocol
@@ -19,6 +20,7 @@ from .devices.bus import Bus, Handler
 from .devices.console import Console
 from .devices.ports import DebugConsolePort, ExitDevice
 from .devices.serial import Uart16550
+from .errors import ResourceLimit
 from .memory import GuestMemory
 from .native.core import Command, Counters, FleetCore, VcpuCore
 from .spec import DebugConsole, ExitPort, Limit, Meter, Serial, VmSpec
@@ -28,6 +30,8 @@ __all__ = ["Guest", "House"]
 
 PORTS = 1 << 16
 PHYSICAL = 1 << 52
+NO_THREAD = "can't start new thread"  # threading's RuntimeError has no type of its own
+THREADS = "see ulimit -u and cgroup pids.max"
 
 
 class House(Protocol):
@@ -87,29 +91,40 @@ class Guest:
 
     # ---- set-up
 
-    async def start(self, devices: Iterable[tuple[range | None, range | None, Handler]], paused: bool) -> None:
+    async def start(
+        self,
+        devices: Callable[[], Iterable[tuple[range | None, range | None, Handler]]],
+        paused: Callable[[], bool],
+    ) -> None:
         """Set everything up. If it fails or is cancelled, all of it is given back.
+
+        `devices` and `paused` are asked once the machine is made, as both may change while that is waited for.
 
         Raises:
             OrchestraError: the host can't give it what it needs.
         """
         house = self.house
         if house.backend.blocking:
-            await trio.to_thread.run_sync(self._build, limiter=house.setup_threads)
+            try:
+                await trio.to_thread.run_sync(self._build, limiter=house.setup_threads)
+            except RuntimeError as error:
+                if NO_THREAD not in str(error):
+                    raise
+                raise ResourceLimit(errno.EAGAIN, f"vm {self.name!r}: {error}; {THREADS}") from error
         else:
             await trio.lowlevel.checkpoint()
             self._build()
         try:
             for device in self.spec.devices:
                 self._plug(device)
-            for ports, mmio, handler in devices:
+            for ports, mmio, handler in devices():
                 self.claim(ports, mmio, handler)
             told = house.told(self.name)
             for index, core in enumerate(self._cores):
                 core.tell(told)
                 house.register(core, self.name, index)
                 self.vcpus.append(Vcpu(self, index, self._machine.engines[index]))
-            if paused:
+            if paused():
                 self.pause_number = 1
                 for core in self._cores:
                     core.command(set=Command.PAUSE)
@@ -192,9 +207,14 @@ class Guest:
         finally:
             self._finish()
             with trio.CancelScope(shield=True):  # closing a VM's descriptors takes about a millisecond, no more
-                if self.house.backend.blocking:
-                    await trio.to_thread.run_sync(self._machine.close, limiter=self.house.setup_threads)
-                else:
+                try:
+                    if self.house.backend.blocking:
+                        await trio.to_thread.run_sync(self._machine.close, limiter=self.house.setup_threads)
+                    else:
+                        self._machine.close()
+                except RuntimeError as error:
+                    if NO_THREAD not in str(error):
+                        raise
                     self._machine.close()
         assert self._outcome is not None
         return self._outcome
@@ -205,7 +225,7 @@ class Guest:
                 # Not cancellable by itself: `run` tells all vCPUs to stop first, and then waits for each.
                 await trio.to_thread.run_sync(vcpu.drive, limiter=self.house.vcpu_threads)
             except RuntimeError as error:  # "can't start new thread"
-                self.end(Failed(f"no thread for vCPU {vcpu.index}: {error}; see ulimit -u and cgroup pids.max"))
+                self.end(Failed(f"no thread for vCPU {vcpu.index}: {error}; {THREADS}"))
                 self._on_ended(vcpu.index)
         else:
             await vcpu.drive_async()
@@ -227,12 +247,16 @@ class Guest:
 
     def pause(self) -> None:
         """Ask all vCPUs to park; `parked` is set when they have."""
+        if self.final is not None:
+            return  # none of them runs
         self.pause_number += 1
         self._parked.clear()
         self.parked = trio.Event()
         self.command(set=Command.PAUSE)
 
     def resume(self) -> None:
+        if self.final is not None:
+            return
         self.parked.set()  # whoever waits for a pause that is taken back goes on
         self.parked = trio.Event()
         self._parked.clear()
@@ -269,6 +293,13 @@ class Guest:
             self._cores[index].command(clear=Command.CALL)
             return self._calls.pop(index, [])
 
+    def _serve_late_calls(self, index: int) -> None:
+        """Those that came when the runner had looked for the last time."""
+        with self._lock:
+            calls = self._calls.pop(index, [])
+        for call in calls:
+            call()
+
     def on_parked(self, index: int, number: int) -> None:
         self.house.post(self._on_parked, index, number)
 
@@ -286,6 +317,8 @@ class Guest:
 
     def _on_ended(self, index: int) -> None:
         self._gone.add(index)
+        if self.final is None:
+            self._serve_late_calls(index)
         self._check_parked()
         if len(self._gone) == len(self.vcpus):
             with self._lock:
@@ -321,11 +354,14 @@ class Guest:
 
     def _finish(self) -> None:
         """No runner is left: keep the last figures, deliver the last records, free the cores."""
-        self.final = self.counters()
-        self.house.retire(self._cores)
+        final = self.counters()
+        self.house.retire(self._cores)  # before `final`, as policies are told what is new in these cores
+        self.final = final
         self.ended.set()
         self.parked.set()
         for vcpu in self.vcpus:
+            self._serve_late_calls(vcpu.index)
+            vcpu.keep_registers()
             vcpu.engine.close()
         for core in self._cores:
             core.close()

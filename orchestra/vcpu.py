@@ -103,11 +103,16 @@ class Vcpu:
         self._end(outcome)
 
     def _end(self, outcome: Outcome) -> None:
-        try:
-            self.final_registers = self.engine.registers()
-        except Exception as error:  # the outcome matters more than the registers
-            self.final_registers = error
+        self.keep_registers()
         self.host.on_ended(self.index, outcome)
+
+    def keep_registers(self) -> None:
+        """It will not run again: its registers are what they are now, if they are not kept already."""
+        if self.final_registers is None:
+            try:
+                self.final_registers = self.engine.registers()
+            except Exception as error:  # the outcome matters more than the registers
+                self.final_registers = error
 
     # ---- life
 
@@ -168,7 +173,7 @@ class Vcpu:
 
     def _ask(self, bus: Bus, claim: Claim | None, address: int, size: int) -> Generator[int, Any, None]:
         """Have a task answer, element by element; pauses and stops come through meanwhile."""
-        access = self.engine.access
+        host, access = self.host, self.engine.access
         for start in range(0, size * access.count, size):
             value = (1 << 8 * size) - 1  # nobody there any more: the bus reads as ones
             while claim is not None and claim.device is None:
@@ -180,6 +185,10 @@ class Vcpu:
                     commands = self.core.commands()
                     if commands & Command.STOP:
                         return
+                    if commands & Command.CALL:
+                        for call in host.commanded(self.index):
+                            call()
+                        continue
                     if commands & Command.PAUSE:
                         self._say_parked()
                     if not (request.answered or request.returned):

@@ -14,7 +14,7 @@ from .budget import Budgets, make_budgets
 from .devices.bus import Device, Handler
 from .devices.console import Console
 from .devices.requests import Requests
-from .errors import OrchestraError, SpecError, StateError
+from .errors import SpecError, StateError
 from .guest import Guest, House
 from .native.core import Counters
 from .spec import Limit, Meter, VmSpec
@@ -386,10 +386,10 @@ class Vm:
                 begun = trio.current_time()
                 try:
                     guest = await self._start_guest()
-                except OrchestraError as error:
+                except Exception as error:  # whatever it is, it is the end of this VM and of no other
+                    outcome = Failed(f"{'restart' if started else 'launch'}: {type(error).__name__}: {error}")
                     if not started:
                         raise
-                    outcome = Failed(f"restart: {error}")
                 else:
                     if not started:
                         started = True
@@ -421,15 +421,17 @@ class Vm:
     async def _start_guest(self) -> Guest:
         levels = [(*self._above, self.budgets, vcpu) for vcpu in self.vcpu_budgets]
         guest = Guest(self._house, self.spec, levels, self.console)
-        claims: list[tuple[range | None, range | None, Handler]] = [*self._devices]
-        claims += [(ports, mmio, requests) for requests, (ports, mmio) in self._requests.items()]
-        await guest.start(claims, self._paused)
+        await guest.start(self._claims, lambda: self._paused)
         if self._guest is not None:
             self._guest.close()
         self._guest = guest
         if self._stop_reason is not None:
             guest.end(self._stop_reason)
         return guest
+
+    def _claims(self) -> list[tuple[range | None, range | None, Handler]]:
+        claimed = [(ports, mmio, requests) for requests, (ports, mmio) in self._requests.items()]
+        return [*self._devices, *claimed]
 
     def _retire(self, guest: Guest) -> None:
         """Keep an ended guest's figures if another will follow it."""
