@@ -20,6 +20,7 @@ LCR_DLAB: Final = 0x80
 MCR_DTR, MCR_RTS, MCR_OUT1, MCR_OUT2, MCR_LOOP = 1, 2, 4, 8, 16
 LSR_DATA, LSR_OVERRUN, LSR_THRE, LSR_IDLE = 1, 2, 0x20, 0x40
 MSR_CTS, MSR_DSR, MSR_RI, MSR_DCD = 0x10, 0x20, 0x40, 0x80
+MSR_CHANGED: Final = 4  # each line's bit says four bits lower that it changed
 FIFO: Final = 16
 
 
@@ -34,15 +35,19 @@ class Uart16550:
         self._divisor = 12  # 9600 baud, as firmware leaves it
         self._line_errors = 0
         self._thre_pending = False
+        self._modem_changes = 0
         self._level = False
 
     def receive(self, data: bytes) -> int:
         """Bytes from the other side; returns how many fitted in the FIFO. Callers keep the rest for later."""
-        room = (FIFO if self._fcr & FCR_ENABLE else 1) - len(self._received)
+        room = 0 if self._mcr & MCR_LOOP else self._depth() - len(self._received)  # in loopback the input is cut off
         taken = data[: max(room, 0)]
         self._received.extend(taken)
         self._update()
         return len(taken)
+
+    def _depth(self) -> int:
+        return FIFO if self._fcr & FCR_ENABLE else 1
 
     def read(self, offset: int, size: int) -> int:
         # Wider accesses than a byte reach one register after the other, as on the 8-bit bus it sits on.
@@ -80,7 +85,10 @@ class Uart16550:
                 self._update()
                 return status
             case 6:
-                return self._modem_status()
+                modem = self._modem_lines() | self._modem_changes
+                self._modem_changes = 0
+                self._update()
+                return modem
             case 7:
                 return self._scratch
         return 0xFF
@@ -99,13 +107,18 @@ class Uart16550:
                     self._thre_pending = True
                 self._ier = value & 0x0F
             case 2:
-                self._fcr = value
-                if value & FCR_CLEAR_RX:
+                # A change of FIFO mode clears the FIFOs; without the enable bit the others are not programmed.
+                if (value ^ self._fcr) & FCR_ENABLE or (value & FCR_ENABLE and value & FCR_CLEAR_RX):
                     self._received.clear()
+                self._fcr = value if value & FCR_ENABLE else 0
             case 3:
                 self._lcr = value
             case 4:
+                before = self._modem_lines()
                 self._mcr = value & 0x1F
+                after = self._modem_lines()
+                # The ring indicator tells its trailing edge only, the others any change.
+                self._modem_changes |= ((before ^ after) & ~(MSR_RI & after)) >> MSR_CHANGED
             case 7:
                 self._scratch = value
         self._update()
@@ -113,12 +126,15 @@ class Uart16550:
     def _transmit(self, value: int) -> None:
         if not self._mcr & MCR_LOOP:
             self._output(bytes((value,)))
-        elif len(self._received) < FIFO:
+            return
+        if len(self._received) < self._depth():
             self._received.append(value)
-        else:
-            self._line_errors |= LSR_OVERRUN
+            return
+        self._line_errors |= LSR_OVERRUN
+        if not self._fcr & FCR_ENABLE:  # without a FIFO the new byte takes the old one's place, with one it is lost
+            self._received[0] = value
 
-    def _modem_status(self) -> int:
+    def _modem_lines(self) -> int:
         if not self._mcr & MCR_LOOP:
             return MSR_CTS | MSR_DSR | MSR_DCD
         wires = ((MCR_RTS, MSR_CTS), (MCR_DTR, MSR_DSR), (MCR_OUT1, MSR_RI), (MCR_OUT2, MSR_DCD))
@@ -131,6 +147,8 @@ class Uart16550:
             return IIR_RX
         if self._ier & IER_THRE and self._thre_pending:
             return IIR_THRE
+        if self._ier & IER_MODEM and self._modem_changes:
+            return IIR_MODEM
         return IIR_NONE
 
     def _update(self) -> None:
