@@ -37,7 +37,7 @@ from .policy import Policy
 from .spec import Limit, Meter, Tenant, VmSpec, optional_limit
 from .statistics import FleetStatistics, TenantStatistics, Totals
 from .subscription import Exits, Switchboard
-from .vm import Vm
+from .vm import Vm, check_device
 
 __all__ = ["DEFAULT_TENANT", "Fleet"]
 
@@ -139,6 +139,10 @@ class Fleet:
                 f"name={spec.name!r}: a VM of that name is {previous.state}; stop it, or choose another name"
             )
 
+        devices = list(devices)
+        for ports, mmio, device in devices:
+            check_device(device, ports, mmio)
+
         vm = Vm(self, spec, seat.tenant.name, (self._budgets, seat.budgets))
         if previous is not None:
             self._drop(previous)
@@ -146,12 +150,18 @@ class Fleet:
         try:
             await self._nursery.start(self._supervise, vm, devices, paused)
         except BaseException:  # if we were cancelled, so was its task, and it is gone
-            self._vms.pop(spec.name, None)
+            if self._vms.get(spec.name) is vm:
+                del self._vms[spec.name]
             vm.close()
             raise
         self._launched += 1
         if paused and vm.guest is not None:
-            await vm.guest.parked.wait()
+            try:
+                await vm.guest.parked.wait()
+            except trio.Cancelled:
+                with trio.CancelScope(shield=True):  # a kick and a millisecond
+                    await vm.stop("its launch was cancelled")
+                raise
         return vm
 
     async def _supervise(
@@ -431,8 +441,8 @@ class Fleet:
         cores = list(cores)
         self._switchboard.retire(cores)
         for core in cores:
-            self._owners.pop(core.id, None)
             self._governor.forget(core.id)
+            self._owners.pop(core.id, None)
 
     def released(self, vm: Vm) -> None:
         """The VM was stopped by its user: it leaves the fleet."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Final, Protocol
 
@@ -10,6 +11,7 @@ import attrs
 import trio
 
 from .actions import Action
+from .errors import SpecError
 from .native.core import FleetCore
 from .policy import Facts, Policy, VmFacts
 from .spec import Limit, Tenant
@@ -86,7 +88,8 @@ class Governor:
         return tuple(PolicyStatus(seat.policy.name, seat.on, seat.error, seat.actions) for seat in self._seats)
 
     def forget(self, id: int) -> None:
-        """A vCPU is gone."""
+        """A vCPU is gone: what it did last still counts, as its VM may be restarted."""
+        self._look(id, self._fleet.now())
         self._seen.pop(id, None)
         self._waiting.discard(id)
 
@@ -98,7 +101,7 @@ class Governor:
             for seat in self._seats:
                 if seat.on and seat.due <= now:
                     await self._decide(seat, now)
-            dues = [seat.due for seat in self._seats if seat.on and seat.policy.interval is not None]
+            dues = [seat.due for seat in self._seats if seat.on]
             if not dues:
                 return
             await trio.sleep(max(0.0, (min(dues) - self._fleet.now()) / 1e9))
@@ -110,28 +113,31 @@ class Governor:
         ids = self._waiting.union(self._fleet.core.active())
         self._waiting.clear()
         for id in ids:
-            owner = self._fleet.owner(id)
-            if owner is None:
-                continue
-            vm, index = owner
-            guest = vm.guest
-            if guest is None:
-                continue
-            sums = guest.sums(index, now)
-            before = self._seen.get(id, (0, 0, 0))
-            self._seen[id] = sums
-            # Clamped: runner and governor read the clock each for itself, so a wait may end "before" it was looked at.
-            exits, bus_locks, throttled = (max(0, new - old) for new, old in zip(sums, before, strict=True))
-            if throttled:
-                self._waiting.add(id)
-            if not (exits or bus_locks or throttled):
-                continue
-            for seat in self._seats:
-                if seat.on:
-                    total = seat.sums.setdefault(vm, _Sum())
-                    total.exits += exits
-                    total.bus_locks += bus_locks
-                    total.throttled += throttled
+            self._look(id, now)
+
+    def _look(self, id: int, now: int) -> None:
+        owner = self._fleet.owner(id)
+        if owner is None:
+            return
+        vm, index = owner
+        guest = vm.guest
+        if guest is None:
+            return
+        sums = guest.sums(index, now)
+        before = self._seen.get(id, (0, 0, 0))
+        self._seen[id] = sums
+        # Clamped: runner and governor read the clock each for itself, so a wait may end "before" it was looked at.
+        exits, bus_locks, throttled = (max(0, new - old) for new, old in zip(sums, before, strict=True))
+        if throttled:
+            self._waiting.add(id)
+        if not (exits or bus_locks or throttled):
+            return
+        for seat in self._seats:
+            if seat.on:
+                total = seat.sums.setdefault(vm, _Sum())
+                total.exits += exits
+                total.bus_locks += bus_locks
+                total.throttled += throttled
 
     async def _decide(self, seat: _Seat, now: int) -> None:
         fleet, policy = self._fleet, seat.policy
@@ -157,10 +163,16 @@ class Governor:
         )
         seat.sums = {}
         seat.last = now
-        interval = policy.interval
-        seat.due = now + round((interval or 0) * 1e9)
         try:
+            interval = policy.interval
+            if interval is not None:
+                if not 0 < interval < math.inf:
+                    raise SpecError(f"interval={interval!r}: must be more than 0 seconds, or None for only once")
+                seat.due = now + round(interval * 1e9)
             actions = list(policy.decide(facts))
+            for action in actions:
+                if not isinstance(action, Action):
+                    raise SpecError(f"action={action!r}: must be one of orchestra's actions")
         except Exception as error:
             if self._strict:
                 raise
@@ -169,8 +181,7 @@ class Governor:
             log.exception("policy %r raised and is switched off; the limits that it set stay in force", policy.name)
             fleet.journal_policy_error(policy.name, error)
             return
-        if interval is None:
-            seat.on = False
+        seat.on = interval is not None
         for action in actions:
             seat.actions += 1
             await fleet.apply(action, policy=policy.name)

@@ -85,6 +85,18 @@ def _add(a: Counters, b: Counters) -> Counters:
     )
 
 
+def _check_ranges(ports: range | None, mmio: range | None) -> None:
+    if ports is None and mmio is None:
+        raise SpecError("ports=None, mmio=None: name the ports or the MMIO addresses to claim, as ranges")
+
+
+def check_device(device: object, ports: range | None, mmio: range | None) -> None:
+    """Check a device of the user's own, before it is claimed for."""
+    if not isinstance(device, Device):
+        raise SpecError(f"device={device!r}: must have read(offset, size) and write(offset, size, value)")
+    _check_ranges(ports, mmio)
+
+
 class Vm:
     """Made by `Fleet.launch`. All methods are for the fleet's thread; those that wait are checkpoints.
 
@@ -205,7 +217,10 @@ class Vm:
         Raises:
             SpecError: not a limit, no such meter or vCPU.
             BusLockUnsupported: a bus-lock limit where the fleet can't see bus locks.
+            StateError: it has ended.
         """
+        if self._outcome is not None:  # by now its name may be another's
+            raise StateError(f"vm {self.name!r} has ended: it has no limit to change")
         self._house.set_limit_nowait(limit, meter=meter, vm=self.name, vcpu=vcpu)
         await trio.lowlevel.checkpoint()
 
@@ -223,8 +238,7 @@ class Vm:
         Raises:
             SpecError: no range given, or one that is taken, or not a device.
         """
-        if not isinstance(device, Device):
-            raise SpecError(f"device={device!r}: must have read(offset, size) and write(offset, size, value)")
+        check_device(device, ports, mmio)
         self._claim(ports, mmio, device)
         self._devices.append((ports, mmio, device))
 
@@ -250,8 +264,7 @@ class Vm:
             requests.close()
 
     def _claim(self, ports: range | None, mmio: range | None, handler: Handler) -> None:
-        if ports is None and mmio is None:
-            raise SpecError("ports=None, mmio=None: name the ports or the MMIO addresses to claim, as ranges")
+        _check_ranges(ports, mmio)
         self._alive("claim addresses of").claim(ports, mmio, handler)
 
     # ---- inspection
