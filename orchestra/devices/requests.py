@@ -50,7 +50,7 @@ class Request:
         if self.write:
             if data is not None:
                 raise SpecError(f"data={data!r}: a write is answered without data")
-        elif not isinstance(data, bytes | bytearray | memoryview) or len(data) != self.size:
+        elif not isinstance(data, bytes | bytearray | memoryview) or memoryview(data).nbytes != self.size:
             raise SpecError(f"data={data!r}: this read wants exactly {self.size} bytes")
         if self.answered:
             raise StateError(f"the {'write' if self.write else 'read'} at {self.address:#x} is answered already")
@@ -116,12 +116,12 @@ class Requests:
             request = self._queue.popleft()
             await trio.lowlevel.cancel_shielded_checkpoint()
             return request
-        if self._arrived is not None:
-            raise trio.BusyResourceError("another task is waiting for these requests")
         await trio.lowlevel.checkpoint_if_cancelled()
         while not self._queue:
             if self._ended:
                 raise StopAsyncIteration
+            if self._arrived is not None:  # also when another task took what this one was woken for
+                raise trio.BusyResourceError("another task is waiting for these requests")
             self._arrived = trio.lowlevel.current_task()
 
             def abort(_: Any) -> trio.lowlevel.Abort:
@@ -144,3 +144,4 @@ class Requests:
             request.give_back()
         self._outstanding.clear()
         self._queue.clear()
+        self._wake_reader()
