@@ -9,8 +9,10 @@ ones too. Time is trio's, so a test under `trio.testing.MockClock(autojump_thres
 
 from __future__ import annotations
 
+import errno
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import attrs
 import trio
@@ -18,7 +20,7 @@ import trio
 from ..errors import SpecError
 from ..memory import GuestMemory
 from ..native import ffi, lib
-from ..native.core import NEVER, VcpuCore
+from ..native.core import NEVER, REASON_NUMBERS, VcpuCore
 from ..native.records import BUS_LOCK, Fields, build, unpack
 from ..spec import VmSpec
 from . import Detection, EntryState, Why
@@ -36,6 +38,10 @@ __all__ = [
     "triple_fault",
 ]
 
+ARGUMENTS: Final = 5
+ACCESS_ARGUMENTS: Final[Mapping[str | int, int]] = {"io": 4, "mmio": 3}
+ACCESS_BYTES: Final = 4096
+
 
 @attrs.frozen
 class ScriptedExit:
@@ -48,6 +54,9 @@ class ScriptedExit:
         rip: what it was sampled as.
         args, data: as `describe` in native/kvm.c fills them for the reason.
         errno: not 0: KVM_RUN fails with it, and `flags` are what an earlier run left.
+
+    Raises:
+        SpecError: it is none that a guest could do.
     """
 
     reason: str | int
@@ -57,6 +66,29 @@ class ScriptedExit:
     args: tuple[int, ...] = ()
     data: bytes = b""
     errno: int = 0
+
+    def __attrs_post_init__(self) -> None:
+        reason, args, data = self.reason, self.args, self.data
+        known = reason in REASON_NUMBERS if isinstance(reason, str) else isinstance(reason, int) and reason >> 16 == 0
+        if not known:
+            names = ", ".join(REASON_NUMBERS)
+            raise SpecError(f"reason={reason!r}: must be a number from 0 to 65535 or one of {names}")
+        if not 0 <= self.after < math.inf:
+            raise SpecError(f"after={self.after!r}: must be seconds, at least 0 and finite")
+        if len(args) > ARGUMENTS:
+            raise SpecError(f"args={args!r}: a record has {ARGUMENTS} at most")
+        if reason in ACCESS_ARGUMENTS and not self.errno:
+            if len(args) != ACCESS_ARGUMENTS[reason]:
+                what = "(port, size, count, write)" if reason == "io" else "(address, size, write)"
+                raise SpecError(f"args={args!r}: {reason!r} takes {what}")
+            size, count, write = args[1], args[2] if reason == "io" else 1, args[-1]
+            if size not in (1, 2, 4, 8) or not 1 <= count <= ACCESS_BYTES // size or write not in (0, 1):
+                raise SpecError(
+                    f"args={args!r}: an access has a size of 1, 2, 4 or 8 bytes, up to {ACCESS_BYTES} bytes in all, "
+                    "and is a write (1) or a read (0)"
+                )
+            if len(data) != (size * count if write else 0):
+                raise SpecError(f"data={data!r}: a write has size * count bytes of data, a read none")
 
 
 Script: TypeAlias = Iterable[ScriptedExit]
@@ -136,7 +168,7 @@ class ScriptedEngine:
         self.core = core
         self.answers: list[tuple[int, bytes]] = []
         self.access = ffi.new("struct orc_access *")
-        self._data = ffi.new("uint8_t[]", 4096)
+        self._data = ffi.new("uint8_t[]", ACCESS_BYTES)
         self._script: Iterator[ScriptedExit] = iter(script)
         self._next: ScriptedExit | None = None
         self._left = 0.0
@@ -169,12 +201,15 @@ class ScriptedEngine:
                 if kicked.is_set() and self._left > 0:
                     continue
             step, self._next = self._next, None
+            flags = step.flags
             if step.errno:
                 self._errno = step.errno
-                return Why.ERROR
-            flags = step.flags
+                if step.errno != errno.EFAULT or step.reason != "memory_fault":
+                    return Why.ERROR
+                flags = 0  # the one failure that says more (api.rst, KVM_EXIT_MEMORY_FAULT); its flags are stale too
             if not self._bus_locks:  # what the host can't see does not exit, and sets no flag
                 if step.reason == "x86_bus_lock":
+                    await trio.lowlevel.checkpoint()  # an endless script of them can still be cancelled
                     continue
                 flags &= ~BUS_LOCK
             self._record = build(step.reason, flags=flags, rip=step.rip, args=step.args, data=step.data)
@@ -188,8 +223,10 @@ class ScriptedEngine:
         try:
             with trio.move_on_after(max(0, turn - backend.now()) / 1e9):
                 await kicked.wait()
-            # The clock is a float: what is left below its resolution counts as waited.
-            served = bool(lib.orc_vcpu_turn(handle) <= backend.now() + 1000)
+            # By now the limit may be another one, and the turn with it. The clock is a float: what is left below its
+            # resolution counts as waited.
+            turn = lib.orc_vcpu_turn(handle)
+            served = bool(turn <= backend.now() + 1000)
         finally:
             lib.orc_vcpu_wait_end(handle, max(backend.now(), turn) if served else backend.now(), served)
         return served
@@ -205,7 +242,7 @@ class ScriptedEngine:
             access.count = 1
         ffi.memmove(self._data, step.data, len(step.data))
         access.data = self._data
-        self._read = None if access.write else (access.address, access.size)
+        self._read = None if access.write else (access.address, access.size * access.count)
         return Why.IO if step.reason == "io" else Why.MMIO
 
     def _finish_read(self) -> None:
