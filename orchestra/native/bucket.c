@@ -21,13 +21,14 @@ struct orc_bucket {
 	_Atomic double per_ns;        /* units a nanosecond */
 	_Atomic int64_t tolerance;    /* (burst - 1) units */
 	_Atomic orc_ns max_delay;     /* < 0: unbounded */
+	_Atomic int64_t most;         /* units of debt that max_delay lets pile up */
 	pthread_mutex_t lock;         /* among writers */
 };
 
 struct limit {
 	bool limited;
 	orc_ns since, max_delay;
-	int64_t made, tolerance;
+	int64_t made, tolerance, most;
 	double per_ns;
 };
 
@@ -45,6 +46,7 @@ static struct limit read_limit(const orc_bucket *constant)
 		l.per_ns = atomic_load_explicit(&b->per_ns, memory_order_acquire);
 		l.tolerance = atomic_load_explicit(&b->tolerance, memory_order_acquire);
 		l.max_delay = atomic_load_explicit(&b->max_delay, memory_order_acquire);
+		l.most = atomic_load_explicit(&b->most, memory_order_acquire);
 		after = atomic_load_explicit(&b->version, memory_order_relaxed);
 	} while ((before & 1) || before != after);
 	return l;
@@ -108,8 +110,8 @@ bool orc_bucket_limited(const orc_bucket *b)
 void orc_bucket_set(orc_bucket *b, double rate, double burst, orc_ns max_delay, orc_ns now)
 {
 	struct limit old;
-	int64_t made;
-	double part;
+	int64_t made, tolerance = to_int((burst - 1.0) * UNIT);
+	double part, per_ns = rate > 0 ? rate * UNIT / 1e9 : 0.0;
 
 	pthread_mutex_lock(&b->lock);
 	old = read_limit(b);
@@ -125,36 +127,37 @@ void orc_bucket_set(orc_bucket *b, double rate, double burst, orc_ns max_delay, 
 	atomic_store_explicit(&b->limited, rate > 0, memory_order_release);
 	atomic_store_explicit(&b->since, now > old.since ? now : old.since, memory_order_release);
 	atomic_store_explicit(&b->made, made, memory_order_release);
-	atomic_store_explicit(&b->per_ns, rate > 0 ? rate * UNIT / 1e9 : 0.0, memory_order_release);
-	atomic_store_explicit(&b->tolerance, to_int((burst - 1.0) * UNIT), memory_order_release);
+	atomic_store_explicit(&b->per_ns, per_ns, memory_order_release);
+	atomic_store_explicit(&b->tolerance, tolerance, memory_order_release);
 	atomic_store_explicit(&b->max_delay, max_delay, memory_order_release);
+	atomic_store_explicit(&b->most, max_delay < 0 ? INT64_MAX : tolerance + to_int((double)max_delay * per_ns),
+			      memory_order_release);
 	atomic_fetch_add_explicit(&b->version, 1, memory_order_release);
 	pthread_mutex_unlock(&b->lock);
 }
 
-void orc_bucket_charge(orc_bucket *b, orc_ns now, struct orc_ticket *out)
+bool orc_bucket_charge(orc_bucket *b, orc_ns now, struct orc_ticket *out)
 {
 	struct limit l = read_limit(b);
 	double part;
-	int64_t made = tokens(&l, now, &part), most = INT64_MAX, last, debt, kept;
+	int64_t made = tokens(&l, now, &part), last, debt, kept;
 
-	/* What max_delay lets go early must not pile up as a debt that others pay for long afterwards. */
-	if (l.max_delay >= 0)
-		most = l.tolerance + to_int((double)l.max_delay * l.per_ns);
 	last = atomic_load_explicit(&b->last, memory_order_relaxed);
 	do {
 		debt = minus(last, made);
 		if (debt < 0 || debt > DEBT)
 			debt = 0;
 		kept = debt + (int64_t)UNIT;
-		if (kept > most)
-			kept = most > debt ? most : debt;
+		/* What max_delay lets go early must not pile up as a debt that others pay for long afterwards. */
+		if (kept > l.most)
+			kept = l.most > debt ? l.most : debt;
 		if (kept < (int64_t)UNIT) /* a max_delay shorter than a token still leaves this event's own */
 			kept = debt + (int64_t)UNIT;
 	} while (!atomic_compare_exchange_weak_explicit(&b->last, &last, plus(made, kept), memory_order_acq_rel,
 							memory_order_relaxed));
 	out->number = plus(made, debt + (int64_t)UNIT);
 	out->charged = now;
+	return debt + (int64_t)UNIT > l.tolerance;
 }
 
 void orc_bucket_turn(const orc_bucket *b, const struct orc_ticket *ticket, orc_ns *by_tokens, orc_ns *by_delay)

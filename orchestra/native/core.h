@@ -72,6 +72,18 @@ static inline void orc_count(_Atomic orc_u64 *counter, orc_u64 n)
 	atomic_store_explicit(counter, atomic_load_explicit(counter, memory_order_relaxed) + n, memory_order_relaxed);
 }
 
+/* Whether somebody listens to exits of that reason and flags. */
+static inline bool orc_tells(const orc_vcpu *v, unsigned reason, unsigned flags)
+{
+	orc_u64 told = atomic_load_explicit(&((orc_vcpu *)v)->told, memory_order_relaxed);
+
+	if (!told)
+		return false;
+	if (flags & KVM_RUN_X86_BUS_LOCK && told & (1ull << ORC_TOLD_BUS_LOCK))
+		return true;
+	return told & (1ull << (reason < ORC_REASONS - 1 ? reason : ORC_REASONS - 2));
+}
+
 void orc_ring_put(orc_vcpu *, const struct orc_record *);
 void orc_push(struct orc_stack *, struct orc_link *);
 void orc_forget(orc_fleet *, orc_vcpu *); /* owner: takes it off every list of the fleet */

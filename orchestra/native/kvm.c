@@ -72,12 +72,17 @@ static void take_data(struct orc_record *r, const void *data, size_t size)
 	memcpy(r->data, data, r->data_size);
 }
 
-/* What each exit says, in the order that orchestra/native/records.py reads it. */
-static void describe(struct orc_record *r, const struct kvm_run *run)
+/* What counting and charging need. */
+static void name(struct orc_record *r, const struct kvm_run *run, unsigned flags)
 {
 	r->reason = (uint16_t)(run->exit_reason < 0xffff ? run->exit_reason : 0xffff);
-	r->flags = run->flags;
+	r->flags = (uint16_t)flags;
 	r->has_rip = 0;
+}
+
+/* What an exit says, in the order that orchestra/native/records.py reads it: only where somebody will look. */
+static void describe(struct orc_record *r, const struct kvm_run *run)
+{
 	r->data_size = 0;
 	memset(r->arg, 0, sizeof r->arg);
 	switch (run->exit_reason) {
@@ -166,7 +171,7 @@ static void sample_rip(orc_vcpu *v)
 {
 	struct kvm_regs regs;
 
-	if (v->sync_regs)
+	if (v->run->kvm_valid_regs & KVM_SYNC_X86_REGS) /* as it was set for this run: listeners may have come since */
 		v->record.rip = v->run->s.regs.regs.rip;
 	else if (!ioctl(v->fd, KVM_GET_REGS, &regs))
 		v->record.rip = regs.rip;
@@ -206,6 +211,7 @@ enum orc_why orc_kvm_run(orc_vcpu *v)
 	for (;;) {
 		orc_u64 told;
 		unsigned reason;
+		bool described;
 		int rc;
 
 		if (atomic_load_explicit(&v->commands, memory_order_seq_cst)) {
@@ -223,7 +229,8 @@ enum orc_why orc_kvm_run(orc_vcpu *v)
 		atomic_store_explicit(&v->in_guest, true, memory_order_seq_cst);
 		rc = ioctl(v->fd, KVM_RUN, 0);
 		v->error = errno;
-		atomic_store_explicit(&v->in_guest, false, memory_order_seq_cst);
+		/* Release is enough: a kick that still reads true sends a signal that finds nothing to interrupt. */
+		atomic_store_explicit(&v->in_guest, false, memory_order_release);
 
 		if (rc < 0) {
 			/* `flags` may be left from an earlier run: not looked at. */
@@ -236,16 +243,20 @@ enum orc_why orc_kvm_run(orc_vcpu *v)
 			}
 			if (v->error != EFAULT || run->exit_reason != KVM_EXIT_MEMORY_FAULT)
 				return ORC_ERROR;
+			name(&v->record, run, 0);
 			describe(&v->record, run);
-			v->record.flags = 0;
 			orc_vcpu_account(v, &v->record, orc_now());
 			return ORC_EXIT;
 		}
 
 		reason = run->exit_reason;
-		describe(&v->record, run);
-		if (run->flags & KVM_RUN_X86_BUS_LOCK && told & (1ull << ORC_TOLD_BUS_LOCK))
-			sample_rip(v);
+		name(&v->record, run, run->flags);
+		described = orc_tells(v, reason, run->flags);
+		if (described) {
+			describe(&v->record, run);
+			if (run->flags & KVM_RUN_X86_BUS_LOCK)
+				sample_rip(v);
+		}
 		orc_vcpu_account(v, &v->record, orc_now());
 		v->unfinished = finishes_on_entry(reason);
 
@@ -263,6 +274,8 @@ enum orc_why orc_kvm_run(orc_vcpu *v)
 							.write = run->mmio.is_write, .data = run->mmio.data};
 			return ORC_MMIO;
 		default:
+			if (!described)
+				describe(&v->record, run);
 			return ORC_EXIT;
 		}
 	}

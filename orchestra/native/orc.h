@@ -89,7 +89,8 @@ struct orc_ticket {
 	int64_t number;  /* in 1/65536 tokens */
 	orc_ns charged;  /* when */
 };
-void orc_bucket_charge(orc_bucket *, orc_ns now, struct orc_ticket *out);
+/* True if its turn has not come: it has to wait. */
+bool orc_bucket_charge(orc_bucket *, orc_ns now, struct orc_ticket *out);
 /* When the ticket's turn is: by the tokens, and at the latest by max_delay. ORC_NEVER if the bucket has no limit. */
 void orc_bucket_turn(const orc_bucket *, const struct orc_ticket *, orc_ns *by_tokens, orc_ns *by_delay);
 

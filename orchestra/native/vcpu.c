@@ -65,7 +65,8 @@ void orc_vcpu_tell(orc_vcpu *v, orc_u64 mask)
 
 /* ---- accounting ----------------------------------------------------------------------------------------------- */
 
-static bool charge(orc_vcpu *v, int meter, orc_ns now)
+/* Takes a ticket of each limited bucket. *waits is set if one's turn has not come. */
+static bool charge(orc_vcpu *v, int meter, orc_ns now, bool *waits)
 {
 	bool charged = false;
 
@@ -75,14 +76,14 @@ static bool charge(orc_vcpu *v, int meter, orc_ns now)
 		/* number 0: no ticket. (Numbers wrap, so one real ticket in 2^64 goes free.) */
 		v->ticket[meter][level].number = 0;
 		if (b && orc_bucket_limited(b)) {
-			orc_bucket_charge(b, now, &v->ticket[meter][level]);
+			*waits |= orc_bucket_charge(b, now, &v->ticket[meter][level]);
 			charged = true;
 		}
 	}
 	return charged;
 }
 
-/* The slowest bucket's turn; *early is set if max_delay will come before the tokens do. */
+/* The slowest bucket's turn; *by_tokens: had there been no max_delay. */
 static orc_ns turn(const orc_vcpu *v, orc_ns *by_tokens)
 {
 	orc_ns at = ORC_NEVER;
@@ -116,8 +117,7 @@ orc_ns orc_vcpu_turn(const orc_vcpu *v)
 orc_ns orc_vcpu_account(orc_vcpu *v, struct orc_record *record, orc_ns now)
 {
 	unsigned reason = record->reason < ORC_REASONS ? record->reason : ORC_REASONS - 1;
-	bool bus_lock = record->flags & KVM_RUN_X86_BUS_LOCK;
-	orc_u64 told = atomic_load_explicit(&v->told, memory_order_relaxed);
+	bool bus_lock = record->flags & KVM_RUN_X86_BUS_LOCK, waits = false;
 	orc_ns at = ORC_NEVER, by_tokens;
 
 	if (bus_lock)
@@ -127,18 +127,17 @@ orc_ns orc_vcpu_account(orc_vcpu *v, struct orc_record *record, orc_ns now)
 			      memory_order_seq_cst);
 	orc_push(&v->fleet->active, &v->active);
 
-	v->charged[ORC_BUS_LOCKS] = bus_lock && charge(v, ORC_BUS_LOCKS, now);
-	v->charged[ORC_EXITS] = charge(v, ORC_EXITS, now);
-	v->waiting = false;
-	if (v->charged[ORC_BUS_LOCKS] || v->charged[ORC_EXITS]) {
+	v->charged[ORC_BUS_LOCKS] = bus_lock && charge(v, ORC_BUS_LOCKS, now, &waits);
+	v->charged[ORC_EXITS] = charge(v, ORC_EXITS, now, &waits);
+	if (waits) {
 		at = turn(v, &by_tokens);
-		v->waiting = at > now;
-		if (!v->waiting)
+		waits = at > now;
+		if (!waits)
 			at = ORC_NEVER;
 	}
+	v->waiting = waits;
 
-	if ((told & (1ull << reason) && reason != ORC_TOLD_BUS_LOCK) || (bus_lock && told & (1ull << ORC_TOLD_BUS_LOCK)) ||
-	    (reason == ORC_REASONS - 1 && told & (1ull << 62))) {
+	if (orc_tells(v, record->reason, record->flags)) {
 		record->time = (orc_u64)now;
 		record->wait = at == ORC_NEVER ? 0 : (orc_u64)(at - now);
 		record->id = v->id;
