@@ -1,0 +1,227 @@
+"""One run of a VM on its buses: memory regions, devices, consoles, and the sources of all test guests."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import trio
+
+import orchestra as orc
+from conftest import GUESTS, Stage, blank, guest, play, word
+from orchestra.backend.scripted import hlt
+
+pytestmark = [pytest.mark.kvm, pytest.mark.usefixtures("nothing_left")]
+KVM = Stage("kvm")
+ROM, RAM = 0x200000, 0x300000
+
+
+def regions(**more: object) -> orc.VmSpec:
+    rom = orc.MemoryRegion(ROM, 0x1000, readonly=True, contents=b"ROM!")
+    return KVM.spec("regions_32", mode=32, regions=[rom, orc.MemoryRegion(RAM, 0x2000)], **more)
+
+
+class Recorder:
+    """Remembers accesses; reads as a value that tells the offset."""
+
+    def __init__(self) -> None:
+        self.accesses: list[tuple[str, int, int, int]] = []
+
+    def read(self, offset: int, size: int) -> int:
+        self.accesses.append(("read", offset, size, 0))
+        return 0x8070605040302010 + offset
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        self.accesses.append(("write", offset, size, value))
+
+
+async def test_the_guest_reads_and_writes_its_regions():
+    async with KVM.open() as fleet:
+        vm = await fleet.launch(regions())
+        assert await vm.wait() == orc.Halted()
+        assert vm.read_memory(RAM, 4) == b"ROM!"
+
+
+async def test_a_write_to_a_read_only_region_is_mmio_and_changes_nothing():
+    async with KVM.open() as fleet:
+        async with fleet.exits(orc.Mmio, vm="guest") as exits:
+            vm = await fleet.launch(regions())
+            assert await vm.wait() == orc.Halted()
+            (exit,) = [exit async for exit in exits]
+        assert (exit.address, exit.size, exit.write, exit.data) == (ROM + 4, 4, True, bytes.fromhex("78563412"))
+        assert vm.read_memory(ROM, 8) == b"ROM!" + bytes(4)
+        assert word(vm, RAM + 4) == 0  # what the guest read there afterwards
+
+
+async def test_a_device_may_sit_behind_a_read_only_region():
+    device = Recorder()
+    async with KVM.open() as fleet:
+        vm = await fleet.launch(regions(), devices=[(None, range(ROM, ROM + 0x1000), device)])
+        await vm.wait()
+    assert device.accesses == [("write", 4, 4, 0x12345678)]
+
+
+async def test_we_may_write_to_what_is_read_only_for_the_guest():
+    async with KVM.open() as fleet:
+        vm = await fleet.launch(regions(), paused=True)
+        vm.write_memory(ROM, b"ours")
+        await vm.resume()
+        await vm.wait()
+        assert vm.read_memory(RAM, 4) == b"ours"
+
+
+async def test_an_mmio_device_gets_offset_size_and_value():
+    device = Recorder()
+    async with KVM.open() as fleet:
+        vm = await fleet.launch(KVM.spec("mmio_64", mode=64), devices=[(None, range(0xCFFFFFF0, 0xD0000010), device)])
+        assert await vm.wait() == orc.Halted()
+        read = (0x8070605040302010 + 0x10).to_bytes(8, "little")
+        for index, size in enumerate((1, 2, 4, 8)):
+            assert vm.read_memory(0x8000 + 8 * index, size) == read[:size]
+    value = 0x8877665544332211
+    assert device.accesses == [
+        *(("read", 0x10, size, 0) for size in (1, 2, 4, 8)),
+        *(("write", 0x10, size, value & (1 << 8 * size) - 1) for size in (1, 2, 4, 8)),
+    ]
+
+
+async def test_memory_that_nobody_backs_reads_as_ones_and_takes_writes():
+    async with KVM.open() as fleet:
+        vm = await fleet.launch(KVM.spec("mmio_64", mode=64))
+        assert await vm.wait() == orc.Halted()
+        for index, size in enumerate((1, 2, 4, 8)):
+            assert vm.read_memory(0x8000 + 8 * index, 8) == (b"\xff" * size).ljust(8, b"\0")
+        assert vm.statistics().exits["mmio"] == 8
+
+
+async def test_unclaimed_ports_read_as_ones_and_are_counted():
+    async with KVM.open() as fleet:
+        vm = await fleet.launch(KVM.spec("ports"))
+        assert await vm.wait() == orc.Halted()
+        assert vm.read_memory(0x8000, 12) == bytes.fromhex("ff000000 ffff0000 ffffffff")
+        assert vm.statistics().unclaimed == 6
+        assert vm.statistics().exits == {"io": 6, "hlt": 1}
+
+
+async def test_string_reads_of_unclaimed_ports_are_ones_too():
+    async with KVM.open() as fleet:
+        vm = await fleet.launch(KVM.spec("strings"))
+        assert await vm.wait() == orc.Halted()
+        assert vm.read_memory(0x8000, 5) == b"\xff" * 5
+        assert vm.read_memory(0x8010, 5) == b"\xff" * 4 + b"\0"
+
+
+async def test_a_port_claimed_and_released_again_reads_as_ones():
+    async with KVM.open() as fleet:
+        vm = await fleet.launch(KVM.spec("ports"), paused=True)
+        async with vm.requests(ports=range(0x500, 0x504)):
+            pass
+        await vm.resume()
+        with trio.fail_after(10):
+            assert await vm.wait() == orc.Halted()
+        assert vm.statistics().unclaimed == 6
+
+
+async def test_the_debug_console_and_the_serial_port_write_to_the_console():
+    async with KVM.open() as fleet:
+        vm = await fleet.launch(KVM.spec("hello", devices=[orc.DebugConsole(), orc.Serial()]))
+        chunks = [chunk async for chunk in vm.console.follow()]
+        assert await vm.wait() == orc.Halted()
+        assert b"".join(chunks) == b"debug serial"
+        assert vm.console.text == "debug serial"
+        assert vm.console.total == 12
+
+
+async def test_consoles_may_sit_at_other_ports():
+    async with KVM.open() as fleet:
+        vm = await fleet.launch(KVM.spec("hello", devices=[orc.DebugConsole(0x3F8)]))
+        await vm.wait()
+        assert vm.console.text == "serial"
+
+
+async def test_each_vcpu_starts_with_its_number():
+    async with KVM.open() as fleet:
+        vm = await fleet.launch(KVM.spec("ask_twice", vcpus=4), paused=True)
+        async with vm.requests(ports=range(0x500, 0x508)) as requests:
+            await vm.resume()
+            seen = {}
+            with trio.fail_after(10):
+                async for request in requests:
+                    seen[request.vcpu] = request.address
+                    request.answer(bytes([request.vcpu + 1] * 4))
+        assert seen == {n: 0x500 + n for n in range(4)}
+        assert vm.read_memory(0x8000, 16) == b"\1" * 4 + b"\2" * 4 + b"\3" * 4 + b"\4" * 4
+
+
+async def test_devices_that_claim_the_same_port_roll_the_launch_back():
+    async with KVM.open() as fleet:
+        with pytest.raises(orc.SpecError, match="claimed by ExitDevice"):
+            await fleet.launch(KVM.spec("halt", devices=[orc.ExitPort(0x500), orc.DebugConsole(0x502)]))
+        with pytest.raises(orc.SpecError, match="claimed by ExitDevice"):
+            await fleet.launch(KVM.spec("halt"), devices=[(range(0xF0, 0xF8), None, Recorder())])
+        assert dict(fleet.vms) == {}
+        assert await (await fleet.launch(KVM.spec("halt"))).wait() == orc.Halted()
+
+
+async def test_vms_do_not_see_each_others_memory_or_devices():
+    one, two = Recorder(), Recorder()
+    async with KVM.open() as fleet:
+        a = await fleet.launch(KVM.spec("ports", "a"), devices=[(range(0x500, 0x504), None, one)])
+        b = await fleet.launch(KVM.spec("halt", "b"), devices=[(range(0x500, 0x504), None, two)])
+        await a.wait()
+        await b.wait()
+        assert word(a, 0x8008) == 0x40302010
+        assert word(b, 0x8008) == 0
+    assert len(one.accesses) == 6
+    assert two.accesses == []
+
+
+@pytest.mark.parametrize("vcpus", [1, 2, 8])
+async def test_a_guest_that_loops_ends_within_100_ms_of_stop(vcpus):
+    async with KVM.open() as fleet:
+        vm = await fleet.launch(KVM.spec("spin", vcpus=vcpus))
+        begun = trio.current_time()
+        await vm.stop()
+        assert trio.current_time() - begun < 0.1
+
+
+async def test_a_guest_that_loops_ends_within_100_ms_of_its_fleet():
+    async with KVM.open() as fleet:
+        vm = await fleet.launch(KVM.spec("spin", vcpus=2))
+        begun = trio.current_time()
+    assert trio.current_time() - begun < 0.1
+    assert vm.outcome == orc.Stopped("the fleet was closed")
+    assert vm.registers().rip in range(0x1000, 0x1010)
+
+
+async def test_with_an_irqchip_hlt_waits_for_an_interrupt_and_stop_ends_it():
+    async with KVM.open() as fleet:
+        vm = await fleet.launch(KVM.spec("halt", irqchip=True))
+        await vm.pause()
+        assert vm.state == "paused"
+        await vm.resume()
+        assert vm.outcome is None
+        assert await vm.stop() == orc.Stopped("stop()")
+
+
+async def test_a_script_takes_no_irqchip():
+    async with play([hlt()]) as fleet:
+        with pytest.raises(orc.SpecError, match="irqchip"):
+            await fleet.launch(blank(irqchip=True))
+        assert dict(fleet.vms) == {}
+
+
+@pytest.mark.skipif(shutil.which("nasm") is None, reason="nasm is not installed")
+def test_the_bytes_of_every_guest_are_what_its_source_assembles_to(tmp_path: Path):
+    sources = sorted(GUESTS.glob("*.asm"))
+    assert sources
+    for source in sources:
+        out = tmp_path / source.stem
+        subprocess.run(["nasm", "-f", "bin", "-I", f"{GUESTS}/", "-o", out, source], check=True)
+        assert out.read_bytes() == guest(source.stem), f"{source.name}: assemble it again"
+
+
+def test_no_guest_is_without_its_source():
+    assert {path.stem for path in GUESTS.glob("*.bin")} == {path.stem for path in GUESTS.glob("*.asm")}
