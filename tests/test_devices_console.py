@@ -18,9 +18,10 @@ def at_once(function: Callable[[], None]) -> None:
 
 
 async def collect(console: Console, into: bytearray) -> None:
-    async for chunk in console.follow():
-        assert chunk
-        into += chunk
+    with trio.fail_after(20):
+        async for chunk in console.follow():
+            assert chunk
+            into += chunk
 
 
 async def test_output_is_what_was_written():
