@@ -75,6 +75,7 @@ class Fleet:
         self.bus_locks = detection is not None
         self.vcpu_threads = trio.CapacityLimiter(1_000_000)  # a thread each: the host's limits are the limit
         self.setup_threads = trio.CapacityLimiter(SETUP_THREADS)
+        self._governor = Governor(self, policies, strict)  # first: it may refuse a policy
         self._budgets = budgets
         now = backend.now()
         self._tenants = {
@@ -91,7 +92,6 @@ class Fleet:
         self._journal: deque[Applied] = deque(maxlen=JOURNAL)
         self._switchboard = Switchboard(core)
         self._switchboard.on_change(self._retell)
-        self._governor = Governor(self, policies, strict)
 
     # ---- VMs
 

@@ -72,6 +72,18 @@ class _Seat:
     actions: int = 0
 
 
+def _interval(policy: Policy) -> int | None:
+    """A policy's interval in nanoseconds."""
+    interval = policy.interval
+    if interval is None:
+        return None
+    if isinstance(interval, bool) or not isinstance(interval, int | float) or not 1e-6 <= interval < math.inf:
+        raise SpecError(
+            f"policy {policy.name!r}: interval={interval!r}: must be seconds, at least 1e-6, or None for only once"
+        )
+    return round(interval * 1e9)
+
+
 class Governor:
     """One tick serves all policies. Its cost grows with the vCPUs that did something, not with those that exist."""
 
@@ -80,7 +92,7 @@ class Governor:
         self._fleet = fleet
         self._strict = strict
         # Facts are about an interval: a policy that ticks decides first when one has passed.
-        self._seats = [_Seat(policy, now, now + round((policy.interval or 0) * 1e9)) for policy in policies]
+        self._seats = [_Seat(policy, now, now + (_interval(policy) or 0)) for policy in policies]
         self._seen: dict[int, tuple[int, int, int]] = {}
         self._waiting: set[int] = set()
 
@@ -164,11 +176,8 @@ class Governor:
         seat.sums = {}
         seat.last = now
         try:
-            interval = policy.interval
-            if interval is not None:
-                if not 0 < interval < math.inf:
-                    raise SpecError(f"interval={interval!r}: must be more than 0 seconds, or None for only once")
-                seat.due = now + round(interval * 1e9)
+            interval = _interval(policy)
+            seat.due = now + (interval or 0)
             actions = list(policy.decide(facts))
             for action in actions:
                 if not isinstance(action, Action):
