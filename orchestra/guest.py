@@ -142,13 +142,8 @@ class Guest:
                 core = VcpuCore(house.core, house.next_id())
                 self._cores.append(core)
                 connect(core, self._levels[index])
-            self._machine = house.backend.create(spec, self._cores, self.memory, bus_locks=house.bus_locks)
-            try:
-                for engine, state in zip(self._machine.engines, flat.load(spec, self.memory), strict=True):
-                    engine.enter_at(state)
-            except BaseException:
-                self._machine.close()
-                raise
+            states = flat.load(spec, self.memory)
+            self._machine = house.backend.create(spec, self._cores, self.memory, states, bus_locks=house.bus_locks)
         except BaseException:
             for core in self._cores:
                 core.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import threading
@@ -508,18 +509,42 @@ def test_no_descriptor_left_for_the_eventfd_says_which_limit_to_raise(monkeypatc
         orc_fleet_new = staticmethod(lambda: ffi.NULL)
 
     monkeypatch.setattr(core_module, "lib", NoFds)
-    ffi.errno = 24  # EMFILE
+    ffi.errno = errno.EMFILE
     with pytest.raises(ResourceLimit, match="ulimit -n") as caught:
         FleetCore()
-    assert caught.value.errno == 24
+    assert caught.value.errno == errno.EMFILE
 
 
-def test_no_memory_for_a_ring_says_which_limit_to_raise(fleet, monkeypatch):
+def test_no_memory_for_a_ring_says_which_limit_to_raise(vcpu, monkeypatch):
     class NoMaps:
-        orc_vcpu_new = staticmethod(lambda *_: ffi.NULL)
+        orc_vcpu_tell = staticmethod(lambda *_: -errno.ENOMEM)
 
-    monkeypatch.setattr(core_module, "lib", NoMaps)
-    ffi.errno = 12  # ENOMEM
-    with pytest.raises(ResourceLimit, match=r"vm\.max_map_count") as caught:
-        VcpuCore(fleet, 1)
-    assert caught.value.errno == 12
+    with monkeypatch.context() as patch:
+        patch.setattr(core_module, "lib", NoMaps)
+        with pytest.raises(ResourceLimit, match=r"vm\.max_map_count") as caught:
+            vcpu.tell(EVERYTHING)
+    assert caught.value.errno == errno.ENOMEM
+
+
+def address_space() -> int:
+    """Bytes that this process has mapped."""
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[0]) * 4096
+
+
+def test_ring_is_mapped_for_the_first_who_wants_to_be_told_and_goes_with_its_vcpu(fleet):
+    ring, many = RING_RECORDS * 128, 50
+    vcpus = [VcpuCore(fleet, id) for id in range(many)]
+    before = address_space()
+    for vcpu in vcpus:
+        account(vcpu)
+        vcpu.tell(0)
+    assert address_space() - before < many * ring // 2
+    for vcpu in vcpus:
+        vcpu.tell(EVERYTHING)
+        vcpu.tell(0)
+        vcpu.tell(EVERYTHING)
+    assert many * ring <= address_space() - before < many * ring * 3 // 2
+    for vcpu in vcpus:
+        vcpu.close()
+    assert address_space() - before < many * ring // 2

@@ -45,7 +45,7 @@ class EntryState:
     rip: int
     rsp: int = 0
     rdi: int = 0
-    cr0: int | None = None
+    cr0: int = 0
     cr3: int = 0
     cr4: int = 0
     efer: int = 0
@@ -86,9 +86,6 @@ class Engine(Protocol):
 
     def error(self) -> int:
         """errno after `Why.ERROR`."""
-
-    def enter_at(self, state: EntryState) -> None:
-        """Set the vCPU up to start there. Before it runs."""
 
     def registers(self) -> Any:
         """General registers, with an attribute for each. While it does not run; any thread."""
@@ -134,8 +131,16 @@ class Backend(Protocol):
     def now(self) -> int:
         """Nanoseconds on the clock that exits are stamped with."""
 
-    def create(self, spec: VmSpec, cores: Sequence[VcpuCore], memory: GuestMemory, *, bus_locks: bool) -> Machine:
-        """Make a VM. Rolls back whatever it opened if it fails."""
+    def create(
+        self,
+        spec: VmSpec,
+        cores: Sequence[VcpuCore],
+        memory: GuestMemory,
+        states: Sequence[EntryState],
+        *,
+        bus_locks: bool,
+    ) -> Machine:
+        """Make a VM whose vCPUs start as `states` say. Rolls back whatever it opened if it fails."""
 
     def limits_changed(self) -> None:
         """Limits changed: engines that wait by themselves look again. (Threads are woken by the core.)"""

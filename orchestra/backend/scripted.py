@@ -164,7 +164,9 @@ class ScriptedEngine:
 
     threaded = False
 
-    def __init__(self, core: VcpuCore, script: Script, backend: ScriptedBackend, bus_locks: bool) -> None:
+    def __init__(
+        self, core: VcpuCore, script: Script, backend: ScriptedBackend, state: EntryState, bus_locks: bool
+    ) -> None:
         self.core = core
         self.answers: list[tuple[int, bytes]] = []
         self.access = ffi.new("struct orc_access *")
@@ -178,7 +180,7 @@ class ScriptedEngine:
         self._record: Any = build("hlt")
         self._errno = 0
         self._read: tuple[int, int] | None = None
-        self._registers = ScriptedRegisters()
+        self._registers = ScriptedRegisters(rip=state.rip, rsp=state.rsp, rdi=state.rdi)
 
     async def run(self) -> Why:
         await trio.lowlevel.checkpoint()
@@ -278,9 +280,6 @@ class ScriptedEngine:
     def error(self) -> int:
         return self._errno
 
-    def enter_at(self, state: EntryState) -> None:
-        self._registers = ScriptedRegisters(rip=state.rip, rsp=state.rsp, rdi=state.rdi)
-
     def registers(self) -> ScriptedRegisters:
         return attrs.evolve(self._registers)
 
@@ -337,14 +336,22 @@ class ScriptedBackend:
         return round(trio.current_time() * 1e9) + 1  # never 0, which the core reads as "not waiting"
 
     def create(
-        self, spec: VmSpec, cores: Sequence[VcpuCore], memory: GuestMemory, *, bus_locks: bool
+        self,
+        spec: VmSpec,
+        cores: Sequence[VcpuCore],
+        memory: GuestMemory,
+        states: Sequence[EntryState],
+        *,
+        bus_locks: bool,
     ) -> ScriptedMachine:
         if spec.irqchip:
             raise SpecError(f"vm {spec.name!r}: irqchip=True needs backend='kvm'; a script takes no interrupts")
         scripts = self._scripts
         engines = [
-            ScriptedEngine(core, scripts(spec, i) if callable(scripts) else scripts.get(spec.name, ()), self, bus_locks)
-            for i, core in enumerate(cores)
+            ScriptedEngine(
+                core, scripts(spec, i) if callable(scripts) else scripts.get(spec.name, ()), self, state, bus_locks
+            )
+            for i, (core, state) in enumerate(zip(cores, states, strict=True))
         ]
         self.machines[spec.name] = ScriptedMachine(engines, memory)
         return self.machines[spec.name]

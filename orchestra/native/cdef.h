@@ -38,7 +38,7 @@ void orc_fleet_limits_changed(orc_fleet *);
 orc_vcpu *orc_vcpu_new(orc_fleet *, uint32_t id, uint32_t ring_records);
 void orc_vcpu_free(orc_vcpu *);
 void orc_vcpu_set_bucket(orc_vcpu *, int meter, int level, orc_bucket *);
-void orc_vcpu_tell(orc_vcpu *, uint64_t mask);
+int orc_vcpu_tell(orc_vcpu *, uint64_t mask);
 int64_t orc_vcpu_account(orc_vcpu *, struct orc_record *, int64_t now);
 int64_t orc_vcpu_turn(const orc_vcpu *);
 void orc_vcpu_wait_begin(orc_vcpu *, int64_t now);
@@ -230,3 +230,26 @@ struct kvm_guest_debug { uint32_t control; struct kvm_guest_debug_arch arch; ...
 
 void *mmap(void *address, size_t length, int protection, int flags, int fd, long offset);
 int munmap(void *address, size_t length);
+
+/* ---- build.c (here, as it needs the kernel's structures) ---- */
+
+struct orc_entry {
+	uint64_t rip, rsp, rdi, cr0, cr3, cr4, efer, gdt_base;
+	uint16_t gdt_limit, code_selector, data_selector, mode;
+};
+struct orc_plan {
+	int kvm;
+	bool bus_locks, irqchip;
+	uint64_t identity_map, tss, run_size;
+	uint32_t slots, vcpus;
+	struct kvm_userspace_memory_region *slot;
+	struct orc_entry *entry;
+	struct kvm_cpuid2 *cpuid;
+	int vm;
+	int *vcpu;
+	struct kvm_run **run;
+	uint32_t vcpus_made;
+	const char *step;
+};
+int orc_kvm_build(struct orc_plan *);
+void orc_cpuid_set_apic_id(struct kvm_cpuid2 *, uint32_t id);

@@ -75,7 +75,7 @@ static inline void orc_count(_Atomic orc_u64 *counter, orc_u64 n)
 /* Whether somebody listens to exits of that reason and flags. */
 static inline bool orc_tells(const orc_vcpu *v, unsigned reason, unsigned flags)
 {
-	orc_u64 told = atomic_load_explicit(&((orc_vcpu *)v)->told, memory_order_relaxed);
+	orc_u64 told = atomic_load_explicit(&((orc_vcpu *)v)->told, memory_order_acquire);
 
 	if (!told)
 		return false;

@@ -152,17 +152,23 @@ class VcpuCore:
         self.id = id
         self.handle: Any = lib.orc_vcpu_new(fleet.handle, id, RING_RECORDS)
         if self.handle == ffi.NULL:
-            raise ResourceLimit(
-                ffi.errno, f"ring of a vCPU: {os.strerror(ffi.errno)}: vm.max_map_count or memory is used up"
-            )
+            raise MemoryError("orc_vcpu_new")
 
     def set_bucket(self, meter: Meter, level: int, bucket: Bucket) -> None:
         """Before it runs. `level`: 0 host, 1 tenant, 2 VM, 3 vCPU."""
         lib.orc_vcpu_set_bucket(self.handle, METER_NUMBERS[meter], level, bucket.handle)
 
     def tell(self, mask: int) -> None:
-        """Which exit reasons go to the ring."""
-        lib.orc_vcpu_tell(self.handle, mask)
+        """Which exit reasons go to the ring. The first that does has it mapped.
+
+        Raises:
+            ResourceLimit: there is no memory for it.
+        """
+        result = lib.orc_vcpu_tell(self.handle, mask)
+        if result:
+            raise ResourceLimit(
+                -result, f"ring of a vCPU: {os.strerror(-result)}: vm.max_map_count or memory is used up"
+            )
 
     def command(self, set: int = 0, clear: int = 0) -> None:
         """Set and clear commands, and kick."""

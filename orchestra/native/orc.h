@@ -130,7 +130,8 @@ orc_vcpu *orc_vcpu_new(orc_fleet *, uint32_t id, uint32_t ring_records /* a powe
 /* Owner; the runner has ended. */
 void orc_vcpu_free(orc_vcpu *);
 void orc_vcpu_set_bucket(orc_vcpu *, int meter, int level, orc_bucket *); /* before the runner starts */
-void orc_vcpu_tell(orc_vcpu *, orc_u64 mask); /* which reasons go to the ring, a bit each */
+/* Which reasons go to the ring, a bit each. 0, or a negative errno: no memory for the ring. */
+int orc_vcpu_tell(orc_vcpu *, orc_u64 mask);
 
 /* Runner: counts one exit, charges the buckets, tells it if somebody listens. Returns when the vCPU may go on
  * (ORC_NEVER: at once). Counts a bus lock by the flag and by nothing else. */
@@ -205,6 +206,33 @@ int orc_vcpu_errno(const orc_vcpu *);
 /* ioctl with the error as a negative number; what may return EINTR is tried again. */
 long orc_ioctl(int fd, unsigned long request, void *argument);
 long orc_ioctl_value(int fd, unsigned long request, unsigned long argument);
+
+/* ---- build.c -------------------------------------------------------------------------------------------------- */
+
+/* Where a vCPU starts; what it leaves out is as after reset. */
+struct orc_entry {
+	orc_u64 rip, rsp, rdi, cr0, cr3, cr4, efer, gdt_base;
+	uint16_t gdt_limit, code_selector, data_selector, mode;
+};
+struct orc_plan {
+	/* in */
+	int kvm;
+	bool bus_locks, irqchip;
+	orc_u64 identity_map, tss, run_size;
+	uint32_t slots, vcpus;
+	struct kvm_userspace_memory_region *slot;
+	struct orc_entry *entry;
+	struct kvm_cpuid2 *cpuid; /* changed: the APIC id */
+	/* out, as far as it got: the caller owns what is there, also after an error */
+	int vm;
+	int *vcpu;
+	struct kvm_run **run;
+	uint32_t vcpus_made;
+	const char *step; /* the call that failed */
+};
+/* Makes a VM with its vCPUs. 0 or a negative errno. */
+int orc_kvm_build(struct orc_plan *);
+void orc_cpuid_set_apic_id(struct kvm_cpuid2 *, uint32_t id);
 
 /* ---- names.c -------------------------------------------------------------------------------------------------- */
 

@@ -22,26 +22,22 @@ orc_ns orc_now(void)
 orc_vcpu *orc_vcpu_new(orc_fleet *f, uint32_t id, uint32_t ring_records)
 {
 	orc_vcpu *v = aligned_alloc(ORC_CACHE_LINE, sizeof *v);
-	void *records;
 
 	if (!v) {
 		errno = ENOMEM;
 		return NULL;
 	}
 	memset(v, 0, sizeof *v);
-	/* Mapped, so that a ring costs memory only once it is written. */
-	records = mmap(NULL, ring_records * sizeof(struct orc_record), PROT_READ | PROT_WRITE,
-		       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-	if (records == MAP_FAILED) {
-		free(v);
-		return NULL;
-	}
 	v->fleet = f;
 	v->id = id;
 	v->fd = -1;
-	v->ring.records = records;
 	v->ring.mask = ring_records - 1;
 	return v;
+}
+
+static size_t ring_size(const orc_vcpu *v)
+{
+	return ((size_t)v->ring.mask + 1) * sizeof(struct orc_record);
 }
 
 void orc_vcpu_free(orc_vcpu *v)
@@ -49,7 +45,8 @@ void orc_vcpu_free(orc_vcpu *v)
 	if (!v)
 		return;
 	orc_forget(v->fleet, v);
-	munmap(v->ring.records, ((size_t)v->ring.mask + 1) * sizeof(struct orc_record));
+	if (v->ring.records)
+		munmap(v->ring.records, ring_size(v));
 	free(v);
 }
 
@@ -58,9 +55,21 @@ void orc_vcpu_set_bucket(orc_vcpu *v, int meter, int level, orc_bucket *b)
 	v->bucket[meter][level] = b;
 }
 
-void orc_vcpu_tell(orc_vcpu *v, orc_u64 mask)
+int orc_vcpu_tell(orc_vcpu *v, orc_u64 mask)
 {
-	atomic_store_explicit(&v->told, mask, memory_order_relaxed);
+	if (mask && !v->ring.records) {
+		/* Only now: a vCPU that nobody listens to needs no ring, and each mapping of a process makes its next
+		 * KVM_CREATE_VM slower. Mapped, so that it costs memory only as it is written. */
+		void *records = mmap(NULL, ring_size(v), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
+				     -1, 0);
+
+		if (records == MAP_FAILED)
+			return -errno;
+		v->ring.records = records;
+	}
+	/* Release: whoever sees the mask sees the ring. */
+	atomic_store_explicit(&v->told, mask, memory_order_release);
+	return 0;
 }
 
 /* ---- accounting ----------------------------------------------------------------------------------------------- */

@@ -13,11 +13,6 @@ from .registers import new_struct
 
 __all__ = ["Cpuid", "CpuidEntry"]
 
-# Where a leaf carries the (initial, x2, extended) APIC id: Intel SDM volume 2 CPUID, AMD APM volume 3 appendix E.
-_APIC_ID_IN_EBX = 0x1
-_APIC_ID_IN_EDX = (0xB, 0x1F)
-_APIC_ID_IN_EAX = 0x8000_001E
-
 
 @attrs.frozen(kw_only=True)
 class CpuidEntry:
@@ -48,15 +43,10 @@ class Cpuid:
         buffer: that pointer.
     """
 
-    __slots__ = ("_in_eax", "_in_ebx", "_in_edx", "buffer")
+    __slots__ = ("buffer",)
 
     def __init__(self, buffer: Any) -> None:
         self.buffer = buffer
-        entries = [buffer.entries + i for i in range(buffer.nent)]
-        # These point into `buffer`, which owns the memory.
-        self._in_ebx = tuple(entry for entry in entries if entry.function == _APIC_ID_IN_EBX)
-        self._in_edx = tuple(entry for entry in entries if entry.function in _APIC_ID_IN_EDX)
-        self._in_eax = tuple(entry for entry in entries if entry.function == _APIC_ID_IN_EAX)
 
     def __len__(self) -> int:
         return int(self.buffer.nent)
@@ -90,10 +80,5 @@ class Cpuid:
         """
         if not 0 <= index <= 0xFFFF_FFFF:
             raise SpecError(f"index={index!r}: must be a vCPU number, from 0")
-        for entry in self._in_ebx:
-            entry.ebx = entry.ebx & 0x00FF_FFFF | (index & 0xFF) << 24
-        for entry in self._in_edx:
-            entry.edx = index
-        for entry in self._in_eax:
-            entry.eax = index
+        lib.orc_cpuid_set_apic_id(self.buffer, index)
         return self.buffer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -13,17 +14,17 @@ from ...native.records import Fields, unpack
 from ...spec import VmSpec
 from .. import Detection, EntryState
 from .cpuid import Cpuid
-from .registers import MpState, Registers, SpecialRegisters
+from .ioctl import failure
+from .registers import Registers, SpecialRegisters
 from .system import Kvm
 from .vcpu import KvmVcpu
-from .vm import KvmVm
+from .vm import KvmVm, slot_flags
 
 __all__ = ["KvmBackend", "KvmEngine", "KvmMachine"]
 
 # Three pages and one below 4 GiB and above the APICs, where every VMM has them (api.rst, KVM_SET_TSS_ADDR).
 TSS_ADDRESS: Final = 0xFFFB_D000
 IDENTITY_MAP_ADDRESS: Final = 0xFFFB_C000
-TYPE_CODE, TYPE_DATA = 0xB, 0x3  # accessed, and readable or writable
 
 
 class KvmEngine:
@@ -64,28 +65,6 @@ class KvmEngine:
     def error(self) -> int:
         return int(lib.orc_vcpu_errno(self._handle))
 
-    def enter_at(self, state: EntryState) -> None:
-        sregs = self.vcpu.read_sregs()
-        if state.mode == 16:
-            sregs.cs.base = 0
-            sregs.cs.selector = 0
-        else:
-            for segment in (sregs.cs, sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss):
-                segment.base, segment.limit, segment.selector = 0, 0xFFFF_FFFF, state.data_selector
-                segment.type, segment.present, segment.s, segment.g, segment.db = TYPE_DATA, 1, 1, 1, 1
-            sregs.cs.type, sregs.cs.selector = TYPE_CODE, state.code_selector
-            if state.mode == 64:
-                sregs.cs.l, sregs.cs.db = 1, 0
-            if state.gdt is not None:
-                sregs.gdt.base, sregs.gdt.limit = state.gdt
-            sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer = state.cr0, state.cr3, state.cr4, state.efer
-        self.vcpu.write_sregs(sregs)
-        self.vcpu.write_regs(
-            ffi.new("struct kvm_regs *", {"rip": state.rip, "rsp": state.rsp, "rdi": state.rdi, "rflags": 2})
-        )
-        if self._irqchip:  # with one, all vCPUs but the first would wait for INIT and SIPI
-            self.vcpu.set_mp_state(MpState.RUNNABLE)
-
     def registers(self) -> Registers:
         return self.vcpu.registers()
 
@@ -99,65 +78,74 @@ class KvmEngine:
 class KvmMachine:
     """One VM on KVM."""
 
-    def __init__(
-        self,
-        kvm: Kvm,
-        spec: VmSpec,
-        cores: Sequence[VcpuCore],
-        memory: GuestMemory,
-        bus_locks: bool,
-        cpuids: list[Cpuid],
-    ) -> None:
+    def __init__(self, memory: GuestMemory) -> None:
         self.memory = memory
         self.engines: list[KvmEngine] = []
+        self.vm: KvmVm | None = None
         self._ports = lib.orc_ports_new()
         if self._ports == ffi.NULL:
             raise MemoryError("orc_ports_new")
-        try:
-            self.vm: KvmVm = kvm.create_vm()
-        except BaseException:
-            lib.orc_ports_free(self._ports)
-            raise
-        try:
-            self._set_up(kvm, spec, cores, bus_locks, cpuids)
-        except BaseException:
-            self.close()
-            raise
 
-    def _set_up(self, kvm: Kvm, spec: VmSpec, cores: Sequence[VcpuCore], bus_locks: bool, cpuids: list[Cpuid]) -> None:
-        vm = self.vm
-        vm.set_identity_map_address(IDENTITY_MAP_ADDRESS)
-        vm.set_tss_address(TSS_ADDRESS)
-        if bus_locks:
-            vm.enable_bus_lock_exit()  # before the first vCPU: later ones only would be covered
-        if spec.irqchip:
-            vm.create_irqchip()
-            vm.create_pit()
-        for slot, region in enumerate(self.memory.regions):
-            span = region.span
-            vm.set_memory(slot, span.start, len(span), region.host, region.readonly, region.log_dirty)
-        sync_regs = bool(vm.extension(lib.KVM_CAP_SYNC_REGS) & lib.KVM_SYNC_X86_REGS)
-        cpuid = cpuids.pop() if cpuids else kvm.supported_cpuid()  # a table belongs to one thread at a time
-        try:
-            for index, core in enumerate(cores):
-                vcpu = vm.create_vcpu(index)
-                self.engines.append(KvmEngine(core, vcpu, self._ports, sync_regs, spec.irqchip))
-                vcpu.set_cpuid(cpuid.with_apic_id(index))
-        finally:
-            cpuids.append(cpuid)
+    def build(
+        self, kvm: Kvm, spec: VmSpec, cores: Sequence[VcpuCore], states: Sequence[EntryState], cpuid: Cpuid, **how: bool
+    ) -> None:
+        """Make all of it in one call into the core. Raises what `failure` makes of the step that failed."""
+        plan = ffi.new("struct orc_plan *")
+        slots = ffi.new("struct kvm_userspace_memory_region[]", len(self.memory.regions))
+        for number, (slot, region) in enumerate(zip(slots, self.memory.regions, strict=True)):
+            slot.slot, slot.flags = number, slot_flags(region.readonly, region.log_dirty)
+            slot.guest_phys_addr, slot.memory_size = region.span.start, len(region.span)
+            slot.userspace_addr = region.host
+        entries = ffi.new("struct orc_entry[]", [_entry(state) for state in states])
+        fds, runs = ffi.new("int[]", len(cores)), ffi.new("struct kvm_run *[]", len(cores))
+        plan.kvm, plan.bus_locks, plan.irqchip = kvm.fd, how["bus_locks"], spec.irqchip
+        plan.identity_map, plan.tss, plan.run_size = IDENTITY_MAP_ADDRESS, TSS_ADDRESS, kvm.vcpu_mmap_size
+        plan.slots, plan.slot, plan.vcpus, plan.entry = len(slots), slots, len(cores), entries
+        plan.cpuid, plan.vcpu, plan.run = cpuid.buffer, fds, runs
+
+        result = lib.orc_kvm_build(plan)
+        if plan.vm >= 0:
+            self.vm = KvmVm.adopt(plan.vm, kvm.vcpu_mmap_size, self.memory, bus_lock_exits=how["bus_locks"])
+            for index in range(plan.vcpus_made):
+                vcpu = KvmVcpu(self.vm, fds[index], runs[index], kvm.vcpu_mmap_size)
+                self.engines.append(KvmEngine(cores[index], vcpu, self._ports, how["sync_regs"], spec.irqchip))
+        if result == -errno.EOPNOTSUPP:
+            raise BusLockUnsupported(f"vm {spec.name!r}: this host's KVM can't report its bus locks")
+        if result:
+            raise failure(-result, ffi.string(plan.step).decode())
 
     def claim_ports(self, ports: range, claimed: bool) -> None:
         lib.orc_ports_claim(self._ports, ports.start, len(ports), claimed)
 
     def irq_line(self, gsi: int, level: bool) -> None:
-        self.vm.irq_line(gsi, level)
+        if self.vm is not None:
+            self.vm.irq_line(gsi, level)
 
     def close(self) -> None:
         for engine in self.engines:
             engine.close()
-        self.vm.close()
+        if self.vm is not None:
+            self.vm.close()
         lib.orc_ports_free(self._ports)
         self._ports = ffi.NULL
+
+
+def _entry(state: EntryState) -> dict[str, int]:
+    base, limit = state.gdt or (0, 0)
+    return {
+        "mode": state.mode,
+        "rip": state.rip,
+        "rsp": state.rsp,
+        "rdi": state.rdi,
+        "cr0": state.cr0,
+        "cr3": state.cr3,
+        "cr4": state.cr4,
+        "efer": state.efer,
+        "gdt_base": base,
+        "gdt_limit": limit,
+        "code_selector": state.code_selector,
+        "data_selector": state.data_selector,
+    }
 
 
 class KvmBackend:
@@ -170,6 +158,9 @@ class KvmBackend:
         self.kvm = kvm
         self.why = why
         self._cpuids: list[Cpuid] = []
+        # api.rst 4.4: KVM_CAP_MAX_VCPUS; without it as many as recommended; without that, 4
+        self._max_vcpus = kvm.extension(lib.KVM_CAP_MAX_VCPUS) or kvm.extension(lib.KVM_CAP_NR_VCPUS) or 4
+        self._sync_regs = bool(kvm.extension(lib.KVM_CAP_SYNC_REGS) & lib.KVM_SYNC_X86_REGS)
 
     @classmethod
     def open(cls, path: str = "/dev/kvm", *, picked: bool = False) -> KvmBackend:
@@ -196,17 +187,32 @@ class KvmBackend:
     def now(self) -> int:
         return monotonic_ns()
 
-    def create(self, spec: VmSpec, cores: Sequence[VcpuCore], memory: GuestMemory, *, bus_locks: bool) -> KvmMachine:
+    def create(
+        self,
+        spec: VmSpec,
+        cores: Sequence[VcpuCore],
+        memory: GuestMemory,
+        states: Sequence[EntryState],
+        *,
+        bus_locks: bool,
+    ) -> KvmMachine:
+        machine = KvmMachine(memory)
+        # A table belongs to one thread at a time, and making one takes as long as the rest.
+        cpuid = self._cpuids.pop() if self._cpuids else self.kvm.supported_cpuid()
         try:
-            return KvmMachine(self.kvm, spec, cores, memory, bus_locks, self._cpuids)
-        except BusLockUnsupported as error:
-            raise BusLockUnsupported(f"vm {spec.name!r}: {error}") from None
+            machine.build(self.kvm, spec, cores, states, cpuid, bus_locks=bus_locks, sync_regs=self._sync_regs)
+        except BaseException:
+            machine.close()
+            raise
+        finally:
+            self._cpuids.append(cpuid)
+        return machine
 
     def limits_changed(self) -> None:
         """Nothing: the core wakes threads."""
 
     def max_vcpus(self) -> int:
-        return self.kvm.extension(lib.KVM_CAP_MAX_VCPUS) or self.kvm.extension(lib.KVM_CAP_NR_VCPUS) or 4
+        return self._max_vcpus
 
     def close(self) -> None:
         self.kvm.close()

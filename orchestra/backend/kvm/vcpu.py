@@ -18,12 +18,21 @@ from .statistics import Statistic, StatisticsReader
 if TYPE_CHECKING:
     from .vm import KvmVm
 
-__all__ = ["KvmVcpu"]
+__all__ = ["KvmVcpu", "map_run"]
 
 _RUN = ffi.typeof("struct kvm_run *")
 _REGS = ffi.typeof("struct kvm_regs *")
 _SREGS = ffi.typeof("struct kvm_sregs *")
 _MOST_MSRS = 255  # one call takes fewer than MAX_IO_MSRS (256, arch/x86/kvm/x86.c)
+
+
+def map_run(fd: int, size: int) -> Any:
+    """A vCPU's ``struct kvm_run *``. Raises ResourceLimit (no memory or mapping left), KvmError."""
+    # Not mmap.mmap: it keeps a duplicate of the descriptor, and descriptors bound how many VMs a process can have.
+    address = lib.mmap(ffi.NULL, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, 0)
+    if int(ffi.cast("intptr_t", address)) == -1:
+        raise failure(ffi.errno, f"mmap of a vCPU's {size} bytes")
+    return ffi.cast(_RUN, address)
 
 
 class KvmVcpu:
@@ -37,12 +46,8 @@ class KvmVcpu:
 
     __slots__ = ("_run", "_size", "_statistics", "_vm", "fd")
 
-    def __init__(self, vm: KvmVm, fd: int, mmap_size: int) -> None:
-        # Not mmap.mmap: it keeps a duplicate of the descriptor, and descriptors bound how many VMs a process can have.
-        address = lib.mmap(ffi.NULL, mmap_size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, 0)
-        if int(ffi.cast("intptr_t", address)) == -1:
-            raise failure(ffi.errno, f"mmap of a vCPU's {mmap_size} bytes")
-        self._run = ffi.cast(_RUN, address)
+    def __init__(self, vm: KvmVm, fd: int, run: Any, mmap_size: int) -> None:
+        self._run = run
         self._size = mmap_size
         self._statistics: StatisticsReader | None = None
         self._vm = vm

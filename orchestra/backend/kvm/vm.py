@@ -6,17 +6,23 @@ import os
 from typing import Any
 
 from ...errors import BusLockUnsupported, SpecError, StateError
+from ...memory import GuestMemory
 from ...native import ffi, lib
 from .ioctl import call
 from .registers import new_struct
 from .statistics import Statistic, StatisticsReader
-from .vcpu import KvmVcpu
+from .vcpu import KvmVcpu, map_run
 
-__all__ = ["KvmVm"]
+__all__ = ["KvmVm", "slot_flags"]
 
 _REGION = ffi.typeof("struct kvm_userspace_memory_region *")
 _BUS_LOCK = lib.KVM_CAP_X86_BUS_LOCK_EXIT
 _OFF, _EXIT = lib.KVM_BUS_LOCK_DETECTION_OFF, lib.KVM_BUS_LOCK_DETECTION_EXIT
+
+
+def slot_flags(readonly: bool, log_dirty: bool) -> int:
+    """The flags of a memory slot."""
+    return int((lib.KVM_MEM_READONLY if readonly else 0) | (lib.KVM_MEM_LOG_DIRTY_PAGES if log_dirty else 0))
 
 
 class KvmVm:
@@ -39,6 +45,15 @@ class KvmVm:
         self._pages: dict[int, int] = {}
         self._statistics: StatisticsReader | None = None
         self._xsave_size: int | None = None
+
+    @classmethod
+    def adopt(cls, fd: int, vcpu_mmap_size: int, memory: GuestMemory, *, bus_lock_exits: bool) -> KvmVm:
+        """A VM that `orc_kvm_build` made, with a slot for each region of `memory` in their order."""
+        vm = cls(fd, vcpu_mmap_size)
+        vm.bus_lock_exits = bus_lock_exits
+        vm._has_vcpus = True
+        vm._pages = {slot: len(region.span) >> 12 for slot, region in enumerate(memory.regions)}
+        return vm
 
     # ---- capabilities
 
@@ -132,7 +147,7 @@ class KvmVm:
         region = ffi.new(_REGION)
         try:
             region.slot = slot
-            region.flags = (lib.KVM_MEM_READONLY if readonly else 0) | (lib.KVM_MEM_LOG_DIRTY_PAGES if log_dirty else 0)
+            region.flags = slot_flags(readonly, log_dirty)
             region.guest_phys_addr = guest_address
             region.memory_size = size
             region.userspace_addr = (
@@ -236,7 +251,7 @@ class KvmVm:
         fd = call(self.fd, "KVM_CREATE_VCPU", index)
         self._has_vcpus = True
         try:
-            return KvmVcpu(self, fd, self._vcpu_mmap_size)
+            return KvmVcpu(self, fd, map_run(fd, self._vcpu_mmap_size), self._vcpu_mmap_size)
         except BaseException:
             os.close(fd)
             raise

@@ -5,6 +5,15 @@
 
 enum { PORT_IO = KVM_EXIT_IO };
 
+/* A vCPU with a ring, as it has one once somebody listens. */
+static orc_vcpu *listened_to(orc_fleet *f, uint32_t id, uint32_t records)
+{
+	orc_vcpu *v = orc_vcpu_new(f, id, records);
+
+	CHECK(orc_vcpu_tell(v, 1ull << 63) == 0);
+	return v;
+}
+
 static void put(orc_vcpu *v, uint64_t number)
 {
 	struct orc_record record = {.id = v->id, .arg = {number}};
@@ -23,7 +32,7 @@ static orc_u64 missed(const orc_vcpu *v)
 static void records_come_out_in_order_over_many_turns_of_the_ring(void)
 {
 	orc_fleet *f = orc_fleet_new();
-	orc_vcpu *v = orc_vcpu_new(f, 9, 8);
+	orc_vcpu *v = listened_to(f, 9, 8);
 	struct orc_record out[16];
 	uint64_t in = 0, read = 0;
 
@@ -46,7 +55,7 @@ static void records_come_out_in_order_over_many_turns_of_the_ring(void)
 static void a_full_ring_counts_what_it_misses_and_keeps_what_it_has(void)
 {
 	orc_fleet *f = orc_fleet_new();
-	orc_vcpu *v = orc_vcpu_new(f, 0, 8);
+	orc_vcpu *v = listened_to(f, 0, 8);
 	struct orc_record out[16];
 
 	for (int i = 0; i < 13; i++)
@@ -69,7 +78,7 @@ static void draining_a_few_at_a_time_gets_all_and_starves_nobody(void)
 	int seen[3] = {0}, n = 0, first_round = 0;
 
 	for (uint32_t i = 0; i < 3; i++) {
-		v[i] = orc_vcpu_new(f, i, 16);
+		v[i] = listened_to(f, i, 16);
 		for (int k = 0; k < 10; k++)
 			put(v[i], (uint64_t)k);
 	}
@@ -91,7 +100,7 @@ static void draining_a_few_at_a_time_gets_all_and_starves_nobody(void)
 static void the_consumer_may_sleep_only_if_nothing_is_there(void)
 {
 	orc_fleet *f = orc_fleet_new();
-	orc_vcpu *v = orc_vcpu_new(f, 0, 8);
+	orc_vcpu *v = listened_to(f, 0, 8);
 	struct pollfd fd = {.fd = orc_fleet_eventfd(f), .events = POLLIN};
 	struct orc_record out[8];
 
@@ -119,7 +128,7 @@ static void a_vcpu_freed_while_it_is_queued_takes_nothing_with_it(void)
 			int drained = 0, active = 0;
 
 			for (uint32_t i = 0; i < 4; i++) {
-				v[i] = orc_vcpu_new(f, i, 8);
+				v[i] = listened_to(f, i, 8);
 				orc_vcpu_tell(v[i], 1ull << PORT_IO);
 				orc_vcpu_account(v[i], &told, 1);
 				orc_vcpu_account(v[i], &told, 2);
@@ -149,7 +158,7 @@ static void a_vcpu_freed_while_it_is_queued_takes_nothing_with_it(void)
 static void a_record_is_told_by_reason_or_for_its_bus_lock(void)
 {
 	orc_fleet *f = orc_fleet_new();
-	orc_vcpu *v = orc_vcpu_new(f, 0, 8);
+	orc_vcpu *v = listened_to(f, 0, 8);
 	struct orc_record io = {.reason = PORT_IO}, hlt = {.reason = KVM_EXIT_HLT}, future = {.reason = 4711},
 			  locked = {.reason = KVM_EXIT_MMIO, .flags = KVM_RUN_X86_BUS_LOCK},
 			  unflagged = {.reason = KVM_EXIT_X86_BUS_LOCK}, out[8];
@@ -201,7 +210,7 @@ static void two_producers_and_a_sleeping_consumer_lose_no_wake_up_and_no_count(v
 	int ended = 0;
 
 	for (uint32_t i = 0; i < 2; i++)
-		v[i] = orc_vcpu_new(f, i, 1024);
+		v[i] = listened_to(f, i, 1024);
 	for (int i = 0; i < 2; i++)
 		threads[i] = start(producer, v[i]);
 	while (ended < 2) {
@@ -247,7 +256,7 @@ static void *accounting(void *argument)
 static void whoever_asks_which_vcpus_were_active_sees_all_their_exits(void)
 {
 	orc_fleet *f = orc_fleet_new();
-	orc_vcpu *v = orc_vcpu_new(f, 5, 8);
+	orc_vcpu *v = listened_to(f, 5, 8);
 	pthread_t thread;
 	struct orc_sums sums = {0};
 	uint32_t id;
@@ -286,7 +295,7 @@ static void vcpus_come_and_go_while_others_tell(void)
 {
 	static struct orc_record out[64];
 	orc_fleet *f = orc_fleet_new();
-	orc_vcpu *steady = orc_vcpu_new(f, 0, 64), *passing;
+	orc_vcpu *steady = listened_to(f, 0, 64), *passing;
 	struct orc_record record = {.reason = PORT_IO};
 	struct orc_counters counters;
 	pthread_t thread;
@@ -297,7 +306,7 @@ static void vcpus_come_and_go_while_others_tell(void)
 	orc_vcpu_tell(steady, 1ull << PORT_IO);
 	thread = start(telling, steady);
 	for (uint32_t i = 1; i <= 20000; i++) {
-		passing = orc_vcpu_new(f, i, 8);
+		passing = listened_to(f, i, 8);
 		orc_vcpu_tell(passing, 1ull << PORT_IO);
 		orc_vcpu_account(passing, &record, 0);
 		if (i % 3 == 0)
