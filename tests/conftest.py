@@ -108,7 +108,7 @@ def _runs_a_vcpu(frame: FrameType | None) -> bool:
 
 @pytest.fixture
 def nothing_left() -> Iterator[Callable[[], None]]:
-    """Fails if the test leaves a descriptor, a mapping, guest memory or a vCPU's runner behind; call it to check now."""
+    """Fails if the test leaves a descriptor, a mapping, guest memory or a vCPU's runner behind; call to check now."""
     before = vars(Held())
 
     def check() -> None:
