@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TypeAlias
 
-import attrs
-
 from .native.core import Bucket, VcpuCore
 from .spec import Limit, Meter
 
@@ -16,14 +14,23 @@ HOST, TENANT, VM, VCPU = range(4)
 """Levels, from the widest bucket to the narrowest."""
 
 
-def tightest(limits: Iterable[Limit | None]) -> Limit | None:
-    """The one with the lowest rate, with the smallest of the bursts: nobody loosens what another set."""
-    given = [limit for limit in limits if limit is not None]
+def tightest(base: Limit | None, throttles: Iterable[Limit] = ()) -> Limit | None:
+    """What is in force: the lowest rate with the smallest burst, so that nobody loosens what another set.
+
+    How long a guest may be delayed is for `base` to say, which is its owner's word: a throttle neither lets it go
+    earlier nor holds it longer. Where there is no base, the most patient throttle says it.
+    """
+    throttles = list(throttles)
+    given = throttles if base is None else [base, *throttles]
     if not given:
         return None
-    lowest = min(given, key=lambda limit: limit.rate)
-    burst = min(limit.tokens for limit in given)
-    return lowest if lowest.tokens == burst else attrs.evolve(lowest, burst=burst)
+    delays = [limit.max_delay for limit in ([base] if base is not None else throttles)]
+    patient = None if None in delays else max(delay for delay in delays if delay is not None)
+    rate, burst = min(limit.rate for limit in given), min(limit.tokens for limit in given)
+    exact = next(
+        (limit for limit in given if (limit.rate, limit.tokens, limit.max_delay) == (rate, burst, patient)), None
+    )
+    return exact or Limit(rate=rate, burst=burst, max_delay=patient)
 
 
 class Budget:
@@ -55,7 +62,7 @@ class Budget:
         self._set(now)
 
     def _set(self, now: int) -> None:
-        self.bucket.set(tightest([self.base, *self._throttles.values()]), now)
+        self.bucket.set(tightest(self.base, self._throttles.values()), now)
 
     def close(self) -> None:
         self.bucket.close()

@@ -73,7 +73,6 @@ class Fleet:
         self.backend = backend
         self.bus_lock_detection = detection
         self.bus_locks = detection is not None
-        self.vcpu_threads = trio.CapacityLimiter(1_000_000)  # a thread each: the host's limits are the limit
         self.setup_threads = trio.CapacityLimiter(SETUP_THREADS)
         self._governor = Governor(self, policies, strict)  # first: it may refuse a policy
         self._budgets = budgets
@@ -358,7 +357,7 @@ class Fleet:
 
     @property
     def tenants(self) -> Mapping[str, Tenant]:
-        """All tenants, with the limits that are in force."""
+        """All tenants, with the limits that were set for them (throttles by actions are not told to policies)."""
         return {
             name: attrs.evolve(
                 seat.tenant, limit=seat.budgets[Meter.BUS_LOCKS].base, exit_limit=seat.budgets[Meter.EXITS].base

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import trio
 
-from .actions import Failed, Halted, Outcome, Shutdown, Stopped
+from .actions import Halted, Outcome, Shutdown, Stopped
 from .backend import Backend, Machine
 from .boot import flat
 from .budget import Budgets, connect
@@ -40,7 +40,6 @@ class House(Protocol):
     backend: Backend
     core: FleetCore
     bus_locks: bool
-    vcpu_threads: trio.CapacityLimiter
     setup_threads: trio.CapacityLimiter
 
     def post(self, function: Callable[..., object], *args: object) -> None:
@@ -88,6 +87,7 @@ class Guest:
         self._parked: set[int] = set()
         self._gone: set[int] = set()
         self._calls: dict[int, list[Callable[[], None]]] = {}
+        self._done: list[trio.Event] = []
 
     # ---- set-up
 
@@ -123,7 +123,6 @@ class Guest:
             for index, core in enumerate(self._cores):
                 core.tell(told)
                 house.register(core, self.name, index)
-                self.vcpus.append(Vcpu(self, index, self._machine.engines[index]))
             if paused():
                 self.pause_number = 1
                 for core in self._cores:
@@ -144,11 +143,27 @@ class Guest:
                 connect(core, self._levels[index])
             states = flat.load(spec, self.memory)
             self._machine = house.backend.create(spec, self._cores, self.memory, states, bus_locks=house.bus_locks)
+            try:
+                self.vcpus = [Vcpu(self, index, engine) for index, engine in enumerate(self._machine.engines)]
+                self._done = [trio.Event() for _ in self.vcpus]
+                for vcpu in self.vcpus:
+                    if vcpu.engine.threaded:
+                        vcpu.spawn()
+            except BaseException:
+                self._join()
+                self._machine.close()
+                raise
         except BaseException:
             for core in self._cores:
                 core.close()
             self.memory.close()
             raise
+
+    def _join(self) -> None:
+        """Stop runners that were held, and see them gone."""
+        self.command(set=Command.STOP)
+        for vcpu in self.vcpus:
+            vcpu.join()
 
     def _plug(self, device: object) -> None:
         match device:
@@ -167,10 +182,13 @@ class Guest:
 
     def claim(self, ports: range | None, mmio: range | None, handler: Handler) -> None:
         """Give ranges of the buses to a handler; all of them or, with an error, none."""
-        claimed = self.ports.claim(ports, handler) if ports is not None else None
+        # A device's calls never overlap, wherever they come from: one lock for all its claims.
+        held = [*self.ports.claims(), *self.mmio.claims()]
+        lock = next((claim.lock for claim in held if claim.handler is handler), None) or Lock()
+        claimed = self.ports.claim(ports, handler, lock) if ports is not None else None
         if mmio is not None:
             try:
-                self.mmio.claim(mmio, handler)
+                self.mmio.claim(mmio, handler, lock)
             except BaseException:
                 if claimed is not None:
                     self.ports.release(claimed)
@@ -195,6 +213,7 @@ class Guest:
             async with trio.open_nursery() as nursery:
                 for vcpu in self.vcpus:
                     nursery.start_soon(self._run_vcpu, vcpu)
+                self.command(clear=Command.HOLD)
                 try:
                     await self.ended.wait()
                 finally:
@@ -216,12 +235,9 @@ class Guest:
 
     async def _run_vcpu(self, vcpu: Vcpu) -> None:
         if vcpu.engine.threaded:
-            try:
-                # Not cancellable by itself: `run` tells all vCPUs to stop first, and then waits for each.
-                await trio.to_thread.run_sync(vcpu.drive, limiter=self.house.vcpu_threads)
-            except RuntimeError as error:  # "can't start new thread"
-                self.end(Failed(f"no thread for vCPU {vcpu.index}: {error}; {THREADS}"))
-                self._on_ended(vcpu.index)
+            with trio.CancelScope(shield=True):  # `run` tells all vCPUs to stop first, and then waits for each
+                await self._done[vcpu.index].wait()
+            vcpu.join()
         else:
             await vcpu.drive_async()
 
@@ -311,6 +327,7 @@ class Guest:
             self._check_parked()
 
     def _on_ended(self, index: int) -> None:
+        self._done[index].set()
         self._gone.add(index)
         if self.final is None:
             self._serve_late_calls(index)
@@ -362,6 +379,7 @@ class Guest:
             core.close()
 
     def _teardown(self) -> None:
+        self._join()
         self._finish()
         self._machine.close()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Callable, Generator
 from typing import Any, Final, Protocol
 
@@ -68,25 +69,54 @@ class Vcpu:
         self.core = engine.core
         self.parked_for = 0
         self.final_registers: Any = None
+        self._thread: threading.Thread | None = None
 
     # ---- drivers
 
     def drive(self) -> None:
-        """Run to the end on this thread."""
+        """Run to the end on this thread, once `Command.HOLD` is cleared."""
         engine, life = self.engine, self.life()
         run, sleep, send = engine.run, engine.sleep, life.send
         engine.attach()
         outcome: Outcome
         try:
+            self._hold()
             wanted = next(life)
             while True:
                 wanted = send(run() if wanted == RUN else sleep(wanted))
         except StopIteration as end:
             outcome = end.value
-        except Exception as error:
+        except BaseException as error:  # a device may raise SystemExit: on this thread it ends this VM and no more
             outcome = self._failed(f"{type(error).__name__}: {error}")
         engine.detach()
         self._end(outcome)
+
+    def _hold(self) -> None:
+        while True:
+            seen = self.core.wakes()
+            commands = self.core.commands()
+            if not commands & Command.HOLD or commands & Command.STOP:
+                return
+            self.engine.sleep(seen)
+
+    def spawn(self) -> None:
+        """Drive it on a thread of its own, held until told otherwise.
+
+        Not a thread of trio's: starting one takes up to half a millisecond, which a worker can wait for and the event
+        loop should not, and trio's pool has 40.
+
+        Raises:
+            RuntimeError: the host has no thread left.
+        """
+        self.core.command(set=Command.HOLD)
+        thread = threading.Thread(target=self.drive, name=f"{self.host.name}/{self.index}", daemon=True)
+        thread.start()
+        self._thread = thread
+
+    def join(self) -> None:
+        """Its last word was heard: wait the microseconds until its thread is gone."""
+        if self._thread is not None:
+            self._thread.join()
 
     async def drive_async(self) -> None:
         """Run to the end on the fleet's thread; cancelling it ends the vCPU where it is."""

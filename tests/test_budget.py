@@ -31,21 +31,36 @@ def budget() -> Iterator[Budget]:
 
 
 def test_without_any_limit_none_is_in_force():
-    assert tightest([]) is None
-    assert tightest([None, None]) is None
+    assert tightest(None) is None
+    assert tightest(None, []) is None
 
 
 def test_lowest_rate_is_in_force_whoever_set_it():
-    assert tightest([None, FAST, SLOW, MIDDLE]) == SLOW
+    assert tightest(None, [FAST, SLOW, MIDDLE]) == SLOW
+    assert tightest(SLOW, [FAST, MIDDLE]) == SLOW
 
 
 def test_throttle_with_a_larger_burst_does_not_loosen_the_burst_below():
-    assert tightest([Limit(rate=100, burst=5), Limit(rate=90, burst=1000)]) == Limit(rate=90, burst=5)
+    assert tightest(Limit(rate=100, burst=5), [Limit(rate=90, burst=1000)]) == Limit(rate=90, burst=5)
+
+
+@pytest.mark.parametrize(("own", "other"), [(None, 0.001), (1.0, 10.0), (1.0, 0.5)])
+def test_how_long_a_guest_may_be_delayed_is_for_the_base_to_say(own, other):
+    inforce = tightest(Limit(rate=10, burst=1, max_delay=own), [Limit(rate=1, burst=1, max_delay=other)])
+    assert inforce == Limit(rate=1, burst=1, max_delay=own)
+
+
+def test_without_a_base_the_most_patient_throttle_says_it():
+    throttles = [Limit(rate=1, burst=1, max_delay=3.0), Limit(rate=2, burst=1, max_delay=7.0)]
+    assert tightest(None, throttles) == Limit(rate=1, burst=1, max_delay=7.0)
+    assert tightest(None, [*throttles, Limit(rate=3, burst=1, max_delay=None)]) == Limit(
+        rate=1, burst=1, max_delay=None
+    )
 
 
 @given(st.lists(LIMITS, min_size=1, max_size=4))
 def test_what_is_in_force_allows_no_more_than_any_of_the_limits(limits):
-    inforce = tightest(limits)
+    inforce = tightest(limits[0], limits[1:])
     assert inforce is not None
     for limit in limits:
         assert inforce.rate <= limit.rate

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import trio
+import trio.lowlevel
 
 import orchestra as orc
 
@@ -76,7 +77,7 @@ async def restarting(fleet: orc.Fleet, started: trio.Event) -> None:
     )
     vm = await fleet.launch(crash)
     while vm.restarts < 2 and vm.outcome is None:
-        await trio.sleep(0)
+        await trio.lowlevel.checkpoint()
     started.set()
     await trio.sleep_forever()
 
@@ -124,7 +125,7 @@ async def test_a_vcpu_in_a_guest_loop_ends_within_100_ms(code, nothing_left):
 
 
 async def test_an_exception_in_the_block_comes_out_and_leaves_nothing(nothing_left):
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(ZeroDivisionError):  # noqa: PT012 - the block is what is tested
         async with orc.open_fleet(backend="kvm", bus_locks="off") as fleet:
             await fleet.launch(spec("vm", SPIN))
             raise ZeroDivisionError

@@ -242,7 +242,6 @@ async def test_a_throttle_never_loosens_and_unthrottle_gives_the_limit_back(auto
         assert [applied.error for applied in fleet.actions()] == [None] * 4
 
 
-@pytest.mark.xfail(reason="budget.tightest takes the lowest rate's max_delay, which lets more through", strict=True)
 async def test_a_throttle_with_a_shorter_max_delay_does_not_loosen(autojump_clock):
     limit = orc.Limit(rate=1, burst=1, max_delay=None)
     async with play(itertools.repeat(bus_lock()), limit=limit) as fleet:

@@ -10,6 +10,7 @@ import trio
 import orchestra as orc
 from conftest import Stage, blank, play
 from orchestra.backend.scripted import ScriptedExit, bus_lock, failed_run, hlt, io_read, io_write, mmio_read, mmio_write
+from orchestra.vcpu import Vcpu
 
 BUS_LOCK = 2
 FUTURE = 60
@@ -329,22 +330,22 @@ async def test_a_runner_that_breaks_fails_its_vm_alone(monkeypatch):
 
 
 @pytest.mark.kvm
-async def test_a_vcpu_that_gets_no_thread_fails_its_vm_and_says_which_limit(monkeypatch, nothing_left):
+async def test_a_vcpu_that_gets_no_thread_fails_its_launch_and_all_of_it_is_rolled_back(monkeypatch, nothing_left):
     stage = Stage("kvm")
-    real = trio.to_thread.run_sync
+    real = Vcpu.spawn
 
-    async def run_sync(function, *args, **options):
-        if getattr(function, "__name__", "") == "drive" and function.__self__.index == 1:
+    def spawn(vcpu: Vcpu) -> None:
+        if vcpu.index == 1:
             raise RuntimeError("can't start new thread")
-        return await real(function, *args, **options)
+        real(vcpu)
 
-    monkeypatch.setattr(trio.to_thread, "run_sync", run_sync)
     async with stage.open() as fleet:
         other = await fleet.launch(stage.spec("spin", "other"))
-        vm = await fleet.launch(stage.spec("spin", vcpus=2))
-        with trio.fail_after(10):
-            outcome = await vm.wait()
-        assert isinstance(outcome, orc.Failed)
-        assert "vCPU 1" in outcome.reason
-        assert "pids.max" in outcome.reason
+        monkeypatch.setattr(Vcpu, "spawn", spawn)
+        with trio.fail_after(10), pytest.raises(orc.ResourceLimit, match=r"pids\.max"):
+            await fleet.launch(stage.spec("spin", vcpus=2))
+        monkeypatch.undo()
+        assert list(fleet.vms) == ["other"]
         assert other.state == "running"
+        again = await fleet.launch(stage.spec("spin", vcpus=2))
+        assert again.state == "running"

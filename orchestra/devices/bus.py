@@ -47,7 +47,7 @@ class Claim:
     handler: Handler
     device: Device | None
     """The handler, if it answers on the vCPU thread."""
-    lock: Lock = attrs.field(factory=Lock)
+    lock: Lock
 
 
 class Bus:
@@ -58,8 +58,8 @@ class Bus:
         self.size = size
         self._table: tuple[list[int], list[Claim]] = ([], [])
 
-    def claim(self, span: range, handler: Handler) -> Claim:
-        """Give a range to a handler.
+    def claim(self, span: range, handler: Handler, lock: Lock | None = None) -> Claim:
+        """Give a range to a handler. `lock` is held while a device answers: its own, if it has several claims.
 
         Raises:
             SpecError: the range is empty, outside the address space, not contiguous, or overlaps another claim.
@@ -76,7 +76,7 @@ class Bus:
                     f"{self.name}={span.start:#x}-{span.stop - 1:#x}: {taken.start:#x}-{taken.stop - 1:#x} is claimed "
                     f"by {type(claim.handler).__name__} already"
                 )
-        added = Claim(span, handler, handler if isinstance(handler, Device) else None)
+        added = Claim(span, handler, handler if isinstance(handler, Device) else None, lock or Lock())
         self._replace(sorted([*claims, added], key=lambda claim: claim.span.start))
         return added
 

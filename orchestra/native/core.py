@@ -57,6 +57,7 @@ class Command(IntFlag):
     STOP = 1
     PAUSE = 2
     CALL = 4
+    HOLD = 8  # it was made and may not run yet
 
 
 class Bucket:
