@@ -114,9 +114,9 @@ async def _produced(options: Options, library: Path, kind: type[orc.Exit], reaso
         vm = await fleet.launch(orc.VmSpec(name="played", boot=boot), paused=True)
         cores = [VcpuCore(fleet.core, fleet.next_id()) for _ in range(vcpus)]
         handles = ffi.new("orc_vcpu *[]", [core.handle for core in cores])
-        for index, core in enumerate(cores):
+        for core in cores:
             core.tell(told_mask((kind,)))
-            fleet.register(core, vm.name, 1 + index)
+            fleet.register(core, vm.name, 0)
         work = Production(
             account=_address(ffi.addressof(lib, "orc_vcpu_account")),
             now=_address(ffi.addressof(lib, "orc_now")),

@@ -78,6 +78,4 @@ def make_budgets(limit: Limit | None, exit_limit: Limit | None, now: int) -> Bud
 
 def connect(core: VcpuCore, levels: tuple[Budgets, Budgets, Budgets, Budgets]) -> None:
     """Stack the four levels' buckets on a vCPU. Before it runs."""
-    for level, budgets in enumerate(levels):
-        for meter, budget in budgets.items():
-            core.set_bucket(meter, level, budget.bucket)
+    core.set_buckets([budgets[meter].bucket for meter in Meter for budgets in levels])

@@ -3,8 +3,7 @@
 Source: Linux Documentation/virt/kvm/api.rst, section 5 (The kvm_run structure), and include/uapi/linux/kvm.h. The
 types carry no numbers: `orchestra.native.records` maps the kernel's numbers, taken from its headers, to them.
 
-Objects are shared by all subscribers and built 100,000s a second, so they are plain slotted classes, not frozen ones:
-treat them as read-only.
+Objects are built 100,000s a second, so they are plain slotted classes, not frozen ones: treat them as read-only.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ __all__ = [
 ]
 
 
-@attrs.define(eq=False)
+@attrs.define(unsafe_hash=True)
 class Exit:
     """Any exit. Subscribe to a type to get it and its subclasses.
 
@@ -72,14 +71,14 @@ class Exit:
     smm: bool
 
 
-@attrs.define(eq=False)
+@attrs.define(unsafe_hash=True)
 class OtherExit(Exit):
     """An exit reason that this version of orchestra has no type for: `reason` is the kernel's number."""
 
     reason: int
 
 
-@attrs.define(eq=False)
+@attrs.define(unsafe_hash=True)
 class UnknownExit(Exit):
     """KVM_EXIT_UNKNOWN: the hardware gave a reason that KVM does not know."""
 
@@ -87,7 +86,7 @@ class UnknownExit(Exit):
     hardware_exit_reason: int
 
 
-@attrs.define(eq=False)
+@attrs.define(unsafe_hash=True)
 class ExceptionExit(Exit):
     """KVM_EXIT_EXCEPTION (not used on x86 by current kernels)."""
 
@@ -96,7 +95,7 @@ class ExceptionExit(Exit):
     error_code: int
 
 
-@attrs.define(eq=False)
+@attrs.define(unsafe_hash=True)
 class Io(Exit):
     """KVM_EXIT_IO: port I/O. `data`: what was written, at most the first 32 bytes of a string instruction's."""
 
@@ -108,7 +107,7 @@ class Io(Exit):
     data: bytes
 
 
-@attrs.define(eq=False)
+@attrs.define(unsafe_hash=True)
 class Hypercall(Exit):
     """KVM_EXIT_HYPERCALL; `args` holds the first three arguments."""
 
@@ -117,7 +116,7 @@ class Hypercall(Exit):
     args: tuple[int, ...]
 
 
-@attrs.define(eq=False)
+@attrs.define(unsafe_hash=True)
 class Debug(Exit):
     """KVM_EXIT_DEBUG: a breakpoint or single step."""
 
@@ -128,14 +127,14 @@ class Debug(Exit):
     dr7: int
 
 
-@attrs.define(eq=False)
+@attrs.define(unsafe_hash=True)
 class Hlt(Exit):
     """KVM_EXIT_HLT: HLT without an in-kernel irqchip."""
 
     kernel_name: ClassVar[str] = "hlt"
 
 
-@attrs.define(eq=False)
+@attrs.define(unsafe_hash=True)
 class Mmio(Exit):
     """KVM_EXIT_MMIO: an access to guest-physical memory that no slot backs, or a write to a read-only one."""
 
@@ -146,21 +145,21 @@ class Mmio(Exit):
     data: bytes
 
 
-@attrs.define(eq=False)
+@attrs.define(unsafe_hash=True)
 class IrqWindowOpen(Exit):
     """KVM_EXIT_IRQ_WINDOW_OPEN: an interrupt can be injected now."""
 
     kernel_name: ClassVar[str] = "irq_window_open"
 
 
-@attrs.define(eq=False)
+@attrs.define(unsafe_hash=True)
 class ShutdownExit(Exit):
     """KVM_EXIT_SHUTDOWN: a triple fault."""
 
     kernel_name: ClassVar[str] = "shutdown"
 
 
-@attrs.define(eq=False)
+@attrs.define(unsafe_hash=True)
 class FailEntry(Exit):
     """KVM_EXIT_FAIL_ENTRY: the hardware refused to enter the guest."""
 
@@ -169,14 +168,14 @@ class FailEntry(Exit):
     cpu: int
 
 
-@attrs.define(eq=False)
+@attrs.define(unsafe_hash=True)
 class Interrupted(Exit):
     """KVM_EXIT_INTR: a signal came in the guest."""
 
     kernel_name: ClassVar[str] = "intr"
 
 
-@attrs.define(eq=False)
+@attrs.define(unsafe_hash=True)
 class SetTpr(Exit):
     """KVM_EXIT_SET_TPR: the guest wrote CR8."""
 
@@ -184,7 +183,7 @@ class SetTpr(Exit):
     cr8: int
 
 
-@attrs.define(eq=False)
+@attrs.define(unsafe_hash=True)
 class TprAccess(Exit):
     """KVM_EXIT_TPR_ACCESS, after KVM_TPR_ACCESS_REPORTING."""
 
@@ -193,14 +192,14 @@ class TprAccess(Exit):
     write: bool
 
 
-@attrs.define(eq=False)
+@attrs.define(unsafe_hash=True)
 class Nmi(Exit):
     """KVM_EXIT_NMI."""
 
     kernel_name: ClassVar[str] = "nmi"
 
 
-@attrs.define(eq=False)
+@attrs.define(unsafe_hash=True)
 class InternalError(Exit):
     """KVM_EXIT_INTERNAL_ERROR. `suberror` 1: KVM can't emulate an instruction; its bytes are in `instruction`."""
 
@@ -209,7 +208,7 @@ class InternalError(Exit):
     instruction: bytes
 
 
-@attrs.define(eq=False)
+@attrs.define(unsafe_hash=True)
 class SystemEvent(Exit):
     """KVM_EXIT_SYSTEM_EVENT: shutdown (1), reset (2), crash (3) and others asked for by the guest."""
 
@@ -218,7 +217,7 @@ class SystemEvent(Exit):
     data: tuple[int, ...]
 
 
-@attrs.define(eq=False)
+@attrs.define(unsafe_hash=True)
 class IoapicEoi(Exit):
     """KVM_EXIT_IOAPIC_EOI: end of a level-triggered interrupt, with a split irqchip."""
 
@@ -226,7 +225,7 @@ class IoapicEoi(Exit):
     vector: int
 
 
-@attrs.define(eq=False)
+@attrs.define(unsafe_hash=True)
 class Hyperv(Exit):
     """KVM_EXIT_HYPERV."""
 
@@ -234,7 +233,7 @@ class Hyperv(Exit):
     type: int
 
 
-@attrs.define(eq=False)
+@attrs.define(unsafe_hash=True)
 class Rdmsr(Exit):
     """KVM_EXIT_X86_RDMSR, after KVM_CAP_X86_USER_SPACE_MSR."""
 
@@ -243,7 +242,7 @@ class Rdmsr(Exit):
     reason: int
 
 
-@attrs.define(eq=False)
+@attrs.define(unsafe_hash=True)
 class Wrmsr(Exit):
     """KVM_EXIT_X86_WRMSR, after KVM_CAP_X86_USER_SPACE_MSR."""
 
@@ -253,14 +252,14 @@ class Wrmsr(Exit):
     value: int
 
 
-@attrs.define(eq=False)
+@attrs.define(unsafe_hash=True)
 class DirtyRingFull(Exit):
     """KVM_EXIT_DIRTY_RING_FULL."""
 
     kernel_name: ClassVar[str] = "dirty_ring_full"
 
 
-@attrs.define(eq=False)
+@attrs.define(unsafe_hash=True)
 class BusLock(Exit):
     """KVM_EXIT_X86_BUS_LOCK: a bus lock, and nothing else that needed user space at the same time.
 
@@ -271,7 +270,7 @@ class BusLock(Exit):
     kernel_name: ClassVar[str] = "x86_bus_lock"
 
 
-@attrs.define(eq=False)
+@attrs.define(unsafe_hash=True)
 class Xen(Exit):
     """KVM_EXIT_XEN."""
 
@@ -279,7 +278,7 @@ class Xen(Exit):
     type: int
 
 
-@attrs.define(eq=False)
+@attrs.define(unsafe_hash=True)
 class Notify(Exit):
     """KVM_EXIT_NOTIFY: no event window opened in the guest for the time set; bit 0 of `flags`: its context is bad."""
 
@@ -287,7 +286,7 @@ class Notify(Exit):
     flags: int
 
 
-@attrs.define(eq=False)
+@attrs.define(unsafe_hash=True)
 class MemoryFault(Exit):
     """KVM_EXIT_MEMORY_FAULT: guest memory that could not be resolved. KVM_RUN fails with EFAULT along with it."""
 

@@ -89,7 +89,7 @@ class Fleet:
         self._launched = 0
         self._closing = False
         self._journal: deque[Applied] = deque(maxlen=JOURNAL)
-        self._switchboard = Switchboard(core)
+        self._switchboard = Switchboard(core, paced=backend.blocking)
         self._switchboard.on_change(self._retell)
 
     # ---- VMs

@@ -10,13 +10,17 @@ import attrs
 import trio
 
 from .errors import SpecError
-from .exits import BusLock, Exit
+from .exits import Exit
 from .native.core import FleetCore, VcpuCore
-from .native.records import RecordReader, told_mask
+from .native.records import RECORD_SIZE, RecordReader, told_mask, wants
 
 __all__ = ["Exits", "ExitsStatistics", "Switchboard"]
 
 ITEMS_PER_CHECKPOINT: Final = 64
+RETIRED: Final = 10_000
+PACE: Final = 0.001
+"""Seconds between two batches while exits keep coming. The first after a rest is delivered at once; in a storm, taking
+a few at a time would cost several times as much, and none is later than this."""
 
 
 @attrs.frozen
@@ -37,33 +41,39 @@ class Exits(trio.abc.ReceiveChannel[Exit]):
     """
 
     def __init__(
-        self, kinds: tuple[type[Exit], ...], vm: str | None, capacity: int, drop: str, leave: Callable[[Exits], None]
+        self,
+        kinds: tuple[type[Exit], ...],
+        vm: str | None,
+        capacity: int,
+        drop: str,
+        reader: RecordReader,
+        leave: Callable[[Exits], None],
     ) -> None:
         self.kinds = kinds
         self.vm = vm
         self.missed = 0
-        self._all_locks = any(issubclass(BusLock, kind) for kind in kinds)
+        self.mask = told_mask(kinds)
+        self._decode = reader.decode
         self._drop_oldest = drop == "oldest"
-        self._queue: deque[Exit] = deque(maxlen=capacity)
+        self._queue: deque[bytes] = deque(maxlen=capacity)
         self._received = 0
         self._taken = 0
         self._task: Any = None
         self._ended = False
         self._leave = leave
 
-    def wants(self, exit: Exit) -> bool:
-        return (self.vm is None or exit.vm == self.vm) and (
-            isinstance(exit, self.kinds) or (exit.bus_lock and self._all_locks)
-        )
-
-    def put(self, exit: Exit) -> None:
+    def put(self, record: bytes) -> None:
         queue = self._queue
         self._received += 1
         if len(queue) == queue.maxlen:
             self.missed += 1
             if not self._drop_oldest:
                 return
-        queue.append(exit)
+        queue.append(record)
+
+    @property
+    def backlog(self) -> int:
+        return len(self._queue)
 
     def wake(self) -> None:
         if self._task is not None and (self._queue or self._ended):
@@ -87,11 +97,13 @@ class Exits(trio.abc.ReceiveChannel[Exit]):
             self._taken += 1
             if self._taken % ITEMS_PER_CHECKPOINT == 0:
                 await trio.lowlevel.checkpoint()
-            if queue:  # a channel of few items may have been emptied by nobody else, but dropped none
-                return queue.popleft()
         else:
             await trio.lowlevel.checkpoint_if_cancelled()
-        while not queue:
+        while True:
+            while queue:
+                exit = self._decode(queue.popleft())
+                if exit is not None:
+                    return exit
             if self._ended:
                 raise trio.EndOfChannel
             if self._task is not None:
@@ -103,14 +115,15 @@ class Exits(trio.abc.ReceiveChannel[Exit]):
                 return trio.lowlevel.Abort.SUCCEEDED
 
             await trio.lowlevel.wait_task_rescheduled(abort)
-        return queue.popleft()
 
     async def __anext__(self) -> Exit:
         # As receive(), without a second coroutine for each of 300,000 exits a second.
         queue = self._queue
         if queue and (self._taken + 1) % ITEMS_PER_CHECKPOINT:
             self._taken += 1
-            return queue.popleft()
+            exit = self._decode(queue.popleft())
+            if exit is not None:
+                return exit
         try:
             return await self.receive()
         except trio.EndOfChannel:
@@ -131,11 +144,13 @@ class Exits(trio.abc.ReceiveChannel[Exit]):
 class Switchboard:
     """Which exits are wanted by whom; drains the ring and delivers."""
 
-    def __init__(self, core: FleetCore) -> None:
+    def __init__(self, core: FleetCore, paced: bool) -> None:
+        self._paced = paced  # not where time is scripted
         self.reader = RecordReader()
         self._core = core
         self._subscribers: list[Exits] = []
         self._missed = 0  # by channels that are closed
+        self._retired: list[int] = []  # ids whose records may still wait in a channel
         self._closed = False
         self._tell: Callable[[], None] = lambda: None
 
@@ -148,7 +163,7 @@ class Switchboard:
         mask = 0
         for subscriber in self._subscribers:
             if subscriber.vm is None or subscriber.vm == vm:
-                mask |= told_mask(subscriber.kinds)
+                mask |= subscriber.mask
         return mask
 
     def subscribe(
@@ -161,7 +176,7 @@ class Switchboard:
             raise SpecError(f"capacity={capacity!r}: must be from 1 to 10,000,000 exits")
         if drop not in ("oldest", "newest"):
             raise SpecError(f'drop={drop!r}: must be "oldest" or "newest"')
-        exits = Exits(kinds or (Exit,), vm, capacity, drop, self._leave)
+        exits = Exits(kinds or (Exit,), vm, capacity, drop, self.reader, self._leave)
         if self._closed:
             exits.end()
             return exits
@@ -175,31 +190,30 @@ class Switchboard:
             self._missed += exits.missed
             self._tell()
 
-    def deliver(self) -> bool:
-        """Deliver one batch; False if there was none."""
+    def deliver(self) -> int:
+        """Deliver one batch; how many exits it had."""
         batch = self._core.drain()
         if not batch:
-            return False
+            return 0
         subscribers = self._subscribers
-        if len(subscribers) == 1:  # the common case, and the one that has to be fast
-            wants, put = subscribers[0].wants, subscribers[0].put
-            for exit in self.reader.read(batch):
-                if wants(exit):
-                    put(exit)
-        else:
-            for exit in self.reader.read(batch):
-                for subscriber in subscribers:
-                    if subscriber.wants(exit):
-                        subscriber.put(exit)
+        for record, vm, reason, flags in self.reader.split(batch):
+            for subscriber in subscribers:
+                if (subscriber.vm is None or subscriber.vm == vm) and wants(subscriber.mask, reason, flags):
+                    subscriber.put(record)
         for subscriber in subscribers:
             subscriber.wake()
-        return True
+        return len(batch) // RECORD_SIZE
 
     async def run(self) -> None:
         """The drain task: sleeps on the eventfd, costs nothing while nobody subscribed or nothing happens."""
+        last = -PACE
         while True:
-            if self.deliver():
-                await trio.lowlevel.checkpoint()
+            if taken := self.deliver():
+                begun, last = last, trio.current_time()
+                if self._paced and last - begun < PACE and taken < FleetCore.BATCH:
+                    await trio.sleep(PACE)
+                else:
+                    await trio.lowlevel.checkpoint()
             elif self._core.may_sleep():
                 await trio.lowlevel.wait_readable(self._core.eventfd)
 
@@ -207,8 +221,15 @@ class Switchboard:
         """Deliver what is left in the ring before these cores go."""
         while self.deliver():
             pass
-        for core in cores:
-            self.reader.remove(core.id)
+        self._retired += [core.id for core in cores]
+        # Their names are needed until the last of their records was received. Someone who never receives must not make
+        # a fleet that launches and stops for years grow: then the oldest go, with what waits of them.
+        if not any(subscriber.backlog for subscriber in self._subscribers):
+            done, self._retired = self._retired, []
+        else:
+            done, self._retired = self._retired[:-RETIRED], self._retired[-RETIRED:]
+        for id in done:
+            self.reader.remove(id)
 
     def vm_ended(self, vm: str) -> None:
         for subscriber in self._subscribers:

@@ -74,13 +74,12 @@ class Vcpu:
     # ---- drivers
 
     def drive(self) -> None:
-        """Run to the end on this thread, once `Command.HOLD` is cleared."""
+        """Run to the end on this thread; `attach` waits until `Command.HOLD` is cleared."""
         engine, life = self.engine, self.life()
         run, sleep, send = engine.run, engine.sleep, life.send
         engine.attach()
         outcome: Outcome
         try:
-            self._hold()
             wanted = next(life)
             while True:
                 wanted = send(run() if wanted == RUN else sleep(wanted))
@@ -90,14 +89,6 @@ class Vcpu:
             outcome = self._failed(f"{type(error).__name__}: {error}")
         engine.detach()
         self._end(outcome)
-
-    def _hold(self) -> None:
-        while True:
-            seen = self.core.wakes()
-            commands = self.core.commands()
-            if not commands & Command.HOLD or commands & Command.STOP:
-                return
-            self.engine.sleep(seen)
 
     def spawn(self) -> None:
         """Drive it on a thread of its own, held until told otherwise.

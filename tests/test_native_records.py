@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, strategies as st
 
 from orchestra import exits
-from orchestra.native import ffi, records
-from orchestra.native.core import REASON_NAMES, REASON_NUMBERS
+from orchestra.native import ffi, lib, records
+from orchestra.native.core import REASON_NAMES, REASON_NUMBERS, FleetCore, VcpuCore
 from orchestra.native.records import (
     BUS_LOCK,
     GUEST_MODE,
@@ -22,6 +22,7 @@ from orchestra.native.records import (
     decode,
     told_mask,
     unpack,
+    wants,
 )
 
 U64 = (1 << 64) - 1
@@ -191,7 +192,11 @@ def test_reader_names_the_vcpu_of_each_record_in_order():
     reader = RecordReader()
     reader.add(1, "a", 0)
     reader.add(2, "b", 5)
-    read = list(reader.read(batch(told_by(2, "hlt"), told_by(1, "nmi"), told_by(2, "intr"))))
+    split = list(reader.split(batch(told_by(2, "hlt"), told_by(1, "nmi"), told_by(2, "intr"))))
+    assert [(vm, reason) for _, vm, reason, _ in split] == [
+        (vm, REASON_NUMBERS[name]) for vm, name in [("b", "hlt"), ("a", "nmi"), ("b", "intr")]
+    ]
+    read = [reader.decode(record) for record, *_ in split]
     assert [(exit.vm, exit.vcpu, exit.kernel_name) for exit in read] == [
         ("b", 5, "hlt"),
         ("a", 0, "nmi"),
@@ -204,8 +209,31 @@ def test_reader_skips_records_of_vcpus_that_are_gone():
     reader.add(1, "a", 0)
     reader.remove(1)
     reader.remove(1)
-    assert list(reader.read(batch(told_by(1, "hlt"), told_by(9, "hlt")))) == []
-    assert list(reader.read(batch())) == []
+    assert list(reader.split(batch(told_by(1, "hlt"), told_by(9, "hlt")))) == []
+    assert list(reader.split(batch())) == []
+
+
+def test_records_of_a_vcpu_that_went_while_they_waited_decode_to_nothing():
+    reader = RecordReader()
+    reader.add(1, "a", 0)
+    ((record, *_),) = reader.split(batch(told_by(1, "hlt")))
+    reader.remove(1)
+    assert reader.decode(record) is None
+
+
+@given(st.integers(0, 0xFFFF), st.integers(0, 7), st.sets(st.sampled_from(sorted(REASONS))))
+def test_python_and_the_core_agree_on_what_a_subscriber_wants(reason, flags, names):
+    mask = told_mask(tuple(REASONS[name][0] for name in names))
+    fleet, reader = FleetCore(), RecordReader()
+    core = VcpuCore(fleet, 1)
+    try:
+        reader.add(1, "a", 0)
+        core.tell(mask)
+        lib.orc_vcpu_account(core.handle, build(reason, flags=flags), 1)
+        assert len(list(reader.split(fleet.drain()))) == wants(mask, reason, flags)
+    finally:
+        core.close()
+        fleet.close()
 
 
 # ---- which reasons are told

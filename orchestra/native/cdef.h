@@ -7,6 +7,7 @@ typedef struct orc_fleet orc_fleet;
 typedef struct orc_vcpu orc_vcpu;
 typedef struct orc_ports orc_ports;
 enum { ORC_REASONS, ORC_LEVELS, ORC_METERS, ORC_BUS_LOCKS, ORC_EXITS, ORC_TOLD_BUS_LOCK, ... };
+enum { ORC_STOP, ORC_PAUSE, ORC_CALL, ORC_HOLD, ... };
 enum orc_why { ORC_EXIT, ORC_IO, ORC_MMIO, ORC_COMMAND, ORC_ERROR, ... };
 #define ORC_NEVER ...
 
@@ -38,6 +39,7 @@ void orc_fleet_limits_changed(orc_fleet *);
 orc_vcpu *orc_vcpu_new(orc_fleet *, uint32_t id, uint32_t ring_records);
 void orc_vcpu_free(orc_vcpu *);
 void orc_vcpu_set_bucket(orc_vcpu *, int meter, int level, orc_bucket *);
+void orc_vcpu_set_buckets(orc_vcpu *, orc_bucket *const buckets[]);
 int orc_vcpu_tell(orc_vcpu *, uint64_t mask);
 int64_t orc_vcpu_account(orc_vcpu *, struct orc_record *, int64_t now);
 int64_t orc_vcpu_turn(const orc_vcpu *);

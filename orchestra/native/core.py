@@ -7,6 +7,7 @@ and their fleet. All methods are for the fleet's thread unless they say otherwis
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from enum import IntFlag
 from typing import Any, Final
 
@@ -54,10 +55,10 @@ def install_signal() -> None:
 class Command(IntFlag):
     """What a vCPU's runner is told. Bits, so that a stop can come on top of a pause."""
 
-    STOP = 1
-    PAUSE = 2
-    CALL = 4
-    HOLD = 8  # it was made and may not run yet
+    STOP = int(lib.ORC_STOP)
+    PAUSE = int(lib.ORC_PAUSE)
+    CALL = int(lib.ORC_CALL)
+    HOLD = int(lib.ORC_HOLD)  # it was made and may not run yet
 
 
 class Bucket:
@@ -158,6 +159,11 @@ class VcpuCore:
     def set_bucket(self, meter: Meter, level: int, bucket: Bucket) -> None:
         """Before it runs. `level`: 0 host, 1 tenant, 2 VM, 3 vCPU."""
         lib.orc_vcpu_set_bucket(self.handle, METER_NUMBERS[meter], level, bucket.handle)
+
+    def set_buckets(self, buckets: Sequence[Bucket | None]) -> None:
+        """Before it runs: those of bus locks for host, tenant, VM and vCPU, then those of exits."""
+        handles = [ffi.NULL if bucket is None else bucket.handle for bucket in buckets]
+        lib.orc_vcpu_set_buckets(self.handle, ffi.new("orc_bucket *[]", handles))
 
     def tell(self, mask: int) -> None:
         """Which exit reasons go to the ring. The first that does has it mapped.

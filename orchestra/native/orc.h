@@ -129,7 +129,9 @@ void orc_fleet_limits_changed(orc_fleet *);
 orc_vcpu *orc_vcpu_new(orc_fleet *, uint32_t id, uint32_t ring_records /* a power of two */);
 /* Owner; the runner has ended. */
 void orc_vcpu_free(orc_vcpu *);
-void orc_vcpu_set_bucket(orc_vcpu *, int meter, int level, orc_bucket *); /* before the runner starts */
+/* Before the runner starts: one of its buckets, or all, by meter and then by level. */
+void orc_vcpu_set_bucket(orc_vcpu *, int meter, int level, orc_bucket *);
+void orc_vcpu_set_buckets(orc_vcpu *, orc_bucket *const buckets[ORC_METERS * ORC_LEVELS]);
 /* Which reasons go to the ring, a bit each. 0, or a negative errno: no memory for the ring. */
 int orc_vcpu_tell(orc_vcpu *, orc_u64 mask);
 
@@ -143,6 +145,7 @@ void orc_vcpu_wait_begin(orc_vcpu *, orc_ns now);
 void orc_vcpu_wait_end(orc_vcpu *, orc_ns now, bool served);
 
 /* Commands: bits that the owner sets and clears, and the runner sees. */
+enum { ORC_STOP = 1, ORC_PAUSE = 2, ORC_CALL = 4, ORC_HOLD = 8 };
 void orc_vcpu_command(orc_vcpu *, uint32_t set, uint32_t clear);
 uint32_t orc_vcpu_commands(const orc_vcpu *);
 /* Ends KVM_RUN and every wait: immediate_exit, then the signal, then the futex. Any thread. */
@@ -151,7 +154,7 @@ void orc_vcpu_kick(orc_vcpu *);
 uint32_t orc_vcpu_wakes(const orc_vcpu *);
 void orc_vcpu_sleep(orc_vcpu *, uint32_t seen);
 void orc_vcpu_wake(orc_vcpu *);
-/* The runner's thread takes the vCPU up and puts it down. */
+/* The runner's thread takes the vCPU up, and waits until ORC_HOLD is cleared or ORC_STOP set; and puts it down. */
 void orc_vcpu_attach(orc_vcpu *);
 void orc_vcpu_detach(orc_vcpu *);
 

@@ -10,11 +10,23 @@ from .. import exits
 from . import ffi, lib
 from .core import REASON_NUMBERS
 
-__all__ = ["TELL_BUS_LOCK", "Fields", "RecordReader", "build", "decode", "told_mask", "unpack"]
+__all__ = [
+    "RECORD_SIZE",
+    "TELL_BUS_LOCK",
+    "Fields",
+    "RecordReader",
+    "build",
+    "decode",
+    "told_mask",
+    "unpack",
+    "wants",
+]
 
 # time rip wait arg[5] id reason flags has_rip data_size data[32]; a test compares it with the C struct's offsets.
 _LAYOUT: Final = struct.Struct("=8QI2H2B32s22x")
-assert _LAYOUT.size == ffi.sizeof("struct orc_record")
+_HEAD: Final = struct.Struct("=64xI2H56x")  # of it: id, reason, flags
+RECORD_SIZE: Final = _LAYOUT.size
+assert ffi.sizeof("struct orc_record") == RECORD_SIZE
 
 SMM: Final = int(lib.KVM_RUN_X86_SMM)
 BUS_LOCK: Final = int(lib.KVM_RUN_X86_BUS_LOCK)
@@ -77,6 +89,13 @@ def told_mask(kinds: tuple[type[exits.Exit], ...]) -> int:
     return mask
 
 
+def wants(mask: int, reason: int, flags: int) -> bool:
+    """Whether a subscriber with that `told_mask` wants an exit: `orc_tells` of the core."""
+    if flags & BUS_LOCK and mask & TELL_BUS_LOCK:
+        return True
+    return mask >> (reason if reason < OTHER_REASON else OTHER_REASON - 1) & 1 != 0
+
+
 def unpack(record: Any) -> Fields:
     """The fields of one `struct orc_record *`, for `decode`."""
     return _LAYOUT.unpack(ffi.buffer(record, _LAYOUT.size))
@@ -102,7 +121,7 @@ def decode(fields: Fields, vm: str, vcpu: int) -> exits.Exit:
 
 
 class RecordReader:
-    """Turns drained batches into exits, given who the vCPU ids belong to."""
+    """Takes drained batches apart and decodes records, given who the vCPU ids belong to."""
 
     def __init__(self) -> None:
         self._names: dict[int, tuple[str, int]] = {}
@@ -113,12 +132,25 @@ class RecordReader:
     def remove(self, id: int) -> None:
         self._names.pop(id, None)
 
-    def read(self, batch: memoryview) -> Iterator[exits.Exit]:
-        names = self._names
-        for fields in _LAYOUT.iter_unpack(batch):
-            name = names.get(fields[8])
+    def split(self, batch: memoryview) -> Iterator[tuple[bytes, str, int, int]]:
+        """Each record's bytes, with its VM, reason and flags: what it takes to see who wants it.
+
+        Bytes and not objects are what waits in channels: tens of thousands of objects that come and go keep Python's
+        garbage collector at work, whose pauses are longer than a ring lasts.
+        """
+        records, names = bytes(batch), self._names
+        start = 0
+        for id, reason, flags in _HEAD.iter_unpack(records):
+            name = names.get(id)
             if name is not None:
-                yield decode(fields, *name)
+                yield records[start : start + RECORD_SIZE], name[0], reason, flags
+            start += RECORD_SIZE
+
+    def decode(self, record: bytes) -> exits.Exit | None:
+        """A record's exit; None if its vCPU was removed."""
+        fields = _LAYOUT.unpack(record)
+        name = self._names.get(fields[8])
+        return None if name is None else decode(fields, *name)
 
 
 def build(

@@ -55,6 +55,13 @@ void orc_vcpu_set_bucket(orc_vcpu *v, int meter, int level, orc_bucket *b)
 	v->bucket[meter][level] = b;
 }
 
+void orc_vcpu_set_buckets(orc_vcpu *v, orc_bucket *const buckets[ORC_METERS * ORC_LEVELS])
+{
+	for (int meter = 0; meter < ORC_METERS; meter++)
+		for (int level = 0; level < ORC_LEVELS; level++)
+			v->bucket[meter][level] = buckets[meter * ORC_LEVELS + level];
+}
+
 int orc_vcpu_tell(orc_vcpu *v, orc_u64 mask)
 {
 	if (mask && !v->ring.records) {
@@ -287,6 +294,13 @@ void orc_vcpu_attach(orc_vcpu *v)
 	/* The default slack of 50 microseconds would make every throttled wait late by as much. */
 	prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0);
 	atomic_store_explicit(&v->tid, (int)syscall(SYS_gettid), memory_order_seq_cst);
+	for (;;) {
+		uint32_t seen = orc_vcpu_wakes(v);
+
+		if ((orc_vcpu_commands(v) & (ORC_HOLD | ORC_STOP)) != ORC_HOLD)
+			break;
+		orc_vcpu_sleep(v, seen);
+	}
 }
 
 void orc_vcpu_detach(orc_vcpu *v)
