@@ -225,3 +225,16 @@ def test_the_bytes_of_every_guest_are_what_its_source_assembles_to(tmp_path: Pat
 
 def test_no_guest_is_without_its_source():
     assert {path.stem for path in GUESTS.glob("*.bin")} == {path.stem for path in GUESTS.glob("*.asm")}
+
+
+@pytest.mark.kvm
+async def test_more_vcpus_than_trio_has_threads_run_at_once_and_take_none_of_them(nothing_left):
+    """Design rule 13: the 41st vCPU runs like the first, and the program's own worker threads stay free."""
+    stage = Stage("kvm")
+    async with stage.open() as fleet:
+        vms = [await fleet.launch(stage.spec("spin", f"vm-{n}", vcpus=2)) for n in range(25)]
+        assert trio.to_thread.current_default_thread_limiter().borrowed_tokens == 0
+        with trio.fail_after(60):
+            for vm in vms:
+                for vcpu in range(2):
+                    await vm.inspect(vcpu)  # answered by the runner itself, so it runs
