@@ -127,5 +127,7 @@ def functions_of(module: str) -> set[str]:
 
 @pytest.mark.parametrize("rule", RULES)
 def test_the_tests_of_a_rule_are_there(rule):
-    missing = {f"{module}::{name}" for module, names in RULES[rule].items() for name in set(names) - functions_of(module)}
+    missing = {
+        f"{module}::{name}" for module, names in RULES[rule].items() for name in set(names) - functions_of(module)
+    }
     assert not missing
