@@ -7,7 +7,7 @@ author = "The orchestra developers"
 copyright = "The orchestra developers"
 release = version = installed_version("orchestra")
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinxcontrib_trio"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinxcontrib_trio"]
 exclude_patterns = ["_build"]
 
 autodoc_member_order = "bysource"
