@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import attrs
 
 from .errors import SpecError
-from .spec import Limit, Meter, as_meter
+from .spec import Limit, Meter, as_meter, optional_limit
 
 __all__ = [
     "Action",
@@ -20,6 +20,7 @@ __all__ = [
     "Outcome",
     "Pause",
     "Resume",
+    "SetLimit",
     "Shutdown",
     "State",
     "Stop",
@@ -48,12 +49,12 @@ class Resume(_OnVm):
 
 @attrs.frozen(kw_only=True)
 class Stop(_OnVm):
-    """End a VM in an orderly way: its vCPUs leave the guest between two instructions. Always allowed."""
+    """End a VM, its restarts included, between two instructions. Always allowed."""
 
 
 @attrs.frozen(kw_only=True)
 class Kill(_OnVm):
-    """End a VM and never restart it, whatever its restart policy says. Always allowed."""
+    """End a VM at once. Always allowed. (As `Stop` for flat guests, which have no orderly shutdown to be asked for.)"""
 
 
 @attrs.frozen(kw_only=True)
@@ -78,6 +79,26 @@ class Throttle:
 
 
 @attrs.frozen(kw_only=True)
+class SetLimit:
+    """Set the limit itself, of a VM, one of its vCPUs, a tenant, or (with none of them) the host. None: no limit.
+
+    What `Fleet.set_limit` and `Vm.set_limit` do and are journaled as.
+    """
+
+    limit: Limit | None
+    vm: str | None = None
+    vcpu: int | None = None
+    tenant: str | None = None
+    meter: Meter = attrs.field(default=Meter.BUS_LOCKS, converter=as_meter)
+    reason: str = ""
+    evidence: Mapping[str, Any] = attrs.field(factory=dict, hash=False)
+
+    def __attrs_post_init__(self) -> None:
+        optional_limit("limit", self.limit)
+        _one_target(self.vm, self.tenant)
+
+
+@attrs.frozen(kw_only=True)
 class Unthrottle:
     """Take away what `Throttle` set at the same place. Where there is none, or the VM is gone, nothing is done."""
 
@@ -96,7 +117,7 @@ def _one_target(vm: str | None, tenant: str | None) -> None:
         raise SpecError(f"vm={vm!r}, tenant={tenant!r}: name one of them, or neither for the host")
 
 
-Action: TypeAlias = Pause | Resume | Stop | Kill | Throttle | Unthrottle
+Action: TypeAlias = Pause | Resume | Stop | Kill | Throttle | Unthrottle | SetLimit
 
 
 @attrs.frozen(kw_only=True)

@@ -17,13 +17,14 @@ from typing import Any, Final, Literal
 import attrs
 import trio
 
-from .actions import Action, Applied, Kill, Outcome, Pause, Resume, Stop, Stopped, Throttle, Unthrottle
+from .actions import Action, Applied, Kill, Outcome, Pause, Resume, SetLimit, Stop, Stopped, Throttle, Unthrottle
 from .backend import Backend, Detection
 from .budget import Budget, Budgets, make_budgets
 from .devices.bus import Device
 from .errors import (
     BusLockUnsupported,
     OrchestraError,
+    ResourceLimit,
     SpecError,
     StateError,
     UnknownTenant,
@@ -34,7 +35,7 @@ from .exits import Exit
 from .governor import Governor
 from .native.core import FleetCore, VcpuCore
 from .policy import Policy
-from .spec import Limit, Meter, Tenant, VmSpec, optional_limit
+from .spec import Limit, Meter, Tenant, VmSpec, as_meter
 from .statistics import FleetStatistics, TenantStatistics, Totals
 from .subscription import Exits, Switchboard
 from .vm import Vm, check_device
@@ -87,7 +88,7 @@ class Fleet:
         self._owners: dict[int, tuple[Vm, int]] = {}
         self._ids = iter(range(1, 1 << 32))
         self._launched = 0
-        self._closing = False
+        self._closing = self._closed = False
         self._journal: deque[Applied] = deque(maxlen=JOURNAL)
         self._switchboard = Switchboard(core, paced=backend.blocking)
         self._switchboard.on_change(self._retell)
@@ -169,7 +170,10 @@ class Fleet:
         try:
             await vm.supervise(devices, paused, task_status=task_status)
         finally:
-            self._switchboard.vm_ended(vm.name)
+            if vm.guest is not None:  # a launch that failed may be tried again, and somebody waits for it
+                self._switchboard.vm_ended(vm.name)
+            if vm.stopping:
+                vm.release()
             if vm.outcome is not None:
                 log.info("vm %s ended: %s", vm.name, vm.outcome)
 
@@ -236,7 +240,12 @@ class Fleet:
             await self._do(action, policy)
         except OrchestraError as failure:
             error = str(failure)
-        return self._record(action, policy, error)
+        except trio.Cancelled:
+            self._record(action, policy, "cancelled while it was waited for; it takes effect all the same")
+            raise
+        applied = self._record(action, policy, error)
+        await trio.lowlevel.cancel_shielded_checkpoint()
+        return applied
 
     async def _do(self, action: Action, policy: str | None) -> None:
         match action:
@@ -248,7 +257,8 @@ class Fleet:
                     self._check_seen(limit, "limit")
                 budget = self._budget(action.meter, action.tenant, action.vm, None)
                 self._change(budget, lambda now: budget.set_throttle(policy, limit, now))
-                await trio.lowlevel.cancel_shielded_checkpoint()
+            case SetLimit(limit=limit, meter=meter, tenant=tenant, vm=name, vcpu=vcpu):
+                self._set_limit(limit, meter, tenant, name, vcpu)
             case Pause(vm=name):
                 await self.vm(name).pause()
             case Resume(vm=name):
@@ -299,14 +309,16 @@ class Fleet:
         vcpu: int | None = None,
     ) -> None:
         """As `set_limit`, without a checkpoint."""
-        try:
-            which = Meter(meter)
-        except ValueError:
-            raise SpecError(f'meter={meter!r}: must be "bus_locks" or "exits"') from None
-        optional_limit("limit", limit)
-        if which is Meter.BUS_LOCKS:
+        action = SetLimit(limit=limit, meter=as_meter(meter), tenant=tenant, vm=vm, vcpu=vcpu, reason="set_limit()")
+        self._set_limit(limit, action.meter, tenant, vm, vcpu)
+        self._record(action, None, None)
+
+    def _set_limit(
+        self, limit: Limit | None, meter: Meter, tenant: str | None, vm: str | None, vcpu: int | None
+    ) -> None:
+        if meter is Meter.BUS_LOCKS:
             self._check_seen(limit, "limit")
-        budget = self._budget(which, tenant, vm, vcpu)
+        budget = self._budget(meter, tenant, vm, vcpu)
         self._change(budget, lambda now: budget.set_base(limit, now))
 
     def _budget(self, meter: Meter, tenant: str | None, vm: str | None, vcpu: int | None) -> Budget:
@@ -323,6 +335,8 @@ class Fleet:
         return self._budgets[meter] if tenant is None else self._seat(tenant).budgets[meter]
 
     def _change(self, budget: Budget, change: Callable[[int], None]) -> None:
+        if self._closed:
+            raise StateError("the fleet is closed: it has no limits any more")
         before = budget.limit
         change(self.now())
         if budget.limit != before:
@@ -456,9 +470,15 @@ class Fleet:
         )
 
     def _retell(self) -> None:
+        failure: ResourceLimit | None = None
         for vm in self._vms.values():
             if vm.guest is not None:
-                vm.guest.tell(self.told(vm.name))
+                try:
+                    vm.guest.tell(self.told(vm.name))
+                except ResourceLimit as error:
+                    failure = error
+        if failure is not None:
+            raise failure
 
     def start(self) -> None:
         """Start its own tasks."""
@@ -484,6 +504,7 @@ class Fleet:
 
     def close(self) -> None:
         """No task is left."""
+        self._closed = True
         self._switchboard.close()
         for vm in list(self._vms.values()):
             self._drop(vm)

@@ -168,6 +168,7 @@ class Governor:
                     bus_locks=total.bus_locks if fleet.bus_locks else None,
                     exits=total.exits,
                     throttled=total.throttled / 1e9,
+                    launch=vm.launch,
                 )
                 for vm, total in seat.sums.items()
                 if vm.outcome is None

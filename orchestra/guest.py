@@ -223,15 +223,21 @@ class Guest:
             with trio.CancelScope(shield=True):  # closing a VM's descriptors takes about a millisecond, no more
                 try:
                     if self.house.backend.blocking:
-                        await trio.to_thread.run_sync(self._machine.close, limiter=self.house.setup_threads)
+                        await trio.to_thread.run_sync(self._give_back, limiter=self.house.setup_threads)
                     else:
-                        self._machine.close()
+                        self._give_back()
                 except RuntimeError as error:
                     if NO_THREAD not in str(error):
                         raise
-                    self._machine.close()
+                    self._give_back()
         assert self._outcome is not None
         return self._outcome
+
+    def _give_back(self) -> None:
+        """May run on a worker thread: closing takes a millisecond, unmapping 0.1 ms for each MiB that was touched."""
+        self._machine.close()
+        if isinstance(self._outcome, Stopped):  # nobody will look at its memory
+            self.memory.close()
 
     async def _run_vcpu(self, vcpu: Vcpu) -> None:
         if vcpu.engine.threaded:

@@ -15,7 +15,7 @@ from .errors import BusLockUnsupported, SpecError
 from .fleet import DEFAULT_TENANT, Fleet
 from .native.core import FleetCore
 from .policy import Policy
-from .spec import Limit, Tenant, optional_limit
+from .spec import Limit, Meter, Tenant, optional_limit
 
 __all__ = ["open_fleet"]
 
@@ -40,9 +40,11 @@ def _as_tenants(tenants: Mapping[str, Limit | Tenant | None] | Iterable[Tenant])
     return made
 
 
-def _detection(backend: Backend, bus_locks: str, limits: Mapping[str, Limit | None]) -> Detection | None:
-    """How bus locks are seen in this fleet; None: not at all. Design rule 3: asked for and impossible is an error."""
-    asked = next((what for what, limit in limits.items() if limit is not None), None)
+def _detection(backend: Backend, bus_locks: str, asked: str | None) -> Detection | None:
+    """How bus locks are seen in this fleet; None: not at all. Design rule 3: asked for and impossible is an error.
+
+    `asked`: the first of the arguments that limits them, if one does.
+    """
     if bus_locks == "off":
         if asked:
             raise SpecError(f"{asked} limits bus locks, but bus_locks='off': leave one of them out")
@@ -97,12 +99,18 @@ async def open_fleet(
     for policy in seats:
         if not isinstance(policy, Policy):
             raise SpecError(f"policies: {policy!r} must have a name, an interval and decide(facts)")
+    names = [policy.name for policy in seats]
+    for name in names:
+        if names.count(name) > 1:  # its limits and its entries in the journal go by its name
+            raise SpecError(f"policies: two are named {name!r}; give each a name of its own (name=...)")
 
     opened = choose(backend)
     core: FleetCore | None = None
     try:
-        asked = {"limit": limit, **{f"tenants[{name!r}]": tenant.limit for name, tenant in named.items()}}
-        detection = _detection(opened, bus_locks, asked)
+        limits = {"limit": limit, **{f"tenants[{name!r}]": tenant.limit for name, tenant in named.items()}}
+        asked = [what for what, given in limits.items() if given is not None]
+        asked += [f"policy {p.name!r}" for p in seats if getattr(p, "meter", None) is Meter.BUS_LOCKS]
+        detection = _detection(opened, bus_locks, next(iter(asked), None))
         core = FleetCore()
         budgets = make_budgets(limit, exit_limit, opened.now())
         fleet: Fleet | None = None

@@ -25,7 +25,7 @@ a few at a time would cost several times as much, and none is later than this.""
 
 @attrs.frozen
 class ExitsStatistics:
-    """`received`: delivered into the channel; `missed`: dropped since it was full; `waiting`: in it now."""
+    """`received`: came to the channel; `missed`: of these, dropped since it was full; `waiting`: in it now."""
 
     received: int
     missed: int
@@ -59,7 +59,7 @@ class Exits(trio.abc.ReceiveChannel[Exit]):
         self._received = 0
         self._taken = 0
         self._task: Any = None
-        self._ended = False
+        self._ended = self._closed = False
         self._leave = leave
 
     def put(self, record: bytes) -> None:
@@ -93,10 +93,9 @@ class Exits(trio.abc.ReceiveChannel[Exit]):
             trio.BusyResourceError: another task is receiving.
         """
         queue = self._queue
+        self._taken += 1
         if queue:
-            self._taken += 1
-            if self._taken % ITEMS_PER_CHECKPOINT == 0:
-                await trio.lowlevel.checkpoint()
+            await trio.lowlevel.checkpoint()
         else:
             await trio.lowlevel.checkpoint_if_cancelled()
         while True:
@@ -104,6 +103,9 @@ class Exits(trio.abc.ReceiveChannel[Exit]):
                 exit = self._decode(queue.popleft())
                 if exit is not None:
                     return exit
+                self.missed += 1  # it waited for so long that nobody knows any more whose it was
+            if self._closed:
+                raise trio.ClosedResourceError("these exits were closed")
             if self._ended:
                 raise trio.EndOfChannel
             if self._task is not None:
@@ -124,17 +126,19 @@ class Exits(trio.abc.ReceiveChannel[Exit]):
             exit = self._decode(queue.popleft())
             if exit is not None:
                 return exit
+            self.missed += 1
         try:
             return await self.receive()
-        except trio.EndOfChannel:
+        except (trio.EndOfChannel, trio.ClosedResourceError):
             raise StopAsyncIteration from None
 
     def statistics(self) -> ExitsStatistics:
         return ExitsStatistics(self._received, self.missed, len(self._queue))
 
     def close(self) -> None:
-        self._leave(self)
+        self._closed = True
         self.end()
+        self._leave(self)
 
     async def aclose(self) -> None:
         self.close()
@@ -181,7 +185,11 @@ class Switchboard:
             exits.end()
             return exits
         self._subscribers.append(exits)
-        self._tell()
+        try:
+            self._tell()
+        except BaseException:
+            self._subscribers.remove(exits)
+            raise
         return exits
 
     def _leave(self, exits: Exits) -> None:
@@ -218,8 +226,9 @@ class Switchboard:
                 await trio.lowlevel.wait_readable(self._core.eventfd)
 
     def retire(self, cores: Iterable[VcpuCore]) -> None:
-        """Deliver what is left in the ring before these cores go."""
-        while self.deliver():
+        """Deliver what is left of these cores, which run no more, before they go. (Others may never pause.)"""
+        cores = list(cores)
+        while any(core.pending() for core in cores) and self.deliver():
             pass
         self._retired += [core.id for core in cores]
         # Their names are needed until the last of their records was received. Someone who never receives must not make

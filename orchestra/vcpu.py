@@ -99,7 +99,7 @@ class Vcpu:
         Raises:
             RuntimeError: the host has no thread left.
         """
-        self.core.command(set=Command.HOLD)
+        self.core.hold()
         thread = threading.Thread(target=self.drive, name=f"{self.host.name}/{self.index}", daemon=True)
         thread.start()
         self._thread = thread

@@ -110,6 +110,7 @@ class Vm:
         self.name = spec.name
         self.tenant = tenant
         self.restarts = 0
+        self.launch = house.next_id()
         self.console = Console(house.post)
         self.budgets = make_budgets(spec.limit, spec.exit_limit, now)
         self.vcpu_budgets = [make_budgets(spec.vcpu_limit, spec.vcpu_exit_limit, now) for _ in range(spec.vcpus)]
@@ -192,9 +193,14 @@ class Vm:
         """
         self.stop_soon(Stopped(reason))
         await self._ended.wait()
-        self.release()
+        self.release()  # its task does so too, but one that had ended by itself has none left
         assert self._outcome is not None
         return self._outcome
+
+    @property
+    def stopping(self) -> bool:
+        """`stop` was asked for."""
+        return self._stop_reason is not None
 
     def release(self) -> None:
         """It has ended: leave the fleet and give the memory back."""

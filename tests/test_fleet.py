@@ -239,7 +239,8 @@ async def test_a_throttle_never_loosens_and_unthrottle_gives_the_limit_back(auto
         await fleet.apply(orc.Unthrottle(**where))
         assert await rate() == pytest.approx(100, rel=0.02)
         await fleet.apply(orc.Unthrottle(**where))  # there is none any more
-        assert [applied.error for applied in fleet.actions()] == [None] * 4
+        assert [applied.error for applied in fleet.actions()] == [None] * 5
+        assert [type(applied.action).__name__ for applied in fleet.actions()][2] == "SetLimit"
 
 
 async def test_a_throttle_with_a_shorter_max_delay_does_not_loosen(autojump_clock):
@@ -742,3 +743,56 @@ async def test_vms_launched_at_once_all_run(stage: Stage):
                     nursery.start_soon(run, number)
         assert fleet.statistics().launched == 50
         assert fleet.statistics().exits == {"io": 50}
+
+
+async def test_a_closed_fleet_refuses_new_limits_and_does_not_crash(autojump_clock):
+    async with play([FOR_EVER]) as fleet:
+        await fleet.launch(blank())
+    with pytest.raises(orc.StateError, match="closed"):
+        await fleet.set_limit(orc.Limit(rate=1))
+    applied = await fleet.apply(orc.Throttle(limit=orc.Limit(rate=1)))
+    assert "closed" in applied.error
+
+
+async def test_two_policies_of_one_name_are_refused(autojump_clock):
+    policies = [orc.StaticLimits(host=orc.Limit(rate=1)), orc.StaticLimits(host=orc.Limit(rate=2))]
+    with pytest.raises(orc.SpecError, match=r"two are named 'static-limits'"):
+        async with orc.open_fleet(backend=orc.ScriptedBackend(), policies=policies):
+            pass
+
+
+async def test_a_policy_on_what_is_not_seen_is_refused(autojump_clock):
+    policy = orc.StaticLimits(host=orc.Limit(rate=1))
+    with pytest.raises(orc.BusLockUnsupported, match="static-limits"):
+        async with orc.open_fleet(backend=orc.ScriptedBackend(detection=None), policies=[policy]):
+            pass
+
+
+async def test_a_cancelled_stop_still_gives_everything_back(autojump_clock):
+    async with play([FOR_EVER]) as fleet:
+        vm = await fleet.launch(blank())
+        with trio.move_on_after(0):
+            await vm.stop()
+        await vm.wait()
+        await wait_all_tasks_blocked()
+        assert dict(fleet.vms) == {}
+        with pytest.raises(orc.GuestMemoryError):
+            vm.read_memory(0, 1)
+
+
+async def test_static_limits_hold_the_next_vm_of_a_name_as_well(autojump_clock):
+    policy = orc.StaticLimits({"guest": orc.Limit(rate=10, burst=1)})
+    async with play(itertools.repeat(bus_lock(after=0.001)), policies=[policy]) as fleet:
+        for _ in range(2):
+            vm = await fleet.launch(blank())
+            await trio.sleep(10)
+            assert vm.statistics().bus_locks < 250
+            await vm.stop()
+
+
+async def test_a_launch_that_failed_leaves_its_subscribers_for_the_next_try(autojump_clock):
+    async with play([bus_lock(after=1), hlt()]) as fleet, fleet.exits(orc.BusLock, vm="guest") as exits:
+        with pytest.raises(orc.SpecError):
+            await fleet.launch(blank(irqchip=True))
+        await fleet.launch(blank())
+        assert isinstance(await exits.receive(), orc.BusLock)

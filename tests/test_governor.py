@@ -23,10 +23,10 @@ class Told:
         self,
         then: Callable[[orc.Facts], Iterable[orc.Action]] = lambda facts: (),
         *,
-        name: str = "told",
+        name: str | None = None,
         interval: float | None = 1.0,
     ) -> None:
-        self.name = name
+        self.name = name or f"told-{id(self)}"
         self.interval = interval
         self.facts: list[orc.Facts] = []
         self._then = then

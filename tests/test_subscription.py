@@ -254,7 +254,7 @@ async def test_a_closed_channel_ends_for_whoever_waits_for_it(autojump_clock):
         async with trio.open_nursery() as nursery, fleet.exits() as exits:
 
             async def receive() -> None:
-                with pytest.raises(trio.EndOfChannel):
+                with pytest.raises(trio.ClosedResourceError):
                     await exits.receive()
 
             nursery.start_soon(receive)

@@ -75,6 +75,7 @@ class Console:
                 position = self._total
                 closed = self._closed
             if chunk:
+                await trio.lowlevel.checkpoint()  # a guest that never stops talking must not keep the loop to itself
                 yield chunk
             elif closed:
                 return

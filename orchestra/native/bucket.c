@@ -117,6 +117,11 @@ void orc_bucket_set(orc_bucket *b, double rate, double burst, orc_ns max_delay, 
 	old = read_limit(b);
 	if (old.limited) {
 		made = tokens(&old, now, &part);
+		/* Whoever waits keeps its distance in tokens, and so does the bucket: what was used of a larger burst is no
+		 * debt to be paid at the new rate, and a larger one is earned and not given, or changing it to and fro would
+		 * make tokens. */
+		if (rate > 0)
+			made = plus(made, old.tolerance - tolerance);
 	} else {
 		made = old.made;
 		atomic_store_explicit(&b->last, made, memory_order_release); /* a new limit starts without old debts */

@@ -40,6 +40,8 @@ orc_vcpu *orc_vcpu_new(orc_fleet *, uint32_t id, uint32_t ring_records);
 void orc_vcpu_free(orc_vcpu *);
 void orc_vcpu_set_bucket(orc_vcpu *, int meter, int level, orc_bucket *);
 void orc_vcpu_set_buckets(orc_vcpu *, orc_bucket *const buckets[]);
+bool orc_vcpu_pending(const orc_vcpu *);
+void orc_vcpu_hold(orc_vcpu *);
 int orc_vcpu_tell(orc_vcpu *, uint64_t mask);
 int64_t orc_vcpu_account(orc_vcpu *, struct orc_record *, int64_t now);
 int64_t orc_vcpu_turn(const orc_vcpu *);

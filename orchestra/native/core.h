@@ -49,6 +49,7 @@ struct orc_vcpu {
 	_Alignas(ORC_CACHE_LINE) orc_bucket *bucket[ORC_METERS][ORC_LEVELS];
 	struct orc_ticket ticket[ORC_METERS][ORC_LEVELS];
 	bool charged[ORC_METERS];
+	bool wait_counted;
 	bool waiting; /* a ticket is out whose turn had not come */
 	bool unfinished; /* the last exit is completed by the next KVM_RUN (I/O, MMIO, MSR, hypercall) */
 	int fd, error;

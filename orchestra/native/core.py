@@ -22,13 +22,19 @@ __all__ = ["Bucket", "Command", "Counters", "FleetCore", "VcpuCore", "install_si
 METER_NUMBERS: Final = {Meter.BUS_LOCKS: int(lib.ORC_BUS_LOCKS), Meter.EXITS: int(lib.ORC_EXITS)}
 RING_RECORDS: Final = 4096
 NEVER: Final = int(lib.ORC_NEVER)
-REASON_NAMES: Final[dict[int, str]] = {}
+
+
+def _reason_names() -> dict[int, str]:
+    names, index = {}, 0
+    while (entry := lib.orc_exit_reasons[index]).name != ffi.NULL:
+        names[int(entry.number)] = ffi.string(entry.name).decode()
+        index += 1
+    return names
+
+
+REASON_NAMES: Final = _reason_names()
 """KVM_EXIT_* number → the kernel's name in lower case."""
 
-_index = 0
-while lib.orc_exit_reasons[_index].name != ffi.NULL:
-    REASON_NAMES[int(lib.orc_exit_reasons[_index].number)] = ffi.string(lib.orc_exit_reasons[_index].name).decode()
-    _index += 1
 REASON_NUMBERS: Final = {name: number for number, name in REASON_NAMES.items()}
 
 
@@ -176,6 +182,14 @@ class VcpuCore:
             raise ResourceLimit(
                 -result, f"ring of a vCPU: {os.strerror(-result)}: vm.max_map_count or memory is used up"
             )
+
+    def pending(self) -> bool:
+        """It has records that were not drained."""
+        return bool(lib.orc_vcpu_pending(self.handle))
+
+    def hold(self) -> None:
+        """Before it has a runner: `attach` will wait."""
+        lib.orc_vcpu_hold(self.handle)
 
     def command(self, set: int = 0, clear: int = 0) -> None:
         """Set and clear commands, and kick."""

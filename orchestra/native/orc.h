@@ -134,6 +134,8 @@ void orc_vcpu_set_bucket(orc_vcpu *, int meter, int level, orc_bucket *);
 void orc_vcpu_set_buckets(orc_vcpu *, orc_bucket *const buckets[ORC_METERS * ORC_LEVELS]);
 /* Which reasons go to the ring, a bit each. 0, or a negative errno: no memory for the ring. */
 int orc_vcpu_tell(orc_vcpu *, orc_u64 mask);
+bool orc_vcpu_pending(const orc_vcpu *); /* it has records that were not drained */
+void orc_vcpu_hold(orc_vcpu *);          /* sets ORC_HOLD, before there is a runner to kick */
 
 /* Runner: counts one exit, charges the buckets, tells it if somebody listens. Returns when the vCPU may go on
  * (ORC_NEVER: at once). Counts a bus lock by the flag and by nothing else. */

@@ -79,6 +79,19 @@ int orc_vcpu_tell(orc_vcpu *v, orc_u64 mask)
 	return 0;
 }
 
+bool orc_vcpu_pending(const orc_vcpu *v)
+{
+	struct orc_ring *r = &((orc_vcpu *)v)->ring;
+
+	return atomic_load_explicit(&r->head, memory_order_acquire) !=
+	       atomic_load_explicit(&r->tail, memory_order_relaxed);
+}
+
+void orc_vcpu_hold(orc_vcpu *v)
+{
+	atomic_fetch_or_explicit(&v->commands, ORC_HOLD, memory_order_seq_cst);
+}
+
 /* ---- accounting ----------------------------------------------------------------------------------------------- */
 
 /* Takes a ticket of each limited bucket. *waits is set if one's turn has not come. */
@@ -152,6 +165,7 @@ orc_ns orc_vcpu_account(orc_vcpu *v, struct orc_record *record, orc_ns now)
 			at = ORC_NEVER;
 	}
 	v->waiting = waits;
+	v->wait_counted = false;
 
 	if (orc_tells(v, record->reason, record->flags)) {
 		record->time = (orc_u64)now;
@@ -168,7 +182,10 @@ void orc_vcpu_wait_begin(orc_vcpu *v, orc_ns now)
 {
 	orc_fleet *f = v->fleet;
 
-	orc_count(&v->waits, 1);
+	if (!v->wait_counted) /* one wait, however often it is interrupted */
+		orc_count(&v->waits, 1);
+	v->wait_counted = true;
+
 	atomic_store_explicit(&v->throttled_since, now, memory_order_relaxed);
 	pthread_mutex_lock(&f->throttled_lock);
 	v->throttled_next = f->throttled;
@@ -305,7 +322,7 @@ void orc_vcpu_attach(orc_vcpu *v)
 
 void orc_vcpu_detach(orc_vcpu *v)
 {
-	/* The thread goes back to a cache; a late signal to it would only run the empty handler. */
+	/* A thread that lives on gets its slack back; a late signal to it would only run the empty handler. */
 	atomic_store_explicit(&v->tid, 0, memory_order_seq_cst);
 	prctl(PR_SET_TIMERSLACK, 0, 0, 0, 0);
 }

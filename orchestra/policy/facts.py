@@ -21,6 +21,7 @@ class VmFacts:
         name, tenant, weight, vcpus: as in its spec.
         bus_locks, exits: how many since the last tick. `bus_locks` is None where the host reports none.
         throttled: seconds that its vCPUs waited for their turn since the last tick, summed over the vCPUs.
+        launch: a number of its own for each launch: another VM of the same name has another.
     """
 
     name: str
@@ -30,6 +31,7 @@ class VmFacts:
     bus_locks: int | None
     exits: int
     throttled: float
+    launch: int = 0
 
 
 @attrs.frozen
@@ -55,6 +57,9 @@ class Facts:
 @runtime_checkable
 class Policy(Protocol):
     """Something that decides. `interval`: seconds between two ticks; None: only once, when the fleet opens.
+
+    `name` is its own in a fleet. One that limits bus locks may say so by an attribute `meter`: then a host that can't
+    see them refuses it when the fleet opens.
 
     `decide` raises nothing; if it does, the fleet journals it and switches the policy off, and the limits that it set
     last stay in force.

@@ -88,6 +88,7 @@ class WeightedShare:
         headroom: float = 0.1,
         tolerance: float = 0.02,
         memory: int = 3,
+        name: str | None = None,
     ) -> None:
         self._limit = optional_limit("limit", limit)
         self._interval = _within("interval", interval, 1e-4, 3600, "seconds")
@@ -95,11 +96,16 @@ class WeightedShare:
         self._tolerance = _within("tolerance", tolerance, 0, 0.5, "of the limit")
         self._memory = int(_within("memory", memory, 1, 1000, "ticks"))
         self._meter = as_meter(meter)
+        self._name = name or ("weighted-share" if self._meter is Meter.BUS_LOCKS else f"weighted-share-{self._meter}")
         self._vms: dict[str, _Vm] = {}
 
     @property
     def name(self) -> str:
-        return "weighted-share" if self._meter is Meter.BUS_LOCKS else f"weighted-share-{self._meter}"
+        return self._name
+
+    @property
+    def meter(self) -> Meter:
+        return self._meter
 
     @property
     def interval(self) -> float | None:

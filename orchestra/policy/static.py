@@ -28,6 +28,7 @@ class StaticLimits:
         host: for the whole fleet.
         meter: what the limits count.
         interval: seconds between two looks for new VMs. Without `vms` one look is enough.
+        name: in the journal; each policy of a fleet has one of its own.
 
     Raises:
         SpecError: a limit is not a `Limit`, or the interval is not more than 0.
@@ -41,6 +42,7 @@ class StaticLimits:
         *,
         meter: Meter | str = Meter.BUS_LOCKS,
         interval: float = 0.1,
+        name: str | None = None,
     ) -> None:
         if not 0 < interval < float("inf"):
             raise SpecError(f"interval={interval!r}: must be more than 0 seconds and finite")
@@ -48,14 +50,19 @@ class StaticLimits:
         self._tenants = _checked("tenants", tenants)
         self._host = optional_limit("host", host)
         self._meter = as_meter(meter)
+        self._name = name or ("static-limits" if self._meter is Meter.BUS_LOCKS else f"static-limits-{self._meter}")
         self._interval = interval if self._vms else None
         self._host_done = False
         self._tenants_done: set[str] = set()
-        self._vms_done: set[str] = set()
+        self._vms_done: set[tuple[str, int]] = set()
 
     @property
     def name(self) -> str:
-        return "static-limits" if self._meter is Meter.BUS_LOCKS else f"static-limits-{self._meter}"
+        return self._name
+
+    @property
+    def meter(self) -> Meter:
+        return self._meter
 
     @property
     def interval(self) -> float | None:
@@ -85,11 +92,11 @@ class StaticLimits:
             return
         if len(self._vms_done) > MOST_REMEMBERED:
             # Facts don't say which VMs are gone. Setting a limit again does no harm; growing without end would.
-            self._vms_done.intersection_update(facts.vms)
-        for name in facts.vms:
-            if name in self._vms_done:
+            self._vms_done.intersection_update((vm.name, vm.launch) for vm in facts.vms.values())
+        for name, vm in facts.vms.items():
+            if (name, vm.launch) in self._vms_done:  # another VM of that name starts without limits
                 continue
-            self._vms_done.add(name)
+            self._vms_done.add((name, vm.launch))
             if (found := _find(self._vms, name)) is not None:
                 pattern, limit = found
                 yield Throttle(

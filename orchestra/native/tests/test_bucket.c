@@ -120,10 +120,42 @@ static void a_new_rate_moves_turns_by_what_is_left_to_make(void)
 	CHECK(near(by_tokens(b, tickets[2]), SECOND / 20 + 25000000));
 	orc_bucket_set(b, 1, 1, -1, SECOND / 20);
 	CHECK(near(by_tokens(b, tickets[0]), SECOND / 20 + SECOND / 2));
-	orc_bucket_set(b, 1, 3, -1, SECOND / 20); /* a larger burst lets two more go at once */
-	CHECK(by_tokens(b, tickets[0]) <= SECOND / 20);
-	CHECK(by_tokens(b, tickets[1]) <= SECOND / 20);
-	CHECK(near(by_tokens(b, tickets[2]), SECOND / 20 + SECOND / 2));
+	orc_bucket_set(b, 1, 3, -1, SECOND / 20); /* a larger burst is earned and not given */
+	CHECK(near(by_tokens(b, tickets[0]), SECOND / 20 + SECOND / 2));
+	CHECK(near(by_tokens(b, tickets[2]), SECOND / 20 + 5 * SECOND / 2));
+	orc_bucket_free(b);
+}
+
+static void a_used_burst_is_no_debt_when_the_limit_is_lowered(void)
+{
+	orc_bucket *b = limited(100000, 5000, -1);
+	struct orc_ticket last;
+
+	for (int i = 0; i < 5000; i++)
+		last = charge(b, 0);
+	CHECK(near(by_tokens(b, last), 10000)); /* the last of the burst: 1/100000 s */
+	orc_bucket_set(b, 10, 1, -1, 0);
+	CHECK(near(by_tokens(b, last), SECOND / 10));
+	CHECK(near(by_tokens(b, charge(b, 0)), 2 * SECOND / 10));
+	orc_bucket_free(b);
+}
+
+static void changing_the_burst_to_and_fro_makes_no_tokens(void)
+{
+	orc_bucket *b = limited(1, 100, -1);
+	struct orc_ticket ticket;
+
+	for (int i = 0; i < 50; i++)
+		ticket = charge(b, 0);
+	for (int i = 0; i < 10; i++) {
+		orc_bucket_set(b, 1, 60, -1, 0);
+		orc_bucket_set(b, 1, 100, -1, 0);
+	}
+	for (int i = 0; i < 49; i++)
+		ticket = charge(b, 0);
+	CHECK(by_tokens(b, ticket) <= 0); /* 99 of the 100 go at once, as if nothing had been changed */
+	ticket = charge(b, 0);
+	CHECK(near(by_tokens(b, ticket), SECOND));
 	orc_bucket_free(b);
 }
 
@@ -294,7 +326,7 @@ static void eight_threads_take_each_ticket_once_while_the_limit_changes(void)
 	for (int i = 0; i < CHARGERS; i++)
 		threads[i] = start(charger, taken[i]);
 	while (atomic_load(&charging)) /* time stands still, so that tickets are 1, 2, 3, ... whatever the rate */
-		orc_bucket_set(shared, 1 + random_part(&seed) * 1e6, 1 + random_part(&seed) * 100, -1, 0);
+		orc_bucket_set(shared, 1 + random_part(&seed) * 1e6, 10, -1, 0);
 	for (int i = 0; i < CHARGERS; i++) {
 		join(threads[i]);
 		for (int j = 1; j < CHARGES; j++)
@@ -312,7 +344,7 @@ static void *changer(void *argument)
 {
 	(void)argument;
 	for (int i = 0; i < 50000; i++)
-		orc_bucket_set(shared, i & 1 ? 10 : 1000, i & 1 ? 1 : 101, i & 1 ? SECOND : 2 * SECOND, 0);
+		orc_bucket_set(shared, i & 1 ? 10 : 1000, 1, i & 1 ? SECOND : 2 * SECOND, 0);
 	atomic_store(&changing, false);
 	return NULL;
 }
@@ -330,7 +362,7 @@ static void a_reader_sees_one_limit_or_the_other_and_never_a_mixture(void)
 
 		orc_bucket_turn(shared, &ticket, &tokens, &delay);
 		CHECK((near(tokens, 201 * SECOND / 10) && delay == SECOND) ||
-		      (near(tokens, 101 * SECOND / 1000) && delay == 2 * SECOND), "%lld %lld", (long long)tokens,
+		      (near(tokens, 201 * SECOND / 1000) && delay == 2 * SECOND), "%lld %lld", (long long)tokens,
 		      (long long)delay);
 	}
 	join(thread);
@@ -342,6 +374,8 @@ const struct test bucket_tests[] = {
 	TEST(a_busy_source_gets_all_of_the_rate),
 	TEST(turns_come_in_the_order_of_the_charges),
 	TEST(a_new_rate_moves_turns_by_what_is_left_to_make),
+	TEST(a_used_burst_is_no_debt_when_the_limit_is_lowered),
+	TEST(changing_the_burst_to_and_fro_makes_no_tokens),
 	TEST(random_changes_of_the_limit_keep_the_order),
 	TEST(without_a_limit_nobody_waits_and_a_new_limit_starts_without_debts),
 	TEST(max_delay_bounds_each_wait),
