@@ -32,10 +32,9 @@ class KvmEngine:
 
     threaded = True
 
-    def __init__(self, core: VcpuCore, vcpu: KvmVcpu, ports: Any, sync_regs: bool, irqchip: bool) -> None:
+    def __init__(self, core: VcpuCore, vcpu: KvmVcpu, ports: Any, sync_regs: bool) -> None:
         self.core = core
         self.vcpu = vcpu
-        self._irqchip = irqchip
         self.access = lib.orc_vcpu_access(core.handle)
         self._handle = core.handle
         lib.orc_vcpu_bind_kvm(core.handle, vcpu.fd, vcpu.run, ports, sync_regs)
@@ -108,7 +107,7 @@ class KvmMachine:
             self.vm = KvmVm.adopt(plan.vm, kvm.vcpu_mmap_size, self.memory, bus_lock_exits=how["bus_locks"])
             for index in range(plan.vcpus_made):
                 vcpu = KvmVcpu(self.vm, fds[index], runs[index], kvm.vcpu_mmap_size)
-                self.engines.append(KvmEngine(cores[index], vcpu, self._ports, how["sync_regs"], spec.irqchip))
+                self.engines.append(KvmEngine(cores[index], vcpu, self._ports, how["sync_regs"]))
         if result == -errno.EOPNOTSUPP:
             raise BusLockUnsupported(f"vm {spec.name!r}: this host's KVM can't report its bus locks")
         if result:
