@@ -1,11 +1,11 @@
 # The map, from the door down; imports point down it and never up (tests/test_layers.py holds them to it).
 #
 #   door      cli, __main__                     a person at a terminal
-#   windows   doctor                            ways to see and steer a fleet
+#   windows   doctor, testing/                  ways to see and steer a fleet, and to test who does
 #   house     opening, fleet, governor, subscription, statistics   many VMs: supervise, merge exits, apply actions
 #   machine   vm, guest, vcpu                   one VM: its tasks, its state machine
 #   parts     devices/, boot/, budget           what a guest sees, and what it may use
-#   silicon   backend/ (kvm, scripted), memory, native/   what executes a guest
+#   silicon   backend/ (kvm, emulated, scripted), memory, native/   what executes a guest
 #   words     errors, spec, exits, actions, policy/       plain data and pure functions
 #
 #   spec → VM → exits → policy → actions → fleet → VM

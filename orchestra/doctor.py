@@ -29,7 +29,12 @@ MAPPINGS_PER_VM = 6
 """Of a VM with one vCPU: its RAM, ``kvm_run``, the thread's stack with its guard, and two to spare."""
 FDS_OF_THE_PROGRAM = 32
 
-_EXTRAS = {"cli": ("cyclopts", "rich"), "plot": ("matplotlib",)}
+_EXTRAS = {
+    "cli": ("cyclopts", "rich"),
+    "emulated": ("unicorn",),
+    "plot": ("matplotlib",),
+    "testing": ("pytest", "pytest_trio"),
+}
 _BUS_LOCK_FLAGS = ("split_lock_detect", "bus_lock_detect", "bus_lock_threshold")
 
 

@@ -31,3 +31,10 @@ def test_an_example_prints_what_it_promises(name):
     assert done.returncode == 0, done.stderr
     for line in EXPECTED[name]:
         assert line in done.stdout
+
+
+def test_the_example_test_suite_passes():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(EXAMPLES / "testing")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed in " in done.stdout

@@ -1,0 +1,5 @@
+; Ends well.
+%macro ACT 0
+        hlt
+%endmacro
+%include "guest.inc"
