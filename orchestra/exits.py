@@ -88,11 +88,20 @@ class UnknownExit(Exit):
 
 @attrs.define(unsafe_hash=True)
 class ExceptionExit(Exit):
-    """KVM_EXIT_EXCEPTION (not used on x86 by current kernels)."""
+    """KVM_EXIT_EXCEPTION: an exception that the guest has a handler for, which the emulated backend can't enter.
+
+    KVM delivers exceptions itself, and its current kernels do not use this on x86.
+
+    Attributes:
+        exception: the vector.
+        error_code: as KVM gives it; 0 on the emulated backend.
+        address: emulated backend: the address that a page fault is about, else of the instruction.
+    """
 
     kernel_name: ClassVar[str] = "exception"
     exception: int
     error_code: int
+    address: int
 
 
 @attrs.define(unsafe_hash=True)

@@ -131,8 +131,7 @@ class Fleet:
         seat = self._seat(spec.tenant or DEFAULT_TENANT, spec.name)
         self._check_seen(spec.limit, f"vm {spec.name!r}: limit")
         self._check_seen(spec.vcpu_limit, f"vm {spec.name!r}: vcpu_limit")
-        if spec.vcpus > (most := self.backend.max_vcpus()):
-            raise SpecError(f"vm {spec.name!r}: vcpus={spec.vcpus}: this host's KVM allows at most {most} in a VM")
+        self.backend.check(spec)
         previous = self._vms.get(spec.name)
         if previous is not None and previous.outcome is None:
             raise VmExists(

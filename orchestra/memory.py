@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
 
 import attrs
@@ -41,6 +41,8 @@ class GuestMemory:
 
     def __init__(self, spec: VmSpec) -> None:
         self.regions: list[Region] = []
+        # Told of address and size after each write from outside: whoever executes translated code has to know.
+        self.on_write: Callable[[int, int], object] | None = None
         try:
             for span in spec.ram:
                 self._map(span)
@@ -102,6 +104,8 @@ class GuestMemory:
         for region, offset, length in list(self._pieces(address, len(data))):
             region.mapping[offset : offset + length] = data[done : done + length]
             done += length
+        if self.on_write is not None and done:
+            self.on_write(address, done)
 
     def zero(self) -> None:
         """Give all pages back: they read as zeros. For a VM that starts over."""

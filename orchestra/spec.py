@@ -344,6 +344,8 @@ class VmSpec:
         devices: what the guest finds at which port.
         irqchip: give it in-kernel interrupt controllers and a timer (PIC, I/O APIC, local APICs, PIT). Then HLT waits
             for an interrupt in the kernel; without, a HLT on every vCPU ends the VM as ``Halted``.
+        bus_lock_detection: where a bus lock is reported, for the emulated backend to choose: "fault-like" (before the
+            instruction, as AMD does) or "trap-like" (behind it, as Intel does). None: as the host does.
         restart: a `Restart`, or just "never" or "on-failure".
         labels: free text for your own use.
     """
@@ -361,6 +363,7 @@ class VmSpec:
     regions: tuple[MemoryRegion, ...] = attrs.field(default=(), converter=_to_tuple)
     devices: tuple[DeviceSpec, ...] = attrs.field(default=(), converter=_to_tuple)
     irqchip: bool = False
+    bus_lock_detection: Literal["fault-like", "trap-like"] | None = None
     restart: Restart = attrs.field(default=Restart(), converter=_to_restart)
     labels: Mapping[str, str] = attrs.field(factory=dict, hash=False)
 
@@ -377,6 +380,8 @@ class VmSpec:
         _check_weight(self.weight)
         for field in ("limit", "exit_limit", "vcpu_limit", "vcpu_exit_limit"):
             optional_limit(field, getattr(self, field))
+        if self.bus_lock_detection not in (None, "fault-like", "trap-like"):
+            raise _fail("bus_lock_detection", self.bus_lock_detection, 'must be "fault-like", "trap-like" or None')
         if not isinstance(self.restart, Restart):
             raise _fail("restart", self.restart, 'must be a Restart, "never" or "on-failure"')
         for field in ("regions", "devices"):

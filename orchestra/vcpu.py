@@ -6,8 +6,6 @@ it. A worker thread drives it for engines that block, the fleet's thread for tho
 
 from __future__ import annotations
 
-import errno
-import os
 import threading
 from collections.abc import Callable, Generator
 from typing import Any, Final, Protocol
@@ -173,8 +171,7 @@ class Vcpu:
                 if outcome is not None:
                     return outcome
             else:
-                number = self.engine.error()
-                return self._failed(f"KVM_RUN failed: {_errno(number)}")
+                return self._failed(self.engine.error())
 
     def _use(self, claim: Claim, address: int, size: int) -> None:
         """Let a device answer, element by element for a string instruction."""
@@ -264,6 +261,11 @@ class Vcpu:
                 return self._failed(f"the CPU refused to enter the guest: hardware reason {reason:#x}")
             case exits.MemoryFault():
                 return self._failed(f"memory fault at {exit.address:#x}, {exit.size} bytes, flags {exit.flags:#x}")
+            case exits.ExceptionExit():
+                return self._failed(
+                    f"exception {exit.exception} at {exit.address:#x}, which the guest has a handler for: the emulated "
+                    "backend can't enter it; backend='kvm' can"
+                )
             case exits.OtherExit():
                 return self._failed(f"exit reason {exit.reason}, which this version of orchestra does not know")
             case _ if isinstance(exit, _GO_ON):
@@ -280,7 +282,3 @@ class Vcpu:
         except Exception:  # the reason matters more than the registers
             pass
         return Failed(reason, registers, self.index)
-
-
-def _errno(number: int) -> str:
-    return f"{errno.errorcode.get(number, number)} ({os.strerror(number)})"

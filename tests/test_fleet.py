@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import re
 import resource
 from collections.abc import Callable
 
@@ -13,8 +14,8 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 import orchestra as orc
-from conftest import Stage, blank, play
-from orchestra.backend.kvm import machine
+from conftest import Stage, blank, emulated_problem, play
+from orchestra.backend.emulated import library
 from orchestra.backend.scripted import ScriptedExit, bus_lock, hlt, io_write
 
 FOR_EVER = hlt(after=1e9)
@@ -491,7 +492,9 @@ async def test_a_fleet_of_no_vms_opens_and_closes(stage: Stage):
 
 async def test_leaving_the_block_stops_what_runs(stage: Stage):
     async with stage.open() as fleet:
-        vms = [await fleet.launch(stage.spec("spin", f"vm-{n}", vcpus=2), paused=n % 2 == 0) for n in range(4)]
+        vms = [
+            await fleet.launch(stage.spec("spin", f"vm-{n}", vcpus=stage.vcpus), paused=n % 2 == 0) for n in range(4)
+        ]
     assert [vm.outcome for vm in vms] == [orc.Stopped("the fleet was closed")] * 4
 
 
@@ -510,7 +513,7 @@ async def test_an_error_in_the_block_comes_out_as_itself_and_stops_what_runs(sta
 
 async def test_stop_tells_all_and_gives_the_outcomes(stage: Stage):
     async with stage.open() as fleet:
-        await fleet.launch(stage.spec("spin", "one", vcpus=2))
+        await fleet.launch(stage.spec("spin", "one", vcpus=stage.vcpus))
         await fleet.launch(stage.spec("spin", "two"), paused=True)
         await (await fleet.launch(stage.spec("exit_port", "three"))).wait()
         outcomes = await fleet.stop("evening")
@@ -573,7 +576,6 @@ async def test_a_device_that_is_none_is_refused_before_anything_is_built():
     ("options", "error", "message"),
     [
         ({"backend": "kwm"}, orc.NoSuchBackend, "'kwm'"),
-        ({"backend": "emulated"}, orc.BackendUnavailable, "emulated"),
         ({"bus_locks": "yes"}, orc.SpecError, "bus_locks='yes'"),
         ({"limit": 5}, orc.SpecError, "limit=5"),
         ({"policies": [object()]}, orc.SpecError, "decide"),
@@ -585,11 +587,12 @@ async def test_a_fleet_that_cant_be_is_refused(options, error, message):
             pytest.fail("opened")
 
 
+@pytest.mark.parametrize("emulated", [True, False])
 @pytest.mark.parametrize("backend", ["auto", "kvm"])
 @pytest.mark.parametrize(
     ("number", "message"), [(errno.ENOENT, "does not exist.*modprobe"), (errno.EACCES, "no permission.*usermod")]
 )
-async def test_a_host_without_kvm_is_told_what_to_do(monkeypatch, nothing_left, backend, number, message):
+async def test_a_host_without_kvm_is_told_what_to_do(monkeypatch, nothing_left, backend, number, message, emulated):
     real = os.open
 
     def refuse(path: object, *args: object, **more: object) -> int:
@@ -598,9 +601,16 @@ async def test_a_host_without_kvm_is_told_what_to_do(monkeypatch, nothing_left, 
         return real(path, *args, **more)
 
     monkeypatch.setattr(os, "open", refuse)
-    with pytest.raises(orc.BackendUnavailable, match=message):
+    if not emulated:
+        monkeypatch.setattr(library, "version", lambda: None)
+    if backend == "auto" and emulated and emulated_problem() is None:
+        async with orc.open_fleet(backend=backend) as fleet:
+            assert re.search(f"^emulated, since KVM is not available .*{message}", fleet.backend.why)
+        return
+    with pytest.raises(orc.BackendUnavailable, match=message) as caught:
         async with orc.open_fleet(backend=backend):
             pytest.fail("opened")
+    assert (r"pip install 'orchestra[emulated]'" in str(caught.value)) == (backend == "auto")
 
 
 @pytest.mark.kvm
@@ -683,8 +693,8 @@ async def test_whatever_fails_in_a_launch_rolls_it_back(nothing_left, monkeypatc
 @pytest.mark.kvm
 async def test_more_vcpus_than_the_host_allows_is_an_error_that_says_how_many(nothing_left, monkeypatch):
     stage = Stage("kvm")
-    monkeypatch.setattr(machine.KvmBackend, "max_vcpus", lambda self: 3)
     async with stage.open() as fleet:
+        monkeypatch.setattr(fleet.backend, "_max_vcpus", 3)
         with pytest.raises(orc.SpecError, match=r"vcpus=4.*at most 3"):
             await fleet.launch(stage.spec("halt", vcpus=4))
 

@@ -29,7 +29,7 @@ U64 = (1 << 64) - 1
 # For each reason: the type, what the record's arguments and data are, and the fields that come of it.
 REASONS: dict[str, tuple[type[exits.Exit], tuple[int, ...], bytes, dict[str, object]]] = {
     "unknown": (exits.UnknownExit, (7,), b"", {"hardware_exit_reason": 7}),
-    "exception": (exits.ExceptionExit, (13, 8), b"", {"exception": 13, "error_code": 8}),
+    "exception": (exits.ExceptionExit, (13, 8, 9), b"", {"exception": 13, "error_code": 8, "address": 9}),
     "io": (
         exits.Io,
         (0x3F8, 2, 3, 1),

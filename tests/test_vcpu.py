@@ -276,6 +276,7 @@ async def test_an_access_that_reaches_beyond_a_claim_finds_nobody():
 # ---- several vCPUs
 
 
+@pytest.mark.smp
 async def test_it_halts_when_the_last_vcpu_has(stage: Stage):
     async with stage.open() as fleet:
         vm = await fleet.launch(stage.spec("halt", vcpus=3))
@@ -283,6 +284,7 @@ async def test_it_halts_when_the_last_vcpu_has(stage: Stage):
         assert [vcpu.exits for vcpu in vm.statistics().vcpus] == [{"hlt": 1}] * 3
 
 
+@pytest.mark.smp
 async def test_a_vcpu_that_halted_leaves_the_others_running(stage: Stage):
     async with stage.open() as fleet:
         async with fleet.exits(orc.Hlt) as exits:

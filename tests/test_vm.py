@@ -68,7 +68,7 @@ async def test_pause_and_resume_and_stop_are_idempotent(stage: Stage, soon):
 
 async def test_stop_ends_a_paused_vm(stage: Stage, soon):
     async with stage.open() as fleet:
-        vm = await fleet.launch(stage.spec("spin", vcpus=2), paused=True)
+        vm = await fleet.launch(stage.spec("spin", vcpus=stage.vcpus), paused=True)
         assert await vm.stop("enough") == orc.Stopped("enough")
 
 
@@ -91,7 +91,7 @@ async def test_pausing_and_resuming_what_has_ended_is_an_error_that_says_so(stag
 
 async def test_many_tasks_may_pause_resume_and_stop_at_once(stage: Stage, soon):
     async with stage.open() as fleet:
-        vm = await fleet.launch(stage.spec("spin", vcpus=2))
+        vm = await fleet.launch(stage.spec("spin", vcpus=stage.vcpus))
 
         async def steer(verb: Callable) -> None:
             for _ in range(30):
@@ -238,9 +238,10 @@ async def test_registers_are_the_guests(nothing_left, soon):
         assert vm.registers() == registers
 
 
+@pytest.mark.smp
 async def test_inspect_reads_a_running_vcpu_and_leaves_it_running(stage: Stage, soon):
     async with stage.open() as fleet:
-        vm = await fleet.launch(stage.spec("spin", vcpus=2))
+        vm = await fleet.launch(stage.spec("spin", vcpus=stage.vcpus))
         for vcpu in (0, 1, 0):
             assert (await vm.inspect(vcpu)).rip in range(0x1000, 0x1010)
         assert vm.state == "running"
@@ -300,9 +301,10 @@ async def test_inspecting_while_the_fleet_closes_ends(stage: Stage, soon):
     assert len(ended) == 1
 
 
+@pytest.mark.smp
 async def test_a_vcpu_that_does_not_exist_is_named(stage: Stage, soon):
     async with stage.open() as fleet:
-        vm = await fleet.launch(stage.spec("spin", vcpus=2), paused=True)
+        vm = await fleet.launch(stage.spec("spin", vcpus=stage.vcpus), paused=True)
         for wrong in (2, -1, True, "0"):
             with pytest.raises(orc.SpecError, match="vCPUs 0 to 1"):
                 vm.registers(wrong)
@@ -349,7 +351,7 @@ async def test_ports_are_answered_by_a_task_at_every_size(stage: Stage, soon):
                 seen.append((request.address, request.size, request.write, request.data))
                 request.answer(None if request.write else b"\xaa\xbb\xcc\xdd"[: request.size])
         assert await vm.wait() == orc.Halted()
-        if stage.backend == "kvm":
+        if stage.executes:
             assert vm.read_memory(0x8000, 12) == bytes.fromhex("aa000000 aabb0000 aabbccdd")
     assert seen == [
         (0x500, 1, False, b""),
@@ -447,7 +449,7 @@ async def test_pause_holds_while_a_request_is_unanswered(stage: Stage, soon):
             assert vm.outcome is None
             await vm.resume()
             assert await vm.wait() == orc.Halted()
-        if stage.backend == "kvm":
+        if stage.executes:
             assert word(vm, 0x8000) == 0x04030201
 
 
@@ -463,6 +465,7 @@ async def test_stop_ends_while_a_request_is_unanswered(stage: Stage, soon):
                 await requests.__anext__()
 
 
+@pytest.mark.smp
 async def test_two_vcpus_may_ask_at_once_and_be_answered_in_any_order(stage: Stage, soon):
     async with stage.open() as fleet:
         vm = await fleet.launch(stage.spec("ask_twice", vcpus=2), paused=True)
@@ -473,7 +476,7 @@ async def test_two_vcpus_may_ask_at_once_and_be_answered_in_any_order(stage: Sta
             held[1].answer(b"one.")
             held[0].answer(b"zero")
             assert await vm.wait() == orc.Halted()
-        if stage.backend == "kvm":
+        if stage.executes:
             assert vm.read_memory(0x8000, 8) == b"zeroone."
 
 
@@ -485,7 +488,7 @@ async def test_an_access_left_outstanding_goes_back_to_the_bus_and_reads_ones(st
             await vm.resume()
             await requests.__anext__()
         assert await vm.wait() == orc.Halted()
-        if stage.backend == "kvm":
+        if stage.executes:
             assert vm.read_memory(0x8000, 4) == b"\xff" * 4
 
 

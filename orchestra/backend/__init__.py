@@ -84,8 +84,8 @@ class Engine(Protocol):
     def last_exit(self) -> Fields:
         """The record of the exit that `run` returned with, for `records.decode`."""
 
-    def error(self) -> int:
-        """errno after `Why.ERROR`."""
+    def error(self) -> str:
+        """What failed, after `Why.ERROR`: a sentence for `Failed.reason`."""
 
     def registers(self) -> Any:
         """General registers, with an attribute for each. While it does not run; any thread."""
@@ -131,6 +131,13 @@ class Backend(Protocol):
     def now(self) -> int:
         """Nanoseconds on the clock that exits are stamped with."""
 
+    def check(self, spec: VmSpec) -> None:
+        """Before anything is made.
+
+        Raises:
+            SpecError: it asks for what this backend, or this host, can't do; the message says what can.
+        """
+
     def create(
         self,
         spec: VmSpec,
@@ -145,13 +152,11 @@ class Backend(Protocol):
     def limits_changed(self) -> None:
         """Limits changed: engines that wait by themselves look again. (Threads are woken by the core.)"""
 
-    def max_vcpus(self) -> int: ...
-
     def close(self) -> None: ...
 
 
 def choose(backend: str | Backend) -> Backend:
-    """The backend of that name, opened.
+    """The backend of that name, opened. "auto" is KVM where /dev/kvm opens, else emulated.
 
     Raises:
         NoSuchBackend: no backend has that name.
@@ -159,16 +164,33 @@ def choose(backend: str | Backend) -> Backend:
     """
     if not isinstance(backend, str):
         return backend
-    if backend in ("auto", "kvm"):
+    if backend == "kvm":
         from .kvm.machine import KvmBackend
 
-        return KvmBackend.open(picked=backend == "auto")
+        return KvmBackend.open()
     if backend == "emulated":
-        raise BackendUnavailable(
-            "backend='emulated' is not part of this version; use backend='kvm', or ScriptedBackend for tests"
-        )
+        from .emulated.machine import EmulatedBackend
+
+        return EmulatedBackend()
     if backend == "scripted":
         from .scripted import ScriptedBackend
 
         return ScriptedBackend()
-    raise NoSuchBackend(f"backend={backend!r}: must be 'auto', 'kvm', 'scripted' or a Backend object")
+    if backend == "auto":
+        return _best()
+    raise NoSuchBackend(f"backend={backend!r}: must be 'auto', 'kvm', 'emulated', 'scripted' or a Backend object")
+
+
+def _best() -> Backend:
+    from .kvm.machine import KvmBackend
+
+    try:
+        return KvmBackend.open(picked=True)
+    except BackendUnavailable as error:
+        no_kvm = error
+    from .emulated.machine import EmulatedBackend
+
+    try:
+        return EmulatedBackend(why=f"emulated, since KVM is not available ({no_kvm})")
+    except BackendUnavailable as error:
+        raise BackendUnavailable(f"backend='auto': {no_kvm}; and {error}") from None

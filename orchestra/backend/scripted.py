@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
@@ -24,6 +25,7 @@ from ..native.core import NEVER, REASON_NUMBERS, VcpuCore
 from ..native.records import BUS_LOCK, Fields, build, unpack
 from ..spec import VmSpec
 from . import Detection, EntryState, Why
+from .registers import Registers
 
 __all__ = [
     "ScriptedBackend",
@@ -131,30 +133,6 @@ def failed_run(errno: int, after: float = 0.0, flags: int = 0, reason: str | int
     return ScriptedExit(reason, after, flags, errno=errno)
 
 
-@attrs.define
-class ScriptedRegisters:
-    """General registers of a scripted vCPU: where it was entered, and nothing that a script would change."""
-
-    rax: int = 0
-    rbx: int = 0
-    rcx: int = 0
-    rdx: int = 0
-    rsi: int = 0
-    rdi: int = 0
-    rsp: int = 0
-    rbp: int = 0
-    r8: int = 0
-    r9: int = 0
-    r10: int = 0
-    r11: int = 0
-    r12: int = 0
-    r13: int = 0
-    r14: int = 0
-    r15: int = 0
-    rip: int = 0
-    rflags: int = 2
-
-
 class ScriptedEngine:
     """One vCPU that plays a script. At the script's end it halts.
 
@@ -180,7 +158,7 @@ class ScriptedEngine:
         self._record: Any = build("hlt")
         self._errno = 0
         self._read: tuple[int, int] | None = None
-        self._registers = ScriptedRegisters(rip=state.rip, rsp=state.rsp, rdi=state.rdi)
+        self._registers = Registers(rip=state.rip, rsp=state.rsp, rdi=state.rdi)
 
     async def run(self) -> Why:
         await trio.lowlevel.checkpoint()
@@ -277,11 +255,12 @@ class ScriptedEngine:
     def last_exit(self) -> Fields:
         return unpack(self._record)
 
-    def error(self) -> int:
-        return self._errno
+    def error(self) -> str:
+        return f"KVM_RUN failed: {errno.errorcode.get(self._errno, self._errno)} ({os.strerror(self._errno)})"
 
-    def registers(self) -> ScriptedRegisters:
-        return attrs.evolve(self._registers)
+    def registers(self) -> Registers:
+        """Where it was entered: a script changes no register."""
+        return self._registers
 
     def special_registers(self) -> Any:
         raise NotImplementedError("a script has no special registers")
@@ -335,6 +314,10 @@ class ScriptedBackend:
     def now(self) -> int:
         return round(trio.current_time() * 1e9) + 1  # never 0, which the core reads as "not waiting"
 
+    def check(self, spec: VmSpec) -> None:
+        if spec.irqchip:
+            raise SpecError(f"vm {spec.name!r}: irqchip=True needs backend='kvm'; a script takes no interrupts")
+
     def create(
         self,
         spec: VmSpec,
@@ -344,8 +327,6 @@ class ScriptedBackend:
         *,
         bus_locks: bool,
     ) -> ScriptedMachine:
-        if spec.irqchip:
-            raise SpecError(f"vm {spec.name!r}: irqchip=True needs backend='kvm'; a script takes no interrupts")
         scripts = self._scripts
         engines = [
             ScriptedEngine(
@@ -360,9 +341,6 @@ class ScriptedBackend:
         for machine in self.machines.values():
             for engine in machine.engines:
                 engine.kick()
-
-    def max_vcpus(self) -> int:
-        return 4096
 
     def close(self) -> None:
         self.machines.clear()

@@ -7,7 +7,7 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).parent
-SOURCES = ["bucket.c", "ring.c", "vcpu.c", "signal.c", "kvm.c", "build.c", "names.c"]
+SOURCES = ["bucket.c", "ring.c", "vcpu.c", "signal.c", "kvm.c", "build.c", "names.c", "decode.c", "unicorn.c", "emulate.c"]
 
 ffibuilder = FFI()
 ffibuilder.cdef((HERE / "cdef.h").read_text())
@@ -15,8 +15,9 @@ ffibuilder.set_source(
     "orchestra.native._core",
     '#include "orc.h"',
     sources=[f"orchestra/native/{name}" for name in SOURCES],
-    depends=[f"orchestra/native/{name}" for name in ("orc.h", "core.h", "cdef.h")],
+    depends=[f"orchestra/native/{name}" for name in ("orc.h", "core.h", "decode.h", "emulate.h", "cdef.h")],
     include_dirs=["orchestra/native"],
+    libraries=["dl"],  # dlopen was not part of libc before glibc 2.34
     extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", "-fvisibility=hidden"],
     define_macros=[("Py_LIMITED_API", "0x030B0000"), ("_GNU_SOURCE", None)],
     py_limited_api=True,

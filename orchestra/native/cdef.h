@@ -257,3 +257,35 @@ struct orc_plan {
 };
 int orc_kvm_build(struct orc_plan *);
 void orc_cpuid_set_apic_id(struct kvm_cpuid2 *, uint32_t id);
+
+/* ---- unicorn.c, emulate.c ---- */
+
+struct orc_unicorn_numbers {
+	int UC_ARCH_X86, UC_MODE_16, UC_MODE_64, UC_PROT_READ, UC_PROT_WRITE, UC_PROT_EXEC;
+	int UC_MEM_WRITE_UNMAPPED, UC_MEM_WRITE_PROT, UC_MEM_READ_UNMAPPED, UC_MEM_FETCH_PROT;
+	int UC_HOOK_BLOCK, UC_HOOK_CODE, UC_HOOK_INTR, UC_HOOK_EDGE_GENERATED;
+	int UC_HOOK_MEM_READ_UNMAPPED, UC_HOOK_MEM_WRITE_UNMAPPED, UC_HOOK_MEM_FETCH_UNMAPPED, UC_HOOK_MEM_WRITE_PROT,
+		UC_HOOK_MEM_FETCH_PROT;
+	int UC_ERR_OK, UC_ERR_READ_UNMAPPED, UC_ERR_WRITE_UNMAPPED, UC_ERR_FETCH_UNMAPPED, UC_ERR_WRITE_PROT,
+		UC_ERR_FETCH_PROT, UC_ERR_INSN_INVALID;
+	int UC_CTL_IO_WRITE, UC_CTL_UC_USE_EXITS, UC_CTL_TB_REMOVE_CACHE, UC_CTL_TB_FLUSH, UC_CTL_TCG_BUFFER_SIZE;
+	int UC_X86_REG_RAX, UC_X86_REG_RCX, UC_X86_REG_RDX, UC_X86_REG_RBX, UC_X86_REG_RSP, UC_X86_REG_RBP,
+		UC_X86_REG_RSI, UC_X86_REG_RDI, UC_X86_REG_R8, UC_X86_REG_R9, UC_X86_REG_R10, UC_X86_REG_R11,
+		UC_X86_REG_R12, UC_X86_REG_R13, UC_X86_REG_R14, UC_X86_REG_R15, UC_X86_REG_RIP, UC_X86_REG_EFLAGS;
+	int UC_X86_REG_CR0, UC_X86_REG_CR2, UC_X86_REG_CR3, UC_X86_REG_CR4, UC_X86_REG_CR8, UC_X86_REG_DR6,
+		UC_X86_REG_DR7, UC_X86_REG_FS_BASE, UC_X86_REG_GS_BASE, UC_X86_REG_GDTR, UC_X86_REG_IDTR, UC_X86_REG_LDTR,
+		UC_X86_REG_TR, UC_X86_REG_MSR, UC_X86_REG_FPCW, UC_X86_REG_MXCSR;
+};
+typedef struct orc_unicorn orc_unicorn;
+typedef struct orc_emulator orc_emulator;
+orc_unicorn *orc_unicorn_load(const char *path, const struct orc_unicorn_numbers *, const uint8_t *enter, size_t enter_size, char *problem, size_t room);
+void orc_unicorn_free(orc_unicorn *);
+orc_emulator *orc_emulator_new(const orc_unicorn *, const struct kvm_userspace_memory_region *, size_t regions, const struct orc_entry *, const char **failed);
+void orc_emulator_free(orc_emulator *);
+void orc_vcpu_bind_emulator(orc_vcpu *, orc_emulator *, orc_ports *, bool trap_like, bool bus_locks);
+enum orc_why orc_emulator_run(orc_vcpu *);
+const char *orc_emulator_failed(const orc_emulator *);
+void orc_emulator_registers(orc_emulator *, struct kvm_regs *);
+void orc_emulator_special_registers(orc_emulator *, struct kvm_sregs *);
+void orc_emulator_debug(orc_emulator *, const struct kvm_guest_debug *);
+void orc_emulator_written(orc_emulator *, uint64_t address, uint64_t size);

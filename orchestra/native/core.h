@@ -56,6 +56,7 @@ struct orc_vcpu {
 	bool sync_regs;
 	struct kvm_run *run;
 	orc_ports *ports;
+	orc_emulator *emulator;
 	struct orc_access access;
 	struct orc_record record;
 
@@ -85,6 +86,9 @@ static inline bool orc_tells(const orc_vcpu *v, unsigned reason, unsigned flags)
 	return told & (1ull << (reason < ORC_REASONS - 1 ? reason : ORC_REASONS - 2));
 }
 
+bool orc_is_claimed(orc_ports *, unsigned port);
+/* `data` into a record, as much of it as there is room. */
+void orc_take_data(struct orc_record *, const void *data, size_t size);
 void orc_ring_put(orc_vcpu *, const struct orc_record *);
 void orc_push(struct orc_stack *, struct orc_link *);
 void orc_forget(orc_fleet *, orc_vcpu *); /* owner: takes it off every list of the fleet */

@@ -33,7 +33,7 @@ void orc_ports_claim(orc_ports *p, uint32_t first, uint32_t count, bool claimed)
 	}
 }
 
-static bool is_claimed(orc_ports *p, unsigned port)
+bool orc_is_claimed(orc_ports *p, unsigned port)
 {
 	return atomic_load_explicit(&p->claimed[port >> 3], memory_order_relaxed) & (1u << (port & 7));
 }
@@ -66,7 +66,7 @@ void orc_vcpu_bind_kvm(orc_vcpu *v, int fd, struct kvm_run *run, orc_ports *port
 	v->sync_regs = sync_regs;
 }
 
-static void take_data(struct orc_record *r, const void *data, size_t size)
+void orc_take_data(struct orc_record *r, const void *data, size_t size)
 {
 	r->data_size = (uint8_t)(size < sizeof r->data ? size : sizeof r->data);
 	memcpy(r->data, data, r->data_size);
@@ -99,14 +99,14 @@ static void describe(struct orc_record *r, const struct kvm_run *run)
 		r->arg[2] = run->io.count;
 		r->arg[3] = run->io.direction == KVM_EXIT_IO_OUT;
 		if (r->arg[3])
-			take_data(r, (const char *)run + run->io.data_offset, (size_t)run->io.size * run->io.count);
+			orc_take_data(r, (const char *)run + run->io.data_offset, (size_t)run->io.size * run->io.count);
 		break;
 	case KVM_EXIT_MMIO:
 		r->arg[0] = run->mmio.phys_addr;
 		r->arg[1] = run->mmio.len;
 		r->arg[2] = run->mmio.is_write;
 		if (run->mmio.is_write)
-			take_data(r, run->mmio.data, run->mmio.len <= 8 ? run->mmio.len : 8);
+			orc_take_data(r, run->mmio.data, run->mmio.len <= 8 ? run->mmio.len : 8);
 		break;
 	case KVM_EXIT_HYPERCALL:
 		r->arg[0] = run->hypercall.nr;
@@ -134,7 +134,7 @@ static void describe(struct orc_record *r, const struct kvm_run *run)
 		r->arg[0] = run->internal.suberror;
 		if (run->internal.suberror == KVM_INTERNAL_ERROR_EMULATION && run->internal.ndata >= 3 &&
 		    run->emulation_failure.flags & KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES)
-			take_data(r, run->emulation_failure.insn_bytes,
+			orc_take_data(r, run->emulation_failure.insn_bytes,
 				  run->emulation_failure.insn_size <= 15 ? run->emulation_failure.insn_size : 15);
 		break;
 	case KVM_EXIT_SYSTEM_EVENT:
@@ -192,7 +192,7 @@ static enum orc_why port_io(orc_vcpu *v)
 	struct kvm_run *run = v->run;
 	uint8_t *data = (uint8_t *)run + run->io.data_offset;
 
-	if (!is_claimed(v->ports, run->io.port)) {
+	if (!orc_is_claimed(v->ports, run->io.port)) {
 		orc_count(&v->unclaimed, 1);
 		/* Nobody drives the bus: it reads as ones. */
 		if (run->io.direction == KVM_EXIT_IO_IN)

@@ -43,7 +43,7 @@ Decoder: TypeAlias = Callable[[Any, tuple[int, int, int, int, int], bytes], exit
 _make: Any = exits  # mypy takes whatever follows a starred argument for too many
 _DECODERS: Final[dict[str, Decoder]] = {
     "unknown": lambda c, a, d: _make.UnknownExit(*c, a[0]),
-    "exception": lambda c, a, d: _make.ExceptionExit(*c, a[0], a[1]),
+    "exception": lambda c, a, d: _make.ExceptionExit(*c, a[0], a[1], a[2]),
     "io": lambda c, a, d: _make.Io(*c, a[0], a[1], a[2], a[3] == 1, d),
     "hypercall": lambda c, a, d: _make.Hypercall(*c, a[0], a[1:4]),
     "debug": lambda c, a, d: _make.Debug(*c, a[0], a[1], a[2], a[3]),

@@ -9,7 +9,7 @@ import attrs
 
 from ...errors import SpecError
 from ...native import ffi, lib
-from .registers import new_struct
+from ..registers import new_struct
 
 __all__ = ["Cpuid", "CpuidEntry"]
 

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Sequence
 from typing import Any, Final
 
-from ...errors import BusLockUnsupported
+from ...errors import BusLockUnsupported, SpecError
 from ...memory import GuestMemory
 from ...native import ffi, lib
 from ...native.core import VcpuCore, install_signal, monotonic_ns
-from ...native.records import Fields, unpack
 from ...spec import VmSpec
 from .. import Detection, EntryState
+from ..plan import entry_fields, memory_slots
+from ..registers import Registers, SpecialRegisters
+from ..threaded import ThreadedEngine
 from .cpuid import Cpuid
 from .ioctl import failure
-from .registers import Registers, SpecialRegisters
 from .system import Kvm
 from .vcpu import KvmVcpu
-from .vm import KvmVm, slot_flags
+from .vm import KvmVm
 
 __all__ = ["KvmBackend", "KvmEngine", "KvmMachine"]
 
@@ -27,42 +29,20 @@ TSS_ADDRESS: Final = 0xFFFB_D000
 IDENTITY_MAP_ADDRESS: Final = 0xFFFB_C000
 
 
-class KvmEngine:
+class KvmEngine(ThreadedEngine):
     """One vCPU on KVM."""
 
-    threaded = True
-
     def __init__(self, core: VcpuCore, vcpu: KvmVcpu, ports: Any, sync_regs: bool) -> None:
-        self.core = core
+        super().__init__(core)
         self.vcpu = vcpu
-        self.access = lib.orc_vcpu_access(core.handle)
-        self._handle = core.handle
         lib.orc_vcpu_bind_kvm(core.handle, vcpu.fd, vcpu.run, ports, sync_regs)
 
     def run(self) -> int:
         return lib.orc_kvm_run(self._handle)  # type: ignore[no-any-return]  # a Why, without the cost of making one
 
-    def sleep(self, seen: int) -> None:
-        lib.orc_vcpu_sleep(self._handle, seen)
-
-    def attach(self) -> None:
-        lib.orc_vcpu_attach(self._handle)
-
-    def detach(self) -> None:
-        lib.orc_vcpu_detach(self._handle)
-
-    def kick(self) -> None:
-        """Nothing: the core kicks threads."""
-
-    def wake(self) -> None:
-        if self.core.handle != ffi.NULL:  # an answer may come after the VM has ended
-            self.core.wake()
-
-    def last_exit(self) -> Fields:
-        return unpack(lib.orc_vcpu_record(self._handle))
-
-    def error(self) -> int:
-        return int(lib.orc_vcpu_errno(self._handle))
+    def error(self) -> str:
+        number = int(lib.orc_vcpu_errno(self._handle))
+        return f"KVM_RUN failed: {errno.errorcode.get(number, number)} ({os.strerror(number)})"
 
     def registers(self) -> Registers:
         return self.vcpu.registers()
@@ -90,12 +70,8 @@ class KvmMachine:
     ) -> None:
         """Make all of it in one call into the core. Raises what `failure` makes of the step that failed."""
         plan = ffi.new("struct orc_plan *")
-        slots = ffi.new("struct kvm_userspace_memory_region[]", len(self.memory.regions))
-        for number, (slot, region) in enumerate(zip(slots, self.memory.regions, strict=True)):
-            slot.slot, slot.flags = number, slot_flags(region.readonly, region.log_dirty)
-            slot.guest_phys_addr, slot.memory_size = region.span.start, len(region.span)
-            slot.userspace_addr = region.host
-        entries = ffi.new("struct orc_entry[]", [_entry(state) for state in states])
+        slots = memory_slots(self.memory)
+        entries = ffi.new("struct orc_entry[]", [entry_fields(state) for state in states])
         fds, runs = ffi.new("int[]", len(cores)), ffi.new("struct kvm_run *[]", len(cores))
         plan.kvm, plan.bus_locks, plan.irqchip = kvm.fd, how["bus_locks"], spec.irqchip
         plan.identity_map, plan.tss, plan.run_size = IDENTITY_MAP_ADDRESS, TSS_ADDRESS, kvm.vcpu_mmap_size
@@ -127,24 +103,6 @@ class KvmMachine:
             self.vm.close()
         lib.orc_ports_free(self._ports)
         self._ports = ffi.NULL
-
-
-def _entry(state: EntryState) -> dict[str, int]:
-    base, limit = state.gdt or (0, 0)
-    return {
-        "mode": state.mode,
-        "rip": state.rip,
-        "rsp": state.rsp,
-        "rdi": state.rdi,
-        "cr0": state.cr0,
-        "cr3": state.cr3,
-        "cr4": state.cr4,
-        "efer": state.efer,
-        "gdt_base": base,
-        "gdt_limit": limit,
-        "code_selector": state.code_selector,
-        "data_selector": state.data_selector,
-    }
 
 
 class KvmBackend:
@@ -210,8 +168,17 @@ class KvmBackend:
     def limits_changed(self) -> None:
         """Nothing: the core wakes threads."""
 
-    def max_vcpus(self) -> int:
-        return self._max_vcpus
+    def check(self, spec: VmSpec) -> None:
+        if spec.vcpus > self._max_vcpus:
+            raise SpecError(
+                f"vm {spec.name!r}: vcpus={spec.vcpus}: this host's KVM allows at most {self._max_vcpus} in a VM"
+            )
+        wanted, given = spec.bus_lock_detection, self.bus_lock_detection()
+        if wanted is not None and given is not None and wanted != given:
+            raise SpecError(
+                f"vm {spec.name!r}: bus_lock_detection={wanted!r}: this host's CPU reports them {given}; leave it out, "
+                "or choose with backend='emulated'"
+            )
 
     def close(self) -> None:
         self.kvm.close()

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import KvmError, SpecError, StateError
 from ...native import ffi, lib
+from ..registers import DebugRegisters, MpState, Registers, SpecialRegisters, new_struct
 from .cpuid import Cpuid, CpuidEntry
 from .ioctl import call, failure
-from .registers import DebugRegisters, MpState, Registers, SpecialRegisters, new_struct
 from .statistics import Statistic, StatisticsReader
 
 if TYPE_CHECKING:

@@ -8,21 +8,17 @@ from typing import Any
 from ...errors import BusLockUnsupported, SpecError, StateError
 from ...memory import GuestMemory
 from ...native import ffi, lib
+from ..plan import slot_flags
+from ..registers import new_struct
 from .ioctl import call
-from .registers import new_struct
 from .statistics import Statistic, StatisticsReader
 from .vcpu import KvmVcpu, map_run
 
-__all__ = ["KvmVm", "slot_flags"]
+__all__ = ["KvmVm"]
 
 _REGION = ffi.typeof("struct kvm_userspace_memory_region *")
 _BUS_LOCK = lib.KVM_CAP_X86_BUS_LOCK_EXIT
 _OFF, _EXIT = lib.KVM_BUS_LOCK_DETECTION_OFF, lib.KVM_BUS_LOCK_DETECTION_EXIT
-
-
-def slot_flags(readonly: bool, log_dirty: bool) -> int:
-    """The flags of a memory slot."""
-    return int((lib.KVM_MEM_READONLY if readonly else 0) | (lib.KVM_MEM_LOG_DIRTY_PAGES if log_dirty else 0))
 
 
 class KvmVm:

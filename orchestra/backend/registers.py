@@ -12,8 +12,8 @@ from typing import Any
 
 import attrs
 
-from ...errors import SpecError
-from ...native import ffi, lib
+from ..errors import SpecError
+from ..native import ffi, lib
 
 __all__ = ["DebugRegisters", "DescriptorTable", "MpState", "Registers", "Segment", "SpecialRegisters"]
 

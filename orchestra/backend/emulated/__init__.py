@@ -1,0 +1,1 @@
+"""The emulated backend: guest code executed by unicorn, with no need of KVM."""

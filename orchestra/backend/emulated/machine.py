@@ -1,0 +1,152 @@
+"""The emulated backend: machines of one vCPU, executed by unicorn on a thread each, outside the interpreter lock."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ...errors import BackendUnavailable, SpecError
+from ...memory import GuestMemory
+from ...native import ffi, lib
+from ...native.core import VcpuCore, monotonic_ns
+from ...spec import VmSpec
+from .. import Detection, EntryState
+from ..plan import entry_fields, memory_slots
+from ..registers import Registers, SpecialRegisters
+from ..threaded import ThreadedEngine
+from . import library
+
+__all__ = ["EmulatedBackend", "EmulatedEngine", "EmulatedMachine"]
+
+
+class EmulatedEngine(ThreadedEngine):
+    """One vCPU on unicorn."""
+
+    def __init__(self, core: VcpuCore, emulator: Any, ports: Any, detection: Detection, bus_locks: bool) -> None:
+        super().__init__(core)
+        self._emulator = emulator
+        lib.orc_vcpu_bind_emulator(core.handle, emulator, ports, detection == "trap-like", bus_locks)
+
+    def run(self) -> int:
+        return lib.orc_emulator_run(self._handle)  # type: ignore[no-any-return]  # a Why, without the cost of making one
+
+    def error(self) -> str:
+        return f"unicorn failed: {ffi.string(lib.orc_emulator_failed(self._emulator)).decode()}"
+
+    def registers(self) -> Registers:
+        struct = ffi.new("struct kvm_regs *")
+        lib.orc_emulator_registers(self._emulator, struct)
+        return Registers.from_struct(struct)
+
+    def special_registers(self) -> SpecialRegisters:
+        struct = ffi.new("struct kvm_sregs *")
+        lib.orc_emulator_special_registers(self._emulator, struct)
+        return SpecialRegisters.from_struct(struct)
+
+    def guest_debug(self, control: int, debugreg: Sequence[int] = ()) -> None:
+        """Debug the guest from outside, as `KvmVcpu.guest_debug`: its traps then come as KVM_EXIT_DEBUG.
+
+        While it does not run. Of the hardware breakpoints only those on execution are known.
+        """
+        debug = ffi.new("struct kvm_guest_debug *", {"control": control, "arch": {"debugreg": tuple(debugreg)}})
+        lib.orc_emulator_debug(self._emulator, debug)
+
+    def close(self) -> None:
+        lib.orc_emulator_free(self._emulator)
+        self._emulator = ffi.NULL
+
+
+class EmulatedMachine:
+    """One VM on unicorn."""
+
+    def __init__(
+        self, unicorn: Any, memory: GuestMemory, core: VcpuCore, state: EntryState, how: tuple[Detection, bool]
+    ) -> None:
+        self.memory = memory
+        self._unicorn = unicorn  # it must outlive its CPUs
+        self.engines: list[EmulatedEngine] = []
+        self._ports = lib.orc_ports_new()
+        if self._ports == ffi.NULL:
+            raise MemoryError("orc_ports_new")
+        slots, entry = memory_slots(memory), ffi.new("struct orc_entry *", entry_fields(state))
+        failed = ffi.new("char const **")
+        self._emulator = lib.orc_emulator_new(unicorn, slots, len(slots), entry, failed)
+        if self._emulator == ffi.NULL:
+            lib.orc_ports_free(self._ports)
+            raise BackendUnavailable(
+                f"unicorn can't make a CPU: {ffi.string(failed[0]).decode()}; each takes 3 MiB and up: launch fewer"
+            )
+        self.engines.append(EmulatedEngine(core, self._emulator, self._ports, *how))
+        memory.on_write = self._written
+
+    def _written(self, address: int, size: int) -> None:
+        lib.orc_emulator_written(self._emulator, address, size)
+
+    def claim_ports(self, ports: range, claimed: bool) -> None:
+        lib.orc_ports_claim(self._ports, ports.start, len(ports), claimed)
+
+    def irq_line(self, gsi: int, level: bool) -> None:
+        """Nothing: there is no interrupt controller, which `EmulatedBackend.check` says."""
+
+    def close(self) -> None:
+        self.memory.on_write = None
+        for engine in self.engines:
+            engine.close()
+        lib.orc_ports_free(self._ports)
+        self._ports = ffi.NULL
+
+
+class EmulatedBackend:
+    """Guest code executed by unicorn: 16, 32 and 64-bit code of one vCPU, every split lock seen, no KVM needed.
+
+    Parameters:
+        detection: where bus locks are reported for VMs whose spec does not say (`VmSpec.bus_lock_detection`).
+
+    Raises:
+        BackendUnavailable: unicorn is missing or can't be loaded; the message says which command helps.
+    """
+
+    name = "emulated"
+    blocking = True
+
+    def __init__(self, *, detection: Detection = "fault-like", why: str = "emulated, as asked for") -> None:
+        if detection not in ("fault-like", "trap-like"):
+            raise SpecError(f'detection={detection!r}: must be "fault-like" (as on AMD) or "trap-like" (as on Intel)')
+        self._unicorn = library.load()
+        self.why = why
+        self._detection = detection
+
+    def bus_lock_detection(self) -> Detection | None:
+        return self._detection
+
+    def now(self) -> int:
+        return monotonic_ns()
+
+    def check(self, spec: VmSpec) -> None:
+        if spec.vcpus > 1:
+            raise SpecError(
+                f"vm {spec.name!r}: vcpus={spec.vcpus}: the emulated backend gives a VM one vCPU, as several would not "
+                "see each other's atomic operations; backend='kvm' can"
+            )
+        if spec.irqchip:
+            raise SpecError(
+                f"vm {spec.name!r}: irqchip=True: the emulated backend delivers no interrupts; backend='kvm' can"
+            )
+
+    def create(
+        self,
+        spec: VmSpec,
+        cores: Sequence[VcpuCore],
+        memory: GuestMemory,
+        states: Sequence[EntryState],
+        *,
+        bus_locks: bool,
+    ) -> EmulatedMachine:
+        how = (spec.bus_lock_detection or self._detection, bus_locks)
+        return EmulatedMachine(self._unicorn, memory, cores[0], states[0], how)
+
+    def limits_changed(self) -> None:
+        """Nothing: the core wakes threads."""
+
+    def close(self) -> None:
+        """Nothing is held: the library stays for the next fleet."""

@@ -1,0 +1,41 @@
+"""What the engines that block on a thread of their own have in common: the core does it all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..native import ffi, lib
+from ..native.core import VcpuCore
+from ..native.records import Fields, unpack
+
+__all__ = ["ThreadedEngine"]
+
+
+class ThreadedEngine:
+    """An engine whose `run` is one call into the C core, which gives up the interpreter lock."""
+
+    threaded = True
+
+    def __init__(self, core: VcpuCore) -> None:
+        self.core = core
+        self.access: Any = lib.orc_vcpu_access(core.handle)
+        self._handle = core.handle
+
+    def sleep(self, seen: int) -> None:
+        lib.orc_vcpu_sleep(self._handle, seen)
+
+    def attach(self) -> None:
+        lib.orc_vcpu_attach(self._handle)
+
+    def detach(self) -> None:
+        lib.orc_vcpu_detach(self._handle)
+
+    def kick(self) -> None:
+        """Nothing: the core kicks threads."""
+
+    def wake(self) -> None:
+        if self.core.handle != ffi.NULL:  # an answer may come after the VM has ended
+            self.core.wake()
+
+    def last_exit(self) -> Fields:
+        return unpack(lib.orc_vcpu_record(self._handle))
