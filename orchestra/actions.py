@@ -14,11 +14,15 @@ from .spec import Limit, Meter, as_meter, optional_limit
 __all__ = [
     "Action",
     "Applied",
+    "CapCpu",
+    "Evict",
     "Failed",
     "Halted",
+    "Isolate",
     "Kill",
     "Outcome",
     "Pause",
+    "Rejoin",
     "Resume",
     "SetLimit",
     "Shutdown",
@@ -27,6 +31,7 @@ __all__ = [
     "Stopped",
     "Throttle",
     "Unthrottle",
+    "Warn",
 ]
 
 
@@ -55,6 +60,45 @@ class Stop(_OnVm):
 @attrs.frozen(kw_only=True)
 class Kill(_OnVm):
     """End a VM at once. Always allowed. (As `Stop` for flat guests, which have no orderly shutdown to be asked for.)"""
+
+
+@attrs.frozen(kw_only=True)
+class Warn(_OnVm):
+    """Say that a VM hurts others, and do nothing: it is journaled and logged."""
+
+
+@attrs.frozen(kw_only=True)
+class CapCpu(_OnVm):
+    """Let each vCPU of a VM run for at most this part of the time. It holds guest code back, whatever the guest does.
+
+    Parameters:
+        share: from 0.01 to 1; None: take one's own cap away. Each policy, and the callers of `Fleet.apply` together,
+            have one cap at each VM; the tightest counts.
+    """
+
+    share: float | None
+
+    def __attrs_post_init__(self) -> None:
+        share = self.share
+        if share is not None and (
+            isinstance(share, bool) or not isinstance(share, int | float) or not 0.01 <= share <= 1
+        ):
+            raise SpecError(f"share={share!r}: must be from 0.01 to 1, or None for no cap")
+
+
+@attrs.frozen(kw_only=True)
+class Isolate(_OnVm):
+    """Have a VM's vCPUs run on the quarantine CPUs only. Done at once if they do already."""
+
+
+@attrs.frozen(kw_only=True)
+class Rejoin(_OnVm):
+    """Let an isolated VM's vCPUs run wherever the others do."""
+
+
+@attrs.frozen(kw_only=True)
+class Evict(_OnVm):
+    """Have a VM leave this host: asks the fleet's ``on_evict``, which moves it or says why not."""
 
 
 @attrs.frozen(kw_only=True)
@@ -117,7 +161,9 @@ def _one_target(vm: str | None, tenant: str | None) -> None:
         raise SpecError(f"vm={vm!r}, tenant={tenant!r}: name one of them, or neither for the host")
 
 
-Action: TypeAlias = Pause | Resume | Stop | Kill | Throttle | Unthrottle | SetLimit
+Action: TypeAlias = (
+    Pause | Resume | Stop | Kill | Throttle | Unthrottle | SetLimit | Warn | CapCpu | Isolate | Rejoin | Evict
+)
 
 
 @attrs.frozen(kw_only=True)

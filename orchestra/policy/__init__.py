@@ -6,8 +6,8 @@ a clock. What it remembers between two ticks it keeps in itself.
 
 from __future__ import annotations
 
-from .facts import Facts, Policy, VmFacts
+from .facts import Facts, HostFacts, Policy, VmFacts
 from .share import WeightedShare
 from .static import StaticLimits
 
-__all__ = ["Facts", "Policy", "StaticLimits", "VmFacts", "WeightedShare"]
+__all__ = ["Facts", "HostFacts", "Policy", "StaticLimits", "VmFacts", "WeightedShare"]

@@ -10,7 +10,7 @@ import attrs
 from ..actions import Action
 from ..spec import Limit, Tenant
 
-__all__ = ["Facts", "Policy", "VmFacts"]
+__all__ = ["Facts", "HostFacts", "Policy", "VmFacts"]
 
 
 @attrs.frozen
@@ -22,6 +22,14 @@ class VmFacts:
         bus_locks, exits: how many since the last tick. `bus_locks` is None where the host reports none.
         throttled: seconds that its vCPUs waited for their turn since the last tick, summed over the vCPUs.
         launch: a number of its own for each launch: another VM of the same name has another.
+        cpu: seconds of CPU time that its vCPU threads used since the last tick, summed over them.
+        run_delay: seconds that they could have run and had no CPU: what the guest sees as stolen. Source:
+            ``/proc/PID/task/TID/schedstat``.
+        capped: seconds that a CPU cap held it.
+        work: how much the guest got done since the last tick, by its own account (`Vm.report_work`); the unit is the
+            guest's, so compare it with nothing but itself.
+
+    The last four are None where this host, or this guest, does not tell: never 0 for "unknown".
     """
 
     name: str
@@ -32,6 +40,32 @@ class VmFacts:
     exits: int
     throttled: float
     launch: int = 0
+    cpu: float | None = None
+    run_delay: float | None = None
+    capped: float | None = None
+    work: float | None = None
+
+
+@attrs.frozen
+class HostFacts:
+    """The host as one tick sees it. What it can't tell is None, and named in `absent` with the reason.
+
+    Attributes:
+        cpus: that this process may run on.
+        cpu_pressure, memory_pressure, io_pressure: part of the time since the last tick (0 to 1) in which some task
+            waited for it. Source: PSI, Documentation/accounting/psi.rst ("some").
+        lock_ns, memory_ns: median times that the host probe took since the last tick for a locked operation in a cache
+            line of its own, and for a read that misses the caches.
+        absent: why a signal is missing here, by its name.
+    """
+
+    cpus: int = 1
+    cpu_pressure: float | None = None
+    memory_pressure: float | None = None
+    io_pressure: float | None = None
+    lock_ns: float | None = None
+    memory_ns: float | None = None
+    absent: Mapping[str, str] = attrs.field(factory=dict, hash=False)
 
 
 @attrs.frozen
@@ -44,6 +78,7 @@ class Facts:
         limit, exit_limit: the host's.
         tenants: all of them, by name.
         vms: by name, those that did something since the last tick. A VM that is not here was idle or is gone.
+        host: signals of the host as a whole.
     """
 
     time: int
@@ -52,6 +87,7 @@ class Facts:
     exit_limit: Limit | None
     tenants: Mapping[str, Tenant]
     vms: Mapping[str, VmFacts]
+    host: HostFacts = HostFacts()
 
 
 @runtime_checkable
