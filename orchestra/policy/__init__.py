@@ -6,8 +6,37 @@ a clock. What it remembers between two ticks it keeps in itself.
 
 from __future__ import annotations
 
+from .adaptive import Adaptive
+from .bustime import CPU_MODELS, BusTime, CpuModel
+from .compose import Only, only
+from .credits import BurstCredits
 from .facts import Facts, HostFacts, Policy, VmFacts
+from .guard import Guard, Ruling, Verdict
+from .ladder import Ladder
 from .share import WeightedShare
 from .static import StaticLimits
+from .steps import Condition, Rung, Step, default_steps
 
-__all__ = ["Facts", "HostFacts", "Policy", "StaticLimits", "VmFacts", "WeightedShare"]
+__all__ = [
+    "CPU_MODELS",
+    "Adaptive",
+    "BurstCredits",
+    "BusTime",
+    "Condition",
+    "CpuModel",
+    "Facts",
+    "Guard",
+    "HostFacts",
+    "Ladder",
+    "Only",
+    "Policy",
+    "Ruling",
+    "Rung",
+    "StaticLimits",
+    "Step",
+    "Verdict",
+    "VmFacts",
+    "WeightedShare",
+    "default_steps",
+    "only",
+]

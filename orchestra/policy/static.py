@@ -68,6 +68,11 @@ class StaticLimits:
     def interval(self) -> float | None:
         return self._interval
 
+    def tenant_limit(self, tenant: str) -> Limit | None:
+        """What a tenant of that name is held to."""
+        found = _find(self._tenants, tenant)
+        return None if found is None else found[1]
+
     def decide(self, facts: Facts) -> list[Throttle]:
         return list(self._new(facts))
 

@@ -1,0 +1,111 @@
+"""Policies for some VMs only. That several policies act side by side needs nothing: their limits stack."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+import attrs
+
+from ..actions import Action, SetLimit, Throttle, Unthrottle
+from ..errors import SpecError
+from ..spec import Meter
+from .facts import Facts, Policy
+
+__all__ = ["Only", "only"]
+
+
+def only(
+    policy: Policy,
+    vms: str | Iterable[str] | None = None,
+    tenants: str | Iterable[str] | None = None,
+    name: str | None = None,
+) -> Only:
+    """Let a policy see, and act on, those VMs only whose names and tenants fit.
+
+    Its facts are of these VMs and tenants: so a `WeightedShare` shares its budget among them, an `Adaptive` hears no
+    other victims. The host's limits and signals are those of the host.
+
+    Parameters:
+        policy: not used anywhere else, as it remembers things.
+        vms, tenants: patterns as in a shell, one or several; a VM has to fit one of each. None: all.
+        name: in the journal. Default: the policy's, with the patterns.
+
+    Raises:
+        SpecError: neither is given, or one is empty.
+    """
+    return Only(policy, vms, tenants, name)
+
+
+class Only:
+    """What `only` makes."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        vms: str | Iterable[str] | None = None,
+        tenants: str | Iterable[str] | None = None,
+        name: str | None = None,
+    ) -> None:
+        if vms is None and tenants is None:
+            raise SpecError("vms=None, tenants=None: say which, or take the policy as it is")
+        self.policy = policy
+        self.vms, self.tenants = _patterns("vms", vms), _patterns("tenants", tenants)
+        chosen = [*(self.vms or ()), *(f"{tenant}/" for tenant in self.tenants or ())]
+        self._name = name or f"{policy.name}[{','.join(chosen)}]"
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def interval(self) -> float | None:
+        return self.policy.interval
+
+    @property
+    def meter(self) -> Meter | None:
+        return getattr(self.policy, "meter", None)
+
+    def decide(self, facts: Facts) -> list[Action]:
+        """Raises:
+        SpecError: the policy asked for something outside of what it was made for. (A fleet switches it off then.)
+        """
+        seen = attrs.evolve(
+            facts,
+            vms={
+                name: vm for name, vm in facts.vms.items() if _fits(self.vms, name) and _fits(self.tenants, vm.tenant)
+            },
+            tenants={name: tenant for name, tenant in facts.tenants.items() if _fits(self.tenants, name)},
+        )
+        actions = list(self.policy.decide(seen))
+        for action in actions:
+            self._check(action)
+        return actions
+
+    def refused(self, action: Action, reason: str) -> None:
+        """Passed on to a policy that wants to know."""
+        if (told := getattr(self.policy, "refused", None)) is not None:
+            told(action, reason)
+
+    def _check(self, action: Action) -> None:
+        if action.vm is not None:
+            if not _fits(self.vms, action.vm):
+                raise SpecError(f"action={action!r}: {self.name} is for VMs named {', '.join(self.vms or ())} only")
+            return
+        tenant = action.tenant if isinstance(action, Throttle | Unthrottle | SetLimit) else None
+        # A tenant's limit holds all of its VMs.
+        if tenant is None or self.vms is not None or not _fits(self.tenants, tenant):
+            raise SpecError(f"action={action!r}: {self.name} acts on some VMs only, and this holds others as well")
+
+
+def _patterns(field: str, given: str | Iterable[str] | None) -> tuple[str, ...] | None:
+    if given is None:
+        return None
+    patterns = (given,) if isinstance(given, str) else tuple(given)
+    if not patterns or not all(isinstance(pattern, str) and pattern for pattern in patterns):
+        raise SpecError(f"{field}={given!r}: must be a pattern such as 'web-*', or several")
+    return patterns
+
+
+def _fits(patterns: tuple[str, ...] | None, name: str) -> bool:
+    return patterns is None or any(fnmatchcase(name, pattern) for pattern in patterns)
