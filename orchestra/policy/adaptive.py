@@ -146,6 +146,9 @@ class Adaptive:
             if not harm:
                 self._vms.clear()
             return list(self._begin(facts, evidence)) if harm and self._vms else []
+        if not self._vms:  # others of the same names have taken their places
+            self._level = None
+            return []
         total = sum(vm.rate for vm in self._vms.values())
         self._start = max(self._start, total)
         least = self._floor * len(self._vms)
