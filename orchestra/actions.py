@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import StrEnum
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import attrs
 
@@ -171,13 +171,19 @@ class Applied:
     """An action that was applied, or that failed: what the journal keeps.
 
     `time` is in nanoseconds on the fleet's clock, `policy` the name of the policy that asked for it (None: a caller),
-    `error` why it could not be done (None: it was). Without an action: the policy raised `error` and is switched off.
+    `error` why it was not done (None: it was). Without an action: the policy raised `error` and is switched off.
+    `outcome`: "done", "dry-run" (decided, and nothing done), "refused" (by the guard) or "failed".
     """
 
     time: int
     action: Action | None
     policy: str | None = None
     error: str | None = None
+    outcome: Literal["done", "dry-run", "refused", "failed"] = attrs.field()
+
+    @outcome.default
+    def _from_error(self) -> str:
+        return "done" if self.error is None else "failed"
 
 
 class State(StrEnum):

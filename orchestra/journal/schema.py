@@ -1,0 +1,137 @@
+"""The file's tables, its version, and how it gets from one to the next.
+
+SQLite in WAL mode: readers never wait for the writer, and a process that is killed loses what it had not committed and
+nothing else (https://www.sqlite.org/wal.html). All times are nanoseconds since the epoch.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+from ..errors import OrchestraError
+
+__all__ = ["APPLICATION", "VERSION", "JournalError", "connect", "prepare"]
+
+APPLICATION: Final = 0x6F726368  # "orch", in the file's header: `file fleet.db` and we can tell it from other databases
+BUSY_SECONDS: Final = 5.0
+
+
+class JournalError(OrchestraError, OSError):
+    """A journal can't be opened, read or written; the message names the file and the remedy."""
+
+
+_FIRST: Final = """
+CREATE TABLE sessions (
+    id INTEGER PRIMARY KEY, begun INTEGER NOT NULL, ended INTEGER, host TEXT NOT NULL, backend TEXT NOT NULL,
+    detection TEXT);
+CREATE TABLE actions (
+    id INTEGER PRIMARY KEY, session INTEGER NOT NULL, time INTEGER NOT NULL, kind TEXT NOT NULL, vm TEXT, tenant TEXT,
+    policy TEXT, outcome TEXT NOT NULL, error TEXT, reason TEXT NOT NULL, evidence TEXT NOT NULL,
+    details TEXT NOT NULL);
+CREATE INDEX actions_by_time ON actions (time);
+CREATE INDEX actions_by_vm ON actions (vm, time);
+CREATE TABLE states (
+    session INTEGER NOT NULL, time INTEGER NOT NULL, vm TEXT NOT NULL, launch INTEGER NOT NULL, tenant TEXT NOT NULL,
+    state TEXT NOT NULL, reason TEXT NOT NULL);
+CREATE INDEX states_by_time ON states (time);
+CREATE INDEX states_by_vm ON states (vm, time);
+CREATE TABLE aggregates (
+    session INTEGER NOT NULL, time INTEGER NOT NULL, interval REAL NOT NULL, vm TEXT NOT NULL, launch INTEGER NOT NULL,
+    tenant TEXT NOT NULL, weight REAL NOT NULL, vcpus INTEGER NOT NULL, bus_locks INTEGER, exits INTEGER NOT NULL,
+    throttled REAL NOT NULL, cpu REAL, run_delay REAL, capped REAL, work REAL);
+CREATE INDEX aggregates_by_time ON aggregates (time);
+CREATE INDEX aggregates_by_vm ON aggregates (vm, time);
+CREATE TABLE hosts (
+    session INTEGER NOT NULL, time INTEGER NOT NULL, interval REAL NOT NULL, cpus INTEGER NOT NULL, cpu_pressure REAL,
+    memory_pressure REAL, io_pressure REAL, lock_ns REAL, memory_ns REAL, rate REAL);
+CREATE INDEX hosts_by_time ON hosts (time);
+CREATE TABLE profiles (
+    session INTEGER NOT NULL, time INTEGER NOT NULL, vm TEXT NOT NULL, launch INTEGER NOT NULL, rip INTEGER NOT NULL,
+    mode INTEGER NOT NULL, cpl INTEGER NOT NULL, space INTEGER NOT NULL, samples INTEGER NOT NULL,
+    weight INTEGER NOT NULL, code BLOB NOT NULL);
+CREATE INDEX profiles_by_time ON profiles (time);
+CREATE INDEX profiles_by_vm ON profiles (vm, time);
+"""
+
+_MIGRATIONS: Final[Sequence[Callable[[sqlite3.Connection], object]]] = (lambda connection: _run(connection, _FIRST),)
+"""What makes version n + 1 of version n. Append, never change: files of every version are out there."""
+
+VERSION: Final = len(_MIGRATIONS)
+
+
+def _run(connection: sqlite3.Connection, script: str) -> None:
+    for statement in script.split(";"):  # not executescript(), which commits what is open
+        if statement.strip():
+            connection.execute(statement)
+
+
+def connect(path: str | Path, *, readonly: bool) -> sqlite3.Connection:
+    """Open the file.
+
+    Raises:
+        JournalError: it is not there, not a database, or may not be opened.
+    """
+    path = Path(path)
+    try:
+        if readonly and not path.exists():
+            raise JournalError(
+                f"{path}: no such journal; a fleet writes one if it is opened with journal=Journal({str(path)!r})"
+            )
+        uri = f"{path.resolve().as_uri()}?mode={'ro' if readonly else 'rwc'}"
+        connection = sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+    except (sqlite3.Error, OSError) as error:
+        if isinstance(error, JournalError):
+            raise
+        raise JournalError(f"{path}: can't be opened ({error}); is its folder there, and may it be written?") from error
+    connection.row_factory = sqlite3.Row
+    try:
+        version = int(connection.execute("PRAGMA user_version").fetchone()[0])
+        application = int(connection.execute("PRAGMA application_id").fetchone()[0])
+    except sqlite3.Error as error:
+        connection.close()
+        raise JournalError(f"{path}: no journal ({error}); choose another file") from error
+    if version and application != APPLICATION:
+        connection.close()
+        raise JournalError(f"{path}: a database, but no journal of orchestra's; choose another file")
+    if version > VERSION:
+        connection.close()
+        raise JournalError(
+            f"{path}: written by a newer orchestra (version {version}, this one knows {VERSION}): upgrade it"
+        )
+    if readonly and not version:
+        connection.close()
+        raise JournalError(f"{path}: empty: no fleet has written to it yet")
+    if readonly and version < VERSION:
+        connection.close()
+        raise JournalError(
+            f"{path}: of version {version}: a fleet that writes to it, or `orchestra journal --upgrade`, upgrades it"
+        )
+    return connection
+
+
+def prepare(connection: sqlite3.Connection) -> None:
+    """Bring a file that may be written to the version of today, in one transaction."""
+    version = int(connection.execute("PRAGMA user_version").fetchone()[0])
+    if not version:
+        tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        if tables:
+            raise JournalError("a database, but no journal of orchestra's; choose another file")
+        connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # only before the first table; pruning gives pages back
+    connection.execute("PRAGMA journal_mode = WAL")
+    # A commit is safe against the death of the process; against that of the host up to the last checkpoint.
+    connection.execute("PRAGMA synchronous = NORMAL")
+    if version == VERSION:
+        return
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        for migrate in _MIGRATIONS[version:]:
+            migrate(connection)
+        connection.execute(f"PRAGMA application_id = {APPLICATION}")
+        connection.execute(f"PRAGMA user_version = {VERSION}")
+    except BaseException:
+        connection.execute("ROLLBACK")
+        raise
+    connection.execute("COMMIT")

@@ -1,0 +1,263 @@
+"""The journal: everything is written and read back, nothing blocks, a kill loses a second at most, bounds hold."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import orchestra as orc
+from orchestra.actions import Applied
+from orchestra.journal import Journal, read_journal, schema, writer
+from orchestra.journal.schema import VERSION, JournalError
+from orchestra.policy import Facts, HostFacts, VmFacts
+
+SECOND = 1_000_000_000
+
+
+def facts(n: int, time: int, **vm: object) -> Facts:
+    vms = {f"vm-{i}": VmFacts(f"vm-{i}", "acme", 1.0, 1, 10 + i, 20, 0.5, i, **vm) for i in range(n)}  # type: ignore[arg-type]
+    return Facts(time, 0.1, orc.Limit(rate=100), None, {}, vms, HostFacts(cpus=2, cpu_pressure=0.25))
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "fleet.db"
+
+
+def written(path: Path, *, now: int = 5 * SECOND, **options: object) -> Journal:
+    journal = Journal(path, **options)  # type: ignore[arg-type]
+    journal.begin(now, "kvm", "fault-like")
+    return journal
+
+
+def test_an_action_comes_back_with_reason_evidence_and_outcome(path):
+    journal = written(path)
+    throttle = orc.Throttle(vm="a", limit=orc.Limit(rate=10), reason="too many", evidence={"rate": 900.5})
+    journal.action(Applied(time=6 * SECOND, action=throttle, policy="share"))
+    journal.action(Applied(time=7 * SECOND, action=orc.Pause(vm="b"), error="it has ended"))
+    journal.action(Applied(time=8 * SECOND, action=None, policy="bad", error="ZeroDivisionError"))
+    journal.end(9 * SECOND)
+    with read_journal(path) as read:
+        first, second, third = read.actions()
+        assert (first.kind, first.vm, first.policy, first.outcome) == ("Throttle", "a", "share", "done")
+        assert first.evidence == {"rate": 900.5}
+        assert first.details["limit"]["rate"] == 10
+        assert first.details["meter"] == "bus_locks"
+        assert second.time - first.time == SECOND
+        assert (second.outcome, second.error) == ("failed", "it has ended")
+        assert (third.kind, third.vm, third.error) == ("PolicyError", None, "ZeroDivisionError")
+        assert [row.vm for row in read.actions(vm="b")] == ["b"]
+        assert list(read.actions(since=first.time, until=first.time)) == [first]
+        assert read.vms() == ["a", "b"]
+        assert read.span() == (first.time, third.time)
+
+
+def test_times_are_of_the_wall_clock_whatever_the_fleets_clock_says(path):
+    begun = time.time_ns()
+    journal = written(path, now=123)
+    journal.state(123, "a", 1, "acme", "running", "launched")
+    journal.end(124)
+    with read_journal(path) as read:
+        (row,) = read.states()
+    assert begun <= row.time <= time.time_ns()
+
+
+def test_aggregates_keep_what_is_unknown_as_none(path):
+    journal = written(path)
+    journal.aggregate(facts(1, 6 * SECOND))
+    journal.aggregate(facts(1, 7 * SECOND, cpu=0.5, work=3.0))
+    journal.end(8 * SECOND)
+    with read_journal(path) as read:
+        unknown, known = read.aggregates(vm="vm-0")
+        assert (unknown.cpu, unknown.run_delay, unknown.work) == (None, None, None)
+        assert (known.cpu, known.work, known.bus_locks, known.exits) == (0.5, 3.0, 10, 20)
+        hosts = list(read.hosts())
+        assert [(host.cpus, host.cpu_pressure, host.lock_ns, host.rate) for host in hosts] == [(2, 0.25, None, 100)] * 2
+
+
+def test_a_profile_of_a_kernel_address_survives(path):
+    journal = written(path)
+    journal.profile(6 * SECOND, "a", 1, [(0xFFFF_FFFF_8100_0000, 64, 0, 0x1000, 3, 300, b"\xf0\x01")])
+    journal.end(7 * SECOND)
+    with read_journal(path) as read:
+        (row,) = read.profiles(vm="a")
+    assert (row.rip, row.weight, row.code) == (0xFFFF_FFFF_8100_0000, 300, b"\xf0\x01")
+
+
+def test_an_orderly_end_loses_nothing(path):
+    journal = written(path)
+    for tick in range(50):
+        journal.aggregate(facts(400, (6 + tick) * SECOND))
+    journal.end(99 * SECOND)
+    assert journal.statistics() == writer.JournalStatistics(50 * 401, 0, 0, None)
+    with read_journal(path) as read:
+        assert read.query("SELECT count(*) FROM aggregates")[0][0] == 20_000
+
+
+def test_a_journal_is_continued_by_the_next_fleet(path):
+    for _ in range(2):
+        journal = written(path)
+        journal.state(6 * SECOND, "a", 1, "acme", "running", "")
+        journal.end(7 * SECOND)
+    with read_journal(path) as read:
+        assert [row.session for row in read.states()] == [1, 2]
+        assert all(row[0] is not None for row in read.query("SELECT ended FROM sessions"))
+
+
+def test_two_fleets_cant_share_one_journal_object(path):
+    journal = written(path)
+    with pytest.raises(JournalError, match="in use"):
+        journal.begin(0, "kvm", None)
+    journal.end(0)
+
+
+def test_what_the_disk_is_too_slow_for_is_dropped_and_counted_but_no_action(path, monkeypatch):
+    monkeypatch.setattr(writer, "QUEUE", 10)
+    journal = Journal(path)  # nobody takes from its queue yet
+    journal.aggregate(facts(20, SECOND))
+    journal.action(Applied(time=SECOND, action=orc.Pause(vm="a")))
+    assert journal.statistics() == writer.JournalStatistics(0, 11, 11, None)
+
+
+def test_rows_past_their_days_are_removed(path):
+    journal = written(path, keep_days=1)
+    journal.state(-2 * 86400 * SECOND, "old", 1, "acme", "running", "")
+    journal.state(6 * SECOND, "new", 1, "acme", "running", "")
+    journal.end(7 * SECOND)
+    with read_journal(path) as read:
+        assert read.vms() == ["new"]
+
+
+def test_the_file_stays_within_its_bytes_and_the_newest_stay(path, monkeypatch):
+    monkeypatch.setattr(writer, "PRUNED_ROWS", 2_000)
+    journal = written(path, keep_bytes=2 * orc.MiB)
+    for tick in range(60):
+        journal.aggregate(facts(1_000, (6 + tick) * SECOND))
+    journal.end(99 * SECOND)
+    assert path.stat().st_size < 4 * orc.MiB
+    with read_journal(path) as read:
+        times = [row[0] for row in read.query("SELECT DISTINCT time FROM aggregates ORDER BY time")]
+        assert 5 < len(times) < 60
+        last = read.span()
+        assert last is not None
+        assert times[-1] == last[1]
+
+
+def test_it_can_be_read_while_it_is_written(path):
+    journal = written(path)
+    with read_journal(path) as read:
+        journal.state(6 * SECOND, "a", 1, "acme", "running", "")
+        journal.end(7 * SECOND)
+        assert read.vms() == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: None, "no such journal"),
+        (lambda path: path.write_bytes(b""), "empty"),
+        (lambda path: path.write_bytes(b"no database at all, " * 99), "no journal"),
+        (lambda path: path.mkdir(), "can't be opened|no journal"),
+    ],
+)
+def test_what_is_no_journal_is_refused_with_its_name(path, make, message):
+    make(path)
+    with pytest.raises(JournalError, match=message) as caught:
+        read_journal(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_database_of_somebody_else_is_left_alone(path):
+    with sqlite3.connect(path) as other:
+        other.execute("CREATE TABLE theirs (x)")
+    other.close()
+    with pytest.raises(JournalError, match="no journal of orchestra's"):
+        Journal(path).begin(0, "kvm", None)
+    with sqlite3.connect(path) as other:
+        assert other.execute("SELECT name FROM sqlite_master").fetchall() == [("theirs",)]
+    other.close()
+
+
+def test_a_journal_of_a_newer_version_is_refused(path):
+    written(path).end(0)
+    with sqlite3.connect(path) as connection:
+        connection.execute(f"PRAGMA user_version = {VERSION + 1}")
+    connection.close()
+    for use in (lambda: read_journal(path), lambda: Journal(path).begin(0, "kvm", None)):
+        with pytest.raises(JournalError, match="newer orchestra"):
+            use()
+
+
+def test_an_older_version_is_brought_up_to_date_in_one_transaction(path, monkeypatch):
+    written(path).end(0)
+    steps = (*schema._MIGRATIONS, lambda connection: connection.execute("ALTER TABLE states ADD COLUMN more TEXT"))
+    monkeypatch.setattr(schema, "_MIGRATIONS", steps)
+    monkeypatch.setattr(schema, "VERSION", VERSION + 1)
+    with pytest.raises(JournalError, match="--upgrade"):
+        read_journal(path)
+    Journal(path).begin(0, "kvm", None)
+    with read_journal(path) as read:
+        assert "more" in [row[1] for row in read.query("PRAGMA table_info(states)")]
+
+
+def test_a_migration_that_fails_changes_nothing(path, monkeypatch):
+    written(path).end(0)
+
+    def fail(connection: sqlite3.Connection) -> None:
+        connection.execute("DROP TABLE states")
+        raise sqlite3.OperationalError("disk full")
+
+    monkeypatch.setattr(schema, "_MIGRATIONS", (*schema._MIGRATIONS, fail))
+    monkeypatch.setattr(schema, "VERSION", VERSION + 1)
+    with pytest.raises(JournalError, match="disk full"):
+        Journal(path).begin(0, "kvm", None)
+    monkeypatch.undo()
+    with read_journal(path) as read:
+        assert list(read.states()) == []
+
+
+@pytest.mark.parametrize("bad", [{"keep_days": 0}, {"keep_days": float("nan")}, {"keep_bytes": 5}])
+def test_bounds_that_cant_be_are_refused(path, bad):
+    with pytest.raises(orc.SpecError, match=next(iter(bad))):
+        Journal(path, **bad)
+
+
+KILLED = """
+import sys, time, orchestra as orc
+from orchestra.journal import Journal
+journal = Journal(sys.argv[1])
+journal.begin(time.monotonic_ns(), "kvm", None)
+n = 0
+while True:
+    n += 1
+    journal.state(time.monotonic_ns(), str(n), n, "acme", "running", str(time.time_ns()))
+    if n % 100 == 0:
+        time.sleep(0.001)
+    if n == 1000:
+        print("writing", flush=True)
+"""
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("ORCHESTRA_KILLS", "3"))))
+def test_kill_9_loses_at_most_the_last_second_and_the_file_opens(path, seed):
+    with subprocess.Popen([sys.executable, "-c", KILLED, str(path)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(random.Random(seed).uniform(0, 0.5))  # any moment: it writes all the time
+        killed = time.time_ns()
+        process.send_signal(signal.SIGKILL)
+    with read_journal(path) as read:
+        assert read.query("PRAGMA integrity_check")[0][0] == "ok"
+        rows = list(read.states())
+    assert [row.launch for row in rows] == list(range(1, len(rows) + 1))
+    if rows:
+        assert killed - int(rows[-1].reason) < SECOND
+    Journal(path).begin(0, "kvm", None)  # and it is continued
