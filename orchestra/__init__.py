@@ -30,6 +30,7 @@ from .actions import (
     Throttle,
     Unthrottle,
 )
+from .backend.emulated.machine import EmulatedBackend
 from .backend.scripted import ScriptedBackend, ScriptedExit
 from .devices.bus import Device
 from .devices.requests import Request
@@ -108,6 +109,7 @@ __all__ = [
     "DebugConsole",
     "Device",
     "DirtyRingFull",
+    "EmulatedBackend",
     "ExceptionExit",
     "Exit",
     "ExitPort",

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import trio
 
 from .actions import Halted, Outcome, Shutdown, Stopped
-from .backend import Backend, Machine
+from .backend import Backend, Detection, Machine
 from .boot import flat
 from .budget import Budgets, connect
 from .devices.bus import Bus, Handler
@@ -40,6 +40,7 @@ class House(Protocol):
     backend: Backend
     core: FleetCore
     bus_locks: bool
+    bus_lock_detection: Detection | None
     setup_threads: trio.CapacityLimiter
 
     def post(self, function: Callable[..., object], *args: object) -> None:

@@ -10,6 +10,7 @@ import attrs
 import trio
 
 from .actions import Failed, Outcome, State, Stopped
+from .backend import Detection
 from .budget import Budgets, make_budgets
 from .devices.bus import Device, Handler
 from .devices.console import Console
@@ -72,6 +73,7 @@ class VmStatistics:
     kicks: int
     limit: Limit | None
     exit_limit: Limit | None
+    bus_lock_detection: Detection | None
     vcpus: tuple[VcpuStatistics, ...]
 
 
@@ -360,6 +362,7 @@ class Vm:
             kicks=sum(v.kicks for v in vcpus),
             limit=self.budgets[Meter.BUS_LOCKS].limit,
             exit_limit=self.budgets[Meter.EXITS].limit,
+            bus_lock_detection=(self.spec.bus_lock_detection or self._house.bus_lock_detection) if seen else None,
             vcpus=vcpus,
         )
 

@@ -459,10 +459,9 @@ static void on_interrupt(uc_engine *uc, uint32_t vector, void *data)
 
 	(void)uc;
 	if (vector == EXCEPTION_DB && (e->replaying || e->debug & KVM_GUESTDBG_SINGLESTEP))
-		e->stepped = true;
+		e->stepped = true; /* the instruction is done, and a lock it made is still to be counted */
 	else
-		e->exception = (int)vector;
-	e->armed = NOWHERE;
+		e->exception = (int)vector, e->armed = NOWHERE;
 	stop(e);
 }
 
