@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 from collections.abc import Iterable
+from contextlib import AsyncExitStack
 from types import ModuleType
 
 import pytest
@@ -451,7 +452,22 @@ def test_one_asyncio_run_after_the_other_and_then_trio(door):
     assert trio.run(trio.lowlevel.checkpoint) is None
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_a_block_is_entered_and_left_in_different_tasks(door):
+    async def enter(stack: AsyncExitStack) -> orc.aio.Vm:
+        fleet = await stack.enter_async_context(door.open())
+        await stack.enter_async_context(fleet.exits())
+        return await fleet.launch(blank())
+
+    async def main() -> None:
+        stack = AsyncExitStack()
+        vm = await asyncio.create_task(enter(stack))
+        await asyncio.create_task(vm.pause())
+        await asyncio.create_task(stack.aclose())
+        assert vm.outcome == orc.Stopped("the fleet was closed")
+
+    run(main)
+
+
 def test_a_block_that_is_never_left_is_closed_with_its_loop(nothing_left, door):
     abandoned = []
 

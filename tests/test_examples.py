@@ -17,7 +17,10 @@ EXPECTED = {
     "bus_lock_budget": ["limit 200/s: ", " bus locks in a second", "limit 50/s: ", "throttled: True"],
     "own_policy": ["strict: more than 500 exits a second", "held: True"],
     "async_port": ["the guest says 42", "Halted()"],
+    "asyncio_script": ["one counted 100 times, in steps of {1}", "one is running", "two ended: Stopped("],
+    "asyncio_service": ["again: 409", "limited: 200", "all: {'noisy': 'running'}", "gone: 404"],
 }
+ARGUMENTS = {"asyncio_service": ["--visit"]}  # it would serve for ever
 
 
 def test_every_example_is_run_here():
@@ -48,7 +51,7 @@ def before(request: pytest.FixtureRequest) -> list[str]:
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_an_example_prints_what_it_promises(name, before):
-    command = [*before, sys.executable, str(EXAMPLES / f"{name}.py")]
+    command = [*before, sys.executable, str(EXAMPLES / f"{name}.py"), *ARGUMENTS.get(name, [])]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     for line in EXPECTED[name]:
