@@ -30,12 +30,13 @@ def test_every_example_is_run_here():
 @pytest.fixture(params=["here", "kvm-hidden"])
 def before(request: pytest.FixtureRequest) -> list[str]:
     """What a command begins with, to be run as this machine is, or where /dev/kvm does not open."""
+    no_kvm, no_unicorn = kvm_problem(), emulated_problem()
     if request.param == "here":
-        if kvm_problem() and emulated_problem():
-            pytest.skip(f"{kvm_problem()}; {emulated_problem()}")
+        if no_kvm and no_unicorn:
+            pytest.skip(f"{no_kvm}; {no_unicorn}")
         return []
-    if emulated_problem():
-        pytest.skip(str(emulated_problem()))
+    if no_unicorn:
+        pytest.skip(no_unicorn)
     if not Path("/dev/kvm").exists():
         pytest.skip("there is no /dev/kvm to hide")
     hide = 'mount --bind /dev/null /dev/kvm && exec "$@"'
