@@ -1,7 +1,7 @@
 """A budget for a fleet: a noisy guest held to it, changed while it runs.
 
-Its bus locks are real ones on any machine: KVM reports them where the processor does, and elsewhere the emulated backend
-executes the guest and sees each.
+Its bus locks are real ones on any machine: KVM reports them where the processor does, and elsewhere the guest is
+emulated, and each is seen.
 """
 
 import trio
