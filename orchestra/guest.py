@@ -107,7 +107,8 @@ class Guest:
         house = self.house
         if house.backend.blocking:
             try:
-                await trio.to_thread.run_sync(self._build, limiter=house.setup_threads)
+                with house.core.urgently():
+                    await trio.to_thread.run_sync(self._build, limiter=house.setup_threads)
             except RuntimeError as error:
                 if NO_THREAD not in str(error):
                     raise
@@ -299,7 +300,8 @@ class Guest:
             self._calls.setdefault(index, []).append(run)
         self._cores[index].command(set=Command.CALL)
         self.vcpus[index].engine.kick()
-        await done.wait()
+        with self.house.core.urgently():
+            await done.wait()
         if isinstance(result[0], Exception):
             raise result[0]
         return result[0]

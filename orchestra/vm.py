@@ -173,7 +173,8 @@ class Vm:
         if not self._paused:
             self._paused = True
             guest.pause()
-        await guest.parked.wait()
+        with self._house.core.urgently():
+            await guest.parked.wait()
 
     async def resume(self) -> None:
         """Let it go on. What it still had to wait for its turn, it waits.
@@ -194,7 +195,8 @@ class Vm:
         Cancelled, it stops all the same.
         """
         self.stop_soon(Stopped(reason))
-        await self._ended.wait()
+        with self._house.core.urgently():
+            await self._ended.wait()
         self.release()  # its task does so too, but one that had ended by itself has none left
         assert self._outcome is not None
         return self._outcome
