@@ -15,7 +15,7 @@ from pathlib import Path
 import attrs
 import trio
 
-from . import answered, floor, idle, launch, machine, pause, rate, told
+from . import aio, answered, floor, idle, launch, machine, pause, rate, told
 from .row import Options, Row, table
 
 BENCHMARKS: dict[str, Callable[[Options], Awaitable[list[Row]]]] = {
@@ -28,6 +28,7 @@ BENCHMARKS: dict[str, Callable[[Options], Awaitable[list[Row]]]] = {
     "launch": launch.launch,
     "idle-halted": idle.halted,
     "idle-paused": idle.paused,
+    "aio": aio.aio,
 }
 RESULTS = Path(__file__).parent / "results"
 

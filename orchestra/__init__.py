@@ -1,7 +1,7 @@
 # The map, from the door down; imports point down it and never up (tests/test_layers.py holds them to it).
 #
 #   door      cli, __main__                     a person at a terminal
-#   windows   doctor, journal/, testing/                  ways to see and steer a fleet, and to test who does
+#   windows   aio/, doctor, journal/, testing/   ways to see and steer a fleet, and to test who does
 #   house     opening, fleet, governor, subscription, statistics   many VMs: supervise, merge exits, apply actions
 #   machine   vm, guest, vcpu                   one VM: its tasks, its state machine
 #   parts     devices/, boot/, budget           what a guest sees, and what it may use
@@ -35,6 +35,7 @@ from .actions import (
     Unthrottle,
     Warn,
 )
+from .backend.emulated.machine import EmulatedBackend
 from .backend.scripted import ScriptedBackend, ScriptedExit
 from .devices.bus import Device
 from .devices.requests import Request
@@ -142,6 +143,7 @@ __all__ = [
     "DebugConsole",
     "Device",
     "DirtyRingFull",
+    "EmulatedBackend",
     "Evict",
     "ExceptionExit",
     "Exit",

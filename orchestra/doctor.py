@@ -14,7 +14,9 @@ from typing import Any, Literal, TypeAlias
 
 import attrs
 
+from .backend.emulated import library
 from .backend.kvm.system import Kvm
+from .backend.picking import Seen, pick
 from .errors import OrchestraError
 from .native import lib
 from .spec import GiB, MiB
@@ -81,6 +83,7 @@ def examine(
     *,
     open_kvm: Callable[[Path], Kvm] = Kvm.open,
     importable: Callable[[str], bool] = lambda name: importlib.util.find_spec(name) is not None,
+    load_unicorn: Callable[[], object] = library.load,
 ) -> Report:
     """Look at everything that decides what orchestra can do on this host.
 
@@ -88,8 +91,9 @@ def examine(
         root: where /proc, /sys, /dev and /usr are looked for.
         open_kvm: how KVM is opened.
         importable: whether a Python module of that name can be imported.
+        load_unicorn: how the emulated backend's library is loaded.
     """
-    host = _Host(root, open_kvm, importable)
+    host = _Host(root, open_kvm, importable, load_unicorn)
     findings: list[Finding] = []
     for check in _CHECKS:
         try:
@@ -103,12 +107,21 @@ def examine(
 class _Host:
     """The files that the checks read; what can't be read is empty."""
 
-    def __init__(self, root: Path, open_kvm: Callable[[Path], Kvm], importable: Callable[[str], bool]) -> None:
+    def __init__(
+        self,
+        root: Path,
+        open_kvm: Callable[[Path], Kvm],
+        importable: Callable[[str], bool],
+        load_unicorn: Callable[[], object],
+    ) -> None:
         self.root = root
         self.open_kvm = open_kvm
         self.importable = importable
+        self.load_unicorn = load_unicorn
         self.capabilities: dict[str, int] = {}
         self.bus_lock_bits: int | None = None
+        self.no_kvm: str | None = "not looked at"
+        self.no_unicorn: str | None = "not looked at"
 
     def read(self, path: str) -> str:
         try:
@@ -212,7 +225,9 @@ def _dev_kvm(host: _Host) -> Iterator[Finding]:
         with host.open_kvm(host.root / "dev/kvm") as kvm:
             host.capabilities = kvm.capabilities()
             host.bus_lock_bits = kvm.extension(lib.KVM_CAP_X86_BUS_LOCK_EXIT)
+        host.no_kvm = None
     except OrchestraError as error:
+        host.no_kvm = str(error)
         what, _, remedy = str(error).partition(": ")
         meaning = "no VM can run on the kvm backend; the emulated and scripted ones do without"
         yield Finding("/dev/kvm", "problem", what, meaning, remedy)
@@ -220,6 +235,34 @@ def _dev_kvm(host: _Host) -> Iterator[Finding]:
     modules = [name for name in ("kvm_intel", "kvm_amd") if (host.root / "sys/module" / name).is_dir()]
     value = f"KVM API {lib.KVM_API_VERSION}, {' and '.join(modules) or 'neither kvm_intel nor kvm_amd'}"
     yield Finding("/dev/kvm", "ok", value, "VMs can run on the kvm backend")
+
+
+def _unicorn(host: _Host) -> Iterator[Finding]:
+    try:
+        host.load_unicorn()
+        host.no_unicorn = None
+    except OrchestraError as error:
+        host.no_unicorn = str(error)
+        what, _, remedy = str(error).removeprefix("backend='emulated': ").rpartition(": ")
+        yield Finding("unicorn", "note", what, "no VM can run on the emulated backend", remedy)
+        return
+    meaning = "VMs of one vCPU can run on the emulated backend, with every bus lock seen, whatever the host"
+    yield Finding("unicorn", "ok", f"{library.version() or 'unknown version'}, loads", meaning)
+
+
+def _picked(host: _Host) -> Iterator[Finding]:
+    """What runs if nobody chooses."""
+    programs, check = "programs that don't choose run on it", 'backend="auto"'
+    best = pick(Seen(host.no_kvm, bool((host.bus_lock_bits or 0) & lib.KVM_BUS_LOCK_DETECTION_EXIT), host.no_unicorn))
+    remedy = f"`{best.remedy}`" if best.remedy else ""
+    if host.no_kvm is None:
+        yield Finding(check, "ok", "kvm", f"/dev/kvm opens: {programs}")
+    elif host.no_unicorn is None:
+        yield Finding(check, "ok", "emulated", f"{programs}, since KVM is not available")
+    else:
+        yield Finding(check, "problem", "none", "neither KVM nor unicorn can be used: no guest can run here", remedy)
+    status: Status = "ok" if best.name and not best.remedy else "note"
+    yield Finding("orchestra demo", status, best.name or "none", best.why.partition(": ")[2], remedy)
 
 
 def _kernel(host: _Host) -> Iterator[Finding]:
@@ -271,7 +314,7 @@ def _bus_lock_exits(host: _Host) -> Iterator[Finding]:
             'bus locks can\'t be seen here: bus_locks="require" refuses to start, "auto" runs without seeing them; '
             "exits can be limited",
             "use an Intel CPU with bus-lock detection (Linux 5.12) or an AMD CPU with Bus Lock Threshold (Linux 6.16); "
-            "in a virtual machine, its host must pass the feature on",
+            'in a virtual machine, its host must pass the feature on; backend="emulated" sees them on any host',
         )
     else:
         meanings = {
@@ -486,6 +529,8 @@ def _extras(host: _Host) -> Iterator[Finding]:
 
 _CHECKS: tuple[Callable[[_Host], Iterator[Finding]], ...] = (
     _dev_kvm,
+    _unicorn,
+    _picked,
     _kernel,
     _cpu,
     _virtualised,

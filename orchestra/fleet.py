@@ -346,7 +346,8 @@ class Fleet:
         if limit is not None and not self.bus_locks:
             raise BusLockUnsupported(
                 f"{what}: this fleet does not see bus locks, so they can't be limited; leave it out, limit exits "
-                "(exit_limit) instead, or run on a host that `orchestra doctor` says can report them"
+                "(exit_limit) instead, or run on backend='emulated', or on a host that `orchestra doctor` says can "
+                "report them"
             )
 
     def _seat(self, tenant: str, vm: str | None = None) -> _TenantSeat:

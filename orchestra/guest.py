@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import trio
 
 from .actions import Halted, Outcome, Shutdown, Stopped
-from .backend import Backend, Machine
+from .backend import Backend, Detection, Machine
 from .boot import flat
 from .budget import Budgets, connect
 from .devices.bus import Bus, Handler
@@ -40,6 +40,7 @@ class House(Protocol):
     backend: Backend
     core: FleetCore
     bus_locks: bool
+    bus_lock_detection: Detection | None
     setup_threads: trio.CapacityLimiter
 
     def post(self, function: Callable[..., object], *args: object) -> None:
@@ -106,7 +107,8 @@ class Guest:
         house = self.house
         if house.backend.blocking:
             try:
-                await trio.to_thread.run_sync(self._build, limiter=house.setup_threads)
+                with house.core.urgently():
+                    await trio.to_thread.run_sync(self._build, limiter=house.setup_threads)
             except RuntimeError as error:
                 if NO_THREAD not in str(error):
                     raise
@@ -298,7 +300,8 @@ class Guest:
             self._calls.setdefault(index, []).append(run)
         self._cores[index].command(set=Command.CALL)
         self.vcpus[index].engine.kick()
-        await done.wait()
+        with self.house.core.urgently():
+            await done.wait()
         if isinstance(result[0], Exception):
             raise result[0]
         return result[0]

@@ -57,6 +57,7 @@ def _detection(backend: Backend, bus_locks: str, asked: str | None) -> Detection
             f"{asked or 'bus_locks=require'}: this host's KVM can't report bus locks "
             "(KVM_CAP_X86_BUS_LOCK_EXIT lacks KVM_BUS_LOCK_DETECTION_EXIT). They need an Intel CPU with bus-lock "
             "detection and Linux 5.12, or an AMD one with Bus Lock Threshold and Linux 6.16; see `orchestra doctor`. "
+            "backend='emulated' sees them on any host. "
             'Without limits on bus locks, bus_locks="auto" runs and only can\'t see them; exit_limit works anywhere'
         )
     log.warning("bus locks can't be seen on this host (backend %s); everything else works", backend.name)
@@ -77,7 +78,7 @@ async def open_fleet(
     """Open a fleet; leaving the block stops its VMs and leaves no thread, descriptor or mapping behind.
 
     Parameters:
-        backend: "auto" (KVM where /dev/kvm opens), "kvm", "scripted", or a Backend object.
+        backend: "auto" (KVM where /dev/kvm opens, else emulated), "kvm", "emulated", "scripted", or a Backend object.
         limit: the host's: bus locks per second of all VMs together; None: only counted.
         exit_limit: the same for exits of any kind.
         tenants: by name, each a `Tenant`, a `Limit`, or None; or `Tenant` objects. VMs that name none belong to

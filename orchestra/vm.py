@@ -10,6 +10,7 @@ import attrs
 import trio
 
 from .actions import Failed, Outcome, State, Stopped
+from .backend import Detection
 from .budget import Budgets, make_budgets
 from .devices.bus import Device, Handler
 from .devices.console import Console
@@ -72,6 +73,7 @@ class VmStatistics:
     kicks: int
     limit: Limit | None
     exit_limit: Limit | None
+    bus_lock_detection: Detection | None
     vcpus: tuple[VcpuStatistics, ...]
 
 
@@ -171,7 +173,8 @@ class Vm:
         if not self._paused:
             self._paused = True
             guest.pause()
-        await guest.parked.wait()
+        with self._house.core.urgently():
+            await guest.parked.wait()
 
     async def resume(self) -> None:
         """Let it go on. What it still had to wait for its turn, it waits.
@@ -192,7 +195,8 @@ class Vm:
         Cancelled, it stops all the same.
         """
         self.stop_soon(Stopped(reason))
-        await self._ended.wait()
+        with self._house.core.urgently():
+            await self._ended.wait()
         self.release()  # its task does so too, but one that had ended by itself has none left
         assert self._outcome is not None
         return self._outcome
@@ -360,6 +364,7 @@ class Vm:
             kicks=sum(v.kicks for v in vcpus),
             limit=self.budgets[Meter.BUS_LOCKS].limit,
             exit_limit=self.budgets[Meter.EXITS].limit,
+            bus_lock_detection=(self.spec.bus_lock_detection or self._house.bus_lock_detection) if seen else None,
             vcpus=vcpus,
         )
 

@@ -6,6 +6,8 @@ import gc
 import os
 import struct
 import sys
+import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
@@ -89,17 +91,32 @@ def _one_vm_stays() -> Iterator[None]:
         yield
 
 
-class Held:
-    """What orchestra holds of the host in this process. (Trio has descriptors and threads of its own.)"""
+_memories: weakref.WeakSet[GuestMemory] = weakref.WeakSet()
 
-    def __init__(self) -> None:
-        gc.collect()
-        targets = (_target(fd) for fd in os.listdir("/proc/self/fd"))
-        self.fds = sorted(target for target in targets if "kvm" in target or "eventfd" in target)
-        with open("/proc/self/maps") as maps:
-            self.vcpu_mappings = sum("kvm-vcpu" in line for line in maps)
-        self.guest_memories = sum(isinstance(thing, GuestMemory) and not thing.released for thing in gc.get_objects())
-        self.runners = sum(_runs_a_vcpu(frame) for frame in sys._current_frames().values())
+
+@pytest.fixture(scope="session", autouse=True)
+def _memories_are_known() -> Iterator[None]:
+    """Every guest memory that is made, so that nobody has to look for them among all objects there are."""
+    make = GuestMemory.__init__
+
+    def remember(self: GuestMemory, *args: object, **more: object) -> None:
+        _memories.add(self)
+        make(self, *args, **more)  # type: ignore[arg-type]
+
+    GuestMemory.__init__ = remember  # type: ignore[method-assign]
+    yield
+    GuestMemory.__init__ = make  # type: ignore[method-assign]
+
+
+def held() -> Counter[str]:
+    """What orchestra holds of the host in this process. (Trio has descriptors and threads of its own.)"""
+    targets = (_target(fd) for fd in os.listdir("/proc/self/fd"))
+    things = Counter(target for target in targets if "kvm" in target or "eventfd" in target)
+    with open("/proc/self/maps") as maps:
+        things["mapping of a vCPU"] = sum("kvm-vcpu" in line for line in maps)
+    things["guest memory"] = sum(not memory.released for memory in list(_memories))
+    things["runner"] = sum(_runs_a_vcpu(frame) for frame in sys._current_frames().values())
+    return things
 
 
 def _target(fd: str) -> str:
@@ -120,10 +137,12 @@ def _runs_a_vcpu(frame: FrameType | None) -> bool:
 @pytest.fixture
 def nothing_left() -> Iterator[Callable[[], None]]:
     """Fails if the test leaves a descriptor, a mapping, guest memory or a vCPU's runner behind; call to check now."""
-    before = vars(Held())
+    before = held()
 
     def check() -> None:
-        assert vars(Held()) == before
+        if held() - before:
+            gc.collect()  # a traceback may hold on to what a failure left
+        assert held() - before == Counter()
 
     yield check
     check()

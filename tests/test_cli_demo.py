@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 from contextlib import contextmanager
 
 import attrs
@@ -16,13 +18,16 @@ import pytest
 import trio
 from rich.console import Console
 
+from conftest import bus_lock_problem, kvm_problem
+from isolation import FORBID, HIDE, other_python, run, without_kvm
 from orchestra import Failed, Limit, Meter, ScriptedBackend, SpecError, Throttle
 from orchestra.backend.scripted import bus_lock, failed_run, io_write
 from orchestra.cli import rehearsal, words
-from orchestra.cli.account import document
+from orchestra.cli.account import Row, Sample, document
 from orchestra.cli.app import main
+from orchestra.cli.demo import _staged
 from orchestra.cli.plain import Plain, columns, summary
-from orchestra.cli.render import LiveTable
+from orchestra.cli.render import LiveTable, Trends
 from orchestra.cli.story import MORE, Plan, Story
 
 
@@ -208,6 +213,47 @@ async def test_relief_is_what_the_quiet_got_done_more(autojump_clock):
     assert any("50% more of their own work" in line for line in words.verdict(result))
 
 
+async def test_what_no_busy_host_can_tell_from_nothing_is_as_much(autojump_clock):
+    result = await told(plan())
+    quiet = result.quiet[0]
+    spans = tuple(
+        attrs.evolve(span, work=round(span.seconds * rate))
+        for span, rate in zip(quiet.spans, (1000, 1010, 0), strict=True)
+    )
+    result = attrs.evolve(result, vms=(attrs.evolve(quiet, spans=spans), *result.noisy))
+    assert any("got as much of their own work" in line for line in words.verdict(result))
+
+
+async def test_cpu_time_that_others_took_is_told(autojump_clock):
+    result = attrs.evolve(await told(plan(vms=6, noisy=2)), cpus=2)
+    shares = [((2.0, 1.9, 0.1), False), ((2.0, 1.0, 2.0), True), ((1.0,), True), ((), False)]  # act 3 tells no relief
+    for used, said in shares:
+        lines = words.verdict(attrs.evolve(result, cpus_used=used))
+        assert any("took up to 50% of the CPU time" in line for line in lines) == said
+    assert attrs.evolve(result, cpus=None, cpus_used=(0.0, 0.0)).taken == 0
+
+
+async def test_work_is_compared_with_act_1_from_act_2_on(autojump_clock, monkeypatch):
+    done = {"quiet-1": 0, "noisy-1": 0}
+    speed = {1: 100, 2: 150, 3: 50}
+
+    def mark(self, vm):
+        """As if each VM did so much work a second, by the act."""
+        was = original(self, vm)
+        done[vm.name] += (was.time - seen.setdefault(vm.name, was.time)) * speed[max(len(self._acts), 1)] / 1e9
+        seen[vm.name] = was.time
+        return attrs.evolve(was, work=round(done[vm.name]))
+
+    original, seen = Story._mark, {}
+    monkeypatch.setattr(Story, "_mark", mark)
+    result = await told(plan(vms=2, noisy=1, seconds=10.0))
+    gains = {act: [sample.gain for sample in result.samples if sample.act == act] for act in (1, 2, 3)}
+    assert set(gains[1]) == {None}
+    assert gains[2][-1] == pytest.approx(0.5, abs=0.05)
+    assert gains[3][-1] == pytest.approx(-0.5, abs=0.05)
+    assert result.samples[-1].rows[0].gain == result.samples[-1].gain
+
+
 async def test_a_budget_that_was_broken_would_be_told(autojump_clock):
     result = await told(plan())
     span = attrs.evolve(result.noisy[0].spans[1], count=10_000)
@@ -273,9 +319,42 @@ async def test_the_live_table_shows_each_vm_with_budget_and_state(autojump_clock
         table.ending(await told(plan(), table))
     shown = lines(out.getvalue())
     row = next(line for line in reversed(shown) if line.startswith("noisy-2") and "initech" in line).split()
-    assert (row[1], row[3]) == ("initech", "50")
-    assert row[-1] == "throttled"
+    assert (row[1], row[3], row[4]) == ("initech", "50", "waits")
+    assert re.fullmatch("9[0-9]%", row[5])
     assert any("What was done, when and why" in line for line in shown)
+
+
+async def test_trends_show_the_noise_before_and_after_and_where_the_acts_begin(autojump_clock):
+    with live() as (table, out):
+        await told(plan(seconds=10.0), table)
+    *_, noisy, quiet, acts = [line for line in lines(out.getvalue()) if re.match("noisy: |quiet: | +act 1", line)]
+    assert re.fullmatch("noisy: bus locks +█{13,15}[▁-▆]{1,2}▁+ *", noisy)
+    assert re.fullmatch("quiet: own work *", quiet)  # scripts do none
+    assert acts.split() == ["act", "1", "act", "2", "act", "3"]
+    assert noisy.index("▁") - acts.index("act 2") in (0, 1, 2)
+
+
+def test_trends_are_as_high_as_the_mean_of_their_part_and_say_what_was_gained():
+    trends = Trends(4.0, "bus locks")
+    row = Row("quiet-1", "acme", False, "running", False, 0, 0.0, 0, 0.0, 0.0, 0.0, None)
+    for time, work in [(0.5, 40.0), (1.5, 80.0), (1.7, 80.0), (3.0, 20.0)]:
+        trends.add(Sample(time, 1, (attrs.evolve(row, work_rate=work),), gain=0.5))
+    assert trends.lines(4)[2].plain.split() == [
+        "quiet:",
+        "own",
+        "work",
+        "▄██▂",
+        "+50%",
+    ]  # nothing was seen in the third
+
+
+async def test_trends_are_left_out_where_they_can_not_be_drawn(autojump_clock):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    table = LiveTable(Console(file=out, force_terminal=True, width=80, height=24))
+    with table:
+        table.ending(await told(plan(), table))
+    out.flush()
+    assert b"noisy: " not in out.buffer.getvalue()
 
 
 async def test_the_cursor_comes_back_when_it_is_interrupted(autojump_clock):
@@ -288,7 +367,7 @@ async def test_more_vms_than_lines_are_cut_and_the_noisy_ones_stay(autojump_cloc
     with live(height=16) as (table, out):
         await told(plan(vms=40, noisy=2, seconds=1.0), table)
     shown = lines(out.getvalue())
-    assert any("... and 32 more" in line for line in shown)
+    assert any("... and 36 more" in line for line in shown)
     assert any(line.startswith("noisy-2") for line in shown)
 
 
@@ -303,15 +382,26 @@ def test_the_opening_says_how_bus_locks_are_seen():
     @attrs.frozen
     class Fleet:
         bus_lock_detection: str | None
-        backend: object = ScriptedBackend()
+        backend: object
 
-    def said(detection, meter):
-        return " ".join(words.opening(plan(), Fleet(detection), meter))
+    @attrs.frozen
+    class Backend:
+        name: str
+        why: str = "for a reason"
 
-    assert "no bus locks" in said(None, Meter.EXITS)
+    def said(detection, meter, name="kvm", **options):
+        return " ".join(words.opening(plan(**options), Fleet(detection, Backend(name)), meter))
+
+    assert "Backend for a reason." in said("fault-like", Meter.BUS_LOCKS)
+    assert "exit storm" in said(None, Meter.EXITS)
+    assert "of the 1 CPU that they share here" in said(None, Meter.EXITS, cpus=1)
     assert "before" in said("fault-like", Meter.BUS_LOCKS)
     assert "behind" in said("trap-like", Meter.BUS_LOCKS)
-    assert "rehearsal" in said("trap-like", Meter.BUS_LOCKS)
+    assert "rehearsal" in said("trap-like", Meter.BUS_LOCKS, "scripted")
+    emulated = said("fault-like", Meter.BUS_LOCKS, "emulated", cpus=2, advice="Do it.")
+    assert "none stalls other cores" in emulated
+    assert "CPU time, of the 2 CPUs that they share here." in emulated
+    assert emulated.endswith("Do it.")
 
 
 # ---- the command
@@ -333,11 +423,6 @@ def test_json_leaves_nothing_else_on_standard_output(capsys):
     out, err = capsys.readouterr()
     assert json.loads(out)["complete"] is True
     assert "Act 1" in err
-
-
-def test_a_backend_that_is_not_there_is_one_line(capsys):
-    assert main(["demo", "--backend", "emulated"]) == 1
-    assert capsys.readouterr().err.startswith("orchestra: backend='emulated'")
 
 
 def test_the_plot_is_an_svg(tmp_path, capsys):
@@ -367,29 +452,76 @@ def test_without_matplotlib_a_plot_is_refused_with_the_command_that_installs_it(
 # ---- on real guests
 
 
-@pytest.mark.kvm
-def test_real_guests_tell_the_story(capsys):
-    assert main(["demo", "--seconds", "1.5", "--vms", "3", "--noisy", "1", "--json"]) == 0
+REAL = [pytest.param("kvm", marks=pytest.mark.kvm), pytest.param("emulated", marks=pytest.mark.emulated)]
+
+
+@pytest.mark.parametrize("backend", REAL)
+def test_real_guests_tell_the_story(backend, capsys):
+    command = ["demo", "--backend", backend, "--seconds", "1.5", "--vms", "3", "--noisy", "1", "--json"]
+    assert main(command) == 0
     made = json.loads(capsys.readouterr().out)
+    assert made["backend"] == backend
     noisy = made["summary"]["vms"][-1]
     assert noisy["acts"][1]["held"]
     assert noisy["acts"][1]["rate"] < noisy["acts"][0]["rate"] / 2
     assert noisy["throttled_seconds"] > 0
+    assert made["samples"][-1]["gain"] is not None
+    assert made["summary"]["relief"] is not None
+    assert len(made["cpus_used"]) == 3
     for vm in made["summary"]["vms"][:-1]:
         assert vm["throttled_seconds"] == 0
         assert vm["work"] > 0
 
 
-@pytest.mark.kvm
-def test_a_limit_given_on_the_command_line_is_the_budget(capsys):
-    assert main(["demo", "--seconds", "0.6", "--vms", "2", "--noisy", "1", "--limit", "0.05K", "--json"]) == 0
+@pytest.mark.emulated
+def test_the_emulators_locks_are_the_guests_own_count(capsys):
+    assert main(["demo", "--backend", "emulated", "--seconds", "0.5", "--vms", "2", "--noisy", "1", "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["meter"] == "bus_locks"
+    noisy = made["summary"]["vms"][-1]  # it counts each of its locks as work
+    assert noisy["count"] > 1000
+    assert 0 <= noisy["count"] - noisy["work"] <= 1
+
+
+@pytest.mark.buslock
+def test_where_the_host_reports_bus_locks_kvm_tells_the_story(capsys):
+    assert main(["demo", "--seconds", "6", "--vms", "3", "--noisy", "1", "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert (made["backend"], made["meter"]) == ("kvm", "bus_locks")
+    assert made["why"] == "kvm: /dev/kvm opens, and this host's KVM reports bus locks"
+    noisy = made["summary"]["vms"][-1]
+    assert noisy["acts"][1]["held"]
+    assert noisy["acts"][1]["rate"] < noisy["acts"][0]["rate"] / 2
+
+
+@pytest.mark.emulated
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs to share one of them")
+async def test_vms_that_share_a_cpu_run_nowhere_else_and_we_stay_where_we_were():
+    class Looker(Listener):
+        def act(self, act, time):
+            super().act(act, time)
+            guests = [thread for thread in threading.enumerate() if re.fullmatch(r"(quiet|noisy)-1/0", thread.name)]
+            self.where = {thread.name: os.sched_getaffinity(thread.native_id) for thread in guests}
+
+    before, looker = os.sched_getaffinity(0), Looker()
+    await told(plan("emulated", vms=2, noisy=1, seconds=0.3, cpus=1), looker)
+    assert looker.where == {name: {min(before)} for name in ("quiet-1/0", "noisy-1/0")}
+    assert os.sched_getaffinity(0) == before
+
+
+@pytest.mark.parametrize("backend", REAL)
+def test_a_limit_given_on_the_command_line_is_the_budget(backend, capsys):
+    command = ["demo", "--backend", backend, "--seconds", "0.6", "--vms", "2", "--noisy", "1", "--limit", "0.05K"]
+    assert main([*command, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["actions"][0]["limit"] == {"rate": 50, "burst": None, "max_delay": 1}
 
 
-@pytest.mark.kvm
-def test_ctrl_c_stops_the_fleet_tells_the_summary_and_is_130():
-    command = [sys.executable, "-m", "orchestra", "demo", "--seconds", "600", "--vms", "2", "--noisy", "1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+@pytest.mark.parametrize("backend", REAL)
+def test_ctrl_c_stops_the_fleet_tells_the_summary_and_is_130(backend):
+    command = [sys.executable, "-m", "orchestra", "demo", "--backend", backend, "--seconds", "600"]
+    with subprocess.Popen(
+        [*command, "--vms", "2", "--noisy", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         for line in process.stdout:
             if re.match(r" +\d+\.\d s", line):
                 break
@@ -398,6 +530,78 @@ def test_ctrl_c_stops_the_fleet_tells_the_summary_and_is_130():
     assert process.returncode == 130
     assert err == ""
     assert "What happened, up to here:" in out
+
+
+# ---- on other hosts and other installations, for real
+
+DEMO = ["-m", "orchestra", "demo", "--seconds", "0.5", "--vms", "2", "--noisy", "1", "--plain"]
+
+
+def same_story(text: str) -> bool:
+    return bool(
+        [int(number) for number in re.findall(r"^Act (\d)", text, re.MULTILINE)] == [1, 2, 3]
+        and re.search(r"noisy-1 held to \S+ bus locks/s: it made", text)
+        and re.search(r"noisy-1: from \S+ to \S+ bus locks/s; it kept to its budget", text)
+        and "The quiet VMs never waited for a limit, and got" in text
+    )
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [
+        (HIDE, "/dev/kvm does not exist or has no driver"),
+        (FORBID, "no permission to open /dev/kvm for reading and writing"),
+    ],
+    ids=["hidden", "forbidden"],
+)
+def test_without_a_kvm_that_opens_the_emulator_tells_the_same_story(how, why, tmp_path):
+    done = run(without_kvm([sys.executable, *DEMO], tmp_path, how=how))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"Backend emulated: {why}.\n" in done.stdout
+    assert same_story(done.stdout)
+
+
+@pytest.mark.kvm
+@pytest.mark.emulated
+@pytest.mark.skipif(bus_lock_problem() is None, reason="this host's KVM reports bus locks")
+def test_without_bus_locks_the_emulator_tells_the_same_story():
+    done = run([sys.executable, *DEMO])
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Backend emulated: /dev/kvm opens, but this host's KVM reports no bus locks.\n" in done.stdout
+    assert same_story(done.stdout)
+
+
+@pytest.mark.kvm
+@pytest.mark.skipif(bus_lock_problem() is None, reason="this host's KVM reports bus locks")
+def test_without_bus_locks_and_unicorn_kvm_tells_it_of_exits_and_says_how_to_get_the_real_thing(tmp_path):
+    python, environment = other_python(tmp_path, without=["unicorn"])
+    done = run([*python, *DEMO], environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Backend kvm: /dev/kvm opens; it reports no bus locks here, but unicorn is not installed.\n" in done.stdout
+    assert "With real split locks: `pip install 'orchestra[emulated]'`, then once more.\n" in done.stdout
+    assert "noisy-1: from" in done.stdout
+
+
+def test_without_kvm_and_unicorn_one_line_says_which_command_helps(tmp_path):
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "dev").mkdir()
+    python, environment = other_python(tmp_path / "packages", without=["unicorn"])
+    done = run(without_kvm([*python, *DEMO], tmp_path / "dev"), environment)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        "orchestra: no guest can run here: /dev/kvm does not exist or has no driver; and unicorn is not installed: "
+        "`pip install 'orchestra[emulated]'`\n"
+    )
+
+
+def test_kvm_that_was_asked_for_and_reports_no_bus_locks_says_who_does(capsys):
+    with _staged(Plan(backend="scripted")) as staged:
+        assert (staged.advice, staged.cpus) == ("", None)
+    if kvm_problem() is None and bus_lock_problem() is not None:
+        with _staged(Plan(backend="kvm", vms=3)) as staged:
+            assert "--backend emulated" in staged.advice
+            assert staged.cpus == 1
 
 
 def test_limits_are_shown_with_what_went_wrong():

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import sys
 
 import pytest
 from rich.console import Console
 
+from isolation import FORBID, HIDE, other_python, run, without_kvm
 from orchestra.cli.app import main
 from orchestra.cli.doctor import doctor
 from orchestra.cli.render import show_report
@@ -16,7 +19,8 @@ from orchestra.doctor import Finding, Report
 FINE = Finding("overcommit", "ok", "6.16", "new enough")
 NOTE = Finding("virtualised", "note", "yes", "exits cost more", "measure on bare metal")
 SLOW = Finding("kernel.split_lock_mitigate", "problem", "1", "sleeps", "`sysctl kernel.split_lock_mitigate=0`")
-NO_KVM = Finding("/dev/kvm", "problem", "missing", "no VM can run", "load kvm_intel")
+NO_KVM = Finding("/dev/kvm", "problem", "missing", "no VM can run on kvm", "load kvm_intel")
+NONE = Finding('backend="auto"', "problem", "none", "no guest can run here", "`pip install it`")
 
 
 def shown(report: Report, capabilities: bool = False, width: int = 80) -> str:
@@ -58,7 +62,9 @@ def test_capabilities_that_could_not_be_asked_for_are_said_to_be_missing():
 
 
 @pytest.mark.parametrize(
-    ("findings", "status"), [((FINE, NOTE), 0), ((FINE, SLOW), 0), ((NO_KVM, SLOW), 1)], ids=["well", "slow", "no kvm"]
+    ("findings", "status"),
+    [((FINE, NOTE), 0), ((FINE, SLOW), 0), ((NO_KVM, SLOW), 0), ((NO_KVM, NONE), 1)],
+    ids=["well", "slow", "emulated only", "none"],
 )
 def test_the_status_is_1_only_if_no_guest_can_run(findings, status, capsys):
     assert doctor(as_json=False, capabilities=False, report=Report(findings, {})) == status
@@ -74,4 +80,27 @@ def test_json_is_one_document_with_findings_and_capabilities(capsys):
 
 def test_this_host_is_examined_when_none_is_made_up(capsys):
     assert main(["doctor", "--json"]) in (0, 1)
-    assert {finding["check"] for finding in json.loads(capsys.readouterr().out)["findings"]} >= {"/dev/kvm", "kernel"}
+    assert {finding["check"] for finding in json.loads(capsys.readouterr().out)["findings"]} >= {
+        "/dev/kvm",
+        "unicorn",
+        "kernel",
+    }
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("how", [HIDE, FORBID], ids=["hidden", "forbidden"])
+def test_without_kvm_guests_still_run_and_the_status_is_0(how, tmp_path):
+    done = run(without_kvm([sys.executable, "-m", "orchestra", "doctor"], tmp_path, how=how))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.search(r"^problem +/dev/kvm ", done.stdout, re.MULTILINE)
+    assert re.search(r'^ok +backend="auto" +emulated: ', done.stdout, re.MULTILINE)
+
+
+def test_without_kvm_and_unicorn_the_status_is_1_and_the_remedy_is_shown(tmp_path):
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "dev").mkdir()
+    python, environment = other_python(tmp_path / "packages", without=["unicorn"])
+    done = run(without_kvm([*python, "-m", "orchestra", "doctor"], tmp_path / "dev"), environment)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert re.search(r'^problem +backend="auto" +none: ', done.stdout, re.MULTILINE)
+    assert "`pip install 'orchestra[emulated]'`" in " ".join(done.stdout.split())

@@ -12,7 +12,10 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from orchestra import doctor
+from orchestra.backend import choose
+from orchestra.backend.emulated import library
 from orchestra.backend.kvm.system import Kvm
+from orchestra.backend.picking import open_best
 from orchestra.doctor import Finding, Report, examine
 from orchestra.errors import BackendUnavailable, ResourceLimit
 
@@ -76,17 +79,22 @@ def write(root, files):
 
 @pytest.fixture
 def look(tmp_path):
-    """Examine a host like GOOD but for `files` (None: missing); `kvm` is what opening gives, or the error it raises."""
+    """Examine a host like GOOD but for `files` (None: missing); `kvm` is what opening gives, or the error it raises,
+    `unicorn` the error that loading it raises."""
 
-    def look(files=None, *, kvm=None, importable=lambda _: True) -> Report:
+    def look(files=None, *, kvm=None, unicorn=None, importable=lambda _: True) -> Report:
         def open_kvm(path):
             assert path == tmp_path / "dev/kvm"
             if isinstance(kvm, Exception):
                 raise kvm
             return kvm or FakeKvm(3)
 
+        def load_unicorn():
+            if unicorn is not None:
+                raise unicorn
+
         write(tmp_path, GOOD | (files or {}))
-        return examine(tmp_path, open_kvm=open_kvm, importable=importable)
+        return examine(tmp_path, open_kvm=open_kvm, importable=importable, load_unicorn=load_unicorn)
 
     return look
 
@@ -140,9 +148,7 @@ def test_the_report_can_be_written_as_json(look):
 
 
 def test_every_problem_has_a_remedy_and_every_check_a_name_of_its_own(look):
-    report = look(
-        {**dict.fromkeys(GOOD), **split_lock("split_lock_detect=fatal")}, kvm=BackendUnavailable("gone: get it")
-    )
+    report = look({**dict.fromkeys(GOOD), **split_lock("split_lock_detect=fatal")}, kvm=NO_KVM, unicorn=NO_UNICORN)
     assert all(finding.remedy for finding in report.problems)
     assert len({finding.check for finding in report.findings}) == len(report.findings)
 
@@ -218,6 +224,65 @@ def test_a_missing_device_is_told_apart_by_the_real_way_to_open_it(tmp_path):
     write(tmp_path, {"dev/kvm": ""})
     [finding] = [finding for finding in examine(tmp_path).findings if finding.check == "/dev/kvm"]
     assert "not a KVM device" in finding.value
+
+
+NO_KVM = BackendUnavailable("/dev/kvm does not exist: load the module")
+NO_UNICORN = BackendUnavailable("backend='emulated': unicorn 1.0 at /a: is too old: `pip install it`")
+
+
+def test_unicorn_that_loads_is_reported_with_its_version(find):
+    finding = find("unicorn")
+    assert (finding.status, finding.value) == ("ok", f"{library.version() or 'unknown version'}, loads")
+    assert "whatever the host" in finding.meaning
+
+
+def test_unicorn_that_does_not_load_is_noted_with_its_remedy(find):
+    finding = find("unicorn", unicorn=NO_UNICORN)
+    assert (finding.status, finding.value) == ("note", "unicorn 1.0 at /a: is too old")
+    assert finding.remedy == "`pip install it`"
+
+
+@pytest.mark.parametrize(
+    ("kvm", "unicorn", "auto", "demo"),
+    [
+        (FakeKvm(3), None, ("ok", "kvm"), ("ok", "kvm", "/dev/kvm opens, and this host's KVM reports bus locks")),
+        (FakeKvm(3), NO_UNICORN, ("ok", "kvm"), ("ok", "kvm", "reports bus locks")),
+        (
+            FakeKvm(0),
+            None,
+            ("ok", "kvm"),
+            ("ok", "emulated", "but this host's KVM reports no bus locks"),
+        ),
+        (FakeKvm(0), NO_UNICORN, ("ok", "kvm"), ("note", "kvm", "it reports no bus locks here, but unicorn 1.0")),
+        (NO_KVM, None, ("ok", "emulated"), ("ok", "emulated", "/dev/kvm does not exist")),
+        (NO_KVM, NO_UNICORN, ("problem", "none"), ("note", "none", "/dev/kvm does not exist; and unicorn 1.0")),
+    ],
+)
+def test_what_runs_if_nobody_chooses_is_told_with_the_reason(find, kvm, unicorn, auto, demo):
+    finding = find('backend="auto"', kvm=kvm, unicorn=unicorn)
+    assert (finding.status, finding.value) == auto
+    finding = find("orchestra demo", kvm=kvm, unicorn=unicorn)
+    assert (finding.status, finding.value) == demo[:2]
+    assert demo[2] in finding.meaning
+    assert finding.remedy == ("`pip install it`" if finding.status == "note" else "")
+
+
+def test_what_the_doctor_says_is_what_is_picked_here(find):
+    found = {finding.check: finding.value for finding in examine().findings}
+    try:
+        backend, _ = open_best()
+    except BackendUnavailable:
+        assert found["orchestra demo"] == "none"
+    else:
+        assert found["orchestra demo"] == backend.name
+        backend.close()
+    try:
+        backend = choose("auto")
+    except BackendUnavailable:
+        assert found['backend="auto"'] == "none"
+    else:
+        assert found['backend="auto"'] == backend.name
+        backend.close()
 
 
 @pytest.mark.parametrize(

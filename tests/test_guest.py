@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
@@ -231,10 +232,17 @@ def test_no_guest_is_without_its_source():
 async def test_more_vcpus_than_trio_has_threads_run_at_once_and_take_none_of_them(nothing_left):
     """Design rule 13: the 41st vCPU runs like the first, and the program's own worker threads stay free."""
     stage = Stage("kvm")
-    async with stage.open() as fleet:
-        vms = [await fleet.launch(stage.spec("spin", f"vm-{n}", vcpus=2)) for n in range(25)]
+    async with stage.open() as fleet, AsyncExitStack() as stack:
+        asked = []
+        for n in range(25):
+            vm = await fleet.launch(stage.spec("ask_twice", f"vm-{n}", vcpus=2), paused=True)
+            requests = await stack.enter_async_context(vm.requests(ports=range(0x500, 0x508)))
+            await vm.resume()
+            with trio.fail_after(60):
+                asked += [await anext(requests), await anext(requests)]
+        # All fifty run, and each waits for its answer.
         assert trio.to_thread.current_default_thread_limiter().borrowed_tokens == 0
+        for request in asked:
+            request.answer(bytes(4))
         with trio.fail_after(60):
-            for vm in vms:
-                for vcpu in range(2):
-                    await vm.inspect(vcpu)  # answered by the runner itself, so it runs
+            assert [await vm.wait() for vm in fleet.vms.values()] == [orc.Halted()] * 25

@@ -273,6 +273,23 @@ async def test_a_cancelled_receive_loses_nothing(autojump_clock):
         assert got == list(range(50))
 
 
+async def test_what_waits_can_be_taken_without_waiting(autojump_clock):
+    async with play([io_write(0x80, b"x")] * 2 + [hlt()]) as fleet:
+        vm = await fleet.launch(blank(), paused=True)
+        async with fleet.exits(orc.Io, vm=vm) as exits, fleet.exits(orc.Io, vm=vm) as closed:
+            with pytest.raises(trio.WouldBlock):
+                exits.receive_nowait()
+            await vm.resume()
+            await vm.wait()
+            assert [exits.receive_nowait().port for _ in range(2)] == [0x80, 0x80]
+            with pytest.raises(trio.EndOfChannel):
+                exits.receive_nowait()
+            closed.close()
+            assert [closed.receive_nowait().port for _ in range(2)] == [0x80, 0x80]
+            with pytest.raises(trio.ClosedResourceError):
+                closed.receive_nowait()
+
+
 async def test_two_tasks_cant_receive_from_one_channel(autojump_clock):
     async with play([FOR_EVER]) as fleet:
         async with trio.open_nursery() as nursery, fleet.exits() as exits:

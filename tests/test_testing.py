@@ -107,33 +107,40 @@ def test_as_much_memory_as_was_said_is_enough():
 # ---- the same behaviour, as script and as real guest
 
 
-@pytest.fixture(params=["scripted", pytest.param("kvm", marks=pytest.mark.kvm)])
-def backend(request, nothing_left: Callable[[], None]) -> object:
-    return testing.backend() if request.param == "scripted" else request.param
+REAL = [pytest.param("emulated", marks=pytest.mark.emulated), pytest.param("kvm", marks=pytest.mark.kvm)]
+SEES_LOCKS = [pytest.param("emulated", marks=pytest.mark.emulated), pytest.param("kvm", marks=pytest.mark.buslock)]
 
 
-@pytest.fixture
-def anywhere(backend) -> Callable[[Callable[[orc.Fleet], object]], None]:
+@pytest.fixture(params=["scripted", *REAL])
+def anywhere(request, nothing_left: Callable[[], None]) -> Callable[[Callable[[orc.Fleet], object]], None]:
     """Runs a test body in a fleet: in virtual time where the guests are scripts."""
 
     def run(body) -> None:
+        scripted = request.param == "scripted"
+
         async def main() -> None:
-            async with orc.open_fleet(backend=backend) as fleet:
+            async with orc.open_fleet(backend=testing.backend() if scripted else request.param) as fleet:
                 await body(fleet)
 
-        (trio.run if backend == "kvm" else testing.run)(main)
+        (testing.run if scripted else trio.run)(main)
 
     return run
+
+
+def at_least(fleet: orc.Fleet, seconds: float) -> float:
+    """What so many seconds by a guest's clock are on ours, if nothing delays it. Where a guest must assume a frequency
+    of the time-stamp counter, this host's may be up to 6 GHz instead of 2.5."""
+    return seconds * (0.4 if fleet.backend.name == "emulated" else 0.95)
 
 
 @pytest.mark.parametrize(
     ("spec", "outcome"),
     [
         (testing.halting(), orc.Halted),
-        (testing.halting(vcpus=2, after=0.01), orc.Halted),
+        pytest.param(testing.halting(vcpus=2, after=0.01), orc.Halted, marks=pytest.mark.smp),
         (testing.crashing(how="triple-fault"), orc.Shutdown),
         (testing.crashing(), orc.Failed),
-        (testing.crashing(how="wild-jump", after=0.01, vcpus=2), orc.Failed),
+        pytest.param(testing.crashing(how="wild-jump", after=0.01, vcpus=2), orc.Failed, marks=pytest.mark.smp),
     ],
     ids=["halts", "halts later", "triple fault", "wild jump", "wild jump later"],
 )
@@ -172,7 +179,7 @@ def test_a_guest_waits_as_long_as_it_says_before_it_ends(anywhere):
         begun = trio.current_time()
         await vm.resume()
         await vm.wait()
-        assert trio.current_time() - begun >= 0.25 * 0.99  # by the guest's clock
+        assert trio.current_time() - begun >= at_least(fleet, 0.25)
         assert trio.current_time() - begun < 5
 
     anywhere(body)
@@ -189,8 +196,8 @@ def test_a_guest_writes_to_its_port_at_its_rate(anywhere, spec):
             for _ in range(rate // 5):
                 last = await anext(exits)
         assert (first.port, first.size, first.write, first.data) == (0x80, 1, True, b"\0")
-        # never faster than it says; a busy host may hold it up
-        assert (last.time - first.time) / 1e9 >= 0.2 * 0.95
+        # a busy host may hold it up, but it never makes up for that
+        assert (last.time - first.time) / 1e9 >= at_least(fleet, 0.2)
         assert (last.time - first.time) / 1e9 < 5
         assert set(vm.statistics().exits) == {"io"}
 
@@ -223,42 +230,53 @@ def test_a_spinning_guest_runs_until_it_is_stopped_and_exits_for_nothing(anywher
     anywhere(body)
 
 
-@pytest.mark.kvm
-async def test_a_real_guest_keeps_its_rate_and_counts_in_its_memory(nothing_left):
-    async with orc.open_fleet(backend="kvm") as fleet:
-        vm = await fleet.launch(testing.split_locking(rate=500, vcpus=2), paused=True)
+@pytest.mark.parametrize("backend", REAL)
+async def test_a_real_guest_keeps_its_rate_and_counts_in_its_memory(nothing_left, backend):
+    async with orc.open_fleet(backend=backend) as fleet:
+        vm = await fleet.launch(testing.split_locking(rate=500), paused=True)
         begun = trio.current_time()
         await vm.resume()
-        await testing.wait_until(lambda: count(vm) >= 100 and count(vm, 1) >= 100)
-        assert trio.current_time() - begun >= 0.2 * 0.95
+        await testing.wait_until(lambda: count(vm) >= 100)
+        assert trio.current_time() - begun >= at_least(fleet, 0.2)
         await vm.pause()
         assert edge(vm) in (count(vm), count(vm) + 1)  # it may stand between the two
 
 
 @pytest.mark.kvm
-async def test_a_real_spinning_guest_spins(nothing_left):
+async def test_each_vcpu_of_a_real_guest_does_the_same_and_counts_for_itself(nothing_left):
     async with orc.open_fleet(backend="kvm") as fleet:
+        vm = await fleet.launch(testing.io_heavy(rate=200, vcpus=3))
+        await testing.wait_until(lambda: all(count(vm, vcpu) >= 10 for vcpu in range(3)))
+        await vm.pause()
+        for vcpu in vm.statistics().vcpus:
+            assert vcpu.exits["io"] in (count(vm, vcpu.index), count(vm, vcpu.index) + 1)
+
+
+@pytest.mark.parametrize("backend", REAL)
+async def test_a_real_spinning_guest_spins(nothing_left, backend):
+    async with orc.open_fleet(backend=backend) as fleet:
         vm = await fleet.launch(testing.spinning())
         await testing.wait_until(lambda: count(vm) > 1000)
 
 
-@pytest.mark.buslock
-async def test_a_real_guests_split_locks_are_the_hosts_count(nothing_left):
-    async with orc.open_fleet(backend="kvm", bus_locks="require") as fleet:
-        vm = await fleet.launch(testing.split_locking(rate=200))
+@pytest.mark.parametrize("backend", SEES_LOCKS)
+async def test_a_real_guests_split_locks_are_the_hosts_count(nothing_left, backend):
+    async with orc.open_fleet(backend=backend, bus_locks="require") as fleet:
+        vm = await fleet.launch(testing.split_locking(rate=200), paused=True)
         async with fleet.exits(orc.BusLock, vm=vm) as locks:
+            await vm.resume()
             lock = await anext(locks)
         await testing.wait_until(lambda: vm.statistics().bus_locks >= 20)
         await vm.pause()
-        # AMD reports before the instruction, and now and then once more
-        assert count(vm) <= vm.statistics().bus_locks <= count(vm) * 1.1 + 2
-        (scripted,) = [next(iter(testing.script(vm.spec.boot, fleet.bus_lock_detection)))]
+        # Reported before the instruction; and by AMD's hardware now and then once more
+        assert count(vm) <= vm.statistics().bus_locks <= count(vm) * (1 if backend == "emulated" else 1.1) + 2
+        scripted = next(iter(testing.script(vm.spec.boot, fleet.bus_lock_detection)))
         assert lock.rip == scripted.rip
 
 
-@pytest.mark.buslock
-async def test_a_real_noisy_guest_is_throttled(nothing_left):
-    async with orc.open_fleet(backend="kvm", limit=orc.Limit(rate=20, burst=5)) as fleet:
+@pytest.mark.parametrize("backend", SEES_LOCKS)
+async def test_a_real_noisy_guest_is_throttled(nothing_left, backend):
+    async with orc.open_fleet(backend=backend, limit=orc.Limit(rate=20, burst=5)) as fleet:
         vm = await fleet.launch(testing.split_locking(rate=200))
         await testing.wait_until(lambda: vm.throttled)
 

@@ -22,7 +22,10 @@ class Act:
 
 @attrs.frozen
 class Row:
-    """One VM in one sample; rates per second over the last moments, `throttled_share` of its vCPUs' time."""
+    """One VM in one sample; rates per second over the last moments, `throttled_share` of its vCPUs' time.
+
+    `gain` is how much more of its own work it does than in act 1 (0.5: half as much again); None where that is unknown.
+    """
 
     name: str
     tenant: str
@@ -36,15 +39,17 @@ class Row:
     throttled_seconds: float
     throttled_share: float
     budget: float | None
+    gain: float | None = None
 
 
 @attrs.frozen
 class Sample:
-    """All VMs at one time, in seconds since they were let go."""
+    """All VMs at one time, in seconds since they were let go; `gain` is that of the quiet VMs together."""
 
     time: float
     act: int
     rows: tuple[Row, ...]
+    gain: float | None = None
 
 
 @attrs.frozen
@@ -96,6 +101,8 @@ class Result:
         backend, why: what executed the guests, and why it was picked.
         detection: how bus locks are reported here; None: they are not.
         ceiling: the host's limit at the end.
+        cpus: how many of the host's CPUs the VMs shared; None: no matter.
+        cpus_used: how many this program kept busy, in each act.
     """
 
     complete: bool
@@ -110,6 +117,8 @@ class Result:
     actions: tuple[Applied, ...]
     ceiling: Limit | None
     vms: tuple[VmSummary, ...]
+    cpus: int | None = None
+    cpus_used: tuple[float, ...] = ()
 
     @property
     def noisy(self) -> tuple[VmSummary, ...]:
@@ -129,6 +138,15 @@ class Result:
         """By how much the quiet VMs' own work grew from act 1 to act 2: 0.5 is half as much again."""
         before, after = self.work_rate(1), self.work_rate(2)
         return after / before - 1 if before and after is not None else None
+
+    @property
+    def taken(self) -> float:
+        """The part of the CPUs' time that was not to be had in acts 1 and 2: other programs took it, or a quota.
+
+        The quiet VMs alone would keep so many CPUs busy.
+        """
+        wanted = min(self.cpus or 0, len(self.quiet))
+        return max(1 - used / wanted for used in self.cpus_used[:2]) if wanted and self.cpus_used else 0.0
 
     def time(self, applied: Applied) -> float:
         """When that was, in seconds since the VMs were let go."""
@@ -167,6 +185,8 @@ def document(result: Result) -> dict[str, Any]:
         "backend": result.backend,
         "why": result.why,
         "bus_lock_detection": result.detection,
+        "cpus": result.cpus,
+        "cpus_used": result.cpus_used,
         "meter": str(result.meter),
         "seconds": result.seconds,
         "acts": [attrs.asdict(act) for act in result.acts],

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import attrs
 import trio
 
+from ..backend import Backend, choose
+from ..backend.picking import open_best
 from ..backend.scripted import ScriptedBackend
 from ..errors import SpecError
 from .account import Result, document
@@ -20,6 +23,9 @@ from .signals import until_interrupted
 from .story import Plan, Story
 
 __all__ = ["demo"]
+
+VMS_PER_CPU = 3
+"""Where nothing but CPU time is taken from the quiet VMs, so many share a CPU, as on a host that is full."""
 
 
 def demo(plan: Plan, *, as_json: bool, plain: bool, plot: Path | None) -> int:
@@ -35,21 +41,18 @@ def demo(plan: Plan, *, as_json: bool, plain: bool, plot: Path | None) -> int:
             raise SpecError(f"--plot {plot}: must end in .svg")
         if not os.access(plot.parent, os.W_OK) or plot.is_dir():
             raise SpecError(f"--plot {plot}: can't be written; name a file in a directory that you may write to")
-    if plan.backend == "scripted":
-        from .rehearsal import scripts
+    with _staged(plan) as staged:
+        audience: Any = Plain(sys.stderr) if as_json else Plain(sys.stdout)
+        if not (as_json or plain) and sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb":
+            from .render import LiveTable
 
-        plan = attrs.evolve(plan, backend=ScriptedBackend(scripts))
-    audience: Any = Plain(sys.stderr) if as_json else Plain(sys.stdout)
-    if not (as_json or plain) and sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb":
-        from .render import LiveTable
-
-        audience = LiveTable()
-    story = Story(plan, audience)
-    with audience:
-        number = trio.run(until_interrupted, story.tell)
-        result = story.result
-        if result is not None:
-            audience.ending(result)
+            audience = LiveTable()
+        story = Story(staged, audience)
+        with audience:
+            number = trio.run(until_interrupted, story.tell)
+            result = story.result
+            if result is not None:
+                audience.ending(result)
     if as_json and result is not None:
         json.dump(document(result), sys.stdout, allow_nan=False)
         print()
@@ -59,6 +62,33 @@ def demo(plan: Plan, *, as_json: bool, plain: bool, plot: Path | None) -> int:
     if number:
         return 128 + number
     return 0 if result is not None and result.complete else 1
+
+
+@contextmanager
+def _staged(plan: Plan) -> Iterator[Plan]:
+    """The plan with its backend open, and what follows from which one that is."""
+    backend, advice = _opened(plan.backend)
+    try:
+        seen = backend.bus_lock_detection() is not None
+        if backend.name == "kvm" and not seen and not advice:
+            advice = "`--backend emulated` tells it with real split locks."
+        cpus: int | None = None if backend.name == "scripted" else len(os.sched_getaffinity(0))
+        if cpus is not None and (backend.name == "emulated" or not seen):
+            cpus = min(max(plan.vms // VMS_PER_CPU, 1), cpus)
+        yield attrs.evolve(plan, backend=backend, advice=advice, cpus=cpus)
+    finally:
+        backend.close()
+
+
+def _opened(backend: str | Backend) -> tuple[Backend, str]:
+    if backend == "auto":
+        best, picked = open_best()
+        return best, f"With real split locks: `{picked.remedy}`, then once more." if picked.remedy else ""
+    if backend == "scripted":
+        from .rehearsal import scripts
+
+        return ScriptedBackend(scripts), ""
+    return choose(backend), ""
 
 
 def _artist() -> Callable[[Result, Path], None]:

@@ -8,7 +8,7 @@ from ..doctor import Report, examine
 
 __all__ = ["doctor"]
 
-FATAL = frozenset({"/dev/kvm"})
+FATAL = frozenset({'backend="auto"'})
 """Checks without which no guest can run at all; other problems slow it down or bound it."""
 
 

@@ -9,7 +9,7 @@ from ..actions import Applied
 from ..fleet import Fleet
 from ..spec import Meter
 from . import words
-from .account import Act, Result, Row, Sample
+from .account import Act, Result, Sample
 from .numbers import shown
 from .story import EVENTS, Plan
 
@@ -49,7 +49,7 @@ class Plain:
     def sample(self, sample: Sample) -> None:
         self._seen += 1
         if self._seen % EVERY == 0:
-            self._say(f"{sample.time:5.1f} s  " + "; ".join(_phrases(sample.rows, self._noun)))
+            self._say(f"{sample.time:5.1f} s  " + "; ".join(_phrases(sample, self._noun)))
 
     def ending(self, result: Result) -> None:
         for line in summary(result):
@@ -59,8 +59,8 @@ class Plain:
         print(line, file=self._out, flush=True)
 
 
-def _phrases(rows: Sequence[Row], noun: str) -> Iterator[str]:
-    noisy, quiet = [row for row in rows if row.noisy], [row for row in rows if not row.noisy]
+def _phrases(sample: Sample, noun: str) -> Iterator[str]:
+    noisy, quiet = [row for row in sample.rows if row.noisy], [row for row in sample.rows if not row.noisy]
     for row in noisy[:SHOWN]:
         ended = "" if row.state == "running" else f" [{row.state}]"
         waits = f", waits {row.throttled_share:.0%} of the time" if row.budget is not None else ""
@@ -69,7 +69,8 @@ def _phrases(rows: Sequence[Row], noun: str) -> Iterator[str]:
         yield f"{len(noisy) - SHOWN} more noisy ones"
     if quiet:
         each = sum(row.work_rate for row in quiet) / len(quiet)
-        yield f"quiet VMs {shown(each)} work/s each"
+        gain = "" if sample.gain is None else f" ({words.change(sample.gain)} against act 1)"
+        yield f"quiet VMs {shown(each)} work/s each{gain}"
 
 
 def columns(rows: Sequence[Sequence[str]], left: int) -> Iterator[str]:

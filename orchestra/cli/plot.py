@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Final
 
 from ..errors import OrchestraError
-from .account import Result
+from .account import Act, Result
+from .numbers import shown
 from .story import EVENTS
+from .words import change
 
 try:
     # mypy may well be run where this extra is not installed.
@@ -17,8 +21,18 @@ except ImportError as error:
 
 __all__ = ["draw"]
 
-NOISY = ("#b3261e", "#e0701a", "#8a3ffc", "#c2185b")
-QUIET = "#1f6f8b"
+NOISY: Final = ("#b3261e", "#e0701a", "#8a3ffc", "#c2185b")
+QUIET: Final = "#1f6f8b"
+STYLE: Final[Any] = {
+    "svg.hashsalt": "orchestra",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "savefig.facecolor": "white",  # readable on a dark page as well
+}
+LEGEND: Final[Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1), "frameon": False, "ncols": 5, "borderpad": 0}
 
 
 def draw(result: Result, path: Path) -> None:
@@ -27,41 +41,88 @@ def draw(result: Result, path: Path) -> None:
     Raises:
         OrchestraError: the file can't be written.
     """
-    with rc_context({"svg.hashsalt": "orchestra", "font.size": 9}):
-        figure = Figure(figsize=(8, 5.2), layout="constrained")
+    with rc_context(STYLE):
+        figure = Figure(figsize=(8, 5.4), layout="constrained")
+        figure.suptitle(_title(result), x=0.01, ha="left", fontsize=8, color="#555555")
         above, below = figure.subplots(2, 1, sharex=True)
-        times = [sample.time for sample in result.samples]
-        for i, vm in enumerate(result.noisy[: len(NOISY)]):
-            rows = [next(row for row in sample.rows if row.name == vm.name) for sample in result.samples]
-            above.plot(times, [max(row.rate, 0.1) for row in rows], color=NOISY[i], label=vm.name)
-            budgets = [float("nan") if row.budget is None else row.budget for row in rows]
-            above.step(times, budgets, color=NOISY[i], linestyle=":", linewidth=1, where="pre")
-        above.set_yscale("log")
-        above.set_ylabel(f"{EVENTS[result.meter]} a second (budgets dotted)")
-        above.legend(loc="upper right", frameon=False)
-        for vm in result.quiet:
-            rows = [next(row for row in sample.rows if row.name == vm.name) for sample in result.samples]
-            below.plot(times, [row.work_rate for row in rows], color=QUIET, linewidth=0.7, alpha=0.5)
-        if result.quiet:
-            each = [[row.work_rate for row in sample.rows if not row.noisy] for sample in result.samples]
-            means = [sum(rates) / len(rates) for rates in each]
-            below.plot(times, means, color=QUIET, linewidth=2.2, label="mean of the quiet VMs")
-            below.legend(loc="upper left", frameon=False)
-        below.set_ylim(bottom=0)
-        below.set_ylabel("quiet VMs: own work a second")
+        _acts(result, above, below)
+        _noisy(result, above)
+        _quiet(result, below)
         below.set_xlabel("seconds")
-        for act in result.acts:
-            start = next((sample.time for sample in result.samples if sample.act == act.number), None)
-            if start is not None:
-                for axes in (above, below):
-                    axes.axvline(start, color="#999999", linewidth=0.6)
-                above.annotate(
-                    f"{act.number}: {act.title}",
-                    (start, 1.02),
-                    xycoords=("data", "axes fraction"),
-                    fontsize=8,
-                )
+        below.set_xlim(0, max(sample.time for sample in result.samples))
+        for axes in (above, below):
+            axes.yaxis.set_major_formatter(lambda value, _: shown(value) if value >= 0 else "")
+            axes.yaxis.set_minor_formatter(lambda _, __: "")
         try:
             figure.savefig(path, format="svg", metadata={"Date": None})
         except OSError as error:
             raise OrchestraError(f"--plot {path}: {error.strerror or error}") from None
+
+
+def _title(result: Result) -> str:
+    cpus = "" if result.cpus is None else f" on {result.cpus} CPU{'s' * (result.cpus != 1)}"
+    return f"orchestra demo: {len(result.quiet)} quiet and {len(result.noisy)} noisy VMs{cpus}; {result.why}"
+
+
+def _acts(result: Result, above: Any, below: Any) -> None:
+    """The acts' names above, and a line where each begins."""
+    for act, (begin, _) in _played(result):
+        _write(above, begin, f"{act.number}: {act.title}")
+        if begin:
+            for axes in (above, below):
+                axes.axvline(begin, color="#bbbbbb", linewidth=0.8)
+
+
+def _played(result: Result) -> Iterator[tuple[Act, tuple[float, float]]]:
+    """The acts, with the seconds that each began and ended at."""
+    begin = 0.0
+    for act, span in zip(result.acts, result.vms[0].spans, strict=False):  # one may have ended before it was begun
+        yield act, (begin, begin + span.seconds)
+        begin += span.seconds
+
+
+def _write(axes: Any, time: float, text: str, **style: Any) -> None:
+    """At the top, right of that time."""
+    axes.annotate(text, (time, 0.97), (4, 0), ("data", "axes fraction"), "offset points", va="top", **style)
+
+
+def _noisy(result: Result, axes: Any) -> None:
+    times = [sample.time for sample in result.samples]
+    drawn = result.noisy[: len(NOISY)]
+    for i, vm in enumerate(drawn):
+        rows = [next(row for row in sample.rows if row.name == vm.name) for sample in result.samples]
+        axes.plot(times, [max(row.rate, 0.1) for row in rows], color=NOISY[i], linewidth=1.8, label=vm.name)
+        budgets = [float("nan") if row.budget is None else row.budget for row in rows]
+        label = "budgets" if vm is drawn[-1] else None
+        axes.plot(times, budgets, color="black", linestyle=":", linewidth=1, drawstyle="steps-pre", label=label)
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.set_ylim(low / 2, high * (high / low) ** 0.2)  # room for the acts' names
+    axes.set_title(f"noisy VMs: {EVENTS[result.meter]} a second")
+    axes.legend(**LEGEND)
+
+
+def _quiet(result: Result, axes: Any) -> None:
+    times = [sample.time for sample in result.samples]
+    for vm in result.quiet:
+        rows = [next(row for row in sample.rows if row.name == vm.name) for sample in result.samples]
+        label = "each" if vm is result.quiet[0] else None
+        axes.plot(times, [row.work_rate for row in rows], color=QUIET, linewidth=0.7, alpha=0.5, label=label)
+    axes.set_title("quiet VMs: own work done a second")
+    if not result.quiet:
+        return
+    each = [[row.work_rate for row in sample.rows if not row.noisy] for sample in result.samples]
+    axes.plot(times, [sum(rates) / len(rates) for rates in each], color=QUIET, linewidth=2, label="their mean")
+    free = result.work_rate(1)
+    for act, (begin, end) in _played(result):
+        total = result.work_rate(act.number)
+        if total and free:
+            mean = total / len(result.quiet)
+            axes.hlines(mean, begin, end, color="black", linewidth=1, linestyle="--", zorder=3)
+            text = f"{shown(mean)}/s each" + (f", {change(total / free - 1)}" if act.number > 1 else "")
+            _write(axes, begin, text, fontweight="bold")
+    if any(map(any, each)):
+        axes.set_ylim(0, axes.get_ylim()[1] * 1.15)
+    else:  # a rehearsal: scripts do no work
+        axes.set_yticks([0])
+    axes.legend(**LEGEND)

@@ -23,8 +23,11 @@ from .story import EVENTS, Plan
 
 __all__ = ["LiveTable", "show_report"]
 
-AROUND: int = 8
+AROUND: int = 12
 """Lines of the live picture that are no VM's."""
+BARS = " ▁▂▃▄▅▆▇█"
+"""What trends are drawn with, from nothing to the most there was."""
+WIDEST = 48
 _BLANK = Row("vm", "tenant", True, "running", True, 0, 0.0, 0, 0.0, 0.0, 0.5, 1.0)
 STATES = {"running": "green", "paused": "yellow", "failed": "red", "stopped": "dim"}
 
@@ -40,6 +43,7 @@ class LiveTable:
         self._seconds = 0.0
         self._noun = ""
         self._said: list[RenderableType] = []
+        self._trends = Trends()
 
     def __enter__(self) -> LiveTable:
         return self
@@ -49,6 +53,7 @@ class LiveTable:
 
     def opened(self, plan: Plan, fleet: Fleet, meter: Meter) -> None:
         self._noun, self._seconds = EVENTS[meter], plan.seconds
+        self._trends = Trends(plan.seconds, self._noun)
         for line in words.opening(plan, fleet, meter):
             self.console.print(Text(line))
         # Rich loads and works out things when they are first needed: better now than while guests run.
@@ -59,11 +64,13 @@ class LiveTable:
         self._act = act
         heading = Text(f"\nAct {act.number}, {act.title}. ", style="bold").append(act.text, style="not bold")
         self._said.append(heading)
+        self._trends.begun(act, time)
 
     def applied(self, applied: Applied, time: float) -> None:
         self._said.append(Text(words.action_line(applied, time), style="red" if applied.error else "yellow"))
 
     def sample(self, sample: Sample) -> None:
+        self._trends.add(sample)
         # What was said since the last frame goes out with this one: each print would draw the whole picture again.
         self._live.update(self._picture(sample), refresh=not self._said)
         self._flush()
@@ -101,14 +108,67 @@ class LiveTable:
         table = _table()
         table.add_column("VM", no_wrap=True)
         table.add_column("tenant", no_wrap=True)
-        for name in (f"{self._noun}/s", "budget/s", "throttled", "work/s"):
+        for name in (f"{self._noun}/s", "budget/s"):
             table.add_column(name, justify="right", no_wrap=True, min_width=8)
-        table.add_column("state", no_wrap=True, min_width=9)
+        table.add_column("state", no_wrap=True, min_width=10)
+        table.add_column("own work/s", justify="right", no_wrap=True)
+        table.add_column("since act 1", justify="right", no_wrap=True)
         for row in rows:
             table.add_row(*_live_cells(row))
         left_out = len(sample.rows) - len(rows)
         more = [Text(f"... and {left_out} more", style="dim")] if left_out else []
-        return Padding(Group(title, table, *more), (1, 0, 0, 0))
+        wide = min(self.console.width - Trends.BESIDE, WIDEST)
+        trends = self._trends.lines(wide) if wide >= 8 and self.console.encoding.startswith("utf") else []
+        return Padding(Group(title, table, *more, *trends), (1, 0, 0, 0))
+
+
+class Trends:
+    """Two lines from the beginning to now: what the noisy VMs did together, and what the quiet ones got done."""
+
+    BESIDE = 30
+    """Columns that are no bar's."""
+
+    def __init__(self, seconds: float = 1.0, noun: str = "") -> None:
+        self._seconds = seconds
+        self._noun = noun
+        self._seen: list[tuple[float, float, float]] = []
+        self._gain: float | None = None
+        self._acts: list[tuple[str, float]] = []
+
+    def begun(self, act: Act, time: float) -> None:
+        self._acts.append((f"act {act.number}", time))
+
+    def add(self, sample: Sample) -> None:
+        noisy = sum(row.rate for row in sample.rows if row.noisy)
+        quiet = sum(row.work_rate for row in sample.rows if not row.noisy)
+        self._seen.append((sample.time, noisy, quiet))
+        self._gain = sample.gain
+
+    def lines(self, wide: int) -> list[RenderableType]:
+        gain = "" if self._gain is None else f" {words.change(self._gain)}"
+        style = "" if self._gain is None else "bold green" if self._gain >= words.SAME else "bold"
+        noisy = Text(f"noisy: {self._noun}".ljust(18), style="dim").append(self._bars(1, wide), style="not dim red")
+        quiet = Text("quiet: own work".ljust(18), style="dim").append(self._bars(2, wide), style="not dim cyan")
+        quiet.append(gain, style=f"not dim {style}")
+        acts = " " * 18
+        for name, time in self._acts:
+            acts = acts.ljust(18 + min(round(time / self._seconds * wide), wide - 1)) + name
+        return [Text(), noisy, quiet, Text(acts, style="dim")]
+
+    def _bars(self, which: int, wide: int) -> str:
+        """One character for each part of the time so far, as high as the mean in it."""
+        most = max((seen[which] for seen in self._seen), default=0.0)
+        parts: list[list[float]] = [[] for _ in range(wide)]
+        for seen in self._seen:
+            parts[min(int(seen[0] / self._seconds * wide), wide - 1)].append(seen[which])
+        bars, height = "", 0
+        until = max((i for i, part in enumerate(parts) if part), default=-1)
+        for part in parts[: until + 1]:
+            if part:  # where no sample fell, it is as it was
+                mean = sum(part) / len(part)
+                height = max(round(mean / most * (len(BARS) - 1)), 1) if mean else 0
+            bars += BARS[height]
+        return bars.ljust(wide)
 
 
 def _table() -> Table:
@@ -125,16 +185,17 @@ def _fitting(rows: Sequence[Row], room: int) -> list[Row]:
 
 def _live_cells(row: Row) -> tuple[RenderableType, ...]:
     style = "bold" if row.noisy else ""
-    share = row.throttled_share
-    state = "throttled" if share > 0.01 and row.state == "running" else row.state
+    waits = row.throttled_share > 0.01 and row.state == "running"
+    state = f"waits {row.throttled_share:.0%}" if waits else row.state
+    better = row.gain is not None and row.gain >= words.SAME
     return (
         Text(row.name, style=style),
         Text(row.tenant),
         Text(shown(row.rate), style="red" if row.noisy and row.budget is None else style),
         Text("-" if row.budget is None else shown(row.budget)),
-        Text("-" if share < 0.005 else f"{share:.0%}", style="yellow" if share >= 0.005 else "dim"),
+        Text(state, style="yellow" if waits else STATES.get(state, "")),
         Text(shown(row.work_rate), style="cyan" if not row.noisy else ""),
-        Text(state, style="yellow" if state == "throttled" else STATES.get(state, "")),
+        Text(words.change(row.gain), style="green" if better else "" if row.gain is not None else "dim"),
     )
 
 

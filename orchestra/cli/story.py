@@ -5,8 +5,11 @@ It knows nothing of terminals, and runs on any backend, so tests can tell it in 
 
 from __future__ import annotations
 
+import os
+import threading
 from collections import deque
 from collections.abc import Mapping
+from time import process_time
 from typing import Any, Final, Protocol
 
 import attrs
@@ -49,6 +52,8 @@ class Plan:
         limit: events per second that each noisy VM may make from act 2 on; None: a part of what it made in act 1.
         seconds: of all acts together.
         backend: as for `open_fleet`.
+        cpus: how many of the host's CPUs the VMs share, as they do on a host that is full; None: no matter.
+        advice: what would make it better, a sentence.
     """
 
     vms: int = 6
@@ -56,6 +61,8 @@ class Plan:
     limit: float | None = None
     seconds: float = 12.0
     backend: str | Backend = "auto"
+    cpus: int | None = None
+    advice: str = ""
 
     def __attrs_post_init__(self) -> None:
         if not 1 <= self.vms <= MOST_VMS:
@@ -101,6 +108,8 @@ class Story:
         self._samples: list[Sample] = []
         self._spans: dict[str, list[Span]] = {}
         self._began: dict[str, _Mark] = {}
+        self._used: list[float] = []
+        self._cpu_time = 0.0
         self._window: deque[dict[str, _Mark]] = deque(maxlen=3)
         self._complete = False
         self._fleet: Fleet
@@ -133,8 +142,17 @@ class Story:
         for i in range(self.plan.noisy):
             spec = VmSpec(name=f"noisy-{i + 1}", tenant=NOISY_TENANT, boot=noisy, memory=guests.MEMORY)
             self._vms.append(await self._fleet.launch(spec, paused=True))
+        there = sorted(os.sched_getaffinity(0))
+        if self.plan.cpus is not None and self.plan.cpus < len(there):
+            self._confine(there[: self.plan.cpus])
         for vm in self._vms:
             await vm.resume()
+
+    def _confine(self, cpus: list[int]) -> None:
+        names = {f"{vm.name}/{vcpu}" for vm in self._vms for vcpu in range(vm.spec.vcpus)}
+        for thread in threading.enumerate():
+            if thread.name in names and thread.native_id is not None:
+                os.sched_setaffinity(thread.native_id, cpus)
 
     async def _play(self) -> None:
         noun, noisy = EVENTS[self._meter], [vm for vm in self._vms if self._is_noisy(vm)]
@@ -163,6 +181,7 @@ class Story:
     async def _run(self, share: float) -> None:
         self._window.clear()
         self._began = self._look()
+        self._cpu_time = process_time()
         self._window.append(self._began)
         spent = 0.0
         end = trio.current_time() + share * self.plan.seconds
@@ -230,12 +249,15 @@ class Story:
         before, now = self._window[0], self._look()
         self._window.append(now)
         rows = tuple(self._row(vm, before[vm.name], now[vm.name]) for vm in self._vms)
-        sample = Sample(round(self._time(), 4), len(self._acts), rows)
+        quiet = [row for row in rows if not row.noisy]
+        gain = self._gain(sum(row.work_rate for row in quiet), *(row.name for row in quiet))
+        sample = Sample(round(self._time(), 4), len(self._acts), rows, gain)
         self._samples.append(sample)
         self._audience.sample(sample)
 
     def _row(self, vm: Vm, before: _Mark, now: _Mark) -> Row:
         seconds = max((now.time - before.time) / 1e9, 1e-9)
+        work_rate = (now.work - before.work) / seconds
         return Row(
             name=vm.name,
             tenant=vm.tenant,
@@ -245,13 +267,21 @@ class Story:
             count=now.count,
             rate=(now.count - before.count) / seconds,
             work=now.work,
-            work_rate=(now.work - before.work) / seconds,
+            work_rate=work_rate,
             throttled_seconds=now.throttled,
             throttled_share=min((now.throttled - before.throttled) / seconds, 1.0),
             budget=self._budget(vm),
+            gain=self._gain(work_rate, vm.name),
         )
 
+    def _gain(self, work_rate: float, *names: str) -> float | None:
+        """How much more that is than those VMs did in act 1."""
+        free = sum(spans[0].work_rate for name, spans in self._spans.items() if name in names)
+        return work_rate / free - 1 if free else None
+
     def _end_act(self) -> None:
+        used, first = process_time() - self._cpu_time, self._began[self._vms[0].name]
+        self._used.append(used * 1e9 / max(self._fleet.now() - first.time, 1))
         for vm in self._vms:
             begin, end = self._began[vm.name], self._mark(vm)
             span = Span(
@@ -281,6 +311,8 @@ class Story:
             actions=self._fleet.actions(),
             ceiling=self._fleet.limit if self._meter is Meter.BUS_LOCKS else self._fleet.exit_limit,
             vms=tuple(self._summary(vm) for vm in self._vms),
+            cpus=self.plan.cpus,
+            cpus_used=tuple(self._used),
         )
 
     def _summary(self, vm: Vm) -> VmSummary:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Final
 
 from ..actions import Action, Applied, Failed, Throttle, Unthrottle
 from ..fleet import Fleet
@@ -11,24 +12,48 @@ from .account import Act, Result
 from .numbers import shown
 from .story import EVENTS, Plan
 
-__all__ = ["act_line", "action_line", "opening", "verdict"]
+__all__ = ["act_line", "action_line", "change", "opening", "verdict"]
+
+SAME: Final = 0.02
+"""A change of throughput that no busy host can tell from none."""
+
+BUSY: Final = 0.15
+"""So much CPU time lost to others, and they show in the figures."""
 
 
 def opening(plan: Plan, fleet: Fleet, meter: Meter) -> Iterator[str]:
     quiet = plan.vms - plan.noisy
     vms = f"{quiet} quiet VM{'s' * (quiet != 1)} and {plan.noisy} noisy neighbour{'s' * (plan.noisy != 1)}"
-    yield f"{vms} in one fleet, {plan.seconds:g} seconds in three acts. Backend: {fleet.backend.why}."
-    if fleet.backend.name == "scripted":
-        yield "A rehearsal: scripts stand in for the guests, so there is no work to be seen."
-    if meter is Meter.EXITS:
-        yield (
-            "This host reports no bus locks (`orchestra doctor` says why): the same story, told with an exit storm "
-            "(port writes) held to an exit budget."
-        )
-    elif fleet.bus_lock_detection == "fault-like":
-        yield "Bus locks are reported before the instruction (as AMD does); the count is exact to one or two."
-    else:
-        yield "Bus locks are reported behind the instruction (as Intel does)."
+    yield f"{vms} in one fleet, {plan.seconds:g} seconds in three acts."
+    yield f"Backend {fleet.backend.why}."
+    match fleet.backend.name:
+        case "scripted":
+            yield "A rehearsal: scripts stand in for the guests, so there is no work to be seen."
+        case "emulated":
+            yield (
+                "Every split lock is seen and counted exactly, but in an emulator none stalls other cores: what the "
+                f"noisy VMs take from the others is CPU time{_shared(plan)}."
+            )
+        case _ if meter is Meter.EXITS:
+            yield (
+                "Without bus locks, an exit storm (port writes) held to an exit budget tells the same story: what the "
+                f"noisy VMs take from the others is CPU time{_shared(plan)}."
+            )
+        case _ if fleet.bus_lock_detection == "fault-like":
+            yield "Bus locks are reported before the instruction (as AMD does); the count is exact to one or two."
+        case _:
+            yield "Bus locks are reported behind the instruction (as Intel does)."
+    if plan.advice:
+        yield plan.advice
+
+
+def _shared(plan: Plan) -> str:
+    return "" if plan.cpus is None else f", of the {plan.cpus} CPU{'s' * (plan.cpus != 1)} that they share here"
+
+
+def change(gain: float | None) -> str:
+    """+57%, -3%, or a dash where it is unknown."""
+    return "-" if gain is None else f"{gain:+.0%}" if abs(gain) >= 0.005 else "0%"
 
 
 def act_line(act: Act) -> str:
@@ -67,7 +92,8 @@ def verdict(result: Result) -> Iterator[str]:
             held = "kept to" if limited.held else "BROKE"
             budget = shown(limited.limit.rate) if limited.limit else "-"
             rates = f"from {shown(free.rate)} to {shown(limited.rate)} {noun}/s"
-            yield f"{vm.name}: {rates}; it {held} its budget of {budget}."
+            burst = f" and a burst of {shown(limited.limit.tokens)}" if limited.limit else ""
+            yield f"{vm.name}: {rates}; it {held} its budget of {budget}/s{burst}."
     if len(result.noisy) > 3:
         within = sum(all(span.held for span in vm.spans) for vm in result.noisy)
         yield f"Of {len(result.noisy)} noisy VMs, {within} stayed within their budget in every act."
@@ -78,7 +104,13 @@ def verdict(result: Result) -> Iterator[str]:
             yield f"The quiet VMs {touched}."
         else:
             more = "more" if result.relief >= 0 else "less"
-            yield f"The quiet VMs {touched}, and got {abs(result.relief):.0%} {more} of their own work done."
+            done = f"{abs(result.relief):.0%} {more}" if abs(result.relief) >= SAME else "as much"
+            yield f"The quiet VMs {touched}, and got {done} of their own work done with the limits on."
+        if result.taken > BUSY:
+            yield (
+                f"Other programs, or a quota, took up to {result.taken:.0%} of the CPU time meanwhile: on a quiet host "
+                "the figures are steadier."
+            )
     for vm in result.vms:
         if isinstance(vm.outcome, Failed):
             yield f"{vm.name} failed: {vm.outcome.reason}."

@@ -7,7 +7,18 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).parent
-SOURCES = ["bucket.c", "ring.c", "vcpu.c", "signal.c", "kvm.c", "build.c", "names.c", "decode.c", "unicorn.c", "emulate.c"]
+SOURCES = [
+    "bucket.c",
+    "ring.c",
+    "vcpu.c",
+    "signal.c",
+    "kvm.c",
+    "build.c",
+    "names.c",
+    "decode.c",
+    "unicorn.c",
+    "emulate.c",
+]
 
 ffibuilder = FFI()
 ffibuilder.cdef((HERE / "cdef.h").read_text())

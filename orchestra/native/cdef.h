@@ -35,6 +35,7 @@ bool orc_fleet_sleep(orc_fleet *);
 size_t orc_fleet_drain(orc_fleet *, struct orc_record *out, size_t most);
 size_t orc_fleet_active(orc_fleet *, uint32_t *out, size_t most);
 void orc_fleet_limits_changed(orc_fleet *);
+void orc_fleet_urgent(orc_fleet *, bool begins);
 
 orc_vcpu *orc_vcpu_new(orc_fleet *, uint32_t id, uint32_t ring_records);
 void orc_vcpu_free(orc_vcpu *);

@@ -29,6 +29,9 @@ struct orc_fleet {
 	struct orc_link *draining, *activating; /* owner: taken from the stacks, not yet looked at */
 	pthread_mutex_t throttled_lock;
 	orc_vcpu *throttled; /* list of those that wait for a turn */
+	/* Somebody waits for a vCPU to come out: emulated guests make way, until then at most. */
+	_Alignas(ORC_CACHE_LINE) _Atomic uint32_t urgent;
+	_Atomic orc_ns urgent_until;
 };
 
 struct orc_vcpu {
@@ -94,5 +97,7 @@ void orc_push(struct orc_stack *, struct orc_link *);
 void orc_forget(orc_fleet *, orc_vcpu *); /* owner: takes it off every list of the fleet */
 /* Runner: waits until its turn. False: a command or a kick ended the wait, and the tickets stay valid. */
 bool orc_wait_turn(orc_vcpu *);
+/* Runner, in an emulated guest: sleeps while orc_fleet_urgent is on and it has no command itself. */
+void orc_make_way(orc_vcpu *);
 
 #endif

@@ -265,15 +265,16 @@ static void on_block(uc_engine *uc, uint64_t address, uint32_t size, void *data)
 	uint32_t attention = atomic_load_explicit(&e->attention, memory_order_relaxed);
 
 	(void)uc;
-	if (!(attention | atomic_load_explicit(&e->v->commands, memory_order_relaxed)) || e->replaying)
+	if (!(attention | atomic_load_explicit(&e->v->commands, memory_order_relaxed) |
+	      atomic_load_explicit(&e->v->fleet->urgent, memory_order_relaxed)) || e->replaying)
 		return;
 	if (attention & ATTENTION_FIRST) { /* unicorn tells of translations from the second on */
 		atomic_fetch_and(&e->attention, ~(uint32_t)ATTENTION_FIRST);
 		scan(e, address, size);
-		if (!atomic_load(&e->attention) && !atomic_load(&e->v->commands))
-			return;
 	}
-	stop(e);
+	orc_make_way(e->v);
+	if (atomic_load(&e->attention) || atomic_load(&e->v->commands))
+		stop(e);
 }
 
 static void on_translated(uc_engine *uc, uc_tb *block, uc_tb *before, void *data)
@@ -459,10 +460,9 @@ static void on_interrupt(uc_engine *uc, uint32_t vector, void *data)
 
 	(void)uc;
 	if (vector == EXCEPTION_DB && (e->replaying || e->debug & KVM_GUESTDBG_SINGLESTEP))
-		e->stepped = true;
+		e->stepped = true; /* the instruction is done, and a lock it made is still to be counted */
 	else
-		e->exception = (int)vector;
-	e->armed = NOWHERE;
+		e->exception = (int)vector, e->armed = NOWHERE;
 	stop(e);
 }
 

@@ -187,3 +187,14 @@ void orc_fleet_limits_changed(orc_fleet *f)
 		orc_vcpu_wake(v);
 	pthread_mutex_unlock(&f->throttled_lock);
 }
+
+void orc_fleet_urgent(orc_fleet *f, bool begins)
+{
+	enum { MOST = 50 * 1000 * 1000 }; /* longer is none of the others' business */
+
+	if (!f)
+		return;
+	if (begins)
+		atomic_store_explicit(&f->urgent_until, orc_now() + MOST, memory_order_relaxed);
+	atomic_fetch_add(&f->urgent, begins ? 1 : UINT32_MAX);
+}

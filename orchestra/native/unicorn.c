@@ -15,8 +15,9 @@
 #include "emulate.h"
 
 enum {
-	/* Code that is translated once more now and then costs less than 64 MiB, unicorn's default, for each VM. */
-	TRANSLATIONS = 8 << 20,
+	/* Just too small for a huge page, which unicorn asks for and the kernel would clear at each launch. A guest with more
+	 * code has it translated once more now and then; unicorn's default is 1 GiB. */
+	TRANSLATIONS = (2 << 20) - 4096,
 	SCRATCH = 1 << 16,
 	ENTER = 0x1000,
 	FCW_RESET = 0x37f, /* as KVM leaves the FPU after reset, so that SSE and x87 exceptions are masked */

@@ -11,6 +11,8 @@
 
 #include "core.h"
 
+enum { MAKE_WAY_LOOK_NS = 1000 * 1000 /* whether it is over; the event loop wants a core as well until then */ };
+
 orc_ns orc_now(void)
 {
 	struct timespec t;
@@ -287,6 +289,21 @@ void orc_vcpu_command(orc_vcpu *v, uint32_t set, uint32_t clear)
 uint32_t orc_vcpu_commands(const orc_vcpu *v)
 {
 	return atomic_load_explicit(&((orc_vcpu *)v)->commands, memory_order_seq_cst);
+}
+
+void orc_make_way(orc_vcpu *v)
+{
+	for (;;) {
+		uint32_t seen = atomic_load_explicit(&v->wakes, memory_order_seq_cst);
+		orc_ns now = orc_now(), at = now + MAKE_WAY_LOOK_NS;
+		struct timespec until = {.tv_sec = at / 1000000000, .tv_nsec = at % 1000000000};
+
+		if (!atomic_load_explicit(&v->fleet->urgent, memory_order_relaxed) ||
+		    atomic_load_explicit(&v->commands, memory_order_seq_cst) ||
+		    now >= atomic_load_explicit(&v->fleet->urgent_until, memory_order_relaxed))
+			return;
+		futex_wait_until(&v->wakes, seen, &until);
+	}
 }
 
 void orc_vcpu_kick(orc_vcpu *v)

@@ -169,6 +169,72 @@ static void of_stacked_buckets_the_slowest_counts(void)
 	orc_fleet_free(f);
 }
 
+/* ---- making way ----------------------------------------------------------------------------------------------- */
+
+static void *make_way_here(void *argument)
+{
+	struct scene *s = argument;
+
+	atomic_store(&s->waiting, true);
+	orc_make_way(s->vcpu);
+	atomic_store(&s->served, true);
+	return NULL;
+}
+
+/* A vCPU that makes way for another, with 10 s ahead. */
+static void start_making_way(struct scene *s)
+{
+	orc_fleet_urgent(s->fleet, true);
+	atomic_store(&s->fleet->urgent_until, orc_now() + PATIENCE);
+	s->thread = start(make_way_here, s);
+	while (!atomic_load(&s->waiting))
+		sched_yield();
+	CHECK(!atomic_load(&s->served));
+}
+
+static void a_vcpu_makes_way_until_what_was_urgent_is_done(void)
+{
+	struct scene s = scene_new(1, -1);
+	orc_ns before;
+
+	orc_make_way(s.vcpu); /* nothing is urgent */
+	start_making_way(&s);
+	before = orc_now();
+	orc_fleet_urgent(s.fleet, true);
+	orc_fleet_urgent(s.fleet, false);
+	CHECK(!atomic_load(&s.served), "two waited for something, and one of them still does");
+	orc_fleet_urgent(s.fleet, false);
+	join(s.thread);
+	CHECK(orc_now() - before < 2 * SECOND);
+	scene_free(&s);
+}
+
+static void a_vcpu_that_is_commanded_does_not_make_way(void)
+{
+	struct scene s = scene_new(1, -1);
+	orc_ns before;
+
+	start_making_way(&s);
+	before = orc_now();
+	orc_vcpu_command(s.vcpu, STOP, 0);
+	join(s.thread);
+	CHECK(orc_now() - before < 2 * SECOND);
+	scene_free(&s);
+}
+
+static void nobody_makes_way_for_ever(void)
+{
+	struct scene s = scene_new(1, -1);
+	orc_ns before = orc_now();
+
+	orc_fleet_urgent(s.fleet, true);
+	orc_make_way(s.vcpu);
+	CHECK(orc_now() - before > 20 * 1000 * 1000 && orc_now() - before < 2 * SECOND);
+	orc_fleet_urgent(s.fleet, false);
+	orc_fleet_urgent(NULL, true); /* the fleet is gone */
+	scene_free(&s);
+}
+
 /* ---- threads -------------------------------------------------------------------------------------------------- */
 
 enum { ROUNDS = 3000 };
@@ -292,6 +358,9 @@ const struct test wait_tests[] = {
 	TEST(a_changed_limit_takes_effect_in_the_middle_of_a_wait),
 	TEST(a_kick_alone_makes_a_waiter_look_again_and_wait_on),
 	TEST(max_delay_ends_a_wait_and_counts_a_release),
+	TEST(a_vcpu_makes_way_until_what_was_urgent_is_done),
+	TEST(a_vcpu_that_is_commanded_does_not_make_way),
+	TEST(nobody_makes_way_for_ever),
 	TEST(of_stacked_buckets_the_slowest_counts),
 	TEST(no_limit_change_is_missed_however_it_races_with_the_start_of_a_wait),
 	TEST(a_wake_up_between_looking_and_sleeping_is_not_lost),

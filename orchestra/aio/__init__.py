@@ -1,0 +1,75 @@
+"""orchestra for asyncio programs: the same names, awaited in asyncio.
+
+`open_fleet` opens a fleet whose methods any task of the loop may call. trio, which runs the fleet, is a guest of the
+loop, on the loop's thread; with ``thread=True`` it has a thread of its own.
+"""
+
+# Down the room, each uses those after it only:
+#   handles, streams   Fleet and Vm; what comes from them
+#   wrapper, block     what these are made of
+#   loop, thread       the two ways to run trio for an asyncio program
+#   bridge             calls and cancellation
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Literal
+
+from .. import opening
+from ..backend import Backend
+from ..policy import Policy
+from ..spec import Limit, Tenant
+from .block import Block
+from .handles import Fleet, Vm
+from .loop import LoopBridge
+from .streams import Console, Exits, Request, Requests
+from .thread import ThreadBridge
+
+__all__ = ["Console", "Exits", "Fleet", "Request", "Requests", "Vm", "open_fleet"]
+
+
+@asynccontextmanager
+async def open_fleet(
+    *,
+    backend: str | Backend = "auto",
+    limit: Limit | None = None,
+    exit_limit: Limit | None = None,
+    tenants: Mapping[str, Limit | Tenant | None] | Iterable[Tenant] = (),
+    policies: Iterable[Policy] = (),
+    bus_locks: Literal["require", "auto", "off"] = "auto",
+    strict: bool = False,
+    thread: bool = False,
+) -> AsyncIterator[Fleet]:
+    """As `orchestra.open_fleet`, for asyncio programs.
+
+    Leaving the block waits until nothing of the fleet is left, however it is left and however often it is cancelled
+    meanwhile. If the fleet fails while the block runs, the block is cancelled and the error comes out of it.
+
+    Parameters:
+        thread: run trio in a thread of its own and not on the loop's: for loops that another library drives in its own
+            way, or that are blocked for long. Calls that do not wait then take a hop as well. Without it, all fleets of
+            a loop share one trio run.
+        backend, limit, exit_limit, tenants, policies, bus_locks, strict: as `orchestra.open_fleet`.
+
+    Raises:
+        StateError: the loop's thread runs trio already, for somebody else.
+        BusLockUnsupported, BackendUnavailable, NoSuchBackend, SpecError: as `orchestra.open_fleet`.
+    """
+    bridge = await (ThreadBridge.open() if thread else LoopBridge.open())
+    try:
+        opened = partial(
+            opening.open_fleet,
+            backend=backend,
+            limit=limit,
+            exit_limit=exit_limit,
+            tenants=tenants,
+            policies=policies,
+            bus_locks=bus_locks,
+            strict=strict,
+        )
+        async with Block(bridge, opened, partial(Fleet, bridge)) as fleet:
+            yield fleet
+    finally:
+        await bridge.release()

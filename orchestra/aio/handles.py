@@ -1,0 +1,236 @@
+"""A fleet and its VMs as asyncio programs see them: each method calls the one of that name of what it wraps.
+
+tests/test_aio_mirror.py compares names, parameters, types and documentation with the originals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager
+from functools import partial
+from typing import Any, Literal
+
+from .. import fleet as house, vm as machine
+from ..actions import Action, Applied, Outcome, State, Stopped
+from ..backend import Backend, Detection
+from ..devices.bus import Device
+from ..exits import Exit
+from ..spec import Limit, Meter, Tenant, VmSpec
+from ..statistics import FleetStatistics
+from ..vm import VmStatistics
+from .block import Block
+from .bridge import Bridge
+from .streams import Console, Exits, Requests
+from .wrapper import Wrapper, mirrors, wrapped
+
+__all__ = ["Fleet", "Vm"]
+
+
+@mirrors(house.Fleet)
+class Fleet(Wrapper[house.Fleet]):
+    """In asyncio: opened by `orchestra.aio.open_fleet`, and used by any task of that loop."""
+
+    __slots__ = ()
+
+    @property
+    def vms(self) -> Mapping[str, Vm]:
+        return _Vms(self._bridge, self._inner)
+
+    async def launch(
+        self,
+        spec: VmSpec,
+        *,
+        paused: bool = False,
+        devices: Iterable[tuple[range | None, range | None, Device]] = (),
+    ) -> Vm:
+        launch = partial(self._inner.launch, spec, paused=paused, devices=devices)
+        vm = await self._bridge.call(launch, undo=_undo_launch)
+        return wrapped(Vm, self._bridge, vm)
+
+    def vm(self, name: str) -> Vm:
+        return wrapped(Vm, self._bridge, self._bridge.sync(self._inner.vm, name))
+
+    def exits(
+        self,
+        *kinds: type[Exit],
+        vm: Vm | str | None = None,
+        capacity: int = 65536,
+        drop: Literal["oldest", "newest"] = "oldest",
+    ) -> AbstractAsyncContextManager[Exits]:
+        of = vm._inner if isinstance(vm, Vm) else vm
+        subscribe = partial(self._inner.exits, *kinds, vm=of, capacity=capacity, drop=drop)
+        return Block(self._bridge, subscribe, partial(Exits, self._bridge))
+
+    async def apply(self, action: Action, *, policy: str | None = None) -> Applied:
+        return await self._bridge.call(partial(self._inner.apply, action, policy=policy))
+
+    def actions(self) -> tuple[Applied, ...]:
+        return self._bridge.sync(self._inner.actions)
+
+    async def set_limit(
+        self,
+        limit: Limit | None,
+        *,
+        meter: Meter | str = Meter.BUS_LOCKS,
+        tenant: str | None = None,
+        vm: str | None = None,
+        vcpu: int | None = None,
+    ) -> None:
+        await self._bridge.call(partial(self._inner.set_limit, limit, meter=meter, tenant=tenant, vm=vm, vcpu=vcpu))
+
+    def set_limit_nowait(
+        self,
+        limit: Limit | None,
+        *,
+        meter: Meter | str = Meter.BUS_LOCKS,
+        tenant: str | None = None,
+        vm: str | None = None,
+        vcpu: int | None = None,
+    ) -> None:
+        self._bridge.sync(self._inner.set_limit_nowait, limit, meter=meter, tenant=tenant, vm=vm, vcpu=vcpu)
+
+    @property
+    def backend(self) -> Backend:
+        return self._inner.backend
+
+    @property
+    def bus_locks(self) -> bool:
+        return self._inner.bus_locks
+
+    @property
+    def bus_lock_detection(self) -> Detection | None:
+        return self._inner.bus_lock_detection
+
+    @property
+    def limit(self) -> Limit | None:
+        return self._bridge.sync(lambda: self._inner.limit)
+
+    @property
+    def exit_limit(self) -> Limit | None:
+        return self._bridge.sync(lambda: self._inner.exit_limit)
+
+    @property
+    def tenants(self) -> Mapping[str, Tenant]:
+        return self._bridge.sync(lambda: self._inner.tenants)
+
+    def now(self) -> int:
+        return self._bridge.sync(self._inner.now)
+
+    def statistics(self) -> FleetStatistics:
+        return self._bridge.sync(self._inner.statistics)
+
+    async def stop(self, reason: str = "the fleet was stopped") -> Mapping[str, Outcome]:
+        return await self._bridge.call(self._inner.stop, reason)
+
+
+async def _undo_launch(vm: machine.Vm) -> None:
+    await vm.stop("its launch was cancelled")
+
+
+class _Vms(Mapping[str, "Vm"]):
+    """`Fleet.vms`, as it is whenever it is looked at."""
+
+    __slots__ = ("_bridge", "_fleet")
+
+    def __init__(self, bridge: Bridge, fleet: house.Fleet) -> None:
+        self._bridge = bridge
+        self._fleet = fleet
+
+    def __getitem__(self, name: str) -> Vm:
+        return wrapped(Vm, self._bridge, self._bridge.sync(self._fleet.vms.__getitem__, name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._bridge.sync(tuple, self._fleet.vms))
+
+    def __len__(self) -> int:
+        return len(self._fleet.vms)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+
+@mirrors(machine.Vm)
+class Vm(Wrapper[machine.Vm]):
+    """In asyncio: used by any task of the loop."""
+
+    __slots__ = ()
+
+    @property
+    def spec(self) -> VmSpec:
+        return self._inner.spec
+
+    @property
+    def name(self) -> str:
+        return self._inner.name
+
+    @property
+    def tenant(self) -> str:
+        return self._inner.tenant
+
+    @property
+    def restarts(self) -> int:
+        return self._inner.restarts
+
+    @property
+    def console(self) -> Console:
+        return wrapped(Console, self._bridge, self._inner.console)
+
+    @property
+    def outcome(self) -> Outcome | None:
+        return self._bridge.sync(lambda: self._inner.outcome)
+
+    @property
+    def state(self) -> State:
+        return self._bridge.sync(lambda: self._inner.state)
+
+    @property
+    def throttled(self) -> bool:
+        return self._bridge.sync(lambda: self._inner.throttled)
+
+    @property
+    def stopping(self) -> bool:
+        return self._bridge.sync(lambda: self._inner.stopping)
+
+    async def wait(self) -> Outcome:
+        return await self._bridge.call(self._inner.wait)
+
+    async def pause(self) -> None:
+        await self._bridge.call(self._inner.pause)
+
+    async def resume(self) -> None:
+        await self._bridge.call(self._inner.resume)
+
+    async def stop(self, reason: str = "stop()") -> Outcome:
+        return await self._bridge.call(self._inner.stop, reason)
+
+    def stop_soon(self, outcome: Stopped) -> None:
+        self._bridge.sync(self._inner.stop_soon, outcome)
+
+    async def set_limit(
+        self, limit: Limit | None, *, meter: Meter | str = Meter.BUS_LOCKS, vcpu: int | None = None
+    ) -> None:
+        await self._bridge.call(partial(self._inner.set_limit, limit, meter=meter, vcpu=vcpu))
+
+    def attach(self, device: Device, *, ports: range | None = None, mmio: range | None = None) -> None:
+        self._bridge.sync(self._inner.attach, device, ports=ports, mmio=mmio)
+
+    def requests(
+        self, *, ports: range | None = None, mmio: range | None = None
+    ) -> AbstractAsyncContextManager[Requests]:
+        claim = partial(self._inner.requests, ports=ports, mmio=mmio)
+        return Block(self._bridge, claim, partial(Requests, self._bridge))
+
+    def read_memory(self, address: int, size: int) -> bytes:
+        return self._bridge.sync(self._inner.read_memory, address, size)
+
+    def write_memory(self, address: int, data: bytes) -> None:
+        self._bridge.sync(self._inner.write_memory, address, data)
+
+    def registers(self, vcpu: int = 0) -> Any:
+        return self._bridge.sync(self._inner.registers, vcpu)
+
+    async def inspect(self, vcpu: int = 0) -> Any:
+        return await self._bridge.call(self._inner.inspect, vcpu)
+
+    def statistics(self) -> VmStatistics:
+        return self._bridge.sync(self._inner.statistics)

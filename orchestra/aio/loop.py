@@ -1,0 +1,168 @@
+"""A trio run as a guest of an asyncio loop, on its thread; all fleets of the loop share one.
+
+Sources: trio's reference, "Using guest mode to run Trio on top of other event loops"; asyncio/runners.py for Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, Final, ParamSpec, Self, TypeVar
+
+import trio
+
+from ..errors import StateError
+from .bridge import Bridge, Call, Closed
+
+__all__ = ["LoopBridge"]
+
+AWAKE: Final = 8
+"""Ticks for which trio stays awake after each call. When it has nothing to do it waits in a thread, and to be woken
+there takes two switches of threads, about 100 microseconds: what a caller does next had better find it awake."""
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+
+class LoopBridge(Bridge):
+    """trio's tasks run in callbacks of the loop, so whatever does not wait is simply called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._awake = 0
+        self._interrupts = _Interrupts(self.loop)
+
+    @classmethod
+    async def open(cls) -> Self:
+        """The running loop's, started if there is none, and taken into use.
+
+        Raises:
+            StateError: another trio run has this thread.
+        """
+        bridge: Self | None = None
+        while trio.lowlevel.in_trio_run():
+            found = _BRIDGE.get(None)
+            bridge = found if isinstance(found, cls) else None
+            if bridge is None or bridge.loop is not asyncio.get_running_loop():
+                raise StateError(
+                    "this thread runs trio for somebody else, or for an event loop that was left without closing its "
+                    "fleets; open the fleet with thread=True to give it a thread of its own"
+                )
+            if not bridge.ending:
+                break
+            cancelled = await bridge.ended.outlast()
+            bridge = None
+            if cancelled is not None:
+                raise cancelled
+        if bridge is None:
+            bridge = cls()
+            bridge._start()
+        bridge.acquire()
+        return bridge
+
+    def _start(self) -> None:
+        self._interrupts.install()
+        try:
+            trio.lowlevel.start_guest_run(
+                self._stop.wait,
+                run_sync_soon_threadsafe=self.loop.call_soon_threadsafe,
+                run_sync_soon_not_threadsafe=self.loop.call_soon,
+                done_callback=self._done,
+                host_uses_signal_set_wakeup_fd=True,
+            )
+        except BaseException:
+            self._interrupts.restore()
+            raise
+        _BRIDGE.set(self)
+
+    def _done(self, outcome: Any) -> None:
+        self._interrupts.restore()
+        failure: BaseException | None = None
+        try:
+            outcome.unwrap()
+        except BaseException as error:
+            failure = error
+        self.over(failure)
+
+    def start(self, call: Call[Any]) -> None:
+        if self.ending:
+            call.finish(Closed("the fleet is closed"))
+        else:
+            trio.lowlevel.spawn_system_task(call.run, context=contextvars.copy_context())
+            self._stay_awake()
+
+    def _stay_awake(self) -> None:
+        if not self._awake:
+            trio.lowlevel.spawn_system_task(self._tick)
+        self._awake = AWAKE
+
+    async def _tick(self) -> None:
+        while self._awake:
+            self._awake -= 1
+            await trio.lowlevel.checkpoint()
+
+    def post(self, function: Callable[[], object]) -> None:
+        if not self.ended.is_set:
+            function()
+
+    def tell(self, function: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
+        function(*args, **kwargs)
+        self._stay_awake()
+
+    def sync(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        return function(*args, **kwargs)
+
+
+_BRIDGE: Final[trio.lowlevel.RunVar[LoopBridge | None]] = trio.lowlevel.RunVar("orchestra.aio")
+
+
+class _Interrupts:
+    """Ctrl-C while trio is a guest.
+
+    A handler runs between any two instructions of the main thread, and one that raises KeyboardInterrupt there (as
+    asyncio's does at the second Ctrl-C) would lose a tick of the guest: trio would stand still, and whoever waits for a
+    fleet to close would wait for ever. So the handler that was there is called from a callback of its own; at once only
+    if the one before still waits for that, as then the loop is stuck.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._previous: Any = None
+        self._waiting: asyncio.Handle | None = None
+        self._raised = False
+
+    def install(self) -> None:
+        """If this is the main thread, where signals are handled, and there is a handler that may raise."""
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.getsignal(signal.SIGINT)
+            if callable(self._previous):
+                signal.signal(signal.SIGINT, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._waiting is None and not self._loop.is_closed():
+            self._waiting = self._loop.call_soon_threadsafe(self._pass_on, number, None)
+        else:
+            self._pass_on(number, frame)
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        waiting, self._waiting = self._waiting, None
+        try:
+            self._previous(number, frame)
+        except BaseException:
+            self._raised = True
+            if waiting is not None:
+                waiting.cancel()
+            raise
+
+    def restore(self) -> None:
+        """Unless somebody else has put in another since."""
+        if callable(self._previous) and signal.getsignal(signal.SIGINT) == self._handle:
+            # asyncio.run takes its handler back when the main task is done, or when it raises. If trio outlasts that,
+            # it found ours and does not come again.
+            main = getattr(self._previous, "keywords", {}).get("main_task")
+            left = isinstance(main, asyncio.Task) and (main.done() or self._raised)
+            signal.signal(signal.SIGINT, signal.default_int_handler if left else self._previous)

@@ -1,0 +1,202 @@
+"""What comes from a VM to asyncio programs: exits, requests, console output.
+
+Checked against the originals as handles.py is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncGenerator
+from types import TracebackType
+from typing import Final, Self
+
+import attrs
+import trio
+
+from .. import subscription
+from ..devices import console, requests as queue
+from ..exits import Exit
+from ..subscription import ExitsStatistics
+from .bridge import Bridge
+from .wrapper import Wrapper, mirrors
+
+__all__ = ["Console", "Exits", "Request", "Requests"]
+
+BATCH: Final = 256
+ITEMS_PER_SLEEP: Final = 64
+
+
+@mirrors(subscription.Exits)
+class Exits(Wrapper[subscription.Exits]):
+    """In asyncio: exits cross over in batches of up to 256, so that a hop is paid for each batch. Those that have
+    crossed wait here: they count as `waiting`, are not dropped any more, and a cancelled `receive` loses none.
+    """
+
+    __slots__ = ("_crossed", "_taken")
+
+    def __init__(self, bridge: Bridge, inner: subscription.Exits) -> None:
+        super().__init__(bridge, inner)
+        self._crossed: deque[Exit] = deque()
+        self._taken = 0
+
+    @property
+    def kinds(self) -> tuple[type[Exit], ...]:
+        return self._inner.kinds
+
+    @property
+    def vm(self) -> str | None:
+        return self._inner.vm
+
+    @property
+    def missed(self) -> int:
+        return self._inner.missed
+
+    async def receive(self) -> Exit:
+        self._taken += 1
+        if self._crossed:
+            await asyncio.sleep(0)
+        while not self._crossed:  # again, if another task took what came
+            await self._bridge.call(_batch, self._inner, keep=self._crossed.extend)
+        return self._crossed.popleft()
+
+    def receive_nowait(self) -> Exit:
+        if not self._crossed:
+            self._crossed.extend(self._bridge.sync(_waiting, self._inner))
+        return self._crossed.popleft()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Exit:
+        # As receive(), and no more than this for most of 100,000 exits a second.
+        if self._crossed and (self._taken + 1) % ITEMS_PER_SLEEP:
+            self._taken += 1
+            return self._crossed.popleft()
+        try:
+            return await self.receive()
+        except (trio.EndOfChannel, trio.ClosedResourceError):
+            raise StopAsyncIteration from None
+
+    def statistics(self) -> ExitsStatistics:
+        statistics = self._bridge.sync(self._inner.statistics)
+        return attrs.evolve(statistics, waiting=statistics.waiting + len(self._crossed))
+
+    def close(self) -> None:
+        self._bridge.sync(self._inner.close)
+
+    async def aclose(self) -> None:
+        self.close()
+        await asyncio.sleep(0)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, raised: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+
+_NONE_LEFT: Final = (trio.WouldBlock, trio.EndOfChannel, trio.ClosedResourceError)
+
+
+def _waiting(exits: subscription.Exits) -> list[Exit]:
+    """Those that wait, one at least."""
+    batch = [exits.receive_nowait()]
+    try:
+        while len(batch) < BATCH:
+            batch.append(exits.receive_nowait())
+    except _NONE_LEFT:
+        pass
+    return batch
+
+
+async def _batch(exits: subscription.Exits) -> list[Exit]:
+    first = await exits.receive()
+    try:
+        return [first, *_waiting(exits)]
+    except _NONE_LEFT:
+        return [first]
+
+
+@mirrors(queue.Request)
+class Request(Wrapper[queue.Request]):
+    """"""
+
+    __slots__ = ()
+
+    @property
+    def vcpu(self) -> int:
+        return self._inner.vcpu
+
+    @property
+    def address(self) -> int:
+        return self._inner.address
+
+    @property
+    def size(self) -> int:
+        return self._inner.size
+
+    @property
+    def write(self) -> bool:
+        return self._inner.write
+
+    @property
+    def data(self) -> bytes:
+        return self._inner.data
+
+    @property
+    def answered(self) -> bool:
+        return self._inner.answered
+
+    @property
+    def returned(self) -> bool:
+        return self._inner.returned
+
+    def answer(self, data: bytes | None = None) -> None:
+        self._bridge.sync(self._inner.answer, data)
+
+
+@mirrors(queue.Requests)
+class Requests(Wrapper[queue.Requests]):
+    """In asyncio: cancelling loses no access here either; the next iteration gets it."""
+
+    __slots__ = ("_crossed",)
+
+    def __init__(self, bridge: Bridge, inner: queue.Requests) -> None:
+        super().__init__(bridge, inner)
+        self._crossed: deque[queue.Request] = deque()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Request:
+        while True:
+            while self._crossed:
+                request = self._crossed.popleft()
+                if not request.returned:  # the block was left meanwhile, or its VM ended
+                    return Request(self._bridge, request)
+            await self._bridge.call(self._inner.__anext__, keep=self._crossed.append)
+
+
+@mirrors(console.Console)
+class Console(Wrapper[console.Console]):
+    """In asyncio: its buffer has a lock of its own, so reading it is no hop in any mode."""
+
+    __slots__ = ()
+
+    @property
+    def output(self) -> bytes:
+        return self._inner.output
+
+    @property
+    def text(self) -> str:
+        return self._inner.text
+
+    @property
+    def total(self) -> int:
+        return self._inner.total
+
+    def follow(self) -> AsyncGenerator[bytes, None]:
+        return self._bridge.iterate(self._inner.follow)
