@@ -277,7 +277,7 @@ LOADS = st.lists(st.floats(0, 1e6), min_size=1, max_size=12)
 @example([100.0, 100.0], 199.0, 0.5, 0.1, 10.0)
 def test_it_converges_under_any_step_load_and_recovers(wants, capacity, decrease, increase, floor):
     policy = adaptive(decrease=decrease, increase=increase, floor=floor)
-    world = Fluid(policy, wants, cliff(capacity, 1.0, 31.0))
+    world = Fluid(policy, wants, cliff(capacity, 1.05, 31.05))
     world.run(1)
     assert world.limits == {}  # free when nobody suffers
 
@@ -288,8 +288,8 @@ def test_it_converges_under_any_step_load_and_recovers(wants, capacity, decrease
     if sum(wants) <= capacity:
         assert not any(world.hurt)
         assert world.limits == {}
-    elif least > capacity:  # all are at their floors, and it still hurts: nothing more is done
-        assert all(world.limits[f"v{n}"].rate <= floor * (1 + LOWER) for n, want in enumerate(wants) if want > floor)
+    elif least > capacity * 1.0001:  # all are at their floors, and it still hurts: nothing more is done
+        assert all(world.limits[f"v{n}"].rate <= floor * 1.000001 for n, want in enumerate(wants) if want > floor)
     else:
         # tight: it hurts for the tick that finds the capacity and the one in which the answer settles, no longer
         assert max(map(len, "".join("x" if hurt else " " for hurt in world.hurt[-100:]).split()), default=0) <= 2
@@ -315,7 +315,10 @@ def test_shares_add_up_to_the_level_or_to_what_is_asked_for(wants, capacity):
         if level is None:
             assert world.limits == {}
             continue
-        given = sum(min(want, world.limits[f"v{n}"].rate) for n, want in enumerate(wants) if f"v{n}" in world.limits)
+        # A tenth more than it asked for is set aside for one that did not wait.
+        given = sum(
+            min(1.1 * want, world.limits[f"v{n}"].rate) for n, want in enumerate(wants) if f"v{n}" in world.limits
+        )
         asked = sum(want for n, want in enumerate(wants) if f"v{n}" in world.limits)
         assert given <= max(level, len(world.limits)) * (1 + LOWER) * 1.0001
         assert given >= min(level * (1 - HIGHER), asked) * 0.999

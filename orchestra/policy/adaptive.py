@@ -35,7 +35,7 @@ MEMORY: Final = 3
 
 LOWER: Final = 0.02
 HIGHER: Final = 0.1
-"""By which part a limit has to be off before it is set again: exact where it protects, lazy where it lets go."""
+"""By which part a limit has to be off before it is set again. While it hurts a lower one is always set."""
 
 FASTEST: Final = 1e9
 
@@ -243,11 +243,12 @@ class Adaptive:
     def _limits(self, evidence: dict[str, Any]) -> Iterator[Throttle]:
         assert self._level is not None
         total = sum(vm.rate for vm in self._vms.values())
+        lower = 0.0 if "hurts" in evidence else LOWER
         for name, share in self._shares(self._level).items():
             vm = self._vms[name]
             rate = min(share, FASTEST)
             old = None if vm.limit is None else vm.limit.rate
-            if not vm.here or (old is not None and old * (1 - LOWER) <= rate <= old * (1 + HIGHER)):
+            if not vm.here or (old is not None and old * (1 - lower) <= rate <= old * (1 + HIGHER)):
                 continue  # who is idle, or gone, is told when it comes back
             vm.limit = Limit(rate=rate, burst=1 + min(rate * LATE, FASTEST - 1), max_delay=self._max_delay)
             yield Throttle(

@@ -216,7 +216,8 @@ class Ladder:
 
     def _patience(self, climber: _Climber) -> float:
         """Seconds in the clear that are asked for."""
-        return self.steps[climber.at - 1].clear * climber.factor
+        step = self.steps[climber.at - 1]
+        return step.clear if step.rung is Rung.STOP else step.clear * climber.factor
 
     def _up(self, climber: _Climber, vm: VmFacts | None, facts: Facts, reading: _Reading) -> Action:
         step = self.steps[climber.at]
