@@ -15,7 +15,7 @@ from pathlib import Path
 import attrs
 import trio
 
-from . import aio, answered, floor, idle, launch, machine, pause, rate, told
+from . import aio, answered, emulated, floor, idle, launch, machine, pause, rate, told
 from .row import Options, Row, table
 
 BENCHMARKS: dict[str, Callable[[Options], Awaitable[list[Row]]]] = {
@@ -29,6 +29,7 @@ BENCHMARKS: dict[str, Callable[[Options], Awaitable[list[Row]]]] = {
     "idle-halted": idle.halted,
     "idle-paused": idle.paused,
     "aio": aio.aio,
+    "emulated": emulated.emulated,
 }
 RESULTS = Path(__file__).parent / "results"
 
@@ -94,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
             asked.json.write_text(text)
     if asked.save:
         RESULTS.mkdir(exist_ok=True)
-        stem = RESULTS / f"{datetime.date.today()}-{machine.host_kind()}"
+        stem = RESULTS / "-".join([str(datetime.date.today()), machine.host_kind(), *asked.names])
         stem.with_suffix(".json").write_text(text)
         stem.with_suffix(".md").write_text(f"# Benchmarks, {datetime.date.today()}\n\n{report}")
     return 0 if all(row.ok is not False for row in rows) else 1

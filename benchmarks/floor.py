@@ -25,7 +25,7 @@ def compile_c(source: str, to: Path, *flags: str) -> Path:
     if shutil.which(compiler) is None:
         print(f"{compiler}: not found; the floor is a C program: install a compiler or name one in CC", file=sys.stderr)
         raise SystemExit(2)
-    command = [compiler, "-O2", "-Wall", "-Wextra", *flags, "-o", str(to), str(HERE / source), "-lpthread"]
+    command = [compiler, "-O2", "-Wall", "-Wextra", *flags, "-o", str(to), str(HERE / source), "-lpthread", "-ldl"]
     if subprocess.run(command).returncode:
         print(f"{' '.join(command)} failed", file=sys.stderr)
         raise SystemExit(2)

@@ -53,6 +53,18 @@ def test_a_quick_run_prints_its_rows_as_json() -> None:
     assert result["rows"][0]["details"]["cpu_ns"] > 0
 
 
+@pytest.mark.emulated
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which(os.environ.get("CC", "cc")) is None, reason="the floor needs a C compiler")
+def test_the_emulated_backend_is_measured_against_bare_unicorn() -> None:
+    command = [sys.executable, "-m", "benchmarks", "emulated", "--quick", "--json", "-"]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=300)
+    assert done.returncode in (0, 1)
+    rows = json.loads(done.stdout)["rows"]
+    assert [row["bound"] for row in rows if row["ratio"]] == ["1.5x", "", "1.3x"]
+    assert all(row["details"]["cpu_ns"] and row["details"]["floor_cpu_ns"] for row in rows if row["ratio"])
+
+
 def test_an_unknown_name_is_refused_with_those_that_there_are() -> None:
     command = [sys.executable, "-m", "benchmarks", "speed"]
     done = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=60)

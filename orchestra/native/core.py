@@ -133,7 +133,7 @@ class FleetCore:
 
     @contextmanager
     def urgently(self) -> Iterator[None]:
-        """Within the block somebody waits for a vCPU: busy emulated guests make way for it, 50 ms at most."""
+        """Within the block somebody waits for a vCPU: busy emulated guests make way for it, 200 ms at most."""
         lib.orc_fleet_urgent(self.handle, True)
         try:
             yield

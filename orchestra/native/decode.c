@@ -86,12 +86,10 @@ static void operand_32(struct reader *r, uint8_t modrm, uint8_t rex, int bits, s
 		insn->segment = insn->base == SP || insn->base == BP ? 2 : 3;
 }
 
-/* Whether `opcode` (0x0f00 and up: the two-byte ones) with that ModR/M may be locked; its operand's width, and how many
- * bytes of constants follow. Width 0: as the operand size says. */
-static bool lockable(unsigned opcode, uint8_t modrm, int *width, int *constants, bool *bit_offset)
+/* With which values of ModR/M's reg field `opcode` (0x0f00 and up: the two-byte ones) may be locked, a bit each; its
+ * operand's width, and how many bytes of constants follow. Width 0: as the operand size says. */
+static unsigned lockable(unsigned opcode, int *width, int *constants, bool *bit_offset)
 {
-	int reg = (modrm >> 3) & 7;
-
 	*width = opcode & 1 ? 0 : 1;
 	*constants = 0;
 	*bit_offset = false;
@@ -100,40 +98,114 @@ static bool lockable(unsigned opcode, uint8_t modrm, int *width, int *constants,
 	case 0x20: case 0x21: case 0x28: case 0x29: case 0x30: case 0x31:                       /* AND SUB XOR */
 	case 0x86: case 0x87:                                                                   /* XCHG */
 	case 0x0fb0: case 0x0fb1: case 0x0fc0: case 0x0fc1:                                     /* CMPXCHG XADD */
-		return true;
+		return 0xff;
 	case 0x80: case 0x82: case 0x83: /* but for CMP */
 		*constants = 1;
-		return reg != 7;
+		return 0x7f;
 	case 0x81:
 		*constants = 4; /* 2 with a 16-bit operand */
-		return reg != 7;
+		return 0x7f;
 	case 0xf6: case 0xf7: /* NOT NEG */
-		return reg == 2 || reg == 3;
+		return 1 << 2 | 1 << 3;
 	case 0xfe: case 0xff: /* INC DEC */
-		return reg <= 1;
+		return 1 << 0 | 1 << 1;
 	case 0x0fab: case 0x0fb3: case 0x0fbb: /* BTS BTR BTC */
 		*width = 0;
 		*bit_offset = true;
-		return true;
+		return 0xff;
 	case 0x0fba:
 		*width = 0;
 		*constants = 1;
-		return reg >= 5;
+		return 0xe0;
 	case 0x0fc7: /* CMPXCHG8B, CMPXCHG16B */
 		*width = 8;
-		return reg == 1;
+		return 1 << 1;
 	default:
-		return false;
+		return 0;
+	}
+}
+
+struct prefixes {
+	bool lock, operand, address;
+	uint8_t rex;
+};
+
+/* An instruction that has the prefix, or locks without it. */
+static void decode_lock(struct reader *r, const struct prefixes *p, unsigned opcode, int operand, int bits,
+			struct orc_insn *insn)
+{
+	int width, constants, reg;
+	bool bit_offset;
+	unsigned may = lockable(opcode, &width, &constants, &bit_offset);
+	uint8_t modrm;
+
+	insn->kind = p->lock ? ORC_INSN_ILLEGAL : ORC_INSN_OTHER;
+	if (!may || (opcode == 0x82 && bits == 64))
+		return;
+	modrm = take(r);
+	reg = (modrm >> 3) & 7;
+	if (modrm >> 6 == 3 || !(may >> reg & 1))
+		return;
+	insn->kind = ORC_INSN_LOCK;
+	insn->size = (uint8_t)(width ? width : operand);
+	if (opcode == 0x0fc7 && p->rex & 8)
+		insn->size = 16;
+	if (bit_offset)
+		insn->bit_offset = (uint8_t)(reg | (p->rex & 4) << 1);
+	if (insn->address_bits == 16)
+		operand_16(r, modrm, insn);
+	else
+		operand_32(r, modrm, p->rex, bits, insn);
+	if (constants == 4 && operand == 2)
+		constants = 2;
+	for (int i = 0; i < constants; i++)
+		take(r);
+}
+
+static void decode_other(struct reader *r, unsigned opcode, int operand, int bits, struct orc_insn *insn)
+{
+	int width = operand > 4 ? 4 : operand; /* of port I/O: at most 4 */
+
+	switch (opcode) {
+	case 0xf4:
+		insn->kind = ORC_INSN_HLT;
+		break;
+	case 0xe4: case 0xe5: case 0xe6: case 0xe7:
+		insn->port = take(r);
+		/* fall through */
+	case 0xec: case 0xed: case 0xee: case 0xef:
+		insn->kind = opcode & 2 ? ORC_INSN_OUT : ORC_INSN_IN;
+		insn->size = (uint8_t)(opcode & 1 ? width : 1);
+		break;
+	case 0x6c: case 0x6d: case 0x6e: case 0x6f:
+		insn->kind = opcode & 2 ? ORC_INSN_OUTS : ORC_INSN_INS;
+		insn->size = (uint8_t)(opcode & 1 ? width : 1);
+		if (insn->segment == ORC_NO_SEGMENT)
+			insn->segment = 3;
+		break;
+	case 0xce:
+		if (bits == 64)
+			break;
+		/* fall through */
+	case 0xcc: case 0xcd:
+		insn->kind = ORC_INSN_INT;
+		insn->port = opcode == 0xcd ? take(r) : opcode == 0xcc ? 3 : 4;
+		break;
+	case 0x0f05: case 0x0f34:
+		insn->kind = ORC_INSN_SYSCALL;
+		break;
+	default:
+		break;
 	}
 }
 
 bool orc_decode(const uint8_t *code, size_t n, int bits, struct orc_insn *insn)
 {
 	struct reader r = {.code = code, .n = n};
-	bool lock = false, operand_prefix = false, address_prefix = false;
-	uint8_t rex = 0, byte;
+	struct prefixes p = {0};
+	uint8_t byte;
 	unsigned opcode;
-	int operand, width;
+	int operand;
 
 	*insn = (struct orc_insn){.segment = ORC_NO_SEGMENT, .base = ORC_NO_REGISTER, .index = ORC_NO_REGISTER,
 				  .bit_offset = ORC_NO_REGISTER, .port = -1};
@@ -143,73 +215,29 @@ bool orc_decode(const uint8_t *code, size_t n, int bits, struct orc_insn *insn)
 			return false;
 		if (!orc_is_prefix(byte, bits))
 			break;
-		rex = 0; /* only the one right before the opcode counts */
+		p.rex = 0; /* only the one right before the opcode counts */
 		switch (byte) {
-		case 0x26: insn->segment = 0; break;
-		case 0x2e: insn->segment = 1; break;
-		case 0x36: insn->segment = 2; break;
-		case 0x3e: insn->segment = 3; break;
+		case 0x26: case 0x2e: case 0x36: case 0x3e: /* ignored in 64-bit code, also behind one of the other two */
+			if (bits != 64 || insn->segment < 4 || insn->segment == ORC_NO_SEGMENT)
+				insn->segment = (byte >> 3) & 3;
+			break;
 		case 0x64: insn->segment = 4; break;
 		case 0x65: insn->segment = 5; break;
-		case 0x66: operand_prefix = true; break;
-		case 0x67: address_prefix = true; break;
-		case 0xf0: lock = true; break;
+		case 0x66: p.operand = true; break;
+		case 0x67: p.address = true; break;
+		case 0xf0: p.lock = true; break;
 		case 0xf2: case 0xf3: insn->rep = true; break;
-		default: rex = byte; break;
+		default: p.rex = byte; break;
 		}
 	}
-	operand = bits == 64 ? (rex & 8 ? 8 : operand_prefix ? 2 : 4) : (bits == 16) == operand_prefix ? 4 : 2;
-	insn->address_bits = bits == 64 ? (address_prefix ? 32 : 64) : (bits == 16) == address_prefix ? 32 : 16;
-	width = operand > 4 ? 4 : operand; /* of port I/O: at most 4 */
-
-	if (lock && (byte == 0xf4 || (byte & 0xf4) == 0xe4 || (byte & 0xfc) == 0x6c))
-		return false; /* undefined */
-	switch (byte) {
-	case 0xf4:
-		insn->kind = ORC_INSN_HLT;
-		break;
-	case 0xe4: case 0xe5: case 0xe6: case 0xe7:
-		insn->port = take(&r);
-		/* fall through */
-	case 0xec: case 0xed: case 0xee: case 0xef:
-		insn->kind = byte & 2 ? ORC_INSN_OUT : ORC_INSN_IN;
-		insn->size = (uint8_t)(byte & 1 ? width : 1);
-		break;
-	case 0x6c: case 0x6d: case 0x6e: case 0x6f:
-		insn->kind = byte & 2 ? ORC_INSN_OUTS : ORC_INSN_INS;
-		insn->size = (uint8_t)(byte & 1 ? width : 1);
-		if (insn->segment == ORC_NO_SEGMENT)
-			insn->segment = 3;
-		break;
-	default: {
-		uint8_t modrm;
-		int constants;
-		bool bit_offset;
-
-		opcode = byte == 0x0f ? 0x0f00u | take(&r) : byte;
-		if (!lock && opcode != 0x86 && opcode != 0x87)
-			return false;
-		modrm = take(&r);
-		if (modrm >> 6 == 3 || !lockable(opcode, modrm, &width, &constants, &bit_offset))
-			return false;
-		if (opcode == 0x82 && bits == 64)
-			return false;
-		insn->kind = ORC_INSN_LOCK;
-		insn->size = (uint8_t)(width ? width : operand);
-		if (opcode == 0x0fc7 && rex & 8)
-			insn->size = 16;
-		if (bit_offset)
-			insn->bit_offset = (uint8_t)(((modrm >> 3) & 7) | (rex & 4) << 1);
-		if (insn->address_bits == 16)
-			operand_16(&r, modrm, insn);
-		else
-			operand_32(&r, modrm, rex, bits, insn);
-		if (constants == 4 && operand == 2)
-			constants = 2;
-		for (int i = 0; i < constants; i++)
-			take(&r);
-	}
-	}
+	operand = bits == 64 ? (p.rex & 8 ? 8 : p.operand ? 2 : 4) : (bits == 16) == p.operand ? 4 : 2;
+	insn->address_bits = bits == 64 ? (p.address ? 32 : 64) : (bits == 16) == p.address ? 32 : 16;
+	opcode = byte == 0x0f ? 0x0f00u | take(&r) : byte;
+	insn->opcode = (uint8_t)opcode;
+	if (p.lock || opcode == 0x86 || opcode == 0x87)
+		decode_lock(&r, &p, opcode, operand, bits, insn);
+	else
+		decode_other(&r, opcode, operand, bits, insn);
 	if (r.short_of)
 		insn->kind = ORC_INSN_OTHER;
 	insn->length = (uint8_t)r.at;

@@ -1,5 +1,5 @@
-/* Which instruction stands there, as far as the emulated backend has to know: those that may lock the bus, that touch a
- * port, and HLT. Everything else is nobody's business here. */
+/* Which instruction stands there, as far as the emulated backend has to know: those that may lock the bus or wrongly claim
+ * to, those that touch a port, HLT, and what unicorn gets wrong. Everything else is nobody's business here. */
 #ifndef ORC_DECODE_H
 #define ORC_DECODE_H
 
@@ -7,7 +7,18 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum orc_insn_kind { ORC_INSN_OTHER, ORC_INSN_LOCK, ORC_INSN_IN, ORC_INSN_OUT, ORC_INSN_INS, ORC_INSN_OUTS, ORC_INSN_HLT };
+enum orc_insn_kind {
+	ORC_INSN_OTHER,
+	ORC_INSN_LOCK,
+	ORC_INSN_IN,
+	ORC_INSN_OUT,
+	ORC_INSN_INS,
+	ORC_INSN_OUTS,
+	ORC_INSN_HLT,
+	ORC_INSN_INT,     /* INT n, INT3, INTO */
+	ORC_INSN_SYSCALL, /* SYSCALL, SYSENTER */
+	ORC_INSN_ILLEGAL, /* a LOCK prefix where none may be; its length is not told */
+};
 
 enum { ORC_INSN_MAX = 15, ORC_NO_REGISTER = 16, ORC_NO_SEGMENT = 6 };
 
@@ -23,7 +34,8 @@ struct orc_insn {
 	bool relative;
 	uint8_t bit_offset; /* register that holds it (BTS, BTR, BTC with a register): it moves the operand */
 	int64_t displacement;
-	int16_t port; /* -1: in DX */
+	int16_t port; /* -1: in DX; of INT its vector */
+	uint8_t opcode; /* the last byte of it */
 };
 
 bool orc_is_prefix(uint8_t byte, int bits);

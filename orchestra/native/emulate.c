@@ -12,6 +12,15 @@
  *
  * Each block begins with on_block(), which sees commands: uc_emu_stop from another thread is lost if it comes before
  * unicorn's loop is entered, and its timeout is as well.
+ *
+ * Traps in unicorn that shape what is below:
+ *
+ * - uc_vmem_translate of what is not mapped leaves a page fault pending (x86_cpu_tlb_fill, probe): in a hook, only what the
+ *   instruction accesses anyway may be looked up.
+ * - A block is translated as a whole, and a fault of its last instruction's fetch comes before its first was executed.
+ * - An instruction that writes into its own block is executed once more after it had no effect yet (cflags_next_tb in
+ *   tb_invalidate_phys_page_range__locked), and its hook is called twice.
+ * - What a store does where it may not is seen after the instruction or, of a store by a helper, some instructions later.
  */
 #include <stdlib.h>
 #include <string.h>
@@ -26,10 +35,20 @@ enum {
 	CACHE_LINE = 64,
 	EFLAGS_TF = 1 << 8,
 	EFLAGS_DF = 1 << 10,
+	EFLAGS_OF = 1 << 11,
 	EFLAGS_IOPL_SHIFT = 12,
+	EFLAGS_VM = 1 << 17,
 	EXCEPTION_DB = 1,
 	EXCEPTION_BP = 3,
+	EXCEPTION_OF = 4,
 	EXCEPTION_UD = 6,
+	EXCEPTION_GP = 13,
+	EXCEPTION_PF = 14,
+	MSR_SYSENTER_CS = 0x174,
+	MSR_EFER = 0xc0000080u,
+	EFER_SCE = 1,
+	EFER_LMA = 1 << 10,
+	CR0_PG = 1u << 31,
 	REGISTER_CX = 1,
 	REGISTER_DX = 2,
 	REGISTER_SI = 6,
@@ -57,19 +76,28 @@ static struct orc_memory *memory_at(const struct orc_emulator *e, uint64_t physi
 	return NULL;
 }
 
-static uint8_t *page_bit(struct orc_memory *m, uint64_t physical, uint8_t *bit)
+static uint8_t page_bit(const struct orc_memory *m, uint64_t physical, _Atomic uint8_t **at)
 {
 	uint64_t page = (physical - m->start) / PAGE;
 
-	*bit = (uint8_t)(1u << (page & 7));
-	return (uint8_t *)&m->executed[page >> 3];
+	*at = &m->executed[page >> 3];
+	return (uint8_t)(1u << (page & 7));
 }
 
-static bool was_executed(struct orc_memory *m, uint64_t physical)
+static bool was_executed(const struct orc_memory *m, uint64_t physical)
 {
-	uint8_t bit, *at = page_bit(m, physical, &bit);
+	_Atomic uint8_t *at;
+	uint8_t bit = page_bit(m, physical, &at);
 
-	return atomic_load_explicit((_Atomic uint8_t *)at, memory_order_seq_cst) & bit;
+	return atomic_load_explicit(at, memory_order_seq_cst) & bit;
+}
+
+static void mark_executed(struct orc_memory *m, uint64_t physical)
+{
+	_Atomic uint8_t *at;
+	uint8_t bit = page_bit(m, physical, &at);
+
+	atomic_fetch_or_explicit(at, bit, memory_order_seq_cst);
 }
 
 /* Copies between a buffer and guest memory at a linear address. False if a page is not there, or not memory, or may not be
@@ -102,6 +130,7 @@ static bool copy(struct orc_emulator *e, uint64_t linear, void *buffer, size_t s
 	return true;
 }
 
+/* As many bytes as there are, on one page or two. */
 static size_t fetch(struct orc_emulator *e, uint64_t linear, uint8_t *code, size_t most)
 {
 	size_t first = PAGE - (linear & (PAGE - 1));
@@ -130,14 +159,9 @@ void orc_emulator_written(orc_emulator *e, uint64_t address, uint64_t size)
 
 /* ---- sites: which instructions are hooked --------------------------------------------------------------------- */
 
-static unsigned ctl(const struct orc_emulator *e, int type, int arguments)
-{
-	return (unsigned)type | (unsigned)arguments << 26 | (unsigned)e->u->n.UC_CTL_IO_WRITE << 30;
-}
-
 static void forget_translations(struct orc_emulator *e)
 {
-	e->u->uc_ctl(e->uc, ctl(e, e->u->n.UC_CTL_TB_FLUSH, 0));
+	e->u->uc_ctl(e->uc, orc_unicorn_control(e->u, e->u->n.UC_CTL_TB_FLUSH, 0));
 }
 
 static uint64_t *slot(uint64_t *sites, uint32_t room, uint64_t address)
@@ -215,12 +239,13 @@ static void mark_stale(struct orc_emulator *e, uint64_t begin, uint64_t end)
 static void scan(struct orc_emulator *e, uint64_t begin, uint32_t size)
 {
 	uint8_t code[PAGE + ORC_INSN_MAX];
+	uint64_t end = begin + size;
 	bool found = false;
 	size_t n;
 	int bits;
 
-	if (size > PAGE)
-		size = PAGE;
+	if (size > sizeof code)
+		size = sizeof code;
 	n = fetch(e, begin, code, size);
 	orc_emulator_look(e);
 	bits = orc_state_bits(e);
@@ -228,24 +253,33 @@ static void scan(struct orc_emulator *e, uint64_t begin, uint32_t size)
 		struct orc_insn insn;
 
 		switch (code[i]) {
-		case 0xf0:
-			if (!e->bus_locks)
-				continue;
+		case 0xf0: /* or an illegal one */
 			break;
 		case 0x86: case 0x87:
 			if (!e->bus_locks)
 				continue;
 			break;
+		case 0x0f:
+			if (i + 1 < n && (code[i + 1] == 0x05 || code[i + 1] == 0x34))
+				break;
+			continue;
 		case 0xe4: case 0xe5: case 0xe6: case 0xe7: case 0xec: case 0xed: case 0xee: case 0xef:
-		case 0x6c: case 0x6d: case 0x6e: case 0x6f: case 0xf4:
+		case 0x6c: case 0x6d: case 0x6e: case 0x6f: case 0xf4: case 0xcc: case 0xcd: case 0xce:
 			break;
 		default:
 			continue;
 		}
 		/* It may begin with prefixes before this byte. */
 		for (size_t start = i;; start--) {
-			if (orc_decode(code + start, n - start, bits, &insn))
+			if (orc_decode(code + start, n - start, bits, &insn)) {
 				found |= hook_site(e, begin + start);
+				if (insn.kind == ORC_INSN_LOCK && e->trap_like) {
+					uint64_t next = begin + start + insn.length;
+
+					found |= hook_site(e, next); /* where it is counted; maybe in another block */
+					end = next < end ? end : next + 1;
+				}
+			}
 			if (!start || i - start >= ORC_INSN_MAX - 1 || !orc_is_prefix(code[start - 1], bits))
 				break;
 		}
@@ -254,7 +288,7 @@ static void scan(struct orc_emulator *e, uint64_t begin, uint32_t size)
 		if (e->debug & KVM_GUESTDBG_USE_HW_BP && e->breakpoint[i] - begin < size)
 			found |= hook_site(e, e->breakpoint[i]);
 	if (found)
-		mark_stale(e, begin, begin + size);
+		mark_stale(e, begin, end);
 }
 
 /* ---- hooks ---------------------------------------------------------------------------------------------------- */
@@ -262,16 +296,12 @@ static void scan(struct orc_emulator *e, uint64_t begin, uint32_t size)
 static void on_block(uc_engine *uc, uint64_t address, uint32_t size, void *data)
 {
 	struct orc_emulator *e = data;
-	uint32_t attention = atomic_load_explicit(&e->attention, memory_order_relaxed);
 
-	(void)uc;
-	if (!(attention | atomic_load_explicit(&e->v->commands, memory_order_relaxed) |
-	      atomic_load_explicit(&e->v->fleet->urgent, memory_order_relaxed)) || e->replaying)
+	(void)uc, (void)address, (void)size;
+	if (!(atomic_load_explicit(&e->attention, memory_order_relaxed) |
+	      atomic_load_explicit(&e->v->commands, memory_order_relaxed) |
+	      atomic_load_explicit(&e->v->fleet->urgent, memory_order_relaxed)) || e->alone)
 		return;
-	if (attention & ATTENTION_FIRST) { /* unicorn tells of translations from the second on */
-		atomic_fetch_and(&e->attention, ~(uint32_t)ATTENTION_FIRST);
-		scan(e, address, size);
-	}
 	orc_make_way(e->v);
 	if (atomic_load(&e->attention) || atomic_load(&e->v->commands))
 		stop(e);
@@ -348,46 +378,91 @@ static uint64_t operand_address(const struct orc_emulator *e, const struct orc_i
 	return masked(offset, bits == 64 ? 64 : 32);
 }
 
-/* A locked access takes the bus if it crosses a cache line, or if what it accesses is not cached: Intel SDM vol. 3, 9.1.2. */
-static bool takes_the_bus(struct orc_emulator *e, uint64_t linear, unsigned size)
+/* A locked access takes the bus if it crosses a cache line, or if what it accesses is not cached: Intel SDM vol. 3, 9.1.2.
+ * One that faults does not, *code: it may be translated code that is written. */
+static bool takes_the_bus(struct orc_emulator *e, uint64_t linear, unsigned size, bool *code)
 {
-	uint64_t physical;
+	bool split = (linear & (CACHE_LINE - 1)) + size > CACHE_LINE, cached = true;
 
-	if ((linear & (CACHE_LINE - 1)) + size > CACHE_LINE)
-		return true;
-	return !e->u->uc_vmem_translate(e->uc, linear, (uint32_t)e->u->n.UC_PROT_READ, &physical) && !memory_at(e, physical);
+	*code = false;
+	if (size == 16 && linear & 15)
+		return false; /* CMPXCHG16B faults */
+	for (int end = 0; end <= split; end++) {
+		struct orc_memory *m;
+		uint64_t physical;
+
+		if (e->u->uc_vmem_translate(e->uc, linear + (end ? size - 1 : 0), (uint32_t)e->u->n.UC_PROT_WRITE, &physical))
+			return false;
+		m = memory_at(e, physical);
+		cached &= m != NULL;
+		*code |= m && was_executed(m, physical);
+	}
+	return split || !cached;
 }
 
 static void meet_lock(struct orc_emulator *e, const struct orc_insn *insn, uint64_t address, uint64_t rip, int bits)
 {
-	if (!e->bus_locks || !takes_the_bus(e, operand_address(e, insn, rip, bits), insn->size))
+	bool code;
+
+	if (!e->bus_locks || !takes_the_bus(e, operand_address(e, insn, rip, bits), insn->size, &code))
 		return;
 	if (e->trap_like) {
-		uint64_t next = address + insn->length;
-
-		e->armed = next;
-		e->armed_rip = rip + insn->length;
-		if (hook_site(e, next)) { /* we would not hear of it */
-			e->armed = NOWHERE;
-			mark_stale(e, address, next + 1);
-			stop(e);
-		}
+		e->armed = address + insn->length;
+		e->armed_rip = masked(rip + insn->length, bits);
 		return;
 	}
 	count_lock(e, rip);
-	if (stopping(e)) {
+	if (code) {
+		e->alone = true;
+		stop(e);
+	} else if (stopping(e)) {
 		e->pass = address;
 		stop(e);
 	}
 }
 
-/* Whether code of this privilege may touch ports without a look at the task's permission map. */
-static bool may_touch_ports(const struct orc_emulator *e)
+static uint64_t msr(const struct orc_emulator *e, uint32_t number)
 {
-	uint32_t level = (orc_state_segments(e)[2].flags >> SEGMENT_DPL_SHIFT) & 3;
-	uint64_t flags = orc_register(e, e->u->n.UC_X86_REG_EFLAGS);
+	uc_x86_msr value = {.rid = number};
 
-	return level <= ((flags >> EFLAGS_IOPL_SHIFT) & 3);
+	e->u->uc_reg_read(e->uc, e->u->n.UC_X86_REG_MSR, &value);
+	return value.value;
+}
+
+/* Whether the task's permission map lets this code touch those ports: Intel SDM vol. 1, 19.5.2. False: unicorn, which looks
+ * there too, raises the exception. */
+static bool is_permitted(struct orc_emulator *e, uint32_t port, unsigned size)
+{
+	enum { TSS_32 = 9, BUSY = 2, MAP_BASE = 0x66 };
+	uc_x86_mmr task = {0};
+	uint16_t map = 0, bits = 0;
+
+	e->u->uc_reg_read(e->uc, e->u->n.UC_X86_REG_TR, &task);
+	if (((task.flags >> 8) & 15 & ~BUSY) != TSS_32 || task.limit < MAP_BASE + 1)
+		return false;
+	if (!copy(e, task.base + MAP_BASE, &map, sizeof map, false))
+		goto hidden;
+	if (map + port / 8 + 1 > task.limit)
+		return false;
+	if (!copy(e, task.base + map + port / 8, &bits, sizeof bits, false))
+		goto hidden;
+	return !(bits >> (port & 7) & ((1u << size) - 1));
+hidden:
+	e->failed = "it does not read a port permission map that user code can't; the kvm backend can";
+	stop(e);
+	return false;
+}
+
+/* Whether code of this privilege may touch ports. */
+static bool may_touch_ports(struct orc_emulator *e, const struct orc_insn *insn)
+{
+	uint64_t flags = orc_register(e, e->u->n.UC_X86_REG_EFLAGS);
+	uint32_t hflags = orc_state_hflags(e), level = hflags & HFLAG_CPL;
+
+	if (!level || (!(flags & EFLAGS_VM) && level <= ((flags >> EFLAGS_IOPL_SHIFT) & 3)))
+		return true;
+	return is_permitted(e, insn->port >= 0 ? (uint32_t)insn->port : (uint32_t)(orc_state_registers(e)[REGISTER_DX] & 0xffff),
+			    insn->size);
 }
 
 static bool is_breakpoint(const struct orc_emulator *e, uint64_t address)
@@ -399,16 +474,36 @@ static bool is_breakpoint(const struct orc_emulator *e, uint64_t address)
 	return false;
 }
 
+static void raise_here(struct orc_emulator *e, int vector)
+{
+	e->exception = vector;
+	stop(e);
+}
+
+/* SYSCALL and SYSENTER: unicorn takes them for a NOP. */
+static void meet_syscall(struct orc_emulator *e, const struct orc_insn *insn, int bits)
+{
+	if (insn->opcode == 0x05 && (bits != 64 || !(msr(e, MSR_EFER) & EFER_SCE)))
+		raise_here(e, EXCEPTION_UD);
+	else if (insn->opcode == 0x34 && !(msr(e, MSR_SYSENTER_CS) & 0xfffc))
+		raise_here(e, EXCEPTION_GP);
+	else {
+		e->failed = "it does not execute SYSCALL and SYSENTER; the kvm backend can";
+		stop(e);
+	}
+}
+
 static void on_instruction(uc_engine *uc, uint64_t address, uint32_t size, void *data)
 {
 	struct orc_emulator *e = data;
 	struct orc_insn insn;
 	uint8_t code[ORC_INSN_MAX];
 	uint64_t rip;
+	bool counted, debugged;
 	int bits;
 
-	(void)uc, (void)size;
-	if (e->replaying)
+	(void)uc;
+	if (e->alone)
 		return;
 	if (e->armed != NOWHERE) {
 		bool done = e->armed == address;
@@ -422,31 +517,41 @@ static void on_instruction(uc_engine *uc, uint64_t address, uint32_t size, void 
 			}
 		}
 	}
-	if (e->pass == address) {
-		e->pass = NOWHERE;
-		return;
-	}
+	counted = e->pass == address;
+	debugged = e->pass_debug == address;
+	e->pass = e->pass_debug = NOWHERE;
 	orc_emulator_look(e);
 	bits = orc_state_bits(e);
 	rip = address - segment_base(e, 1, bits);
-	if (is_breakpoint(e, address)) {
-		e->exception = EXCEPTION_DB;
+	if (!counted && !debugged && is_breakpoint(e, address)) {
 		e->insn_rip = rip;
-		stop(e);
+		raise_here(e, EXCEPTION_DB);
 		return;
 	}
-	if (!orc_decode(code, fetch(e, address, code, sizeof code), bits, &insn))
+	/* `size` is the instruction's, and what it says otherwise when it has none: no byte of another page is looked up. */
+	if (!orc_decode(code, size <= sizeof code ? fetch(e, address, code, size) : 0, bits, &insn))
 		return;
 	switch (insn.kind) {
 	case ORC_INSN_LOCK:
-		meet_lock(e, &insn, address, rip, bits);
+		if (!counted)
+			meet_lock(e, &insn, address, rip, bits);
+		return;
+	case ORC_INSN_ILLEGAL:
+		raise_here(e, EXCEPTION_UD);
+		return;
+	case ORC_INSN_SYSCALL:
+		meet_syscall(e, &insn, bits);
+		return;
+	case ORC_INSN_INT:
+		if (insn.opcode != 0xce || orc_register(e, e->u->n.UC_X86_REG_EFLAGS) & EFLAGS_OF)
+			raise_here(e, insn.port); /* here and not behind it, where unicorn raises it */
 		return;
 	case ORC_INSN_HLT:
-		if ((orc_state_segments(e)[2].flags >> SEGMENT_DPL_SHIFT) & 3)
+		if (orc_state_hflags(e) & HFLAG_CPL)
 			return; /* unicorn raises the exception */
 		break;
 	default:
-		if (!may_touch_ports(e))
+		if (!may_touch_ports(e, &insn))
 			return;
 	}
 	e->insn = insn;
@@ -454,16 +559,44 @@ static void on_instruction(uc_engine *uc, uint64_t address, uint32_t size, void 
 	stop(e);
 }
 
+/* Whether the armed lock is done: execution came to the instruction behind it. */
+static void settle_armed(struct orc_emulator *e)
+{
+	if (e->armed == NOWHERE || orc_register(e, e->u->n.UC_X86_REG_RIP) != e->armed_rip)
+		return;
+	e->armed = NOWHERE;
+	count_lock(e, e->armed_rip);
+}
+
 static void on_interrupt(uc_engine *uc, uint32_t vector, void *data)
 {
 	struct orc_emulator *e = data;
 
 	(void)uc;
-	if (vector == EXCEPTION_DB && (e->replaying || e->debug & KVM_GUESTDBG_SINGLESTEP))
+	if (vector == EXCEPTION_DB && e->stepping) {
 		e->stepped = true; /* the instruction is done, and a lock it made is still to be counted */
-	else
-		e->exception = (int)vector, e->armed = NOWHERE;
+	} else {
+		e->exception = (int)vector;
+		settle_armed(e);
+		e->armed = NOWHERE;
+	}
 	stop(e);
+}
+
+/* The part of what is accessed that lies on the page of `address`, where one of unicorn's pieces of it is. */
+static struct orc_touch part_of(const struct orc_emulator *e, uint64_t address)
+{
+	struct orc_touch part = e->outer;
+	uint8_t first = (uint8_t)(PAGE - (part.address & (PAGE - 1)));
+
+	if ((part.address ^ address) & ~(uint64_t)(PAGE - 1)) { /* it goes on there */
+		part.address = address & ~(uint64_t)(PAGE - 1);
+		part.size = part.size > first ? (uint8_t)(part.size - first) : part.size;
+		part.value >>= 8 * first & 63;
+	} else if (part.size > first) {
+		part.size = first;
+	}
+	return part;
 }
 
 /* Memory that nobody backs, or that may not be written. False: the instruction is given up. */
@@ -471,12 +604,48 @@ static bool on_touch(uc_engine *uc, int type, uint64_t address, int size, int64_
 {
 	struct orc_emulator *e = data;
 	const struct orc_unicorn_numbers *n = &e->u->n;
+	bool write = type != n->UC_MEM_READ_UNMAPPED;
 
 	(void)uc;
-	e->touch = (struct orc_touch){.address = address, .value = (uint64_t)value, .size = (uint8_t)size,
-				      .write = type != n->UC_MEM_READ_UNMAPPED, .rom = type == n->UC_MEM_WRITE_PROT};
+	if (!e->replaying) {
+		e->outer = (struct orc_touch){.address = address, .value = (uint64_t)value, .size = (uint8_t)size};
+		if (write) /* to see whether it goes on before it stops */
+			e->u->uc_context_save(e->uc, e->rollback);
+	}
+	e->touch = part_of(e, address);
+	e->touch.write = write;
+	e->touch.rom = type == n->UC_MEM_WRITE_PROT;
 	e->touch_rip = orc_register(e, n->UC_X86_REG_RIP);
 	return false;
+}
+
+static struct orc_touch *add_write(struct orc_emulator *e, struct orc_touch part)
+{
+	if (e->written == ORC_TOUCHES) {
+		e->too_many = true;
+		return NULL;
+	}
+	part.write = true;
+	e->writes[e->written] = part;
+	return &e->writes[e->written++];
+}
+
+/* The instruction being replayed accesses memory: what of it is seen as a touch or at a window may be pieces. */
+static void on_access(uc_engine *uc, int type, uint64_t address, int size, int64_t value, void *data)
+{
+	struct orc_emulator *e = data;
+	const struct orc_memory *m = memory_at(e, address);
+
+	(void)uc;
+	e->outer = (struct orc_touch){.address = address, .value = (uint64_t)value, .size = (uint8_t)size};
+	e->part = NULL;
+	if (type != e->u->n.UC_MEM_WRITE)
+		return;
+	if (m && m->readonly)
+		add_write(e, part_of(e, address));
+	else if ((address & (PAGE - 1)) + (unsigned)size > PAGE)
+		for (unsigned i = 0; i < e->windows; i++)
+			e->torn |= e->window[i].rom != NULL; /* done in part, and not to be undone */
 }
 
 static bool on_fetch(uc_engine *uc, int type, uint64_t address, int size, int64_t value, void *data)
@@ -511,6 +680,19 @@ int orc_emulator_hook(struct orc_emulator *e)
 			return rc;
 	}
 	return grow(e) ? 0 : -1;
+}
+
+static void settle(struct orc_emulator *e)
+{
+	e->answered = e->written = e->delivered = e->windows = 0;
+	e->pending = PENDING_NOTHING;
+}
+
+static enum orc_why fail(struct orc_emulator *e, const char *why)
+{
+	settle(e);
+	e->failed = why;
+	return ORC_ERROR;
 }
 
 /* ---- port accesses -------------------------------------------------------------------------------------------- */
@@ -590,13 +772,14 @@ static enum orc_why port_io(struct orc_emulator *e)
 	port = insn->port >= 0 ? (uint32_t)insn->port : (uint32_t)(r[REGISTER_DX] & 0xffff);
 	if (string && insn->rep && !masked(r[REGISTER_CX], insn->address_bits)) {
 		move_on(e);
-		return ORC_COMMAND; /* nothing to answer */
+		e->pending = PENDING_DONE; /* nothing to answer */
+		return ORC_COMMAND;
 	}
 	if (insn->kind == ORC_INSN_OUT) {
 		memcpy(e->data, &r[0], insn->size);
 	} else if (insn->kind == ORC_INSN_OUTS) {
 		if (!copy(e, string_address(e), e->data, insn->size, false))
-			return ORC_ERROR;
+			return fail(e, "OUTS from memory that is not there; the kvm backend can");
 	} else if (insn->kind == ORC_INSN_INS && insn->rep) {
 		count = read_ahead(e, string_address(e), masked(r[REGISTER_CX], insn->address_bits));
 	}
@@ -611,7 +794,7 @@ static enum orc_why port_io(struct orc_emulator *e)
 	account(e, KVM_EXIT_IO, 0, 0, false);
 	if (insn->kind == ORC_INSN_OUTS) { /* KVM's emulator is done with it before it tells */
 		advance(e, 1);
-		e->pending = PENDING_NOTHING;
+		e->pending = PENDING_DONE;
 	} else {
 		e->pending = PENDING_IO;
 	}
@@ -671,72 +854,50 @@ static enum orc_why tell_mmio(struct orc_emulator *e, const struct orc_touch *t,
 
 static enum orc_why ask(struct orc_emulator *e)
 {
-	if (e->answered == ORC_TOUCHES) {
-		e->failed = "an instruction reads more of unbacked memory than is supported; the kvm backend can";
-		return ORC_ERROR;
-	}
-	e->touch.write = e->touch.rom = false;
+	if (e->answered == ORC_TOUCHES)
+		return fail(e, "an instruction reads more of unbacked memory than is supported; the kvm backend can");
 	e->touch.value = 0;
-	/* KVM asks for each page by itself. */
-	if (e->touch.address == e->rest_at)
-		e->touch.size = e->rest;
-	if ((e->touch.address & (PAGE - 1)) + e->touch.size > PAGE) {
-		e->rest = (uint8_t)((e->touch.address & (PAGE - 1)) + e->touch.size - PAGE);
-		e->touch.size = (uint8_t)(e->touch.size - e->rest);
-		e->rest_at = e->touch.address + e->touch.size;
-	}
 	e->answers[e->answered] = e->touch;
 	return tell_mmio(e, &e->touch, 0);
 }
 
+/* Unicorn reads an unaligned word as the two aligned ones around it, and a long one in halves. */
 static uint64_t window_read(uc_engine *uc, uint64_t offset, unsigned size, void *data)
 {
 	struct orc_window *w = data;
 	struct orc_emulator *e = w->e;
 	uint64_t address = w->page + offset, value = 0;
-	bool known = false;
+	struct orc_touch part = part_of(e, address);
 
 	(void)uc;
-	/* By bytes: unicorn reads an unaligned word as the two aligned ones around it, and a long one in halves. */
-	for (unsigned byte = 0; byte < size; byte++)
-		for (unsigned i = 0; i < e->answered; i++) {
-			uint64_t at = address + byte - e->answers[i].address;
-
-			if (at < e->answers[i].size) {
-				value |= ((e->answers[i].value >> (8 * at)) & 0xff) << (8 * byte);
-				known = true;
-			}
+	if (e->missing)
+		return 0;
+	if (!e->part || e->part->address != part.address) {
+		if (e->used == e->answered || e->answers[e->used].address != part.address) {
+			e->missing = true;
+			e->touch = part;
+			e->answered = e->used; /* it accesses something else than the last time: memory has changed */
+			stop(e);
+			return 0;
 		}
-	if (!known && !e->missing) {
-		e->missing = true;
-		e->touch = (struct orc_touch){.address = address, .size = (uint8_t)size};
+		e->part = &e->answers[e->used++];
 	}
+	for (unsigned byte = 0; byte < size; byte++)
+		if (address + byte - part.address < part.size)
+			value |= ((e->part->value >> 8 * (address + byte - part.address)) & 0xff) << (8 * byte);
 	return value;
 }
 
+/* It writes one byte by byte. */
 static void window_write(uc_engine *uc, uint64_t offset, unsigned size, uint64_t value, void *data)
 {
 	struct orc_window *w = data;
 	struct orc_emulator *e = w->e;
-	uint64_t address = w->page + offset;
+	struct orc_touch part = part_of(e, w->page + offset);
 
-	(void)uc;
-	if (size < 8)
-		value &= (1ull << (8 * size)) - 1;
-	if (e->written) { /* unicorn writes an unaligned word byte by byte, and a long one in halves */
-		struct orc_touch *last = &e->writes[e->written - 1];
-
-		if (last->address + last->size == address && last->size + size <= 8) {
-			last->value |= value << (8 * last->size);
-			last->size = (uint8_t)(last->size + size);
-			return;
-		}
-	}
-	if (e->written == ORC_TOUCHES)
-		e->too_many = true;
-	else
-		e->writes[e->written++] = (struct orc_touch){.address = address, .value = value, .size = (uint8_t)size,
-							     .write = true};
+	(void)uc, (void)size, (void)value;
+	if (!e->part || e->part->address != part.address)
+		e->part = add_write(e, part);
 }
 
 /* Opens the page that was touched. A page that may only be read does not tell what is written to it: it remembers. */
@@ -754,7 +915,6 @@ static bool add_window(struct orc_emulator *e, const struct orc_touch *touch)
 	w->e = e;
 	w->page = page;
 	w->rom = touch->rom ? memory_at(e, page) : NULL;
-	w->write = *touch;
 	if (w->rom && !w->before && !(w->before = malloc(PAGE)))
 		return false;
 	e->windows++;
@@ -764,10 +924,11 @@ static bool add_window(struct orc_emulator *e, const struct orc_touch *touch)
 static int open_windows(struct orc_emulator *e)
 {
 	const struct orc_unicorn_numbers *n = &e->u->n;
-	int rc = 0;
+	int rc = e->u->uc_hook_add(e->uc, &e->access_hook, n->UC_HOOK_MEM_READ | n->UC_HOOK_MEM_WRITE, (void *)on_access, e,
+				   (uint64_t)1, (uint64_t)0);
 
-	for (unsigned i = 0; i < e->windows && !rc; i++) {
-		struct orc_window *w = &e->window[i];
+	for (e->opened = 0; e->opened < e->windows && !rc; e->opened++) {
+		struct orc_window *w = &e->window[e->opened];
 
 		if (w->rom) { /* writable for this one instruction: what it holds is put back */
 			memcpy(w->before, w->rom->host + (w->page - w->rom->start), PAGE);
@@ -784,19 +945,19 @@ static void close_windows(struct orc_emulator *e)
 {
 	const struct orc_unicorn_numbers *n = &e->u->n;
 
-	for (unsigned i = 0; i < e->windows; i++) {
-		struct orc_window *w = &e->window[i];
+	while (e->opened) {
+		struct orc_window *w = &e->window[--e->opened];
 
 		if (w->rom) {
 			memcpy(w->rom->host + (w->page - w->rom->start), w->before, PAGE);
 			e->u->uc_mem_protect(e->uc, w->page, PAGE, (uint32_t)(n->UC_PROT_READ | n->UC_PROT_EXEC));
-			atomic_fetch_or_explicit(&w->rom->executed[(w->page - w->rom->start) / PAGE >> 3],
-						 (uint8_t)(1u << (((w->page - w->rom->start) / PAGE) & 7)), memory_order_seq_cst);
+			mark_executed(w->rom, w->page);
 			atomic_fetch_or(&e->attention, ATTENTION_WRITTEN);
 		} else {
 			e->u->uc_mem_unmap(e->uc, w->page, PAGE);
 		}
 	}
+	e->u->uc_hook_del(e->uc, e->access_hook);
 }
 
 /* Executes one instruction, by the trap flag (unicorn's own count makes it throw all translations away). */
@@ -808,19 +969,15 @@ static int step(struct orc_emulator *e)
 
 	orc_set_register(e, n->UC_X86_REG_EFLAGS, flags | EFLAGS_TF);
 	e->stepped = false;
-	e->touch.size = 0;
+	e->stepping = true;
 	rc = e->u->uc_emu_start(e->uc, orc_register(e, n->UC_X86_REG_RIP), 0, 0, 0);
+	e->stepping = false;
+	orc_set_register(e, n->UC_X86_REG_DR6, dr6);
 	if (!(flags & EFLAGS_TF))
 		orc_set_register(e, n->UC_X86_REG_EFLAGS, orc_register(e, n->UC_X86_REG_EFLAGS) & ~(uint64_t)EFLAGS_TF);
-	orc_set_register(e, n->UC_X86_REG_DR6, dr6);
+	else if (e->stepped && !(e->debug & KVM_GUESTDBG_SINGLESTEP))
+		e->exception = EXCEPTION_DB; /* the guest's own trap */
 	return rc;
-}
-
-static void settle(struct orc_emulator *e)
-{
-	e->answered = e->written = e->delivered = e->windows = 0;
-	e->rest_at = NOWHERE;
-	e->pending = PENDING_NOTHING;
 }
 
 /* The next write of a replayed instruction, or the end of it. */
@@ -839,46 +996,39 @@ static enum orc_why deliver(struct orc_emulator *e)
 	return ORC_COMMAND;
 }
 
-static enum orc_why fail(struct orc_emulator *e, const char *why)
-{
-	settle(e);
-	e->failed = why;
-	return ORC_ERROR;
-}
-
 /* Executes the instruction once more, with the answers there are. */
 static enum orc_why replay(struct orc_emulator *e)
 {
-	for (int attempt = 0; attempt < 2 * ORC_WINDOWS; attempt++) {
+	for (int attempt = 0; attempt <= ORC_WINDOWS; attempt++) {
 		int rc;
 
 		e->u->uc_context_save(e->uc, e->rollback);
-		e->written = e->delivered = 0;
-		e->missing = e->too_many = false;
-		for (unsigned i = 0; i < e->windows; i++)
-			if (e->window[i].rom)
-				e->writes[e->written++] = e->window[i].write;
+		e->used = e->written = e->delivered = 0;
+		e->part = NULL;
+		e->missing = e->too_many = e->torn = false;
+		e->touch.size = 0;
 		if ((rc = open_windows(e))) {
 			close_windows(e);
 			return fail(e, e->u->uc_strerror(rc));
 		}
-		e->replaying = true;
+		e->alone = e->replaying = true;
 		rc = step(e);
-		e->replaying = false;
+		e->alone = e->replaying = false;
 		close_windows(e);
-		if (e->exception >= 0) {
+		if (e->torn)
+			return fail(e, "a write goes from memory into such as may only be read; the kvm backend can");
+		if (e->too_many)
+			return fail(e, "an instruction writes more of unbacked memory than is supported; the kvm backend can");
+		if (e->exception >= 0 && !e->stepped) {
 			settle(e);
 			return ORC_COMMAND; /* it faulted otherwise: the loop sees to it */
 		}
-		if (e->stepped && !e->missing) {
-			if (e->too_many)
-				return fail(e, "an instruction writes more of unbacked memory than is supported; the kvm backend can");
+		if (e->stepped && !e->missing)
 			return deliver(e);
-		}
 		e->u->uc_context_restore(e->uc, e->rollback);
 		if (!e->touch.size)
 			return fail(e, e->u->uc_strerror(rc));
-		if (e->missing || !e->touch.write)
+		if (!e->touch.write)
 			return ask(e);
 		if (!add_window(e, &e->touch))
 			break;
@@ -888,13 +1038,17 @@ static enum orc_why replay(struct orc_emulator *e)
 
 static enum orc_why touched(struct orc_emulator *e)
 {
-	/* What a helper of unicorn's writes does not stop at once: what came after it can't be undone. */
-	if (orc_register(e, e->u->n.UC_X86_REG_RIP) != e->touch_rip)
-		return fail(e, "an instruction that unicorn can't restart wrote to unbacked memory; the kvm backend can");
+	struct orc_touch touch = e->touch;
+
 	settle(e);
-	if (!e->touch.write)
-		return ask(e);
-	if (!add_window(e, &e->touch))
+	if (!touch.write) /* at the start of a page it may be the rest of one that began before: a replay tells */
+		return touch.address & (PAGE - 1) || touch.size == 1 ? ask(e) : replay(e);
+	/* What a helper of unicorn's writes does not stop at once, and what came after it can't be undone. */
+	orc_emulator_look(e);
+	if (orc_register(e, e->u->n.UC_X86_REG_RIP) != e->touch_rip ||
+	    memcmp(orc_state_registers(e), (char *)e->rollback + e->u->at_registers, 16 * sizeof(uint64_t)))
+		return fail(e, "an instruction that unicorn can't restart wrote to unbacked memory; the kvm backend can");
+	if (!add_window(e, &touch))
 		return fail(e, "no memory");
 	return replay(e);
 }
@@ -915,6 +1069,7 @@ static enum orc_why finish(struct orc_emulator *e)
 	case PENDING_WRITE:
 		return deliver(e);
 	default:
+		e->pending = PENDING_NOTHING;
 		return ORC_COMMAND;
 	}
 }
@@ -938,8 +1093,7 @@ void orc_emulator_debug(orc_emulator *e, const struct kvm_guest_debug *debug)
 	unhook_all(e); /* blocks are looked through again, and breakpoints found */
 }
 
-/* Code was fetched from a page for the first time. */
-static bool let_execute(struct orc_emulator *e, uint64_t address)
+bool orc_emulator_let_execute(struct orc_emulator *e, uint64_t address)
 {
 	struct orc_memory *m = memory_at(e, address);
 	uint64_t begin, size = PAGE, pages = 0;
@@ -954,11 +1108,12 @@ static bool let_execute(struct orc_emulator *e, uint64_t address)
 	begin = m->start + ((address - m->start) & ~(size - 1));
 	if (size > m->start + m->size - begin)
 		size = m->start + m->size - begin;
-	for (uint64_t page = begin; page < begin + size; page += PAGE) {
-		uint8_t bit, *at = page_bit(m, page, &bit);
-
-		atomic_fetch_or_explicit((_Atomic uint8_t *)at, bit, memory_order_seq_cst);
-	}
+	for (uint64_t page = begin; page < begin + size; page += PAGE)
+		mark_executed(m, page);
+	/* What splits gets other numbers, by which unicorn finds translations again; where addresses are not physical ones it
+	 * does not throw the old away (memory_unmap). */
+	if (pages && orc_register(e, e->u->n.UC_X86_REG_CR0) & CR0_PG)
+		forget_translations(e);
 	return !e->u->uc_mem_protect(e->uc, begin, size,
 				     (uint32_t)(e->u->n.UC_PROT_READ | e->u->n.UC_PROT_EXEC |
 						(m->readonly ? 0 : e->u->n.UC_PROT_WRITE)));
@@ -966,27 +1121,42 @@ static bool let_execute(struct orc_emulator *e, uint64_t address)
 
 static void attend(struct orc_emulator *e)
 {
-	uint32_t attention = atomic_fetch_and(&e->attention, ATTENTION_FIRST);
+	uint32_t attention = atomic_exchange(&e->attention, 0);
+	uint64_t fault = orc_register(e, e->u->n.UC_X86_REG_CR2);
 
-	if (e->site_count > SITES)
+	if (e->site_count > SITES) {
 		unhook_all(e);
-	else if (attention & ATTENTION_WRITTEN)
+	} else if (attention & ATTENTION_WRITTEN) {
 		forget_translations(e);
-	else if (attention & ATTENTION_STALE)
-		e->u->uc_ctl(e->uc, ctl(e, e->u->n.UC_CTL_TB_REMOVE_CACHE, 2), e->stale, e->stale_end);
+	} else if (attention & ATTENTION_STALE) {
+		/* Page by page, as unicorn takes what is behind the first for what is behind it in its own order. */
+		for (uint64_t at = e->stale, next; at < e->stale_end; at = next) {
+			next = (at | (PAGE - 1)) + 1;
+			if (next > e->stale_end)
+				next = e->stale_end;
+			e->u->uc_ctl(e->uc, orc_unicorn_control(e->u, e->u->n.UC_CTL_TB_REMOVE_CACHE, 2), at, next);
+		}
+		orc_set_register(e, e->u->n.UC_X86_REG_CR2, fault); /* a page may not be there */
+	}
 }
 
 /* Whether the guest set a handler up: an entry of its interrupt table that a CPU would take. */
 static bool has_handler(struct orc_emulator *e, int vector, const uc_x86_mmr *idt, bool protected)
 {
 	uint8_t gate[16] = {0};
-	int size = !protected ? 4 : orc_state_bits(e) == 64 ? 16 : 8;
+	int size = !protected ? 4 : msr(e, MSR_EFER) & EFER_LMA ? 16 : 8;
+	uint64_t fault = orc_register(e, e->u->n.UC_X86_REG_CR2);
+	bool known;
 
 	if ((uint64_t)vector * (unsigned)size + (unsigned)size - 1 > idt->limit)
 		return false;
 	if (!protected)
 		return true; /* whatever is there is an address */
-	return copy(e, idt->base + (uint64_t)vector * (unsigned)size, gate, (size_t)size, false) && gate[5] & 0x80;
+	known = copy(e, idt->base + (uint64_t)vector * (unsigned)size, gate, (size_t)size, false);
+	orc_set_register(e, e->u->n.UC_X86_REG_CR2, fault);
+	if (!known)
+		return orc_state_hflags(e) & HFLAG_CPL; /* user code can't read it, and does it have one */
+	return gate[5] & 0x80;
 }
 
 static enum orc_why tell(struct orc_emulator *e, unsigned reason)
@@ -1008,7 +1178,7 @@ static enum orc_why tell_debug(struct orc_emulator *e, uint64_t exception, uint6
 
 static enum orc_why raised(struct orc_emulator *e)
 {
-	enum { DOUBLE_FAULT = 8, NOT_PRESENT = 11, GENERAL = 13, PAGE_FAULT = 14, DR6_FIXED = 0xffff0ff0 };
+	enum { DOUBLE_FAULT = 8, NOT_PRESENT = 11, DR6_FIXED = 0xffff0ff0 };
 	const struct orc_unicorn_numbers *n = &e->u->n;
 	int vector = e->exception;
 	uint64_t rip = orc_register(e, n->UC_X86_REG_RIP);
@@ -1018,23 +1188,28 @@ static enum orc_why raised(struct orc_emulator *e)
 
 	e->exception = -1;
 	e->armed = NOWHERE;
+	if (vector > 255)
+		return fail(e, "it does not execute guests of a guest; the kvm backend can");
+	if (vector == EXCEPTION_PF && !e->careful) {
+		e->careful = true;
+		return ORC_COMMAND;
+	}
+	e->careful = false;
 	if (vector == EXCEPTION_DB && is_breakpoint(e, e->insn_rip) && rip == e->insn_rip) {
 		orc_emulator_look(e);
-		e->pass = rip + segment_base(e, 1, orc_state_bits(e));
+		e->pass_debug = rip + segment_base(e, 1, orc_state_bits(e));
 		return tell_debug(e, EXCEPTION_DB, rip, DR6_FIXED | 1);
 	}
-	if (vector == EXCEPTION_BP && e->debug & KVM_GUESTDBG_USE_SW_BP) {
-		orc_set_register(e, n->UC_X86_REG_RIP, rip - 1); /* on the instruction, as KVM has it */
-		return tell_debug(e, EXCEPTION_BP, rip - 1, DR6_FIXED);
-	}
+	if (vector == EXCEPTION_BP && e->debug & KVM_GUESTDBG_USE_SW_BP)
+		return tell_debug(e, EXCEPTION_BP, rip, DR6_FIXED);
 	e->u->uc_reg_read(e->uc, n->UC_X86_REG_IDTR, &idt);
 	orc_emulator_look(e);
 	r = blank(e);
 	r->arg[0] = (uint64_t)vector;
-	r->arg[2] = vector == PAGE_FAULT ? orc_register(e, n->UC_X86_REG_CR2) : rip;
+	r->arg[2] = vector == EXCEPTION_PF ? orc_register(e, n->UC_X86_REG_CR2) : rip;
 	/* Without a handler, for it and for what follows from having none, a CPU shuts down: Intel SDM vol. 3, 6.15. */
 	if (has_handler(e, vector, &idt, protected) || has_handler(e, NOT_PRESENT, &idt, protected) ||
-	    has_handler(e, GENERAL, &idt, protected) || has_handler(e, DOUBLE_FAULT, &idt, protected))
+	    has_handler(e, EXCEPTION_GP, &idt, protected) || has_handler(e, DOUBLE_FAULT, &idt, protected))
 		return tell(e, KVM_EXIT_EXCEPTION);
 	return tell(e, KVM_EXIT_SHUTDOWN);
 }
@@ -1060,7 +1235,7 @@ static enum orc_why came_back(struct orc_emulator *e, int rc)
 		return ORC_ERROR;
 	if (rc == n->UC_ERR_OK) {
 		if (e->exception >= 0)
-			return raised(e);
+			return ORC_COMMAND; /* see raised() */
 		if (e->insn.kind == ORC_INSN_HLT) {
 			orc_emulator_look(e);
 			move_on(e);
@@ -1071,60 +1246,74 @@ static enum orc_why came_back(struct orc_emulator *e, int rc)
 	}
 	if (rc == n->UC_ERR_READ_UNMAPPED || rc == n->UC_ERR_WRITE_UNMAPPED || rc == n->UC_ERR_WRITE_PROT)
 		return touched(e);
-	if (rc == n->UC_ERR_FETCH_PROT && let_execute(e, e->fetch))
+	if (rc == n->UC_ERR_FETCH_PROT && orc_emulator_let_execute(e, e->fetch))
 		return ORC_COMMAND;
 	if (rc == n->UC_ERR_FETCH_UNMAPPED || rc == n->UC_ERR_FETCH_PROT) {
-		if (e->armed != NOWHERE)
-			count_lock(e, e->armed_rip);
-		e->armed = NOWHERE;
-		return cant_emulate(e);
+		if (e->careful) {
+			e->careful = false;
+			return cant_emulate(e);
+		}
+		e->careful = true;
+		return ORC_COMMAND;
 	}
 	if (rc == n->UC_ERR_INSN_INVALID) {
 		e->exception = EXCEPTION_UD;
-		return raised(e);
+		return ORC_COMMAND;
 	}
 	e->failed = e->u->uc_strerror(rc);
 	return ORC_ERROR;
 }
 
+static enum orc_why enter(struct orc_emulator *e)
+{
+	bool alone = e->alone;
+	enum orc_why why;
+	int rc;
+
+	if (atomic_load_explicit(&e->attention, memory_order_acquire))
+		attend(e);
+	e->insn.kind = ORC_INSN_OTHER;
+	e->exception = -1;
+	e->stepped = false;
+	if (alone || e->careful || e->debug & KVM_GUESTDBG_SINGLESTEP)
+		rc = step(e);
+	else
+		rc = e->u->uc_emu_start(e->uc, orc_register(e, e->u->n.UC_X86_REG_RIP), 0, 0, 0);
+	if (e->stepped)
+		e->careful = false;
+	if (alone) /* unless it was stopped before it began */
+		e->alone = rc == e->u->n.UC_ERR_OK && !e->stepped && e->exception < 0;
+	why = came_back(e, rc);
+	if (why == ORC_COMMAND && atomic_load_explicit(&e->v->commands, memory_order_relaxed))
+		orc_count(&e->v->kicks, 1);
+	return why;
+}
+
 enum orc_why orc_emulator_run(orc_vcpu *v)
 {
 	struct orc_emulator *e = v->emulator;
-	const struct orc_unicorn_numbers *n = &e->u->n;
 
 	for (;;) {
 		enum orc_why why;
-		int rc;
+		bool completed = e->pending;
 
+		if (!e->pending)
+			settle_armed(e);
 		if (atomic_load_explicit(&v->commands, memory_order_seq_cst)) {
 			if (!e->pending)
 				return ORC_COMMAND;
 		} else if (v->waiting && !orc_wait_turn(v)) {
 			continue;
 		}
-		if (e->pending) { /* as KVM: the access is completed when the guest is entered again */
-			why = finish(e);
-			if (why == ORC_COMMAND && e->exception >= 0)
-				why = raised(e);
-			if (why != ORC_COMMAND)
-				return why;
-			continue;
+		/* As KVM: an access is completed when the guest is entered again. */
+		why = e->pending ? finish(e) : enter(e);
+		if (why == ORC_COMMAND && !e->pending && e->exception >= 0)
+			why = raised(e);
+		if (why == ORC_COMMAND && !e->pending && (completed || e->stepped) && e->debug & KVM_GUESTDBG_SINGLESTEP) {
+			settle_armed(e);
+			why = tell_debug(e, EXCEPTION_DB, orc_register(e, e->u->n.UC_X86_REG_RIP), 0xffff0ff0 | 1 << 14);
 		}
-		if (atomic_load_explicit(&e->attention, memory_order_acquire))
-			attend(e);
-		e->insn.kind = ORC_INSN_OTHER;
-		e->exception = -1;
-		if (e->debug & KVM_GUESTDBG_SINGLESTEP) {
-			rc = step(e);
-			if (e->stepped)
-				return tell_debug(e, EXCEPTION_DB, orc_register(e, n->UC_X86_REG_RIP), 0xffff0ff0 | 1 << 14);
-		} else {
-			rc = e->u->uc_emu_start(e->uc, orc_register(e, n->UC_X86_REG_RIP), 0, 0, 0);
-		}
-		why = came_back(e, rc);
 		if (why != ORC_COMMAND)
 			return why;
-		if (atomic_load_explicit(&v->commands, memory_order_relaxed))
-			orc_count(&v->kicks, 1);
 	}
 }

@@ -50,7 +50,8 @@ struct orc_unicorn {
 	void *library;
 	struct orc_unicorn_numbers n;
 	size_t context_size;
-	size_t at_registers, at_segments; /* in a saved context: RAX.., and the hidden parts of ES, CS, SS, DS, FS, GS */
+	/* In a saved context: RAX.., the hidden parts of ES, CS, SS, DS, FS, GS, and hflags. */
+	size_t at_registers, at_segments, at_hflags;
 	void *fresh[3];                   /* contexts of a CPU that has just entered 16, 32, 64-bit mode */
 #define F(result, name, arguments) result(*name) arguments;
 	ORC_UNICORN_FUNCTIONS(F)
@@ -63,7 +64,8 @@ struct orc_segment_cache {
 	uint64_t base;
 	uint32_t limit, flags;
 };
-enum { SEGMENT_LONG = 1 << 21, SEGMENT_32 = 1 << 22, SEGMENT_DPL_SHIFT = 13 };
+/* Bits of its hflags, which say how code is translated. */
+enum { HFLAG_CPL = 3, HFLAG_CODE_32 = 1 << 4, HFLAG_CODE_64 = 1 << 15 };
 
 struct orc_memory {
 	uint64_t start, size;
@@ -84,8 +86,7 @@ struct orc_window {
 	struct orc_emulator *e;
 	uint64_t page;
 	struct orc_memory *rom; /* NULL: nobody backs the page */
-	struct orc_touch write; /* to rom */
-	uint8_t *before; /* what the page held; allocated when first needed */
+	uint8_t *before;        /* what the page held; allocated when first needed */
 };
 
 struct orc_emulator {
@@ -118,25 +119,30 @@ struct orc_emulator {
 	bool fetch_failed;
 
 	uint64_t pass;  /* fault-like: the lock there is counted already; -1: none */
+	uint64_t pass_debug; /* the breakpoint there is told already */
 	uint64_t armed; /* trap-like: a lock is done once execution gets there; -1: none */
 	uint64_t armed_rip;
 
-	bool replaying, stepped, missing;
-	struct orc_touch answers[ORC_TOUCHES], writes[ORC_TOUCHES];
-	unsigned answered, written, delivered;
-	bool too_many;
-	uint64_t rest_at; /* the part of a read that lies on the next page */
-	uint8_t rest;
-	struct orc_window window[ORC_WINDOWS];
-	unsigned windows;
+	bool alone;    /* the instruction at RIP was met already: it is executed by itself, and hooks let it pass */
+	bool careful;  /* a fault may belong to an instruction further on: execute one at a time */
+	bool stepping, stepped;
 
-	enum { PENDING_NOTHING, PENDING_IO, PENDING_READ, PENDING_WRITE } pending;
+	bool replaying, missing, too_many, torn;
+	struct orc_touch answers[ORC_TOUCHES], writes[ORC_TOUCHES];
+	unsigned answered, used, written, delivered;
+	struct orc_touch outer; /* what the instruction being replayed accesses, as it does: not in unicorn's pieces */
+	struct orc_touch *part; /* of `answers` or `writes`: what the pieces that come belong to */
+	struct orc_window window[ORC_WINDOWS];
+	unsigned windows, opened;
+	size_t access_hook;
+
+	enum { PENDING_NOTHING, PENDING_IO, PENDING_READ, PENDING_WRITE, PENDING_DONE } pending;
 	uint32_t debug; /* KVM_GUESTDBG_* */
 	uint64_t breakpoint[4];
 	uint32_t io_count;
 	uint8_t data[ORC_IO_BYTES];
 };
-enum { ATTENTION_FIRST = 1, ATTENTION_STALE = 2, ATTENTION_WRITTEN = 4 };
+enum { ATTENTION_STALE = 1, ATTENTION_WRITTEN = 2 };
 
 /* unicorn.c */
 void orc_emulator_look(struct orc_emulator *); /* saves the CPU's state where the two below find it */
@@ -148,16 +154,23 @@ static inline struct orc_segment_cache *orc_state_segments(const struct orc_emul
 {
 	return (struct orc_segment_cache *)((char *)e->context + e->u->at_segments);
 }
+static inline uint32_t orc_state_hflags(const struct orc_emulator *e)
+{
+	return *(const uint32_t *)((const char *)e->context + e->u->at_hflags);
+}
 static inline int orc_state_bits(const struct orc_emulator *e)
 {
-	uint32_t flags = orc_state_segments(e)[1].flags;
+	uint32_t hflags = orc_state_hflags(e);
 
-	return flags & SEGMENT_LONG ? 64 : flags & SEGMENT_32 ? 32 : 16;
+	return hflags & HFLAG_CODE_64 ? 64 : hflags & HFLAG_CODE_32 ? 32 : 16;
 }
 uint64_t orc_register(const struct orc_emulator *, int number);
 void orc_set_register(const struct orc_emulator *, int number, uint64_t value);
 
 /* emulate.c */
+/* Has unicorn execute code of that page. False: it is no memory, or unicorn has none left. */
+bool orc_emulator_let_execute(struct orc_emulator *, uint64_t address);
+unsigned orc_unicorn_control(const struct orc_unicorn *, int type, int arguments);
 int orc_emulator_hook(struct orc_emulator *); /* an error of unicorn's */
 
 #endif

@@ -125,7 +125,7 @@ size_t orc_fleet_active(orc_fleet *, uint32_t *out, size_t most);
 void orc_fleet_limits_changed(orc_fleet *);
 /* Somebody waits for a vCPU to start or to come out; or does not any more. An emulated guest sees a command at its next
  * block, once it has a core: with more busy guests than cores that takes the scheduler 4 ms for each guest before it. So
- * those that execute give their cores up meanwhile, for 50 ms at most. Nothing for NULL: the fleet is gone. */
+ * those that execute give their cores up meanwhile, for 200 ms at most. Nothing for NULL: the fleet is gone. */
 void orc_fleet_urgent(orc_fleet *, bool begins);
 
 /* ---- vcpu.c --------------------------------------------------------------------------------------------------- */
@@ -248,10 +248,10 @@ void orc_cpuid_set_apic_id(struct kvm_cpuid2 *, uint32_t id);
 /* Unicorn's own numbers, by its own names: whoever loads the library reads them from the package it came with. */
 struct orc_unicorn_numbers {
 	int UC_ARCH_X86, UC_MODE_16, UC_MODE_64, UC_PROT_READ, UC_PROT_WRITE, UC_PROT_EXEC;
-	int UC_MEM_WRITE_UNMAPPED, UC_MEM_WRITE_PROT, UC_MEM_READ_UNMAPPED, UC_MEM_FETCH_PROT;
+	int UC_MEM_WRITE, UC_MEM_WRITE_PROT, UC_MEM_READ_UNMAPPED;
 	int UC_HOOK_BLOCK, UC_HOOK_CODE, UC_HOOK_INTR, UC_HOOK_EDGE_GENERATED;
 	int UC_HOOK_MEM_READ_UNMAPPED, UC_HOOK_MEM_WRITE_UNMAPPED, UC_HOOK_MEM_FETCH_UNMAPPED, UC_HOOK_MEM_WRITE_PROT,
-		UC_HOOK_MEM_FETCH_PROT;
+		UC_HOOK_MEM_FETCH_PROT, UC_HOOK_MEM_READ, UC_HOOK_MEM_WRITE;
 	int UC_ERR_OK, UC_ERR_READ_UNMAPPED, UC_ERR_WRITE_UNMAPPED, UC_ERR_FETCH_UNMAPPED, UC_ERR_WRITE_PROT,
 		UC_ERR_FETCH_PROT, UC_ERR_INSN_INVALID;
 	int UC_CTL_IO_WRITE, UC_CTL_UC_USE_EXITS, UC_CTL_TB_REMOVE_CACHE, UC_CTL_TB_FLUSH, UC_CTL_TCG_BUFFER_SIZE;

@@ -190,7 +190,7 @@ void orc_fleet_limits_changed(orc_fleet *f)
 
 void orc_fleet_urgent(orc_fleet *f, bool begins)
 {
-	enum { MOST = 50 * 1000 * 1000 }; /* longer is none of the others' business */
+	enum { MOST = 200 * 1000 * 1000 }; /* longer is none of the others' business */
 
 	if (!f)
 		return;

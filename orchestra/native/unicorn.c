@@ -26,7 +26,7 @@ enum {
 };
 #define MARK 0x5e1f0badcafe0000ull
 
-static unsigned control(const struct orc_unicorn *u, int type, int arguments)
+unsigned orc_unicorn_control(const struct orc_unicorn *u, int type, int arguments)
 {
 	/* uc_ctl's macro of that name: direction, number of arguments, type (unicorn.h, UC_CTL) */
 	return (unsigned)type | (unsigned)arguments << 26 | (unsigned)u->n.UC_CTL_IO_WRITE << 30;
@@ -77,21 +77,18 @@ static bool find_state(struct orc_unicorn *u, uc_engine *uc, void *context)
 	    gs - fs != sizeof(struct orc_segment_cache))
 		return false;
 	u->at_segments = fs - offsetof(struct orc_segment_cache, base) - 4 * sizeof(struct orc_segment_cache);
+	/* Before them are hflags and hflags2: target/i386/cpu.h, CPUX86State; enter_modes() sees whether they are. */
+	u->at_hflags = u->at_segments - 2 * sizeof(uint32_t);
 	return true;
-}
-
-static uint32_t code_flags(const struct orc_unicorn *u, const void *context)
-{
-	return ((const struct orc_segment_cache *)((const char *)context + u->at_segments))[1].flags &
-	       (SEGMENT_LONG | SEGMENT_32);
 }
 
 /* Runs the program that enters the modes, and keeps the state of each. */
 static const char *enter_modes(struct orc_unicorn *u, uc_engine *uc, uint8_t *scratch)
 {
-	static const uint32_t expected[] = {0, SEGMENT_32, SEGMENT_LONG};
+	static const uint32_t expected[] = {0, HFLAG_CODE_32, HFLAG_CODE_32 | HFLAG_CODE_64};
 	const int all = u->n.UC_PROT_READ | u->n.UC_PROT_WRITE | u->n.UC_PROT_EXEC;
 	uint64_t rip = ENTER;
+	uint32_t hflags;
 
 	if (u->uc_context_restore(uc, u->fresh[0]) || u->uc_mem_map_ptr(uc, 0, SCRATCH, (uint32_t)all, scratch))
 		return "a fresh CPU can't be set up";
@@ -102,7 +99,8 @@ static const char *enter_modes(struct orc_unicorn *u, uc_engine *uc, uint8_t *sc
 				return "it does not get into protected and long mode";
 			u->uc_reg_read(uc, u->n.UC_X86_REG_RIP, &rip);
 		}
-		if (code_flags(u, u->fresh[mode]) != expected[mode])
+		hflags = *(const uint32_t *)((const char *)u->fresh[mode] + u->at_hflags);
+		if ((hflags & (HFLAG_CODE_32 | HFLAG_CODE_64 | HFLAG_CPL)) != expected[mode])
 			return "its CPU state is not laid out as in the versions that orchestra knows";
 	}
 	return NULL;
@@ -121,9 +119,9 @@ static const char *prepare(struct orc_unicorn *u, const uint8_t *enter, size_t e
 		goto out;
 	memset(scratch, 0, SCRATCH);
 	memcpy(scratch + ENTER, enter, enter_size);
-	u->uc_ctl(real, control(u, u->n.UC_CTL_TCG_BUFFER_SIZE, 1), TRANSLATIONS);
-	u->uc_ctl(uc, control(u, u->n.UC_CTL_TCG_BUFFER_SIZE, 1), TRANSLATIONS);
-	u->uc_ctl(uc, control(u, u->n.UC_CTL_UC_USE_EXITS, 1), 1);
+	u->uc_ctl(real, orc_unicorn_control(u, u->n.UC_CTL_TCG_BUFFER_SIZE, 1), TRANSLATIONS);
+	u->uc_ctl(uc, orc_unicorn_control(u, u->n.UC_CTL_TCG_BUFFER_SIZE, 1), TRANSLATIONS);
+	u->uc_ctl(uc, orc_unicorn_control(u, u->n.UC_CTL_UC_USE_EXITS, 1), 1);
 	u->context_size = u->uc_context_size(uc);
 	if (u->uc_context_alloc(real, &u->fresh[0]) || u->uc_context_alloc(uc, &context))
 		goto out;
@@ -266,6 +264,31 @@ static int map(struct orc_emulator *e, const struct kvm_userspace_memory_region 
 	return 0;
 }
 
+/* Unicorn tells of what it translates only once a block has run to its end, and those that we stop do not. So one has to
+ * that is not the guest's: it stands for a moment in the guest's first page, whose code is wanted anyway. */
+static int run_in(struct orc_emulator *e, uint64_t address)
+{
+	static const uint8_t code[] = {0xeb, 0x00, 0xf4}; /* jmp to the next; hlt */
+	const struct orc_unicorn *u = e->u;
+	uint8_t before[sizeof code];
+	const struct orc_memory *m = &e->memory[0]; /* RAM, from address 0 */
+	uint8_t *host;
+	int rc;
+
+	address = address < m->size && address <= UINT32_MAX ? address & ~(uint64_t)4095 : m->start;
+	if (!orc_emulator_let_execute(e, address))
+		return -1;
+	host = m->host + (address - m->start);
+	memcpy(before, host, sizeof before);
+	memcpy(host, code, sizeof code);
+	rc = u->uc_context_restore(e->uc, u->fresh[0]);
+	if (!rc)
+		rc = u->uc_emu_start(e->uc, address, 0, 0, 0);
+	memcpy(host, before, sizeof before);
+	u->uc_ctl(e->uc, orc_unicorn_control(u, u->n.UC_CTL_TB_REMOVE_CACHE, 2), address, address + sizeof code);
+	return rc;
+}
+
 orc_emulator *orc_emulator_new(const orc_unicorn *u, const struct kvm_userspace_memory_region *regions, size_t n,
 			       const struct orc_entry *entry, const char **failed)
 {
@@ -276,21 +299,22 @@ orc_emulator *orc_emulator_new(const orc_unicorn *u, const struct kvm_userspace_
 	if (!e)
 		return NULL;
 	e->u = u;
-	e->pass = e->armed = e->rest_at = UINT64_MAX;
+	e->pass = e->pass_debug = e->armed = UINT64_MAX;
 	memset(e->breakpoint, 0xff, sizeof e->breakpoint);
 	e->exception = -1;
-	e->attention = ATTENTION_FIRST;
 	rc = u->uc_open(u->n.UC_ARCH_X86, u->n.UC_MODE_64, &e->uc);
 	if (!rc) {
-		u->uc_ctl(e->uc, control(u, u->n.UC_CTL_TCG_BUFFER_SIZE, 1), TRANSLATIONS);
+		u->uc_ctl(e->uc, orc_unicorn_control(u, u->n.UC_CTL_TCG_BUFFER_SIZE, 1), TRANSLATIONS);
 		/* "until" is an address like any other, and a guest may run there: we have none */
-		u->uc_ctl(e->uc, control(u, u->n.UC_CTL_UC_USE_EXITS, 1), 1);
+		u->uc_ctl(e->uc, orc_unicorn_control(u, u->n.UC_CTL_UC_USE_EXITS, 1), 1);
 		rc = u->uc_context_alloc(e->uc, &e->context);
 	}
 	if (!rc)
 		rc = u->uc_context_alloc(e->uc, &e->rollback);
 	if (!rc)
 		rc = map(e, regions, n);
+	if (!rc)
+		rc = run_in(e, entry->rip);
 	if (!rc)
 		rc = set_up(e, entry);
 	if (!rc)

@@ -1,0 +1,169 @@
+"""A guest played on one engine of a backend, on the calling thread and without a fleet: thousands of them a minute."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import attrs
+
+from orchestra import FlatImage, MiB, VmSpec, exits
+from orchestra.actions import Failed, Halted, Outcome, Shutdown, Stopped
+from orchestra.backend.emulated.machine import EmulatedBackend
+from orchestra.backend.kvm.machine import KvmBackend
+from orchestra.boot import flat
+from orchestra.devices.bus import Bus
+from orchestra.memory import GuestMemory
+from orchestra.native.core import Command, Counters, FleetCore, VcpuCore, monotonic_ns
+from orchestra.native.records import RecordReader, told_mask
+from orchestra.spec import MemoryRegion
+from orchestra.vcpu import Vcpu
+
+__all__ = ["MMIO", "PORTS", "Detection", "Access", "Played", "answer", "play"]
+
+PORTS = range(0x500, 0x540)
+MMIO = range(0xD000_0000, 0xD000_4000)
+"""Where there is a device in each guest."""
+
+Detection = Literal["fault-like", "trap-like"]
+
+
+@attrs.frozen
+class Access:
+    """What the device saw. `value`: what was written, or what it answered."""
+
+    bus: str
+    write: bool
+    offset: int
+    size: int
+    value: int
+
+
+def answer(number: int, size: int) -> int:
+    """What the device answers to its so many-th access: the same on each backend, and no two alike."""
+    return (0x9E37_79B9_7F4A_7C15 * (number + 1)) & ((1 << 8 * size) - 1)
+
+
+class _Device:
+    def __init__(self, bus: str, log: list[Access]) -> None:
+        self.bus, self.log = bus, log
+
+    def read(self, offset: int, size: int) -> int:
+        value = answer(len(self.log), size)
+        self.log.append(Access(self.bus, False, offset, size, value))
+        return value
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        self.log.append(Access(self.bus, True, offset, size, value))
+
+
+class _Host:
+    """What a vCPU needs of a VM."""
+
+    name = "guest"
+    pause_number = 0
+
+    def __init__(self) -> None:
+        self.ports, self.mmio = Bus("ports", 1 << 16), Bus("mmio", 1 << 64)
+        self.outcome: Outcome | None = None
+        self.calls: list[Callable[[], None]] = []
+
+    def on_parked(self, index: int, number: int) -> None: ...
+
+    def on_ended(self, index: int, outcome: Outcome) -> None:
+        self.outcome = outcome
+
+    def commanded(self, index: int) -> list[Callable[[], None]]:
+        calls, self.calls = self.calls, []
+        return calls
+
+
+@attrs.frozen
+class Played:
+    """What came of it."""
+
+    outcome: Halted | Shutdown | Stopped | Failed
+    exits: list[exits.Exit]
+    accesses: list[Access]
+    registers: Any
+    special: Any
+    memory: list[bytes]
+    """Of each region, RAM first."""
+    counters: Counters
+
+    def word(self, address: int, size: int = 4) -> int:
+        """A word of RAM."""
+        return int.from_bytes(self.memory[0][address : address + size], "little")
+
+    @property
+    def locks(self) -> list[int | None]:
+        """RIP of each bus lock."""
+        return [exit.rip for exit in self.exits if exit.bus_lock]
+
+
+def play(
+    backend: EmulatedBackend | KvmBackend,
+    code: bytes,
+    mode: Literal[16, 32, 64] = 32,
+    *,
+    load: int = 0x1000,
+    memory: int = MiB,
+    detection: Detection | None = None,
+    regions: Iterable[MemoryRegion] = (),
+    data: Iterable[tuple[int, bytes]] = (),
+    seconds: float = 10,
+    devices: Iterable[tuple[range | None, range | None, Any]] = (),
+    debug: tuple[int, tuple[int, ...]] | None = None,
+    prepare: Callable[[GuestMemory, VcpuCore], object] | None = None,
+) -> Played:
+    """Run `code` to its end; it is stopped after so many seconds. `data`: what else memory holds at first."""
+    boot = FlatImage(code=code, load=load, mode=mode)
+    spec = VmSpec(name="guest", boot=boot, memory=memory, regions=tuple(regions), bus_lock_detection=detection)
+    guest_memory, fleet = GuestMemory(spec), FleetCore()
+    core, host = VcpuCore(fleet, 1), _Host()
+    states = flat.load(spec, guest_memory)
+    for address, content in data:
+        guest_memory.write(address, content)
+    machine = backend.create(spec, [core], guest_memory, states, bus_locks=backend.bus_lock_detection() is not None)
+    log: list[Access] = []
+    default = [(PORTS, None, _Device("port", log)), (None, MMIO, _Device("mmio", log))]
+    for ports, mmio, device in [*default, *devices]:
+        if ports is not None:
+            host.ports.claim(ports, device, threading.Lock())
+            machine.claim_ports(ports, True)
+        if mmio is not None:
+            host.mmio.claim(mmio, device, threading.Lock())
+    core.tell(told_mask((exits.Exit,)))
+    engine: Any = machine.engines[0]
+    if debug is not None:
+        engine.guest_debug(*debug)
+    if prepare is not None:
+        prepare(guest_memory, core)
+    vcpu = Vcpu(host, 0, engine)
+    timer = threading.Timer(seconds, core.command, (Command.STOP,))
+    timer.daemon = True
+    timer.start()
+    try:
+        vcpu.drive()
+        timer.cancel()
+        timer.join()
+        reader, told = RecordReader(), []
+        reader.add(1, "guest", 0)
+        while batch := fleet.drain():
+            told += [exit for record, *_ in reader.split(batch) if (exit := reader.decode(record)) is not None]
+        assert host.outcome is not None
+        return Played(
+            outcome=host.outcome,
+            exits=told,
+            accesses=log,
+            registers=vcpu.final_registers,
+            special=engine.special_registers(),
+            memory=[guest_memory.read(region.span.start, len(region.span)) for region in guest_memory.regions],
+            counters=core.counters(monotonic_ns()),
+        )
+    finally:
+        machine.close()
+        core.close()
+        fleet.close()
+        guest_memory.close()
