@@ -48,7 +48,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Types of the library and the examples, by mypy --strict."""
-    session.install("-e", ".[cli,testing,types]")
+    session.install("-e", ".[cli,simulate,testing,types]")
     session.run("mypy", "--strict", *(session.posargs or ("orchestra", "examples", "pytest_orchestra.py")))
 
 

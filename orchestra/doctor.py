@@ -35,6 +35,7 @@ _EXTRAS = {
     "cli": ("cyclopts", "rich"),
     "emulated": ("unicorn",),
     "plot": ("matplotlib",),
+    "simulate": ("numpy", "cattrs"),
     "testing": ("pytest", "pytest_trio"),
 }
 _BUS_LOCK_FLAGS = ("split_lock_detect", "bus_lock_detect", "bus_lock_threshold")

@@ -443,7 +443,8 @@ def test_a_plot_that_can_not_be_written_is_told_before_the_play(path, tmp_path, 
 
 
 def test_without_matplotlib_a_plot_is_refused_with_the_command_that_installs_it(monkeypatch, capsys):
-    monkeypatch.delitem(sys.modules, "orchestra.cli.plot", raising=False)
+    for module in ("orchestra.cli.plot", "orchestra.figures"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["demo", "--plot", "x.svg"]) == 1
     assert "pip install 'orchestra[plot]'" in capsys.readouterr().err

@@ -147,6 +147,24 @@ def doctor(
     return doctor(as_json=json, capabilities=capabilities)
 
 
+@app.command
+def simulate(
+    scenario: Annotated[Path, _option("what to simulate", metavar="SCENARIO.toml")],
+    /,
+    *,
+    seed: Annotated[int | None, _option("in the place of the scenario's; the same seed gives the same run")] = None,
+    html: Annotated[Path | None, _option("write the report with its plots there", metavar="FILE.html")] = None,
+    json: Json = False,
+) -> int:
+    """Rehearse policies on a simulated fleet of up to a million VMs, with and without them, and compare.
+
+    The policies are the objects that run live. The exit status is 1 if one of them raised.
+    """
+    from .simulate import simulate
+
+    return simulate(scenario, seed=seed, html=html, as_json=json)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line (default: this program's); the exit status. A user's mistake is one line on standard error."""
     _open_standard_streams()

@@ -1,4 +1,4 @@
-"""A picture of a demo's run. The only module that imports matplotlib."""
+"""A picture of a demo's run."""
 
 from __future__ import annotations
 
@@ -7,17 +7,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..errors import OrchestraError
+from ..figures import Figure, rc_context
 from .account import Act, Result
 from .numbers import shown
 from .story import EVENTS
 from .words import change
-
-try:
-    # mypy may well be run where this extra is not installed.
-    from matplotlib import rc_context  # type: ignore[import-not-found,unused-ignore]
-    from matplotlib.figure import Figure  # type: ignore[import-not-found,unused-ignore]
-except ImportError as error:
-    raise OrchestraError(f"--plot needs matplotlib ({error}): pip install 'orchestra[plot]'") from None
 
 __all__ = ["draw"]
 

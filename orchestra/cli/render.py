@@ -1,4 +1,4 @@
-"""What needs rich: the demo's live table and the doctor's report. The only module that imports it."""
+"""What needs rich: the demo's live table, the doctor's report, a simulation's progress. Only this module imports it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.padding import Padding
+from rich.progress import BarColumn, Progress as RichProgress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -21,7 +22,7 @@ from .numbers import shown
 from .plain import cells
 from .story import EVENTS, Plan
 
-__all__ = ["LiveTable", "show_report"]
+__all__ = ["LiveTable", "Progress", "show_report"]
 
 AROUND: int = 12
 """Lines of the live picture that are no VM's."""
@@ -197,6 +198,34 @@ def _live_cells(row: Row) -> tuple[RenderableType, ...]:
         Text(shown(row.work_rate), style="cyan" if not row.noisy else ""),
         Text(words.change(row.gain), style="green" if better else "" if row.gain is not None else "dim"),
     )
+
+
+class Progress:
+    """A bar for each part of something that takes long, on standard error."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._bars = RichProgress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:3.0f} %"),
+            TimeRemainingColumn(),
+            console=console or Console(stderr=True),
+            auto_refresh=False,
+        )
+        self._parts: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Progress:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def tell(self, label: str, done: int, of: int) -> None:
+        if label not in self._parts:
+            self._parts[label] = self._bars.add_task(label, total=of)
+        self._bars.update(self._parts[label], completed=done)
+        self._bars.refresh()
 
 
 MARKS = {"problem": ("problem", "bold red"), "note": ("note", "yellow"), "ok": ("ok", "green")}

@@ -1,0 +1,25 @@
+"""The simulator's arrays. The only module that imports numpy."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+from ..errors import OrchestraError
+
+try:
+    import numpy as np
+    from numpy.typing import NDArray
+except ImportError as error:
+    raise OrchestraError(f"the simulator needs numpy ({error}): pip install 'orchestra[simulate]'") from None
+
+__all__ = ["Bools", "Floats", "Generator", "Ints", "generator", "np"]
+
+Floats: TypeAlias = NDArray[np.float64]
+Ints: TypeAlias = NDArray[np.int64]
+Bools: TypeAlias = NDArray[np.bool_]
+Generator: TypeAlias = np.random.Generator
+
+
+def generator(*key: int) -> Generator:
+    """A stream of random numbers of its own for each key: what one draws does not move what another does."""
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))

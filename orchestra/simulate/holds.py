@@ -1,0 +1,195 @@
+"""What is in force: limits with all who set them, CPU caps, isolation, pauses, and who is gone. Applies actions."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+from ..actions import (
+    Action,
+    CapCpu,
+    Evict,
+    Isolate,
+    Kill,
+    Pause,
+    Rejoin,
+    Resume,
+    SetLimit,
+    Stop,
+    Throttle,
+    Unthrottle,
+    Warn,
+)
+from ..budget import tightest
+from ..spec import Limit, Meter
+from .arrays import Ints, np
+from .buckets import Buckets
+from .layout import Layout
+
+__all__ = ["Holds"]
+
+_Set: TypeAlias = dict[str, Limit]
+
+
+class Holds:
+    """Limits and holds of one world.
+
+    Attributes:
+        vm, pair, host: the buckets by level.
+        duty: the part of the time that each VM may run: 1, a cap, its part of the quarantine CPUs, or 0.
+        held: whether a policy holds it by anything.
+        gone: it left or was stopped.
+        engaged: of each host, how many limits on VMs are in force that policies asked for.
+        hindering: the same of caps, isolations and pauses.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.vm, self.pair, self.host = (Buckets(n) for n in (layout.size, layout.pairs, layout.hosts))
+        self.duty = np.ones(layout.size)
+        self.held = np.zeros(layout.size, np.bool_)
+        self.gone = np.zeros(layout.size, np.bool_)
+        self.engaged: Ints = np.zeros(layout.hosts, np.int64)
+        self.hindering: Ints = np.zeros(layout.hosts, np.int64)
+        self.hindered = 0  # VMs whose duty was ever less than 1
+        self._levels = {"vm": self.vm, "pair": self.pair, "host": self.host}
+        self._base: dict[tuple[str, int], Limit | None] = {}
+        self._throttles: dict[tuple[str, int], _Set] = {}
+        self._caps: dict[int, dict[str, float]] = {}
+        self._isolated: dict[int, set[int]] = {}
+        self._paused: set[int] = set()
+        self._own_limits()
+
+    def _own_limits(self) -> None:
+        layout = self.layout
+        scenario = layout.scenario
+        for i, hosts in enumerate(scenario.hosts):
+            if hosts.limit is not None:
+                self.host.fill(hosts.limit.on(layout.models[i]), np.flatnonzero(layout.host_class == i))
+        for i, vms in enumerate(scenario.vms):
+            if vms.limit is not None:
+                members = np.arange(layout.first[i], layout.first[i] + vms.count)
+                for kind, model in enumerate(layout.models):
+                    self.vm.fill(vms.limit.on(model), members[layout.host_class[layout.host[members]] == kind])
+        for one in scenario.tenants:
+            if one.limit is not None:
+                places, where = layout.of_tenant(one.name)
+                for kind, model in enumerate(layout.models):
+                    self.pair.fill(one.limit.on(model), places[layout.host_class[where] == kind])
+
+    def own_limit(self, level: str, place: int) -> Limit | None:
+        """The limit that is set there, apart from throttles."""
+        if (level, place) in self._base:
+            return self._base[level, place]
+        layout, scenario = self.layout, self.layout.scenario
+        match level:
+            case "vm":
+                said, host = layout.group_of(place).limit, int(layout.host[place])
+            case "host":
+                said, host = scenario.hosts[layout.host_class[place]].limit, place
+            case _:
+                host, name = layout.tenant_at(place)
+                said = next((one.limit for one in scenario.tenants if one.name == name), None)
+        return None if said is None else said.on(layout.models[layout.host_class[host]])
+
+    # ---- actions ----------------------------------------------------------------------------------------------------
+
+    def apply(self, host: int, policy: str, action: Action, now: float) -> str | None:
+        """Carry out what a host's policy asks for; why it can't be done, or None."""
+        if isinstance(action, Throttle | Unthrottle | SetLimit):
+            return self._limit(host, policy, action, now)
+        vm = self.layout.number(action.vm, host)
+        if vm is None or self.gone[vm]:
+            return f"{action.vm}: no such VM on this host"
+        match action:
+            case Warn():
+                return None
+            case CapCpu(share=share):
+                self._cap(vm, host, policy, share)
+            case Isolate():
+                inside = self._isolated.setdefault(host, set())
+                self.hindering[host] += vm not in inside
+                inside.add(vm)
+            case Rejoin():
+                inside = self._isolated.get(host, set())
+                self.hindering[host] -= vm in inside
+                inside.discard(vm)
+                self._run(vm)
+            case Pause():
+                self.hindering[host] += vm not in self._paused
+                self._paused.add(vm)
+            case Resume():
+                self.hindering[host] -= vm in self._paused
+                self._paused.discard(vm)
+            case Evict() | Stop() | Kill():
+                self._leave(vm, host)
+        self._run(vm)
+        for other in self._isolated.get(host, ()):  # they share the quarantine CPUs
+            self._run(other)
+        return None
+
+    def _limit(self, host: int, policy: str, action: Throttle | Unthrottle | SetLimit, now: float) -> str | None:
+        if action.meter is not Meter.BUS_LOCKS:
+            return "only bus locks are simulated"
+        level, place = "host", host
+        if action.vm is not None:
+            vm = self.layout.number(action.vm, host)
+            if vm is None or self.gone[vm]:
+                return None if isinstance(action, Unthrottle) else f"{action.vm}: no such VM on this host"
+            level, place = "vm", vm
+        elif action.tenant is not None:
+            pair = self.layout.pair_of(host, action.tenant)
+            if pair is None:
+                return None  # no VM of it here
+            level, place = "pair", pair
+        throttles = self._throttles.setdefault((level, place), {})
+        if isinstance(action, SetLimit):
+            self._base[level, place] = action.limit
+        elif isinstance(action, Throttle):
+            self.engaged[host] += policy not in throttles and self._counts(level)
+            throttles[policy] = action.limit
+        elif throttles.pop(policy, None) is not None:
+            self.engaged[host] -= self._counts(level)
+        self._levels[level].set(place, tightest(self.own_limit(level, place), throttles.values()), now)
+        if level == "vm":
+            self._mark(place)
+        return None
+
+    @staticmethod
+    def _counts(level: str) -> int:
+        """A limit of a host or a tenant may stand for ever: it is no reason to look at an idle host."""
+        return 1 if level == "vm" else 0
+
+    def _cap(self, vm: int, host: int, policy: str, share: float | None) -> None:
+        caps = self._caps.setdefault(vm, {})
+        before = len(caps)
+        if share is None:
+            caps.pop(policy, None)
+        else:
+            caps[policy] = share
+        self.hindering[host] += len(caps) - before
+
+    def _leave(self, vm: int, host: int) -> None:
+        self.hindering[host] -= len(self._caps.pop(vm, {})) + (vm in self._paused)
+        self.engaged[host] -= len(self._throttles.pop(("vm", vm), {}))
+        inside = self._isolated.get(host, set())
+        self.hindering[host] -= vm in inside
+        inside.discard(vm)
+        self._paused.discard(vm)
+        self.gone[vm] = True
+
+    def _run(self, vm: int) -> None:
+        """Work out what part of the time it may run."""
+        layout = self.layout
+        duty = min(self._caps.get(vm, {}).values(), default=1.0)
+        host = int(layout.host[vm])
+        inside = self._isolated.get(host, ())
+        if vm in inside:
+            duty = min(duty, float(layout.quarantine[host] / max(1.0, sum(layout.vcpus[one] for one in inside))))
+        if vm in self._paused or self.gone[vm]:
+            duty = 0.0
+        self.hindered += duty < 1
+        self.duty[vm] = duty
+        self._mark(vm)
+
+    def _mark(self, vm: int) -> None:
+        self.held[vm] = self.duty[vm] < 1 or bool(self._throttles.get(("vm", vm)))

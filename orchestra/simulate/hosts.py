@@ -1,0 +1,258 @@
+"""The policies of all hosts: facts for those that have something to tell, and what the policies want done.
+
+Each host has policies of its own, made when it first has something to tell; they are the objects that run live. A host
+in which nobody locks and on which nothing is in force is left alone: its policies would see empty facts. When it wakes,
+they are told of the time that went by, as by ticks that came late (`SETTLE`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final, Protocol
+
+import attrs
+
+from ..actions import Action
+from ..errors import SpecError
+from ..policy import Facts, HostFacts, Policy, VmFacts
+from ..spec import Limit
+from .arrays import Bools, Floats, Ints, np
+from .layout import Layout
+from .policies import Factory
+
+__all__ = ["Deed", "Hosts", "Sums"]
+
+SETTLE: Final = 5
+"""Ticks with empty facts that a host's policies see before the first with something in it, and again before they are
+left alone: what they take for usual is of the calm. Of the time between they are told as of one tick that came late."""
+
+PATIENCE: Final = 300
+"""Ticks for which a host in which nobody locks is looked at although nothing but limits is in force there. Who does not
+lock is not hurt by them, and when somebody does, the policies are told of the time between first."""
+
+
+class Sums(Protocol):
+    """What a world has counted so far: cumulative, by VM or by host."""
+
+    locks: Floats
+    throttled: Floats
+    capped: Floats
+    work: Floats
+    bus: Floats
+
+
+@attrs.frozen
+class Deed:
+    """An action that a host's policy asked for. `time` in seconds."""
+
+    time: float
+    host: int
+    policy: str
+    action: Action
+    error: str | None = None
+
+
+class _Seat:
+    """One of the policies, on all hosts."""
+
+    def __init__(self, factory: Factory, layout: Layout, now: float) -> None:
+        self.factory = factory
+        example = factory(layout.models[0])
+        self.name = example.name
+        self.interval = example.interval
+        self.due = now + (self.interval or 0.0)
+        self.policies: dict[int, Policy | None] = {}  # None: it raised, and is off
+        self.pending: list[Ints] = []  # who was active since it last decided
+        self.last = np.full(layout.hosts, now)
+        self.awake = np.full(layout.hosts, -PATIENCE - 1, np.int64)  # until which of its ticks
+        self.tick = 0
+        # As of its last decision.
+        self.locks = np.zeros(layout.size)
+        self.throttled = np.zeros(layout.size)
+        self.capped = np.zeros(layout.size)
+        self.work = np.zeros(layout.size)
+        self.bus = np.zeros(layout.hosts)
+        self.at = now
+
+
+class Hosts:
+    """The policies of all hosts.
+
+    Parameters:
+        apply: carries an action out; why it can't be, or None.
+        limit: each host's own limit now.
+        engaged, hindering: of each host, how many limits, and how many other things, policies have in force.
+        settle: see `SETTLE`; a very large one wakes every host at every tick (what live would do).
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        factories: Sequence[Factory],
+        sums: Sums,
+        *,
+        apply: Callable[[int, str, Action, float], str | None],
+        limit: Callable[[int], Limit | None],
+        engaged: Ints,
+        hindering: Ints,
+        settle: int = SETTLE,
+    ) -> None:
+        self.layout = layout
+        self._sums = sums
+        self._apply = apply
+        self._limit = limit
+        self._engaged, self._hindering = engaged, hindering
+        self._settle = settle
+        self._seats = [_Seat(factory, layout, 0.0) for factory in factories]
+        self._tenants = layout.tenant_tables()
+        self._names: dict[int, str] = {}
+        self._absent: Mapping[str, str] = {"io_pressure": "not simulated", "memory_pressure": "not simulated"}
+        self.deeds: list[Deed] = []
+        self.errors: Counter[str] = Counter()
+        self.decisions = 0
+        groups = layout.scenario.vms
+        reporting = [i for i, vms in enumerate(groups) if vms.reports_work]
+        self.witnesses = np.flatnonzero(np.isin(layout.group, reporting))
+        self._witness_order = self.witnesses[np.argsort(layout.host[self.witnesses], kind="stable")]
+        self._witness_from = np.searchsorted(layout.host[self._witness_order], np.arange(layout.hosts + 1))
+
+    def open(self) -> None:
+        """At time 0: policies that decide only once do it now, on every host."""
+        for seat in self._seats:
+            if seat.interval is None:
+                for host in range(self.layout.hosts):
+                    self._decide(seat, host, 0.0, 1e-9, {})
+
+    def tick(self, now: float, active: Ints) -> list[Deed]:
+        """Let those decide that are due at `now` (seconds). `active`: VMs that did something since the last tick."""
+        self.deeds = []
+        for seat in self._seats:
+            if seat.interval is None:
+                continue
+            seat.pending.append(active)
+            if seat.due <= now + 1e-9:
+                self._round(seat, now)
+                seat.due = now + seat.interval
+        return self.deeds
+
+    def _round(self, seat: _Seat, now: float) -> None:
+        layout, sums = self.layout, self._sums
+        active = np.unique(np.concatenate(seat.pending)) if len(seat.pending) > 1 else seat.pending[0]
+        seat.pending = []
+        seat.tick += 1
+        interval = now - seat.at
+        seat.at = now
+        here = layout.host[active]
+        seat.awake[here] = seat.tick + self._settle
+        awake: Bools = seat.awake >= seat.tick
+        awake |= (self._engaged > 0) & (seat.awake >= seat.tick - PATIENCE)
+        awake |= self._hindering > 0
+        hosts = np.flatnonzero(awake)
+        if len(self.witnesses) and len(hosts):
+            theirs = [self._witness_order[self._witness_from[h] : self._witness_from[h + 1]] for h in hosts]
+            active = np.union1d(active, np.concatenate(theirs))
+            here = layout.host[active]
+        order = np.argsort(here, kind="stable")
+        active, here = active[order], here[order]
+        rows = self._rows(seat, active, interval)
+        bus = (sums.bus[hosts] - seat.bus[hosts]) / max(interval, 1e-12)
+        seat.bus[:] = sums.bus
+        start = np.searchsorted(here, hosts)
+        end = np.searchsorted(here, hosts, side="right")
+        for host, share, first, last in zip(hosts.tolist(), bus.tolist(), start.tolist(), end.tolist(), strict=True):
+            vms = {}
+            for i in range(first, last):
+                vm = rows[i]
+                vms[vm.name] = vm
+            gap = now - interval - seat.last[host]
+            if gap > 1e-9 and vms:
+                self._catch_up(seat, host, now - interval, gap, interval)
+            self._decide(seat, host, now, interval, vms, share)
+            seat.last[host] = now
+
+    def _rows(self, seat: _Seat, active: Ints, interval: float) -> list[VmFacts]:
+        """What facts tell of the active VMs, in their order."""
+        layout, sums = self.layout, self._sums
+        # Locks are a fluid: whole ones are told, and the rest with the next.
+        locks = np.floor(sums.locks[active]).astype(np.int64)
+        seen = np.floor(seat.locks[active]).astype(np.int64)
+        counts = (locks - seen).tolist()
+        throttled = (sums.throttled[active] - seat.throttled[active]).tolist()
+        capped = (sums.capped[active] - seat.capped[active]).tolist()
+        work = (sums.work[active] - seat.work[active]).tolist()
+        for name in ("locks", "throttled", "capped", "work"):
+            getattr(seat, name)[active] = getattr(sums, name)[active]
+        rows = []
+        for vm, count, waited, held, done in zip(active.tolist(), counts, throttled, capped, work, strict=True):
+            group = layout.group_of(vm)
+            if vm not in self._names:
+                self._names[vm] = layout.name(vm)
+            free = max(0.0, group.vcpus * interval - waited - held)
+            rows.append(
+                VmFacts(
+                    self._names[vm],
+                    layout.tenants[layout.tenant[vm]],
+                    group.weight,
+                    group.vcpus,
+                    count,
+                    count,
+                    max(0.0, waited),
+                    0,
+                    free * group.cpu,
+                    None,
+                    held,
+                    done if group.reports_work else None,
+                )
+            )
+        return rows
+
+    def _catch_up(self, seat: _Seat, host: int, now: float, gap: float, interval: float) -> None:
+        """Tell of the time in which nothing happened: in one long tick, and at first in some of the usual length."""
+        # Those that were left alone have seen the calm already.
+        short = 0 if host in seat.policies else min(self._settle, int(gap / interval + 0.5) - 1)
+        if gap - short * interval > 1e-9:
+            self._decide(seat, host, now - short * interval, gap - short * interval, {})
+        for i in range(short):
+            self._decide(seat, host, now - (short - 1 - i) * interval, interval, {})
+
+    def _decide(
+        self, seat: _Seat, host: int, now: float, interval: float, vms: dict[str, VmFacts], bus: float = 0.0
+    ) -> None:
+        layout = self.layout
+        kind = int(layout.host_class[host])
+        if host not in seat.policies:
+            seat.policies[host] = seat.factory(layout.models[kind])
+        policy = seat.policies[host]
+        if policy is None:
+            return
+        model = layout.models[kind]
+        slower = 1 + (model.worst - 1) * min(1.0, bus)
+        load, cpus = float(layout.load[host]), float(layout.cpus[host])
+        facts = Facts(
+            round(now * 1e9),
+            interval,
+            self._limit(host),
+            None,
+            self._tenants[kind],
+            vms,
+            HostFacts(
+                int(cpus), max(0.0, 1 - cpus / load) if load else 0.0, None, None,
+                model.lock_ns * slower, model.memory_ns * slower, self._absent,
+            ),
+        )  # fmt: skip
+        self.decisions += 1
+        try:
+            actions = list(policy.decide(facts))
+            for action in actions:
+                if not isinstance(action, Action):
+                    raise SpecError(f"action={action!r}: must be one of orchestra's actions")
+        except Exception as error:
+            seat.policies[host] = None
+            self.errors[f"{seat.name}: {type(error).__name__}: {error}"] += 1
+            return
+        for action in actions:
+            failed = self._apply(host, seat.name, action, now)
+            self.deeds.append(Deed(now, host, seat.name, action, failed))
+            if failed is not None and (told := getattr(policy, "refused", None)) is not None:
+                told(action, failed)

@@ -1,0 +1,201 @@
+"""One simulated world: guests lock, limits hold them back, the others suffer, policies look and act; tick by tick."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..actions import Action
+from .arrays import Floats, Ints, generator, np
+from .buckets import Buckets, Windows, shared_waits
+from .holds import Holds
+from .hosts import SETTLE, Hosts
+from .layout import Layout
+from .policies import Factory, QemuWindow
+from .tally import Tally
+
+__all__ = ["World"]
+
+_NONE: Ints = np.empty(0, np.int64)
+
+
+class World:
+    """A layout under one set of policies.
+
+    Attributes:
+        now: seconds that have passed.
+        locks, throttled, capped, work: of each VM so far: locks made, seconds its vCPUs waited for their turn, seconds
+            a cap held them, CPU seconds' worth of own work (of groups that report it).
+        bus: of each host, the sum over time of the part of the bus that locks took.
+        released: locks let go by `max_delay`.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        seed: int,
+        factories: Sequence[Factory] = (),
+        window: QemuWindow | None = None,
+        *,
+        settle: int = SETTLE,
+    ) -> None:
+        self.layout = layout
+        self.scenario = layout.scenario
+        self.tick = self.scenario.tick
+        self.now = 0.0
+        self._step = 0
+        groups = self.scenario.vms
+        self._crowds = [vms.behaviour.begin(vms.count, generator(seed, 1 + i)) for i, vms in enumerate(groups)]
+        self._felt = np.zeros(layout.size)
+        self._active: Ints = _NONE
+        self.locks, self.throttled, self.capped, self.work = (np.zeros(layout.size) for _ in range(4))
+        self.bus = np.zeros(layout.hosts)
+        self.released = 0.0
+        self.holds = Holds(layout)
+        self._windows = None if window is None else Windows(layout.size, window.rate, window.slice)
+        self.hosts = Hosts(
+            layout,
+            factories,
+            self,
+            apply=self._apply,
+            limit=lambda host: self.holds.own_limit("host", host),
+            engaged=self.holds.engaged,
+            hindering=self.holds.hindering,
+            settle=settle,
+        )
+        self.tally = Tally(layout, self.holds)
+        self._witness_speed = np.array([vms.vcpus * vms.cpu for vms in groups])
+        self.hosts.open()
+
+    def _apply(self, host: int, policy: str, action: Action, now: float) -> str | None:
+        return self.holds.apply(host, policy, action, now)
+
+    def step(self) -> None:
+        """One tick."""
+        start, tick = self._step * self.tick, self.tick
+        end = (self._step + 1) * tick
+        vms, wants = self._wants(start)
+        layout, holds = self.layout, self.holds
+        vcpus = layout.vcpus[vms]
+        host = layout.host[vms]
+
+        # What a cap, a pause or the quarantine leaves of it.
+        asked = wants
+        if holds.hindered:
+            duty = holds.duty[vms]
+            asked = wants * duty
+            here = ~holds.gone[vms]
+            self.capped[vms] += np.where(here & (duty > 0), (1 - duty) * vcpus * tick, 0.0)
+        done = self._through(vms, asked, vcpus, host, start)
+        waited = (1 - done / np.maximum(asked, 1e-300)) * vcpus * tick
+        waited[asked <= 0] = 0.0
+        lost = 1 - done / np.maximum(wants, 1e-300)
+
+        # A bus has only so much time. Whoever is slow for that reason is not throttled.
+        total = np.bincount(host, done, layout.hosts)
+        full = total > layout.capacity * tick
+        if full.any():
+            done = done * np.where(full, layout.capacity * tick / np.maximum(total, 1e-300), 1.0)[host]
+            total = np.minimum(total, layout.capacity * tick)
+        share = total / (layout.capacity * tick)
+
+        self.locks[vms] += done
+        self.throttled[vms] += waited
+        self.bus += share * tick
+        self._felt[self._active] = 0.0
+        self._active = vms
+        self._felt[vms] = lost
+        self._suffer(share)
+        self.now = end
+        self._step += 1
+        held = (waited > 0.01 * vcpus * tick) | (asked < 0.99 * wants)
+        self.tally.add(start, end, vms, wants, done, waited, held, share)
+        doing = vms[(asked > 0) | (waited > 0)] if holds.hindered else vms
+        deeds = self.hosts.tick(end, doing)
+        self.tally.did(deeds)
+
+    def _wants(self, start: float) -> tuple[Ints, Floats]:
+        found: list[Ints] = []
+        counts: list[Floats] = []
+        for crowd, first, vms in zip(self._crowds, self.layout.first, self.scenario.vms, strict=True):
+            members, count = crowd.wants(start, self.tick, self._felt[first : first + vms.count])
+            if len(members):
+                found.append(members + first)
+                counts.append(count)
+        if not found:
+            return _NONE, np.empty(0)
+        vms_, wants = np.concatenate(found), np.concatenate(counts)
+        if self.holds.gone.any():
+            here = ~self.holds.gone[vms_]
+            vms_, wants = vms_[here], wants[here]
+        return vms_, wants
+
+    def _through(self, vms: Ints, asked: Floats, vcpus: Floats, host: Ints, start: float) -> Floats:
+        """What the limits let through of what is asked for."""
+        if not len(vms):
+            return asked
+        holds, tick = self.holds, self.tick
+        if self._windows is not None:
+            limited = np.minimum(asked, self._windows.through(vms, asked, vcpus, start, tick))
+        else:
+            limited = asked
+        levels = [
+            (buckets, places)
+            for buckets, places in ((holds.vm, vms), (holds.pair, self.layout.pair[vms]), (holds.host, host))
+            if buckets.limited
+        ]
+        if not levels:
+            return limited
+        think = vcpus * tick / np.maximum(limited, 1e-300)
+        wait = np.zeros(len(vms))
+        charged: list[tuple[Buckets, Ints, Ints, Ints, Floats]] = []
+        for buckets, places in levels:
+            under = np.flatnonzero(np.isfinite(buckets.rate[places]) & (limited > 0))
+            if not len(under):
+                continue
+            n, z, least = vcpus[under], think[under], wait[under]
+            if buckets is holds.vm:  # each has one of its own
+                used, index = places[under], np.arange(len(under))
+                available = buckets.available(used, start, tick)
+                turn = np.maximum(n * tick / available - z, 0.0)
+                wait[under] = np.minimum(turn, buckets.delay[used])
+            else:
+                used, index = np.unique(places[under], return_inverse=True)
+                available = buckets.available(used, start, tick)
+                wait[under] = self._shared(buckets, used, index, available, n, z, least)
+            charged.append((buckets, under, used, index, available))
+        done = np.where(wait > 0, np.minimum(vcpus * tick / (think + wait), limited), limited)
+        for buckets, under, used, index, available in charged:
+            through = np.bincount(index, done[under], len(used)).astype(np.float64)
+            # Rounding must not make locks: what is above the bucket by no more than that is cut.
+            over = (through > available) & (through <= available * (1 + 1e-6))
+            if over.any():
+                done[under] *= np.where(over, available / np.maximum(through, 1e-300), 1.0)[index]
+                through = np.where(over, available, through)
+            self.released += float(np.maximum(through - available, 0.0).sum())
+            buckets.take(used, available, through, start + tick)
+        return done
+
+    def _shared(
+        self, buckets: Buckets, used: Ints, index: Ints, available: Floats, n: Floats, z: Floats, least: Floats
+    ) -> Floats:
+        """How long guests wait under buckets that several share: `used`, and which of them each is under."""
+        short = np.bincount(index, n * self.tick / (z + least), len(used)) > available * (1 + 1e-12)
+        if not short.any():
+            return least
+        some = short[index]
+        number = (np.cumsum(short) - 1)[index[some]]
+        turns = shared_waits(number, n[some], z[some], least[some], available[short] / self.tick)
+        turns = np.minimum(turns, buckets.delay[used[short]])
+        waits = least.copy()
+        waits[some] = np.maximum(least[some], turns[number])
+        return waits
+
+    def _suffer(self, share: Floats) -> None:
+        witnesses = self.hosts.witnesses
+        if len(witnesses):
+            layout = self.layout
+            slower = (
+                1 + layout.memory_share[layout.group[witnesses]] * ((layout.worst - 1) * share)[layout.host[witnesses]]
+            )
+            speed = self._witness_speed[layout.group[witnesses]] * self.holds.duty[witnesses]
+            self.work[witnesses] += speed * self.tick / slower
