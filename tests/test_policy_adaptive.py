@@ -347,6 +347,18 @@ def test_in_a_closed_loop_with_the_cores_buckets():
     assert all(guest.budget.limit is None for guest in world.guests.values())
 
 
+@pytest.mark.parametrize("rate", [2.0, 9.0, 40.0])
+def test_one_that_is_held_still_has_its_floor(rate):
+    """Also one that is held for what it did before, and keeps within the floor since."""
+    world = World(
+        adaptive(floor=rate),
+        [Guest("a", lambda now, seen: 900.0 if now < 1 else rate)],
+        host=lambda total: HostFacts(cpu_pressure=1.0),
+    ).run(16)
+    assert world.guests["a"].budget.limit is not None
+    assert world.rate("a", 10) == pytest.approx(rate, rel=0.03)
+
+
 @settings(max_examples=8, deadline=None)
 @given(st.integers(1, 3), st.integers(1, 60))
 def test_one_that_hides_while_it_hurts_gains_no_more_than_one_that_does_not(loud, quiet):

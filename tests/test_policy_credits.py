@@ -96,7 +96,7 @@ def test_where_nothing_is_counted_there_are_no_accounts():
 
 
 def test_accounts_of_those_long_gone_are_closed():
-    policy = BurstCredits(1000, 1, interval=1)
+    policy = BurstCredits(1000, 2, interval=1)
     policy.decide(facts(1, *((f"v{n}", 1) for n in range(MOST_REMEMBERED + 1))))
     policy.decide(facts(100, ("last", 1)))
     assert list(policy.balances) == ["last"]
@@ -106,7 +106,7 @@ def test_accounts_of_those_long_gone_are_closed():
     ("baseline", "most", "more", "named"),
     [
         (0, 100, {}, "rate=0"),
-        (10, 0.5, {}, "burst=0.5"),
+        (10, 1, {}, "most=1"),
         (10, 100, {"launch": 101}, "launch=101"),
         (10, 100, {"interval": 0}, "interval=0"),
         (10, 100, {"meter": "cpu"}, "meter"),

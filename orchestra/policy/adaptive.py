@@ -30,6 +30,10 @@ WAITED: Final = 0.05
 LATE: Final = 0.05
 """Seconds by which a vCPU may come late to its turn and still catch up: what the bursts are made for."""
 
+AHEAD: Final = 2
+"""Events that a limit lets pass at once in any case. With one, a guest waits after each of its events until the next
+has been earned, and works only then: one that asks for no more than its limit would get half of it."""
+
 MEMORY: Final = 3
 """Ticks for which what a VM asked for counts: the largest one does."""
 
@@ -250,7 +254,7 @@ class Adaptive:
             old = None if vm.limit is None else vm.limit.rate
             if not vm.here or (old is not None and old * (1 - lower) <= rate <= old * (1 + HIGHER)):
                 continue  # who is idle, or gone, is told when it comes back
-            vm.limit = Limit(rate=rate, burst=1 + min(rate * LATE, FASTEST - 1), max_delay=self._max_delay)
+            vm.limit = Limit(rate=rate, burst=min(AHEAD + rate * LATE, FASTEST), max_delay=self._max_delay)
             yield Throttle(
                 vm=name,
                 limit=vm.limit,

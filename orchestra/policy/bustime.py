@@ -112,7 +112,7 @@ class BusTime:
         rate = share * self.frequency / (self.model.cycles * self.model.damage)
         if not 1e-3 <= rate <= 1e9:
             raise SpecError(f"{field}={share!r}: comes to {rate:g} locks/s; must come to 0.001 to 1e9")
-        return Limit(rate=rate, burst=min(1e9, 1 + rate * self._burst), max_delay=self._max_delay)
+        return Limit(rate=rate, burst=min(1e9, 2 + rate * self._burst), max_delay=self._max_delay)
 
     @property
     def name(self) -> str:

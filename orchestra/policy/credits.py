@@ -52,7 +52,7 @@ class BurstCredits:
 
     Parameters:
         baseline: events per second that each VM always has.
-        most: the largest balance, in events, at least 1.
+        most: the largest balance, in events; at least 2, or one that keeps to the baseline would wait for it.
         launch: credits that a VM starts with, at most `most`. Default: `most`.
         max_delay: as of `Limit`.
         meter: what is counted.
@@ -74,8 +74,8 @@ class BurstCredits:
         interval: float = 0.1,
         name: str | None = None,
     ) -> None:
-        self._limit = Limit(rate=baseline, burst=most, max_delay=max_delay)  # checks them
-        self._most = float(most)
+        self._most = within("most", most, 2, 1e9, "credits")
+        self._limit = Limit(rate=baseline, burst=most, max_delay=max_delay)
         self._launch = self._most if launch is None else within("launch", launch, 0, most, "credits")
         self._interval = within("interval", interval, 1e-4, 3600, "seconds")
         self._meter = as_meter(meter)

@@ -30,6 +30,10 @@ from .ranges import within
 
 __all__ = ["Guard", "Ruling", "Verdict"]
 
+LEAST_BURST: Final = 2.0
+"""With a burst of 1 a guest waits after each event until the next has been earned, and works only then: one that asks
+for no more than the floor would get half of it."""
+
 MINUTE: Final = 60_000_000_000
 MOST_REMEMBERED: Final = 65536
 
@@ -120,8 +124,10 @@ class Guard:
     Letting go is never refused for any other reason, and counts towards no bound.
 
     Parameters:
-        floor, exit_floor: events per second below which no throttle may hold a VM: a lower one is raised to it. For a
-            tenant or the host it counts once for each VM below.
+        floor, exit_floor: events per second below which no throttle may hold a VM: a lower one is raised to it, and its
+            burst to 2, or a VM that keeps within the floor would still wait. For a tenant or the host it counts once
+            for each VM below; how they divide it is not the guard's to say, but `max_delay` holds for each of their
+            vCPUs.
         cpu_floor: the same for CPU caps: a part of the time.
         max_delay: seconds: the longest that a throttle may delay one event; forced on those that say more or None.
         vm_cool_down: seconds between two hard actions (pause, isolate, evict, stop, kill) on a VM.
@@ -233,7 +239,8 @@ class Guard:
         limit, why = self._least(action.limit, action.meter, 1 if action.vm is not None else max(1, vms))
         if not why:
             return action, ""
-        asked = {"rate": action.limit.rate, "max_delay": action.limit.max_delay}
+        was = action.limit
+        asked = {"rate": was.rate, "burst": was.tokens, "max_delay": was.max_delay}
         return attrs.evolve(action, limit=limit, **_told(action, why, asked)), why
 
     def _least(self, limit: Limit, meter: Meter, vms: int) -> tuple[Limit, str]:
@@ -243,6 +250,9 @@ class Guard:
             of = f" ({vms} VMs)" if vms > 1 else ""
             why.append(f"{limit.rate:g}/s raised to the floor of {floor:g}/s{of}")
             limit = attrs.evolve(limit, rate=floor)
+        if limit.tokens < LEAST_BURST:
+            why.append(f"burst {limit.tokens:g} raised to {LEAST_BURST:g}")
+            limit = attrs.evolve(limit, burst=LEAST_BURST)
         if limit.max_delay is None or limit.max_delay > self.max_delay:
             was = "none" if limit.max_delay is None else f"{limit.max_delay:g} s"
             why.append(f"max_delay {was} lowered to {self.max_delay:g} s")
