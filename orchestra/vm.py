@@ -81,7 +81,7 @@ def _add(a: Counters, b: Counters) -> Counters:
     exits = dict(a.exits)
     for name, count in b.exits.items():
         exits[name] = exits.get(name, 0) + count
-    fields = ("bus_locks", "throttled", "waits", "released", "missed", "kicks", "unclaimed")
+    fields = ("bus_locks", "capped", "throttled", "waits", "released", "missed", "kicks", "unclaimed")
     return Counters(
         exits=exits, throttled_since=b.throttled_since, **{f: getattr(a, f) + getattr(b, f) for f in fields}
     )
@@ -478,5 +478,5 @@ class Vm:
 
 
 _ZERO = Counters(
-    exits={}, bus_locks=0, throttled=0, waits=0, released=0, missed=0, kicks=0, unclaimed=0, throttled_since=None
+    exits={}, bus_locks=0, capped=0, throttled=0, waits=0, released=0, missed=0, kicks=0, unclaimed=0, throttled_since=None
 )

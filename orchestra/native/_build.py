@@ -14,10 +14,13 @@ SOURCES = [
     "signal.c",
     "kvm.c",
     "build.c",
+    "cap.c",
     "names.c",
     "decode.c",
     "unicorn.c",
     "emulate.c",
+    "profile.c",
+    "profile_unicorn.c",
 ]
 
 ffibuilder = FFI()

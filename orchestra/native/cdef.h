@@ -7,7 +7,7 @@ typedef struct orc_fleet orc_fleet;
 typedef struct orc_vcpu orc_vcpu;
 typedef struct orc_ports orc_ports;
 enum { ORC_REASONS, ORC_LEVELS, ORC_METERS, ORC_BUS_LOCKS, ORC_EXITS, ORC_TOLD_BUS_LOCK, ... };
-enum { ORC_STOP, ORC_PAUSE, ORC_CALL, ORC_HOLD, ... };
+enum { ORC_STOP, ORC_PAUSE, ORC_CALL, ORC_HOLD, ORC_CAP, ... };
 enum orc_why { ORC_EXIT, ORC_IO, ORC_MMIO, ORC_COMMAND, ORC_ERROR, ... };
 #define ORC_NEVER ...
 
@@ -59,13 +59,24 @@ void orc_vcpu_detach(orc_vcpu *);
 
 struct orc_counters {
 	uint64_t exits[...];
-	uint64_t bus_locks, throttled, waits, released, missed, kicks, unclaimed;
+	uint64_t bus_locks, capped, throttled, waits, released, missed, kicks, unclaimed;
 	int64_t throttled_since;
 };
 void orc_vcpu_counters(const orc_vcpu *, struct orc_counters *out, int64_t now);
 struct orc_sums { uint64_t exits, bus_locks, throttled; };
 void orc_vcpu_sums(const orc_vcpu *, struct orc_sums *out, int64_t now);
 int64_t orc_now(void);
+
+enum { ORC_SITES, ORC_CODE_BEFORE, ORC_CODE_AFTER };
+struct orc_site {
+	uint64_t rip, space, samples, weight, error;
+	uint8_t mode, cpl, rode, before, size;
+	uint8_t code[...];
+	...;
+};
+void orc_vcpu_sample(orc_vcpu *, uint32_t every);
+size_t orc_vcpu_profile(orc_vcpu *, struct orc_site *out, uint64_t *lost, uint64_t *replaced);
+int orc_vcpu_cap(orc_vcpu *, double share);
 
 int orc_signal_install(void);
 int orc_signal_number(void);
@@ -161,6 +172,8 @@ struct kvm_stats_desc { uint32_t flags; int16_t exponent; uint16_t size; uint32_
 #define KVM_STATS_BASE_POW10 ...
 #define KVM_STATS_BASE_POW2 ...
 #define KVM_KVMCLOCK_CTRL ...
+
+void orc_vcpu_profile_memory(orc_vcpu *, const struct kvm_userspace_memory_region *, size_t slots);
 
 /* ---- linux/kvm.h: vCPU ---- */
 

@@ -32,6 +32,7 @@ struct orc_fleet {
 	/* Somebody waits for a vCPU to come out: emulated guests make way, until then at most. */
 	_Alignas(ORC_CACHE_LINE) _Atomic uint32_t urgent;
 	_Atomic orc_ns urgent_until;
+	struct orc_capper *capper; /* owner; NULL until the first cap */
 };
 
 struct orc_vcpu {
@@ -63,9 +64,19 @@ struct orc_vcpu {
 	struct orc_access access;
 	struct orc_record record;
 
+	/* Sampling of bus locks. */
+	_Atomic uint32_t sample_every;    /* set by the owner */
+	uint32_t sample_drawn;            /* what it was when the gap was drawn */
+	orc_u64 sample_passed, sample_gap; /* locks since the last sample; of these the last is to be sampled */
+	orc_u64 sample_random;
+	_Atomic(struct orc_profile *) profile; /* NULL: nothing yet, or the other side has it */
+	const struct orc_witness *witness;     /* NULL: RIP of the record is all there is */
+	const struct kvm_userspace_memory_region *slot;
+	size_t slots;
+
 	/* Counters: one writer (the runner), so plain load and store, atomic only against torn reads. */
 	_Alignas(ORC_CACHE_LINE) _Atomic orc_u64 exits[ORC_REASONS];
-	_Atomic orc_u64 bus_locks, throttled, waits, released, missed, kicks, unclaimed;
+	_Atomic orc_u64 bus_locks, capped, throttled, waits, released, missed, kicks, unclaimed;
 	_Atomic orc_ns throttled_since;
 	_Atomic uint32_t wait_version; /* odd while the two above move from a wait to the sum */
 };
@@ -89,6 +100,29 @@ static inline bool orc_tells(const orc_vcpu *v, unsigned reason, unsigned flags)
 	return told & (1ull << (reason < ORC_REASONS - 1 ? reason : ORC_REASONS - 2));
 }
 
+/* How a backend's vCPU is asked where it is, on the runner's thread at an exit. */
+struct orc_witness {
+	bool (*registers)(orc_vcpu *, const struct orc_record *, struct orc_site *);
+	/* Code at a linear address, as much as is there: from its begin, or (end) up to its end, moved to the front. */
+	size_t (*code)(orc_vcpu *, orc_u64 linear, uint8_t *out, size_t n, bool end);
+};
+extern const struct orc_witness orc_kvm_witness, orc_emulator_witness;
+
+void orc_profile_take(orc_vcpu *, const struct orc_record *, uint32_t every);
+void orc_profile_free(orc_vcpu *);
+void orc_profile_place(struct orc_site *, orc_u64 rip, orc_u64 rflags, const struct kvm_sregs *);
+size_t orc_profile_copy(orc_vcpu *, const uint8_t *(*translate)(orc_vcpu *, orc_u64 linear), orc_u64 linear, uint8_t *out,
+			size_t n, bool end);
+
+/* Runner, for each bus lock: sampled, if its turn has come. */
+static inline void orc_profile_lock(orc_vcpu *v, const struct orc_record *record)
+{
+	uint32_t every = atomic_load_explicit(&v->sample_every, memory_order_relaxed);
+
+	if (every && (++v->sample_passed >= v->sample_gap || every != v->sample_drawn))
+		orc_profile_take(v, record, every);
+}
+
 bool orc_is_claimed(orc_ports *, unsigned port);
 /* `data` into a record, as much of it as there is room. */
 void orc_take_data(struct orc_record *, const void *data, size_t size);
@@ -97,6 +131,9 @@ void orc_push(struct orc_stack *, struct orc_link *);
 void orc_forget(orc_fleet *, orc_vcpu *); /* owner: takes it off every list of the fleet */
 /* Runner: waits until its turn. False: a command or a kick ended the wait, and the tickets stay valid. */
 bool orc_wait_turn(orc_vcpu *);
+/* Runner, between two entries: waits for a cap; whether there is a command of another kind. */
+bool orc_commanded(orc_vcpu *);
+void orc_capper_stop(struct orc_capper *); /* no vCPU is left */
 /* Runner, in an emulated guest: sleeps while orc_fleet_urgent is on and it has no command itself. */
 void orc_make_way(orc_vcpu *);
 

@@ -18,7 +18,7 @@ from ..errors import ResourceLimit
 from ..spec import Limit, Meter
 from . import ffi, lib
 
-__all__ = ["Bucket", "Command", "Counters", "FleetCore", "VcpuCore", "install_signal", "monotonic_ns"]
+__all__ = ["Bucket", "Command", "Counters", "FleetCore", "Sampled", "VcpuCore", "install_signal", "monotonic_ns"]
 
 METER_NUMBERS: Final = {Meter.BUS_LOCKS: int(lib.ORC_BUS_LOCKS), Meter.EXITS: int(lib.ORC_EXITS)}
 RING_RECORDS: Final = 4096
@@ -66,6 +66,7 @@ class Command(IntFlag):
     PAUSE = int(lib.ORC_PAUSE)
     CALL = int(lib.ORC_CALL)
     HOLD = int(lib.ORC_HOLD)  # it was made and may not run yet
+    CAP = int(lib.ORC_CAP)  # it has had its part of this period; only the C core waits for it
 
 
 class Bucket:
@@ -151,6 +152,7 @@ class Counters:
 
     exits: dict[str, int]
     bus_locks: int
+    capped: int
     throttled: int
     waits: int
     released: int
@@ -158,6 +160,31 @@ class Counters:
     kicks: int
     unclaimed: int
     throttled_since: int | None
+
+
+@attrs.frozen
+class Sampled:
+    """Bus locks that were reported at one place of a guest's code: `struct orc_site`.
+
+    Attributes:
+        rip: linear, with the base of CS; on the instruction or behind it, as the host reports locks.
+        mode: 16, 32 or 64; 0 where the backend knows no more than `rip`.
+        space: the address of the top page table, 0 without paging.
+        rode: they rode on exits for something else.
+        weight: how many bus locks the samples stand for; `error`: of these, how many may have been another place's.
+        code: bytes around `rip`, the first `before` of them before it.
+    """
+
+    rip: int
+    mode: int
+    cpl: int
+    space: int
+    rode: bool
+    samples: int
+    weight: int
+    error: int
+    before: int
+    code: bytes
 
 
 class VcpuCore:
@@ -205,6 +232,18 @@ class VcpuCore:
         """Set and clear commands, and kick."""
         lib.orc_vcpu_command(self.handle, set, clear)
 
+    def cap(self, share: float | None) -> None:
+        """Let its thread use this part of a CPU (0.01 to 1), by CPU time over periods of 50 ms; None: all of it.
+
+        Takes effect at once. An engine that has no thread is not held.
+
+        Raises:
+            ResourceLimit: no thread or memory left for it.
+        """
+        result = lib.orc_vcpu_cap(self.handle, 1.0 if share is None else share)
+        if result:
+            raise ResourceLimit(-result, f"CPU cap: {os.strerror(-result)}: see ulimit -u and cgroup pids.max")
+
     def commands(self) -> int:
         """Any thread."""
         return int(lib.orc_vcpu_commands(self.handle))
@@ -228,6 +267,7 @@ class VcpuCore:
         return Counters(
             exits=exits,
             bus_locks=int(raw.bus_locks),
+            capped=int(raw.capped),
             throttled=int(raw.throttled),
             waits=int(raw.waits),
             released=int(raw.released),
@@ -242,6 +282,35 @@ class VcpuCore:
         raw = ffi.new("struct orc_sums *")
         lib.orc_vcpu_sums(self.handle, raw, now)
         return int(raw.exits), int(raw.bus_locks), int(raw.throttled)
+
+    def sample(self, every: int) -> None:
+        """Sample every so many bus locks, and the first; 0: none. At any time."""
+        lib.orc_vcpu_sample(self.handle, every)
+
+    def profile(self) -> tuple[list[Sampled], int, int]:
+        """What was sampled since this was asked last: by place; locks without one; places that made way for others."""
+        sites = ffi.new("struct orc_site[]", int(lib.ORC_SITES))
+        lost, replaced = ffi.new("uint64_t *"), ffi.new("uint64_t *")
+        used = lib.orc_vcpu_profile(self.handle, sites, lost, replaced)
+        return (
+            [
+                Sampled(
+                    rip=int(s.rip),
+                    mode=int(s.mode),
+                    cpl=int(s.cpl),
+                    space=int(s.space),
+                    rode=bool(s.rode),
+                    samples=int(s.samples),
+                    weight=int(s.weight),
+                    error=int(s.error),
+                    before=int(s.before),
+                    code=bytes(ffi.buffer(s.code, int(s.size))),
+                )
+                for s in (sites[index] for index in range(used))
+            ],
+            int(lost[0]),
+            int(replaced[0]),
+        )
 
     def close(self) -> None:
         """The runner has ended."""

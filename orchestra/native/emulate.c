@@ -1079,6 +1079,7 @@ static enum orc_why finish(struct orc_emulator *e)
 void orc_vcpu_bind_emulator(orc_vcpu *v, orc_emulator *e, orc_ports *ports, bool trap_like, bool bus_locks)
 {
 	v->emulator = e;
+	v->witness = &orc_emulator_witness;
 	e->v = v;
 	e->ports = ports;
 	e->trap_like = trap_like;
@@ -1300,8 +1301,11 @@ enum orc_why orc_emulator_run(orc_vcpu *v)
 		if (!e->pending)
 			settle_armed(e);
 		if (atomic_load_explicit(&v->commands, memory_order_seq_cst)) {
-			if (!e->pending)
-				return ORC_COMMAND;
+			if (!e->pending) {
+				if (orc_commanded(v))
+					return ORC_COMMAND;
+				continue;
+			}
 		} else if (v->waiting && !orc_wait_turn(v)) {
 			continue;
 		}

@@ -64,6 +64,7 @@ void orc_vcpu_bind_kvm(orc_vcpu *v, int fd, struct kvm_run *run, orc_ports *port
 	v->run = run;
 	v->ports = ports;
 	v->sync_regs = sync_regs;
+	v->witness = &orc_kvm_witness;
 }
 
 void orc_take_data(struct orc_record *r, const void *data, size_t size)
@@ -215,8 +216,11 @@ enum orc_why orc_kvm_run(orc_vcpu *v)
 		int rc;
 
 		if (atomic_load_explicit(&v->commands, memory_order_seq_cst)) {
-			if (!v->unfinished)
-				return ORC_COMMAND;
+			if (!v->unfinished) {
+				if (orc_commanded(v))
+					return ORC_COMMAND;
+				continue;
+			}
 			/* KVM completes the last I/O on entry; with this flag it does no more than that, and registers
 			 * are then what the guest would see (api.rst, KVM_EXIT_IO and immediate_exit). */
 			__atomic_store_n(&run->immediate_exit, 1, __ATOMIC_SEQ_CST);

@@ -151,7 +151,7 @@ void orc_vcpu_wait_begin(orc_vcpu *, orc_ns now);
 void orc_vcpu_wait_end(orc_vcpu *, orc_ns now, bool served);
 
 /* Commands: bits that the owner sets and clears, and the runner sees. */
-enum { ORC_STOP = 1, ORC_PAUSE = 2, ORC_CALL = 4, ORC_HOLD = 8 };
+enum { ORC_STOP = 1, ORC_PAUSE = 2, ORC_CALL = 4, ORC_HOLD = 8, ORC_CAP = 16 };
 void orc_vcpu_command(orc_vcpu *, uint32_t set, uint32_t clear);
 uint32_t orc_vcpu_commands(const orc_vcpu *);
 /* Ends KVM_RUN and every wait: immediate_exit, then the signal, then the futex. Any thread. */
@@ -167,6 +167,7 @@ void orc_vcpu_detach(orc_vcpu *);
 struct orc_counters {
 	orc_u64 exits[ORC_REASONS];
 	orc_u64 bus_locks;
+	orc_u64 capped;    /* ns that a CPU cap held it */
 	orc_u64 throttled; /* ns, a wait in progress included up to `now` */
 	orc_u64 waits;
 	orc_u64 released;
@@ -183,6 +184,36 @@ struct orc_sums {
 void orc_vcpu_sums(const orc_vcpu *, struct orc_sums *out, orc_ns now);
 
 orc_ns orc_now(void); /* CLOCK_MONOTONIC */
+
+/* ---- profile.c, profile_unicorn.c ----------------------------------------------------------------------------- */
+
+enum { ORC_SITES = 64, ORC_CODE_BEFORE = 32, ORC_CODE_AFTER = 16 };
+
+/* Where a sampled bus lock was reported, and how many were there. More code before than the 15 bytes of the longest
+ * instruction: a disassembler that starts in the middle of one is in step after a few. */
+struct orc_site {
+	orc_u64 rip;     /* linear: with the base of CS */
+	orc_u64 space;   /* the address of the top page table, 0 without paging */
+	orc_u64 samples; /* sampled */
+	orc_u64 weight;  /* locks that these stand for */
+	orc_u64 error;   /* of these, how many may have been another's */
+	uint8_t mode, cpl; /* 16, 32 or 64; 0: this backend knows no more than RIP */
+	uint8_t rode;    /* the lock rode on another exit: RIP may be on it or behind it */
+	uint8_t before, size; /* bytes of code, and how many of them are before RIP */
+	uint8_t code[ORC_CODE_BEFORE + ORC_CODE_AFTER];
+};
+/* Samples every `every`th bus lock on average, the first one always; 0: none. Owner, at any time. */
+void orc_vcpu_sample(orc_vcpu *, uint32_t every);
+/* Takes what was sampled since the last call: how many sites, at most ORC_SITES; the locks that can't be placed; and how
+ * many sites made way for others. Owner, at any time: what the runner is at in this moment comes the next time. */
+size_t orc_vcpu_profile(orc_vcpu *, struct orc_site *out, orc_u64 *lost, orc_u64 *replaced);
+/* Memory to read code from: stays the caller's, as long as the vCPU. KVM only; before the runner starts. */
+void orc_vcpu_profile_memory(orc_vcpu *, const struct kvm_userspace_memory_region *, size_t slots);
+
+/* ---- cap.c ---------------------------------------------------------------------------------------------------- */
+
+/* Owner: the vCPU's thread may use this part of a CPU; 1 or more: all of it. 0 or a negative errno (no thread, no memory). */
+int orc_vcpu_cap(orc_vcpu *, double share);
 
 /* ---- signal.c ------------------------------------------------------------------------------------------------- */
 

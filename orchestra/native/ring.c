@@ -28,6 +28,7 @@ void orc_fleet_free(orc_fleet *f)
 {
 	if (!f)
 		return;
+	orc_capper_stop(f->capper);
 	close(f->eventfd);
 	pthread_mutex_destroy(&f->throttled_lock);
 	free(f);

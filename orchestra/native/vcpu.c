@@ -46,7 +46,9 @@ void orc_vcpu_free(orc_vcpu *v)
 {
 	if (!v)
 		return;
+	orc_vcpu_cap(v, 1);
 	orc_forget(v->fleet, v);
+	orc_profile_free(v);
 	if (v->ring.records)
 		munmap(v->ring.records, ring_size(v));
 	free(v);
@@ -151,8 +153,10 @@ orc_ns orc_vcpu_account(orc_vcpu *v, struct orc_record *record, orc_ns now)
 	bool bus_lock = record->flags & KVM_RUN_X86_BUS_LOCK, waits = false;
 	orc_ns at = ORC_NEVER, by_tokens;
 
-	if (bus_lock)
+	if (bus_lock) {
 		orc_count(&v->bus_locks, 1);
+		orc_profile_lock(v, record);
+	}
 	/* seq_cst: counted before orc_push reads `queued`, so that whoever takes us from the stack sees this exit. */
 	atomic_store_explicit(&v->exits[reason], atomic_load_explicit(&v->exits[reason], memory_order_relaxed) + 1,
 			      memory_order_seq_cst);
@@ -372,6 +376,7 @@ void orc_vcpu_counters(const orc_vcpu *v, struct orc_counters *out, orc_ns now)
 		out->exits[i] = get(&v->exits[i]);
 	out->bus_locks = get(&v->bus_locks);
 	out->throttled = throttled(v, now, &out->throttled_since);
+	out->capped = get(&v->capped);
 	out->waits = get(&v->waits);
 	out->released = get(&v->released);
 	out->missed = get(&v->missed);
