@@ -61,6 +61,7 @@ class KvmMachine:
         self.memory = memory
         self.engines: list[KvmEngine] = []
         self.vm: KvmVm | None = None
+        self._slots: Any = None
         self._ports = lib.orc_ports_new()
         if self._ports == ffi.NULL:
             raise MemoryError("orc_ports_new")
@@ -84,6 +85,8 @@ class KvmMachine:
             for index in range(plan.vcpus_made):
                 vcpu = KvmVcpu(self.vm, fds[index], runs[index], kvm.vcpu_mmap_size)
                 self.engines.append(KvmEngine(cores[index], vcpu, self._ports, how["sync_regs"]))
+                lib.orc_vcpu_profile_memory(cores[index].handle, slots, len(slots))
+            self._slots = slots  # as long as the vCPUs that read code through it
         if result == -errno.EOPNOTSUPP:
             raise BusLockUnsupported(f"vm {spec.name!r}: this host's KVM can't report its bus locks")
         if result:
