@@ -1,6 +1,6 @@
 """Where vCPU threads may run: quarantine CPUs for those that hurt others, and core scheduling where the kernel has it.
 
-Sources: sched_setaffinity(2); Documentation/admin-guide/hw-vuln/core-scheduling.rst (PR_SCHED_CORE: threads of different
+Sources: sched_setaffinity(2); Documentation/admin-guide/hw-vuln/core-scheduling.rst (PR_SCHED_CORE: threads of other
 cookies never run on the two hyperthreads of a core at the same time).
 """
 
@@ -96,7 +96,7 @@ def _set(thread: int, cpus: frozenset[int]) -> None:
 
 
 def _core_scheduling(what: int, threads: Iterable[int]) -> None:
-    """Kernels without it, and hosts without SMT, refuse: then there is nothing that hyperthreads could share, or nothing to
+    """Kernels without it, and hosts without SMT, refuse: there is nothing that hyperthreads could share, or nothing to
     be done about it, and the CPUs are what counts."""
     prctl = ctypes.CDLL(None).prctl
     prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
