@@ -4,7 +4,7 @@
 #   windows   aio/, doctor, figures, journal/, simulate/, testing/, tomlfile   ways to see and steer a fleet, and to test who does
 #   house     opening, fleet, governor, subscription, statistics   many VMs: supervise, merge exits, apply actions
 #   machine   vm, guest, vcpu                   one VM: its tasks, its state machine
-#   parts     devices/, boot/, budget           what a guest sees, and what it may use
+#   parts     actuators/, devices/, boot/, budget, profile/   what a guest sees and may use, and what it is guilty of
 #   silicon   backend/ (kvm, emulated, scripted), memory, native/   what executes a guest
 #   words     errors, spec, exits, actions, policy/       plain data and pure functions
 #
@@ -107,6 +107,7 @@ from .policy import (
     default_steps,
     only,
 )
+from .profile import Instruction, Profile, SymbolError, Symbols
 from .spec import (
     DebugConsole,
     ExitPort,
@@ -164,6 +165,7 @@ __all__ = [
     "HostFacts",
     "Hypercall",
     "Hyperv",
+    "Instruction",
     "InternalError",
     "Interrupted",
     "Io",
@@ -189,6 +191,7 @@ __all__ = [
     "Outcome",
     "Pause",
     "Policy",
+    "Profile",
     "Rdmsr",
     "Rejoin",
     "Request",
@@ -211,6 +214,8 @@ __all__ = [
     "Step",
     "Stop",
     "Stopped",
+    "SymbolError",
+    "Symbols",
     "SystemEvent",
     "Tenant",
     "TenantStatistics",

@@ -35,6 +35,7 @@ _EXTRAS = {
     "cli": ("cyclopts", "rich"),
     "emulated": ("unicorn",),
     "plot": ("matplotlib",),
+    "profile": ("iced_x86", "elftools"),
     "simulate": ("numpy", "cattrs"),
     "testing": ("pytest", "pytest_trio"),
 }

@@ -23,6 +23,7 @@ from .devices.serial import Uart16550
 from .errors import ResourceLimit
 from .memory import GuestMemory
 from .native.core import Command, Counters, FleetCore, VcpuCore
+from .profile import Row, Samples
 from .spec import DebugConsole, ExitPort, Limit, Meter, Serial, VmSpec
 from .vcpu import Vcpu
 
@@ -79,6 +80,7 @@ class Guest:
         self.ended = trio.Event()
         self.vcpus: list[Vcpu] = []
         self.memory: GuestMemory
+        self.samples = Samples(spec.sample_every)  # a Vm puts its own there, as it lives on over restarts
         self._machine: Machine
         self._console = console
         self._levels = levels
@@ -124,6 +126,7 @@ class Guest:
             told = house.told(self.name)
             for index, core in enumerate(self._cores):
                 core.tell(told)
+                core.sample(self.samples.every if house.bus_locks else 0)
                 house.register(core, self.name, index)
             if paused():
                 self.pause_number = 1
@@ -373,9 +376,31 @@ class Guest:
             for core in self._cores:
                 core.tell(mask)
 
+    def sample(self, every: int) -> None:
+        """Look at one bus lock of so many more closely; 0: at none."""
+        if self.final is None and self.house.bus_locks:
+            for core in self._cores:
+                core.sample(every)
+
+    def gather(self) -> Samples:
+        """What was sampled so far, of all runs of the VM."""
+        if self.final is None:
+            for core in self._cores:
+                sampled, lost, _ = core.profile()
+                self.samples.add(sampled, lost, self.spec.bus_lock_detection or self.house.bus_lock_detection)
+        return self.samples
+
+    def profile_rows(self) -> list[Row]:
+        """What was sampled since this was asked last, for `Journal.profile(now, vm.name, vm.launch, rows)`.
+
+        The fleet asks at each interval of its journal, and once more when the VM has ended. Empty if nothing is new.
+        """
+        return self.gather().rows()
+
     def _finish(self) -> None:
         """No runner is left: keep the last figures, deliver the last records, free the cores."""
         final = self.counters()
+        self.gather()
         self.house.retire(self._cores)  # before `final`, as policies are told what is new in these cores
         self.final = final
         self.ended.set()

@@ -15,6 +15,7 @@ from ..actions import Action, Applied, Outcome, State, Stopped
 from ..backend import Backend, Detection
 from ..devices.bus import Device
 from ..exits import Exit
+from ..profile import Profile, Symbols
 from ..spec import Limit, Meter, Tenant, VmSpec
 from ..statistics import FleetStatistics
 from ..vm import VmStatistics
@@ -231,6 +232,12 @@ class Vm(Wrapper[machine.Vm]):
 
     async def inspect(self, vcpu: int = 0) -> Any:
         return await self._bridge.call(self._inner.inspect, vcpu)
+
+    def set_sampling(self, every: int) -> None:
+        self._bridge.sync(self._inner.set_sampling, every)
+
+    def profile(self, symbols: Iterable[Symbols] = ()) -> Profile:
+        return self._bridge.sync(self._inner.profile, symbols)
 
     def statistics(self) -> VmStatistics:
         return self._bridge.sync(self._inner.statistics)

@@ -112,6 +112,7 @@ class FleetCore:
         self._buffer = memoryview(ffi.buffer(self._records))
         self._record_size = int(ffi.sizeof("struct orc_record"))
         self._ids = ffi.new("uint32_t[]", self.BATCH)
+        self.sites: Any = ffi.new("struct orc_site[]", int(lib.ORC_SITES))
 
     def drain(self) -> memoryview:
         """The next batch of records, raw `struct orc_record`; empty if there are none. Valid until the next call."""
@@ -289,7 +290,7 @@ class VcpuCore:
 
     def profile(self) -> tuple[list[Sampled], int, int]:
         """What was sampled since this was asked last: by place; locks without one; places that made way for others."""
-        sites = ffi.new("struct orc_site[]", int(lib.ORC_SITES))
+        sites = self.fleet.sites
         lost, replaced = ffi.new("uint64_t *"), ffi.new("uint64_t *")
         used = lib.orc_vcpu_profile(self.handle, sites, lost, replaced)
         return (

@@ -1,0 +1,20 @@
+"""Which instructions of a guest lock the bus: what was sampled of them, disassembled and named."""
+
+from __future__ import annotations
+
+from .data import Instruction, Profile
+from .samples import Place, Row, Samples, from_rows
+from .symbols import SymbolError, Symbols
+from .view import make_profile
+
+__all__ = [
+    "Instruction",
+    "Place",
+    "Profile",
+    "Row",
+    "Samples",
+    "SymbolError",
+    "Symbols",
+    "from_rows",
+    "make_profile",
+]
