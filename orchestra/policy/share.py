@@ -27,6 +27,9 @@ ROOM: Final = 0.98
 LATE: Final = 0.05
 """Seconds by which a vCPU may come late to its turn and still catch up: what the bursts are made for."""
 
+PAROLE: Final = 60.0
+"""Seconds of its fair share: the most that a VM is remembered to have had beyond it."""
+
 SLOWEST: Final = 1e-9
 FASTEST: Final = 1e9
 
@@ -47,6 +50,7 @@ class _Vm:
     absent: float = 0.0  # seconds since it was in the facts
     held: int = 0  # ticks in a row that something other than us held it back
     ceiling: float | None = None  # the rate at which it is held, once we are sure
+    ahead: float = 0.0  # events that it did beyond its fair share and has not rested for yet
 
     @property
     def demand(self) -> float:
@@ -61,9 +65,10 @@ class WeightedShare:
     its share by a limit of its own. So nobody gets less than what it asks for or its weighted fair share, whichever is
     less, and what one does not use is lent to the others. A tenant's own limit caps what its VMs get together.
 
-    A VM that comes back after a rest starts without a limit, under the host's alone, and is found at the next tick. A
-    VM that something else holds back all the time (a limit of its own) is found after some ticks, and its idle share
-    lent as well.
+    A VM that comes back after a rest starts without a limit, under the host's alone, and is found at the next tick.
+    That is as much as it can have beyond its fair share: it keeps its limit until it has rested for that, so coming and
+    going gains nothing. A VM that something else holds back all the time (a limit of its own) is found after some
+    ticks, and its idle share lent as well.
 
     Parameters:
         limit: the budget; None: the host's limit, as the facts tell it. Without either, only the tenants' limits are
@@ -116,6 +121,7 @@ class WeightedShare:
         budget = math.inf if host is None else host.rate
         self._look(facts, budget)
         shares = self._shares(facts, budget)
+        self._settle(facts, budget, shares)
         return [*self._idle(), *self._changes(facts, host, shares)]
 
     # ---- what each asked for --------------------------------------------------------------------------------------
@@ -191,10 +197,29 @@ class WeightedShare:
             shares.update(zip([vm.name for vm in vms], parts, strict=True))
         return shares
 
+    def _settle(self, facts: Facts, budget: float, shares: dict[str, float]) -> None:
+        """Keep book of what each did beyond its share. It rests for that by what it would have if all were greedy."""
+        tenants: dict[str, list[_Vm]] = {}
+        for vm in self._vms.values():
+            tenants.setdefault(vm.tenant, []).append(vm)
+        caps = [self._cap(facts, tenant) for tenant in tenants]
+        weights = [facts.tenants[tenant].weight if tenant in facts.tenants else 1.0 for tenant in tenants]
+        for part, vms in zip(max_min(budget, caps, weights), tenants.values(), strict=True):
+            whole = sum(vm.weight for vm in vms)
+            for vm in vms:
+                fair = part * vm.weight / whole
+                if math.isinf(fair):
+                    vm.ahead = 0.0
+                    continue
+                ahead = vm.ahead + (vm.rate - max(fair, shares[vm.name])) * facts.interval
+                vm.ahead = min(max(0.0, ahead), PAROLE * fair)
+
     # ---- what to do about it --------------------------------------------------------------------------------------
 
     def _idle(self) -> Iterator[Unthrottle]:
         for vm in [vm for vm in self._vms.values() if not vm.demand]:
+            if vm.limit is not None and vm.ahead:
+                continue
             del self._vms[vm.name]
             if vm.limit is not None:
                 yield self._release(vm, f"idle for {self._memory} ticks")
@@ -210,7 +235,7 @@ class WeightedShare:
                 rate = min(max(share, SLOWEST), FASTEST)
                 limits.append((vm, Limit(rate=rate, burst=1 + min(rate * LATE, FASTEST - 1), max_delay=max_delay)))
                 moved = moved or (vm.limit is not None and abs(rate - vm.limit.rate) > self._tolerance * vm.limit.rate)
-            elif vm.limit is not None:
+            elif vm.limit is not None and not vm.ahead:
                 yield self._release(vm, "the budget has room for what it asks for")
         # When one has to move, all that are off do, so that they keep their ratios and add up.
         least = self._tolerance / 4 if moved else self._tolerance
