@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Iterator, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -62,8 +63,8 @@ def converter() -> Converter:
     made = Converter(forbid_extra_keys=True, detailed_validation=True)
     made.register_structure_hook(float, lambda value, _: float(_typed(value, int | float, "a number")))
     made.register_structure_hook(int, lambda value, _: _typed(value, int, "a whole number"))
-    made.register_structure_hook(str, lambda value, _: _typed(value, str, "a text"))
     made.register_structure_hook(bool, lambda value, _: _typed(value, bool, "true or false", boolean=True))
+    made.register_structure_hook(str, _text)
     return made
 
 
@@ -100,6 +101,16 @@ def _typed(value: Any, kind: Any, what: str, boolean: bool = False) -> Any:
     if not isinstance(value, kind) or isinstance(value, bool) is not boolean:
         raise SpecError(f"{_shown(value)}: must be {what}")
     return value
+
+
+def _text(value: Any, kind: type[str]) -> str:
+    """Also of enumerations whose members are text."""
+    text = _typed(value, str, "a text")
+    try:
+        return kind(text)
+    except ValueError:
+        names = ", ".join(kind) if issubclass(kind, Enum) else ""
+        raise SpecError(f"{_shown(value)}: must be one of {names}") from None
 
 
 def _shown(value: Any) -> str:
@@ -142,9 +153,15 @@ def _walk(error: BaseException, at: Path_) -> Iterator[tuple[Path_, str]]:
         yield at, text.removeprefix(f"{last}=") if last else text
     elif isinstance(error, TypeError | AttributeError | ValueError):
         text = str(error)
-        if "not iterable" in text:
+        if "object is not iterable" in text:
             text = "must be an array"
-        elif "subscriptable" in text or "mapping" in text or "has no attribute 'keys'" in text or "indices" in text:
+        elif (
+            "not iterable" in text
+            or "subscriptable" in text
+            or "mapping" in text
+            or "has no attribute 'keys'" in text
+            or "indices" in text
+        ):
             text = "must be a table"
         yield at, text
     else:

@@ -87,7 +87,11 @@ class _TimedCrowd:
         self.rng = rng
         self.how = how
         self.delay = how.stagger * rng.random(size) if how.stagger else None
-        self.rate = how.rate * np.exp(how.spread * rng.standard_normal(size)) if how.spread else np.full(size, how.rate)
+        self.rate = (
+            how.rate * np.exp(how.spread * rng.standard_normal(size))
+            if how.spread
+            else np.full(size, how.rate, np.float64)
+        )
 
     def wants(self, now: float, tick: float, felt: Floats) -> tuple[Ints, Floats]:
         level = self.level(now, tick, felt)
@@ -296,8 +300,8 @@ class _AdversarialCrowd(_TimedCrowd):
     def __init__(self, how: Adversarial, size: int, rng: Generator) -> None:
         super().__init__(how, size, rng)
         self._notices = how.notices
-        self.on = np.full(size, how.on)
-        self.off = np.full(size, how.off)
+        self.on = np.full(size, how.on, np.float64)
+        self.off = np.full(size, how.off, np.float64)
         self._bursting = np.zeros(size, np.bool_)
         self._since = -how.off * rng.random(size)  # when the phase that it is in began, from `start`
         self._first = how.start

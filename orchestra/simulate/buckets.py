@@ -58,6 +58,14 @@ class Buckets:
         """Locks that may be made in the tick that begins at `now`."""
         return self._left(places, now) + self.rate[places] * tick
 
+    def alone(self, places: Ints, vcpus: Floats, think: Floats) -> Floats:
+        """How long a vCPU that has a bucket to itself waits at each turn at least, if the bucket holds less than two.
+
+        A lock is paid before the next, so what such a bucket gains while its guest does something else overflows.
+        """
+        held, token = (self.burst[places] - 1) / self.rate[places], 1 / self.rate[places]
+        return np.where((vcpus == 1) & (held < token), token - np.minimum(held, think), 0.0).clip(0.0)
+
     def take(self, places: Ints, available: Floats, used: Floats, end: float) -> None:
         """Charge what was used of `available` by the tick's end."""
         self._tokens[places] = np.minimum(np.maximum(available - used, 0.0), self.burst[places])

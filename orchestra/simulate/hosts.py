@@ -2,7 +2,7 @@
 
 Each host has policies of its own, made when it first has something to tell; they are the objects that run live. A host
 in which nobody locks and on which nothing is in force is left alone: its policies would see empty facts. When it wakes,
-they are told of the time that went by, as by ticks that came late (`SETTLE`).
+they are told of the time that went by, as of a few ticks that came late.
 """
 
 from __future__ import annotations
@@ -22,10 +22,6 @@ from .layout import Layout
 from .policies import Factory
 
 __all__ = ["Deed", "Hosts", "Sums"]
-
-SETTLE: Final = 5
-"""Ticks with empty facts that a host's policies see before the first with something in it, and again before they are
-left alone: what they take for usual is of the calm. Of the time between they are told as of one tick that came late."""
 
 PATIENCE: Final = 300
 """Ticks for which a host in which nobody locks is looked at although nothing but limits is in force there. Who does not
@@ -83,7 +79,10 @@ class Hosts:
         apply: carries an action out; why it can't be, or None.
         limit: each host's own limit now.
         engaged, hindering: of each host, how many limits, and how many other things, policies have in force.
-        settle: see `SETTLE`; a very large one wakes every host at every tick (what live would do).
+
+    The scenario's `settle` is for how many ticks with empty facts a host's policies see before the first with something
+    in it, and again before they are left alone: what they take for usual is of the calm. With a very large one every
+    host is looked at in every tick, as live.
     """
 
     def __init__(
@@ -96,14 +95,13 @@ class Hosts:
         limit: Callable[[int], Limit | None],
         engaged: Ints,
         hindering: Ints,
-        settle: int = SETTLE,
     ) -> None:
         self.layout = layout
         self._sums = sums
         self._apply = apply
         self._limit = limit
         self._engaged, self._hindering = engaged, hindering
-        self._settle = settle
+        self._settle = layout.scenario.settle
         self._seats = [_Seat(factory, layout, 0.0) for factory in factories]
         self._tenants = layout.tenant_tables()
         self._names: dict[int, str] = {}
@@ -208,13 +206,25 @@ class Hosts:
         return rows
 
     def _catch_up(self, seat: _Seat, host: int, now: float, gap: float, interval: float) -> None:
-        """Tell of the time in which nothing happened: in one long tick, and at first in some of the usual length."""
-        # Those that were left alone have seen the calm already.
-        short = 0 if host in seat.policies else min(self._settle, int(gap / interval + 0.5) - 1)
-        if gap - short * interval > 1e-9:
-            self._decide(seat, host, now - short * interval, gap - short * interval, {})
-        for i in range(short):
-            self._decide(seat, host, now - (short - 1 - i) * interval, interval, {})
+        """Tell of the time in which nothing happened, as of ticks that came ever later: each twice as long as the last.
+
+        A host's first ones are told the other way round: what counts is that the last few are of the usual length.
+        """
+        lengths: list[float] = []
+        if host in seat.policies:
+            length, left = interval, gap
+            while left > 1.5 * length:
+                lengths.append(length)
+                left -= length
+                length *= 2
+            lengths.append(left)
+        else:
+            short = min(self._settle, int(gap / interval + 0.5) - 1)
+            lengths = [gap - short * interval, *[interval] * short]
+        at = now - gap
+        for length in lengths:
+            at += length
+            self._decide(seat, host, at, length, {})
 
     def _decide(
         self, seat: _Seat, host: int, now: float, interval: float, vms: dict[str, VmFacts], bus: float = 0.0

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias, cast
 import attrs
 
 from .arrays import np
-from .hosts import SETTLE, Deed
+from .hosts import Deed
 from .layout import Layout
 from .policies import Factory, QemuWindow, maker
 from .scenario import Scenario
@@ -106,7 +106,6 @@ def run_world(
     factories: Sequence[Factory] = (),
     window: QemuWindow | None = None,
     *,
-    settle: int = SETTLE,
     progress: Progress | None = None,
 ) -> WorldResult:
     """One world from its beginning to its end."""
@@ -114,7 +113,7 @@ def run_world(
     ticks = layout.scenario.ticks
     # Dividing by nothing is nowhere meant; numpy would only warn.
     with np.errstate(divide="raise", invalid="raise"):
-        world = World(layout, seed, factories, window, settle=settle)
+        world = World(layout, seed, factories, window)
         every = max(1, ticks // 100)
         for tick in range(ticks):
             if progress is not None and tick % every == 0:

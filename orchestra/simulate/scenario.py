@@ -159,6 +159,8 @@ class Scenario:
         hosts, vms, tenants: who is there.
         placement: who is where.
         policies: what each host runs; each host has instances of its own.
+        settle: ticks for which the policies of a host still look at it when nobody locks there any more. Those that
+            remember many ticks (what `Adaptive` takes for usual is the median of 60) want more than the default.
         cpus: CPU models beside `CPUS`, or in the place of some.
     """
 
@@ -173,6 +175,7 @@ class Scenario:
     tenants: tuple[Tenants, ...] = ()
     placement: Placement = Placement.RANDOM
     policies: tuple[PolicySpec, ...] = ()
+    settle: int = 5
     cpus: Mapping[str, HostCpu] = attrs.field(factory=dict)
 
     def __attrs_post_init__(self) -> None:
@@ -205,6 +208,8 @@ class Scenario:
             wrong(f"{self.duration!r}: must be at least a tick ({self.tick:g} s) and finite", "duration")
         elif self.duration / self.tick > MOST_TICKS:
             wrong(f"{self.duration!r}: makes more than {MOST_TICKS} ticks of {self.tick:g} s", "duration")
+        if self.settle < 0:
+            wrong(f"{self.settle!r}: must be 0 or more ticks", "settle")
         if self.seed < 0:
             wrong(f"{self.seed!r}: must be 0 or more", "seed")
         for field in ("hosts", "vms"):

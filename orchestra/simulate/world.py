@@ -8,7 +8,7 @@ from ..actions import Action
 from .arrays import Floats, Ints, generator, np
 from .buckets import Buckets, Windows, shared_waits
 from .holds import Holds
-from .hosts import SETTLE, Hosts
+from .hosts import Hosts
 from .layout import Layout
 from .policies import Factory, QemuWindow
 from .tally import Tally
@@ -35,8 +35,6 @@ class World:
         seed: int,
         factories: Sequence[Factory] = (),
         window: QemuWindow | None = None,
-        *,
-        settle: int = SETTLE,
     ) -> None:
         self.layout = layout
         self.scenario = layout.scenario
@@ -60,7 +58,6 @@ class World:
             limit=lambda host: self.holds.own_limit("host", host),
             engaged=self.holds.engaged,
             hindering=self.holds.hindering,
-            settle=settle,
         )
         self.tally = Tally(layout, self.holds)
         self._witness_speed = np.array([vms.vcpus * vms.cpu for vms in groups])
@@ -156,7 +153,7 @@ class World:
             if buckets is holds.vm:  # each has one of its own
                 used, index = places[under], np.arange(len(under))
                 available = buckets.available(used, start, tick)
-                turn = np.maximum(n * tick / available - z, 0.0)
+                turn = np.maximum(np.maximum(n * tick / available - z, 0.0), buckets.alone(used, n, z))
                 wait[under] = np.minimum(turn, buckets.delay[used])
             else:
                 used, index = np.unique(places[under], return_inverse=True)
@@ -179,6 +176,9 @@ class World:
         self, buckets: Buckets, used: Ints, index: Ints, available: Floats, n: Floats, z: Floats, least: Floats
     ) -> Floats:
         """How long guests wait under buckets that several share: `used`, and which of them each is under."""
+        # With one vCPU under a bucket, its own time to think is the bucket's.
+        alone = buckets.alone(used, np.bincount(index, n, len(used)), np.bincount(index, z, len(used)))
+        least = np.maximum(least, np.minimum(alone, buckets.delay[used])[index])
         short = np.bincount(index, n * self.tick / (z + least), len(used)) > available * (1 + 1e-12)
         if not short.any():
             return least
