@@ -165,6 +165,30 @@ def simulate(
     return simulate(scenario, seed=seed, html=html, as_json=json)
 
 
+@app.command
+def guilty(
+    vm: Annotated[str, _option("its name", metavar="VM")],
+    /,
+    *,
+    journal: Annotated[Path, _option("the journal of its fleet", metavar="FILE")],
+    symbols: Annotated[
+        list[Path] | None,
+        _option("the guest's ELF file or System.map, to name functions; several, one option each", metavar="FILE"),
+    ] = None,
+    slide: Annotated[
+        int, _option("how much higher the guest has them than the file says", parse_size, "ADDR", show_default=hex)
+    ] = 0,
+    last: Annotated[float | None, _option("only the journal's last so many seconds", parse_seconds, "S")] = None,
+    json: Json = False,
+    folded: Annotated[bool, _flag("folded stacks, for flamegraph.pl, inferno or speedscope.app")] = False,
+) -> int:
+    """Name the instructions of a VM that lock the bus: address, disassembly, count and share."""
+    from .guilty import guilty
+
+    tables = symbols or []
+    return guilty(vm, journal, symbols=tables, slide=slide, last=last, as_json=json, as_folded=folded)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line (default: this program's); the exit status. A user's mistake is one line on standard error."""
     _open_standard_streams()

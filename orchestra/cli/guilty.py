@@ -1,0 +1,96 @@
+"""``orchestra guilty``: which instructions of a VM lock the bus, by a fleet's journal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ..errors import SpecError, UnknownVm
+from ..journal import JournalReader, read_journal
+from ..profile import Profile, Symbols, from_rows, make_profile
+from ..profile.disassembly import INSTALL, available
+from ..profile.folded import folded
+
+__all__ = ["guilty", "lines", "profile_of"]
+
+RINGS = {0: "kernel", 3: "user"}
+MOST = 20
+
+
+def profile_of(journal: JournalReader, vm: str, symbols: Sequence[Symbols] = (), last: float | None = None) -> Profile:
+    """What a journal has of a VM, of all its launches.
+
+    Parameters:
+        last: only the last so many seconds of the journal.
+
+    Raises:
+        UnknownVm: the journal knows of no such VM.
+    """
+    span = journal.span()
+    since = None if last is None or span is None else span[1] - round(last * 1e9)
+    rows = [
+        (row.rip, row.mode, row.cpl, row.space, row.samples, row.weight, row.code)
+        for row in journal.profiles(vm=vm, since=since)
+    ]
+    known = journal.vms()
+    if not rows and vm not in known:
+        raise UnknownVm(f"vm={vm!r}: the journal knows none of that name; there are: {', '.join(known[:8]) or 'none'}")
+    counted = [row.bus_locks for row in journal.aggregates(vm=vm, since=since) if row.bus_locks is not None]
+    return make_profile(vm, from_rows(rows), symbols=symbols, bus_locks=sum(counted) if counted else None)
+
+
+def lines(profile: Profile) -> Iterator[str]:
+    """The profile as a table for a person."""
+    counted = "" if profile.bus_locks is None else f"{profile.bus_locks:,} bus locks, "
+    if not profile.instructions:
+        yield f"{profile.vm}: {counted}none of them sampled"
+        return
+    yield f"{profile.vm}: {counted}{profile.samples:,} sampled, which stand for {profile.weight:,}"
+    yield ""
+    shown = profile.instructions[:MOST]
+    cells = [("share", "locks", "ring", "bits", "space", "where", "instruction")]
+    for i in shown:
+        what = i.text or "?"
+        if not i.exact:
+            what += "   (near it: the bytes there do not tell which)" if i.text else "   (RIP as it was reported)"
+        where = i.place if i.symbol is None else f"{i.place} ({i.address:#x})"
+        ring, bits = RINGS.get(i.cpl, str(i.cpl)), str(i.mode or "?")
+        cells.append((f"{i.share:.1%}", f"{i.weight:,}", ring, bits, f"{i.space:#x}" if i.space else "-", where, what))
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    for row in cells:
+        parts = [
+            cell.rjust(width) if n < 2 else cell.ljust(width)
+            for n, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        yield "  ".join(parts).rstrip()
+    if len(profile.instructions) > len(shown):
+        yield f"and {len(profile.instructions) - len(shown)} more: --json has them all"
+    if profile.unplaced:
+        yield f"{profile.unplaced:,} more locks could not be put to an instruction"
+    if not available():
+        yield f"No disassembly: `{INSTALL}`"
+
+
+def guilty(
+    vm: str,
+    journal: Path,
+    *,
+    symbols: Sequence[Path] = (),
+    slide: int = 0,
+    last: float | None = None,
+    as_json: bool = False,
+    as_folded: bool = False,
+) -> int:
+    """Show it; the exit status."""
+    if as_json and as_folded:
+        raise SpecError("--json and --folded: one of them")
+    tables = [Symbols.load(path, slide) for path in symbols]
+    with read_journal(journal) as reader:
+        profile = profile_of(reader, vm, tables, last)
+    if as_json:
+        print(json.dumps(profile.as_dict(), indent=2))
+    else:
+        for line in folded(profile) if as_folded else lines(profile):
+            print(line)
+    return 0
