@@ -8,8 +8,7 @@ from pathlib import Path
 
 from ..errors import SpecError, UnknownVm
 from ..journal import JournalReader, read_journal
-from ..profile import Profile, Symbols, from_rows, make_profile
-from ..profile.disassembly import INSTALL, available
+from ..profile import Profile, Symbols, disassembly, from_rows, make_profile
 from ..profile.folded import folded
 
 __all__ = ["guilty", "lines", "profile_of"]
@@ -68,8 +67,8 @@ def lines(profile: Profile) -> Iterator[str]:
         yield f"and {len(profile.instructions) - len(shown)} more: --json has them all"
     if profile.unplaced:
         yield f"{profile.unplaced:,} more locks could not be put to an instruction"
-    if not available():
-        yield f"No disassembly: `{INSTALL}`"
+    if not disassembly.available():
+        yield f"No disassembly: `{disassembly.INSTALL}`"
 
 
 def guilty(
