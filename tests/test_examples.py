@@ -15,6 +15,7 @@ EXPECTED = {
     "hello": ["Hello from a guest!", "Halted()"],
     "two_vms": ["bad ended: Shutdown(reason='triple fault'", "good is running", "good counted: some"],
     "bus_lock_budget": ["limit 200/s: ", " bus locks in a second", "limit 50/s: ", "throttled: True"],
+    "guilty": ["bus locks, ", "%  refcount_get   lock add dword [0x203E],1", "%  spin_lock ", "web-1;no paging;"],
     "own_policy": ["strict: more than 500 exits a second", "held: True"],
     "async_port": ["the guest says 42", "Halted()"],
     "asyncio_script": ["one counted 100 times, in steps of {1}", "one is running", "two ended: Stopped("],
