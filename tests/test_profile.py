@@ -136,6 +136,14 @@ def test_system_map_names_functions_and_leaves_data_out(tmp_path):
     assert slid.find(0xFFFFFFFF82001010) == ("arch_cpu_idle", 0x10)
 
 
+def test_a_small_symbol_that_has_ended_leaves_what_is_around_it():
+    symbols = Symbols([(0x1000, 0x100, "outer"), (0x1010, 0x10, "inner"), (0x1200, 0, "label")])
+    assert symbols.find(0x101F) == ("inner", 0xF)
+    assert symbols.find(0x1020) == ("outer", 0x20)
+    assert symbols.find(0x1100) is None
+    assert symbols.find(0x1204) == ("label", 4)
+
+
 def test_elf_names_functions_by_their_sizes(tmp_path):
     nasm, ld = shutil.which("nasm"), shutil.which("ld")
     if nasm is None or ld is None:

@@ -20,6 +20,8 @@ __all__ = ["SymbolError", "Symbols"]
 INSTALL: Final = "pip install 'orchestra[profile]'"
 FARTHEST: Final = 1 << 16
 """Bytes that a symbol without a size, and with none behind it, is taken to go on for."""
+NESTED: Final = 16
+"""How many symbols that have ended are looked past for one that has not."""
 CODE_TYPES: Final = "TtWw"  # of System.map, as nm has them: in the text section, and weak ones
 
 
@@ -69,18 +71,17 @@ class Symbols:
 
     def find(self, address: int) -> tuple[str, int] | None:
         """The function an address is in, and how far; None if it is in none."""
-        # Of several at one address the last by size and name: one with a size goes before one without.
+        # Of several at one address the last by size: one with a size goes before one without.
         index = bisect_right(self._addresses, address) - 1
-        if index < 0:
-            return None
-        symbol = self._symbols[index]
-        offset = address - symbol.address
-        if symbol.size:
-            # A function may lie within what a larger symbol before it covers; not the other way round.
-            return (symbol.name, offset) if offset < symbol.size else None
-        if index + 1 == len(self._symbols) and offset >= FARTHEST:
-            return None
-        return symbol.name, offset
+        for nearest in range(index, max(index - NESTED, -1), -1):  # a small one may end within a larger one
+            symbol = self._symbols[nearest]
+            offset = address - symbol.address
+            if symbol.size:
+                if offset < symbol.size:
+                    return symbol.name, offset
+            elif nearest == index and (index + 1 < len(self._symbols) or offset < FARTHEST):
+                return symbol.name, offset
+        return None
 
 
 def _elf(path: Path) -> list[tuple[int, int, str]]:
