@@ -178,3 +178,25 @@ async def test_what_the_journal_keeps_names_the_same(backend, tmp_path):
     with read_journal(path) as reader:
         rows = [(r.rip, r.mode, r.cpl, r.space, r.samples, r.weight, r.code) for r in reader.profiles(vm=vm.name)]
     assert make_profile(vm.name, from_rows(rows)).instructions == live.instructions
+
+
+async def test_a_split_lock_on_mmio_is_named_also_where_it_rides_on_the_exit_for_the_access(backend):
+    class Register:
+        def read(self, offset: int, size: int) -> int:
+            return 0
+
+        def write(self, offset: int, size: int, value: int) -> None:
+            pass
+
+    on, _ = struct.unpack_from("<II", guest("lock_mmio_32"), 8)
+    async with opened(backend) as fleet:
+        devices = [(None, range(0xD0000000, 0xD0001000), Register())]
+        vm = await fleet.launch(spec("lock_mmio_32", 32, 1), paused=True, devices=devices)
+        vm.write_memory(ROUNDS, struct.pack("<I", 10))
+        await vm.resume()
+        with trio.fail_after(60):
+            await vm.wait()
+        profile = vm.profile()
+    (only,) = profile.instructions
+    assert (only.address, only.exact) == (on, True)
+    assert profile.weight == profile.bus_locks

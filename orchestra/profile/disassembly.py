@@ -39,10 +39,12 @@ def _locks(instruction: Any) -> bool:
     return memory and (instruction.has_lock_prefix or instruction.mnemonic == iced_x86.Mnemonic.XCHG)
 
 
-def _decode(code: bytes, mode: int, address: int) -> list[Any]:
+def _decode(code: bytes, mode: int, address: int) -> Any:
+    """The instruction that begins there; None if none does."""
     import iced_x86
 
-    return [i for i in iced_x86.Decoder(mode, code, ip=address) if not i.is_invalid]
+    instruction = iced_x86.Decoder(mode, code, ip=address).decode()
+    return None if instruction.is_invalid else instruction
 
 
 def _found(instruction: Any, code: bytes, start: int) -> Found:
@@ -56,8 +58,8 @@ def _found(instruction: Any, code: bytes, start: int) -> Found:
 
 def _at(code: bytes, mode: int, rip: int) -> Found | None:
     """The instruction that begins there."""
-    decoded = _decode(code[:LONGEST], mode, rip)[:1]
-    return _found(decoded[0], code, 0) if decoded and decoded[0].ip == rip else None
+    instruction = _decode(code[:LONGEST], mode, rip)
+    return None if instruction is None else _found(instruction, code, 0)
 
 
 def _before(code: bytes, mode: int, rip: int) -> Found | None:
@@ -69,23 +71,23 @@ def _before(code: bytes, mode: int, rip: int) -> Found | None:
     resistance to static disassembly", CCS 2003, 3.1: "self-repairing"), so the true one has most votes. Instructions
     that lock go before those that can't.
     """
-    votes: Counter[int] = Counter()
-    last: dict[int, Any] = {}
-    for begin in range(len(code)):
-        at = rip - len(code) + begin
-        for instruction in _decode(code[begin:], mode, at):
-            if instruction.ip != at:
-                break  # something invalid was left out
-            at += instruction.len
-            if at == rip:
-                start = instruction.len
-                votes[start] += 1
-                last[start] = instruction
+    end = len(code)
+    last: list[int | None] = [None] * (end + 1)  # by where an attempt begins: where its last instruction does
+    there: dict[int, Any] = {}
+    for begin in range(end - 1, -1, -1):
+        instruction = _decode(code[begin : begin + LONGEST], mode, rip - end + begin)
+        if instruction is None:
+            continue
+        behind = begin + instruction.len
+        last[begin] = begin if behind == end else last[behind]
+        if behind == end:
+            there[begin] = instruction
+    votes = Counter(begin for begin in last if begin is not None)
     if not votes:
         return None
     # Of two with as many votes, the longer: a prefix belongs to what follows it.
-    best = max(votes, key=lambda length: (_locks(last[length]), votes[length], length))
-    return _found(last[best], code[len(code) - best :], -best)
+    best = max(votes, key=lambda begin: (_locks(there[begin]), votes[begin], -begin))
+    return _found(there[best], code[best:], best - end)
 
 
 def find(code: bytes, before: int, mode: int, rip: int, where: Where) -> Found | None:
@@ -103,6 +105,11 @@ def find(code: bytes, before: int, mode: int, rip: int, where: Where) -> Found |
     """
     if mode not in (16, 32, 64):
         return None
-    on, behind = _at(code[before:], mode, rip), _before(code[:before], mode, rip)
-    order = [behind, on] if where == "behind" else [on, behind]
-    return next((found for found in order if found is not None and found.locks), order[0])
+    looks = [lambda: _before(code[:before], mode, rip), lambda: _at(code[before:], mode, rip)]
+    if where != "behind":
+        looks.reverse()
+    first = looks[0]()
+    if first is not None and first.locks:
+        return first
+    second = looks[1]()
+    return second if second is not None and second.locks else first
