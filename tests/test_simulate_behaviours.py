@@ -90,7 +90,9 @@ def test_escalating_doubles_until_its_most():
 def test_the_adversary_learns_how_long_a_burst_may_be():
     """Whoever is caught after 3 s of a burst learns to stop before, and comes back all the sooner."""
 
-    def caught_after_3(t, counts, runs=np.zeros(30)):  # noqa: B006  # that is its memory
+    runs = np.zeros(30)
+
+    def caught_after_3(t, counts):
         runs[:] = np.where(counts > 0, runs + 1, 0)
         return np.where(runs > 3, 0.9, 0.0)
 

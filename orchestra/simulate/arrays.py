@@ -12,7 +12,7 @@ try:
 except ImportError as error:
     raise OrchestraError(f"the simulator needs numpy ({error}): pip install 'orchestra[simulate]'") from None
 
-__all__ = ["Bools", "Floats", "Generator", "Ints", "generator", "np"]
+__all__ = ["Bools", "Floats", "Generator", "Ints", "generator", "np", "totals"]
 
 Floats: TypeAlias = NDArray[np.float64]
 Ints: TypeAlias = NDArray[np.int64]
@@ -23,3 +23,8 @@ Generator: TypeAlias = np.random.Generator
 def generator(*key: int) -> Generator:
     """A stream of random numbers of its own for each key: what one draws does not move what another does."""
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
+
+
+def totals(index: Ints, values: Floats, size: int) -> Floats:
+    """The sum of the values of each index, 0 to size - 1."""
+    return np.asarray(np.bincount(index, values, size), np.float64)

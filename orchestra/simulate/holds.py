@@ -97,7 +97,7 @@ class Holds:
         """Carry out what a host's policy asks for; why it can't be done, or None."""
         if isinstance(action, Throttle | Unthrottle | SetLimit):
             return self._limit(host, policy, action, now)
-        vm = self.layout.number(action.vm, host)
+        vm = None if action.vm is None else self.layout.number(action.vm, host)
         if vm is None or self.gone[vm]:
             return f"{action.vm}: no such VM on this host"
         match action:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..actions import Action
-from .arrays import Floats, Ints, generator, np
+from .arrays import Floats, Ints, generator, np, totals
 from .buckets import Buckets, Windows, shared_waits
 from .holds import Holds
 from .hosts import Hosts
@@ -84,7 +84,7 @@ class World:
             self.capped[vms] += np.where(here & (duty > 0), (1 - duty) * vcpus * tick, 0.0)
         done = self._through(vms, asked, vcpus, host, start)
         waited = (1 - done / np.maximum(asked, 1e-300)) * vcpus * tick
-        waited[asked <= 0] = 0.0
+        waited[done >= asked * (1 - 1e-9)] = 0.0
         lost = 1 - done / np.maximum(wants, 1e-300)
 
         # A bus has only so much time. Whoever is slow for that reason is not throttled.
@@ -162,7 +162,7 @@ class World:
             charged.append((buckets, under, used, index, available))
         done = np.where(wait > 0, np.minimum(vcpus * tick / (think + wait), limited), limited)
         for buckets, under, used, index, available in charged:
-            through = np.bincount(index, done[under], len(used)).astype(np.float64)
+            through = totals(index, done[under], len(used))
             # Rounding must not make locks: what is above the bucket by no more than that is cut.
             over = (through > available) & (through <= available * (1 + 1e-6))
             if over.any():
@@ -177,9 +177,9 @@ class World:
     ) -> Floats:
         """How long guests wait under buckets that several share: `used`, and which of them each is under."""
         # With one vCPU under a bucket, its own time to think is the bucket's.
-        alone = buckets.alone(used, np.bincount(index, n, len(used)), np.bincount(index, z, len(used)))
+        alone = buckets.alone(used, totals(index, n, len(used)), totals(index, z, len(used)))
         least = np.maximum(least, np.minimum(alone, buckets.delay[used])[index])
-        short = np.bincount(index, n * self.tick / (z + least), len(used)) > available * (1 + 1e-12)
+        short = totals(index, n * self.tick / (z + least), len(used)) > available * (1 + 1e-12)
         if not short.any():
             return least
         some = short[index]
