@@ -23,6 +23,7 @@ __all__ = [
     "Outcome",
     "Pause",
     "Rejoin",
+    "Reload",
     "Resume",
     "SetLimit",
     "Shutdown",
@@ -102,6 +103,22 @@ class Evict(_OnVm):
 
 
 @attrs.frozen(kw_only=True)
+class Reload:
+    """Say that other rules are in force from now on, or were not taken: it is journaled, and does nothing.
+
+    `orchestra.rules.reload` applies it when it has changed what there is to change.
+
+    Parameters:
+        policies: what became of each policy: "new", "changed", "gone" or "kept".
+    """
+
+    policies: Mapping[str, str] = attrs.field(factory=dict, hash=False)
+    reason: str = ""
+    evidence: Mapping[str, Any] = attrs.field(factory=dict, hash=False)
+    vm: None = attrs.field(default=None, init=False)
+
+
+@attrs.frozen(kw_only=True)
 class Throttle:
     """Hold a VM, a tenant, or (with neither) the host to `limit`. Takes effect at once, also in the middle of a wait.
 
@@ -162,7 +179,7 @@ def _one_target(vm: str | None, tenant: str | None) -> None:
 
 
 Action: TypeAlias = (
-    Pause | Resume | Stop | Kill | Throttle | Unthrottle | SetLimit | Warn | CapCpu | Isolate | Rejoin | Evict
+    Pause | Resume | Stop | Kill | Throttle | Unthrottle | SetLimit | Warn | CapCpu | Isolate | Rejoin | Evict | Reload
 )
 
 

@@ -34,8 +34,10 @@ FDS_OF_THE_PROGRAM = 32
 _EXTRAS = {
     "cli": ("cyclopts", "rich"),
     "emulated": ("unicorn",),
+    "parquet": ("pyarrow",),
     "plot": ("matplotlib",),
     "profile": ("iced_x86", "elftools"),
+    "rules": ("cattrs",),
     "simulate": ("numpy", "cattrs"),
     "testing": ("pytest", "pytest_trio"),
 }

@@ -5,9 +5,12 @@ The only module that imports cattrs.
 
 from __future__ import annotations
 
+import difflib
+import json
 import re
 import tomllib
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -27,9 +30,9 @@ try:
         IterableValidationNote,
     )
 except ImportError as error:
-    raise OrchestraError(f"TOML files need cattrs ({error}): pip install 'orchestra[simulate]'") from None
+    raise OrchestraError(f"TOML files need cattrs ({error}): pip install 'orchestra[rules]'") from None
 
-__all__ = ["Mistake", "Mistaken", "TomlError", "converter", "read", "structure"]
+__all__ = ["Inside", "Mistake", "Mistaken", "TomlError", "converter", "meant", "read", "shown", "structure"]
 
 T = TypeVar("T")
 Path_: TypeAlias = tuple[str | int, ...]
@@ -80,15 +83,7 @@ def read(path: Path, kind: type[T], with_: Converter | None = None) -> T:
 
 def structure(text: str | bytes, kind: type[T], file: str, with_: Converter | None = None) -> T:
     """The same for text that is there already; `file` is what it is called in errors."""
-    try:
-        text = text.decode() if isinstance(text, bytes) else text
-        table = tomllib.loads(text)
-    except UnicodeDecodeError as error:
-        raise TomlError(file, [Mistake("", None, f"is not UTF-8: {error}")]) from None
-    except tomllib.TOMLDecodeError as error:
-        found = re.search(r" \(at line (\d+), column \d+\)$", str(error))
-        line = int(found[1]) if found else None
-        raise TomlError(file, [Mistake("", line, str(error)[: found.start()] if found else str(error))]) from None
+    text, table = _parsed(text, file)
     try:
         return (with_ or converter()).structure(table, kind)
     except Exception as error:
@@ -97,9 +92,32 @@ def structure(text: str | bytes, kind: type[T], file: str, with_: Converter | No
         raise TomlError(file, sorted(mistakes, key=lambda m: m.line or 0)) from None
 
 
+def _parsed(text: str | bytes, file: str) -> tuple[str, dict[str, Any]]:
+    try:
+        text = text.decode() if isinstance(text, bytes) else text
+        return text, tomllib.loads(text)
+    except UnicodeDecodeError as error:
+        line, said = error.object.count(b"\n", 0, error.start) + 1, f"is not UTF-8: {error.reason}"
+    except tomllib.TOMLDecodeError as error:
+        found = re.search(r" \(at (?:line (\d+), column \d+|end of document)\)$", str(error))
+        line = int(found[1]) if found and found[1] else len(str(text).rstrip().split("\n"))
+        said = str(error)[: found.start()] if found else str(error)
+    except ValueError:  # of int(), for a number of thousands of digits
+        line, said = _line_of(re.search(r"[\d_]{4000,}", str(text)), str(text)), "a number beyond 64 bits"
+    except RecursionError:
+        line, said = _line_of(re.search(r"(?:[\[{][^\[{\]}]*){40}", str(text)), str(text)), "nested too deeply"
+    raise TomlError(file, [Mistake("", line, said)]) from None
+
+
+def _line_of(found: re.Match[str] | None, text: str) -> int:
+    return text.count("\n", 0, found.start() if found else 0) + 1
+
+
 def _typed(value: Any, kind: Any, what: str, boolean: bool = False) -> Any:
     if not isinstance(value, kind) or isinstance(value, bool) is not boolean:
-        raise SpecError(f"{_shown(value)}: must be {what}")
+        raise SpecError(f"{shown(value)}: must be {what}")
+    if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
+        raise SpecError("a number beyond 64 bits")
     return value
 
 
@@ -109,17 +127,27 @@ def _text(value: Any, kind: type[str]) -> str:
     try:
         return kind(text)
     except ValueError:
-        names = ", ".join(kind) if issubclass(kind, Enum) else ""
-        raise SpecError(f"{_shown(value)}: must be one of {names}") from None
+        names = list(kind) if issubclass(kind, Enum) else []
+        raise SpecError(f"{shown(value)}: must be one of {', '.join(names)}{meant(text, names)}") from None
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value as an error names it."""
     if isinstance(value, dict):
         return "a table"
     if isinstance(value, list):
         return "an array"
-    text = str(value).lower() if isinstance(value, bool) else repr(value)
+    try:
+        text = str(value).lower() if isinstance(value, bool) else repr(value)
+    except ValueError:  # an int of thousands of digits has none
+        return "a number beyond 64 bits"
     return text if len(text) < 60 else text[:57] + "..."
+
+
+def meant(name: str, known: Iterable[Any]) -> str:
+    """What was probably meant, as the end of a sentence; nothing if nothing is near."""
+    near = difflib.get_close_matches(name[:80], [str(one) for one in known], 1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _walk(error: BaseException, at: Path_) -> Iterator[tuple[Path_, str]]:
@@ -137,9 +165,11 @@ def _walk(error: BaseException, at: Path_) -> Iterator[tuple[Path_, str]]:
         for each in error.exceptions:
             yield from _walk(each, at)
     elif isinstance(error, ForbiddenExtraKeysError):
-        names = ", ".join(field.name for field in attrs.fields(error.cl)) if attrs.has(error.cl) else ""
+        names = [field.name for field in attrs.fields(error.cl)] if attrs.has(error.cl) else []
         for name in sorted(error.extra_fields):
-            yield (*at, name), "no such key" + (f"; there are: {names}" if names else "")
+            yield (*at, name), "no such key" + (f"; there are: {', '.join(names)}{meant(name, names)}" if names else "")
+    elif isinstance(error, Inside):
+        yield from _walk(error.error, (*at, *error.at))
     elif isinstance(error, Mistaken):
         yield (*at, *error.at), str(error)
     elif isinstance(error, KeyError) and at:
@@ -168,6 +198,15 @@ def _walk(error: BaseException, at: Path_) -> Iterator[tuple[Path_, str]]:
         raise error
 
 
+class Inside(Exception):
+    """Likewise for any error that a converter raised further in."""
+
+    def __init__(self, error: Exception, *at: str | int) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.at = at
+
+
 class Mistaken(SpecError):
     """What hooks of a converter raise for a mistake further in: `at` is where, seen from what they were given."""
 
@@ -177,41 +216,134 @@ class Mistaken(SpecError):
 
 
 def _key(at: Path_) -> str:
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in at).removeprefix(".")
+    parts = []
+    for part in at:
+        named = str(part) if _BARE.fullmatch(str(part)) else json.dumps(part)
+        parts.append(f"[{part}]" if isinstance(part, int) else f".{named}")
+    return "".join(parts).removeprefix(".")
 
 
-_HEADER = re.compile(r"^\s*(\[\[?)\s*([^\[\]#]+?)\s*\]\]?\s*(?:#.*)?$")
-_ENTRY = re.compile(r"""^\s*((?:[\w-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[\w-]+|"[^"]*"|'[^']*'))*)\s*=""")
-_PART = re.compile(r"""[\w-]+|"[^"]*"|'[^']*'""")
+_BARE = re.compile(r"[A-Za-z0-9_-]+")
+_BLANK = re.compile(r"(?:[ \t\r\n]|#[^\n]*)*")
+_TEXT = re.compile(
+    r'''"""(?:\\.|[^\\])*?"{3,5}(?!")'''
+    r"""|'{3}[\s\S]*?'{3,5}(?!')|"(?:\\.|[^"\\])*"|'[^']*'""",
+    re.DOTALL,
+)
+_SCALAR = re.compile(r"[^,\]}#\n]+")
 
 
 def _lines(text: str) -> dict[Path_, int]:
-    """Where each table and key stands, as far as one line at a time tells: good enough to point a finger at."""
+    """Where each table, key and item stands."""
     places: dict[Path_, int] = {}
-    counts: dict[Path_, int] = {}
-    table: Path_ = ()
+    try:
+        _Places(text, places).document()
+    except RecursionError:
+        pass  # it was parsed with less; where it is, is told as far as we came
+    return places
 
-    def resolve(names: Sequence[str]) -> Path_:
+
+class _Places:
+    """Reads text that is TOML for sure (it has been parsed), and notes lines instead of values."""
+
+    def __init__(self, text: str, places: dict[Path_, int]) -> None:
+        self._text = text
+        self._at = 0
+        self._ends = [found.start() for found in re.finditer("\n", text)]
+        self._places = places
+        self._counts: dict[Path_, int] = {}  # tables in each array of them
+
+    def document(self) -> None:
+        table: Path_ = ()
+        while self._blank():
+            if self._text.startswith("[[", self._at):
+                begun = self._at
+                self._at += 2
+                *around, last = self._names()
+                array = (*self._resolved(around), last)
+                count = self._counts[array] = self._counts.get(array, 0) + 1
+                table = (*array, count - 1)
+                self._note(array, begun)
+                self._note(table, begun)
+                self._at += 2
+            elif self._text[self._at] == "[":
+                begun = self._at
+                self._at += 1
+                table = self._resolved(self._names())
+                self._note(table, begun)
+                self._at += 1
+            else:
+                self._entry(table)
+
+    def _resolved(self, names: Sequence[str]) -> Path_:
+        """Of an array of tables its last one is meant."""
         path: Path_ = ()
         for name in names:
             path = (*path, name)
-            if path in counts:  # an array of tables: its last one is meant
-                path = (*path, counts[path] - 1)
+            if path in self._counts:
+                path = (*path, self._counts[path] - 1)
         return path
 
-    for number, line in enumerate(text.splitlines(), 1):
-        if header := _HEADER.match(line):
-            names = [part.strip("\"'") for part in _PART.findall(header[2])]
-            if header[1] == "[[":
-                array = (*resolve(names[:-1]), names[-1])
-                counts[array] = counts.get(array, 0) + 1
-                places.setdefault(array, number)
-            table = resolve(names)
-            places.setdefault(table, number)
-        elif entry := _ENTRY.match(line):
-            names = [part.strip("\"'") for part in _PART.findall(entry[1])]
-            places.setdefault((*table, *names), number)
-    return places
+    def _note(self, path: Path_, at: int) -> None:
+        line = bisect_right(self._ends, at - 1) + 1
+        for end in range(1, len(path) + 1):  # tables that have no line of their own stand where their first key does
+            self._places.setdefault(path[:end], line)
+
+    def _blank(self) -> bool:
+        """Go to what comes next, if anything does."""
+        found = _BLANK.match(self._text, self._at)
+        self._at = found.end() if found else self._at
+        return self._at < len(self._text)
+
+    def _names(self) -> list[str]:
+        names = []
+        while True:
+            self._blank()
+            found = _TEXT.match(self._text, self._at) or _BARE.match(self._text, self._at)
+            assert found is not None
+            name = found[0]
+            # As tomllib reads it: escapes and all.
+            names.append(next(iter(tomllib.loads(f"{name}=0"))) if name[0] in "\"'" else name)
+            self._at = found.end()
+            self._blank()
+            if self._text[self._at] != ".":
+                return names
+            self._at += 1
+
+    def _entry(self, table: Path_) -> None:
+        begun = self._at
+        path = (*table, *self._names())
+        self._note(path, begun)
+        self._at += 1  # =
+        self._value(path)
+
+    def _value(self, path: Path_) -> None:
+        self._blank()
+        match self._text[self._at]:
+            case "[":
+                self._several(path, "]")
+            case "{":
+                self._several(path, "}")
+            case _:
+                found = _TEXT.match(self._text, self._at) or _SCALAR.match(self._text, self._at)
+                assert found is not None
+                self._at = found.end()
+
+    def _several(self, path: Path_, end: str) -> None:
+        """An array or an inline table."""
+        self._at += 1
+        count = 0
+        while self._blank() and self._text[self._at] != end:
+            if end == "}":
+                self._entry(path)
+            else:
+                self._note((*path, count), self._at)
+                self._value((*path, count))
+            count += 1
+            self._blank()
+            if self._text[self._at] == ",":
+                self._at += 1
+        self._at += 1
 
 
 def _line(lines: dict[Path_, int], at: Path_) -> int | None:

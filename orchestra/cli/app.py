@@ -189,6 +189,26 @@ def guilty(
     return guilty(vm, journal, symbols=tables, slide=slide, last=last, as_json=json, as_folded=folded)
 
 
+policy = App(name="policy", help="Files of policies: see docs/rules.md.")
+app.command(policy)
+
+
+@policy.command
+def check(
+    file: Annotated[Path, _option("the rules", metavar="RULES.toml")],
+    /,
+    *,
+    json: Json = False,
+) -> int:
+    """Check a file of policies, and tell all that is wrong with it at once, each mistake with its line and key.
+
+    The exit status is 1 if anything is.
+    """
+    from .policy import check
+
+    return check(file, as_json=json)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line (default: this program's); the exit status. A user's mistake is one line on standard error."""
     _open_standard_streams()

@@ -1,0 +1,84 @@
+"""``orchestra policy check``: says all that is wrong with a file of rules, or what it asks for."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from ..rules import Rules, TomlError, load_rules
+from ..spec import Limit
+
+__all__ = ["check"]
+
+
+def check(path: Path, *, as_json: bool) -> int:
+    """Check it; the exit status: 1 if anything is wrong with it."""
+    try:
+        rules = load_rules(path)
+    except TomlError as error:
+        if as_json:
+            mistakes = [attrs.asdict(mistake) for mistake in error.mistakes]
+            print(json.dumps({"file": str(path), "ok": False, "mistakes": mistakes}))
+        else:
+            for mistake in error.mistakes:  # as compilers write it, so that editors find the place
+                place = f"{path}:{mistake.line}" if mistake.line is not None else str(path)
+                print(f"{place}: {mistake.key + ': ' if mistake.key else ''}{mistake.text}")
+            count = len(error.mistakes)
+            print(f"orchestra: {count} mistake{'s' * (count != 1)} in {path}", file=sys.stderr)
+        return 1
+    if as_json:
+        print(json.dumps({"file": str(path), "ok": True, "mistakes": [], **document(rules)}))
+    else:
+        print(f"{path}: nothing is wrong with it")
+        print(*(f"  {line}" for line in summary(rules)), sep="\n")
+    return 0
+
+
+def document(rules: Rules) -> dict[str, Any]:
+    """For JSON."""
+    guard = None
+    if rules.guard is not None:
+        guard = {
+            field.name: getattr(rules.guard, field.name) for field in attrs.fields(type(rules.guard)) if field.init
+        }
+    return {
+        "limit": None if rules.limit is None else attrs.asdict(rules.limit),
+        "exit_limit": None if rules.exit_limit is None else attrs.asdict(rules.exit_limit),
+        "tenants": {name: attrs.asdict(tenant) for name, tenant in rules.tenants.items()},
+        "guard": guard,
+        "policies": [
+            {"name": entry.name, "kind": entry.kind, "interval": entry.policy.interval} for entry in rules.entries
+        ],
+    }
+
+
+def summary(rules: Rules) -> Iterator[str]:
+    """What they ask for, a line each."""
+    limits = _limits(rules.limit, rules.exit_limit)
+    if limits:
+        yield f"host: {limits}"
+    for name, tenant in rules.tenants.items():
+        yield f"tenant {name}: weight {tenant.weight:g}{_limits(tenant.limit, tenant.exit_limit, ', ')}"
+    guard = rules.guard
+    for i, entry in enumerate(rules.entries, 1):
+        every = entry.policy.interval
+        when = "once" if every is None else f"every {every:g} s"
+        dry = ", a dry run" if guard is not None and guard.is_dry(entry.name) else ""
+        yield f"policy {i}: {entry.name} ({entry.kind}), {when}{dry}"
+    if not rules.entries:
+        yield "no policies"
+    if guard is not None:
+        yield (
+            f"guard: at least {guard.floor:g} locks/s and {guard.exit_floor:g} exits/s for each VM, "
+            f"{100 * guard.cpu_floor:g} % of its CPU time; nothing waits longer than {guard.max_delay:g} s"
+        )
+
+
+def _limits(limit: Limit | None, exit_limit: Limit | None, before: str = "") -> str:
+    parts = [f"{one.rate:g} {what}/s" for one, what in ((limit, "locks"), (exit_limit, "exits")) if one is not None]
+    return before + ", ".join(parts) if parts else ""
