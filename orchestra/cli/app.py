@@ -15,6 +15,7 @@ from cyclopts import App, CycloptsError, Parameter
 from ..errors import OrchestraError, SpecError
 from ..spec import DebugConsole, DeviceSpec, ExitPort, FlatImage, Limit, Serial, VmSpec
 from .numbers import parse_rate, parse_seconds, parse_size
+from .times import parse_time
 
 __all__ = ["main"]
 
@@ -187,6 +188,56 @@ def guilty(
 
     tables = symbols or []
     return guilty(vm, journal, symbols=tables, slide=slide, last=last, as_json=json, as_folded=folded)
+
+
+@app.command
+def why(
+    vm: Annotated[str, _option("its name", metavar="VM")],
+    /,
+    *,
+    journal: Annotated[Path, _option("the journal of its fleet", metavar="FILE")],
+    at: Annotated[
+        int | None,
+        _option("when: 14:05, 'yesterday 14:05', 2h (ago), ... (default: the journal's end)", parse_time, "TIME"),
+    ] = None,
+    window: Annotated[float, _option("seconds to look back", parse_seconds, "S")] = 3600.0,
+    json: Json = False,
+    plot: Annotated[Path | None, _option("draw it", metavar="FILE.svg")] = None,
+) -> int:
+    """Say why a VM was slow: what held it, by which policy and why, how it fared, and what would end it."""
+    from .why import why
+
+    return why(vm, journal, at=at, window=window, as_json=json, plot=plot)
+
+
+@app.command
+def journal(
+    file: Annotated[Path, _option("the journal", metavar="FILE")],
+    /,
+    *,
+    table: Annotated[
+        Literal["actions", "states", "aggregates", "hosts", "profiles"], _option("what of it")
+    ] = "actions",
+    vm: Annotated[str | None, _option("only of this VM", metavar="VM")] = None,
+    tenant: Annotated[str | None, _option("only of this tenant", metavar="TENANT")] = None,
+    policy: Annotated[str | None, _option("only what this policy asked for", metavar="POLICY")] = None,
+    kind: Annotated[str | None, _option("only actions of this kind, such as throttle", metavar="KIND")] = None,
+    outcome: Annotated[str | None, _option("done, dry-run, refused or failed", metavar="OUTCOME")] = None,
+    since: Annotated[
+        int | None, _option("from then on: 14:05, 'yesterday 14:05', 2h (ago), ...", parse_time, "TIME")
+    ] = None,
+    until: Annotated[int | None, _option("up to then", parse_time, "TIME")] = None,
+    last: Annotated[int | None, _option("only the last so many", metavar="N")] = None,
+    json: Json = False,
+    csv: Annotated[Path | None, _option("write them there as CSV", metavar="FILE.csv")] = None,
+    parquet: Annotated[Path | None, _option("write them there as Parquet", metavar="FILE.parquet")] = None,
+    upgrade: Annotated[bool, _flag("bring a journal of an older version to this one's")] = False,
+) -> int:
+    """Show what was seen and done: actions with reason, evidence and outcome, states, and figures of VMs and host."""
+    from .journal import Wanted, journal
+
+    wanted = Wanted(table, vm, tenant, policy, kind, outcome, since, until)
+    return journal(file, wanted, last=last, as_json=json, csv=csv, parquet=parquet, upgrades=upgrade)
 
 
 policy = App(name="policy", help="Files of policies: see docs/rules.md.")

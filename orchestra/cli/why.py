@@ -1,0 +1,312 @@
+"""``orchestra why``: what held a VM at a time, why, how it fared, and what would end it; by a fleet's journal."""
+
+from __future__ import annotations
+
+import json
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import attrs
+
+from ..journal import ActionRow, read_journal
+from ..journal.explain import ENDED, Bin, Explanation, Fared, Hold, Surroundings, explain, series
+from ..journal.export import iso
+from .numbers import shown
+from .times import day_and_time, duration, time_of_day
+
+__all__ = ["sentences", "sparklines", "why"]
+
+WIDE: Final = 72
+BARS: Final = " ▁▂▃▄▅▆▇█"
+PLAIN: Final = " .:-=+*#@"
+"""Likewise, where the terminal has no blocks."""
+
+MUCH: Final = 0.1
+"""Part of its time from which a wait is worth a word."""
+
+SLOWER: Final = 1.5
+MOST_DONE: Final = 5
+SECOND: Final = 1_000_000_000
+
+
+def why(vm: str, journal: Path, *, at: int | None, window: float, as_json: bool, plot: Path | None) -> int:
+    """Answer; the exit status.
+
+    Raises:
+        OrchestraError: the journal can't be read, or has nothing of that VM.
+    """
+    draw = None if plot is None else _artist()  # what is missing is told before anything else is
+    with read_journal(journal) as reader:
+        told = explain(reader, vm, at, seconds=window)
+        from_ = max(told.since, told.launched or told.since)
+        if (span := reader.span()) is not None:
+            from_ = max(from_, span[0])
+        until = max(told.at, from_ + WIDE)
+        bins = series(reader, vm, from_, until, WIDE)
+        if plot is not None and draw is not None:
+            draw(told, series(reader, vm, from_, until, 300), plot)
+            print(f"orchestra: wrote {plot}", file=sys.stderr)
+    if as_json:
+        print(json.dumps(document(told, bins)))
+        return 0
+    print(textwrap.fill(" ".join(sentences(told)), 100))
+    print()
+    blocks = (sys.stdout.encoding or "").lower().startswith("utf")
+    print(*sparklines(bins, from_, told.at, BARS if blocks else PLAIN), sep="\n")
+    return 0
+
+
+def _artist() -> Callable[[Explanation, Sequence[Bin], Path], None]:
+    from .whyplot import draw
+
+    return draw
+
+
+def document(told: Explanation, bins: Sequence[Bin]) -> dict[str, Any]:
+    """For JSON."""
+
+    def plain(_: object, __: object, value: Any) -> Any:
+        return dict(value) if hasattr(value, "keys") else value
+
+    return {
+        **attrs.asdict(told, value_serializer=plain),
+        "text": " ".join(sentences(told)),
+        "time": iso(told.at),
+        "series": [attrs.asdict(one) for one in bins],
+    }
+
+
+# ---- the paragraph --------------------------------------------------------------------------------------------------
+
+
+def sentences(told: Explanation) -> Iterator[str]:
+    """The answer."""
+    yield from _state(told)
+    if told.holds:
+        for hold in told.holds:
+            yield _hold(hold, told.at)
+    elif told.state is None or told.state.state not in ENDED:
+        dry = [row for row in told.done if row.outcome == "dry-run"]
+        yield f"Nothing held it{', and nothing was done to it' if not told.done else ''}." + (
+            " What was decided about it was a dry run." if dry and len(dry) == len(told.done) else ""
+        )
+    yield from _fared(told)
+    yield from _host(told)
+    for hold in told.holds:
+        yield _ending(hold, told)
+    yield from _done(told)
+    if not told.holds:
+        yield from _verdict(told)
+
+
+def _state(told: Explanation) -> Iterator[str]:
+    of = f"{told.vm} of tenant {told.tenant}" if told.tenant else told.vm
+    when = day_and_time(told.at)
+    state = told.state
+    if state is None:
+        yield f"{of} at {when}:"
+    elif state.state in ENDED:
+        why = f": {state.reason}" if state.reason else ""
+        yield f"{of} had ended at {when}: it {state.state} at {time_of_day(state.time, told.at)}{why}."
+    else:
+        yield f"{of} was {state.state} at {when}, since {time_of_day(state.time, told.at)}."
+
+
+def _events(row: ActionRow) -> str:
+    return "exits" if row.details.get("meter") == "exits" else "bus locks"
+
+
+def _hold(hold: Hold, at: int) -> str:
+    row = hold.action
+    who = f"policy {row.policy}" if row.policy else "a caller"
+    since = f"For {duration((at - hold.since) / SECOND)}, since {time_of_day(hold.since, at)},"
+    whose = {"vm": "it", "tenant": f"its tenant {row.tenant}", "host": "the whole host"}[hold.where]
+    match row.kind:
+        case "CapCpu":
+            does = f"has let it run for at most {float(row.details['share']):.0%} of the time"
+        case "Pause":
+            does = "has held it paused"
+        case "Isolate":
+            does = "has kept it on the quarantine CPUs"
+        case _:
+            does = f"has held {whose} to {shown(hold.rate or 0.0)} {_events(row)}/s"
+    later = f", as it is since {time_of_day(row.time, at)}" if row.time != hold.since else ""
+    return f"{since} {who} {does}{later}{_reason(row)}."
+
+
+def _reason(row: ActionRow) -> str:
+    reason = f": {row.reason}" if row.reason else ""
+    facts = [
+        f"{name.replace('_', ' ')} {_figure(value)}"
+        for name, value in row.evidence.items()
+        if name not in ("interval", "launch", "source") and value is not None and str(_figure(value)) not in row.reason
+    ]
+    return reason + (f" (evidence: {', '.join(facts)})" if facts else "")
+
+
+def _figure(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,.6g}"
+
+
+def _fared(told: Explanation) -> Iterator[str]:
+    fared = told.fared
+    if fared is None:
+        if told.state is None or told.state.state not in ENDED:
+            yield "In the minute before, it did nothing that is counted."
+        return
+    parts = [
+        f"{_rate(fared)} and used {_known(fared.cpu)} s of CPU a second" if fared.cpu is not None else _rate(fared)
+    ]
+    if fared.work is not None:
+        parts.append(f"got {shown(fared.work)} of its own work done a second")
+    if fared.throttled >= 0.005:
+        parts.append(f"waited for its turn {fared.throttled:.0%} of its vCPUs' time")
+    if fared.capped is not None and fared.capped >= 0.005:
+        parts.append(f"was held by its CPU cap {fared.capped:.0%} of it")
+    if fared.delayed is not None:
+        parts.append(f"had to wait for a CPU {fared.delayed:.0%} of the time that it could have run")
+    yield f"In its last minute it {', '.join(parts[:-1]) + ', and ' + parts[-1] if len(parts) > 1 else parts[0]}."
+    if told.before is not None and told.before.bus_locks is not None and fared.bus_locks is not None:
+        yield f"Before it was held it did up to {shown(told.before.bus_locks)} bus locks/s."
+
+
+def _rate(fared: Fared) -> str:
+    exits = f"{shown(fared.exits)} exits/s"
+    locks = "an unknown number of bus locks" if fared.bus_locks is None else f"{shown(fared.bus_locks)} bus locks/s"
+    return f"did {locks} and {exits}"
+
+
+def _known(value: float) -> str:
+    return f"{value:.2g}"
+
+
+def _host(told: Explanation) -> Iterator[str]:
+    host = told.host
+    if host is None:
+        yield "How the host was then is not in the journal."
+        return
+    parts = []
+    if host.bus_locks:
+        share = f", {host.share:.0%} of them by {told.vm}" if host.share is not None else ""
+        loudest = ""
+        if host.loudest is not None and host.loudest[0] != told.vm:
+            loudest = f", most by {host.loudest[0]} ({shown(host.loudest[1])}/s)"
+        parts.append(f"all its VMs together made {shown(host.bus_locks)} bus locks/s{share}{loudest}")
+    if host.lock_ns is not None:
+        times = f", {host.lock_times:.2g} times what it takes in the calm" if host.lock_times is not None else ""
+        parts.append(f"a locked operation of its own took {host.lock_ns:.3g} ns{times}")
+    if host.cpu_pressure is not None:
+        parts.append(f"some task waited for a CPU {host.cpu_pressure:.0%} of the time")
+    if parts:
+        yield f"On the host, {'; '.join(parts)}."
+
+
+def _ending(hold: Hold, told: Explanation) -> str:
+    """What would end it, as far as the evidence tells how the policy thinks."""
+    row, what = hold.action, {"Pause": "pause", "CapCpu": "cap", "Isolate": "isolation"}.get(hold.action.kind, "limit")
+    evidence = row.evidence
+    if row.policy is None or row.kind == "SetLimit":
+        return f"That {what} stays until somebody takes it away."
+    if "step" in evidence:
+        return (
+            f"The {evidence['step']} ends when it has been in the clear for as long as the ladder's step asks for"
+            f"{', which its relapses have doubled' if evidence.get('relapses') else ''}."
+        )
+    if "level" in evidence:
+        hurts = (
+            f"{evidence['hurts']} is well below {_figure(evidence['threshold'])}"
+            if "hurts" in evidence
+            else "it is calm"
+        )
+        return (
+            f"That {what} rises while {hurts}, and ends when the level is back at {_figure(evidence.get('start'))}/s."
+        )
+    if "baseline" in evidence:
+        return (
+            f"It may do more again when it has saved credits, by doing less than {_figure(evidence['baseline'])}/s: "
+            "what it leaves of that comes back to its balance."
+        )
+    if "budget" in evidence or "weight" in evidence:
+        return f"That {what} ends when the budget has room for what it asks for, or it asks for less than its share."
+    if "pattern" in evidence or "frequency" in evidence or row.reason.startswith("static limit"):
+        return f"That {what} goes by name and stays while policy {row.policy} is in force."
+    return f"Policy {row.policy} will end that {what} when it sees fit."
+
+
+def _done(told: Explanation) -> Iterator[str]:
+    held = {(hold.action.time, hold.action.kind) for hold in told.holds}
+    others = [row for row in told.done if (row.time, row.kind) not in held]
+    if not others:
+        return
+    back = duration((told.at - told.since) / SECOND)
+    listed = "; ".join(_short(row, told.at) for row in others[-MOST_DONE:])
+    more = f" ({len(others)} times in all; `orchestra journal` has them)" if len(others) > MOST_DONE else ""
+    yield f"Besides, in the {back} before: {listed}{more}."
+
+
+def _short(row: ActionRow, at: int) -> str:
+    by = f" by {row.policy}" if row.policy else ""
+    came = {"done": "", "dry-run": " (a dry run)", "refused": " (refused)", "failed": " (failed)"}.get(row.outcome, "")
+    error = f" ({row.error})" if row.error else ""
+    return f"{time_of_day(row.time, at)} {row.kind}{by}{came}{error}" + (f", {row.reason}" if row.reason else "")
+
+
+def _verdict(told: Explanation) -> Iterator[str]:
+    """Of one that nothing holds: whether something else slows it."""
+    fared, host = told.fared, told.host
+    found = False
+    if fared is not None and fared.delayed is not None and fared.delayed >= MUCH:
+        found = True
+        yield f"That it gets no CPU for {fared.delayed:.0%} of the time that it could run slows it by as much."
+    if host is not None and host.lock_times is not None and host.lock_times >= SLOWER:
+        found = True
+        by = f", most probably by {host.loudest[0]}" if host.loudest and host.loudest[0] != told.vm else ""
+        yield f"What crosses the memory bus takes {host.lock_times:.2g} times as long as in the calm{by}."
+    if not found and fared is not None:
+        unknown = _unknown(fared, host)
+        but = f" ({unknown} not known here)" if unknown else ""
+        yield f"Nothing that is known here slows it{but}: if it is slow, look inside the guest."
+
+
+def _unknown(fared: Fared, host: Surroundings | None) -> str:
+    names = []
+    if fared.delayed is None:
+        names.append("its waiting for a CPU")
+    if host is None or host.lock_times is None:
+        names.append("the memory bus")
+    return f"{' and '.join(names)} {'are' if len(names) > 1 else 'is'}" if names else ""
+
+
+# ---- the picture in a terminal --------------------------------------------------------------------------------------
+
+
+def sparklines(bins: Sequence[Bin], since: int, at: int, bars: str) -> Iterator[str]:
+    """A line for each signal that is known: what there was over time, and the most there was."""
+    for name, key, unit in (
+        ("bus locks", "bus_locks", "/s"),
+        ("exits", "exits", "/s"),
+        ("waits for its turn", "throttled", "%"),
+        ("waits for a CPU", "delayed", "%"),
+        ("lock on the host", "lock_ns", " ns"),
+    ):
+        values = [getattr(one, key) for one in bins]
+        known = [value for value in values if value is not None]
+        if known:
+            most = max(known)
+            top = f"{most:.0%}" if unit == "%" else f"{shown(most)}{unit}"
+            yield f"{name:<19}{_bars(values, 1.0 if unit == '%' else most, bars)}  at most {top}"
+    begin, end = time_of_day(since, at), time_of_day(at)
+    yield f"{'':<19}{begin}{end:>{max(len(end), WIDE - len(begin))}}"
+
+
+def _bars(values: Sequence[float | None], most: float, bars: str) -> str:
+    steps = len(bars) - 1
+    return "".join(
+        " " if value is None else bars[max(1, min(steps, round(value / most * steps)))] if value and most else bars[1]
+        for value in values
+    )
