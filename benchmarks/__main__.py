@@ -15,7 +15,7 @@ from pathlib import Path
 import attrs
 import trio
 
-from . import aio, answered, emulated, floor, idle, launch, machine, pause, profile, rate, told
+from . import aio, answered, emulated, floor, idle, launch, machine, pause, profile, rate, simulate, told
 from .row import Options, Row, table
 
 BENCHMARKS: dict[str, Callable[[Options], Awaitable[list[Row]]]] = {
@@ -30,6 +30,7 @@ BENCHMARKS: dict[str, Callable[[Options], Awaitable[list[Row]]]] = {
     "idle-paused": idle.paused,
     "aio": aio.aio,
     "emulated": emulated.emulated,
+    "simulate": simulate.simulate,
     "profile": profile.profile,
 }
 RESULTS = Path(__file__).parent / "results"

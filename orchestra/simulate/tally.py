@@ -24,7 +24,7 @@ from .layout import Layout
 __all__ = ["BINS", "EDGES", "Tally", "quantile"]
 
 BINS: Final = 240
-"""Points of a plot over time."""
+"""Points of a plot over time, at most."""
 
 WINDOW: Final = 1.0
 """Seconds over which guilt and recovery are judged (or a tick, if that is longer)."""
@@ -68,8 +68,12 @@ class Tally:
         scenario = layout.scenario
         self.layout, self.holds = layout, holds
         groups, size, hosts = len(scenario.vms), layout.size, layout.hosts
-        self.bins = min(BINS, scenario.ticks)
-        self._per_bin = scenario.ticks * scenario.tick / self.bins
+        # A bin is some windows long, or figures of the one and of the other would beat against each other.
+        tick, total = scenario.tick, scenario.ticks * scenario.tick
+        self._length = tick * max(1, math.ceil(WINDOW / tick - 1e-9))
+        windows = math.ceil(total / self._length - 1e-9)
+        self._per_bin = self._length * math.ceil(windows / BINS)
+        self.bins = math.ceil(total / self._per_bin - 1e-9)
         self._memory = scenario.budget.memory
         self._window = _Window(np.zeros(size), np.zeros(size), np.zeros(size), np.zeros(size, np.bool_))
         self._victims = float(layout.victims.sum())
@@ -143,7 +147,7 @@ class Tally:
         window.waited[vms] += waited
         window.held[vms] |= held
         window.seen.append(vms)
-        if end - window.start >= WINDOW - 1e-9:
+        if end - window.start >= self._length - 1e-9:
             self._close(end)
 
     def _close(self, end: float) -> None:
