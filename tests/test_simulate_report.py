@@ -215,7 +215,7 @@ def test_a_file_that_is_not_there_is_told(tmp_path, capsys):
     ("library", "modules", "options", "command"),
     [
         ("numpy", "orchestra.simulate", [], "pip install 'orchestra[simulate]'"),
-        ("cattrs", "orchestra.tomlfile", [], "pip install 'orchestra[simulate]'"),
+        ("cattrs", "orchestra.tomlfile", [], "pip install 'orchestra[rules]'"),
         ("matplotlib", "orchestra.figures", ["--html", "x.html"], "pip install 'orchestra[plot]'"),
     ],
 )

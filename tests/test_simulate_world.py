@@ -7,10 +7,10 @@ import math
 from collections.abc import Iterable
 
 import attrs
-import closed_loop
 import numpy as np
 import pytest
 
+import closed_loop
 import orchestra as orc
 from orchestra.actions import Action, CapCpu, Evict, Isolate, Rejoin, Warn
 from orchestra.policy import Adaptive, BurstCredits, Facts, Ladder, StaticLimits, WeightedShare, default_steps
