@@ -1,7 +1,7 @@
 # The map, from the door down; imports point down it and never up (tests/test_layers.py holds them to it).
 #
 #   door      cli, __main__                     a person at a terminal
-#   windows   aio/, doctor, figures, journal/, rules/, simulate/, testing/, tomlfile   ways to see and steer a fleet, and to test who does
+#   windows   aio/, doctor, figures, journal/, replay/, rules/, simulate/, testing/, tomlfile   see, steer, test a fleet
 #   house     opening, fleet, governor, subscription, statistics   many VMs: supervise, merge exits, apply actions
 #   machine   vm, guest, vcpu                   one VM: its tasks, its state machine
 #   parts     actuators/, devices/, boot/, budget, profile/   what a guest sees and may use, and what it is guilty of
