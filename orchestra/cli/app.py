@@ -240,6 +240,28 @@ def journal(
     return journal(file, wanted, last=last, as_json=json, csv=csv, parquet=parquet, upgrades=upgrade)
 
 
+@app.command
+def replay(
+    file: Annotated[Path, _option("the journal", metavar="JOURNAL")],
+    /,
+    *,
+    policy: Annotated[Path, _option("the rules to try", metavar="RULES.toml")],
+    since: Annotated[
+        int | None, _option("from then on: 14:05, 'tuesday 14:00', 2h (ago), ...", parse_time, "TIME")
+    ] = None,
+    until: Annotated[int | None, _option("up to then", parse_time, "TIME")] = None,
+    json: Json = False,
+    plot: Annotated[Path | None, _option("draw it", metavar="FILE.svg")] = None,
+) -> int:
+    """Have other rules decide on what a journal saw: actions, waits and fairness, beside what was really done.
+
+    The policies are the objects that run live. The exit status is 1 if one of them raised.
+    """
+    from .replay import replay
+
+    return replay(file, policy, since=since, until=until, as_json=json, plot=plot)
+
+
 policy = App(name="policy", help="Files of policies: see docs/rules.md.")
 app.command(policy)
 

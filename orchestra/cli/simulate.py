@@ -12,7 +12,7 @@ from typing import Any, Protocol, Self
 
 from ..errors import SpecError
 
-__all__ = ["simulate"]
+__all__ = ["audience", "simulate"]
 
 
 class _Audience(Protocol):
@@ -36,7 +36,7 @@ class _Lines:
         pass
 
     def tell(self, label: str, done: int, of: int) -> None:
-        quarter = 4 * done // of
+        quarter = 4 * done // max(of, 1)
         if (label, quarter) != self._told:
             self._told = (label, quarter)
             print(f"{label}: {25 * quarter} %", file=sys.stderr, flush=True)
@@ -59,8 +59,8 @@ def simulate(scenario: Path, *, seed: int | None, html: Path | None, as_json: bo
     from ..simulate.report import document, summary
 
     asked = read_scenario(scenario)
-    with _audience() as audience:
-        result = simulate(asked, seed=seed, progress=audience.tell)
+    with audience() as watching:
+        result = simulate(asked, seed=seed, progress=watching.tell)
     if html is not None and draw is not None:
         html.write_text(draw(result))
         print(f"orchestra: wrote {html}", file=sys.stderr)
@@ -78,7 +78,8 @@ def _artist() -> Callable[[Any], str]:
     return page
 
 
-def _audience() -> _Audience:
+def audience() -> _Audience:
+    """Whom to tell how far it is: a bar on a terminal, a line now and then elsewhere; on standard error."""
     if sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb":
         from .render import Progress
 
