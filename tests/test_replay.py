@@ -21,7 +21,7 @@ from orchestra.replay.demand import Demands, Tick, Want, ticks
 from orchestra.replay.limits import InForce
 from orchestra.replay.response import fit
 from orchestra.replay.tally import jain
-from orchestra.rules import Rules, parse_rules
+from orchestra.rules import PolicyRule, Rules, parse_rules
 from orchestra.spec import Meter
 
 LADDER = "[[policies]]\nkind = 'ladder'\ninterval = 1.0\nover = 1000\n"
@@ -61,6 +61,8 @@ def test_the_same_rules_do_the_same_again(afternoon):
             (row.time, row.kind) for row in journal.actions()
         ]
     assert (result.seconds, result.sessions, result.errors) == (400, 1, {})
+    for world in (result.before, result.after):  # the one that was held is no victim
+        assert world.victims_delay == next(one.delay for one in world.vms if one.vm == "quiet")
 
 
 def test_without_rules_everybody_gets_what_it_asked_for(afternoon):
@@ -177,17 +179,64 @@ def test_a_policy_that_looks_seldom_is_told_all_that_happened_meanwhile(afternoo
         some = [vm("b", 1)] if second == 3 else []
         afternoon.second(vm("a", 10, cpu=0.5, exits=30), *some)
 
-    def rules() -> Rules:
-        from orchestra.rules import PolicyRule
-
-        return Rules("x", (PolicyRule("seldom", "seldom", {}, Seldom()),))
-
-    replayed(afternoon, rules)
+    replayed(afternoon, only_with(Seldom()))
     assert [facts.interval for facts in told] == [5, 5, 5, 5]
     assert told[0].vms["a"] == vm("a", 50, cpu=2.5, exits=150)
     assert set(told[0].vms) == {"a", "b"}
     assert set(told[1].vms) == {"a"}
     assert told[0].tenants == {"acme": orc.Tenant("acme")}
+
+
+class Once:
+    """Does one thing, at its first look."""
+
+    def __init__(self, action: orc.Action, interval: float | None) -> None:
+        self.name, self.interval, self.looks = "once", interval, 0
+        self._actions = [action]
+
+    def decide(self, facts: orc.Facts) -> list[orc.Action]:
+        self.looks += 1
+        return [self._actions.pop()] if self._actions else []
+
+
+def only_with(policy: orc.Policy, guard: orc.Guard | None = None) -> Callable[[], Rules]:
+    return lambda: Rules("x", (PolicyRule(policy.name, "own", {}, policy),), guard)
+
+
+def test_a_policy_that_looks_once_looks_once(afternoon):
+    lived(afternoon, 20, {"a": lambda _: 100})
+    policy = Once(orc.Throttle(vm="a", limit=orc.Limit(rate=10)), None)
+    result = replayed(afternoon, only_with(policy))
+    assert policy.looks == 1
+    assert result.after.bus_locks == pytest.approx(100 + 19 * 10, abs=2)
+
+
+def test_a_pause_that_nobody_ends_is_ended_by_the_guard(afternoon):
+    lived(afternoon, 50, {"a": lambda _: 100})
+    policy = Once(orc.Pause(vm="a"), 1.0)
+    result = replayed(afternoon, only_with(policy, orc.Guard(max_pause=5)))
+    assert result.after.paused == 6
+    assert result.after.bus_locks == 44 * 100
+    assert (result.before.paused, result.after.touched) == (None, {"a"})
+
+
+def test_who_was_held_would_have_run_longer_and_waited_longer_for_a_cpu(afternoon):
+    told: list[orc.Facts] = []
+
+    class Listens:
+        name, interval = "listens", 1.0
+
+        def decide(self, facts: orc.Facts) -> list[orc.Action]:
+            told.append(facts)
+            return []
+
+    for _ in range(10):
+        afternoon.second(vm("a", 100, throttled=0.5, cpu=0.4, run_delay=0.05, work=8.0))
+    result = replayed(afternoon, only_with(Listens()))
+    fact = told[5].vms["a"]
+    assert (fact.bus_locks, fact.exits, fact.throttled) == (200, 200, 0)
+    assert (fact.cpu, fact.run_delay, fact.work) == (pytest.approx(0.8), pytest.approx(0.1), pytest.approx(16))
+    assert (result.before.victims_delay, result.after.victims_delay) == (pytest.approx(0.5), pytest.approx(1.0))
 
 
 def test_intervals_in_which_nobody_did_anything_are_gone_through_as_well(afternoon):
@@ -226,6 +275,7 @@ def row(locks: int | None = 0, **more: object) -> Aggregate:
         ([row(5000, launch=1), row(100, launch=2, throttled=0.5)], 200),  # that was another
         ([row(10, throttled=1.0)], 10 + 0.99 * 1000),  # no more than a hundred times as much
         ([row(0, throttled=1.0)], 0),
+        ([row(10_000, interval=2.0), row(200, interval=2.0, throttled=1.0)], 200 + 0.5 * 2 * 5000),
     ],
 )
 def test_demand_is_what_was_seen_and_what_waited(rows, wanted):

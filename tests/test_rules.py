@@ -400,7 +400,7 @@ def test_a_comparison_says_what_is_different():
 async def test_a_reload_keeps_the_policies_that_did_not_change_and_is_journaled():
     fleet, old = Asked(), parse_rules(BEFORE)
     rules = await reload(fleet, old, parse_rules(AFTER, "rules.toml"))
-    assert fleet.lines == ["bus_locks None 200.0", "bus_locks a None", "exits a 4.0", "policies"]
+    assert fleet.lines == ["policies", "bus_locks None 200.0", "bus_locks a None", "exits a 4.0"]
     assert fleet.policies == rules.policies
     assert rules.policies[1] is old.policies[0]  # with all that it remembers
     assert rules.policies[0] is not old.policies[1]
@@ -445,6 +445,53 @@ async def test_a_file_is_reloaded_when_it_changes_and_not_taken_when_it_is_wrong
     assert fleet.lines == ["bus_locks None 2000.0", "bus_locks None 30000.0"]
     assert refused.reason == f"{path}: not taken: 2 mistakes"
     assert len(refused.evidence["mistakes"]) == 2
+
+
+async def test_rules_that_a_fleet_refuses_are_journaled_and_the_watch_goes_on(tmp_path, autojump_clock):
+    path = tmp_path / "rules.toml"
+    path.write_text("")
+
+    class Blind(Asked):
+        async def set_policies(self, policies, guard=None):
+            raise orc.BusLockUnsupported("not seen here")
+
+    fleet = Blind()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(watch_rules, fleet, load_rules(path))
+        await trio.sleep(2)
+        path.write_text("policies = ['ladder']")
+        assert (await fleet.applied()).reason == f"{path}: not taken: not seen here"
+        path.write_text("limit = 7")
+        assert (await fleet.applied()).reason == f"{path}: limit of the host on bus locks: 7/s"
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.skipif(not hasattr(orc.Fleet, "set_policies"), reason="Fleet.set_policies is not there yet")
+async def test_a_running_fleet_lets_go_what_a_policy_held_that_is_gone_or_changed(autojump_clock):
+    def rules(tenant: int | None) -> Rules:
+        static = f"[[policies]]\nkind = 'static-limits'\ntenants = {{ default = {tenant} }}\n" if tenant else ""
+        return parse_rules(f"{static}[[policies]]\nkind = 'weighted-share'\n")
+
+    now = rules(50)
+    async with orc.open_fleet(backend="scripted", policies=now.policies) as fleet:
+
+        async def limit_after(new: Rules) -> float | None:
+            nonlocal now
+            now = await reload(fleet, now, new)
+            await trio.sleep(1)
+            found = fleet.statistics().tenants["default"].limit
+            return None if found is None else found.rate
+
+        assert await limit_after(rules(50)) == 50
+        assert await limit_after(rules(20)) == 20
+        assert await limit_after(rules(70)) == 70  # not the tightest of all that there ever was
+        kept = now.policies[1]
+        assert await limit_after(rules(None)) is None
+        assert now.policies == (kept,)
+        assert [policy.name for policy in fleet.statistics().policies] == ["weighted-share"]
+        assert await limit_after(rules(30)) == 30
+        reloads = [applied.action for applied in fleet.actions() if isinstance(applied.action, orc.Reload)]
+        assert [told.policies["static-limits"] for told in reloads] == ["changed", "changed", "gone", "new"]
 
 
 async def test_a_reload_lands_in_the_journal_of_a_fleet():

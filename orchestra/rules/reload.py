@@ -11,6 +11,7 @@ import attrs
 import trio
 
 from ..actions import Reload
+from ..errors import OrchestraError
 from ..policy import Guard, Policy
 from ..spec import Limit, Meter
 from ..tomlfile import TomlError
@@ -121,6 +122,9 @@ async def reload(fleet: Reloadable, old: Rules, new: Rules) -> Rules:
 
     Returns:
         What is in force now: `new`, with the instances that were kept.
+
+    Raises:
+        OrchestraError: the fleet can't, such as limit bus locks where it does not see them.
     """
     change = compare(old, new)
     there = {entry.name: entry for entry in old.entries}
@@ -128,11 +132,12 @@ async def reload(fleet: Reloadable, old: Rules, new: Rules) -> Rules:
     kept = attrs.evolve(new, entries=entries, guard=new.guard if change.guard else old.guard)
     if not change:
         return kept
-    for meter, tenant, limit in change.limits:
-        await fleet.set_limit(limit, meter=meter, tenant=tenant)
+    # What a fleet may refuse comes first.
     if change.order or change.guard or {*change.policies.values()} - {"kept"}:
         guard = (kept.guard or Guard()) if change.guard else None
         await fleet.set_policies(kept.policies, guard)
+    for meter, tenant, limit in change.limits:
+        await fleet.set_limit(limit, meter=meter, tenant=tenant)
     reason = f"{new.file}: {change}"
     log.info("other rules: %s", reason)
     await fleet.apply(Reload(policies=change.policies, reason=reason))
@@ -162,10 +167,15 @@ async def watch_rules(fleet: Reloadable, rules: Rules, path: Path | str | None =
             mistakes = [str(mistake) for mistake in error.mistakes]
             what = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
             await fleet.apply(Reload(reason=f"{file}: not taken: {what}", evidence={"mistakes": mistakes}))
+            continue
         except OSError as error:
             log.error("rules not read: %s", error)
-        else:
+            continue
+        try:
             rules = await reload(fleet, rules, new)
+        except OrchestraError as error:  # this fleet can't, such as limit bus locks where they are not seen
+            log.error("rules not taken: %s", error)
+            await fleet.apply(Reload(reason=f"{file}: not taken: {error}"))
 
 
 def _stamp(file: Path) -> tuple[int, int, int] | None:
