@@ -19,6 +19,7 @@ SOURCES = [
     "decode.c",
     "unicorn.c",
     "emulate.c",
+    "probe.c",
     "profile.c",
     "profile_unicorn.c",
 ]

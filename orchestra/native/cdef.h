@@ -94,6 +94,12 @@ int orc_vcpu_errno(const orc_vcpu *);
 long orc_ioctl(int fd, unsigned long request, void *argument);
 long orc_ioctl_value(int fd, unsigned long request, unsigned long argument);
 
+struct orc_probe_sample { double lock_ns, memory_ns; };
+typedef struct orc_probe orc_probe;
+orc_probe *orc_probe_start(int64_t period, unsigned each);
+size_t orc_probe_take(orc_probe *, struct orc_probe_sample *out, size_t most);
+void orc_probe_stop(orc_probe *);
+
 struct orc_name { const char *name; long number; };
 extern const struct orc_name orc_capabilities[], orc_exit_reasons[];
 

@@ -318,6 +318,20 @@ void orc_emulator_debug(orc_emulator *, const struct kvm_guest_debug *);
 /* The host wrote guest memory: translated code may be out of date. Any thread, after the write. */
 void orc_emulator_written(orc_emulator *, uint64_t address, uint64_t size);
 
+/* ---- probe.c -------------------------------------------------------------------------------------------------- */
+
+/* Medians of many say how the host is; one says little. Nanoseconds of one operation. */
+struct orc_probe_sample {
+	double lock_ns;   /* locked, in a cache line of its own */
+	double memory_ns; /* a read that misses the caches */
+};
+typedef struct orc_probe orc_probe;
+/* A thread that takes `each` samples every `period`: what costs most is to wake up. NULL with errno. */
+orc_probe *orc_probe_start(orc_ns period, unsigned each);
+/* Fetches up to `most`, oldest first. One thread at a time. Those that nobody fetches are left out after a while. */
+size_t orc_probe_take(orc_probe *, struct orc_probe_sample *out, size_t most);
+void orc_probe_stop(orc_probe *); /* waits for the thread; nothing for NULL */
+
 /* ---- names.c -------------------------------------------------------------------------------------------------- */
 
 struct orc_name {

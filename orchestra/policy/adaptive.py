@@ -134,6 +134,11 @@ class Adaptive:
         return self._meter
 
     @property
+    def signals(self) -> tuple[str, ...]:
+        """What it listens to: the fleet switches on what that needs."""
+        return tuple(self._over)
+
+    @property
     def interval(self) -> float | None:
         return self._interval
 

@@ -66,6 +66,10 @@ class Only:
     def meter(self) -> Meter | None:
         return getattr(self.policy, "meter", None)
 
+    @property
+    def signals(self) -> tuple[str, ...]:
+        return tuple(getattr(self.policy, "signals", ()))
+
     def decide(self, facts: Facts) -> list[Action]:
         """Raises:
         SpecError: the policy asked for something outside of what it was made for. (A fleet switches it off then.)

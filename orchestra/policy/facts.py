@@ -56,6 +56,8 @@ class HostFacts:
             waited for it. Source: PSI, Documentation/accounting/psi.rst ("some").
         lock_ns, memory_ns: median times that the host probe took since the last tick for a locked operation in a cache
             line of its own, and for a read that misses the caches.
+        llc_bytes, memory_bandwidth: of the vCPU threads: bytes of the last-level caches that hold their data, and bytes
+            a second from and to memory. Source: resctrl.
         absent: why a signal is missing here, by its name.
     """
 
@@ -66,6 +68,8 @@ class HostFacts:
     lock_ns: float | None = None
     memory_ns: float | None = None
     absent: Mapping[str, str] = attrs.field(factory=dict, hash=False)
+    llc_bytes: float | None = None
+    memory_bandwidth: float | None = None
 
 
 @attrs.frozen

@@ -98,6 +98,7 @@ class Ladder:
             if condition.signal in HARM:
                 over[condition.signal] = min(condition.over, over.get(condition.signal, condition.over))
         self._signals = Signals(over)
+        self._over = tuple(over)
         self._vms: dict[str, _Climber] = {}
 
     @property
@@ -107,6 +108,11 @@ class Ladder:
     @property
     def meter(self) -> Meter:
         return self._meter
+
+    @property
+    def signals(self) -> tuple[str, ...]:
+        """What it listens to beside the VM itself: the fleet switches on what that needs."""
+        return self._over
 
     @property
     def interval(self) -> float | None:
