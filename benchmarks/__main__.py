@@ -15,7 +15,7 @@ from pathlib import Path
 import attrs
 import trio
 
-from . import aio, answered, emulated, floor, idle, launch, machine, pause, profile, rate, simulate, told
+from . import aio, answered, emulated, floor, idle, launch, machine, pause, profile, rate, simulate, tick, told
 from .row import Options, Row, table
 
 BENCHMARKS: dict[str, Callable[[Options], Awaitable[list[Row]]]] = {
@@ -29,6 +29,8 @@ BENCHMARKS: dict[str, Callable[[Options], Awaitable[list[Row]]]] = {
     "idle-halted": idle.halted,
     "idle-paused": idle.paused,
     "aio": aio.aio,
+    "tick": tick.tick,
+    "journal": tick.journal,
     "emulated": emulated.emulated,
     "simulate": simulate.simulate,
     "profile": profile.profile,

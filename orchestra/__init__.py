@@ -2,9 +2,9 @@
 #
 #   door      cli, __main__                     a person at a terminal
 #   windows   aio/, doctor, figures, journal/, replay/, rules/, simulate/, testing/, tomlfile   see, steer, test a fleet
-#   house     opening, fleet, governor, subscription, statistics   many VMs: supervise, merge exits, apply actions
-#   machine   vm, guest, vcpu                   one VM: its tasks, its state machine
-#   parts     actuators/, devices/, boot/, budget, profile/   what a guest sees and may use, and what it is guilty of
+#   house     opening, fleet, statistics, governor, activity, apply, record, subscription   many VMs: run, judge, act
+#   machine   vm, counted, guest, vcpu          one VM: its tasks, its state machine
+#   parts     actuators/, devices/, boot/, budget, profile/, signals/   what a guest sees, may use, and is guilty of
 #   silicon   backend/ (kvm, emulated, scripted), memory, native/   what executes a guest
 #   words     errors, spec, exits, actions, policy/       plain data and pure functions
 #

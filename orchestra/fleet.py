@@ -1,15 +1,14 @@
 """A fleet: many VMs in one nursery, their exits merged, actions applied to any of them. `open_fleet` makes one.
 
 fleet's nursery ── drain task (ring → channels)
-                ├─ governor (policies)
+                ├─ governor (policies, journal)
                 └─ a task for each VM ── a task for each vCPU ── its thread
 """
 
 from __future__ import annotations
 
 import logging
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from types import MappingProxyType
 from typing import Any, Final, Literal
@@ -17,26 +16,22 @@ from typing import Any, Final, Literal
 import attrs
 import trio
 
-from .actions import Action, Applied, Kill, Outcome, Pause, Resume, SetLimit, Stop, Stopped, Throttle, Unthrottle
+from .actions import Action, Applied, Outcome, SetLimit, State, Stopped, Throttle, Unthrottle
+from .activity import Activity
+from .apply import Applier, OnEvict
 from .backend import Backend, Detection
-from .budget import Budget, Budgets, make_budgets
+from .budget import Budgets, make_budgets
 from .devices.bus import Device
-from .errors import (
-    BusLockUnsupported,
-    OrchestraError,
-    ResourceLimit,
-    SpecError,
-    StateError,
-    UnknownTenant,
-    UnknownVm,
-    VmExists,
-)
+from .errors import ResourceLimit, SpecError, StateError, UnknownTenant, UnknownVm, VmExists
 from .exits import Exit
-from .governor import Governor
+from .governor import Governor, check_policies
+from .guest import Guest
 from .native.core import FleetCore, VcpuCore
-from .policy import Policy
+from .policy import Facts, Guard, Policy
+from .record import Recorder, Records
+from .signals import HostSignals, ThreadTimes
 from .spec import Limit, Meter, Tenant, VmSpec, as_meter
-from .statistics import FleetStatistics, TenantStatistics, Totals
+from .statistics import FleetStatistics, TenantSeat, summarise
 from .subscription import Exits, Switchboard
 from .vm import Vm, check_device
 
@@ -44,15 +39,7 @@ __all__ = ["DEFAULT_TENANT", "Fleet"]
 
 log: Final = logging.getLogger("orchestra")
 DEFAULT_TENANT: Final = "default"
-JOURNAL: Final = 10_000
 SETUP_THREADS: Final = 4
-
-
-@attrs.frozen
-class _TenantSeat:
-    tenant: Tenant
-    budgets: Budgets
-    gone: Totals
 
 
 class Fleet:
@@ -69,27 +56,33 @@ class Fleet:
         policies: Sequence[Policy],
         strict: bool,
         nursery: trio.Nursery,
+        guard: Guard,
+        host: HostSignals,
+        recorder: Recorder | None,
+        on_evict: OnEvict | None,
     ) -> None:
         self.core = core
         self.backend = backend
         self.bus_lock_detection = detection
         self.bus_locks = detection is not None
         self.setup_threads = trio.CapacityLimiter(SETUP_THREADS)
-        self._governor = Governor(self, policies, strict)  # first: it may refuse a policy
+        self._activity = Activity(self, host, ThreadTimes() if backend.blocking else None)
+        # It may refuse a policy.
+        self._governor = Governor(self, policies, activity=self._activity, guard=guard, strict=strict)
+        self._records = Records(recorder)
+        self._applier = Applier(self, guard, self._records, on_evict)
         self._budgets = budgets
         now = backend.now()
         self._tenants = {
-            name: _TenantSeat(tenant, make_budgets(tenant.limit, tenant.exit_limit, now), Totals())
+            name: TenantSeat(tenant, make_budgets(tenant.limit, tenant.exit_limit, now))
             for name, tenant in tenants.items()
         }
         self._nursery = nursery
         self._token = trio.lowlevel.current_trio_token()
         self._vms: dict[str, Vm] = {}
-        self._owners: dict[int, tuple[Vm, int]] = {}
         self._ids = iter(range(1, 1 << 32))
-        self._launched = 0
+        self._launched = self._live = 0
         self._closing = self._closed = False
-        self._journal: deque[Applied] = deque(maxlen=JOURNAL)
         self._switchboard = Switchboard(core, paced=backend.blocking)
         self._switchboard.on_change(self._retell)
 
@@ -129,8 +122,8 @@ class Fleet:
         if self._closing:
             raise StateError(f"can't launch {spec.name!r}: the fleet is closing")
         seat = self._seat(spec.tenant or DEFAULT_TENANT, spec.name)
-        self._check_seen(spec.limit, f"vm {spec.name!r}: limit")
-        self._check_seen(spec.vcpu_limit, f"vm {spec.name!r}: vcpu_limit")
+        self._applier.check_seen(spec.limit, f"vm {spec.name!r}: limit")
+        self._applier.check_seen(spec.vcpu_limit, f"vm {spec.name!r}: vcpu_limit")
         self.backend.check(spec)
         previous = self._vms.get(spec.name)
         if previous is not None and previous.outcome is None:
@@ -166,9 +159,19 @@ class Fleet:
     async def _supervise(
         self, vm: Vm, devices: Iterable[tuple[range | None, range | None, Device]], paused: bool, *, task_status: Any
     ) -> None:
+        seat = self._tenants[vm.tenant]
+        seat.live += 1
+        self._live += 1
+        self.changed(vm, State.CREATED, "launched paused" if paused else "launched")
         try:
             await vm.supervise(devices, paused, task_status=task_status)
         finally:
+            seat.live -= 1
+            self._live -= 1
+            if self._vms.get(vm.name) is vm:
+                self._governor.gone(vm.name)
+                self._applier.ledger.forget(vm.name)
+            self._write_profile(vm)
             if vm.guest is not None:  # a launch that failed may be tried again, and somebody waits for it
                 self._switchboard.vm_ended(vm.name)
             if vm.stopping:
@@ -232,53 +235,13 @@ class Fleet:
         Raises:
             SpecError: not an action.
         """
-        error: str | None = None
-        if not isinstance(action, Action):
-            raise SpecError(f"action={action!r}: must be one of orchestra's actions")
-        try:
-            await self._do(action, policy)
-        except OrchestraError as failure:
-            error = str(failure)
-        except trio.Cancelled:
-            self._record(action, policy, "cancelled while it was waited for; it takes effect all the same")
-            raise
-        applied = self._record(action, policy, error)
+        applied = await self._applier.apply(action, policy)
         await trio.lowlevel.cancel_shielded_checkpoint()
-        return applied
-
-    async def _do(self, action: Action, policy: str | None) -> None:
-        match action:
-            case Throttle() | Unthrottle():
-                limit = action.limit if isinstance(action, Throttle) else None
-                if limit is None and action.vm is not None and self._is_gone(action.vm):
-                    return  # with the VM went its limits
-                if limit is not None and action.meter is Meter.BUS_LOCKS:
-                    self._check_seen(limit, "limit")
-                budget = self._budget(action.meter, action.tenant, action.vm, None)
-                self._change(budget, lambda now: budget.set_throttle(policy, limit, now))
-            case SetLimit(limit=limit, meter=meter, tenant=tenant, vm=name, vcpu=vcpu):
-                self._set_limit(limit, meter, tenant, name, vcpu)
-            case Pause(vm=name):
-                await self.vm(name).pause()
-            case Resume(vm=name):
-                await self.vm(name).resume()
-            case Stop(vm=name):
-                await self.vm(name).stop(action.reason or "stopped by an action")
-            case Kill(vm=name):
-                await self.vm(name).stop(action.reason or "killed by an action")
-
-    def _is_gone(self, name: str) -> bool:
-        vm = self._vms.get(name)
-        return vm is None or vm.outcome is not None
-
-    def _record(self, action: Action, policy: str | None, error: str | None) -> Applied:
-        applied = Applied(time=self.now(), action=action, policy=policy, error=error)
-        self._journal.append(applied)
         return applied
 
     def actions(self) -> tuple[Applied, ...]:
         """The last 10,000 actions, oldest first, with reason, evidence and outcome."""
-        return tuple(self._journal)
+        return self._records.actions()
 
     async def set_limit(
         self,
@@ -309,54 +272,39 @@ class Fleet:
     ) -> None:
         """As `set_limit`, without a checkpoint."""
         action = SetLimit(limit=limit, meter=as_meter(meter), tenant=tenant, vm=vm, vcpu=vcpu, reason="set_limit()")
-        self._set_limit(limit, action.meter, tenant, vm, vcpu)
-        self._record(action, None, None)
+        self._applier.set_limit(limit, action.meter, tenant, vm, vcpu)
+        self._applier.done(action, None)
 
-    def _set_limit(
-        self, limit: Limit | None, meter: Meter, tenant: str | None, vm: str | None, vcpu: int | None
-    ) -> None:
-        if meter is Meter.BUS_LOCKS:
-            self._check_seen(limit, "limit")
-        budget = self._budget(meter, tenant, vm, vcpu)
-        self._change(budget, lambda now: budget.set_base(limit, now))
-
-    def _budget(self, meter: Meter, tenant: str | None, vm: str | None, vcpu: int | None) -> Budget:
-        if vm is not None:
-            if tenant is not None:
-                raise SpecError(f"vm={vm!r}, tenant={tenant!r}: name one of them, or neither for the host")
-            found = self.vm(vm)
-            if found.outcome is not None:
-                raise StateError(f"vm {vm!r} has ended: it has no limit to change")
-            budget: Budget = found.budget(meter, vcpu)
-            return budget
-        if vcpu is not None:
-            raise SpecError(f"vcpu={vcpu!r}: name its vm as well")
-        return self._budgets[meter] if tenant is None else self._seat(tenant).budgets[meter]
-
-    def _change(self, budget: Budget, change: Callable[[int], None]) -> None:
-        if self._closed:
-            raise StateError("the fleet is closed: it has no limits any more")
-        before = budget.limit
-        change(self.now())
-        if budget.limit != before:
-            self.core.limits_changed()
-            self.backend.limits_changed()
-
-    def _check_seen(self, limit: Limit | None, what: str) -> None:
-        if limit is not None and not self.bus_locks:
-            raise BusLockUnsupported(
-                f"{what}: this fleet does not see bus locks, so they can't be limited; leave it out, limit exits "
-                "(exit_limit) instead, or run on backend='emulated', or on a host that `orchestra doctor` says can "
-                "report them"
-            )
-
-    def _seat(self, tenant: str, vm: str | None = None) -> _TenantSeat:
+    def _seat(self, tenant: str, vm: str | None = None) -> TenantSeat:
         try:
             return self._tenants[tenant]
         except (KeyError, TypeError):
             of = f"vm {vm!r}: " if vm else ""
             known = ", ".join(sorted(self._tenants))
             raise UnknownTenant(f"{of}tenant={tenant!r}: this fleet was opened with: {known}") from None
+
+    async def set_policies(self, policies: Sequence[Policy], guard: Guard | None = None) -> None:
+        """Have these policies decide from now on, in this order.
+
+        One that is there already (the same object) keeps its seat, its next tick and what it holds. What one that is
+        not there any more holds is let go before the others decide.
+
+        Parameters:
+            guard: another one from now on; it knows nothing of what was done so far. None: it stays.
+
+        Raises:
+            SpecError: as `open_fleet`; nothing has changed then.
+            BusLockUnsupported: a policy limits bus locks, and this fleet does not see them.
+        """
+        checked = check_policies(policies)
+        if guard is not None and not isinstance(guard, Guard):
+            raise SpecError(f"guard={guard!r}: must be a Guard, or None to keep the one there is")
+        for policy in checked:
+            if getattr(policy, "meter", None) is Meter.BUS_LOCKS:
+                self._applier.check_seen(Limit(rate=1), f"policy {policy.name!r}")
+        await self._governor.set_policies(checked, guard, self._applier.ledger)
+        if guard is not None:
+            self._applier.guard = guard
 
     # ---- figures
 
@@ -385,51 +333,17 @@ class Fleet:
 
     def statistics(self) -> FleetStatistics:
         """What the fleet did so far."""
-        sums = {name: seat.gone.copy() for name, seat in self._tenants.items()}
-        states: dict[str, int] = {}
-        live: dict[str, int] = dict.fromkeys(self._tenants, 0)
-        vcpus = 0
-        for vm in self._vms.values():
-            statistics = vm.statistics()
-            sums[vm.tenant].add(statistics)
-            states[statistics.state] = states.get(statistics.state, 0) + 1
-            if vm.outcome is None:
-                live[vm.tenant] += 1
-                vcpus += vm.spec.vcpus
-        total = Totals()
-        for tenant in sums.values():
-            total.join(tenant)
-        return FleetStatistics(
-            backend=self.backend.name,
-            why=self.backend.why,
-            bus_lock_detection=self.bus_lock_detection,
-            vms=sum(live.values()),
-            vcpus=vcpus,
+        return summarise(
+            self._vms.values(),
+            self._tenants,
+            backend=self.backend,
+            detection=self.bus_lock_detection,
             launched=self._launched,
-            states=states,
-            bus_locks=total.bus_locks if self.bus_locks else None,
-            exits=total.exits,
-            throttled_seconds=total.throttled,
-            waits=total.waits,
-            released=total.released,
-            missed=total.missed + self._switchboard.missed(),
+            missed=self._switchboard.missed(),
             limit=self.limit,
             exit_limit=self.exit_limit,
-            tenants={
-                name: TenantStatistics(
-                    name=name,
-                    weight=seat.tenant.weight,
-                    vms=live[name],
-                    bus_locks=sums[name].bus_locks if self.bus_locks else None,
-                    exits=sum(sums[name].exits.values()),
-                    throttled_seconds=sums[name].throttled,
-                    released=sums[name].released,
-                    limit=seat.budgets[Meter.BUS_LOCKS].limit,
-                    exit_limit=seat.budgets[Meter.EXITS].limit,
-                )
-                for name, seat in self._tenants.items()
-            },
             policies=self._governor.statistics(),
+            host=self._governor.host,
         )
 
     # ---- for its parts
@@ -446,28 +360,56 @@ class Fleet:
     def told(self, vm: str) -> int:
         return self._switchboard.told(vm)
 
-    def register(self, core: VcpuCore, vm: str, index: int) -> None:
-        self._switchboard.reader.add(core.id, vm, index)
-        self._owners[core.id] = (self._vms[vm], index)
+    def register(self, core: VcpuCore, guest: Guest, index: int) -> None:
+        self._switchboard.reader.add(core.id, guest.name, index)
+        self._activity.add(core.id, self._vms[guest.name], guest, index)
 
     def retire(self, cores: Iterable[VcpuCore]) -> None:
         cores = list(cores)
         self._switchboard.retire(cores)
         for core in cores:
-            self._governor.forget(core.id)
-            self._owners.pop(core.id, None)
+            self._activity.forget(core.id)
 
     def released(self, vm: Vm) -> None:
         """The VM was stopped by its user: it leaves the fleet."""
         self._drop(vm)
 
-    def owner(self, id: int) -> tuple[Vm, int] | None:
-        return self._owners.get(id)
+    def did(self, action: Action, error: str | None = None) -> None:
+        """A caller did it directly, and not by `apply`."""
+        self._applier.done(action, None, error)
 
-    def journal_policy_error(self, policy: str, error: BaseException) -> None:
-        self._journal.append(
-            Applied(time=self.now(), action=None, policy=policy, error=f"{type(error).__name__}: {error}")
-        )
+    def changed(self, vm: Vm, state: State, reason: str) -> None:
+        self._records.state(self.now(), vm.name, vm.launch, vm.tenant, state, reason)
+
+    def worked(self, vm: Vm, units: float) -> None:
+        self._activity.work(vm, units)
+
+    async def carry_out(self, action: Action, policy: str | None) -> Applied:
+        """As `apply`, for many in a row: each checkpoint is a turn of the event loop."""
+        return await self._applier.apply(action, policy)
+
+    def record(self, applied: Applied) -> Applied:
+        return self._records.action(applied)
+
+    def budgets(self, tenant: str | None) -> Budgets:
+        return self._budgets if tenant is None else self._seat(tenant).budgets
+
+    def below(self, action: Action) -> int:
+        """How many VMs an action is about."""
+        if action.vm is not None:
+            return 1
+        tenant = action.tenant if isinstance(action, Throttle | Unthrottle | SetLimit) else None
+        if tenant is None:
+            return self._live
+        seat = self._tenants.get(tenant)
+        return 0 if seat is None else seat.live
+
+    def start_soon(self, function: Callable[..., Awaitable[object]], *args: Any) -> None:
+        self._nursery.start_soon(function, *args)
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
 
     def _retell(self) -> None:
         failure: ResourceLimit | None = None
@@ -480,8 +422,25 @@ class Fleet:
         if failure is not None:
             raise failure
 
-    def start(self) -> None:
-        """Start its own tasks."""
+    def _write_down(self, facts: Facts) -> None:
+        """What was seen in an interval; where there is a probe and no journal, the statistics have the last one."""
+        recorder = self._records.recorder
+        if recorder is not None:
+            recorder.aggregate(facts)
+            for seen in facts.vms.values():
+                vm = self._vms.get(seen.name)
+                if seen.bus_locks and vm is not None and vm.launch == seen.launch:
+                    self._write_profile(vm)
+
+    def _write_profile(self, vm: Vm) -> None:
+        recorder, guest = self._records.recorder, vm.guest
+        if recorder is not None and guest is not None and (rows := guest.profile_rows()):
+            recorder.profile(self.now(), vm.name, vm.launch, rows)
+
+    def start(self, observed: float | None) -> None:
+        """Start its own tasks. `observed`: seconds between two aggregates; None: nobody wants them."""
+        if observed is not None:
+            self._governor.observe(self._write_down, observed)
         self._nursery.start_soon(self._switchboard.run)
         self._nursery.start_soon(self._governor.run)
 
@@ -505,6 +464,7 @@ class Fleet:
     def close(self) -> None:
         """No task is left."""
         self._closed = True
+        self._governor.close()
         self._switchboard.close()
         for vm in list(self._vms.values()):
             self._drop(vm)

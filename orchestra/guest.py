@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import trio
 
-from .actions import Halted, Outcome, Shutdown, Stopped
+from .actions import Action, Halted, Outcome, Shutdown, State, Stopped
 from .backend import Backend, Detection, Machine
 from .boot import flat
 from .budget import Budgets, connect
@@ -20,7 +20,7 @@ from .devices.bus import Bus, Handler
 from .devices.console import Console
 from .devices.ports import DebugConsolePort, ExitDevice
 from .devices.serial import Uart16550
-from .errors import ResourceLimit
+from .errors import ResourceLimit, StateError
 from .memory import GuestMemory
 from .native.core import Command, Counters, FleetCore, VcpuCore
 from .profile import Row, Samples
@@ -49,7 +49,7 @@ class House(Protocol):
 
     def next_id(self) -> int: ...
     def told(self, vm: str) -> int: ...
-    def register(self, core: VcpuCore, vm: str, index: int) -> None:
+    def register(self, core: VcpuCore, guest: Guest, index: int) -> None:
         """Exits of this core belong to that vCPU."""
 
     def retire(self, cores: Iterable[VcpuCore]) -> None:
@@ -57,6 +57,15 @@ class House(Protocol):
 
     def released(self, vm: Any) -> None:
         """A VM was stopped and leaves the fleet."""
+
+    def did(self, action: Action, error: str | None = None) -> None:
+        """A caller did it directly: journal it."""
+
+    def changed(self, vm: Any, state: State, reason: str) -> None:
+        """A VM came into a state: journal it."""
+
+    def worked(self, vm: Any, units: float) -> None:
+        """A guest got something done, by its own account."""
 
     def set_limit_nowait(
         self, limit: Limit | None, *, meter: Meter | str, tenant: str | None = None, vm: str | None, vcpu: int | None
@@ -78,6 +87,7 @@ class Guest:
         self.final: list[Counters] | None = None
         self.parked = trio.Event()
         self.ended = trio.Event()
+        self.all_parked: Callable[[], object] = lambda: None
         self.vcpus: list[Vcpu] = []
         self.memory: GuestMemory
         self.samples = Samples(spec.sample_every)  # a Vm puts its own there, as it lives on over restarts
@@ -127,7 +137,7 @@ class Guest:
             for index, core in enumerate(self._cores):
                 core.tell(told)
                 core.sample(self.samples.every if house.bus_locks else 0)
-                house.register(core, self.name, index)
+                house.register(core, self, index)
             if paused():
                 self.pause_number = 1
                 for core in self._cores:
@@ -284,6 +294,26 @@ class Guest:
         self._parked.clear()
         self.command(clear=Command.PAUSE)
 
+    def cap_cpu(self, share: float | None) -> None:
+        """Let each vCPU's thread run for at most that part of the time, from now on; None: no cap.
+
+        Raises:
+            StateError: this backend has no caps.
+        """
+        raise StateError(f"vm {self.name!r}: CPU caps are not supported by this backend ({self.house.backend.name})")
+
+    def capped(self, index: int, now: int) -> int:
+        """Nanoseconds that a cap held that vCPU so far."""
+        return 0
+
+    def isolate(self, on: bool) -> None:
+        """Have the vCPUs' threads run on the quarantine CPUs only, or wherever the others do.
+
+        Raises:
+            StateError: this backend, or this fleet, has no place for them.
+        """
+        raise StateError(f"vm {self.name!r}: isolation is not supported by this backend ({self.house.backend.name})")
+
     async def call(self, index: int, function: Callable[[], Any]) -> Any:
         """Run a function on a vCPU's runner between two entries of the guest, and return what it does.
 
@@ -351,8 +381,10 @@ class Guest:
             self.ended.set()
 
     def _check_parked(self) -> None:
-        if len(self._parked | self._gone) == len(self.vcpus):
+        if len(self._parked | self._gone) == len(self.vcpus) and not self.parked.is_set():
             self.parked.set()
+            if self._parked:
+                self.all_parked()
 
     # ---- end
 

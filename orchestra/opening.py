@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any, Final, Literal
 
 import trio
 
+from .apply import OnEvict
 from .backend import Backend, Detection, choose
 from .budget import make_budgets
 from .errors import BusLockUnsupported, SpecError
 from .fleet import DEFAULT_TENANT, Fleet
+from .governor import check_policies
 from .native.core import FleetCore
-from .policy import Policy
+from .policy import Guard, Policy
+from .record import Recorder
+from .signals import HostSignals
 from .spec import Limit, Meter, Tenant, optional_limit
 
 __all__ = ["open_fleet"]
 
 log: Final = logging.getLogger("orchestra")
+
+LOOKED_AT: Final = 1.0
+"""Seconds between two looks at the host, where only a probe asks for them."""
+
+NO_HOST: Final = "the scripted backend runs nothing on this host"
 
 
 def _as_tenants(tenants: Mapping[str, Limit | Tenant | None] | Iterable[Tenant]) -> dict[str, Tenant]:
@@ -74,6 +84,12 @@ async def open_fleet(
     policies: Iterable[Policy] = (),
     bus_locks: Literal["require", "auto", "off"] = "auto",
     strict: bool = False,
+    guard: Guard | None = None,
+    journal: Recorder | None = None,
+    journal_interval: float = 1.0,
+    probe: bool | None = None,
+    cgroup: str | Path | None = None,
+    on_evict: OnEvict | None = None,
 ) -> AsyncIterator[Fleet]:
     """Open a fleet; leaving the block stops its VMs and leaves no thread, descriptor or mapping behind.
 
@@ -86,6 +102,14 @@ async def open_fleet(
         policies: asked at each of their ticks; see `orchestra.policy`.
         bus_locks: "require" (fail where they can't be seen), "auto" (see them if they can be), "off".
         strict: a policy that raises ends the fleet instead of being switched off.
+        guard: what no policy may do; used by this fleet only. Default: `Guard` with its defaults.
+        journal: an `orchestra.journal.Journal`: actions, states, and what the VMs and the host did in each interval.
+        journal_interval: seconds.
+        probe: time locked operations and memory on this host all the while, for 0.2 to 0.4 % of a CPU. Default: if a
+            policy needs it.
+        cgroup: a version-2 cgroup: its pressure counts as the host's.
+        on_evict: an async function that is called with a VM and an `Evict` to move it to another host, or to raise why
+            not.
 
     Raises:
         BusLockUnsupported: bus locks are required or limited, and can't be seen here. No guest has run then.
@@ -93,26 +117,27 @@ async def open_fleet(
     """
     if bus_locks not in ("require", "auto", "off"):
         raise SpecError(f'bus_locks={bus_locks!r}: must be "require", "auto" or "off"')
+    _check(guard, journal, journal_interval)
     optional_limit("limit", limit)
     optional_limit("exit_limit", exit_limit)
     named = _as_tenants(tenants)
-    seats = list(policies)
-    for policy in seats:
-        if not isinstance(policy, Policy):
-            raise SpecError(f"policies: {policy!r} must have a name, an interval and decide(facts)")
-    names = [policy.name for policy in seats]
-    for name in names:
-        if names.count(name) > 1:  # its limits and its entries in the journal go by its name
-            raise SpecError(f"policies: two are named {name!r}; give each a name of its own (name=...)")
+    seats = check_policies(policies)
 
     opened = choose(backend)
     core: FleetCore | None = None
+    host: HostSignals | None = None
+    begun = False
     try:
         limits = {"limit": limit, **{f"tenants[{name!r}]": tenant.limit for name, tenant in named.items()}}
         asked = [what for what, given in limits.items() if given is not None]
         asked += [f"policy {p.name!r}" for p in seats if getattr(p, "meter", None) is Meter.BUS_LOCKS]
         detection = _detection(opened, bus_locks, next(iter(asked), None))
         core = FleetCore()
+        silent = None if opened.blocking else NO_HOST
+        host = HostSignals(probe=probe, cgroup=None if cgroup is None else Path(cgroup), silent=silent)
+        if journal is not None:
+            await _off_the_loop(journal.begin, opened.now(), opened.name, detection)
+            begun = True
         budgets = make_budgets(limit, exit_limit, opened.now())
         fleet: Fleet | None = None
         error: BaseException | None = None
@@ -127,8 +152,12 @@ async def open_fleet(
                     policies=seats,
                     strict=strict,
                     nursery=nursery,
+                    guard=guard or Guard(),
+                    host=host,
+                    recorder=journal,
+                    on_evict=on_evict,
                 )
-                fleet.start()
+                fleet.start(journal_interval if journal is not None else LOOKED_AT if probe else None)
                 try:
                     yield fleet
                 except BaseException as raised:
@@ -145,10 +174,41 @@ async def open_fleet(
         if error is not None:
             raise error
     finally:
+        if journal is not None and begun:
+            with trio.CancelScope(shield=True):  # what waits is written
+                await _off_the_loop(journal.end, opened.now())
+        if host is not None:
+            host.close()
         if core is not None:
             core.close()
         if isinstance(backend, str):
             opened.close()
+
+
+def _check(guard: object, journal: object, journal_interval: object) -> None:
+    if guard is not None and not isinstance(guard, Guard):
+        raise SpecError(f"guard={guard!r}: must be a Guard, or None for one with its defaults")
+    if journal is not None and not isinstance(journal, Recorder):
+        raise SpecError(f"journal={journal!r}: must be an orchestra.journal.Journal, or None for none")
+    number = isinstance(journal_interval, int | float) and not isinstance(journal_interval, bool)
+    if not (number and 0.001 <= journal_interval <= 86400):  # type: ignore[operator]  # it is a number
+        raise SpecError(f"journal_interval={journal_interval!r}: must be seconds, from 0.001 to 86400")
+
+
+async def _off_the_loop(function: Callable[..., object], *arguments: object) -> None:
+    """Call what waits for a disk on a worker thread; here if there is none to be had."""
+    called: list[bool] = []
+
+    def call() -> None:
+        called.append(True)
+        function(*arguments)
+
+    try:
+        await trio.to_thread.run_sync(call)
+    except RuntimeError:
+        if called:
+            raise
+        call()
 
 
 def _merge(group: BaseExceptionGroup[BaseException], raised: BaseException | None) -> BaseException:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import attrs
 
-from .backend import Detection
+from .backend import Backend, Detection
+from .budget import Budgets
 from .governor import PolicyStatus
-from .spec import Limit
-from .vm import VmStatistics
+from .policy import HostFacts
+from .spec import Limit, Meter, Tenant
+from .vm import Vm, VmStatistics
 
-__all__ = ["FleetStatistics", "TenantStatistics", "Totals"]
+__all__ = ["FleetStatistics", "TenantSeat", "TenantStatistics", "Totals", "summarise"]
 
 
 @attrs.frozen
@@ -41,6 +43,7 @@ class FleetStatistics:
         launched: VMs, ever. states: how many of `Fleet.vms` are in each state.
         released: waits that ``max_delay`` ended before the turn came.
         missed: exits whose details were lost in a full ring or channel; they are counted in everything else.
+        host: as the last tick saw it, if there are policies, a journal or a probe.
     """
 
     backend: str
@@ -60,6 +63,7 @@ class FleetStatistics:
     exit_limit: Limit | None
     tenants: Mapping[str, TenantStatistics]
     policies: tuple[PolicyStatus, ...]
+    host: HostFacts
 
 
 @attrs.define
@@ -93,3 +97,81 @@ class Totals:
 
     def copy(self) -> Totals:
         return attrs.evolve(self, exits=dict(self.exits))
+
+
+@attrs.define(eq=False)
+class TenantSeat:
+    """A tenant as its fleet has it. `live`: VMs that have not ended; `gone`: what those did that left the fleet."""
+
+    tenant: Tenant
+    budgets: Budgets
+    live: int = 0
+    gone: Totals = attrs.field(factory=Totals)
+
+    def limit(self, meter: Meter) -> Limit | None:
+        """What is in force."""
+        return self.budgets[meter].limit
+
+
+def summarise(
+    vms: Iterable[Vm],
+    seats: Mapping[str, TenantSeat],
+    *,
+    backend: Backend,
+    detection: Detection | None,
+    launched: int,
+    missed: int,
+    limit: Limit | None,
+    exit_limit: Limit | None,
+    policies: tuple[PolicyStatus, ...],
+    host: HostFacts,
+) -> FleetStatistics:
+    """Add a fleet up. `missed`: by its channels."""
+    sums = {name: seat.gone.copy() for name, seat in seats.items()}
+    states: dict[str, int] = {}
+    live = dict.fromkeys(seats, 0)
+    vcpus = 0
+    for vm in vms:
+        statistics = vm.statistics()
+        sums[vm.tenant].add(statistics)
+        states[statistics.state] = states.get(statistics.state, 0) + 1
+        if vm.outcome is None:
+            live[vm.tenant] += 1
+            vcpus += vm.spec.vcpus
+    total = Totals()
+    for tenant in sums.values():
+        total.join(tenant)
+    seen = detection is not None
+    return FleetStatistics(
+        backend=backend.name,
+        why=backend.why,
+        bus_lock_detection=detection,
+        vms=sum(live.values()),
+        vcpus=vcpus,
+        launched=launched,
+        states=states,
+        bus_locks=total.bus_locks if seen else None,
+        exits=total.exits,
+        throttled_seconds=total.throttled,
+        waits=total.waits,
+        released=total.released,
+        missed=total.missed + missed,
+        limit=limit,
+        exit_limit=exit_limit,
+        tenants={
+            name: TenantStatistics(
+                name=name,
+                weight=seat.tenant.weight,
+                vms=live[name],
+                bus_locks=sums[name].bus_locks if seen else None,
+                exits=sum(sums[name].exits.values()),
+                throttled_seconds=sums[name].throttled,
+                released=sums[name].released,
+                limit=seat.limit(Meter.BUS_LOCKS),
+                exit_limit=seat.limit(Meter.EXITS),
+            )
+            for name, seat in seats.items()
+        },
+        policies=policies,
+        host=host,
+    )

@@ -102,6 +102,11 @@ class Vcpu:
         thread.start()
         self._thread = thread
 
+    @property
+    def tid(self) -> int | None:
+        """The kernel's number of its thread; None if it has none."""
+        return None if self._thread is None else self._thread.native_id
+
     def join(self) -> None:
         """Its last word was heard: wait the microseconds until its thread is gone."""
         if self._thread is not None:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+import logging
+import math
+from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Final
 
 import attrs
 import trio
 
-from .actions import Failed, Outcome, State, Stopped
-from .backend import Detection
+from .actions import Action, Failed, Halted, Outcome, Pause, Resume, Shutdown, State, Stop, Stopped
 from .budget import Budgets, make_budgets
+from .counted import ZERO, VcpuStatistics, VmStatistics, add, add_names
 from .devices.bus import Device, Handler
 from .devices.console import Console
 from .devices.requests import Requests
-from .errors import BusLockUnsupported, SpecError, StateError
+from .errors import BusLockUnsupported, OrchestraError, SpecError, StateError
 from .guest import Guest, House
 from .native.core import Counters
 from .profile import Profile, Samples, Symbols, make_profile
@@ -23,69 +25,8 @@ from .spec import Limit, Meter, VmSpec, check_sampling
 
 __all__ = ["VcpuStatistics", "Vm", "VmStatistics"]
 
-
-@attrs.frozen
-class VcpuStatistics:
-    """What one vCPU did since its VM was launched, restarts included. Times in seconds.
-
-    Attributes:
-        state: as `Vm.state`, for this vCPU.
-        throttled: it waits for its turn right now.
-        bus_locks: exactly as many as the host reported; None where it reports none.
-        throttled_seconds: how long it waited for its turn, a wait in progress included.
-        waits: how many waits.
-        released: waits that ``max_delay`` ended before the turn came.
-        exits: exits by the kernel's name of the reason, lower case ("io", "mmio", "hlt", "x86_bus_lock", ...).
-        unclaimed: port accesses that found nobody.
-        missed: exits whose details were lost because the ring was full; they are counted all the same.
-        kicks: times that KVM_RUN was interrupted.
-    """
-
-    index: int
-    state: State
-    throttled: bool
-    bus_locks: int | None
-    throttled_seconds: float
-    waits: int
-    released: int
-    exits: Mapping[str, int]
-    unclaimed: int
-    missed: int
-    kicks: int
-
-
-@attrs.frozen
-class VmStatistics:
-    """What a VM did since it was launched: sums over its vCPUs (see `VcpuStatistics`), and each of them."""
-
-    name: str
-    tenant: str
-    state: State
-    throttled: bool
-    outcome: Outcome | None
-    restarts: int
-    bus_locks: int | None
-    throttled_seconds: float
-    waits: int
-    released: int
-    exits: Mapping[str, int]
-    unclaimed: int
-    missed: int
-    kicks: int
-    limit: Limit | None
-    exit_limit: Limit | None
-    bus_lock_detection: Detection | None
-    vcpus: tuple[VcpuStatistics, ...]
-
-
-def _add(a: Counters, b: Counters) -> Counters:
-    exits = dict(a.exits)
-    for name, count in b.exits.items():
-        exits[name] = exits.get(name, 0) + count
-    fields = ("bus_locks", "capped", "throttled", "waits", "released", "missed", "kicks", "unclaimed")
-    return Counters(
-        exits=exits, throttled_since=b.throttled_since, **{f: getattr(a, f) + getattr(b, f) for f in fields}
-    )
+log: Final = logging.getLogger("orchestra")
+CANCELLED: Final = "cancelled while it was waited for; it takes effect all the same"
 
 
 def _check_ranges(ports: range | None, mmio: range | None) -> None:
@@ -125,6 +66,9 @@ class Vm:
         self._outcome: Outcome | None = None
         self._paused = False
         self._released = False
+        self._caps: dict[str | None, float] = {}
+        self._isolated = False
+        self.was_capped = False
         self._stop_reason: Stopped | None = None
         self._kick_restart = trio.Event()
         self._ended = trio.Event()
@@ -171,12 +115,7 @@ class Vm:
         Raises:
             StateError: it has ended.
         """
-        guest = self._alive("pause")
-        if not self._paused:
-            self._paused = True
-            guest.pause()
-        with self._house.core.urgently():
-            await guest.parked.wait()
+        await self._tell(self.hold(), Pause(vm=self.name, reason="pause()"))
 
     async def resume(self) -> None:
         """Let it go on. What it still had to wait for its turn, it waits.
@@ -184,11 +123,16 @@ class Vm:
         Raises:
             StateError: it has ended.
         """
-        guest = self._alive("resume")
-        if self._paused:
-            self._paused = False
-            guest.resume()
-        await trio.lowlevel.checkpoint()
+        await self._tell(self.let_go(), Resume(vm=self.name, reason="resume()"))
+
+    async def _tell(self, doing: Awaitable[object], action: Action) -> None:
+        """Do what a caller asks for, and have it journaled."""
+        try:
+            await doing
+        except trio.Cancelled:
+            self._house.did(action, CANCELLED)
+            raise
+        self._house.did(action)
 
     async def stop(self, reason: str = "stop()") -> Outcome:
         """End it, wait until nothing of it is left, and return how it ended. Stopping what has ended is no error.
@@ -197,11 +141,7 @@ class Vm:
         Cancelled, it stops all the same.
         """
         self.stop_soon(Stopped(reason))
-        with self._house.core.urgently():
-            await self._ended.wait()
-        self.release()  # its task does so too, but one that had ended by itself has none left
-        assert self._outcome is not None
-        return self._outcome
+        return await self.end(Stopped(reason))
 
     @property
     def stopping(self) -> bool:
@@ -216,10 +156,10 @@ class Vm:
 
     def stop_soon(self, outcome: Stopped) -> None:
         """Tell it to stop, and don't wait."""
-        self._stop_reason = self._stop_reason or outcome
-        self._kick_restart.set()
-        if self._guest is not None and self._outcome is None:
-            self._guest.end(self._stop_reason)
+        first = self._stop_reason is None and self._outcome is None
+        self._end_soon(outcome)
+        if first:
+            self._house.did(Stop(vm=self.name, reason=outcome.reason))
 
     async def set_limit(
         self, limit: Limit | None, *, meter: Meter | str = Meter.BUS_LOCKS, vcpu: int | None = None
@@ -241,6 +181,75 @@ class Vm:
         if vcpu is None:
             return self.budgets[meter]
         return self.vcpu_budgets[self._vcpu(vcpu)][meter]
+
+    def report_work(self, units: float) -> None:
+        """Tell how much the guest got done since this was called last, by its own account: requests served, rounds of
+        a benchmark. Policies and the journal compare it with what is usual for this VM (`VmFacts.work`), and with
+        nothing else, so the unit is yours.
+
+        Raises:
+            SpecError: less than 0, or no number.
+        """
+        if isinstance(units, bool) or not isinstance(units, int | float) or not 0 <= units < math.inf:
+            raise SpecError(f"units={units!r}: must be a number, at least 0")
+        self._house.worked(self, units)
+
+    # ---- actions, for those who journal them
+
+    async def hold(self) -> None:
+        """As `pause`."""
+        guest = self._alive("pause")
+        if not self._paused:
+            self._paused = True
+            guest.pause()
+        with self._house.core.urgently():
+            await guest.parked.wait()
+
+    async def let_go(self) -> None:
+        """As `resume`."""
+        guest = self._alive("resume")
+        if self._paused:
+            self._paused = False
+            guest.resume()
+            self._house.changed(self, State.RUNNING, "resumed")
+        await trio.lowlevel.checkpoint()
+
+    async def end(self, outcome: Stopped) -> Outcome:
+        """As `stop`."""
+        self._end_soon(outcome)
+        with self._house.core.urgently():
+            await self._ended.wait()
+        self.release()  # its task does so too, but one that had ended by itself has none left
+        assert self._outcome is not None
+        return self._outcome
+
+    def _end_soon(self, outcome: Stopped) -> None:
+        self._stop_reason = self._stop_reason or outcome
+        self._kick_restart.set()
+        if self._guest is not None and self._outcome is None:
+            self._guest.end(self._stop_reason)
+
+    def cap_cpu(self, by: str | None, share: float | None) -> None:
+        """`by`: who asks (a policy's name; None: a caller). Each has one cap, and the tightest counts.
+
+        Raises:
+            StateError: it has ended, or its backend has no caps.
+        """
+        caps = {**self._caps, by: share}
+        wanted = {name: cap for name, cap in caps.items() if cap is not None}
+        if wanted != self._caps:
+            self._alive("cap the CPU of").cap_cpu(min(wanted.values(), default=None))
+            self._caps = wanted
+            self.was_capped = True
+
+    def isolate(self, on: bool) -> None:
+        """Raises:
+        StateError: it has ended, or its backend or its fleet has no place for it.
+        """
+        guest = self._alive("isolate" if on else "let in")
+        if on != self._isolated:
+            guest.isolate(on)
+            self._isolated = on
 
     # ---- devices and requests
 
@@ -328,7 +337,7 @@ class Vm:
         guest, seen = self._guest, self._house.bus_locks
         counters: Sequence[Counters] = guest.counters() if guest is not None else []
         if self._retired is not None:
-            counters = [_add(a, b) for a, b in zip(self._retired, counters, strict=True)] if counters else self._retired
+            counters = [add(a, b) for a, b in zip(self._retired, counters, strict=True)] if counters else self._retired
         vcpus = tuple(
             VcpuStatistics(
                 index=index,
@@ -345,10 +354,6 @@ class Vm:
             )
             for index, c in enumerate(counters)
         )
-        exits: dict[str, int] = {}
-        for c in counters:
-            for name, count in c.exits.items():
-                exits[name] = exits.get(name, 0) + count
         return VmStatistics(
             name=self.name,
             tenant=self.tenant,
@@ -360,7 +365,7 @@ class Vm:
             throttled_seconds=sum(v.throttled_seconds for v in vcpus),
             waits=sum(v.waits for v in vcpus),
             released=sum(v.released for v in vcpus),
-            exits=exits,
+            exits=add_names(c.exits for c in counters),
             unclaimed=sum(v.unclaimed for v in vcpus),
             missed=sum(v.missed for v in vcpus),
             kicks=sum(v.kicks for v in vcpus),
@@ -390,8 +395,8 @@ class Vm:
     def profile(self, symbols: Iterable[Symbols] = ()) -> Profile:
         """Which of its instructions locked the bus since it was launched, restarts included; see `Profile`.
 
-        Disassembled if iced-x86 is installed (``pip install 'orchestra[profile]'``). Takes a tenth of a millisecond or so
-        for each instruction.
+        Disassembled if iced-x86 is installed (``pip install 'orchestra[profile]'``). Takes a tenth of a millisecond or
+        so for each instruction.
 
         Parameters:
             symbols: functions of the guest; the first that knows an address names it.
@@ -456,6 +461,8 @@ class Vm:
                     if not started:
                         started = True
                         task_status.started()
+                    if not self._paused:  # else it says so once it is
+                        self._house.changed(self, State.RUNNING, self._how_often())
                     outcome = await guest.run()
                     self._retire(guest)
                 if self._stop_reason is not None:
@@ -475,6 +482,7 @@ class Vm:
                 self.restarts += 1
         finally:
             self._outcome = outcome
+            self._house.changed(self, self.state, _told(outcome))
             self.console.close()
             for requests in self._requests:
                 requests.end()
@@ -484,13 +492,28 @@ class Vm:
         levels = [(*self._above, self.budgets, vcpu) for vcpu in self.vcpu_budgets]
         guest = Guest(self._house, self.spec, levels, self.console)
         guest.samples = self._samples
+        guest.all_parked = self._on_parked
         await guest.start(self._claims, lambda: self._paused)
         if self._guest is not None:
             self._guest.close()
         self._guest = guest
+        try:  # a restart changes nothing of what it is held to
+            if self._caps:
+                guest.cap_cpu(min(self._caps.values()))
+            if self._isolated:
+                guest.isolate(True)
+        except OrchestraError as error:
+            log.error("vm %s was restarted: %s", self.name, error)
         if self._stop_reason is not None:
             guest.end(self._stop_reason)
         return guest
+
+    def _how_often(self) -> str:
+        return f"restart {self.restarts}" if self.restarts else ""
+
+    def _on_parked(self) -> None:
+        if self._paused and self._outcome is None:
+            self._house.changed(self, State.PAUSED, "")
 
     def _claims(self) -> list[tuple[range | None, range | None, Handler]]:
         claimed = [(ports, mmio, requests) for requests, (ports, mmio) in self._requests.items()]
@@ -502,9 +525,9 @@ class Vm:
         if self.spec.restart.when != "never":
             previous = self._retired
             self._retired = (
-                guest.final if previous is None else [_add(a, b) for a, b in zip(previous, guest.final, strict=True)]
+                guest.final if previous is None else [add(a, b) for a, b in zip(previous, guest.final, strict=True)]
             )
-            guest.final = [attrs.evolve(_ZERO) for _ in guest.final]
+            guest.final = [attrs.evolve(ZERO) for _ in guest.final]
 
     def close(self) -> None:
         """It left the fleet: give its memory back, and free its buckets."""
@@ -516,15 +539,13 @@ class Vm:
                 budget.close()
 
 
-_ZERO = Counters(
-    exits={},
-    bus_locks=0,
-    capped=0,
-    throttled=0,
-    waits=0,
-    released=0,
-    missed=0,
-    kicks=0,
-    unclaimed=0,
-    throttled_since=None,
-)
+def _told(outcome: Outcome) -> str:
+    """In a line, for the journal."""
+    match outcome:
+        case Halted():
+            return "halted"
+        case Shutdown(reason=reason, code=code):
+            return f"shutdown: {reason}" + ("" if code is None else f", code {code}")
+        case Stopped(reason=reason):
+            return reason
+    return str(outcome)

@@ -40,7 +40,7 @@ def test_a_fleet_program_as_the_design_shows_it(door):
                     assert (request.vcpu, request.address, request.size, request.write) == (0, 0x500, 1, False)
                     assert (request.data, request.answered, request.returned) == (b"", False, False)
                     applied = await fleet.apply(orc.Throttle(vm="web-1", limit=orc.Limit(rate=1e6), reason="noisy"))
-                    assert fleet.actions() == (applied,)
+                    assert fleet.actions()[-1] == applied
                     await vm.set_limit(orc.Limit(rate=1e6))
                     assert not vm.throttled
                     request.answer(b"\x2a")
@@ -604,3 +604,54 @@ def test_uvloop_works_as_well(door, uvloop):
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(main())
+
+
+# ---- what a fleet asks its owner
+
+
+def test_an_eviction_asks_an_asyncio_function(door):
+    asked = []
+
+    async def move(vm: orc.aio.Vm, action: orc.Evict) -> None:
+        await asyncio.sleep(0)
+        asked.append((vm is fleets[0].vm("guest"), action.reason, asyncio.current_task() is not None))
+        if action.reason == "no room":
+            raise ConnectionError("no host has room")
+        await vm.stop("it runs elsewhere now")
+
+    fleets: list[orc.aio.Fleet] = []
+
+    async def main() -> None:
+        async with door.open(on_evict=move) as fleet:
+            fleets.append(fleet)
+            vm = await fleet.launch(blank())
+            assert "no host has room" in (await fleet.apply(orc.Evict(vm="guest", reason="no room"))).error
+            vm.report_work(5)
+            assert (await fleet.apply(orc.Evict(vm="guest", reason="loud"))).outcome == "done"
+            assert await vm.wait() == orc.Stopped("it runs elsewhere now")
+            await fleet.set_policies([orc.StaticLimits(host=orc.Limit(rate=5))])
+
+    run(main)
+    assert asked == [(True, "no room", True), (True, "loud", True)]
+
+
+def test_an_eviction_that_is_cancelled_is_cancelled_in_asyncio_too(door):
+    told = []
+
+    async def move(vm: orc.aio.Vm, action: orc.Evict) -> None:
+        told.append("begun")
+        try:
+            await asyncio.sleep(1000)
+        except asyncio.CancelledError:
+            told.append("cancelled")
+            raise
+
+    async def main() -> None:
+        async with door.open(on_evict=move) as fleet:
+            await fleet.launch(blank())
+            with pytest.raises(asyncio.TimeoutError):
+                async with asyncio.timeout(0.1):
+                    await fleet.apply(orc.Evict(vm="guest"))
+
+    run(main)
+    assert told == ["begun", "cancelled"]

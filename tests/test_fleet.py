@@ -7,7 +7,7 @@ import itertools
 import os
 import re
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 import trio
@@ -15,8 +15,12 @@ from trio.testing import wait_all_tasks_blocked
 
 import orchestra as orc
 from conftest import Stage, blank, emulated_problem, play
+from orchestra.actions import Applied
 from orchestra.backend.emulated import library
 from orchestra.backend.scripted import ScriptedExit, bus_lock, hlt, io_write
+from orchestra.guest import Guest
+from orchestra.journal import Journal, read_journal
+from orchestra.profile import Row
 
 FOR_EVER = hlt(after=1e9)
 FAIL = ScriptedExit("debug", args=(1, 0, 0, 0))
@@ -806,3 +810,387 @@ async def test_a_launch_that_failed_leaves_its_subscribers_for_the_next_try(auto
             await fleet.launch(blank(irqchip=True))
         await fleet.launch(blank())
         assert isinstance(await exits.receive(), orc.BusLock)
+
+
+# ---- what is written down
+
+
+class Kept:
+    """A recorder that remembers."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.actions: list[Applied] = []
+        self.states: list[tuple[str, str, str]] = []
+        self.times: list[int] = []
+        self.aggregates: list[orc.Facts] = []
+        self.profiles: list[tuple[str, int, list[Row]]] = []
+
+    def begin(self, now: int, backend: str, detection: str | None) -> None:
+        self.calls.append(f"begin {backend} {detection}")
+
+    def action(self, applied: Applied) -> None:
+        self.actions.append(applied)
+
+    def state(self, now: int, vm: str, launch: int, tenant: str, state: str, reason: str) -> None:
+        self.states.append((vm, state, reason))
+        self.times.append(now)
+
+    def aggregate(self, facts: orc.Facts) -> None:
+        self.aggregates.append(facts)
+
+    def profile(self, now: int, vm: str, launch: int, rows: Iterable[Row]) -> None:
+        self.profiles.append((vm, launch, list(rows)))
+
+    def end(self, now: int) -> None:
+        self.calls.append("end")
+
+
+async def test_a_callers_own_calls_are_journaled_as_actions_without_a_policy(autojump_clock):
+    kept = Kept()
+    async with play([FOR_EVER], journal=kept) as fleet:
+        vm = await fleet.launch(blank())
+        await vm.pause()
+        await vm.resume()
+        await vm.set_limit(orc.Limit(rate=5))
+        await vm.stop("enough")
+        await vm.stop("once more")  # nothing is done any more
+        assert fleet.actions() == tuple(kept.actions)
+    told = [(type(applied.action).__name__, applied.action.vm, applied.action.reason) for applied in kept.actions]
+    assert told == [
+        ("Pause", "guest", "pause()"),
+        ("Resume", "guest", "resume()"),
+        ("SetLimit", "guest", "set_limit()"),
+        ("Stop", "guest", "enough"),
+    ]
+    assert {(applied.policy, applied.outcome) for applied in kept.actions} == {(None, "done")}
+    assert kept.calls == ["begin scripted fault-like", "end"]
+
+
+async def test_the_same_by_apply_is_journaled_once(autojump_clock):
+    kept = Kept()
+    async with play([FOR_EVER], journal=kept) as fleet:
+        await fleet.launch(blank())
+        for action in (orc.Pause(vm="guest"), orc.Resume(vm="guest"), orc.Stop(vm="guest")):
+            await fleet.apply(action)
+    assert [type(applied.action) for applied in kept.actions] == [orc.Pause, orc.Resume, orc.Stop]
+
+
+async def test_a_cancelled_pause_is_journaled_as_what_it_is(nothing_left):
+    stage = Stage("scripted")
+    async with stage.open() as fleet:
+        vm = await fleet.launch(stage.spec("spin"))
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await vm.pause()
+        assert scope.cancelled_caught
+        (applied,) = fleet.actions()
+        assert (applied.outcome, type(applied.action)) == ("failed", orc.Pause)
+        assert "takes effect all the same" in applied.error
+
+
+async def test_states_are_told_in_order_with_how_a_vm_ended(stage: Stage):
+    kept = Kept()
+    async with stage.open(journal=kept) as fleet:
+        vm = await fleet.launch(stage.spec("spin", "a"))
+        await vm.pause()
+        await vm.pause()
+        await vm.resume()
+        await vm.resume()
+        await vm.stop("enough")
+        await (await fleet.launch(stage.spec("exit_port", "b"))).wait()
+        await fleet.launch(stage.spec("spin", "c"), paused=True)
+    assert [state for state in kept.states if state[0] == "a"] == [
+        ("a", "created", "launched"),
+        ("a", "running", ""),
+        ("a", "paused", ""),
+        ("a", "running", "resumed"),
+        ("a", "stopped", "enough"),
+    ]
+    assert [state for state in kept.states if state[0] == "b"][-1] == ("b", "stopped", "shutdown: exit port, code 42")
+    assert [state for state in kept.states if state[0] == "c"] == [
+        ("c", "created", "launched paused"),
+        ("c", "paused", ""),
+        ("c", "stopped", "the fleet was closed"),
+    ]
+    assert kept.times == sorted(kept.times)
+
+
+async def test_a_restart_and_a_failure_are_told(autojump_clock):
+    kept = Kept()
+    async with play([FAIL], journal=kept) as fleet:
+        restart = orc.Restart("on-failure", backoff=1, backoff_max=1, most=1)
+        await (await fleet.launch(blank(restart=restart))).wait()
+    assert [state for _, state, _ in kept.states] == ["created", "running", "running", "failed"]
+    assert kept.states[2][2] == "restart 1"
+    assert "debug" in kept.states[3][2].lower()
+
+
+async def test_a_launch_that_fails_is_told(autojump_clock, monkeypatch):
+    kept = Kept()
+    async with play([], journal=kept) as fleet:
+        monkeypatch.setattr(fleet.backend, "create", lambda *args, **more: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            await fleet.launch(blank())
+    assert [state for _, state, _ in kept.states] == ["created", "failed"]
+    assert "ZeroDivisionError" in kept.states[1][2]
+
+
+async def test_aggregates_come_each_interval_without_any_policy_and_nothing_is_lost_at_the_end(autojump_clock):
+    kept = Kept()
+    script = [*[bus_lock(after=0.3)] * 10, FOR_EVER]
+    async with play({"a": script, "b": [*[bus_lock()] * 7, hlt()]}, journal=kept, journal_interval=2) as fleet:
+        await fleet.launch(blank("a"))
+        await trio.sleep(4.5)
+        await (await fleet.launch(blank("b"))).wait()
+        await trio.sleep(0.1)
+    counts = [{name: vm.bus_locks for name, vm in facts.vms.items()} for facts in kept.aggregates]
+    assert counts == [{"a": 6}, {"a": 4}, {"b": 7}]
+    assert [facts.interval for facts in kept.aggregates] == pytest.approx([2, 2, 0.6], abs=0.01)
+
+
+async def test_of_several_vms_of_one_name_each_has_its_aggregate(autojump_clock):
+    kept = Kept()
+    async with play([*[bus_lock()] * 3, hlt()], journal=kept, journal_interval=10) as fleet:
+        launches = []
+        for _ in range(3):
+            vm = await fleet.launch(blank())
+            launches.append(vm.launch)
+            await vm.wait()
+    (facts,) = kept.aggregates
+    assert [(vm.name, vm.launch, vm.bus_locks) for vm in facts.vms.values()] == [("guest", n, 3) for n in launches]
+
+
+async def test_policies_and_the_journal_each_hear_of_everything_once(autojump_clock):
+    kept, heard = Kept(), []
+
+    class Hears:
+        name, interval = "hears", 0.7
+
+        def decide(self, facts: orc.Facts) -> list[orc.Action]:
+            heard.append(sum(vm.bus_locks for vm in facts.vms.values()))
+            return []
+
+    async with play([*[bus_lock(after=0.01)] * 500, FOR_EVER], journal=kept, policies=[Hears()]) as fleet:
+        await fleet.launch(blank())
+        await trio.sleep(10)
+    assert sum(heard) == 500
+    assert sum(vm.bus_locks for facts in kept.aggregates for vm in facts.vms.values()) == 500
+
+
+async def test_a_real_journal_has_it_all(tmp_path, nothing_left):
+    path = tmp_path / "fleet.db"
+    stage = Stage("scripted")
+    async with stage.open(journal=Journal(path)) as fleet:
+        vm = await fleet.launch(stage.spec("ports", "web-1"))
+        await vm.wait()
+        await fleet.apply(orc.Warn(vm="web-1", reason="much too loud", evidence={"rate": 7}))
+    with read_journal(path) as journal:
+        assert [row.state for row in journal.states(vm="web-1")] == ["created", "running", "stopped"]
+        assert [(row.kind, row.evidence) for row in journal.actions(vm="web-1")] == [("Warn", {"rate": 7})]
+        assert sum(row.exits for row in journal.aggregates(vm="web-1")) == sum(vm.statistics().exits.values())
+        assert len(list(journal.hosts())) >= 1
+        assert journal.query("SELECT ended IS NOT NULL FROM sessions")[0][0] == 1
+
+
+async def test_a_journal_that_cant_be_opened_is_an_error_before_anything_runs(tmp_path, nothing_left):
+    with pytest.raises(OSError, match="can't be opened"):
+        async with play([], journal=Journal(tmp_path / "nowhere" / "fleet.db")):
+            pytest.fail("opened")
+    journal = Journal(tmp_path / "fleet.db")
+    async with play([], journal=journal):
+        with pytest.raises(OSError, match="in use"):
+            async with play([], journal=journal):
+                pytest.fail("opened")
+    async with play([], journal=journal):  # it can be used again
+        pass
+
+
+async def test_without_a_thread_the_journal_is_opened_and_closed_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(trio.to_thread, "run_sync", no_thread)
+    kept = Kept()
+    async with play([], journal=kept):
+        pass
+    assert kept.calls == ["begin scripted fault-like", "end"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"guard": "strict"}, "guard='strict'"),
+        ({"journal": "fleet.db"}, "journal='fleet.db'"),
+        ({"journal_interval": 0}, "journal_interval=0"),
+        ({"journal_interval": float("nan")}, "journal_interval=nan"),
+    ],
+)
+async def test_what_cant_be_an_engine_is_refused(options, message):
+    with pytest.raises(orc.SpecError, match=message):
+        async with play([], **options):
+            pytest.fail("opened")
+
+
+# ---- the other actions
+
+
+async def test_a_warning_is_journaled_and_logged(autojump_clock, caplog):
+    async with play([FOR_EVER]) as fleet:
+        await fleet.launch(blank())
+        applied = await fleet.apply(orc.Warn(vm="guest", reason="much too loud"), policy="ears")
+        assert applied.outcome == "done"
+        assert "vm guest: ears: much too loud" in caplog.text
+        assert (await fleet.apply(orc.Warn(vm="nobody"))).outcome == "failed"
+
+
+async def test_an_eviction_asks_whoever_moves_vms(autojump_clock):
+    moved = []
+
+    async def move(vm: orc.Vm, action: orc.Evict) -> None:
+        await trio.sleep(5)
+        moved.append((vm.name, action.reason))
+        await vm.stop("it runs elsewhere now")
+
+    async with play([FOR_EVER], on_evict=move) as fleet:
+        await fleet.launch(blank())
+        begun = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fleet.apply, orc.Evict(vm="guest", reason="too loud"))
+            await trio.sleep(1)
+            again = await fleet.apply(orc.Evict(vm="guest"))
+        assert trio.current_time() - begun == pytest.approx(5)
+        assert "already" in again.error
+        assert moved == [("guest", "too loud")]
+        kinds = [(type(applied.action).__name__, applied.outcome) for applied in fleet.actions()]
+        assert kinds == [("Evict", "failed"), ("Stop", "done"), ("Evict", "done")]
+        assert "no such VM" in (await fleet.apply(orc.Evict(vm="guest"))).error
+
+
+async def test_what_goes_wrong_with_an_eviction_is_the_actions_error(autojump_clock):
+    async def move(vm: orc.Vm, action: orc.Evict) -> None:
+        raise ConnectionError("no host has room")
+
+    async with play({"ended": [hlt()], "guest": [FOR_EVER]}, on_evict=move) as fleet:
+        vm = await fleet.launch(blank())
+        await (await fleet.launch(blank("ended"))).wait()
+        assert "ConnectionError: no host has room" in (await fleet.apply(orc.Evict(vm="guest"))).error
+        assert vm.state == "running"
+        assert "stopped" in (await fleet.apply(orc.Evict(vm="ended"))).error
+    async with play([FOR_EVER]) as fleet:
+        await fleet.launch(blank())
+        assert "on_evict" in (await fleet.apply(orc.Evict(vm="guest"))).error
+
+
+async def test_a_policys_eviction_does_not_hold_up_the_ticks_and_its_failure_is_told(autojump_clock):
+    refused, ticks = [], []
+
+    class Moves:
+        name, interval = "moves", 1.0
+
+        def decide(self, facts: orc.Facts) -> list[orc.Action]:
+            ticks.append(facts.time)
+            return [orc.Evict(vm="guest")] if len(ticks) == 1 else []
+
+        def refused(self, action: orc.Action, reason: str) -> None:
+            refused.append((len(ticks), reason))
+
+    async def move(vm: orc.Vm, action: orc.Evict) -> None:
+        await trio.sleep(5.5)
+        raise ConnectionError("no host has room")
+
+    async with play([FOR_EVER], on_evict=move, policies=[Moves()]) as fleet:
+        await fleet.launch(blank())
+        await trio.sleep(10)
+        (applied,) = fleet.actions()
+        assert (applied.policy, applied.outcome) == ("moves", "failed")
+    assert len(ticks) == 9 or len(ticks) == 10
+    assert refused[0][0] == 6
+    assert "no host has room" in refused[0][1]
+
+
+@pytest.fixture
+def acts(monkeypatch) -> list[tuple[str, object]]:
+    """A backend that can cap and isolate: what it was told."""
+    told: list[tuple[str, object]] = []
+    monkeypatch.setattr(Guest, "cap_cpu", lambda self, share: told.append(("cap", share)))
+    monkeypatch.setattr(Guest, "isolate", lambda self, on: told.append(("isolate", on)))
+    return told
+
+
+async def test_the_tightest_cap_counts_and_each_takes_away_its_own(autojump_clock, acts):
+    async with play([FOR_EVER]) as fleet:
+        await fleet.launch(blank())
+
+        async def cap(share: float | None, policy: str | None) -> None:
+            assert (await fleet.apply(orc.CapCpu(vm="guest", share=share), policy=policy)).outcome == "done"
+
+        await cap(0.5, "a")
+        await cap(0.5, "a")  # it has it already
+        await cap(0.8, "b")
+        await cap(0.2, None)
+        await cap(None, "c")  # it has none
+        await cap(None, None)
+        await cap(None, "a")
+        await cap(None, "b")
+        await fleet.apply(orc.Stop(vm="guest"))
+        await cap(None, "a")  # with the VM went its caps
+    assert [share for what, share in acts if what == "cap"] == [0.5, 0.5, 0.2, 0.5, 0.8, None]
+
+
+async def test_isolation_is_done_once_and_taken_back(autojump_clock, acts):
+    async with play([FOR_EVER]) as fleet:
+        await fleet.launch(blank())
+        for action in (orc.Isolate, orc.Isolate, orc.Rejoin, orc.Rejoin):
+            assert (await fleet.apply(action(vm="guest"))).outcome == "done"
+    assert acts == [("isolate", True), ("isolate", False)]
+
+
+async def test_a_restart_changes_nothing_of_what_a_vm_is_held_to(autojump_clock, acts):
+    async with play([FAIL]) as fleet:
+        vm = await fleet.launch(blank(restart=orc.Restart("on-failure", backoff=10, backoff_max=10)))
+        await trio.sleep(1)
+        await fleet.apply(orc.CapCpu(vm="guest", share=0.5), policy="a")
+        await fleet.apply(orc.Isolate(vm="guest"))
+        acts.clear()
+        await trio.sleep(10)
+        assert vm.restarts == 1
+        assert acts == [("cap", 0.5), ("isolate", True)]
+
+
+async def test_a_cap_that_failed_is_tried_again_and_not_remembered(autojump_clock, monkeypatch, acts):
+    with monkeypatch.context() as patch:
+        patch.setattr(Guest, "cap_cpu", cant)
+        async with play([FOR_EVER]) as fleet:
+            await fleet.launch(blank())
+            applied = await fleet.apply(orc.CapCpu(vm="guest", share=0.5))
+            assert (applied.outcome, applied.error) == ("failed", "can't")
+            patch.undo()
+            monkeypatch.setattr(Guest, "cap_cpu", lambda self, share: acts.append(("cap", share)))
+            assert (await fleet.apply(orc.CapCpu(vm="guest", share=0.5))).outcome == "done"
+    assert acts == [("cap", 0.5)]
+
+
+def cant(self: object, share: object) -> None:
+    raise orc.StateError("can't")
+
+
+async def test_a_mistake_of_ours_in_an_action_does_not_end_the_fleet(autojump_clock, monkeypatch):
+    async with play([FOR_EVER]) as fleet:
+        await fleet.launch(blank())
+        with monkeypatch.context() as patch:
+            patch.setattr(orc.Vm, "hold", lambda self: 1 / 0)
+            applied = await fleet.apply(orc.Pause(vm="guest"))
+        assert applied.error == "ZeroDivisionError: division by zero"
+
+
+async def test_where_guests_lock_is_in_the_journal_too(autojump_clock):
+    kept = Kept()
+    script = [*[bus_lock(after=0.3, rip=0x1000)] * 5, FOR_EVER]
+    async with play({"a": script, "b": script}, journal=kept) as fleet:
+        a = await fleet.launch(blank("a", sample_every=1))
+        await fleet.launch(blank("b", sample_every=0))
+        await trio.sleep(1.1)
+        assert len(kept.profiles) == 1
+        await a.stop()
+        assert len(kept.profiles) == 1  # nothing is new
+    async with play([*[bus_lock(rip=0x1000)] * 5, hlt()], journal=kept) as fleet:
+        await (await fleet.launch(blank("c", sample_every=1))).wait()
+    assert [(vm, sum(row[4] for row in rows)) for vm, _, rows in kept.profiles] == [("a", 3), ("c", 5)]

@@ -10,7 +10,9 @@ import trio
 
 import orchestra as orc
 from conftest import Stage, blank, play
+from orchestra.activity import IN_TURN, Activity
 from orchestra.backend.scripted import ScriptedExit, bus_lock, hlt, io_write
+from orchestra.vcpu import Vcpu
 
 FOR_EVER = hlt(after=1e9)
 FAIL = ScriptedExit("debug", args=(1, 0, 0, 0))
@@ -157,7 +159,7 @@ async def test_policies_of_different_intervals_each_hear_of_every_event_once(aut
 
 
 async def test_a_policys_actions_are_applied_and_journaled_under_its_name(autojump_clock):
-    throttle = orc.Throttle(vm="guest", limit=orc.Limit(rate=1, burst=1), reason="too loud", evidence={"rate": 10})
+    throttle = orc.Throttle(vm="guest", limit=orc.Limit(rate=1, burst=2), reason="too loud", evidence={"rate": 10})
     told = Told(lambda facts: [throttle] if facts.vms and len(told.facts) == 1 else [], name="strict-one")
     async with play(itertools.repeat(bus_lock(after=0.1)), policies=[told]) as fleet:
         vm = await fleet.launch(blank())
@@ -172,7 +174,8 @@ async def test_a_policys_actions_are_applied_and_journaled_under_its_name(autoju
 
 async def test_an_action_to_an_unknown_vm_is_journaled_with_the_error_and_the_policy_goes_on(autojump_clock):
     told = Told(lambda facts: [orc.Pause(vm="nobody"), orc.Pause(vm="guest")])
-    async with play([FOR_EVER], policies=[told]) as fleet:
+    guard = orc.Guard(vm_cool_down=0, host_cool_down=0)
+    async with play([FOR_EVER], policies=[told], guard=guard) as fleet:
         vm = await fleet.launch(blank())
         await trio.sleep(2.5)
         assert vm.state == "paused"
@@ -359,3 +362,439 @@ async def test_real_exit_storms_are_shared_by_weight(nothing_left):
         await trio.sleep(2)
         one, three = (vm.statistics().exits["io"] - count for vm, count in zip(vms, before, strict=True))
         assert three / one == pytest.approx(3, rel=0.1)
+
+
+# ---- CPU time
+
+
+class Clocks:
+    """Stands for the clocks of threads: `ran` and `waited` in nanoseconds by thread."""
+
+    absent: dict[str, str] = {}  # noqa: RUF012  # never changed
+
+    def __init__(self) -> None:
+        self.ran: dict[int, int] = {}
+        self.waited: dict[int, int] = {}
+        self.looked: list[int] = []
+
+    def cpu(self, tid: int) -> int | None:
+        self.looked.append(tid)
+        return self.ran.get(tid, 0)
+
+    def run_delay(self, tid: int) -> int | None:
+        return self.waited.get(tid, 0)
+
+
+@pytest.fixture
+def clocks(monkeypatch) -> Clocks:
+    """Scripted VMs get a thread each: vCPU i of VM "n" has the number 10 * n + i."""
+    clocks = Clocks()
+    monkeypatch.setattr(Vcpu, "tid", property(lambda vcpu: 10 * int(vcpu.host.name) + vcpu.index))
+    real = Activity.__init__
+    monkeypatch.setattr(Activity, "__init__", lambda self, fleet, host, threads: real(self, fleet, host, clocks))
+    return clocks
+
+
+async def test_a_vm_that_only_computes_is_found_by_its_threads_clock(autojump_clock, clocks):
+    told = Told()
+    async with play([FOR_EVER], policies=[told]) as fleet:
+        await fleet.launch(blank("1", vcpus=2))
+        await fleet.launch(blank("2"))
+        await trio.sleep(0.5)
+        clocks.ran |= {10: 300_000_000, 11: 100_000_000}
+        clocks.waited |= {10: 50_000_000}
+        await trio.sleep(1)
+        clocks.ran[11] += 200_000_000
+        await trio.sleep(2)
+    first, second, third, *_ = told.facts
+    assert set(first.vms) == set(second.vms) == {"1"}
+    assert (first.vms["1"].cpu, first.vms["1"].run_delay) == (0.4, 0.05)
+    assert (first.vms["1"].exits, first.vms["1"].throttled, first.vms["1"].capped) == (0, 0, None)
+    assert (second.vms["1"].cpu, second.vms["1"].run_delay) == (0.2, 0)
+    assert third.vms == {}
+
+
+async def test_what_a_thread_used_before_its_vm_was_there_is_not_the_vms(autojump_clock, clocks):
+    told = Told()
+    clocks.ran[10] = 5_000_000
+    async with play([FOR_EVER], policies=[told]) as fleet:
+        await fleet.launch(blank("1"))
+        await trio.sleep(1.5)
+    assert told.facts[0].vms == {}
+
+
+async def test_idle_vms_are_looked_at_a_few_in_turn_and_busy_ones_always(autojump_clock, clocks):
+    told = Told()
+    async with play([FOR_EVER], policies=[told]) as fleet:
+        for number in range(200):
+            await fleet.launch(blank(str(number)))
+        clocks.ran[100 * 10] = 1
+        clocks.looked.clear()
+        await trio.sleep(1.5)
+        assert len(clocks.looked) == IN_TURN
+        for _ in range(10):
+            clocks.ran[100 * 10] += 1_000_000
+            await trio.sleep(1)
+        assert len(clocks.looked) <= 11 * (IN_TURN + 1)
+        assert len(set(clocks.looked)) == 200
+        found = [number for number, facts in enumerate(told.facts) if "100" in facts.vms]
+        assert found == list(range(found[0], 11))  # once it is found it is not lost again
+        assert found[0] <= 3
+        assert [facts.vms["100"].cpu for facts in told.facts[found[0] + 1 :]] == [0.001] * (10 - found[0])
+
+
+async def test_cpu_time_of_ticks_that_nobody_looked_in_is_not_all_told_as_this_ticks(autojump_clock, clocks):
+    told = Told()
+    async with play([FOR_EVER], policies=[told]) as fleet:
+        for number in range(200):
+            await fleet.launch(blank(str(number)))
+        await trio.sleep(2.5)  # those launched last were not looked at yet
+        clocks.ran[199 * 10] = 3_000_000_000
+        clocks.waited[199 * 10] = 4_000_000_000
+        await trio.sleep(2)
+    (vm,) = [facts.vms["199"] for facts in told.facts if "199" in facts.vms]
+    assert (vm.cpu, vm.run_delay) == (1, 1)
+
+
+async def test_without_threads_nobody_tells_cpu_time_and_the_facts_say_why(autojump_clock):
+    told = Told()
+    async with play([bus_lock(after=0.1), FOR_EVER], policies=[told]) as fleet:
+        await fleet.launch(blank())
+        await trio.sleep(1.5)
+    vm, host = told.facts[0].vms["guest"], told.facts[0].host
+    assert (vm.cpu, vm.run_delay, vm.capped, vm.work) == (None, None, None, None)
+    assert "no threads" in host.absent["cpu"]
+    assert {"run_delay", "cpu_pressure", "lock_ns", "llc_bytes"} <= set(host.absent)
+
+
+@pytest.mark.kvm
+async def test_a_real_guest_that_only_computes_is_told_of(nothing_left):
+    told = Told(interval=0.05)
+    stage = Stage("kvm")
+    async with stage.open(policies=[told], probe=True) as fleet:
+        vm = await fleet.launch(stage.spec("spin"))
+        with trio.fail_after(30):
+            while sum(facts.vms["guest"].cpu for facts in told.facts if "guest" in facts.vms) < 0.05:
+                await trio.lowlevel.checkpoint()
+        assert sum(vm.statistics().exits.values()) == 0
+        facts = next(facts for facts in reversed(told.facts) if "guest" in facts.vms)
+        assert (facts.vms["guest"].run_delay is None) == ("run_delay" in facts.host.absent)
+        assert facts.host.cpus >= 1
+        assert fleet.statistics().host.lock_ns > 0
+
+
+# ---- a guest's own account
+
+
+async def test_what_a_guest_got_done_is_told_to_each_policy_once(autojump_clock):
+    fast, slow = Told(interval=1), Told(interval=3)
+    async with play([FOR_EVER], policies=[fast, slow]) as fleet:
+        vm = await fleet.launch(blank())
+        await trio.sleep(0.5)
+        for units in (10, 5.5, 0):
+            vm.report_work(units)
+            await trio.sleep(1)
+        await trio.sleep(3)
+    assert [facts.vms["guest"].work if facts.vms else None for facts in fast.facts] == [10, 5.5, 0, None, None, None]
+    assert [facts.vms["guest"].work if facts.vms else None for facts in slow.facts] == [15.5, None]
+
+
+@pytest.mark.parametrize("units", [-1, float("nan"), float("inf"), True, "7"])
+async def test_work_that_cant_be_is_refused(autojump_clock, units):
+    async with play([FOR_EVER]) as fleet:
+        vm = await fleet.launch(blank())
+        with pytest.raises(orc.SpecError, match="units="):
+            vm.report_work(units)
+
+
+# ---- the guard
+
+
+def at_tick(actions: dict[int, orc.Action]) -> Callable[[orc.Facts], list[orc.Action]]:
+    """Ask for an action at some of the ticks, counted from 1."""
+    ticks = itertools.count(1)
+    return lambda facts: [action] if (action := actions.get(next(ticks))) is not None else []
+
+
+def outcomes(fleet: orc.Fleet) -> list[tuple[str, str | None, str]]:
+    return [(type(applied.action).__name__, applied.policy, applied.outcome) for applied in fleet.actions()]
+
+
+async def test_a_policy_can_t_hold_a_vm_below_the_guards_floor(autojump_clock):
+    told = Told(at_tick({1: orc.Throttle(vm="guest", limit=orc.Limit(rate=0.001, max_delay=None), reason="loud")}))
+    async with play([FOR_EVER], policies=[told], guard=orc.Guard(floor=5, max_delay=2)) as fleet:
+        vm = await fleet.launch(blank())
+        await trio.sleep(1.5)
+        assert (vm.statistics().limit.rate, vm.statistics().limit.max_delay) == (5, 2)
+        (applied,) = fleet.actions()
+        assert applied.outcome == "done"
+        assert "raised to the floor" in applied.action.reason
+        assert applied.action.evidence["asked"]["rate"] == 0.001
+
+
+async def test_the_floor_of_a_tenant_counts_its_vms(autojump_clock):
+    limit = orc.Limit(rate=0.1)
+    told = Told(lambda facts: [orc.Throttle(tenant="acme", limit=limit), orc.Throttle(limit=limit)])
+    async with play([FOR_EVER], policies=[told], tenants={"acme": None}, guard=orc.Guard(floor=2)) as fleet:
+        for number in range(3):
+            await fleet.launch(blank(f"a{number}", tenant="acme"))
+        await fleet.launch(blank("other"))
+        await (await fleet.launch(blank("gone"))).stop()
+        await trio.sleep(1.5)
+        assert fleet.statistics().tenants["acme"].limit.rate == 6
+        assert fleet.limit.rate == 8
+
+
+class Refusable(Told):
+    def refused(self, action: orc.Action, reason: str) -> None:
+        self.no.append((action, reason))
+
+    def __init__(self, *args: object, **more: object) -> None:
+        super().__init__(*args, **more)
+        self.no: list[tuple[orc.Action, str]] = []
+
+
+async def test_a_refused_action_is_journaled_not_done_and_told_to_the_policy(autojump_clock):
+    pause = orc.Pause(vm="guest", reason="loud")
+    told = Refusable(at_tick({1: pause, 3: pause}), name="harsh")
+    async with play([FOR_EVER], policies=[told], guard=orc.Guard(vm_cool_down=60)) as fleet:
+        vm = await fleet.launch(blank())
+        await trio.sleep(1.5)
+        assert vm.state == "paused"
+        await vm.resume()
+        await trio.sleep(2)
+        assert vm.state == "running"
+        assert outcomes(fleet) == [("Pause", "harsh", "done"), ("Resume", None, "done"), ("Pause", "harsh", "refused")]
+        assert "let it go" in fleet.actions()[-1].error
+        assert told.no == [(pause, fleet.actions()[-1].error)]
+
+
+async def test_an_action_that_fails_is_told_to_the_policy_as_well(autojump_clock):
+    told = Refusable(at_tick({1: orc.Pause(vm="nobody")}))
+    async with play([FOR_EVER], policies=[told]):
+        await trio.sleep(1.5)
+    assert len(told.no) == 1
+    assert "no such VM" in told.no[0][1]
+
+
+async def test_a_policy_that_raises_when_it_is_refused_is_switched_off(autojump_clock):
+    told = Refusable(at_tick({1: orc.Pause(vm="nobody")}), name="touchy")
+    told.refused = raises_at_refusal  # type: ignore[method-assign,assignment]
+    async with play([FOR_EVER], policies=[told, Told()]) as fleet:
+        await trio.sleep(2.5)
+        assert [status.on for status in fleet.statistics().policies] == [False, True]
+        assert "a bug of yours" in fleet.statistics().policies[0].error
+
+
+def raises_at_refusal(action: orc.Action, reason: str) -> None:
+    raise ValueError("a bug of yours")
+
+
+async def test_a_dry_run_decides_and_journals_and_does_nothing(autojump_clock):
+    told = Told(lambda facts: [orc.Pause(vm=name) for name in facts.vms], name="rehearsal")
+    async with play(itertools.repeat(bus_lock(after=0.1)), policies=[told], guard=orc.Guard(dry_run=True)) as fleet:
+        vm = await fleet.launch(blank())
+        await trio.sleep(1.5)
+        assert vm.state == "running"
+        assert outcomes(fleet) == [("Pause", "rehearsal", "dry-run")]
+
+
+async def test_a_pause_that_lasts_too_long_ends_by_itself_also_if_the_policy_is_off_by_then(autojump_clock):
+    def decide(facts: orc.Facts) -> list[orc.Action]:
+        if len(told.facts) > 1:
+            raise ValueError("a bug of yours")
+        return [orc.Pause(vm="guest")]
+
+    told = Told(decide, name="broken")
+    async with play([FOR_EVER], policies=[told], guard=orc.Guard(max_pause=30)) as fleet:
+        vm = await fleet.launch(blank())
+        await trio.sleep(30.5)
+        assert vm.state == "paused"
+        await trio.sleep(2)
+        assert vm.state == "running"
+        last = fleet.actions()[-1]
+        assert (last.action.reason, last.policy) == ("paused by policy broken for more than 30 s", None)
+
+
+async def test_what_was_said_about_a_vm_does_not_bind_the_next_of_its_name(autojump_clock):
+    first = Told(at_tick({1: orc.Pause(vm="guest")}), name="first")
+    second = Told(at_tick({2: orc.Resume(vm="guest"), 4: orc.Resume(vm="guest")}), name="second")
+    async with play([FOR_EVER], policies=[first, second]) as fleet:
+        vm = await fleet.launch(blank())
+        await trio.sleep(2.5)
+        assert outcomes(fleet)[-1] == ("Resume", "second", "refused")  # the first, which goes first, holds it
+        await vm.stop()
+        await fleet.launch(blank())
+        await trio.sleep(2)
+        assert outcomes(fleet)[-1] == ("Resume", "second", "done")
+
+
+async def test_an_action_that_makes_no_sense_to_the_guard_switches_the_policy_off(autojump_clock):
+    told = Told(lambda facts: [orc.Pause(vm=["guest"])])  # type: ignore[arg-type]
+    async with play([FOR_EVER], policies=[told, Told()]) as fleet:
+        await trio.sleep(2.5)
+        assert [status.on for status in fleet.statistics().policies] == [False, True]
+
+
+async def test_harm_is_acted_on_within_one_tick(autojump_clock):
+    ladder = orc.Ladder(
+        [orc.Step(rung=orc.Rung.WARN, when=[orc.Condition("bus_locks", over=100)], dwell=0.0)], interval=0.1
+    )
+    script = [bus_lock(after=10), *[bus_lock(after=0.002)] * 2000, FOR_EVER]
+    async with play(script, policies=[ladder]) as fleet:
+        await fleet.launch(blank())
+        begins = fleet.now() + 10e9
+        await trio.sleep(12)
+        first = fleet.actions()[0]
+        assert isinstance(first.action, orc.Warn)
+        assert 0 < first.time - begins <= 0.1e9 + 0.1e9
+
+
+# ---- pressure that can't wait
+
+
+class Listens(Told):
+    signals = ("cpu_pressure", "lock_slowdown")
+
+
+async def test_pressure_brings_the_tick_of_who_listens_forward_and_nobody_elses(autojump_clock):
+    slow, deaf = Listens(interval=10), Told(interval=10)
+    async with play([FOR_EVER], policies=[slow, deaf]) as fleet:
+        await trio.sleep(3)
+        fleet._governor.hurry("io_pressure")
+        await trio.sleep(1)
+        assert (slow.facts, deaf.facts) == ([], [])
+        fleet._governor.hurry("cpu_pressure")
+        await trio.sleep(0.001)
+        assert [facts.interval for facts in slow.facts] == [4]
+        fleet._governor.hurry("cpu_pressure")  # it has just looked
+        await trio.sleep(9.9)
+        assert len(slow.facts) == 1
+        await trio.sleep(0.2)
+        assert [facts.interval for facts in slow.facts] == [4, 10]
+        assert [facts.interval for facts in deaf.facts] == [10]
+
+
+@pytest.mark.kvm
+async def test_a_fleet_waits_for_the_pressure_that_a_slow_policy_listens_to(monkeypatch, nothing_left):
+    class Fires:
+        """A trigger that fires when it is told to."""
+
+        signal = "cpu_pressure"
+        fire = trio.Event()
+        closed = False
+
+        async def wait(self) -> None:
+            await self.fire.wait()
+            type(self).fire = trio.Event()
+
+        def close(self) -> None:
+            type(self).closed = True
+
+    asked: list[set[str]] = []
+
+    def triggers(self: object, signals: set[str]) -> list[Fires]:
+        asked.append(set(signals))
+        return [Fires()]
+
+    monkeypatch.setattr("orchestra.signals.HostSignals.triggers", triggers)
+    slow, quick = Listens(interval=1000), Listens(interval=0.1)
+    quick.signals = ("memory_pressure",)  # it ticks before any trigger could fire
+    async with Stage("kvm").open(policies=[slow, quick]):
+        with trio.fail_after(10):
+            while len(quick.facts) < 3:
+                await trio.lowlevel.checkpoint()
+            assert slow.facts == []
+            Fires.fire.set()
+            while not slow.facts:
+                await trio.lowlevel.checkpoint()
+        assert "lock_ns" not in slow.facts[0].host.absent  # it listens to what the probe says, so that runs
+    assert asked == [{"cpu_pressure"}]
+    assert Fires.closed
+
+
+# ---- other policies while it runs
+
+
+def throttles(rate: float) -> Callable[[orc.Facts], list[orc.Action]]:
+    return lambda facts: [orc.Throttle(vm="guest", limit=orc.Limit(rate=rate, burst=2))]
+
+
+async def test_policies_are_exchanged_and_what_the_old_ones_held_is_let_go(autojump_clock):
+    stays, goes, comes = Told(name="stays"), Told(throttles(5), name="goes"), Told(throttles(7), name="comes")
+    async with play([FOR_EVER], policies=[stays, goes]) as fleet:
+        vm = await fleet.launch(blank())
+        await trio.sleep(2.5)
+        assert vm.statistics().limit.rate == 5
+        await fleet.set_policies([comes, stays])
+        assert vm.statistics().limit is None
+        last = fleet.actions()[-1]
+        assert (last.action, last.policy) == (
+            orc.Unthrottle(vm="guest", reason="policy goes was taken away"),
+            "goes",
+        )
+        await trio.sleep(3.1)
+        assert vm.statistics().limit.rate == 7
+        assert (len(stays.facts), len(goes.facts), len(comes.facts)) == (5, 2, 3)
+        assert [facts.interval for facts in stays.facts] == pytest.approx([1] * 5)
+        assert [status.name for status in fleet.statistics().policies] == ["comes", "stays"]
+
+
+async def test_another_policy_of_the_same_name_starts_anew(autojump_clock):
+    one, other = Told(throttles(5), name="p"), Told(name="p")
+    async with play([FOR_EVER], policies=[one]) as fleet:
+        vm = await fleet.launch(blank())
+        await trio.sleep(1.5)
+        await fleet.set_policies([other])
+        assert vm.statistics().limit is None
+
+
+async def test_a_fleet_without_policies_can_be_given_some(autojump_clock):
+    told = Told()
+    async with play([*[bus_lock(after=0.5)] * 4, FOR_EVER]) as fleet:
+        await fleet.launch(blank())
+        await trio.sleep(1.1)
+        await fleet.set_policies([told])
+        await trio.sleep(5)
+    assert len(told.facts) == 4 or len(told.facts) == 5
+    assert sum(facts.vms["guest"].bus_locks for facts in told.facts if facts.vms) == 2
+
+
+async def test_another_guard_judges_from_then_on(autojump_clock):
+    told = Told(throttles(0.001), name="harsh")
+    async with play([FOR_EVER], policies=[told], guard=orc.Guard(floor=5)) as fleet:
+        vm = await fleet.launch(blank())
+        await trio.sleep(1.5)
+        assert vm.statistics().limit.rate == 5
+        await fleet.set_policies([told], orc.Guard(floor=9))
+        await trio.sleep(1)
+        assert vm.statistics().limit.rate == 9
+
+
+@pytest.mark.parametrize(
+    ("policies", "error", "message"),
+    [
+        ([object()], orc.SpecError, "decide"),
+        ([Told(name="p"), Told(name="p")], orc.SpecError, "two are named"),
+        ([Told(interval=-1)], orc.SpecError, "interval="),
+        ([orc.StaticLimits(host=orc.Limit(rate=1))], orc.BusLockUnsupported, "static-limits"),
+    ],
+)
+async def test_policies_that_cant_be_leave_the_others_as_they_are(autojump_clock, policies, error, message):
+    told = Told()
+    async with orc.open_fleet(backend=orc.ScriptedBackend(detection=None), policies=[told]) as fleet:
+        with pytest.raises(error, match=message):
+            await fleet.set_policies(policies)
+        with pytest.raises(orc.SpecError, match="guard="):
+            await fleet.set_policies([], guard="none")  # type: ignore[arg-type]
+        await trio.sleep(1.5)
+    assert len(told.facts) == 1
+
+
+async def test_policies_that_listen_to_the_probe_say_so():
+    assert set(orc.Adaptive().signals) == {"lock_slowdown", "memory_slowdown"}
+    assert orc.only(orc.Adaptive({"cpu_pressure": 0.5}), vms="a").signals == ("cpu_pressure",)
+    step = orc.Step(
+        rung=orc.Rung.WARN, when=[orc.Condition("bus_locks", over=100), orc.Condition("io_pressure", over=0.1)]
+    )
+    assert orc.Ladder([step]).signals == ("io_pressure",)

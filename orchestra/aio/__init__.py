@@ -8,26 +8,35 @@ loop, on the loop's thread; with ``thread=True`` it has a thread of its own.
 #   handles, streams   Fleet and Vm; what comes from them
 #   wrapper, block     what these are made of
 #   loop, thread       the two ways to run trio for an asyncio program
+#   callback           what the fleet asks its owner
 #   bridge             calls and cancellation
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
-from .. import opening
+from .. import opening, vm as machine
+from ..actions import Evict
 from ..backend import Backend
-from ..policy import Policy
+from ..policy import Guard, Policy
+from ..record import Recorder
 from ..spec import Limit, Tenant
 from .block import Block
+from .callback import ask
 from .handles import Fleet, Vm
 from .loop import LoopBridge
 from .streams import Console, Exits, Request, Requests
 from .thread import ThreadBridge
+from .wrapper import wrapped
 
 __all__ = ["Console", "Exits", "Fleet", "Request", "Requests", "Vm", "open_fleet"]
+
+OnEvict = Callable[[Vm, Evict], Awaitable[object]]
+"""What moves a VM to another host, or raises why not."""
 
 
 @asynccontextmanager
@@ -40,6 +49,12 @@ async def open_fleet(
     policies: Iterable[Policy] = (),
     bus_locks: Literal["require", "auto", "off"] = "auto",
     strict: bool = False,
+    guard: Guard | None = None,
+    journal: Recorder | None = None,
+    journal_interval: float = 1.0,
+    probe: bool | None = None,
+    cgroup: str | Path | None = None,
+    on_evict: OnEvict | None = None,
     thread: bool = False,
 ) -> AsyncIterator[Fleet]:
     """As `orchestra.open_fleet`, for asyncio programs.
@@ -51,13 +66,20 @@ async def open_fleet(
         thread: run trio in a thread of its own and not on the loop's: for loops that another library drives in its own
             way, or that are blocked for long. Calls that do not wait then take a hop as well. Without it, all fleets of
             a loop share one trio run.
-        backend, limit, exit_limit, tenants, policies, bus_locks, strict: as `orchestra.open_fleet`.
+        on_evict: as `orchestra.open_fleet`, and an asyncio function.
+        backend, limit, exit_limit, tenants, policies, bus_locks, strict, guard, journal, journal_interval, probe,
+            cgroup: as `orchestra.open_fleet`.
 
     Raises:
         StateError: the loop's thread runs trio already, for somebody else.
         BusLockUnsupported, BackendUnavailable, NoSuchBackend, SpecError: as `orchestra.open_fleet`.
     """
     bridge = await (ThreadBridge.open() if thread else LoopBridge.open())
+
+    async def evict(vm: machine.Vm, action: Evict) -> None:
+        assert on_evict is not None
+        await ask(bridge, on_evict, wrapped(Vm, bridge, vm), action)
+
     try:
         opened = partial(
             opening.open_fleet,
@@ -68,6 +90,12 @@ async def open_fleet(
             policies=policies,
             bus_locks=bus_locks,
             strict=strict,
+            guard=guard,
+            journal=journal,
+            journal_interval=journal_interval,
+            probe=probe,
+            cgroup=cgroup,
+            on_evict=None if on_evict is None else evict,
         )
         async with Block(bridge, opened, partial(Fleet, bridge)) as fleet:
             yield fleet

@@ -5,7 +5,7 @@ tests/test_aio_mirror.py compares names, parameters, types and documentation wit
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from ..actions import Action, Applied, Outcome, State, Stopped
 from ..backend import Backend, Detection
 from ..devices.bus import Device
 from ..exits import Exit
+from ..policy import Guard, Policy
 from ..profile import Profile, Symbols
 from ..spec import Limit, Meter, Tenant, VmSpec
 from ..statistics import FleetStatistics
@@ -89,6 +90,9 @@ class Fleet(Wrapper[house.Fleet]):
         vcpu: int | None = None,
     ) -> None:
         self._bridge.sync(self._inner.set_limit_nowait, limit, meter=meter, tenant=tenant, vm=vm, vcpu=vcpu)
+
+    async def set_policies(self, policies: Sequence[Policy], guard: Guard | None = None) -> None:
+        await self._bridge.call(partial(self._inner.set_policies, policies, guard))
 
     @property
     def backend(self) -> Backend:
@@ -211,6 +215,9 @@ class Vm(Wrapper[machine.Vm]):
         self, limit: Limit | None, *, meter: Meter | str = Meter.BUS_LOCKS, vcpu: int | None = None
     ) -> None:
         await self._bridge.call(partial(self._inner.set_limit, limit, meter=meter, vcpu=vcpu))
+
+    def report_work(self, units: float) -> None:
+        self._bridge.sync(self._inner.report_work, units)
 
     def attach(self, device: Device, *, ports: range | None = None, mmio: range | None = None) -> None:
         self._bridge.sync(self._inner.attach, device, ports=ports, mmio=mmio)

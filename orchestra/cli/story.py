@@ -15,7 +15,7 @@ from typing import Any, Final, Protocol
 import attrs
 import trio
 
-from ..actions import Applied, Throttle
+from ..actions import Applied, Resume, Throttle
 from ..backend import Backend
 from ..errors import SpecError
 from ..fleet import Fleet
@@ -308,7 +308,8 @@ class Story:
             seconds=self._time(),
             acts=tuple(self._acts),
             samples=tuple(self._samples),
-            actions=self._fleet.actions(),
+            # That it let the guests begin is no part of the story.
+            actions=tuple(applied for applied in self._fleet.actions() if not isinstance(applied.action, Resume)),
             ceiling=self._fleet.limit if self._meter is Meter.BUS_LOCKS else self._fleet.exit_limit,
             vms=tuple(self._summary(vm) for vm in self._vms),
             cpus=self.plan.cpus,

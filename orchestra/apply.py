@@ -1,0 +1,210 @@
+"""Carries actions out: one place for each, whoever asks, and one word in the journal for each.
+
+What an action can't do is told as its outcome and never raised: a policy goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Final, Protocol
+
+import trio
+
+from .actions import (
+    Action,
+    Applied,
+    CapCpu,
+    Evict,
+    Isolate,
+    Kill,
+    Pause,
+    Rejoin,
+    Reload,
+    Resume,
+    SetLimit,
+    Stop,
+    Stopped,
+    Throttle,
+    Unthrottle,
+    Warn,
+)
+from .backend import Backend
+from .budget import Budget, Budgets
+from .errors import BusLockUnsupported, OrchestraError, SpecError, StateError
+from .native.core import FleetCore
+from .policy import Guard
+from .policy.ledger import Ledger
+from .record import Records
+from .spec import Limit, Meter
+from .vm import Vm
+
+__all__ = ["Applier", "OnEvict"]
+
+log: Final = logging.getLogger("orchestra")
+
+OnEvict = Callable[[Vm, Evict], Awaitable[object]]
+"""What moves a VM to another host, or raises why not."""
+
+
+class Fleet(Protocol):
+    """What this needs of its fleet."""
+
+    core: FleetCore
+    backend: Backend
+    bus_locks: bool
+
+    @property
+    def vms(self) -> Mapping[str, Vm]: ...
+    @property
+    def closed(self) -> bool: ...
+    def vm(self, name: str) -> Vm: ...
+    def budgets(self, tenant: str | None) -> Budgets:
+        """A tenant's, or the host's."""
+
+    def now(self) -> int: ...
+
+
+class Applier:
+    """Of one fleet.
+
+    Attributes:
+        guard: told of what callers do.
+        ledger: what each policy holds.
+    """
+
+    def __init__(self, fleet: Fleet, guard: Guard, records: Records, on_evict: OnEvict | None) -> None:
+        self._fleet = fleet
+        self.guard = guard
+        self.ledger = Ledger()
+        self._records = records
+        self._on_evict = on_evict
+        self._leaving: set[Vm] = set()
+
+    async def apply(self, action: Action, policy: str | None) -> Applied:
+        """As `Fleet.apply`, but no checkpoint where nothing has to be waited for."""
+        if not isinstance(action, Action):
+            raise SpecError(f"action={action!r}: must be one of orchestra's actions")
+        error: str | None = None
+        try:
+            await self._do(action, policy)
+        except OrchestraError as failure:
+            error = str(failure)
+        except trio.Cancelled:
+            self.done(action, policy, "cancelled while it was waited for; it takes effect all the same")
+            raise
+        except Exception as failure:  # a mistake in orchestra, which must not end a fleet
+            log.exception("%r failed", action)
+            error = f"{type(failure).__name__}: {failure}"
+        return self.done(action, policy, error)
+
+    def done(self, action: Action, policy: str | None, error: str | None = None) -> Applied:
+        """Journal what was tried. A caller's word counts for the guard, which judges policies by it."""
+        now = self._fleet.now()
+        if policy is None and error is None:
+            self.guard.judge(action, None, now, 0)
+        applied = Applied(time=now, action=action, policy=policy, error=error)
+        self.ledger.note(applied)
+        return self._records.action(applied)
+
+    async def _do(self, action: Action, policy: str | None) -> None:
+        vm = self._fleet.vm
+        match action:
+            case Throttle() | Unthrottle():
+                self._throttle(action, policy)
+            case SetLimit(limit=limit, meter=meter, tenant=tenant, vm=name, vcpu=vcpu):
+                self.set_limit(limit, meter, tenant, name, vcpu)
+            case Warn(vm=name):
+                log.warning("vm %s: %s: %s", vm(name).name, policy or "a caller", action.reason or "a warning")
+            case Reload():
+                pass  # it says that something was done
+            case CapCpu(vm=name, share=share):
+                if share is not None or not self._is_gone(name):  # with the VM went its caps
+                    vm(name).cap_cpu(policy, share)
+            case Isolate(vm=name):
+                vm(name).isolate(True)
+            case Rejoin(vm=name):
+                vm(name).isolate(False)
+            case Pause(vm=name):
+                await vm(name).hold()
+            case Resume(vm=name):
+                await vm(name).let_go()
+            case Evict(vm=name):
+                await self._evict(vm(name), action)
+            case Stop(vm=name):
+                await vm(name).end(Stopped(action.reason or "stopped by an action"))
+            case Kill(vm=name):
+                await vm(name).end(Stopped(action.reason or "killed by an action"))
+
+    def _is_gone(self, name: str) -> bool:
+        vm = self._fleet.vms.get(name)
+        return vm is None or vm.outcome is not None
+
+    async def _evict(self, vm: Vm, action: Evict) -> None:
+        if self._on_evict is None:
+            raise StateError("nobody to move it: open the fleet with on_evict=..., which says where VMs go")
+        if vm.outcome is not None:
+            raise StateError(f"can't evict vm {vm.name!r}: it is {vm.state}")
+        if vm in self._leaving:
+            raise StateError(f"vm {vm.name!r} is being evicted already")
+        self._leaving.add(vm)
+        try:
+            await self._on_evict(vm, action)
+        except Exception as error:  # whatever it is, it is why the VM is still here
+            raise StateError(f"on_evict: {type(error).__name__}: {error}") from error
+        finally:
+            self._leaving.discard(vm)
+
+    # ---- limits
+
+    def _throttle(self, action: Throttle | Unthrottle, policy: str | None) -> None:
+        limit = action.limit if isinstance(action, Throttle) else None
+        if limit is None and action.vm is not None and self._is_gone(action.vm):
+            return  # with the VM went its limits
+        if limit is not None and action.meter is Meter.BUS_LOCKS:
+            self.check_seen(limit, "limit")
+        budget = self._budget(action.meter, action.tenant, action.vm, None)
+        self._change(budget, lambda now: budget.set_throttle(policy, limit, now))
+
+    def set_limit(
+        self, limit: Limit | None, meter: Meter, tenant: str | None, vm: str | None, vcpu: int | None
+    ) -> None:
+        """As `Fleet.set_limit`, without a word in the journal."""
+        if meter is Meter.BUS_LOCKS:
+            self.check_seen(limit, "limit")
+        budget = self._budget(meter, tenant, vm, vcpu)
+        self._change(budget, lambda now: budget.set_base(limit, now))
+
+    def check_seen(self, limit: Limit | None, what: str) -> None:
+        """Raises:
+        BusLockUnsupported: a limit on bus locks, and this fleet does not see them.
+        """
+        if limit is not None and not self._fleet.bus_locks:
+            raise BusLockUnsupported(
+                f"{what}: this fleet does not see bus locks, so they can't be limited; leave it out, limit exits "
+                "(exit_limit) instead, or run on backend='emulated', or on a host that `orchestra doctor` says can "
+                "report them"
+            )
+
+    def _budget(self, meter: Meter, tenant: str | None, vm: str | None, vcpu: int | None) -> Budget:
+        if vm is not None:
+            if tenant is not None:
+                raise SpecError(f"vm={vm!r}, tenant={tenant!r}: name one of them, or neither for the host")
+            found = self._fleet.vm(vm)
+            if found.outcome is not None:
+                raise StateError(f"vm {vm!r} has ended: it has no limit to change")
+            budget: Budget = found.budget(meter, vcpu)
+            return budget
+        if vcpu is not None:
+            raise SpecError(f"vcpu={vcpu!r}: name its vm as well")
+        return self._fleet.budgets(tenant)[meter]
+
+    def _change(self, budget: Budget, change: Callable[[int], Any]) -> None:
+        fleet = self._fleet
+        if fleet.closed:
+            raise StateError("the fleet is closed: it has no limits any more")
+        before = budget.limit
+        change(fleet.now())
+        if budget.limit != before:
+            fleet.core.limits_changed()
+            fleet.backend.limits_changed()

@@ -1,0 +1,102 @@
+"""What a VM and its vCPUs did, as frozen figures; how those of one run are added to those before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+import attrs
+
+from .actions import Outcome, State
+from .backend import Detection
+from .native.core import Counters
+from .spec import Limit
+
+__all__ = ["ZERO", "VcpuStatistics", "VmStatistics", "add", "add_names"]
+
+
+@attrs.frozen
+class VcpuStatistics:
+    """What one vCPU did since its VM was launched, restarts included. Times in seconds.
+
+    Attributes:
+        state: as `Vm.state`, for this vCPU.
+        throttled: it waits for its turn right now.
+        bus_locks: exactly as many as the host reported; None where it reports none.
+        throttled_seconds: how long it waited for its turn, a wait in progress included.
+        waits: how many waits.
+        released: waits that ``max_delay`` ended before the turn came.
+        exits: exits by the kernel's name of the reason, lower case ("io", "mmio", "hlt", "x86_bus_lock", ...).
+        unclaimed: port accesses that found nobody.
+        missed: exits whose details were lost because the ring was full; they are counted all the same.
+        kicks: times that KVM_RUN was interrupted.
+    """
+
+    index: int
+    state: State
+    throttled: bool
+    bus_locks: int | None
+    throttled_seconds: float
+    waits: int
+    released: int
+    exits: Mapping[str, int]
+    unclaimed: int
+    missed: int
+    kicks: int
+
+
+@attrs.frozen
+class VmStatistics:
+    """What a VM did since it was launched: sums over its vCPUs (see `VcpuStatistics`), and each of them."""
+
+    name: str
+    tenant: str
+    state: State
+    throttled: bool
+    outcome: Outcome | None
+    restarts: int
+    bus_locks: int | None
+    throttled_seconds: float
+    waits: int
+    released: int
+    exits: Mapping[str, int]
+    unclaimed: int
+    missed: int
+    kicks: int
+    limit: Limit | None
+    exit_limit: Limit | None
+    bus_lock_detection: Detection | None
+    vcpus: tuple[VcpuStatistics, ...]
+
+
+def add_names(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Sums by name."""
+    total: dict[str, int] = {}
+    for each in counts:
+        for name, count in each.items():
+            total[name] = total.get(name, 0) + count
+    return total
+
+
+def add(a: Counters, b: Counters) -> Counters:
+    """What two runs of a vCPU did, `b` being the later one."""
+    fields = ("bus_locks", "capped", "throttled", "waits", "released", "missed", "kicks", "unclaimed")
+    return Counters(
+        exits=add_names([a.exits, b.exits]),
+        throttled_since=b.throttled_since,
+        **{f: getattr(a, f) + getattr(b, f) for f in fields},
+    )
+
+
+ZERO: Final = Counters(
+    exits={},
+    bus_locks=0,
+    capped=0,
+    throttled=0,
+    waits=0,
+    released=0,
+    missed=0,
+    kicks=0,
+    unclaimed=0,
+    throttled_since=None,
+)
