@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import trio
 
 from .actions import Action, Halted, Outcome, Shutdown, State, Stopped
+from .actuators.placement import Quarantine
 from .backend import Backend, Detection, Machine
 from .boot import flat
 from .budget import Budgets, connect
@@ -43,6 +44,7 @@ class House(Protocol):
     bus_locks: bool
     bus_lock_detection: Detection | None
     setup_threads: trio.CapacityLimiter
+    quarantine: Quarantine
 
     def post(self, function: Callable[..., object], *args: object) -> None:
         """Run it soon on the fleet's thread. Any thread; nothing happens once the fleet is gone."""
@@ -295,24 +297,44 @@ class Guest:
         self.command(clear=Command.PAUSE)
 
     def cap_cpu(self, share: float | None) -> None:
-        """Let each vCPU's thread run for at most that part of the time, from now on; None: no cap.
+        """Let each vCPU's thread use that part of a CPU from now on; None: all of it.
 
         Raises:
-            StateError: this backend has no caps.
+            StateError: it has no threads, or has ended.
+            ResourceLimit: no thread or memory left for it.
         """
-        raise StateError(f"vm {self.name!r}: CPU caps are not supported by this backend ({self.house.backend.name})")
+        self._threads("cap the CPU of")
+        for core in self._cores:
+            core.cap(share)
 
     def capped(self, index: int, now: int) -> int:
         """Nanoseconds that a cap held that vCPU so far."""
-        return 0
+        return self._cores[index].counters(now).capped if self.final is None else 0
 
     def isolate(self, on: bool) -> None:
         """Have the vCPUs' threads run on the quarantine CPUs only, or wherever the others do.
 
         Raises:
-            StateError: this backend, or this fleet, has no place for them.
+            StateError: it has no threads, or has ended.
+            ResourceLimit: this host has no CPU to spare.
         """
-        raise StateError(f"vm {self.name!r}: isolation is not supported by this backend ({self.house.backend.name})")
+        threads = self._threads("isolate" if on else "let in")
+        if on:
+            self.house.quarantine.confine(threads)
+        else:
+            self.house.quarantine.free(threads)
+
+    def _threads(self, verb: str) -> list[int]:
+        """The kernel's numbers of its vCPUs' threads."""
+        if self.final is not None:
+            raise StateError(f"can't {verb} vm {self.name!r}: it has ended")
+        threads = [vcpu.tid for vcpu in self.vcpus]
+        if None in threads:
+            name = self.house.backend.name
+            raise StateError(
+                f"can't {verb} vm {self.name!r}: not supported by this backend ({name}), it has no threads"
+            )
+        return [tid for tid in threads if tid is not None]
 
     async def call(self, index: int, function: Callable[[], Any]) -> Any:
         """Run a function on a vCPU's runner between two entries of the guest, and return what it does.

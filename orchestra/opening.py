@@ -10,6 +10,7 @@ from typing import Any, Final, Literal
 
 import trio
 
+from .actuators.placement import Quarantine, quarantine_cpus
 from .apply import OnEvict
 from .backend import Backend, Detection, choose
 from .budget import make_budgets
@@ -90,6 +91,7 @@ async def open_fleet(
     probe: bool | None = None,
     cgroup: str | Path | None = None,
     on_evict: OnEvict | None = None,
+    quarantine: Iterable[int] | None = None,
 ) -> AsyncIterator[Fleet]:
     """Open a fleet; leaving the block stops its VMs and leaves no thread, descriptor or mapping behind.
 
@@ -110,6 +112,7 @@ async def open_fleet(
         cgroup: a version-2 cgroup: its pressure counts as the host's.
         on_evict: an async function that is called with a VM and an `Evict` to move it to another host, or to raise why
             not.
+        quarantine: CPUs for isolated VMs. Default: the last that this process may run on.
 
     Raises:
         BusLockUnsupported: bus locks are required or limited, and can't be seen here. No guest has run then.
@@ -122,6 +125,7 @@ async def open_fleet(
     optional_limit("exit_limit", exit_limit)
     named = _as_tenants(tenants)
     seats = check_policies(policies)
+    confinement = Quarantine(quarantine_cpus(quarantine))
 
     opened = choose(backend)
     core: FleetCore | None = None
@@ -156,6 +160,7 @@ async def open_fleet(
                     host=host,
                     recorder=journal,
                     on_evict=on_evict,
+                    quarantine=confinement,
                 )
                 fleet.start(journal_interval if journal is not None else LOOKED_AT if probe else None)
                 try:

@@ -1194,3 +1194,46 @@ async def test_where_guests_lock_is_in_the_journal_too(autojump_clock):
     async with play([*[bus_lock(rip=0x1000)] * 5, hlt()], journal=kept) as fleet:
         await (await fleet.launch(blank("c", sample_every=1))).wait()
     assert [(vm, sum(row[4] for row in rows)) for vm, _, rows in kept.profiles] == [("a", 3), ("c", 5)]
+
+
+async def test_scripted_vms_have_no_threads_to_hold_and_the_outcome_says_so(autojump_clock):
+    async with play([FOR_EVER]) as fleet:
+        await fleet.launch(blank())
+        for action in (orc.CapCpu(vm="guest", share=0.5), orc.Isolate(vm="guest")):
+            applied = await fleet.apply(action)
+            assert applied.outcome == "failed"
+            assert "not supported by this backend" in applied.error
+
+
+@pytest.mark.kvm
+async def test_a_real_guest_is_capped_and_told_of(nothing_left):
+    told: list[orc.VmFacts] = []
+
+    class Hears:
+        name, interval = "hears", 0.1
+
+        def decide(self, facts: orc.Facts) -> list[orc.Action]:
+            told.extend(facts.vms.values())
+            return []
+
+    stage = Stage("kvm")
+    async with stage.open(policies=[Hears()]) as fleet:
+        await fleet.launch(stage.spec("spin"))
+        assert (await fleet.apply(orc.CapCpu(vm="guest", share=0.1))).error is None
+        with trio.fail_after(30):
+            while sum(vm.capped or 0 for vm in told) < 0.2:
+                await trio.lowlevel.checkpoint()
+        assert (await fleet.apply(orc.CapCpu(vm="guest", share=None))).error is None
+
+
+@pytest.mark.kvm
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs a CPU to spare")
+async def test_a_real_guest_is_isolated_and_let_in_again(nothing_left):
+    stage = Stage("kvm")
+    async with stage.open(quarantine=[max(os.sched_getaffinity(0))]) as fleet:
+        vm = await fleet.launch(stage.spec("spin"))
+        tid = vm.guest.vcpus[0].tid
+        assert (await fleet.apply(orc.Isolate(vm="guest"))).error is None
+        assert os.sched_getaffinity(tid) == {max(os.sched_getaffinity(0))}
+        assert (await fleet.apply(orc.Rejoin(vm="guest"))).error is None
+        assert os.sched_getaffinity(tid) == os.sched_getaffinity(0)

@@ -55,6 +55,7 @@ async def open_fleet(
     probe: bool | None = None,
     cgroup: str | Path | None = None,
     on_evict: OnEvict | None = None,
+    quarantine: Iterable[int] | None = None,
     thread: bool = False,
 ) -> AsyncIterator[Fleet]:
     """As `orchestra.open_fleet`, for asyncio programs.
@@ -68,7 +69,7 @@ async def open_fleet(
             a loop share one trio run.
         on_evict: as `orchestra.open_fleet`, and an asyncio function.
         backend, limit, exit_limit, tenants, policies, bus_locks, strict, guard, journal, journal_interval, probe,
-            cgroup: as `orchestra.open_fleet`.
+            cgroup, quarantine: as `orchestra.open_fleet`.
 
     Raises:
         StateError: the loop's thread runs trio already, for somebody else.
@@ -96,6 +97,7 @@ async def open_fleet(
             probe=probe,
             cgroup=cgroup,
             on_evict=None if on_evict is None else evict,
+            quarantine=quarantine,
         )
         async with Block(bridge, opened, partial(Fleet, bridge)) as fleet:
             yield fleet
