@@ -90,7 +90,6 @@ class LoopBridge(Bridge):
 
     def start(self, call: Call[Any]) -> None:
         trio.lowlevel.spawn_system_task(call.run, context=contextvars.copy_context())
-        self._stay_awake()
 
     def _stay_awake(self) -> None:
         if not self._awake:
