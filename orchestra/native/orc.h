@@ -123,9 +123,9 @@ size_t orc_fleet_drain(orc_fleet *, struct orc_record *out, size_t most);
 size_t orc_fleet_active(orc_fleet *, uint32_t *out, size_t most);
 /* A limit changed: whoever waits for a turn asks again. */
 void orc_fleet_limits_changed(orc_fleet *);
-/* Somebody waits for a vCPU to start or to come out; or does not any more. An emulated guest sees a command at its next
- * block, once it has a core: with more busy guests than cores that takes the scheduler 4 ms for each guest before it. So
- * those that execute give their cores up meanwhile, for 200 ms at most. Nothing for NULL: the fleet is gone. */
+/* Somebody waits for a vCPU to come out; or does not any more. An emulated guest sees a command at its next block, once it
+ * has a core: with more busy guests than cores that takes the scheduler 4 ms for each guest before it. So those that
+ * execute give their cores up meanwhile, for 200 ms at most. Nothing for NULL: the fleet is gone. */
 void orc_fleet_urgent(orc_fleet *, bool begins);
 
 /* ---- vcpu.c --------------------------------------------------------------------------------------------------- */
