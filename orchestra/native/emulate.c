@@ -587,7 +587,7 @@ static void on_interrupt(uc_engine *uc, uint32_t vector, void *data)
 static struct orc_touch part_of(const struct orc_emulator *e, uint64_t address)
 {
 	struct orc_touch part = e->outer;
-	uint8_t first = (uint8_t)(PAGE - (part.address & (PAGE - 1)));
+	unsigned first = PAGE - (part.address & (PAGE - 1));
 
 	if ((part.address ^ address) & ~(uint64_t)(PAGE - 1)) { /* it goes on there */
 		part.address = address & ~(uint64_t)(PAGE - 1);
