@@ -20,7 +20,7 @@ from orchestra.native.records import RecordReader, told_mask
 from orchestra.spec import MemoryRegion
 from orchestra.vcpu import Vcpu
 
-__all__ = ["MMIO", "PORTS", "Detection", "Access", "Played", "answer", "play"]
+__all__ = ["MMIO", "PORTS", "Access", "Detection", "Played", "answer", "play"]
 
 PORTS = range(0x500, 0x540)
 MMIO = range(0xD000_0000, 0xD000_4000)
@@ -110,6 +110,7 @@ def play(
     load: int = 0x1000,
     memory: int = MiB,
     detection: Detection | None = None,
+    mmio: Iterable[range] = (MMIO,),
     regions: Iterable[MemoryRegion] = (),
     data: Iterable[tuple[int, bytes]] = (),
     seconds: float = 10,
@@ -127,13 +128,13 @@ def play(
         guest_memory.write(address, content)
     machine = backend.create(spec, [core], guest_memory, states, bus_locks=backend.bus_lock_detection() is not None)
     log: list[Access] = []
-    default = [(PORTS, None, _Device("port", log)), (None, MMIO, _Device("mmio", log))]
-    for ports, mmio, device in [*default, *devices]:
+    claims = [(PORTS, None, _Device("port", log)), *((None, span, _Device("mmio", log)) for span in mmio), *devices]
+    for ports, addresses, device in claims:
         if ports is not None:
             host.ports.claim(ports, device, threading.Lock())
             machine.claim_ports(ports, True)
-        if mmio is not None:
-            host.mmio.claim(mmio, device, threading.Lock())
+        if addresses is not None:
+            host.mmio.claim(addresses, device, threading.Lock())
     core.tell(told_mask((exits.Exit,)))
     engine: Any = machine.engines[0]
     if debug is not None:

@@ -77,9 +77,11 @@ static bool find_state(struct orc_unicorn *u, uc_engine *uc, void *context)
 	    gs - fs != sizeof(struct orc_segment_cache))
 		return false;
 	u->at_segments = fs - offsetof(struct orc_segment_cache, base) - 4 * sizeof(struct orc_segment_cache);
-	/* Before them are hflags and hflags2: target/i386/cpu.h, CPUX86State; enter_modes() sees whether they are. */
-	u->at_hflags = u->at_segments - 2 * sizeof(uint32_t);
-	return true;
+	/* As target/i386/cpu.h has it, CPUX86State: registers, eip, eflags, cc_dst, cc_src, cc_src2, cc_op, df, hflags, hflags2,
+	 * segments. enter_modes() sees whether hflags are. */
+	u->at_flags = u->at_registers + 18 * sizeof(uint64_t);
+	u->at_hflags = u->at_flags + ORC_FLAGS_SIZE + 2 * sizeof(uint32_t);
+	return u->at_segments == u->at_hflags + 2 * sizeof(uint32_t);
 }
 
 /* Runs the program that enters the modes, and keeps the state of each. */
