@@ -17,6 +17,7 @@ import trio
 import trio.testing
 
 import orchestra as orc
+from benchmarks.rate import excess
 from conftest import guest, word
 from orchestra.native.core import FleetCore
 
@@ -300,3 +301,35 @@ async def test_no_kick_of_a_busy_emulated_guest_is_lost_and_all_counts_are_exact
     assert now.code == mappings.code
     assert now.all <= mappings.all + 40  # the allocator's arenas, one at most for each thread there was
     assert grown < 4 * orc.MiB
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("detection", ["fault-like", "trap-like"])
+async def test_300_emulated_vms_keep_to_a_fleets_limit_in_every_window(detection, nothing_left):
+    n, limit = 300, orc.Limit(rate=2000, burst=50, max_delay=None)
+    times: list[float] = []
+
+    async def listen(exits: orc.Exits) -> None:
+        async for exit in exits:
+            times.append(exit.time / 1e9)
+
+    async with orc.open_fleet(backend="emulated", limit=limit) as fleet:
+        code = orc.FlatImage(code=guest("soak_locks"), mode=64)
+        specs = [orc.VmSpec(name=f"vm{i}", boot=code, bus_lock_detection=detection) for i in range(n)]
+        vms = [await fleet.launch(spec, paused=True) for spec in specs]
+        async with fleet.exits(orc.BusLock) as exits, trio.open_nursery() as nursery:
+            nursery.start_soon(listen, exits)
+            for vm in vms:
+                await vm.resume()
+            await trio.sleep(SECONDS / 2)
+            for vm in vms:
+                await vm.pause()
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            nursery.cancel_scope.cancel()
+        assert fleet.statistics().bus_locks == len(times)
+        # Of each vCPU one lock may be in flight when the burst is used up: it is charged when it is seen.
+        assert excess(times, limit.rate, limit.tokens) <= n - 1 + 1e-6
+        assert len(times) > 0.5 * limit.rate * (max(times) - min(times))
+        for vm in vms:
+            seen, done = vm.statistics().bus_locks, word(vm, SPLIT)
+            assert seen in ((done,) if detection == "trap-like" else (done, done + 1)), vm.name
