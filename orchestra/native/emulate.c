@@ -29,7 +29,7 @@
 
 enum {
 	PAGE = 4096,
-	SITES = 4096, /* hooked at the same time; unicorn walks through all of them at each */
+	SITES = 2048, /* hooked at the same time; unicorn walks through all of them at each */
 	FIRST_CODE_PAGES = 64,
 	CODE_CHUNK = 1 << 18,
 	CACHE_LINE = 64,
@@ -414,8 +414,7 @@ static uint64_t msr(const struct orc_emulator *e, uint32_t number)
 	return value.value;
 }
 
-/* Whether the task's permission map lets this code touch those ports: Intel SDM vol. 1, 19.5.2. False: unicorn, which looks
- * there too, raises the exception. */
+/* Whether the task's permission map lets this code touch those ports: Intel SDM vol. 1, 19.5.2. */
 static bool is_permitted(struct orc_emulator *e, uint32_t port, unsigned size)
 {
 	enum { TSS_32 = 9, BUSY = 2, MAP_BASE = 0x66 };
@@ -551,8 +550,11 @@ static void on_instruction(uc_engine *uc, uint64_t address, uint32_t size, void 
 			return; /* unicorn raises the exception */
 		break;
 	default:
-		if (!may_touch_ports(e, &insn))
+		if (!may_touch_ports(e, &insn)) { /* unicorn would not look */
+			if (!e->failed)
+				raise_here(e, EXCEPTION_GP);
 			return;
+		}
 	}
 	e->insn = insn;
 	e->insn_rip = rip;
@@ -1056,10 +1058,14 @@ static enum orc_why replay(struct orc_emulator *e)
 		rc = step(e);
 		e->alone = e->replaying = false;
 		close_windows(e);
+		if (e->torn || e->too_many)
+			e->u->uc_context_restore(e->uc, e->rollback);
 		if (e->torn)
 			return fail(e, "a write goes from memory into such as may only be read; the kvm backend can");
 		if (e->too_many)
 			return fail(e, "an instruction writes more of unbacked memory than is supported; the kvm backend can");
+		if (rc == e->u->n.UC_ERR_INSN_INVALID)
+			e->exception = EXCEPTION_UD;
 		if (e->exception >= 0 && !e->stepped) {
 			settle(e);
 			return ORC_COMMAND; /* it faulted otherwise: the loop sees to it */
@@ -1097,8 +1103,10 @@ static enum orc_why touched(struct orc_emulator *e)
 	/* What a helper of unicorn's writes does not stop at once, and what came after it can't be undone. */
 	orc_emulator_look(e);
 	if (orc_register(e, e->u->n.UC_X86_REG_RIP) != e->touch_rip ||
-	    memcmp(orc_state_registers(e), (char *)e->rollback + e->u->at_registers, 16 * sizeof(uint64_t)))
+	    memcmp(orc_state_registers(e), (char *)e->rollback + e->u->at_registers, 16 * sizeof(uint64_t))) {
+		e->u->uc_context_restore(e->uc, e->rollback);
 		return fail(e, "an instruction that unicorn can't restart wrote to unbacked memory; the kvm backend can");
+	}
 	if (!add_window(e, &touch))
 		return fail(e, "no memory");
 	return replay(e);
@@ -1243,6 +1251,10 @@ static enum orc_why raised(struct orc_emulator *e)
 		return fail(e, "it does not execute guests of a guest; the kvm backend can");
 	if (vector == EXCEPTION_PF && !e->careful) {
 		e->careful = true;
+		/* It was not raised: the next one is not a double fault. */
+		e->u->uc_context_save(e->uc, e->rollback);
+		memset((char *)e->rollback + e->u->at_exception, 0xff, sizeof(int32_t));
+		e->u->uc_context_restore(e->uc, e->rollback);
 		return ORC_COMMAND;
 	}
 	e->careful = false;

@@ -50,8 +50,9 @@ struct orc_unicorn {
 	void *library;
 	struct orc_unicorn_numbers n;
 	size_t context_size;
-	/* In a saved context: RAX.., what the flags are worked out from, hflags, the hidden parts of ES, CS, SS, DS, FS, GS. */
-	size_t at_registers, at_flags, at_hflags, at_segments;
+	/* In a saved context: RAX.., what the flags are worked out from, hflags, the hidden parts of ES, CS, SS, DS, FS, GS, and
+	 * the exception in flight (-1: none). */
+	size_t at_registers, at_flags, at_hflags, at_segments, at_exception;
 	void *fresh[3];                   /* contexts of a CPU that has just entered 16, 32, 64-bit mode */
 #define F(result, name, arguments) result(*name) arguments;
 	ORC_UNICORN_FUNCTIONS(F)
