@@ -160,9 +160,9 @@ async def _stream(options: Options, library: Path, thread: bool) -> Row:
     rate, share = work.total / work.took * 1e9, cpu / work.took * 1e9
     return Row(
         what=f"aio, {'own thread' if thread else 'guest of the loop'}: exits to an async for, {seconds} s",
-        measured=f"{rate:,.0f}/s, {work.total - tally.received} lost, {share:.0%} of a core",
+        measured=f"{rate:,.0f}/s, {missed} missed, {share:.0%} of a core",
         note="A C thread stands in for KVM_RUN, as in `told`; its own CPU is part of the figure.",
-        bound=f"{RATE:,}/s, 0 lost",
+        bound=f"{RATE:,}/s, 0 missed",
         ok=rate >= 0.99 * RATE and not missed and tally.received == work.total,
         details={"rate": rate, "received": tally.received, "missed": missed, "cpu_share": share},
     )

@@ -121,8 +121,7 @@ class Guest:
         house = self.house
         if house.backend.blocking:
             try:
-                with house.core.urgently():
-                    await trio.to_thread.run_sync(self._build, limiter=house.setup_threads)
+                await trio.to_thread.run_sync(self._build, limiter=house.setup_threads)
             except RuntimeError as error:
                 if NO_THREAD not in str(error):
                     raise

@@ -17,7 +17,7 @@ import orchestra as orc
 import orchestra.aio
 from orchestra.backend.scripted import ScriptedExit, hlt
 
-__all__ = ["LIMIT", "Door", "door", "idle", "nothing_stays", "reached", "run"]
+__all__ = ["LIMIT", "Door", "descriptors", "door", "idle", "nothing_stays", "reached", "run"]
 
 T = TypeVar("T")
 LIMIT = 30.0

@@ -20,7 +20,7 @@ from orchestra.native.records import RecordReader, told_mask
 from orchestra.spec import MemoryRegion
 from orchestra.vcpu import Vcpu
 
-__all__ = ["MMIO", "PORTS", "Detection", "Access", "Played", "answer", "play"]
+__all__ = ["MMIO", "PORTS", "Access", "Detection", "Played", "answer", "play"]
 
 PORTS = range(0x500, 0x540)
 MMIO = range(0xD000_0000, 0xD000_4000)
@@ -79,6 +79,17 @@ class _Host:
         return calls
 
 
+class _Lenient(Vcpu):
+    """It goes on after exits that would fail it."""
+
+    def __init__(self, host: _Host, index: int, engine: Any, goes_on: tuple[type[exits.Exit], ...]) -> None:
+        super().__init__(host, index, engine)
+        self.goes_on = goes_on
+
+    def _judge(self, exit: exits.Exit) -> Outcome | None:
+        return None if isinstance(exit, self.goes_on) else super()._judge(exit)
+
+
 @attrs.frozen
 class Played:
     """What came of it."""
@@ -110,14 +121,20 @@ def play(
     load: int = 0x1000,
     memory: int = MiB,
     detection: Detection | None = None,
+    mmio: Iterable[range] = (MMIO,),
     regions: Iterable[MemoryRegion] = (),
     data: Iterable[tuple[int, bytes]] = (),
     seconds: float = 10,
     devices: Iterable[tuple[range | None, range | None, Any]] = (),
     debug: tuple[int, tuple[int, ...]] | None = None,
-    prepare: Callable[[GuestMemory, VcpuCore], object] | None = None,
+    goes_on: tuple[type[exits.Exit], ...] = (),
+    prepare: Callable[[GuestMemory, VcpuCore], Callable[[], object] | None] | None = None,
 ) -> Played:
-    """Run `code` to its end; it is stopped after so many seconds. `data`: what else memory holds at first."""
+    """Run `code` to its end; it is stopped after so many seconds.
+
+    `data`: what else memory holds at first. `debug`: for `guest_debug`. `goes_on`: exits that do not end it here.
+    `prepare`: called before it runs, and what it returns once it has ended.
+    """
     boot = FlatImage(code=code, load=load, mode=mode)
     spec = VmSpec(name="guest", boot=boot, memory=memory, regions=tuple(regions), bus_lock_detection=detection)
     guest_memory, fleet = GuestMemory(spec), FleetCore()
@@ -127,27 +144,24 @@ def play(
         guest_memory.write(address, content)
     machine = backend.create(spec, [core], guest_memory, states, bus_locks=backend.bus_lock_detection() is not None)
     log: list[Access] = []
-    default = [(PORTS, None, _Device("port", log)), (None, MMIO, _Device("mmio", log))]
-    for ports, mmio, device in [*default, *devices]:
+    claims = [(PORTS, None, _Device("port", log)), *((None, span, _Device("mmio", log)) for span in mmio), *devices]
+    for ports, addresses, device in claims:
         if ports is not None:
             host.ports.claim(ports, device, threading.Lock())
             machine.claim_ports(ports, True)
-        if mmio is not None:
-            host.mmio.claim(mmio, device, threading.Lock())
+        if addresses is not None:
+            host.mmio.claim(addresses, device, threading.Lock())
     core.tell(told_mask((exits.Exit,)))
     engine: Any = machine.engines[0]
     if debug is not None:
         engine.guest_debug(*debug)
-    if prepare is not None:
-        prepare(guest_memory, core)
-    vcpu = Vcpu(host, 0, engine)
+    finish = prepare(guest_memory, core) if prepare is not None else None
+    vcpu = _Lenient(host, 0, engine, goes_on)
     timer = threading.Timer(seconds, core.command, (Command.STOP,))
     timer.daemon = True
     timer.start()
     try:
         vcpu.drive()
-        timer.cancel()
-        timer.join()
         reader, told = RecordReader(), []
         reader.add(1, "guest", 0)
         while batch := fleet.drain():
@@ -163,6 +177,10 @@ def play(
             counters=core.counters(monotonic_ns()),
         )
     finally:
+        timer.cancel()
+        timer.join()
+        if finish is not None:
+            finish()
         machine.close()
         core.close()
         fleet.close()

@@ -14,7 +14,7 @@ import trio
 import aio_kit
 import orchestra as orc
 import orchestra.aio
-from aio_kit import LIMIT, Door, idle, reached, run
+from aio_kit import LIMIT, Door, descriptors, idle, reached, run
 from conftest import blank, guest
 from orchestra.aio.loop import LoopBridge
 from orchestra.backend.scripted import bus_lock, hlt, io_read, io_write
@@ -320,20 +320,26 @@ def test_an_error_in_the_block_comes_out_and_the_fleet_is_closed(door):
 
 
 class Bad:
-    """A policy that raises when it is asked."""
+    """A policy that raises once the block is entered."""
 
     name, interval = "bad", 0.001
 
+    def __init__(self) -> None:
+        self.now = False
+
     def decide(self, facts: orc.Facts) -> Iterable[orc.Action]:
-        raise ZeroDivisionError("in the policy")
+        if self.now:
+            raise ZeroDivisionError("in the policy")
+        return []
 
 
 def test_a_fleet_that_fails_cancels_its_block_and_its_error_comes_out(nothing_left, door):
     async def main() -> None:
         task = asyncio.current_task()
         with pytest.raises(ZeroDivisionError, match="in the policy"):  # noqa: PT012 - the block is what is tested
-            async with door.open(policies=[Bad()], strict=True) as fleet:
+            async with door.open(policies=[bad := Bad()], strict=True) as fleet:
                 await fleet.launch(blank())
+                bad.now = True
                 await asyncio.Event().wait()
         assert task.cancelling() == 0
         await asyncio.sleep(0)  # no cancellation is left over
@@ -344,7 +350,8 @@ def test_a_fleet_that_fails_cancels_its_block_and_its_error_comes_out(nothing_le
 def test_a_fleet_that_fails_under_an_error_of_the_block_raises_both(door):
     async def main() -> None:
         with pytest.raises(BaseExceptionGroup) as caught:  # noqa: PT012 - the block is what is tested
-            async with door.open(policies=[Bad()], strict=True):
+            async with door.open(policies=[bad := Bad()], strict=True):
+                bad.now = True
                 try:
                     await asyncio.Event().wait()
                 except asyncio.CancelledError:
@@ -355,15 +362,54 @@ def test_a_fleet_that_fails_under_an_error_of_the_block_raises_both(door):
     run(main)
 
 
+def test_a_fleet_that_fails_when_its_block_is_cancelled_as_well_is_the_cause_of_the_cancellation(door):
+    async def owner() -> None:
+        async with door.open(policies=[bad := Bad()], strict=True):
+            bad.now = True
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                asyncio.current_task().cancel()  # as if another had come at the same time
+                await asyncio.sleep(0)
+
+    async def main() -> None:
+        task = asyncio.create_task(owner())
+        with pytest.raises(asyncio.CancelledError) as caught:
+            await task
+        assert isinstance(caught.value.__cause__, ZeroDivisionError)
+        assert task.cancelling() == 1
+
+    run(main)
+
+
 def test_a_fleet_that_fails_in_a_block_that_shrugs_still_raises(door):
     async def main() -> None:
         with pytest.raises(ZeroDivisionError):  # noqa: PT012 - the block is what is tested
-            async with door.open(policies=[Bad()], strict=True):
+            async with door.open(policies=[bad := Bad()], strict=True):
+                bad.now = True
                 try:
                     await asyncio.Event().wait()
                 except asyncio.CancelledError:
                     pass
         assert asyncio.current_task().cancelling() == 0
+
+    run(main)
+
+
+def test_a_fleet_that_fails_before_its_block_is_entered_says_why():
+    class AtOnce(Bad):
+        interval = 1e-6
+
+        def __init__(self) -> None:
+            self.now = True
+
+    async def main() -> None:
+        before = descriptors()
+        for _ in range(20):  # on a thread, so it may be too late sometimes
+            with pytest.raises(ZeroDivisionError):
+                async with Door(True).open(policies=[AtOnce()], strict=True):
+                    await asyncio.Event().wait()
+        assert descriptors() == before
 
     run(main)
 
@@ -438,6 +484,21 @@ def test_fleets_come_and_go_while_others_end(nothing_left, door):
 
     async def main() -> None:
         await asyncio.gather(*(one(turns) for turns in (1, 5, 3, 8)))
+
+    run(main)
+
+
+def test_a_fleet_is_opened_at_any_moment_of_anothers_life(door):
+    async def one(steps: int) -> orc.Outcome:
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        async with door.open() as fleet:
+            vm = await fleet.launch(blank())
+        return vm.outcome
+
+    async def main() -> None:
+        for steps in range(60):
+            assert await asyncio.gather(one(0), one(steps)) == [orc.Stopped("the fleet was closed")] * 2
 
     run(main)
 

@@ -213,6 +213,29 @@ def test_a_request_that_was_returned_to_the_bus_meanwhile_is_not_handed_out(door
     run(main)
 
 
+def test_a_call_that_fails_just_when_it_is_cancelled_does_not_eat_the_cancellation(door):
+    """Else a task that handles the error would go on, and whoever waits for it would wait for ever."""
+
+    async def tries(fleet: orc.aio.Fleet) -> None:
+        while True:
+            try:
+                await fleet.launch(blank())
+            except orc.VmExists:
+                pass
+
+    async def main() -> None:
+        async with door.open() as fleet:
+            await fleet.launch(blank())
+            for steps in range(60):
+                task = asyncio.create_task(tries(fleet))
+                await rounds(steps)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+
+    run(main)
+
+
 # ---- the join
 
 
@@ -378,7 +401,7 @@ def test_a_call_whose_coroutine_is_thrown_away_is_taken_back(door):
     run(main)
 
 
-def test_an_error_while_unwinding_comes_out_instead_of_the_cancellation(door):
+def test_an_error_while_unwinding_is_the_cause_of_the_cancellation(door):
     async def stubborn() -> None:
         try:
             await trio.sleep_forever()
@@ -390,13 +413,14 @@ def test_an_error_while_unwinding_comes_out_instead_of_the_cancellation(door):
             task = asyncio.create_task(fleet._bridge.call(stubborn))
             await reached(fleet)
             task.cancel()
-            with pytest.raises(ZeroDivisionError):
+            with pytest.raises(asyncio.CancelledError) as caught:
                 await task
+            assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
     run(main)
 
 
-def test_an_error_while_opening_comes_out_instead_of_the_cancellation(door):
+def test_an_error_while_opening_is_the_cause_of_the_cancellation(door):
     class Stubborn:
         async def __aenter__(self) -> None:
             try:
@@ -413,8 +437,9 @@ def test_an_error_while_opening_comes_out_instead_of_the_cancellation(door):
             task = asyncio.create_task(block.__aenter__())
             await reached(fleet)
             task.cancel()
-            with pytest.raises(ZeroDivisionError):
+            with pytest.raises(asyncio.CancelledError) as caught:
                 await task
+            assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
     run(main)
 
@@ -456,6 +481,34 @@ def test_a_keyboard_interrupt_raised_in_the_block_joins_it(nothing_left, door):
     with pytest.raises(KeyboardInterrupt):
         asyncio.run(main())
     assert vms[0].outcome == orc.Stopped("the fleet was closed")
+
+
+def test_an_interrupt_never_comes_in_the_middle_of_trio(nothing_left):
+    """asyncio's handler raises at the second: there, it would lose a tick, and trio would stand still."""
+
+    class Impatient:
+        name, interval = "impatient", 0.001
+        survived = 0
+
+        def decide(self, facts: orc.Facts) -> list[orc.Action]:
+            if self.survived < 2:
+                interrupt()
+                self.survived += 1
+            return []
+
+    impatient = Impatient()
+
+    async def main() -> None:
+        async with Door(False).open(policies=[impatient]) as fleet:
+            await fleet.launch(blank())
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                await asyncio.Event().wait()
+
+    with pytest.raises(KeyboardInterrupt):
+        asyncio.run(main())
+    assert impatient.survived == 2
 
 
 def test_a_loop_that_is_stuck_can_be_interrupted_all_the_same():

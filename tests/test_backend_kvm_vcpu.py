@@ -13,6 +13,9 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from orchestra.backend.kvm import vcpu as vcpu_module
 from orchestra.backend.kvm.cpuid import CpuidEntry
 from orchestra.backend.kvm.ioctl import call
+from orchestra.backend.kvm.system import Kvm
+from orchestra.backend.kvm.vcpu import KvmVcpu
+from orchestra.backend.kvm.vm import KvmVm
 from orchestra.backend.registers import (
     DebugRegisters,
     DescriptorTable,
@@ -21,9 +24,6 @@ from orchestra.backend.registers import (
     Segment,
     SpecialRegisters,
 )
-from orchestra.backend.kvm.system import Kvm
-from orchestra.backend.kvm.vcpu import KvmVcpu
-from orchestra.backend.kvm.vm import KvmVm
 from orchestra.errors import BackendUnavailable, KvmError, SpecError, StateError
 from orchestra.native import ffi, lib
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from orchestra.backend.kvm import vm as vm_module
-from orchestra.backend.registers import Registers
 from orchestra.backend.kvm.system import Kvm
 from orchestra.backend.kvm.vm import KvmVm
+from orchestra.backend.registers import Registers
 from orchestra.errors import BackendUnavailable, BusLockUnsupported, KvmError, ResourceLimit, SpecError, StateError
 from orchestra.native import ffi, lib
 

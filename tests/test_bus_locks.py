@@ -221,7 +221,8 @@ async def test_tenants_of_weight_one_and_three_share_the_budget_so_and_idle_shar
     tenants = [orc.Tenant("small", weight=1), orc.Tenant("large", weight=3)]
     share = orc.WeightedShare(interval=0.2)
     budget = orc.Limit(rate=400)
-    settled, measured = (1, 2) if ground.emulated else (2, 6)  # seconds: a few ticks, and as exact as the host is steady
+    # In seconds: a few ticks, and then as long as it takes to be exact.
+    settled, measured = (1, 2) if ground.emulated else (2, 6)
     async with ground.open(limit=budget, tenants=tenants, policies=[share]) as fleet:
         small = await fleet.launch(lock_spec("add", 32, name="s", tenant="small"))
         large = await fleet.launch(lock_spec("add", 32, name="l", tenant="large"))

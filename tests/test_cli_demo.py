@@ -100,6 +100,12 @@ async def test_the_budget_can_be_said(autojump_clock):
     assert all(vm.spans[1].held for vm in result.noisy)
 
 
+async def test_no_budget_is_so_large_that_waiting_for_it_is_work(autojump_clock):
+    fast = ScriptedBackend(lambda spec, _: itertools.repeat(bus_lock(after=1e-5 if "noisy" in spec.name else 2.0)))
+    result = await told(plan(fast, seconds=0.5))
+    assert {vm.spans[1].limit.rate for vm in result.noisy} == {1000}  # and not 5 % of 100,000
+
+
 async def test_every_action_has_a_reason_and_its_evidence_and_is_in_the_journal(autojump_clock):
     result = await told(plan())
     assert [applied.action.vm for applied in result.actions] == ["noisy-1", "noisy-2", None, "noisy-1"]
@@ -343,7 +349,7 @@ def test_trends_are_as_high_as_the_mean_of_their_part_and_say_what_was_gained():
         "quiet:",
         "own",
         "work",
-        "▄██▂",
+        "▄█▂▂",
         "+50%",
     ]  # nothing was seen in the third
 

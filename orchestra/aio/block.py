@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 import trio
 
 from ..errors import StateError
-from .bridge import Bridge, Call, Closed, Flag
+from .bridge import Bridge, Call, Closed, Flag, chained
 
 __all__ = ["Block"]
 
@@ -43,6 +43,7 @@ class Block(AbstractAsyncContextManager[U], Generic[T, U]):
         self._leave = trio.Event()
         self._inside: asyncio.Task[Any] | None = None  # who is in the block
         self._interrupted = False
+        self._cancelling = 0  # how often that task had been cancelled before
 
     async def _hold(self) -> None:
         async with self._manager() as inner:
@@ -70,10 +71,11 @@ class Block(AbstractAsyncContextManager[U], Generic[T, U]):
         cancelled = await self._settled.outlast(self._call.cancel)
         if cancelled is not None:
             await self._call.finished.outlast()
-            raise self._failure() or cancelled
+            raise chained(cancelled, self._failure())
         if self._call.finished.is_set:
             raise self._call.error or StateError("the fleet is closed")
         self._inside = asyncio.current_task()
+        self._cancelling = self._inside.cancelling() if self._inside is not None else 0
         return self._wrap(self._entered[0])
 
     async def __aexit__(
@@ -83,15 +85,19 @@ class Block(AbstractAsyncContextManager[U], Generic[T, U]):
         self._bridge.post(self._leave.set)
         cancelled = await self._call.finished.outlast()
         if self._interrupted and inside is not None:
-            inside.uncancel()  # that was us, and what follows says why
+            alone = inside.uncancel() <= self._cancelling
+            if alone and isinstance(raised, asyncio.CancelledError):
+                raised = None  # that was us, and what follows says why
         failure = self._failure()
+        if isinstance(raised, asyncio.CancelledError):
+            raise chained(raised, failure)
+        if cancelled is not None and (raised is None or isinstance(raised, Exception)):
+            raise chained(cancelled, failure)
         if failure is not None and failure is not raised:
-            if raised is None or isinstance(raised, asyncio.CancelledError):
+            if raised is None:
                 raise failure
             if isinstance(raised, Exception):
                 raise _together(failure, raised)
-        if cancelled is not None and (raised is None or isinstance(raised, Exception)):
-            raise cancelled
 
 
 def _together(failure: BaseException, raised: Exception) -> BaseException:

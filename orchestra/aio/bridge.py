@@ -17,7 +17,7 @@ import trio
 
 from ..errors import StateError
 
-__all__ = ["Bridge", "Call", "Closed", "Flag"]
+__all__ = ["Bridge", "Call", "Closed", "Flag", "chained"]
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -33,6 +33,16 @@ def _only_cancelled(error: BaseException) -> bool:
     if isinstance(error, BaseExceptionGroup):
         return error.split(trio.Cancelled)[1] is None
     return isinstance(error, trio.Cancelled)
+
+
+def chained(cancelled: asyncio.CancelledError, error: BaseException | None) -> BaseException:
+    """What to raise of both: the cancellation, which has an error as its cause. Ctrl-C and exits are no such errors."""
+    if error is None or isinstance(error, Closed):
+        return cancelled
+    if not isinstance(error, Exception | BaseExceptionGroup):
+        return error
+    cancelled.__cause__ = error
+    return cancelled
 
 
 class Flag:
@@ -157,7 +167,7 @@ class Bridge(abc.ABC):
 
     @abc.abstractmethod
     def start(self, call: Call[Any]) -> None:
-        """Run it as a trio task, in a copy of the context that this is called in."""
+        """Run it as a trio task, in a copy of the context that this is called in. Not while `ending`."""
 
     @abc.abstractmethod
     def post(self, function: Callable[[], object]) -> None:
@@ -184,11 +194,11 @@ class Bridge(abc.ABC):
         self.ending = True
         self.post(self._stop.set)
         cancelled = await self.ended.outlast()
-        if self._failure is not None:
-            failure, self._failure = self._failure, None
-            raise failure
+        failure, self._failure = self._failure, None
         if cancelled is not None:
-            raise cancelled
+            raise chained(cancelled, failure)
+        if failure is not None:
+            raise failure
 
     def over(self, failure: BaseException | None) -> None:
         """The run has ended. By itself it does so only by a failure: then whoever waits for it is told that."""
@@ -214,9 +224,8 @@ class Bridge(abc.ABC):
     ) -> T:
         """Await a trio function.
 
-        Cancelled, the trio function is cancelled and waited for; then CancelledError is raised, unless unwinding failed
-        with an error of its own. It is raised too when the function had just returned, as anything else would confuse
-        `asyncio.timeout`.
+        Cancelled, the trio function is cancelled and waited for, and then CancelledError is raised, whatever came of
+        it: a task that gets anything else goes on, and is not cancelled again. If it was an error, that is the cause.
 
         Parameters:
             keep: given what is returned, whether or not the caller still gets it.
@@ -231,13 +240,13 @@ class Bridge(abc.ABC):
         call = Call(self, function, args)
         self.begin(call)
         cancelled = await call.finished.outlast(call.cancel)
-        if cancelled is not None and (call.unwound or isinstance(call.error, Closed)):
-            raise cancelled
         if call.error is not None:
             try:
-                raise call.error
+                raise call.error if cancelled is None else chained(cancelled, call.error)
             finally:
                 del call  # or the error's traceback would keep itself alive
+        if call.unwound and cancelled is not None:
+            raise cancelled
         if keep is not None:
             keep(call.value)
         if cancelled is not None:

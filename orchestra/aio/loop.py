@@ -16,7 +16,7 @@ from typing import Any, Final, ParamSpec, Self, TypeVar
 import trio
 
 from ..errors import StateError
-from .bridge import Bridge, Call, Closed
+from .bridge import Bridge, Call
 
 __all__ = ["LoopBridge"]
 
@@ -89,11 +89,7 @@ class LoopBridge(Bridge):
         self.over(failure)
 
     def start(self, call: Call[Any]) -> None:
-        if self.ending:
-            call.finish(Closed("the fleet is closed"))
-        else:
-            trio.lowlevel.spawn_system_task(call.run, context=contextvars.copy_context())
-            self._stay_awake()
+        trio.lowlevel.spawn_system_task(call.run, context=contextvars.copy_context())
 
     def _stay_awake(self) -> None:
         if not self._awake:

@@ -10,7 +10,7 @@ from typing import Any, ParamSpec, Self, TypeVar
 
 import trio
 
-from .bridge import Bridge, Call, Closed, Flag
+from .bridge import Bridge, Call, Flag
 
 __all__ = ["ThreadBridge"]
 
@@ -71,10 +71,7 @@ class ThreadBridge(Bridge):
             pass  # `over` finishes it
 
     def _spawn(self, call: Call[Any], context: contextvars.Context) -> None:
-        if self._stop.is_set():
-            self.tell(call.finish, Closed("the fleet is closed"))
-        else:
-            trio.lowlevel.spawn_system_task(call.run, context=context)
+        trio.lowlevel.spawn_system_task(call.run, context=context)
 
     def post(self, function: Callable[[], object]) -> None:
         if not self.ended.is_set:

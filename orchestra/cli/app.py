@@ -66,7 +66,11 @@ def demo(
     noisy: Annotated[int, _option("how many of them are noisy neighbours")] = 2,
     limit: Annotated[
         Rate | None,
-        _option("what a noisy VM may do a second once limits are on (default: 5 % of what it did)", parse_rate, "RATE"),
+        _option(
+            "what a noisy VM may do a second once limits are on (default: 5 % of what it did, 1000 at most)",
+            parse_rate,
+            "RATE",
+        ),
     ] = None,
     seconds: Annotated[float, _option("how long the three acts take together", parse_seconds, "S")] = 12.0,
     backend: Backend = "auto",

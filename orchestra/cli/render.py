@@ -162,13 +162,12 @@ class Trends:
         parts: list[list[float]] = [[] for _ in range(wide)]
         for seen in self._seen:
             parts[min(int(seen[0] / self._seconds * wide), wide - 1)].append(seen[which])
-        bars, height = "", 0
-        until = max((i for i, part in enumerate(parts) if part), default=-1)
-        for part in parts[: until + 1]:
-            if part:  # where no sample fell, it is as it was
+        bars, empty = "", 0
+        for part in parts:
+            if part:  # where no sample fell, it is as in the next one: that looked back
                 mean = sum(part) / len(part)
-                height = max(round(mean / most * (len(BARS) - 1)), 1) if mean else 0
-            bars += BARS[height]
+                bars += BARS[max(round(mean / most * (len(BARS) - 1)), 1) if mean else 0] * (empty + 1)
+            empty = 0 if part else empty + 1
         return bars.ljust(wide)
 
 

@@ -33,7 +33,9 @@ FRAME: Final = 0.25
 SPARING: Final = 4
 """On a slow host: at least so many times as long between two looks as looking and showing took."""
 SHARE: Final = 0.05
-"""A noisy VM's budget, of what it did while it was free."""
+"""A noisy VM's budget, of what it did while it was free..."""
+MOST: Final = 1000
+"""... but no more a second: what an operator may think of, and few enough that waiting itself costs next to no CPU."""
 MORE: Final = 4
 MOST_VMS: Final = 1000
 
@@ -49,7 +51,8 @@ class Plan:
     Parameters:
         vms: in the fleet, the noisy ones among them.
         noisy: how many are noisy neighbours, at least one.
-        limit: events per second that each noisy VM may make from act 2 on; None: a part of what it made in act 1.
+        limit: events per second that each noisy VM may make from act 2 on; None: a part of what it
+            made in act 1, and no more than 1000.
         seconds: of all acts together.
         backend: as for `open_fleet`.
         cpus: how many of the host's CPUs the VMs share, as they do on a host that is full; None: no matter.
@@ -197,7 +200,8 @@ class Story:
         spans = {name: spans[0] for name, spans in self._spans.items()}
         total = sum(span.rate for span in spans.values())
         quiet = sum(span.rate for vm in self._vms if not self._is_noisy(vm) for span in [spans[vm.name]])
-        budget = self.plan.limit or tidy(SHARE * sum(spans[vm.name].rate for vm in noisy) / len(noisy))
+        each = sum(spans[vm.name].rate for vm in noisy) / len(noisy)
+        budget = self.plan.limit or tidy(min(SHARE * each, MOST))
         # Far above all that the budgets and the quiet VMs add up to, so that nobody waits for it in this play.
         ceiling = tidy(4 * (MORE * budget * len(noisy) + quiet))
         actions = []
@@ -208,7 +212,7 @@ class Story:
             evidence = {"measured": round(rate, 1), "share": round(share, 4)}
             actions.append(self._throttle(vm.name, Limit(rate=budget), reason, evidence))
         top = Limit(rate=ceiling, burst=max(ceiling / 10, 10 * len(self._vms)))
-        actions.append(self._throttle(None, top, "a ceiling for whoever is noisy next", {"measured": round(total, 1)}))
+        actions.append(self._throttle(None, top, "a ceiling for the next noisy one", {"measured": round(total, 1)}))
         await self._apply(*actions)
 
     def _throttle(self, vm: str | None, limit: Limit, reason: str, evidence: Mapping[str, Any]) -> Throttle:

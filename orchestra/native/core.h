@@ -31,6 +31,7 @@ struct orc_fleet {
 	orc_vcpu *throttled; /* list of those that wait for a turn */
 	/* Somebody waits for a vCPU to come out: emulated guests make way, until then at most. */
 	_Alignas(ORC_CACHE_LINE) _Atomic uint32_t urgent;
+	_Atomic uint32_t making_way; /* how many do */
 	_Atomic orc_ns urgent_until;
 	struct orc_capper *capper; /* owner; NULL until the first cap */
 };

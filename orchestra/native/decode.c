@@ -125,18 +125,45 @@ static unsigned lockable(unsigned opcode, int *width, int *constants, bool *bit_
 	}
 }
 
+/* The same for what matters without the prefix, and what it is. */
+static unsigned of_interest(unsigned opcode, enum orc_insn_kind *kind, int *width, int *constants)
+{
+	*width = opcode & 1 ? 0 : 1;
+	*constants = 0;
+	*kind = ORC_INSN_FLAGS;
+	switch (opcode) {
+	case 0x86: case 0x87:
+		*kind = ORC_INSN_LOCK;
+		return 0xff;
+	case 0xc0: case 0xc1:
+		*constants = 1;
+		/* fall through */
+	case 0xd0: case 0xd1: case 0xd2: case 0xd3:
+		return 1 << 2 | 1 << 3;
+	case 0x0fc7:
+		*kind = ORC_INSN_WIDE;
+		*width = 8;
+		return 1 << 1;
+	default:
+		*width = 1;
+		return (opcode & 0xfff0) == 0x0f90 ? 0xff : 0;
+	}
+}
+
 struct prefixes {
 	bool lock, operand, address;
 	uint8_t rex;
 };
 
-/* An instruction that has the prefix, or locks without it. */
-static void decode_lock(struct reader *r, const struct prefixes *p, unsigned opcode, int operand, int bits,
-			struct orc_insn *insn)
+/* An instruction with an operand in memory, if it is one of the two lists. */
+static void decode_memory(struct reader *r, const struct prefixes *p, unsigned opcode, int operand, int bits,
+			  struct orc_insn *insn)
 {
+	enum orc_insn_kind kind = ORC_INSN_LOCK;
 	int width, constants, reg;
-	bool bit_offset;
-	unsigned may = lockable(opcode, &width, &constants, &bit_offset);
+	bool bit_offset = false;
+	unsigned may = p->lock ? lockable(opcode, &width, &constants, &bit_offset)
+			       : of_interest(opcode, &kind, &width, &constants);
 	uint8_t modrm;
 
 	insn->kind = p->lock ? ORC_INSN_ILLEGAL : ORC_INSN_OTHER;
@@ -146,7 +173,8 @@ static void decode_lock(struct reader *r, const struct prefixes *p, unsigned opc
 	reg = (modrm >> 3) & 7;
 	if (modrm >> 6 == 3 || !(may >> reg & 1))
 		return;
-	insn->kind = ORC_INSN_LOCK;
+	insn->kind = kind;
+	insn->reg = (uint8_t)reg;
 	insn->size = (uint8_t)(width ? width : operand);
 	if (opcode == 0x0fc7 && p->rex & 8)
 		insn->size = 16;
@@ -199,6 +227,20 @@ static void decode_other(struct reader *r, unsigned opcode, int operand, int bit
 	}
 }
 
+bool orc_may_matter(const uint8_t *code, size_t n)
+{
+	switch (code[0]) {
+	case 0x0f:
+		return n > 1 && (code[1] == 0x05 || code[1] == 0x34 || code[1] == 0xc7 || (code[1] & 0xf0) == 0x90);
+	case 0x6c: case 0x6d: case 0x6e: case 0x6f: case 0x86: case 0x87: case 0xc0: case 0xc1: case 0xcc: case 0xcd:
+	case 0xce: case 0xd0: case 0xd1: case 0xd2: case 0xd3: case 0xe4: case 0xe5: case 0xe6: case 0xe7: case 0xec:
+	case 0xed: case 0xee: case 0xef: case 0xf0: case 0xf4:
+		return true;
+	default:
+		return false;
+	}
+}
+
 bool orc_decode(const uint8_t *code, size_t n, int bits, struct orc_insn *insn)
 {
 	struct reader r = {.code = code, .n = n};
@@ -234,9 +276,8 @@ bool orc_decode(const uint8_t *code, size_t n, int bits, struct orc_insn *insn)
 	insn->address_bits = bits == 64 ? (p.address ? 32 : 64) : (bits == 16) == p.address ? 32 : 16;
 	opcode = byte == 0x0f ? 0x0f00u | take(&r) : byte;
 	insn->opcode = (uint8_t)opcode;
-	if (p.lock || opcode == 0x86 || opcode == 0x87)
-		decode_lock(&r, &p, opcode, operand, bits, insn);
-	else
+	decode_memory(&r, &p, opcode, operand, bits, insn);
+	if (insn->kind == ORC_INSN_OTHER)
 		decode_other(&r, opcode, operand, bits, insn);
 	if (r.short_of)
 		insn->kind = ORC_INSN_OTHER;

@@ -17,6 +17,8 @@ enum orc_insn_kind {
 	ORC_INSN_HLT,
 	ORC_INSN_INT,     /* INT n, INT3, INTO */
 	ORC_INSN_SYSCALL, /* SYSCALL, SYSENTER */
+	ORC_INSN_FLAGS,   /* SETcc, RCL and RCR of memory */
+	ORC_INSN_WIDE,    /* CMPXCHG8B and CMPXCHG16B without LOCK */
 	ORC_INSN_ILLEGAL, /* a LOCK prefix where none may be; its length is not told */
 };
 
@@ -36,9 +38,12 @@ struct orc_insn {
 	int64_t displacement;
 	int16_t port; /* -1: in DX; of INT its vector */
 	uint8_t opcode; /* the last byte of it */
+	uint8_t reg;    /* ModR/M's field of that name */
 };
 
 bool orc_is_prefix(uint8_t byte, int bits);
+/* Whether one of those, or its part behind the prefixes, may begin there: what to decode at all. */
+bool orc_may_matter(const uint8_t *code, size_t n);
 /* Decodes what begins at `code`, of which `n` bytes are known. False, with kind OTHER, if it is none of the above (or not
  * all of it is known). `bits` is 16, 32 or 64: the code segment's default. */
 bool orc_decode(const uint8_t *code, size_t n, int bits, struct orc_insn *out);

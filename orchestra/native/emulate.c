@@ -29,7 +29,7 @@
 
 enum {
 	PAGE = 4096,
-	SITES = 4096, /* hooked at the same time; unicorn walks through all of them at each */
+	SITES = 2048, /* hooked at the same time; unicorn walks through all of them at each */
 	FIRST_CODE_PAGES = 64,
 	CODE_CHUNK = 1 << 18,
 	CACHE_LINE = 64,
@@ -252,23 +252,8 @@ static void scan(struct orc_emulator *e, uint64_t begin, uint32_t size)
 	for (size_t i = 0; i < n; i++) {
 		struct orc_insn insn;
 
-		switch (code[i]) {
-		case 0xf0: /* or an illegal one */
-			break;
-		case 0x86: case 0x87:
-			if (!e->bus_locks)
-				continue;
-			break;
-		case 0x0f:
-			if (i + 1 < n && (code[i + 1] == 0x05 || code[i + 1] == 0x34))
-				break;
+		if (!orc_may_matter(code + i, n - i))
 			continue;
-		case 0xe4: case 0xe5: case 0xe6: case 0xe7: case 0xec: case 0xed: case 0xee: case 0xef:
-		case 0x6c: case 0x6d: case 0x6e: case 0x6f: case 0xf4: case 0xcc: case 0xcd: case 0xce:
-			break;
-		default:
-			continue;
-		}
 		/* It may begin with prefixes before this byte. */
 		for (size_t start = i;; start--) {
 			if (orc_decode(code + start, n - start, bits, &insn)) {
@@ -429,8 +414,7 @@ static uint64_t msr(const struct orc_emulator *e, uint32_t number)
 	return value.value;
 }
 
-/* Whether the task's permission map lets this code touch those ports: Intel SDM vol. 1, 19.5.2. False: unicorn, which looks
- * there too, raises the exception. */
+/* Whether the task's permission map lets this code touch those ports: Intel SDM vol. 1, 19.5.2. */
 static bool is_permitted(struct orc_emulator *e, uint32_t port, unsigned size)
 {
 	enum { TSS_32 = 9, BUSY = 2, MAP_BASE = 0x66 };
@@ -522,7 +506,9 @@ static void on_instruction(uc_engine *uc, uint64_t address, uint32_t size, void 
 	e->pass = e->pass_debug = NOWHERE;
 	orc_emulator_look(e);
 	bits = orc_state_bits(e);
-	rip = address - segment_base(e, 1, bits);
+	e->met = rip = address - segment_base(e, 1, bits);
+	e->met_lock = false;
+	e->negated_size = 0;
 	if (!counted && !debugged && is_breakpoint(e, address)) {
 		e->insn_rip = rip;
 		raise_here(e, EXCEPTION_DB);
@@ -532,9 +518,22 @@ static void on_instruction(uc_engine *uc, uint64_t address, uint32_t size, void 
 	if (!orc_decode(code, size <= sizeof code ? fetch(e, address, code, size) : 0, bits, &insn))
 		return;
 	switch (insn.kind) {
+	case ORC_INSN_FLAGS:
+		return; /* for touched() */
 	case ORC_INSN_LOCK:
+		e->met_lock = true;
 		if (!counted)
 			meet_lock(e, &insn, address, rip, bits);
+		if ((insn.opcode & 0xfe) == 0xf6 && insn.reg == 3) {
+			e->negated = operand_address(e, &insn, rip, bits);
+			e->negated_size = insn.size;
+		} else if (insn.opcode != 0xc7) {
+			return;
+		}
+		/* fall through */
+	case ORC_INSN_WIDE: /* unicorn gets its flags wrong, unless they have just been set (translate.c, case 0x1c7) */
+		e->alone = true;
+		stop(e);
 		return;
 	case ORC_INSN_ILLEGAL:
 		raise_here(e, EXCEPTION_UD);
@@ -551,8 +550,11 @@ static void on_instruction(uc_engine *uc, uint64_t address, uint32_t size, void 
 			return; /* unicorn raises the exception */
 		break;
 	default:
-		if (!may_touch_ports(e, &insn))
+		if (!may_touch_ports(e, &insn)) { /* unicorn would not look */
+			if (!e->failed)
+				raise_here(e, EXCEPTION_GP);
 			return;
+		}
 	}
 	e->insn = insn;
 	e->insn_rip = rip;
@@ -587,16 +589,25 @@ static void on_interrupt(uc_engine *uc, uint32_t vector, void *data)
 static struct orc_touch part_of(const struct orc_emulator *e, uint64_t address)
 {
 	struct orc_touch part = e->outer;
-	uint8_t first = (uint8_t)(PAGE - (part.address & (PAGE - 1)));
+	unsigned first = PAGE - (unsigned)(part.address & (PAGE - 1)); /* bytes up to the end of its page */
 
 	if ((part.address ^ address) & ~(uint64_t)(PAGE - 1)) { /* it goes on there */
 		part.address = address & ~(uint64_t)(PAGE - 1);
 		part.size = part.size > first ? (uint8_t)(part.size - first) : part.size;
-		part.value >>= 8 * first & 63;
+		part.value >>= (8 * first) & 63;
 	} else if (part.size > first) {
-		part.size = first;
+		part.size = (uint8_t)first;
 	}
 	return part;
+}
+
+/* Whether it is the second page of what is accessed. */
+static bool goes_on(const struct orc_emulator *e, uint64_t address)
+{
+	uint64_t end = e->outer.address + e->outer.size;
+
+	return !(address & (PAGE - 1)) && (e->outer.address & (PAGE - 1)) + e->outer.size > PAGE &&
+	       (address == (end & ~(uint64_t)(PAGE - 1)) || orc_register(e, e->u->n.UC_X86_REG_CR0) & CR0_PG);
 }
 
 /* Memory that nobody backs, or that may not be written. False: the instruction is given up. */
@@ -607,11 +618,11 @@ static bool on_touch(uc_engine *uc, int type, uint64_t address, int size, int64_
 	bool write = type != n->UC_MEM_READ_UNMAPPED;
 
 	(void)uc;
-	if (!e->replaying) {
+	/* on_access() is not called for a read that begins here, but was for one that goes on here. */
+	if (!e->replaying || (!write && !goes_on(e, address)))
 		e->outer = (struct orc_touch){.address = address, .value = (uint64_t)value, .size = (uint8_t)size};
-		if (write) /* to see whether it goes on before it stops */
-			e->u->uc_context_save(e->uc, e->rollback);
-	}
+	if (!e->replaying && write) /* to see whether the guest goes on before it stops */
+		e->u->uc_context_save(e->uc, e->rollback);
 	e->touch = part_of(e, address);
 	e->touch.write = write;
 	e->touch.rom = type == n->UC_MEM_WRITE_PROT;
@@ -872,6 +883,10 @@ static uint64_t window_read(uc_engine *uc, uint64_t offset, unsigned size, void 
 	(void)uc;
 	if (e->missing)
 		return 0;
+	if (e->once && (!e->part || e->part->address != part.address)) /* LOCK NEG reads what it compares with again */
+		for (unsigned i = 0; i < e->used; i++)
+			if (e->answers[i].address == part.address)
+				e->part = &e->answers[i];
 	if (!e->part || e->part->address != part.address) {
 		if (e->used == e->answered || e->answers[e->used].address != part.address) {
 			e->missing = true;
@@ -980,6 +995,34 @@ static int step(struct orc_emulator *e)
 	return rc;
 }
 
+/* LOCK NEG is done: its flags, from its result. Unicorn takes them from what was there before (translate.c, case 3 of
+ * 0xf6). */
+static void mend_flags(struct orc_emulator *e)
+{
+	enum { CF = 1, PF = 1 << 2, AF = 1 << 4, ZF = 1 << 6, SF = 1 << 7 };
+	uint64_t flags = orc_register(e, e->u->n.UC_X86_REG_EFLAGS) & ~(uint64_t)(CF | PF | AF | ZF | SF | EFLAGS_OF), result = 0;
+	uint64_t sign = 1ull << (8 * e->negated_size - 1);
+
+	for (unsigned byte = 0; byte < e->negated_size; byte++) {
+		uint64_t physical = 0;
+		const struct orc_memory *m;
+		uint8_t value = 0;
+
+		e->u->uc_vmem_translate(e->uc, e->negated + byte, (uint32_t)e->u->n.UC_PROT_WRITE, &physical);
+		m = memory_at(e, physical);
+		if (m && !m->readonly)
+			value = m->host[physical - m->start];
+		for (unsigned i = 0; i < e->written; i++)
+			if (physical - e->writes[i].address < e->writes[i].size)
+				value = (uint8_t)(e->writes[i].value >> 8 * (physical - e->writes[i].address));
+		result |= (uint64_t)value << 8 * byte;
+	}
+	flags |= (result ? CF : ZF) | (result & sign ? SF : 0) | (result & 15 ? AF : 0) | (result == sign ? EFLAGS_OF : 0);
+	flags |= __builtin_parity((unsigned)result & 0xff) ? 0 : PF;
+	orc_set_register(e, e->u->n.UC_X86_REG_EFLAGS, flags);
+	e->negated_size = 0;
+}
+
 /* The next write of a replayed instruction, or the end of it. */
 static enum orc_why deliver(struct orc_emulator *e)
 {
@@ -1015,16 +1058,23 @@ static enum orc_why replay(struct orc_emulator *e)
 		rc = step(e);
 		e->alone = e->replaying = false;
 		close_windows(e);
+		if (e->torn || e->too_many)
+			e->u->uc_context_restore(e->uc, e->rollback);
 		if (e->torn)
 			return fail(e, "a write goes from memory into such as may only be read; the kvm backend can");
 		if (e->too_many)
 			return fail(e, "an instruction writes more of unbacked memory than is supported; the kvm backend can");
+		if (rc == e->u->n.UC_ERR_INSN_INVALID)
+			e->exception = EXCEPTION_UD;
 		if (e->exception >= 0 && !e->stepped) {
 			settle(e);
 			return ORC_COMMAND; /* it faulted otherwise: the loop sees to it */
 		}
-		if (e->stepped && !e->missing)
+		if (e->stepped && !e->missing) {
+			if (e->negated_size)
+				mend_flags(e);
 			return deliver(e);
+		}
 		e->u->uc_context_restore(e->uc, e->rollback);
 		if (!e->touch.size)
 			return fail(e, e->u->uc_strerror(rc));
@@ -1041,13 +1091,22 @@ static enum orc_why touched(struct orc_emulator *e)
 	struct orc_touch touch = e->touch;
 
 	settle(e);
+	e->once = e->met_lock && e->met == e->touch_rip;
+	if (e->met == e->touch_rip) {
+		/* Flags that unicorn had worked out for the instruction, and it says that it had not: as they were before. */
+		e->u->uc_context_save(e->uc, e->rollback);
+		memcpy((char *)e->rollback + e->u->at_flags, (char *)e->context + e->u->at_flags, ORC_FLAGS_SIZE);
+		e->u->uc_context_restore(e->uc, e->rollback);
+	}
 	if (!touch.write) /* at the start of a page it may be the rest of one that began before: a replay tells */
 		return touch.address & (PAGE - 1) || touch.size == 1 ? ask(e) : replay(e);
 	/* What a helper of unicorn's writes does not stop at once, and what came after it can't be undone. */
 	orc_emulator_look(e);
 	if (orc_register(e, e->u->n.UC_X86_REG_RIP) != e->touch_rip ||
-	    memcmp(orc_state_registers(e), (char *)e->rollback + e->u->at_registers, 16 * sizeof(uint64_t)))
+	    memcmp(orc_state_registers(e), (char *)e->rollback + e->u->at_registers, 16 * sizeof(uint64_t))) {
+		e->u->uc_context_restore(e->uc, e->rollback);
 		return fail(e, "an instruction that unicorn can't restart wrote to unbacked memory; the kvm backend can");
+	}
 	if (!add_window(e, &touch))
 		return fail(e, "no memory");
 	return replay(e);
@@ -1193,6 +1252,10 @@ static enum orc_why raised(struct orc_emulator *e)
 		return fail(e, "it does not execute guests of a guest; the kvm backend can");
 	if (vector == EXCEPTION_PF && !e->careful) {
 		e->careful = true;
+		/* It was not raised: the next one is not a double fault. */
+		e->u->uc_context_save(e->uc, e->rollback);
+		memset((char *)e->rollback + e->u->at_exception, 0xff, sizeof(int32_t));
+		e->u->uc_context_restore(e->uc, e->rollback);
 		return ORC_COMMAND;
 	}
 	e->careful = false;
@@ -1275,6 +1338,10 @@ static enum orc_why enter(struct orc_emulator *e)
 		attend(e);
 	e->insn.kind = ORC_INSN_OTHER;
 	e->exception = -1;
+	if (alone)
+		orc_emulator_look(e); /* as on_instruction() does, which lets it pass */
+	else
+		e->met = NOWHERE;
 	e->stepped = false;
 	if (alone || e->careful || e->debug & KVM_GUESTDBG_SINGLESTEP)
 		rc = step(e);
@@ -1282,6 +1349,8 @@ static enum orc_why enter(struct orc_emulator *e)
 		rc = e->u->uc_emu_start(e->uc, orc_register(e, e->u->n.UC_X86_REG_RIP), 0, 0, 0);
 	if (e->stepped)
 		e->careful = false;
+	if (alone && e->stepped && e->negated_size)
+		mend_flags(e);
 	if (alone) /* unless it was stopped before it began */
 		e->alone = rc == e->u->n.UC_ERR_OK && !e->stepped && e->exception < 0;
 	why = came_back(e, rc);

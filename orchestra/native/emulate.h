@@ -50,8 +50,9 @@ struct orc_unicorn {
 	void *library;
 	struct orc_unicorn_numbers n;
 	size_t context_size;
-	/* In a saved context: RAX.., the hidden parts of ES, CS, SS, DS, FS, GS, and hflags. */
-	size_t at_registers, at_segments, at_hflags;
+	/* In a saved context: RAX.., what the flags are worked out from, hflags, the hidden parts of ES, CS, SS, DS, FS, GS, and
+	 * the exception in flight (-1: none). */
+	size_t at_registers, at_flags, at_hflags, at_segments, at_exception;
 	void *fresh[3];                   /* contexts of a CPU that has just entered 16, 32, 64-bit mode */
 #define F(result, name, arguments) result(*name) arguments;
 	ORC_UNICORN_FUNCTIONS(F)
@@ -64,6 +65,7 @@ struct orc_segment_cache {
 	uint64_t base;
 	uint32_t limit, flags;
 };
+enum { ORC_FLAGS_SIZE = 3 * sizeof(uint64_t) }; /* its cc_dst, cc_src and cc_src2 */
 /* Bits of its hflags, which say how code is translated. */
 enum { HFLAG_CPL = 3, HFLAG_CODE_32 = 1 << 4, HFLAG_CODE_64 = 1 << 15 };
 
@@ -127,6 +129,14 @@ struct orc_emulator {
 	bool careful;  /* a fault may belong to an instruction further on: execute one at a time */
 	bool stepping, stepped;
 
+	uint64_t met;  /* RIP of the instruction that on_instruction() saw last; `context` is from then */
+	bool met_lock; /* it locks */
+
+	/* LOCK NEG, whose flags unicorn gets wrong: its operand; size 0: none. */
+	uint64_t negated;
+	uint8_t negated_size;
+
+	bool once; /* what an instruction reads twice has one answer */
 	bool replaying, missing, too_many, torn;
 	struct orc_touch answers[ORC_TOUCHES], writes[ORC_TOUCHES];
 	unsigned answered, used, written, delivered;

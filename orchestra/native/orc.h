@@ -123,9 +123,9 @@ size_t orc_fleet_drain(orc_fleet *, struct orc_record *out, size_t most);
 size_t orc_fleet_active(orc_fleet *, uint32_t *out, size_t most);
 /* A limit changed: whoever waits for a turn asks again. */
 void orc_fleet_limits_changed(orc_fleet *);
-/* Somebody waits for a vCPU to start or to come out; or does not any more. An emulated guest sees a command at its next
- * block, once it has a core: with more busy guests than cores that takes the scheduler 4 ms for each guest before it. So
- * those that execute give their cores up meanwhile, for 200 ms at most. Nothing for NULL: the fleet is gone. */
+/* Somebody waits for a vCPU to come out; or does not any more. An emulated guest sees a command at its next block, once it
+ * has a core: with more busy guests than cores that takes the scheduler 4 ms for each guest before it. So those that
+ * execute give their cores up meanwhile, for 200 ms at most. Nothing for NULL: the fleet is gone. */
 void orc_fleet_urgent(orc_fleet *, bool begins);
 
 /* ---- vcpu.c --------------------------------------------------------------------------------------------------- */
@@ -289,7 +289,7 @@ struct orc_unicorn_numbers {
 	int UC_X86_REG_RAX, UC_X86_REG_RCX, UC_X86_REG_RDX, UC_X86_REG_RBX, UC_X86_REG_RSP, UC_X86_REG_RBP,
 		UC_X86_REG_RSI, UC_X86_REG_RDI, UC_X86_REG_R8, UC_X86_REG_R9, UC_X86_REG_R10, UC_X86_REG_R11,
 		UC_X86_REG_R12, UC_X86_REG_R13, UC_X86_REG_R14, UC_X86_REG_R15, UC_X86_REG_RIP, UC_X86_REG_EFLAGS;
-	int UC_X86_REG_CR0, UC_X86_REG_CR2, UC_X86_REG_CR3, UC_X86_REG_CR4, UC_X86_REG_CR8, UC_X86_REG_DR6,
+	int UC_X86_REG_CR0, UC_X86_REG_CR2, UC_X86_REG_CR3, UC_X86_REG_CR4, UC_X86_REG_CR8, UC_X86_REG_DR0, UC_X86_REG_DR6,
 		UC_X86_REG_DR7, UC_X86_REG_FS_BASE, UC_X86_REG_GS_BASE, UC_X86_REG_GDTR, UC_X86_REG_IDTR, UC_X86_REG_LDTR,
 		UC_X86_REG_TR, UC_X86_REG_MSR, UC_X86_REG_FPCW, UC_X86_REG_MXCSR;
 };

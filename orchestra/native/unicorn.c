@@ -7,6 +7,7 @@
  */
 #include <dlfcn.h>
 #include <errno.h>
+#include <malloc.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -53,7 +54,7 @@ static void register_numbers(const struct orc_unicorn *u, int number[16])
 static bool find_state(struct orc_unicorn *u, uc_engine *uc, void *context)
 {
 	int number[16];
-	size_t at, fs, gs;
+	size_t at, fs, gs, debug;
 	uint64_t value;
 
 	register_numbers(u, number);
@@ -66,6 +67,8 @@ static bool find_state(struct orc_unicorn *u, uc_engine *uc, void *context)
 	u->uc_reg_write(uc, u->n.UC_X86_REG_FS_BASE, &value);
 	value = MARK + 17;
 	u->uc_reg_write(uc, u->n.UC_X86_REG_GS_BASE, &value);
+	value = MARK + 18;
+	u->uc_reg_write(uc, u->n.UC_X86_REG_DR0, &value);
 	if (u->uc_context_save(uc, context))
 		return false;
 	for (unsigned i = 0; i < 16; i++)
@@ -74,12 +77,17 @@ static bool find_state(struct orc_unicorn *u, uc_engine *uc, void *context)
 		else if (!i)
 			u->at_registers = at;
 	if (!find(context, u->context_size, MARK + 16, &fs) || !find(context, u->context_size, MARK + 17, &gs) ||
-	    gs - fs != sizeof(struct orc_segment_cache))
+	    gs - fs != sizeof(struct orc_segment_cache) || !find(context, u->context_size, MARK + 18, &debug))
 		return false;
 	u->at_segments = fs - offsetof(struct orc_segment_cache, base) - 4 * sizeof(struct orc_segment_cache);
-	/* Before them are hflags and hflags2: target/i386/cpu.h, CPUX86State; enter_modes() sees whether they are. */
-	u->at_hflags = u->at_segments - 2 * sizeof(uint32_t);
-	return true;
+	/* As target/i386/cpu.h has it, CPUX86State: registers, eip, eflags, cc_dst, cc_src, cc_src2, cc_op, df, hflags, hflags2,
+	 * segments. enter_modes() sees whether hflags are. */
+	u->at_flags = u->at_registers + 18 * sizeof(uint64_t);
+	u->at_hflags = u->at_flags + ORC_FLAGS_SIZE + 2 * sizeof(uint32_t);
+	/* And after dr[8] and cpu_breakpoint[4] old_exception. */
+	u->at_exception = debug + 12 * sizeof(uint64_t);
+	return u->at_segments == u->at_hflags + 2 * sizeof(uint32_t) && u->at_exception + sizeof(int32_t) <= u->context_size &&
+	       *(const int32_t *)((const char *)context + u->at_exception) == -1;
 }
 
 /* Runs the program that enters the modes, and keeps the state of each. */
@@ -189,6 +197,11 @@ void orc_unicorn_free(orc_unicorn *u)
 	if (u->library)
 		dlclose(u->library);
 	free(u);
+#ifdef __GLIBC__
+	/* An engine's half a MiB of hash tables is in the heap from the second one on, among what lives longer: without this
+	 * the process would keep a GiB after 1000 of them. */
+	malloc_trim(0);
+#endif
 }
 
 /* ---- one CPU -------------------------------------------------------------------------------------------------- */
@@ -214,7 +227,9 @@ void orc_emulator_look(struct orc_emulator *e)
 static int set_up(struct orc_emulator *e, const struct orc_entry *entry)
 {
 	const struct orc_unicorn *u = e->u;
-	uc_x86_mmr gdt = {.base = entry->gdt_base, .limit = entry->gdt_limit}, idt = {.limit = 0xffff};
+	/* After reset: Intel SDM vol. 3, table 9-1. */
+	uc_x86_mmr gdt = {.base = entry->gdt_base, .limit = entry->mode == 16 ? 0xffff : entry->gdt_limit};
+	uc_x86_mmr idt = {.limit = 0xffff}, task = {.limit = 0xffff, .flags = 0x8b00}, local = {.limit = 0xffff, .flags = 0x8200};
 	int rc, number[16];
 
 	if ((rc = u->uc_context_restore(e->uc, u->fresh[entry->mode == 16 ? 0 : entry->mode == 32 ? 1 : 2])))
@@ -226,8 +241,12 @@ static int set_up(struct orc_emulator *e, const struct orc_entry *entry)
 		orc_set_register(e, u->n.UC_X86_REG_CR4, entry->cr4);
 		orc_set_register(e, u->n.UC_X86_REG_CR3, entry->cr3);
 		orc_set_register(e, u->n.UC_X86_REG_CR0, entry->cr0);
-		u->uc_reg_write(e->uc, u->n.UC_X86_REG_GDTR, &gdt);
+	} else {
+		orc_set_register(e, u->n.UC_X86_REG_CR0, 0x60000010);
 	}
+	u->uc_reg_write(e->uc, u->n.UC_X86_REG_GDTR, &gdt);
+	u->uc_reg_write(e->uc, u->n.UC_X86_REG_TR, &task);
+	u->uc_reg_write(e->uc, u->n.UC_X86_REG_LDTR, &local);
 	u->uc_reg_write(e->uc, u->n.UC_X86_REG_IDTR, &idt);
 	orc_set_register(e, u->n.UC_X86_REG_CR2, 0);
 	orc_set_register(e, u->n.UC_X86_REG_RIP, entry->rip);
@@ -378,6 +397,15 @@ static void take_segment(struct kvm_segment *s, const struct orc_segment_cache *
 	};
 }
 
+static void take_system_segment(const struct orc_emulator *e, int number, struct kvm_segment *s)
+{
+	uc_x86_mmr value = {0};
+
+	e->u->uc_reg_read(e->uc, number, &value);
+	take_segment(s, &(struct orc_segment_cache){.selector = value.selector, .base = value.base, .limit = value.limit,
+						    .flags = value.flags});
+}
+
 void orc_emulator_special_registers(orc_emulator *e, struct kvm_sregs *s)
 {
 	const struct orc_unicorn_numbers *n = &e->u->n;
@@ -391,6 +419,8 @@ void orc_emulator_special_registers(orc_emulator *e, struct kvm_sregs *s)
 	c = orc_state_segments(e);
 	for (int i = 0; i < 6; i++)
 		take_segment(segment[i], &c[i]);
+	take_system_segment(e, n->UC_X86_REG_TR, &s->tr);
+	take_system_segment(e, n->UC_X86_REG_LDTR, &s->ldt);
 	e->u->uc_reg_read(e->uc, n->UC_X86_REG_GDTR, &table);
 	s->gdt = (struct kvm_dtable){.base = table.base, .limit = (uint16_t)table.limit};
 	e->u->uc_reg_read(e->uc, n->UC_X86_REG_IDTR, &table);

@@ -11,8 +11,6 @@
 
 #include "core.h"
 
-enum { MAKE_WAY_LOOK_NS = 1000 * 1000 /* whether it is over; the event loop wants a core as well until then */ };
-
 orc_ns orc_now(void)
 {
 	struct timespec t;
@@ -297,17 +295,24 @@ uint32_t orc_vcpu_commands(const orc_vcpu *v)
 
 void orc_make_way(orc_vcpu *v)
 {
+	/* They look every now and then whether it is over, and are not woken: all at once they would take the cores from the
+	 * event loop, which has just heard what it waited for. The more of them, the less often, as looking costs as well. */
+	enum { LOOK_NS = 1000 * 1000, LOOK_EACH_NS = 64 * 1000 };
+	orc_fleet *f = v->fleet;
+
+	atomic_fetch_add(&f->making_way, 1);
 	for (;;) {
 		uint32_t seen = atomic_load_explicit(&v->wakes, memory_order_seq_cst);
-		orc_ns now = orc_now(), at = now + MAKE_WAY_LOOK_NS;
+		orc_ns now = orc_now(), at = now + LOOK_NS + (orc_ns)atomic_load(&f->making_way) * LOOK_EACH_NS;
 		struct timespec until = {.tv_sec = at / 1000000000, .tv_nsec = at % 1000000000};
 
-		if (!atomic_load_explicit(&v->fleet->urgent, memory_order_relaxed) ||
+		if (!atomic_load_explicit(&f->urgent, memory_order_relaxed) ||
 		    atomic_load_explicit(&v->commands, memory_order_seq_cst) ||
-		    now >= atomic_load_explicit(&v->fleet->urgent_until, memory_order_relaxed))
-			return;
+		    now >= atomic_load_explicit(&f->urgent_until, memory_order_relaxed))
+			break;
 		futex_wait_until(&v->wakes, seen, &until);
 	}
+	atomic_fetch_sub(&f->making_way, 1);
 }
 
 void orc_vcpu_kick(orc_vcpu *v)

@@ -1,0 +1,175 @@
+"""The engine put together: guard, journal, caps, quarantine and eviction in a fleet that runs."""
+
+from __future__ import annotations
+
+import itertools
+import os
+
+import pytest
+import trio
+
+import orchestra as orc
+from conftest import Stage, blank, play
+from orchestra.backend.scripted import bus_lock
+from orchestra.journal import Journal, read_journal
+
+
+class Decides:
+    """A policy that decides what it was given, once a second."""
+
+    def __init__(self, *actions, name="decides"):
+        self.name, self.interval, self.actions, self.told = name, 1.0, actions, []
+
+    def decide(self, facts):
+        return self.actions
+
+    def refused(self, action, reason):
+        self.told.append((action, reason))
+
+
+def noisy(seconds=0.1):
+    return itertools.repeat(bus_lock(after=seconds))
+
+
+async def test_a_dry_run_decides_and_journals_and_does_nothing(autojump_clock):
+    throttle = orc.Throttle(vm="guest", limit=orc.Limit(rate=2, burst=2), reason="loud")
+    async with play(noisy(), policies=[Decides(throttle)], guard=orc.Guard(dry_run=True)) as fleet:
+        vm = await fleet.launch(blank())
+        await trio.sleep(1.5)
+        (applied,) = fleet.actions()
+        assert (applied.action, applied.outcome) == (throttle, "dry-run")
+        assert vm.statistics().limit is None
+
+
+async def test_what_the_guard_refuses_is_journaled_with_the_rule_and_told_to_the_policy(autojump_clock):
+    policy = Decides(orc.Pause(vm="guest"), orc.Stop(vm="guest"))
+    async with play(noisy(), policies=[policy]) as fleet:
+        vm = await fleet.launch(blank())
+        await trio.sleep(1.5)
+        paused, stopped = fleet.actions()
+        assert (paused.outcome, stopped.outcome) == ("done", "refused")
+        assert "cool-down" in stopped.error
+        assert policy.told == [(stopped.action, stopped.error)]
+        assert vm.state == "paused"
+
+
+async def test_a_limit_below_the_floor_is_raised_to_it(autojump_clock):
+    throttle = orc.Throttle(vm="guest", limit=orc.Limit(rate=0.01, burst=2))
+    async with play(noisy(), policies=[Decides(throttle)], guard=orc.Guard(floor=3)) as fleet:
+        vm = await fleet.launch(blank())
+        await trio.sleep(1.5)
+        assert vm.statistics().limit.rate == 3
+
+
+async def test_policies_are_replaced_while_it_runs_and_what_the_gone_one_held_is_let_go(autojump_clock):
+    first = Decides(orc.Throttle(vm="guest", limit=orc.Limit(rate=5, burst=2)), name="first")
+    second = Decides(orc.Throttle(vm="guest", limit=orc.Limit(rate=7, burst=2)), name="second")
+    async with play(noisy(), policies=[first]) as fleet:
+        vm = await fleet.launch(blank())
+        await trio.sleep(1.5)
+        assert vm.statistics().limit.rate == 5
+        await fleet.set_policies([second])
+        assert vm.statistics().limit is None
+        await trio.sleep(1.5)
+        assert vm.statistics().limit.rate == 7
+        assert [status.name for status in fleet.statistics().policies] == ["second"]
+        await fleet.set_policies([])
+        assert vm.statistics().limit is None
+
+
+async def test_a_warning_is_journaled_and_an_eviction_is_done_by_the_hook(autojump_clock):
+    moved = []
+
+    async def move(vm, action):
+        moved.append((vm.name, action.reason))
+        if vm.name == "b":
+            raise RuntimeError("no room elsewhere")
+
+    async with play(noisy(), on_evict=move) as fleet:
+        await fleet.launch(blank("a"))
+        await fleet.launch(blank("b"))
+        assert (await fleet.apply(orc.Warn(vm="a", reason="loud"))).outcome == "done"
+        assert (await fleet.apply(orc.Evict(vm="a", reason="out"))).outcome == "done"
+        failed = await fleet.apply(orc.Evict(vm="b"))
+        assert (failed.outcome, moved) == ("failed", [("a", "out"), ("b", "")])
+        assert "no room elsewhere" in failed.error
+
+
+async def test_without_the_hook_an_eviction_says_what_is_missing(autojump_clock):
+    async with play(noisy()) as fleet:
+        await fleet.launch(blank())
+        assert "on_evict" in (await fleet.apply(orc.Evict(vm="guest"))).error
+
+
+async def test_a_script_has_nothing_to_cap_or_isolate_and_says_so(autojump_clock):
+    async with play(noisy()) as fleet:
+        await fleet.launch(blank())
+        for action in (orc.CapCpu(vm="guest", share=0.5), orc.Isolate(vm="guest")):
+            applied = await fleet.apply(action)
+            assert applied.outcome == "failed"
+            assert "script" in applied.error
+
+
+@pytest.fixture(
+    params=[pytest.param("emulated", marks=pytest.mark.emulated), pytest.param("kvm", marks=pytest.mark.kvm)]
+)
+def real(request, nothing_left):
+    return Stage(request.param)
+
+
+async def test_a_capped_guest_is_held_and_goes_on_when_the_cap_is_gone(real):
+    async with real.open() as fleet:
+        vm = await fleet.launch(real.spec("spin"))
+        assert (await fleet.apply(orc.CapCpu(vm="guest", share=0.02))).outcome == "done"
+        core = vm.guest.vcpus[0].core
+        with trio.fail_after(20):
+            while not core.counters(fleet.now()).capped:  # noqa: ASYNC110  # the core tells nobody: a cap is not an event
+                await trio.sleep(0.01)
+        assert (await fleet.apply(orc.CapCpu(vm="guest", share=None))).outcome == "done"
+        await vm.pause()  # at once, also right after a cap
+        await vm.resume()
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="this process may run on one CPU only")
+async def test_an_isolated_guest_runs_on_the_quarantine_cpus(real):
+    cpus = os.sched_getaffinity(0)
+    async with real.open(quarantine=[min(cpus)]) as fleet:
+        vm = await fleet.launch(real.spec("spin"))
+        thread = vm.guest.vcpus[0]._thread.native_id
+        assert (await fleet.apply(orc.Isolate(vm="guest"))).outcome == "done"
+        assert os.sched_getaffinity(thread) == {min(cpus)}
+        assert (await fleet.apply(orc.Rejoin(vm="guest"))).outcome == "done"
+        assert os.sched_getaffinity(thread) == cpus
+
+
+async def test_the_journal_has_actions_states_and_what_was_done_each_second(autojump_clock, tmp_path):
+    journal = Journal(tmp_path / "fleet.db")
+    async with play(noisy(), journal=journal, limit=orc.Limit(rate=100)) as fleet:
+        await fleet.launch(blank())
+        await trio.sleep(3.5)
+        await fleet.apply(orc.Throttle(vm="guest", limit=orc.Limit(rate=2, burst=2), reason="by hand"))
+        await fleet.vm("guest").stop("enough")
+    with read_journal(tmp_path / "fleet.db") as read:
+        action, stop = read.actions()
+        assert (stop.kind, stop.policy) == ("Stop", None)
+        assert (action.kind, action.vm, action.reason, action.outcome) == ("Throttle", "guest", "by hand", "done")
+        assert [row.state for row in read.states()] == ["running", "stopped"]
+        rows = list(read.aggregates(vm="guest"))
+        assert len(rows) == 3
+        assert sum(row.bus_locks for row in rows) == pytest.approx(30, abs=1)
+        assert {row.rate for row in read.hosts()} == {100}
+
+
+@pytest.mark.emulated
+async def test_a_profile_of_the_guilty_instruction_is_in_the_journal(tmp_path):
+    from conftest import lock_spec
+
+    async with orc.open_fleet(backend="emulated", journal=Journal(tmp_path / "fleet.db")) as fleet:
+        vm = await fleet.launch(lock_spec("add", 32), paused=True)
+        vm.write_memory(0x8004, (500).to_bytes(4, "little"))
+        await vm.resume()
+        await vm.wait()
+    with read_journal(tmp_path / "fleet.db") as read:
+        rows = list(read.profiles(vm="guest"))
+    assert len({row.rip for row in rows}) == 1
+    assert sum(row.samples for row in rows) >= 1
