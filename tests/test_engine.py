@@ -153,7 +153,7 @@ async def test_the_journal_has_actions_states_and_what_was_done_each_second(auto
         action, stop = read.actions()
         assert (stop.kind, stop.policy) == ("Stop", None)
         assert (action.kind, action.vm, action.reason, action.outcome) == ("Throttle", "guest", "by hand", "done")
-        assert [row.state for row in read.states()] == ["running", "stopped"]
+        assert [row.state for row in read.states()] == ["created", "running", "stopped"]
         rows = list(read.aggregates(vm="guest"))
         assert len(rows) == 3
         assert sum(row.bus_locks for row in rows) == pytest.approx(30, abs=1)
