@@ -120,11 +120,11 @@ class Applier:
                 pass  # it says that something was done
             case CapCpu(vm=name, share=share):
                 if share is not None or not self._is_gone(name):  # with the VM went its caps
-                    vm(name).cap_cpu(policy, share)
+                    vm(name).put_cap(policy, share)
             case Isolate(vm=name):
-                vm(name).isolate(True)
+                vm(name).place(True)
             case Rejoin(vm=name):
-                vm(name).isolate(False)
+                vm(name).place(False)
             case Pause(vm=name):
                 await vm(name).hold()
             case Resume(vm=name):

@@ -11,7 +11,21 @@ from typing import Any, Final
 import attrs
 import trio
 
-from .actions import Action, Failed, Halted, Outcome, Pause, Resume, Shutdown, State, Stop, Stopped
+from .actions import (
+    Action,
+    CapCpu,
+    Failed,
+    Halted,
+    Isolate,
+    Outcome,
+    Pause,
+    Rejoin,
+    Resume,
+    Shutdown,
+    State,
+    Stop,
+    Stopped,
+)
 from .budget import Budgets, make_budgets
 from .counted import ZERO, VcpuStatistics, VmStatistics, add, add_names
 from .devices.bus import Device, Handler
@@ -182,6 +196,43 @@ class Vm:
             return self.budgets[meter]
         return self.vcpu_budgets[self._vcpu(vcpu)][meter]
 
+    @property
+    def cpu_cap(self) -> float | None:
+        """The cap in force: the part of a CPU that each of its vCPUs may use. None: none."""
+        return min(self._caps.values(), default=None)
+
+    def cap_cpu(self, share: float | None) -> None:
+        """Let each of its vCPUs use at most this part of a CPU, by CPU time over periods of 50 ms. At once.
+
+        It is one cap for all callers. Policies have their own, and the tightest counts.
+
+        Parameters:
+            share: from 0.01 to 1; None: no cap.
+
+        Raises:
+            SpecError: not from 0.01 to 1.
+            StateError: it has ended, or its backend gives it no thread (scripted).
+        """
+        action = CapCpu(vm=self.name, share=share, reason="cap_cpu()")
+        self.put_cap(None, share)
+        self._house.did(action)
+
+    @property
+    def isolated(self) -> bool:
+        """Its vCPUs run on the quarantine CPUs."""
+        return self._isolated
+
+    def isolate(self, isolated: bool = True) -> None:
+        """Have its vCPUs run on the fleet's quarantine CPUs only, or (False) wherever the others do.
+
+        Raises:
+            StateError: it has ended, or its backend gives it no thread (scripted).
+            ResourceLimit: this host has no CPU to spare for it.
+        """
+        self.place(isolated)
+        kind = Isolate if isolated else Rejoin
+        self._house.did(kind(vm=self.name, reason="isolate()"))
+
     def report_work(self, units: float) -> None:
         """Tell how much the guest got done since this was called last, by its own account: requests served, rounds of
         a benchmark. Policies and the journal compare it with what is usual for this VM (`VmFacts.work`), and with
@@ -229,12 +280,8 @@ class Vm:
         if self._guest is not None and self._outcome is None:
             self._guest.end(self._stop_reason)
 
-    def cap_cpu(self, by: str | None, share: float | None) -> None:
-        """`by`: who asks (a policy's name; None: a caller). Each has one cap, and the tightest counts.
-
-        Raises:
-            StateError: it has ended, or its backend has no caps.
-        """
+    def put_cap(self, by: str | None, share: float | None) -> None:
+        """As `cap_cpu`, of whoever asks (a policy's name; None: a caller)."""
         caps = {**self._caps, by: share}
         wanted = {name: cap for name, cap in caps.items() if cap is not None}
         if wanted != self._caps:
@@ -242,10 +289,8 @@ class Vm:
             self._caps = wanted
             self.was_capped = True
 
-    def isolate(self, on: bool) -> None:
-        """Raises:
-        StateError: it has ended, or its backend or its fleet has no place for it.
-        """
+    def place(self, on: bool) -> None:
+        """As `isolate`."""
         guest = self._alive("isolate" if on else "let in")
         if on != self._isolated:
             guest.isolate(on)
@@ -499,7 +544,7 @@ class Vm:
         self._guest = guest
         try:  # a restart changes nothing of what it is held to
             if self._caps:
-                guest.cap_cpu(min(self._caps.values()))
+                guest.cap_cpu(self.cpu_cap)
             if self._isolated:
                 guest.isolate(True)
         except OrchestraError as error:

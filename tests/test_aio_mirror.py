@@ -30,8 +30,7 @@ MIRRORED = {
 INTERNAL = {
     orc.Fleet: "core setup_threads quarantine post next_id told register retire released did changed worked record "
     "carry_out budgets below start_soon closed start closing close",
-    orc.Vm: "launch budgets vcpu_budgets release budget guest supervise close hold let_go end cap_cpu isolate "
-    "was_capped",
+    orc.Vm: "launch budgets vcpu_budgets release budget guest supervise close hold let_go end put_cap place was_capped",
     orc.Exits: "mask put backlog wake end",
     Requests: "submit end close",
     Request: "value give_back",

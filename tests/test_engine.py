@@ -121,11 +121,18 @@ async def test_a_capped_guest_is_held_and_goes_on_when_the_cap_is_gone(real):
     async with real.open() as fleet:
         vm = await fleet.launch(real.spec("spin"))
         assert (await fleet.apply(orc.CapCpu(vm="guest", share=0.02))).outcome == "done"
+        assert vm.cpu_cap == 0.02
         core = vm.guest.vcpus[0].core
         with trio.fail_after(20):
             while not core.counters(fleet.now()).capped:  # noqa: ASYNC110  # the core tells nobody: a cap is not an event
                 await trio.sleep(0.01)
-        assert (await fleet.apply(orc.CapCpu(vm="guest", share=None))).outcome == "done"
+        await fleet.apply(orc.CapCpu(vm="guest", share=0.5), policy="somebody")
+        assert vm.cpu_cap == 0.02  # the tightest counts
+        vm.cap_cpu(None)
+        assert vm.cpu_cap == 0.5
+        await fleet.apply(orc.CapCpu(vm="guest", share=None), policy="somebody")
+        assert vm.cpu_cap is None
+        assert fleet.actions()[-2].action == orc.CapCpu(vm="guest", share=None, reason="cap_cpu()")
         await vm.pause()  # at once, also right after a cap
         await vm.resume()
 
@@ -135,11 +142,11 @@ async def test_an_isolated_guest_runs_on_the_quarantine_cpus(real):
     cpus = os.sched_getaffinity(0)
     async with real.open(quarantine=[min(cpus)]) as fleet:
         vm = await fleet.launch(real.spec("spin"))
-        thread = vm.guest.vcpus[0]._thread.native_id
+        thread = vm.guest.vcpus[0].tid
         assert (await fleet.apply(orc.Isolate(vm="guest"))).outcome == "done"
-        assert os.sched_getaffinity(thread) == {min(cpus)}
+        assert (vm.isolated, os.sched_getaffinity(thread)) == (True, {min(cpus)})
         assert (await fleet.apply(orc.Rejoin(vm="guest"))).outcome == "done"
-        assert os.sched_getaffinity(thread) == cpus
+        assert (vm.isolated, os.sched_getaffinity(thread)) == (False, cpus)
 
 
 async def test_the_journal_has_actions_states_and_what_was_done_each_second(autojump_clock, tmp_path):
@@ -151,12 +158,12 @@ async def test_the_journal_has_actions_states_and_what_was_done_each_second(auto
         await fleet.vm("guest").stop("enough")
     with read_journal(tmp_path / "fleet.db") as read:
         action, stop = read.actions()
-        assert (stop.kind, stop.policy) == ("Stop", None)
+        assert (stop.kind, stop.reason, stop.policy) == ("Stop", "enough", None)
         assert (action.kind, action.vm, action.reason, action.outcome) == ("Throttle", "guest", "by hand", "done")
         assert [row.state for row in read.states()] == ["created", "running", "stopped"]
         rows = list(read.aggregates(vm="guest"))
-        assert len(rows) == 3
-        assert sum(row.bus_locks for row in rows) == pytest.approx(30, abs=1)
+        assert len(rows) == 4  # the last of half a second
+        assert sum(row.bus_locks for row in rows) == pytest.approx(35, abs=1)
         assert {row.rate for row in read.hosts()} == {100}
 
 

@@ -68,8 +68,8 @@ async def open_fleet(
             way, or that are blocked for long. Calls that do not wait then take a hop as well. Without it, all fleets of
             a loop share one trio run.
         on_evict: as `orchestra.open_fleet`, and an asyncio function.
-        backend, limit, exit_limit, tenants, policies, bus_locks, strict, guard, journal, journal_interval, probe,
-            cgroup, quarantine: as `orchestra.open_fleet`.
+        backend, limit, exit_limit, tenants, policies, bus_locks, strict: as `orchestra.open_fleet`.
+        guard, journal, journal_interval, probe, cgroup, quarantine: as `orchestra.open_fleet`.
 
     Raises:
         StateError: the loop's thread runs trio already, for somebody else.

@@ -216,6 +216,20 @@ class Vm(Wrapper[machine.Vm]):
     ) -> None:
         await self._bridge.call(partial(self._inner.set_limit, limit, meter=meter, vcpu=vcpu))
 
+    @property
+    def cpu_cap(self) -> float | None:
+        return self._bridge.sync(lambda: self._inner.cpu_cap)
+
+    def cap_cpu(self, share: float | None) -> None:
+        self._bridge.sync(self._inner.cap_cpu, share)
+
+    @property
+    def isolated(self) -> bool:
+        return self._bridge.sync(lambda: self._inner.isolated)
+
+    def isolate(self, isolated: bool = True) -> None:
+        self._bridge.sync(self._inner.isolate, isolated)
+
     def report_work(self, units: float) -> None:
         self._bridge.sync(self._inner.report_work, units)
 
