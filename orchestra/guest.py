@@ -335,6 +335,19 @@ class Guest:
             )
         return [tid for tid in threads if tid is not None]
 
+    def kernel_statistics(self) -> dict[str, float]:
+        """What the kernel counts of it, by names that differ from kernel to kernel.
+
+        Raises:
+            StateError: it has ended, or its backend's guests are not the kernel's.
+        """
+        read = getattr(self._machine, "statistics", None)
+        if self.final is not None or read is None:
+            why = "it has ended" if self.final is not None else f"backend {self.house.backend.name!r} has none"
+            raise StateError(f"vm {self.name!r}: no statistics of KVM's: {why}")
+        statistics: dict[str, float] = read()
+        return statistics
+
     async def call(self, index: int, function: Callable[[], Any]) -> Any:
         """Run a function on a vCPU's runner between two entries of the guest, and return what it does.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
@@ -419,6 +419,18 @@ class Vm:
             bus_lock_detection=(self.spec.bus_lock_detection or self._house.bus_lock_detection) if seen else None,
             vcpus=vcpus,
         )
+
+    def kernel_statistics(self) -> Mapping[str, float]:
+        """What KVM itself counts of it, in whole units (seconds, bytes), by the kernel's names: of the VM
+        ("pages_4k"), and of each vCPU ("vcpu0.exits"). Which there are differs from kernel to kernel.
+
+        The first call opens a descriptor for the VM and each vCPU; each takes some microseconds.
+
+        Raises:
+            StateError: it has ended, or does not run on KVM.
+            KvmError: this KVM has none.
+        """
+        return self._made().kernel_statistics()
 
     def set_sampling(self, every: int) -> None:
         """Sample one bus lock of so many for `profile` from now on; 0: none. It stays over restarts.

@@ -262,3 +262,6 @@ class Vm(Wrapper[machine.Vm]):
 
     def statistics(self) -> VmStatistics:
         return self._bridge.sync(self._inner.statistics)
+
+    def kernel_statistics(self) -> Mapping[str, float]:
+        return self._bridge.sync(self._inner.kernel_statistics)
