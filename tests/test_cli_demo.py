@@ -487,7 +487,8 @@ def test_the_emulators_locks_are_the_guests_own_count(capsys):
     assert made["meter"] == "bus_locks"
     noisy = made["summary"]["vms"][-1]  # it counts each of its locks as work
     assert noisy["count"] > 1000
-    assert 0 <= noisy["count"] - noisy["work"] <= 1
+    # The guest runs on between the two looks.
+    assert noisy["count"] == pytest.approx(noisy["work"], rel=0.02)
 
 
 @pytest.mark.buslock

@@ -28,7 +28,7 @@ ffibuilder = FFI()
 ffibuilder.cdef((HERE / "cdef.h").read_text())
 ffibuilder.set_source(
     "orchestra.native._core",
-    '#include "orc.h"',
+    '#include "orc.h"\n#include "decode.h"',
     sources=[f"orchestra/native/{name}" for name in SOURCES],
     depends=[f"orchestra/native/{name}" for name in ("orc.h", "core.h", "decode.h", "emulate.h", "cdef.h")],
     include_dirs=["orchestra/native"],

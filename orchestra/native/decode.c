@@ -42,7 +42,8 @@ bool orc_is_prefix(uint8_t byte, int bits)
 static void operand_16(struct reader *r, uint8_t modrm, struct orc_insn *insn)
 {
 	enum { BX = 3, BP = 5, SI = 6, DI = 7, NONE = ORC_NO_REGISTER };
-	static const uint8_t base[8] = {BX, BX, BP, BP, NONE, NONE, BP, BX}, index[8] = {SI, DI, SI, DI, SI, DI, NONE, NONE};
+	static const uint8_t base[8] = {BX, BX, BP, BP, SI, DI, BP, BX};
+	static const uint8_t index[8] = {SI, DI, SI, DI, NONE, NONE, NONE, NONE};
 	int mod = modrm >> 6, rm = modrm & 7;
 
 	insn->base = base[rm];

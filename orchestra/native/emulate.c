@@ -21,6 +21,10 @@
  * - An instruction that writes into its own block is executed once more after it had no effect yet (cflags_next_tb in
  *   tb_invalidate_phys_page_range__locked), and its hook is called twice.
  * - What a store does where it may not is seen after the instruction or, of a store by a helper, some instructions later.
+ * - Its translator has 512 temporaries for a block of up to 512 instructions, does not check, and leaks two for most x87
+ *   instructions and one for AAM, AAD, INTO and PSHUFW: a block of 250 such in a row crashes the process (seen with 2.1.4).
+ *   Nothing is called before a block is translated, so we can't prevent it: no backend for guests that attack their host.
+ * - SYSCALL is a NOP; so is a LOCK prefix where none may be; IN and OUT look at no permission. See orc_insn_kind.
  */
 #include <stdlib.h>
 #include <string.h>
@@ -372,11 +376,11 @@ static bool takes_the_bus(struct orc_emulator *e, uint64_t linear, unsigned size
 	*code = false;
 	if (size == 16 && linear & 15)
 		return false; /* CMPXCHG16B faults */
-	for (int end = 0; end <= split; end++) {
+	for (uint64_t at = linear; at < linear + size; at = (at | (PAGE - 1)) + 1) {
 		struct orc_memory *m;
 		uint64_t physical;
 
-		if (e->u->uc_vmem_translate(e->uc, linear + (end ? size - 1 : 0), (uint32_t)e->u->n.UC_PROT_WRITE, &physical))
+		if (e->u->uc_vmem_translate(e->uc, at, (uint32_t)e->u->n.UC_PROT_WRITE, &physical))
 			return false;
 		m = memory_at(e, physical);
 		cached &= m != NULL;
