@@ -23,6 +23,10 @@ from orchestra import testing
 """
 
 
+# An installation that lists the whole tree as the plugin's makes pytest want to rewrite what this process has imported.
+QUIET = ("-W", "ignore:Module already imported:pytest.PytestAssertRewriteWarning")
+
+
 @pytest.fixture
 def suite(pytester: pytest.Pytester):
     """Runs a test-suite of one module, in trio mode unless told otherwise."""
@@ -32,7 +36,7 @@ def suite(pytester: pytest.Pytester):
         pytester.makepyfile(IMPORTS + module)
         if conftest:
             pytester.makeconftest(conftest)
-        return pytester.runpytest("-p", "no:cacheprovider", *arguments)
+        return pytester.runpytest("-p", "no:cacheprovider", *QUIET, *arguments)
 
     return run
 
