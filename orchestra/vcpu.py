@@ -258,9 +258,9 @@ class Vcpu:
             case exits.Notify() if not exit.flags & NOTIFY_CONTEXT_INVALID:
                 return None
             case exits.InternalError():
-                what = {1: "KVM can't emulate an instruction", 3: "an exit during event delivery"}.get(exit.suberror)
+                what = {1: "can't emulate an instruction", 3: "an exit during event delivery"}.get(exit.suberror)
                 bytes_ = f", bytes {exit.instruction.hex(' ')}" if exit.instruction else ""
-                return self._failed(f"KVM internal error {exit.suberror}" + (f": {what}" if what else "") + bytes_)
+                return self._failed(f"internal error {exit.suberror}" + (f": {what}" if what else "") + bytes_)
             case exits.FailEntry():
                 reason = exit.hardware_entry_failure_reason
                 return self._failed(f"the CPU refused to enter the guest: hardware reason {reason:#x}")

@@ -71,9 +71,9 @@ class Adaptive:
     floor is not limited at all. Those are also the victims that are listened to. If it still hurts with everybody at
     the floor, the reason is another, and nothing more is done.
 
-    A weakness of the signals that compare with what is usual (``lock_slowdown``, ``memory_slowdown``, ``work_drop``): harm
-    just below the threshold becomes usual with time, so a steady offender is let go in the end and slow growth is missed.
-    Where that matters, give the times themselves (``lock_ns``).
+    A weakness of the signals that compare with what is usual (``lock_slowdown``, ``memory_slowdown``, ``work_drop``):
+    harm just below the threshold becomes usual with time, so a steady offender is let go in the end and slow growth is
+    missed. Where that matters, give the times themselves (``lock_ns``).
 
     Parameters:
         signals: thresholds by signal; it hurts when any is over its own. ``lock_slowdown`` and ``memory_slowdown``: how
