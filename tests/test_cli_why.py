@@ -235,6 +235,16 @@ def test_a_series_tells_idle_from_unknown(afternoon):
     assert [one.limit for one in bins] == [None] * 5 + [3]
 
 
+def test_a_series_finer_than_the_journals_intervals_has_no_gaps(afternoon):
+    afternoon.state("a", "running")
+    for second in range(4):
+        afternoon.second(*([vm("a", 10 * second)] if second else []), lock_ns=15.0)
+    afternoon.close()
+    with read_journal(afternoon.path) as journal:
+        bins = series(journal, "a", at(0), at(4), 8)
+    assert [one.bus_locks for one in bins] == [0, 0, 10, 10, 20, 20, 30, 30]
+
+
 def test_json_has_the_text_and_the_figures(afternoon, capsys):
     noisy_afternoon(afternoon, orc.Ladder(LADDER, interval=1.0))
     afternoon.close()

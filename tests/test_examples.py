@@ -18,10 +18,19 @@ EXPECTED = {
     "guilty": ["bus locks, ", "%  refcount_get   lock add dword [0x203E],1", "%  spin_lock ", "web-1;no paging;"],
     "own_policy": ["strict: more than 500 exits a second", "held: True"],
     "async_port": ["the guest says 42", "Halted()"],
+    "afternoon": [
+        "quiet-1    quiet-2    noisy-1    noisy-2",
+        "* ",
+        "Throttle   noisy-1   throttle: bus_locks ",
+        "orchestra why noisy-1 --journal ",
+    ],
     "asyncio_script": ["one counted 100 times, in steps of {1}", "one is running", "two ended: Stopped("],
     "asyncio_service": ["again: 409", "limited: 200", "all: {'noisy': 'running'}", "gone: 404"],
 }
-ARGUMENTS = {"asyncio_service": ["--visit"]}  # it would serve for ever
+ARGUMENTS = {
+    "asyncio_service": ["--visit"],  # it would serve for ever
+    "afternoon": ["--length", "0.8", "--journal"],
+}
 
 
 def test_every_example_is_run_here():
@@ -52,8 +61,10 @@ def before(request: pytest.FixtureRequest) -> list[str]:
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_an_example_prints_what_it_promises(name, before):
+def test_an_example_prints_what_it_promises(name, before, tmp_path):
     command = [*before, sys.executable, str(EXAMPLES / f"{name}.py"), *ARGUMENTS.get(name, [])]
+    if command[-1] == "--journal":
+        command.append(str(tmp_path / "afternoon.db"))
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     for line in EXPECTED[name]:

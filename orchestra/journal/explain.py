@@ -296,11 +296,12 @@ def series(journal: JournalReader, vm: str, since: int, until: int, bins: int) -
     width = max(1, -(-(until - since) // bins))
     rows: dict[int, list[Aggregate]] = {}
     hosts: dict[int, list[HostRow]] = {}
-    # A row is of the time before it.
     for row in journal.aggregates(vm=vm, since=since + 1, until=until):
-        rows.setdefault((row.time - 1 - since) // width, []).append(row)
+        for i in _parts(row, since, width):
+            rows.setdefault(i, []).append(row)
     for host in journal.hosts(since=since + 1, until=until):
-        hosts.setdefault((host.time - 1 - since) // width, []).append(host)
+        for i in _parts(host, since, width):
+            hosts.setdefault(i, []).append(host)
     limits = _limits(journal, vm, until)
     made = []
     for i in range(bins):
@@ -323,6 +324,13 @@ def series(journal: JournalReader, vm: str, since: int, until: int, bins: int) -
             )
         )
     return made
+
+
+def _parts(row: Aggregate | HostRow, since: int, width: int) -> range:
+    """The parts that a row is of: that of its end or, if it is of a longer time than a part, all of that time."""
+    end = row.time - 1 - since  # a row is of the time before it
+    begin = max(0, row.time - round(row.interval * SECOND) - since)
+    return range(end // width if row.interval * SECOND <= width else begin // width, end // width + 1)
 
 
 def _limits(journal: JournalReader, vm: str, until: int) -> list[tuple[int, float | None]]:
