@@ -15,7 +15,7 @@ from pathlib import Path
 import attrs
 import trio
 
-from . import aio, answered, emulated, floor, idle, launch, machine, pause, profile, rate, simulate, tick, told
+from . import aio, answered, emulated, engine, floor, idle, launch, machine, pause, profile, rate, simulate, tick, told
 from .row import Options, Row, table
 
 BENCHMARKS: dict[str, Callable[[Options], Awaitable[list[Row]]]] = {
@@ -31,6 +31,8 @@ BENCHMARKS: dict[str, Callable[[Options], Awaitable[list[Row]]]] = {
     "aio": aio.aio,
     "tick": tick.tick,
     "journal": tick.journal,
+    "cap": engine.cap,
+    "react": engine.react,
     "emulated": emulated.emulated,
     "simulate": simulate.simulate,
     "profile": profile.profile,
