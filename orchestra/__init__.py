@@ -2,7 +2,7 @@
 #
 #   door      cli, __main__                     a person at a terminal
 #   windows   aio/, doctor, figures, journal/, replay/, rules/, simulate/, testing/, tomlfile   see, steer, test a fleet
-#   house     opening, fleet, statistics, governor, activity, apply, record, subscription   many VMs: run, judge, act
+#   house     opening, fleet, statistics, governor, activity, apply, record, subscription, watch   many VMs: judge, act
 #   machine   vm, counted, guest, vcpu          one VM: its tasks, its state machine
 #   parts     actuators/, devices/, boot/, budget, profile/, signals/   what a guest sees, may use, and is guilty of
 #   silicon   backend/ (kvm, emulated, scripted), memory, native/   what executes a guest
@@ -102,6 +102,8 @@ from .policy import (
     Rung,
     StaticLimits,
     Step,
+    TenantFacts,
+    VcpuFacts,
     Verdict,
     VmFacts,
     WeightedShare,
@@ -127,6 +129,7 @@ from .spec import (
 from .statistics import FleetStatistics, TenantStatistics
 from .subscription import Exits, ExitsStatistics
 from .vm import VcpuStatistics, Vm, VmStatistics
+from .watch import Watch
 
 __all__ = [
     "CPU_MODELS",
@@ -220,6 +223,7 @@ __all__ = [
     "Symbols",
     "SystemEvent",
     "Tenant",
+    "TenantFacts",
     "TenantStatistics",
     "Throttle",
     "TprAccess",
@@ -227,6 +231,7 @@ __all__ = [
     "UnknownTenant",
     "UnknownVm",
     "Unthrottle",
+    "VcpuFacts",
     "VcpuStatistics",
     "Verdict",
     "Vm",
@@ -235,6 +240,7 @@ __all__ = [
     "VmSpec",
     "VmStatistics",
     "Warn",
+    "Watch",
     "WeightedShare",
     "Wrmsr",
     "Xen",

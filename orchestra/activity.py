@@ -14,8 +14,9 @@ from typing import Final, Protocol
 import attrs
 
 from .guest import Guest
-from .native.core import FleetCore
-from .policy import Facts, VmFacts
+from .native.core import FleetCore, reason_name
+from .policy import Facts, VcpuFacts, VmFacts
+from .policy.facts import add_known
 from .signals import HostReading, HostSignals, ThreadTimes
 from .spec import Limit, Tenant
 from .vm import Vm
@@ -51,7 +52,6 @@ class _Vcpu:
     guest: Guest
     index: int
     tid: int | None
-    exits: int = 0
     bus_locks: int = 0
     throttled: int = 0
     cpu: int = 0
@@ -62,15 +62,14 @@ class _Vcpu:
 
 @attrs.define(eq=False)
 class _Sum:
-    """What a VM did since a time. None: nobody told."""
+    """What a vCPU did since a time; exits by the kernel's number of the reason. None: nobody told."""
 
-    exits: int = 0
+    exits: dict[int, int] = attrs.field(factory=dict)
     bus_locks: int = 0
     throttled: int = 0
     cpu: int | None = None
     run_delay: int | None = None
     capped: int | None = None
-    work: float | None = None
 
 
 @attrs.define(eq=False)
@@ -79,14 +78,13 @@ class Window:
 
     since: int
     reading: HostReading
-    sums: dict[Vm, _Sum] = attrs.field(factory=dict)
+    vms: dict[Vm, dict[int, _Sum]] = attrs.field(factory=dict)
+    work: dict[Vm, float] = attrs.field(factory=dict)
     users: int = 0
 
-    def of(self, vm: Vm) -> _Sum:
-        found = self.sums.get(vm)
-        if found is None:
-            found = self.sums[vm] = _Sum()
-        return found
+    def of(self, vm: Vm, index: int) -> _Sum:
+        """A vCPU's."""
+        return self.vms.setdefault(vm, {}).setdefault(index, _Sum())
 
 
 class Activity:
@@ -129,8 +127,8 @@ class Activity:
     def work(self, vm: Vm, units: float) -> None:
         """A guest got something done, by its own account."""
         for window in self._windows.values():
-            total = window.of(vm)
-            total.work = (total.work or 0.0) + units
+            window.vms.setdefault(vm, {})
+            window.work[vm] = window.work.get(vm, 0.0) + units
 
     # ---- looking
 
@@ -154,19 +152,19 @@ class Activity:
 
     def _look(self, vcpu: _Vcpu, now: int) -> bool:
         """Whether it is to be looked at the next time, whatever the core says."""
-        sums = vcpu.guest.sums(vcpu.index, now)
+        exits, locks_so_far, throttled_so_far = vcpu.guest.look(vcpu.index, now)
         # Clamped: runner and governor read the clock each for itself, so a wait may end "before" it was looked at.
-        exits, bus_locks, throttled = max(0, sums[0] - vcpu.exits), max(0, sums[1] - vcpu.bus_locks), sums[2]
-        throttled = max(0, throttled - vcpu.throttled)
-        vcpu.exits, vcpu.bus_locks, vcpu.throttled = sums
+        bus_locks, throttled = max(0, locks_so_far - vcpu.bus_locks), max(0, throttled_so_far - vcpu.throttled)
+        vcpu.bus_locks, vcpu.throttled = locks_so_far, throttled_so_far
         used, waited = self._times(vcpu, now)
         capped = self._capped(vcpu, now)
         vcpu.looked = now
         if not (exits or bus_locks or throttled or used or capped):
             return False
         for window in self._windows.values():
-            total = window.of(vcpu.vm)
-            total.exits += exits
+            total = window.of(vcpu.vm, vcpu.index)
+            for reason, count in exits.items():
+                total.exits[reason] = total.exits.get(reason, 0) + count
             total.bus_locks += bus_locks
             total.throttled += throttled
             if used is not None:
@@ -233,10 +231,11 @@ class Activity:
         if self._tenants is None:
             self._tenants = fleet.tenants
         vms: dict[str, VmFacts] = {}
-        for vm, total in window.sums.items():
+        for vm, sums in window.vms.items():
             if ended or vm.outcome is None:
                 # With those that have ended there may be several of a name.
-                vms[vm.name if vm.name not in vms else f"{vm.name} {vm.launch}"] = self._vm_facts(vm, total)
+                told = self._vm_facts(vm, sums, window.work.get(vm))
+                vms[vm.name if vm.name not in vms else f"{vm.name} {vm.launch}"] = told
         return Facts(
             time=self._looked,
             interval=max((self._looked - window.since) / 1e9, 1e-9),
@@ -247,20 +246,40 @@ class Activity:
             host=self.host.facts(window.reading, self._reading, self._absent),
         )
 
-    def _vm_facts(self, vm: Vm, total: _Sum) -> VmFacts:
+    def _vm_facts(self, vm: Vm, sums: Mapping[int, _Sum], work: float | None) -> VmFacts:
+        seen = self._fleet.bus_locks
+        vcpus = tuple(
+            VcpuFacts(
+                index=index,
+                bus_locks=one.bus_locks if seen else None,
+                exits=sum(one.exits.values()),
+                throttled=one.throttled / 1e9,
+                cpu=_seconds(one.cpu),
+                run_delay=_seconds(one.run_delay),
+                capped=_seconds(one.capped),
+            )
+            for index, one in sorted(sums.items())
+        )
+        reasons: dict[str, int] = {}
+        for one in sums.values():
+            for number, count in one.exits.items():
+                name = reason_name(number)
+                reasons[name] = reasons.get(name, 0) + count
         return VmFacts(
             name=vm.name,
             tenant=vm.tenant,
             weight=vm.spec.weight,
             vcpus=vm.spec.vcpus,
-            bus_locks=total.bus_locks if self._fleet.bus_locks else None,
-            exits=total.exits,
-            throttled=total.throttled / 1e9,
+            bus_locks=sum(one.bus_locks for one in sums.values()) if seen else None,
+            exits=sum(reasons.values()),
+            throttled=sum(vcpu.throttled for vcpu in vcpus),
             launch=vm.launch,
-            cpu=_seconds(total.cpu),
-            run_delay=_seconds(total.run_delay),
-            capped=_seconds(total.capped),
-            work=total.work,
+            cpu=add_known(vcpu.cpu for vcpu in vcpus),
+            run_delay=add_known(vcpu.run_delay for vcpu in vcpus),
+            capped=add_known(vcpu.capped for vcpu in vcpus),
+            work=work,
+            by_reason=reasons,
+            by_vcpu=vcpus,
         )
 
 

@@ -35,6 +35,7 @@ from .spec import Limit, Meter, Tenant, VmSpec, as_meter
 from .statistics import FleetStatistics, TenantSeat, summarise
 from .subscription import Exits, Switchboard
 from .vm import Vm, check_device
+from .watch import Watch
 
 __all__ = ["DEFAULT_TENANT", "Fleet"]
 
@@ -227,6 +228,24 @@ class Fleet:
             yield exits
         finally:
             exits.close()
+
+    @asynccontextmanager
+    async def watch(self, interval: float = 1.0) -> AsyncIterator[Watch]:
+        """Look at what the VMs and the host do, from here on: ``async for facts in watch``, each a `Facts` about the
+        time since the one before.
+
+        Parameters:
+            interval: seconds between two, at least 0.001.
+
+        Raises:
+            SpecError: no such interval.
+        """
+        watch = Watch(self, self._activity, interval)
+        try:
+            await trio.lowlevel.checkpoint()
+            yield watch
+        finally:
+            watch.close()
 
     # ---- actions
 

@@ -434,8 +434,9 @@ class Guest:
         now = self.house.backend.now()
         return [core.counters(now) for core in self._cores]
 
-    def sums(self, index: int, now: int) -> tuple[int, int, int]:
-        return self._cores[index].sums(now) if self.final is None else (0, 0, 0)
+    def look(self, index: int, now: int) -> tuple[dict[int, int], int, int]:
+        """As `VcpuCore.look`."""
+        return self._cores[index].look(now) if self.final is None else ({}, 0, 0)
 
     def tell(self, mask: int) -> None:
         if self.final is None:

@@ -25,6 +25,7 @@ MIRRORED = {
     Requests: orc.aio.Requests,
     Request: orc.aio.Request,
     Console: orc.aio.Console,
+    orc.Watch: orc.aio.Watch,
 }
 # What a class has for orchestra's own parts and not for users. A name that is new and in neither place fails a test.
 INTERNAL = {
@@ -35,6 +36,7 @@ INTERNAL = {
     Requests: "submit end close",
     Request: "value give_back",
     Console: "write close",
+    orc.Watch: "close",
 }
 PROTOCOLS = {"__aiter__", "__anext__", "__aenter__", "__aexit__"}
 
@@ -79,6 +81,7 @@ def test_member_is_of_the_same_kind(cls, name):
 
 # What an async generator function makes is said in other words by one that is no generator.
 SAME = {"AsyncIterator[Exits]": "AbstractAsyncContextManager[Exits]"}
+SAME["AsyncIterator[Watch]"] = "AbstractAsyncContextManager[Watch]"
 SAME["AsyncIterator[Requests]"] = "AbstractAsyncContextManager[Requests]"
 
 

@@ -25,6 +25,7 @@ from orchestra.native.core import (
     VcpuCore,
     install_signal,
     monotonic_ns,
+    reason_name,
 )
 from orchestra.native.records import BUS_LOCK, TELL_BUS_LOCK, build, told_mask, unpack
 from orchestra.spec import Limit, Meter
@@ -105,10 +106,21 @@ def test_bus_lock_is_counted_once_by_the_flag_and_by_nothing_else(vcpu, reason, 
     assert sum(counters.exits.values()) == 1
 
 
-def test_sums_are_those_of_the_counters(vcpu):
-    for reason in ("io", "hlt", 63, "x86_bus_lock"):
+def test_a_look_tells_what_was_new_since_the_last_one_by_reason(vcpu):
+    for reason in ("io", "hlt", 62, 0xFFFF, "io"):
         account(vcpu, reason, flags=BUS_LOCK)
-    assert vcpu.sums(1) == (4, 4, 0)
+    exits, *sums = vcpu.look(1)
+    assert {reason_name(number): count for number, count in exits.items()} == {
+        "io": 2,
+        "hlt": 1,
+        "exit_62": 1,
+        "other": 1,
+    }
+    assert {reason_name(number): count for number, count in exits.items()} == vcpu.counters(1).exits
+    assert sums == [5, 0]
+    account(vcpu, "hlt")
+    assert vcpu.look(2) == ({REASON_NUMBERS["hlt"]: 1}, 5, 0)
+    assert vcpu.look(3) == ({}, 5, 0)
 
 
 def test_new_vcpu_has_counted_nothing(vcpu):
@@ -336,7 +348,7 @@ def test_wait_in_progress_counts_up_to_now(vcpu):
     lib.orc_vcpu_wait_begin(vcpu.handle, 100)
     counters = vcpu.counters(150)
     assert (counters.throttled, counters.throttled_since, counters.waits) == (50, 100, 1)
-    assert vcpu.sums(160) == (0, 0, 60)
+    assert vcpu.look(160) == ({}, 0, 60)
     lib.orc_vcpu_wait_end(vcpu.handle, 170, False)
     counters = vcpu.counters(1000)
     assert (counters.throttled, counters.throttled_since) == (70, None)

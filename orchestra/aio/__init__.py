@@ -29,11 +29,11 @@ from .block import Block
 from .callback import ask
 from .handles import Fleet, Vm
 from .loop import LoopBridge
-from .streams import Console, Exits, Request, Requests
+from .streams import Console, Exits, Request, Requests, Watch
 from .thread import ThreadBridge
 from .wrapper import wrapped
 
-__all__ = ["Console", "Exits", "Fleet", "Request", "Requests", "Vm", "open_fleet"]
+__all__ = ["Console", "Exits", "Fleet", "Request", "Requests", "Vm", "Watch", "open_fleet"]
 
 OnEvict = Callable[[Vm, Evict], Awaitable[object]]
 """What moves a VM to another host, or raises why not."""

@@ -22,7 +22,7 @@ from ..statistics import FleetStatistics
 from ..vm import VmStatistics
 from .block import Block
 from .bridge import Bridge
-from .streams import Console, Exits, Requests
+from .streams import Console, Exits, Requests, Watch
 from .wrapper import Wrapper, mirrors, wrapped
 
 __all__ = ["Fleet", "Vm"]
@@ -62,6 +62,9 @@ class Fleet(Wrapper[house.Fleet]):
         of = vm._inner if isinstance(vm, Vm) else vm
         subscribe = partial(self._inner.exits, *kinds, vm=of, capacity=capacity, drop=drop)
         return Block(self._bridge, subscribe, partial(Exits, self._bridge))
+
+    def watch(self, interval: float = 1.0) -> AbstractAsyncContextManager[Watch]:
+        return Block(self._bridge, partial(self._inner.watch, interval), partial(Watch, self._bridge))
 
     async def apply(self, action: Action, *, policy: str | None = None) -> Applied:
         return await self._bridge.call(partial(self._inner.apply, action, policy=policy))

@@ -14,14 +14,15 @@ from typing import Final, Self
 import attrs
 import trio
 
-from .. import subscription
+from .. import subscription, watch
 from ..devices import console, requests as queue
 from ..exits import Exit
+from ..policy import Facts
 from ..subscription import ExitsStatistics
 from .bridge import Bridge
 from .wrapper import Wrapper, mirrors
 
-__all__ = ["Console", "Exits", "Request", "Requests"]
+__all__ = ["Console", "Exits", "Request", "Requests", "Watch"]
 
 BATCH: Final = 256
 ITEMS_PER_SLEEP: Final = 64
@@ -178,6 +179,25 @@ class Requests(Wrapper[queue.Requests]):
                 if not request.returned:  # the block was left meanwhile, or its VM ended
                     return Request(self._bridge, request)
             await self._bridge.call(self._inner.__anext__, keep=self._crossed.append)
+
+
+@mirrors(watch.Watch)
+class Watch(Wrapper[watch.Watch]):
+    """In asyncio: cancelling loses nothing here either; the next iteration gets what had come."""
+
+    __slots__ = ("_crossed",)
+
+    def __init__(self, bridge: Bridge, inner: watch.Watch) -> None:
+        super().__init__(bridge, inner)
+        self._crossed: deque[Facts] = deque()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Facts:
+        if not self._crossed:
+            await self._bridge.call(self._inner.__anext__, keep=self._crossed.append)
+        return self._crossed.popleft()
 
 
 @mirrors(console.Console)

@@ -63,8 +63,9 @@ struct orc_counters {
 	int64_t throttled_since;
 };
 void orc_vcpu_counters(const orc_vcpu *, struct orc_counters *out, int64_t now);
-struct orc_sums { uint64_t exits, bus_locks, throttled; };
-void orc_vcpu_sums(const orc_vcpu *, struct orc_sums *out, int64_t now);
+struct orc_sums { uint64_t bus_locks, throttled; };
+struct orc_more { uint32_t reason; uint64_t exits; };
+int orc_vcpu_look(const orc_vcpu *, struct orc_sums *out, uint64_t *seen, struct orc_more *more, int64_t now);
 int64_t orc_now(void);
 
 enum { ORC_SITES, ORC_CODE_BEFORE, ORC_CODE_AFTER };

@@ -18,7 +18,17 @@ from ..errors import ResourceLimit
 from ..spec import Limit, Meter
 from . import ffi, lib
 
-__all__ = ["Bucket", "Command", "Counters", "FleetCore", "Sampled", "VcpuCore", "install_signal", "monotonic_ns"]
+__all__ = [
+    "Bucket",
+    "Command",
+    "Counters",
+    "FleetCore",
+    "Sampled",
+    "VcpuCore",
+    "install_signal",
+    "monotonic_ns",
+    "reason_name",
+]
 
 METER_NUMBERS: Final = {Meter.BUS_LOCKS: int(lib.ORC_BUS_LOCKS), Meter.EXITS: int(lib.ORC_EXITS)}
 RING_RECORDS: Final = 4096
@@ -36,7 +46,14 @@ def _reason_names() -> dict[int, str]:
 REASON_NAMES: Final = _reason_names()
 """KVM_EXIT_* number → the kernel's name in lower case."""
 
+REASONS: Final = len(ffi.new("struct orc_counters *").exits)
+
 REASON_NUMBERS: Final = {name: number for number, name in REASON_NAMES.items()}
+
+
+def reason_name(number: int) -> str:
+    """The kernel's name of an exit reason, lower case; "other": of all that there is no counter for."""
+    return REASON_NAMES.get(number) or (f"exit_{number}" if number < REASONS - 1 else "other")
 
 
 def monotonic_ns() -> int:
@@ -113,6 +130,8 @@ class FleetCore:
         self._record_size = int(ffi.sizeof("struct orc_record"))
         self._ids = ffi.new("uint32_t[]", self.BATCH)
         self.sites: Any = ffi.new("struct orc_site[]", int(lib.ORC_SITES))
+        self.sums: Any = ffi.new("struct orc_sums *")
+        self.more: Any = ffi.new("struct orc_more[]", REASONS)
 
     def drain(self) -> memoryview:
         """The next batch of records, raw `struct orc_record`; empty if there are none. Valid until the next call."""
@@ -191,11 +210,12 @@ class Sampled:
 class VcpuCore:
     """A vCPU as the core knows it: counters, tickets, commands, its part of the ring. The same for all backends."""
 
-    __slots__ = ("fleet", "handle", "id")
+    __slots__ = ("_seen", "fleet", "handle", "id")
 
     def __init__(self, fleet: FleetCore, id: int) -> None:
         self.fleet = fleet
         self.id = id
+        self._seen: Any = ffi.new("uint64_t[]", REASONS)
         self.handle: Any = lib.orc_vcpu_new(fleet.handle, id, RING_RECORDS)
         if self.handle == ffi.NULL:
             raise MemoryError("orc_vcpu_new")
@@ -260,11 +280,7 @@ class VcpuCore:
     def counters(self, now: int) -> Counters:
         raw = ffi.new("struct orc_counters *")
         lib.orc_vcpu_counters(self.handle, raw, now)
-        exits = {
-            REASON_NAMES.get(number, f"exit_{number}" if number < len(raw.exits) - 1 else "other"): int(count)
-            for number, count in enumerate(raw.exits)
-            if count
-        }
+        exits = {reason_name(number): int(count) for number, count in enumerate(raw.exits) if count}
         return Counters(
             exits=exits,
             bus_locks=int(raw.bus_locks),
@@ -278,11 +294,13 @@ class VcpuCore:
             throttled_since=int(raw.throttled_since) or None,
         )
 
-    def sums(self, now: int) -> tuple[int, int, int]:
-        """Exits, bus locks, throttled nanoseconds: what a policy tick needs."""
-        raw = ffi.new("struct orc_sums *")
-        lib.orc_vcpu_sums(self.handle, raw, now)
-        return int(raw.exits), int(raw.bus_locks), int(raw.throttled)
+    def look(self, now: int) -> tuple[dict[int, int], int, int]:
+        """What a policy tick needs: exits since this was asked last by the kernel's number of the reason (see
+        `REASON_NAMES`), and bus locks and throttled nanoseconds so far."""
+        sums, more = self.fleet.sums, self.fleet.more
+        changed = lib.orc_vcpu_look(self.handle, sums, self._seen, more, now)
+        exits = {int(more[i].reason): int(more[i].exits) for i in range(changed)}
+        return exits, int(sums.bus_locks), int(sums.throttled)
 
     def sample(self, every: int) -> None:
         """Sample every so many bus locks, and the first; 0: none. At any time."""

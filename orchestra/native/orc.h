@@ -177,11 +177,16 @@ struct orc_counters {
 	orc_ns throttled_since; /* 0: not waiting now */
 };
 void orc_vcpu_counters(const orc_vcpu *, struct orc_counters *out, orc_ns now);
-/* The sums that a policy tick needs, without the copy of every counter. */
+/* What a policy tick needs, without the copy of every counter: sums, and of which exit reasons there were more than in
+ * `seen`, which is brought up to date. Returns how many reasons; `more` has room for all. */
 struct orc_sums {
-	orc_u64 exits, bus_locks, throttled;
+	orc_u64 bus_locks, throttled;
 };
-void orc_vcpu_sums(const orc_vcpu *, struct orc_sums *out, orc_ns now);
+struct orc_more {
+	uint32_t reason;
+	orc_u64 exits;
+};
+int orc_vcpu_look(const orc_vcpu *, struct orc_sums *out, orc_u64 seen[ORC_REASONS], struct orc_more *more, orc_ns now);
 
 orc_ns orc_now(void); /* CLOCK_MONOTONIC */
 

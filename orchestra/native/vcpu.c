@@ -389,15 +389,22 @@ void orc_vcpu_counters(const orc_vcpu *v, struct orc_counters *out, orc_ns now)
 	out->unclaimed = get(&v->unclaimed);
 }
 
-void orc_vcpu_sums(const orc_vcpu *v, struct orc_sums *out, orc_ns now)
+int orc_vcpu_look(const orc_vcpu *v, struct orc_sums *out, orc_u64 seen[ORC_REASONS], struct orc_more *more, orc_ns now)
 {
 	orc_ns since;
+	int n = 0;
 
-	out->exits = 0;
-	for (int i = 0; i < ORC_REASONS; i++)
-		out->exits += get(&v->exits[i]);
+	for (int i = 0; i < ORC_REASONS; i++) {
+		orc_u64 exits = get(&v->exits[i]);
+
+		if (exits != seen[i]) {
+			more[n++] = (struct orc_more){.reason = (uint32_t)i, .exits = exits - seen[i]};
+			seen[i] = exits;
+		}
+	}
 	out->bus_locks = get(&v->bus_locks);
 	out->throttled = throttled(v, now, &since);
+	return n;
 }
 
 struct orc_access *orc_vcpu_access(orc_vcpu *v)

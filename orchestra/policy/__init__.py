@@ -10,7 +10,7 @@ from .adaptive import Adaptive
 from .bustime import CPU_MODELS, BusTime, CpuModel
 from .compose import Only, only
 from .credits import BurstCredits
-from .facts import Facts, HostFacts, Policy, VmFacts
+from .facts import Facts, HostFacts, Policy, TenantFacts, VcpuFacts, VmFacts
 from .guard import Guard, Ruling, Verdict
 from .ladder import Ladder
 from .share import WeightedShare
@@ -34,6 +34,8 @@ __all__ = [
     "Rung",
     "StaticLimits",
     "Step",
+    "TenantFacts",
+    "VcpuFacts",
     "Verdict",
     "VmFacts",
     "WeightedShare",

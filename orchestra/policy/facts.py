@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Protocol, runtime_checkable
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol, TypeVar, runtime_checkable
 
 import attrs
 
 from ..actions import Action
 from ..spec import Limit, Tenant
 
-__all__ = ["Facts", "HostFacts", "Policy", "VmFacts"]
+__all__ = ["Facts", "HostFacts", "Policy", "TenantFacts", "VcpuFacts", "VmFacts", "add_known"]
+
+N = TypeVar("N", int, float)
+
+
+@attrs.frozen
+class VcpuFacts:
+    """One vCPU that did something since the last tick; as in `VmFacts`, of which these are the parts."""
+
+    index: int
+    bus_locks: int | None
+    exits: int
+    throttled: float
+    cpu: float | None = None
+    run_delay: float | None = None
+    capped: float | None = None
 
 
 @attrs.frozen
@@ -28,8 +44,11 @@ class VmFacts:
         capped: seconds that a CPU cap held it.
         work: how much the guest got done since the last tick, by its own account (`Vm.report_work`); the unit is the
             guest's, so compare it with nothing but itself.
+        by_reason: its exits by the kernel's name of the reason ("io", "mmio", "x86_bus_lock", ...).
+        by_vcpu: the vCPUs that did something, by index.
 
-    The last four are None where this host, or this guest, does not tell: never 0 for "unknown".
+    `cpu`, `run_delay`, `capped` and `work` are None where this host, or this guest, does not tell: never 0 for
+    "unknown".
     """
 
     name: str
@@ -44,6 +63,22 @@ class VmFacts:
     run_delay: float | None = None
     capped: float | None = None
     work: float | None = None
+    by_reason: Mapping[str, int] = attrs.field(factory=dict, hash=False)
+    by_vcpu: tuple[VcpuFacts, ...] = ()
+
+
+@attrs.frozen
+class TenantFacts:
+    """What a tenant's VMs did together since the last tick; as in `VmFacts`. `vms`: how many of them did something."""
+
+    name: str
+    vms: int
+    bus_locks: int | None
+    exits: int
+    throttled: float
+    cpu: float | None
+    run_delay: float | None
+    capped: float | None
 
 
 @attrs.frozen
@@ -92,6 +127,36 @@ class Facts:
     tenants: Mapping[str, Tenant]
     vms: Mapping[str, VmFacts]
     host: HostFacts = HostFacts()
+
+    @functools.cached_property
+    def by_tenant(self) -> Mapping[str, TenantFacts]:
+        """The tenants of `vms`, added up."""
+        of: dict[str, list[VmFacts]] = {}
+        for vm in self.vms.values():
+            of.setdefault(vm.tenant, []).append(vm)
+        return {name: _tenant(name, vms) for name, vms in of.items()}
+
+
+def _tenant(name: str, vms: Sequence[VmFacts]) -> TenantFacts:
+    return TenantFacts(
+        name=name,
+        vms=len(vms),
+        bus_locks=add_known(vm.bus_locks for vm in vms),
+        exits=sum(vm.exits for vm in vms),
+        throttled=sum(vm.throttled for vm in vms),
+        cpu=add_known(vm.cpu for vm in vms),
+        run_delay=add_known(vm.run_delay for vm in vms),
+        capped=add_known(vm.capped for vm in vms),
+    )
+
+
+def add_known(values: Iterable[N | None]) -> N | None:
+    """The sum of what is known; None: nothing is."""
+    total: N | None = None
+    for value in values:
+        if value is not None:
+            total = value if total is None else total + value
+    return total
 
 
 @runtime_checkable

@@ -332,12 +332,14 @@ static void counters_only_grow_and_no_wait_counts_twice(void)
 	orc_vcpu *v = orc_vcpu_new(f, 0, 8);
 	struct orc_counters before = {0}, out;
 	struct orc_sums sums;
+	struct orc_more more[ORC_REASONS];
+	orc_u64 seen[ORC_REASONS] = {0};
 	pthread_t thread;
 
 	atomic_store(&counting, true);
 	thread = start(count_and_wait, v);
 	while (atomic_load(&counting)) {
-		orc_vcpu_sums(v, &sums, now);
+		orc_vcpu_look(v, &sums, seen, more, now);
 		CHECK(sums.throttled <= (orc_u64)now - 10, "%llu", (unsigned long long)sums.throttled);
 		orc_vcpu_counters(v, &out, now);
 		CHECK(out.throttled <= (orc_u64)now - 10);
