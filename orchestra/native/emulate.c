@@ -537,6 +537,7 @@ static void on_instruction(uc_engine *uc, uint64_t address, uint32_t size, void 
 		/* fall through */
 	case ORC_INSN_WIDE: /* unicorn gets its flags wrong, unless they have just been set (translate.c, case 0x1c7) */
 		e->alone = true;
+		e->pass = NOWHERE; /* it is not met again before it is done, and the next time it is another lock */
 		stop(e);
 		return;
 	case ORC_INSN_ILLEGAL:
@@ -1245,7 +1246,7 @@ static enum orc_why raised(struct orc_emulator *e)
 	enum { DOUBLE_FAULT = 8, NOT_PRESENT = 11, DR6_FIXED = 0xffff0ff0 };
 	const struct orc_unicorn_numbers *n = &e->u->n;
 	int vector = e->exception;
-	uint64_t rip = orc_register(e, n->UC_X86_REG_RIP);
+	uint64_t rip = orc_register(e, n->UC_X86_REG_RIP), linear;
 	bool protected = orc_register(e, n->UC_X86_REG_CR0) & 1;
 	uc_x86_mmr idt = {0};
 	struct orc_record *r;
@@ -1263,15 +1264,15 @@ static enum orc_why raised(struct orc_emulator *e)
 		return ORC_COMMAND;
 	}
 	e->careful = false;
-	if (vector == EXCEPTION_DB && is_breakpoint(e, e->insn_rip) && rip == e->insn_rip) {
-		orc_emulator_look(e);
-		e->pass_debug = rip + segment_base(e, 1, orc_state_bits(e));
+	orc_emulator_look(e);
+	linear = rip + segment_base(e, 1, orc_state_bits(e));
+	if (vector == EXCEPTION_DB && is_breakpoint(e, linear) && rip == e->insn_rip) {
+		e->pass_debug = linear;
 		return tell_debug(e, EXCEPTION_DB, rip, DR6_FIXED | 1);
 	}
 	if (vector == EXCEPTION_BP && e->debug & KVM_GUESTDBG_USE_SW_BP)
 		return tell_debug(e, EXCEPTION_BP, rip, DR6_FIXED);
 	e->u->uc_reg_read(e->uc, n->UC_X86_REG_IDTR, &idt);
-	orc_emulator_look(e);
 	r = blank(e);
 	r->arg[0] = (uint64_t)vector;
 	r->arg[2] = vector == EXCEPTION_PF ? orc_register(e, n->UC_X86_REG_CR2) : rip;
