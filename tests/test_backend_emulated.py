@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from orchestra import Halted, MemoryRegion, Shutdown, exits
+from orchestra import FlatImage, Halted, Limit, MemoryRegion, Shutdown, VmSpec, exits, open_fleet
 from orchestra.backend.emulated.machine import EmulatedBackend
 from orchestra.memory import GuestMemory
 from orchestra.native import lib
@@ -161,6 +161,25 @@ def test_a_lock_that_faults_is_not_counted(emulated: EmulatedBackend) -> None:
         assert played.outcome == Shutdown(reason="triple fault")
         assert played.special.cr2 == 0x2345_6780_003E
         assert played.locks == []
+
+
+@pytest.mark.parametrize("detection", BOTH)
+@pytest.mark.parametrize(
+    "what",
+    [
+        "66 f0 ff 06 3e 80  ; lock inc dword [0x803e]",
+        "66 f0 f7 1e 3e 80  ; lock neg dword [0x803e]: unicorn executes it by itself",
+        "f0 0f c7 0e 3e 80  ; lock cmpxchg8b [0x803e]: and this",
+    ],
+)
+async def test_locks_that_wait_for_their_turn_are_counted_each(what: str, detection: Detection) -> None:
+    loop = code(what) + code("49  ; dec cx")
+    program = code("b9 28 00  ; mov cx, 40") + loop + bytes([0x75, 0x100 - len(loop) - 2]) + HLT
+    async with open_fleet(backend=EmulatedBackend(detection=detection)) as fleet:
+        spec = VmSpec(name="guest", boot=FlatImage(code=program, mode=16), limit=Limit(rate=20_000, burst=1))
+        vm = await fleet.launch(spec)
+        assert await vm.wait() == Halted()
+        assert vm.statistics().bus_locks == 40
 
 
 @pytest.mark.parametrize("what", ["f0 f6 1d", "f0 f7 1d", "66 f0 f7 1d"])
@@ -478,6 +497,16 @@ def test_breakpoints_stop_before_what_else_stops_there(emulated: EmulatedBackend
         ("debug", 0x1008),
         ("in", 0x80, 1),
         ("debug", 0x100A),
+        ("Hlt",),
+    ]
+
+
+def test_breakpoints_are_linear_addresses(emulated: EmulatedBackend) -> None:
+    program = code("ea 08 00 00 01 90 90 90  40  f4  ; jmp 0x100:8; inc ax; hlt")
+    registers = (0x1008, 0x1009, 0, 0, 0, 0, 0, 0xF)
+    assert steps(emulated, program, DEBUG | int(lib.KVM_GUESTDBG_USE_HW_BP), registers, mode=16) == [
+        ("debug", 8),
+        ("debug", 9),
         ("Hlt",),
     ]
 

@@ -219,10 +219,9 @@ async def test_tenants_of_weight_one_and_three_share_the_budget_so_and_idle_shar
     if KVMHOST == "intel":
         pytest.skip("its time is virtual and it has one CPU: rates are for the AMD host")
     tenants = [orc.Tenant("small", weight=1), orc.Tenant("large", weight=3)]
-    share = orc.WeightedShare(interval=0.2)
-    budget = orc.Limit(rate=400)
     # In seconds: a few ticks, and then as long as it takes to be exact.
-    settled, measured = (1, 2) if ground.emulated else (2, 6)
+    rate, interval, settled, measured = (1000, 0.1, 0.5, 1) if ground.emulated else (400, 0.2, 2, 6)
+    share, budget = orc.WeightedShare(interval=interval), orc.Limit(rate=rate)
     async with ground.open(limit=budget, tenants=tenants, policies=[share]) as fleet:
         small = await fleet.launch(lock_spec("add", 32, name="s", tenant="small"))
         large = await fleet.launch(lock_spec("add", 32, name="l", tenant="large"))
@@ -237,9 +236,9 @@ async def test_tenants_of_weight_one_and_three_share_the_budget_so_and_idle_shar
         await trio.sleep(settled)
         one, three = await rates(measured)
         assert three / one == pytest.approx(3, rel=0.03)
-        assert one + three == pytest.approx(400, rel=0.05)
+        assert one + three == pytest.approx(rate, rel=0.05)
         await large.pause()
         await trio.sleep(settled)
         one, three = await rates(measured / 2)
         assert three == 0
-        assert one == pytest.approx(400, rel=0.05)
+        assert one == pytest.approx(rate, rel=0.05)

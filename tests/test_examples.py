@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -37,35 +40,56 @@ def test_every_example_is_run_here():
     assert {path.stem for path in EXAMPLES.glob("*.py")} == set(EXPECTED)
 
 
-@pytest.fixture(params=["here", "kvm-hidden"])
-def before(request: pytest.FixtureRequest) -> list[str]:
-    """What a command begins with, to be run as this machine is, or where /dev/kvm does not open."""
+HIDDEN = ["unshare", "--mount", "--map-root-user", "sh", "-c", 'mount --bind /dev/null /dev/kvm && exec "$@"', "sh"]
+"""What a command begins with that is to be run where /dev/kvm does not open."""
+
+
+@functools.cache
+def problem(where: str) -> str | None:
+    """Why nothing can be run there."""
     no_kvm, no_unicorn = kvm_problem(), emulated_problem()
-    if request.param == "here":
-        if no_kvm and no_unicorn:
-            pytest.skip(f"{no_kvm}; {no_unicorn}")
-        return []
+    if where == "here":
+        return f"{no_kvm}; {no_unicorn}" if no_kvm and no_unicorn else None
     if no_unicorn:
-        pytest.skip(no_unicorn)
+        return no_unicorn
     if not Path("/dev/kvm").exists():
-        pytest.skip("there is no /dev/kvm to hide")
-    hide = 'mount --bind /dev/null /dev/kvm && exec "$@"'
-    command = ["unshare", "--mount", "--map-root-user", "sh", "-c", hide, "sh"]
+        return "there is no /dev/kvm to hide"
     try:
-        done = subprocess.run([*command, "true"], capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run([*HIDDEN, "true"], capture_output=True, text=True, timeout=60, check=False)
     except OSError as error:
-        pytest.skip(f"/dev/kvm can't be hidden: {error}")
-    if done.returncode:
-        pytest.skip(f"/dev/kvm can't be hidden: {done.stderr}")
-    return command
+        return f"/dev/kvm can't be hidden: {error}"
+    return f"/dev/kvm can't be hidden: {done.stderr}" if done.returncode else None
 
 
-@pytest.mark.parametrize("name", EXPECTED)
-def test_an_example_prints_what_it_promises(name, before, tmp_path):
-    command = [*before, sys.executable, str(EXAMPLES / f"{name}.py"), *ARGUMENTS.get(name, [])]
+def run(name: str, where: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(EXAMPLES / f"{name}.py"), *ARGUMENTS.get(name, [])]
     if command[-1] == "--journal":
-        command.append(str(tmp_path / "afternoon.db"))
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        command.append(str(folder / f"{where}.db"))
+    before = [] if where == "here" else HIDDEN
+    return subprocess.run([*before, *command], capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture(scope="module")
+def runs(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[tuple[str, str], Future[subprocess.CompletedProcess[str]]]]:
+    """The examples that were asked for, side by side: most of their time they sleep."""
+    asked = [
+        (item.callspec.params["name"], item.callspec.params["where"])  # type: ignore[attr-defined]
+        for item in request.session.items
+        if getattr(item, "originalname", None) == test_an_example_prints_what_it_promises.__name__
+    ]
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        yield {one: pool.submit(run, *one, tmp_path_factory.getbasetemp()) for one in asked if problem(one[1]) is None}
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("where", ["here", "kvm-hidden"])
+@pytest.mark.parametrize("name", EXPECTED)
+def test_an_example_prints_what_it_promises(name, where, runs):
+    if problem(where) is not None:
+        pytest.skip(problem(where))
+    done = runs[name, where].result()
     assert done.returncode == 0, done.stderr
     for line in EXPECTED[name]:
         assert line in done.stdout

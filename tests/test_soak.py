@@ -23,7 +23,7 @@ from orchestra.native.core import FleetCore
 
 pytestmark = pytest.mark.slow
 
-SECONDS = float(os.environ.get("ORCHESTRA_SOAK", "4"))
+SECONDS = float(os.environ.get("ORCHESTRA_SOAK", "2"))
 STORM = b"\xe6\x80\xeb\xfc"  # out 0x80, al / jmp
 ONE_EXIT = b"\xe6\x80\xf4"  # out 0x80, al / hlt
 SPECS = [

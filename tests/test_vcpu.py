@@ -296,7 +296,7 @@ async def test_a_vcpu_that_halted_leaves_the_others_running(stage: Stage):
         assert await vm.stop() == orc.Stopped("stop()")
 
 
-async def test_a_vcpu_that_fails_ends_those_that_run():
+async def test_a_vcpu_that_fails_ends_those_that_run(autojump_clock):
     async with play({"guest": []}) as fleet:
         fleet.backend._scripts = lambda spec, vcpu: [ScriptedExit(FUTURE, after=1) if vcpu == 2 else hlt(after=1e9)]
         with trio.fail_after(5):

@@ -279,7 +279,7 @@ struct orc_plan {
 int orc_kvm_build(struct orc_plan *);
 void orc_cpuid_set_apic_id(struct kvm_cpuid2 *, uint32_t id);
 
-/* ---- unicorn.c, emulate.c ---- */
+/* ---- unicorn.c, emulate*.c ---- */
 
 struct orc_unicorn_numbers {
 	int UC_ARCH_X86, UC_MODE_16, UC_MODE_64, UC_PROT_READ, UC_PROT_WRITE, UC_PROT_EXEC;

@@ -279,7 +279,7 @@ struct orc_plan {
 int orc_kvm_build(struct orc_plan *);
 void orc_cpuid_set_apic_id(struct kvm_cpuid2 *, uint32_t id);
 
-/* ---- unicorn.c, emulate.c ------------------------------------------------------------------------------------- */
+/* ---- unicorn.c, emulate*.c ------------------------------------------------------------------------------------ */
 
 /* Unicorn's own numbers, by its own names: whoever loads the library reads them from the package it came with. */
 struct orc_unicorn_numbers {

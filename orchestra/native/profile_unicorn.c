@@ -8,7 +8,7 @@ static bool registers(orc_vcpu *v, const struct orc_record *record, struct orc_s
 
 	orc_emulator_special_registers(e, &sregs);
 	/* The RIP that is told, behind the instruction or on it: unicorn's own may not be there yet. */
-	orc_profile_place(s, record->rip, orc_register(e, e->u->n.UC_X86_REG_EFLAGS), &sregs);
+	orc_profile_place(s, record->rip, orc_flags(e), &sregs);
 	s->cpl = orc_state_hflags(e) & HFLAG_CPL;
 	return true;
 }
@@ -16,14 +16,12 @@ static bool registers(orc_vcpu *v, const struct orc_record *record, struct orc_s
 static const uint8_t *translate(orc_vcpu *v, orc_u64 linear)
 {
 	struct orc_emulator *e = v->emulator;
+	const struct orc_memory *m;
 	uint64_t physical;
 
-	if (e->u->uc_vmem_translate(e->uc, linear, (uint32_t)e->u->n.UC_PROT_READ, &physical))
+	if (!orc_memory_translate(e, linear, false, &physical) || !(m = orc_memory_at(e, physical)))
 		return NULL;
-	for (size_t i = 0; i < e->memories; i++)
-		if (physical - e->memory[i].start < e->memory[i].size)
-			return e->memory[i].host + (physical - e->memory[i].start);
-	return NULL;
+	return m->host + (physical - m->start);
 }
 
 static size_t code(orc_vcpu *v, orc_u64 linear, uint8_t *out, size_t n, bool end)
