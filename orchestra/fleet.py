@@ -233,12 +233,13 @@ class Fleet:
     async def apply(self, action: Action, *, policy: str | None = None) -> Applied:
         """Do it, and journal it with its reason, evidence and what came of it.
 
+        Returns when a VM that it pauses, stops or kills is paused, or gone. Cancelled, that comes all the same.
         That it could not be done (the VM is gone, its state does not allow it) is told in `Applied.error`, not raised.
 
         Raises:
             SpecError: not an action.
         """
-        applied = await self._applier.apply(action, policy)
+        applied = await self._applier.apply(action, policy, wait=True)
         await trio.lowlevel.cancel_shielded_checkpoint()
         return applied
 
@@ -377,9 +378,9 @@ class Fleet:
         """The VM was stopped by its user: it leaves the fleet."""
         self._drop(vm)
 
-    def did(self, action: Action, error: str | None = None) -> None:
+    def did(self, action: Action) -> None:
         """A caller did it directly, and not by `apply`."""
-        self._applier.done(action, None, error)
+        self._applier.done(action, None)
 
     def changed(self, vm: Vm, state: State, reason: str) -> None:
         self._records.state(self.now(), vm.name, vm.launch, vm.tenant, state, reason)
@@ -388,7 +389,7 @@ class Fleet:
         self._activity.work(vm, units)
 
     async def carry_out(self, action: Action, policy: str | None) -> Applied:
-        """As `apply`, for many in a row: each checkpoint is a turn of the event loop."""
+        """As `apply`, but nothing except an eviction is waited for, and there is no checkpoint."""
         return await self._applier.apply(action, policy)
 
     def record(self, applied: Applied) -> Applied:

@@ -37,7 +37,7 @@ class Fleet(Protocol):
         """How many VMs an action is about."""
 
     async def carry_out(self, action: Action, policy: str | None) -> Applied:
-        """Apply it, and journal it."""
+        """Apply it, and journal it. There is a checkpoint for an eviction only: no tick waits for a VM."""
 
     def record(self, applied: Applied) -> Applied:
         """Journal what was not even tried."""
@@ -305,7 +305,7 @@ class Governor:
                 _tell_refused(seat.policy, action, verdict.reason)
             return
         self._holds = self._holds or isinstance(verdict.action, Pause)
-        if isinstance(verdict.action, Evict):  # takes its time, and the others' ticks don't wait for it
+        if isinstance(verdict.action, Evict):  # what comes of it takes its time, and the ticks don't wait for it
             fleet.start_soon(self._evict, seat, verdict.action)
             return
         applied = await fleet.carry_out(verdict.action, name)

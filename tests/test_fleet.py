@@ -876,17 +876,51 @@ async def test_the_same_by_apply_is_journaled_once(autojump_clock):
     assert [type(applied.action) for applied in kept.actions] == [orc.Pause, orc.Resume, orc.Stop]
 
 
-async def test_a_cancelled_pause_is_journaled_as_what_it_is(nothing_left):
-    stage = Stage("scripted")
-    async with stage.open() as fleet:
-        vm = await fleet.launch(stage.spec("spin"))
+@pytest.mark.parametrize("how", ["pause", "apply"])
+async def test_a_pause_whose_wait_is_cancelled_is_a_callers_all_the_same(autojump_clock, how):
+    told = Resumes()
+    async with play([FOR_EVER], policies=[told]) as fleet:
+        vm = await fleet.launch(blank())
         with trio.CancelScope() as scope:
             scope.cancel()
-            await vm.pause()
+            await (vm.pause() if how == "pause" else fleet.apply(orc.Pause(vm="guest")))
         assert scope.cancelled_caught
+        await trio.sleep(1.5)
+        assert vm.state == "paused"
+        kinds = [(type(applied.action), applied.policy, applied.outcome) for applied in fleet.actions()]
+        assert kinds == [(orc.Pause, None, "done"), (orc.Resume, "resumes", "refused")]
+
+
+async def test_a_stop_whose_wait_is_cancelled_is_journaled_and_the_vm_leaves_the_fleet(autojump_clock):
+    async with play([FOR_EVER]) as fleet:
+        vm = await fleet.launch(blank())
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await fleet.apply(orc.Stop(vm="guest", reason="enough"))
+        assert [applied.outcome for applied in fleet.actions()] == ["done"]
+        assert await vm.wait() == orc.Stopped("enough")
+        assert "guest" not in fleet.vms
+
+
+async def test_a_cancelled_eviction_is_journaled_as_what_it_is(autojump_clock):
+    async def moves(vm: orc.Vm, action: orc.Evict) -> None:
+        await trio.sleep_forever()
+
+    async with play([FOR_EVER], on_evict=moves) as fleet:
+        await fleet.launch(blank())
+        with trio.move_on_after(1):
+            await fleet.apply(orc.Evict(vm="guest"))
         (applied,) = fleet.actions()
-        assert (applied.outcome, type(applied.action)) == ("failed", orc.Pause)
-        assert "takes effect all the same" in applied.error
+        assert (applied.outcome, applied.error) == ("failed", "cancelled while on_evict was at it")
+
+
+class Resumes:
+    """A policy that would have every VM go on."""
+
+    name, interval = "resumes", 1.0
+
+    def decide(self, facts: orc.Facts) -> list[orc.Action]:
+        return [orc.Resume(vm="guest")]
 
 
 async def test_states_are_told_in_order_with_how_a_vm_ended(stage: Stage):

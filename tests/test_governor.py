@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
 
 import pytest
 import trio
@@ -12,6 +14,7 @@ import orchestra as orc
 from conftest import Stage, blank, play
 from orchestra.activity import IN_TURN, Activity
 from orchestra.backend.scripted import ScriptedExit, bus_lock, hlt, io_write
+from orchestra.testing import wait_state, wait_until
 from orchestra.vcpu import Vcpu
 
 FOR_EVER = hlt(after=1e9)
@@ -648,6 +651,100 @@ async def test_harm_is_acted_on_within_one_tick(autojump_clock):
         first = fleet.actions()[0]
         assert isinstance(first.action, orc.Warn)
         assert 0 < first.time - begins <= 0.1e9 + 0.1e9
+
+
+# ---- VMs that take their time
+
+
+class Stuck:
+    """A device whose reads take until `release`. Waits for nothing once the test is over."""
+
+    def __init__(self) -> None:
+        self.entered, self.release = threading.Event(), threading.Event()
+
+    def read(self, offset: int, size: int) -> int:
+        self.entered.set()
+        self.release.wait(30)
+        return 0
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """Never called."""
+
+
+class Slow:
+    """A fleet with a guest whose vCPU is in a device for as long as the test wants, and two policies."""
+
+    def __init__(self, backend: str) -> None:
+        self.stage, self.device = Stage(backend), Stuck()
+        self.wants: list[orc.Action] = []
+        self.asks = Told(lambda facts: [self.wants.pop(0)] if self.wants else [], name="asks", interval=0.01)
+        self.other = Told(name="other", interval=0.01)
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[tuple[orc.Fleet, orc.Vm]]:
+        guard = orc.Guard(vm_cool_down=0, host_cool_down=0)
+        async with self.stage.open(policies=[self.asks, self.other], guard=guard) as fleet:
+            try:
+                vm = await fleet.launch(
+                    self.stage.spec("ask_twice"), devices=[(range(0x500, 0x504), None, self.device)]
+                )
+                await wait_until(self.device.entered.is_set, within=10)
+                yield fleet, vm
+            finally:
+                self.device.release.set()
+
+    async def ticks(self) -> None:
+        """Until the other policy has decided three times more."""
+        seen = len(self.other.facts)
+        await wait_until(lambda: len(self.other.facts) >= seen + 3, within=5)
+
+
+@pytest.fixture(params=[pytest.param(name, marks=getattr(pytest.mark, name)) for name in ("emulated", "kvm")])
+def slow(request: pytest.FixtureRequest, nothing_left: Callable[[], None]) -> Slow:
+    return Slow(request.param)
+
+
+async def test_a_vm_that_takes_long_to_pause_keeps_no_policy_waiting(slow):
+    async with slow.open() as (fleet, vm):
+        slow.wants = [orc.Pause(vm="guest")]
+        await slow.ticks()
+        assert outcomes(fleet) == [("Pause", "asks", "done")]
+        assert vm.state == "running"
+        slow.device.release.set()
+        await wait_state(vm, "paused")
+
+
+async def test_a_vm_that_takes_long_to_stop_keeps_no_policy_waiting(slow):
+    async with slow.open() as (fleet, vm):
+        slow.wants = [orc.Pause(vm="guest"), orc.Stop(vm="guest", reason="out")]
+        await slow.ticks()
+        assert outcomes(fleet) == [("Pause", "asks", "done"), ("Stop", "asks", "done")]
+        assert vm.outcome is None
+        slow.device.release.set()
+        assert await vm.wait() == orc.Stopped("out")
+        assert fleet.vms == {}
+
+
+async def test_a_pause_that_is_taken_back_before_it_took_effect_was_none(slow):
+    async with slow.open() as (fleet, vm):
+        slow.wants = [orc.Pause(vm="guest"), orc.Resume(vm="guest")]
+        await slow.ticks()
+        assert outcomes(fleet) == [("Pause", "asks", "done"), ("Resume", "asks", "done")]
+        slow.device.release.set()
+        await slow.ticks()
+        assert vm.state != "paused"
+
+
+async def test_a_policy_is_taken_away_without_waiting_for_its_pause(slow):
+    async with slow.open() as (fleet, vm):
+        slow.wants = [orc.Pause(vm="guest")]
+        await slow.ticks()
+        with trio.fail_after(5):
+            await fleet.set_policies([slow.other])
+        assert outcomes(fleet) == [("Pause", "asks", "done"), ("Resume", "asks", "done")]
+        slow.device.release.set()
+        await slow.ticks()
+        assert vm.state != "paused"
 
 
 # ---- pressure that can't wait
