@@ -16,7 +16,7 @@ from typing import Any, Final, Literal
 import attrs
 import trio
 
-from .actions import Action, Applied, Outcome, SetLimit, State, Stopped, Throttle, Unthrottle
+from .actions import Action, Applied, Outcome, Pause, SetLimit, State, Stopped, Throttle, Unthrottle
 from .activity import Activity
 from .actuators.placement import Quarantine
 from .apply import Applier, OnEvict
@@ -166,6 +166,8 @@ class Fleet:
         seat.live += 1
         self._live += 1
         self.changed(vm, State.CREATED, "launched paused" if paused else "launched")
+        if paused:  # before anybody else has a word
+            self.did(Pause(vm=vm.name, reason="launch(paused=True)"))
         try:
             await vm.supervise(devices, paused, task_status=task_status)
         finally:
@@ -291,7 +293,7 @@ class Fleet:
         """Have these policies decide from now on, in this order.
 
         One that is there already (the same object) keeps its seat, its next tick and what it holds. What one that is
-        not there any more holds is let go before the others decide.
+        not there any more holds is let go before the others decide. Cancelled, all of that is done, or nothing.
 
         Parameters:
             guard: another one from now on; it knows nothing of what was done so far. None: it stays.

@@ -891,6 +891,18 @@ async def test_a_pause_whose_wait_is_cancelled_is_a_callers_all_the_same(autojum
         assert kinds == [(orc.Pause, None, "done"), (orc.Resume, "resumes", "refused")]
 
 
+async def test_a_launch_that_is_paused_is_a_callers_pause(autojump_clock):
+    async with play([FOR_EVER], policies=[Resumes()]) as fleet:
+        vm = await fleet.launch(blank(), paused=True)
+        await trio.sleep(1.5)
+        assert vm.state == "paused"
+        pause, resume = fleet.actions()
+        assert (pause.action, pause.policy) == (orc.Pause(vm="guest", reason="launch(paused=True)"), None)
+        assert (type(resume.action), resume.outcome, resume.error) == (orc.Resume, "refused", "a caller holds it")
+        await vm.resume()
+        assert vm.state == "running"
+
+
 async def test_a_stop_whose_wait_is_cancelled_is_journaled_and_the_vm_leaves_the_fleet(autojump_clock):
     async with play([FOR_EVER]) as fleet:
         vm = await fleet.launch(blank())
