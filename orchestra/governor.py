@@ -146,7 +146,7 @@ class Governor:
 
     async def set_policies(self, policies: Sequence[Policy], guard: Guard | None, ledger: Ledger) -> None:
         """As `Fleet.set_policies`. `ledger`: what each policy holds."""
-        async with self._lock:  # no tick meanwhile
+        async with self._lock:  # no tick meanwhile; and from here on no checkpoint, so nobody stops half way
             before = {id(seat.policy): seat.policy for seat in self._seats}
             self._activity.look(self._fleet.now())  # what was before is no new policy's affair
             self._seat(policies)

@@ -837,6 +837,31 @@ async def test_policies_are_exchanged_and_what_the_old_ones_held_is_let_go(autoj
         assert [status.name for status in fleet.statistics().policies] == ["comes", "stays"]
 
 
+@pytest.mark.parametrize("after", range(6))
+async def test_policies_that_are_taken_away_leave_nothing_in_force_whenever_that_is_cancelled(autojump_clock, after):
+    asks = {
+        1: orc.Throttle(vm="guest", limit=orc.Limit(rate=5)),
+        2: orc.Pause(vm="guest"),
+        3: orc.Throttle(vm="guest", meter="exits", limit=orc.Limit(rate=500)),
+    }
+    goes = Told(at_tick(asks), name="goes")
+    async with play([FOR_EVER], policies=[goes]) as fleet:
+        vm = await fleet.launch(blank())
+        await trio.sleep(3.5)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fleet.set_policies, [])
+            for _ in range(after):
+                await trio.lowlevel.checkpoint()
+            nursery.cancel_scope.cancel()
+
+        found = vm.statistics()
+        if fleet.statistics().policies:  # not begun
+            assert (found.limit.rate, found.exit_limit.rate, vm.state) == (5, 500, "paused")
+        else:
+            assert (found.limit, found.exit_limit, vm.state) == (None, None, "running")
+
+
 async def test_another_policy_of_the_same_name_starts_anew(autojump_clock):
     one, other = Told(throttles(5), name="p"), Told(name="p")
     async with play([FOR_EVER], policies=[one]) as fleet:
