@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from typing import Any, Final, Protocol
 
 import attrs
@@ -58,7 +58,11 @@ class PolicyStatus:
 
 @attrs.define(eq=False)
 class _Seat:
+    """A policy. `name` and `signals` are as it said at first: asked again, it might raise where nobody expects it."""
+
     policy: Policy
+    name: str
+    signals: tuple[str, ...]
     order: int
     window: Window
     due: int
@@ -80,27 +84,53 @@ class _Observer:
 
 def check_policies(policies: Iterable[Policy]) -> list[Policy]:
     """Raises:
-    SpecError: one is no policy, or two have one name.
+    SpecError: one is no policy, or two have one name, or one raises when it is asked what it is.
     """
     checked = list(policies)
     for policy in checked:
+        for what in ("name", "interval", "meter"):
+            _ask(policy, what)
         if not isinstance(policy, Policy):
             raise SpecError(f"policies: {policy!r} must have a name, an interval and decide(facts)")
-    names = [policy.name for policy in checked]
+        _signals(policy)
+    names = [_name(policy) for policy in checked]
     for name in names:
         if names.count(name) > 1:  # its limits and its entries in the journal go by its name
             raise SpecError(f"policies: two are named {name!r}; give each a name of its own (name=...)")
     return checked
 
 
+def _ask(policy: Policy, what: str, default: Any = None) -> Any:
+    """What a policy says of itself. Out of a property anything may come."""
+    try:
+        return getattr(policy, what, default)
+    except Exception as error:
+        raise SpecError(f"policies: {type(policy).__name__}: {what}: {type(error).__name__}: {error}") from error
+
+
+def _name(policy: Policy) -> str:
+    name = _ask(policy, "name")
+    if not isinstance(name, str) or not name:
+        raise SpecError(f"policies: {type(policy).__name__}: name={name!r}: must be a text")
+    return name
+
+
+def _signals(policy: Policy) -> tuple[str, ...]:
+    """The host's signals that a policy says it listens to."""
+    signals = _ask(policy, "signals", ())
+    if not isinstance(signals, Collection) or isinstance(signals, str) or not all(isinstance(s, str) for s in signals):
+        raise SpecError(f"policies: {type(policy).__name__}: signals={signals!r}: must be names of signals")
+    return tuple(signals)
+
+
 def _interval(policy: Policy) -> int | None:
     """A policy's interval in nanoseconds."""
-    interval = policy.interval
+    interval = _ask(policy, "interval")
     if interval is None:
         return None
     if isinstance(interval, bool) or not isinstance(interval, int | float) or not 1e-6 <= interval < math.inf:
         raise SpecError(
-            f"policy {policy.name!r}: interval={interval!r}: must be seconds, at least 1e-6, or None for only once"
+            f"policy {_name(policy)!r}: interval={interval!r}: must be seconds, at least 1e-6, or None for only once"
         )
     return round(interval * 1e9)
 
@@ -127,7 +157,9 @@ class Governor:
     def _seat(self, policies: Iterable[Policy]) -> None:
         """Have these policies decide from now on. One that is there already keeps its seat."""
         policies, now = list(policies), self._fleet.now()
-        intervals = [_interval(policy) for policy in policies]  # it may refuse one, before anything is changed
+        # These may refuse one, before anything is changed.
+        intervals = [_interval(policy) for policy in policies]
+        said = [(_name(policy), _signals(policy)) for policy in policies]
         there = {id(seat.policy): seat for seat in self._seats}
         self._seats = []
         for order, policy in enumerate(policies):
@@ -135,8 +167,8 @@ class Governor:
             if seat is None:
                 # Facts are about an interval: a policy that ticks decides first when one has passed.
                 interval = intervals[order]
-                seat = _Seat(policy, order, self._activity.open(), now + (interval or 0), interval)
-                self._activity.host.listen(_signals(policy))
+                seat = _Seat(policy, *said[order], order, self._activity.open(), now + (interval or 0), interval)
+                self._activity.host.listen(seat.signals)
             seat.order = order
             self._seats.append(seat)
         for seat in there.values():
@@ -147,15 +179,15 @@ class Governor:
     async def set_policies(self, policies: Sequence[Policy], guard: Guard | None, ledger: Ledger) -> None:
         """As `Fleet.set_policies`. `ledger`: what each policy holds."""
         async with self._lock:  # no tick meanwhile; and from here on no checkpoint, so nobody stops half way
-            before = {id(seat.policy): seat.policy for seat in self._seats}
+            before = {id(seat.policy): seat for seat in self._seats}
             self._activity.look(self._fleet.now())  # what was before is no new policy's affair
             self._seat(policies)
             for policy in policies:
                 before.pop(id(policy), None)
-            for policy in before.values():
-                for action in ledger.held(policy.name):
-                    reason = f"policy {policy.name} was taken away"
-                    await self._fleet.carry_out(attrs.evolve(action, reason=reason), policy.name)
+            for seat in before.values():
+                for action in ledger.held(seat.name):
+                    reason = f"policy {seat.name} was taken away"
+                    await self._fleet.carry_out(attrs.evolve(action, reason=reason), seat.name)
             if guard is not None:
                 self._guard = guard
         self._hurry.set()
@@ -166,7 +198,7 @@ class Governor:
         self._observer = _Observer(take, every, self._activity.open(), self._fleet.now() + every)
 
     def statistics(self) -> tuple[PolicyStatus, ...]:
-        return tuple(PolicyStatus(seat.policy.name, seat.on, seat.error, seat.actions) for seat in self._seats)
+        return tuple(PolicyStatus(seat.name, seat.on, seat.error, seat.actions) for seat in self._seats)
 
     @property
     def host(self) -> HostFacts:
@@ -194,8 +226,8 @@ class Governor:
 
     def _pressures(self) -> set[str]:
         """The pressures that can't wait for a policy's next tick."""
-        slow = (seat.policy for seat in self._seats if seat.on and (seat.interval or 0) > 2 * SOON)
-        return {signal for policy in slow for signal in _signals(policy) if signal.endswith("_pressure")}
+        slow = (seat for seat in self._seats if seat.on and (seat.interval or 0) > 2 * SOON)
+        return {signal for seat in slow for signal in seat.signals if signal.endswith("_pressure")}
 
     async def _watch(self, trigger: Trigger) -> None:
         try:
@@ -212,7 +244,7 @@ class Governor:
         now = self._fleet.now()
         for seat in self._seats:
             recent = now - seat.window.since < SOON
-            if seat.on and not recent and seat.due - now > SOON and signal in _signals(seat.policy):
+            if seat.on and not recent and seat.due - now > SOON and signal in seat.signals:
                 seat.due = now
                 self._hurry.set()
 
@@ -282,12 +314,12 @@ class Governor:
     def _switch_off(self, seat: _Seat, error: Exception) -> None:
         seat.on = False
         seat.error = f"{type(error).__name__}: {error}"
-        name = seat.policy.name
+        name = seat.name
         log.error("policy %r raised and is switched off; its limits stay in force", name, exc_info=error)
         self._fleet.record(Applied(time=self._fleet.now(), action=None, policy=name, error=seat.error))
 
     async def _carry_out(self, seat: _Seat, action: Action) -> None:
-        fleet, name = self._fleet, seat.policy.name
+        fleet, name = self._fleet, seat.name
         now = fleet.now()
         verdict = self._guard.judge(action, name, now, seat.order, vms=fleet.below(action))
         if verdict.action is None:
@@ -313,7 +345,7 @@ class Governor:
             _tell_refused(seat.policy, action, applied.error)
 
     async def _evict(self, seat: _Seat, action: Evict) -> None:
-        applied = await self._fleet.carry_out(action, seat.policy.name)
+        applied = await self._fleet.carry_out(action, seat.name)
         if applied.error is None or not seat.on:
             return
         try:
@@ -323,11 +355,6 @@ class Governor:
                 raise
             self._switch_off(seat, error)
             self._activity.close(seat.window)
-
-
-def _signals(policy: Policy) -> tuple[str, ...]:
-    """The host's signals that a policy says it listens to."""
-    return tuple(getattr(policy, "signals", ()))
 
 
 def _tell_refused(policy: Policy, action: Action, reason: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
@@ -262,6 +263,57 @@ async def test_an_interval_that_cant_be_is_refused_and_one_that_becomes_so_switc
         first, second = fleet.statistics().policies
         assert (first.on, second.on) == (False, True)
         assert "interval=" in first.error
+
+
+def odd(what: str, get: Callable[[], object]) -> Told:
+    """A policy of which one attribute is a property."""
+    members = {what: property(lambda self: get(), lambda self, value: None)}
+    policy: Told = type("Odd", (Told,), members)(name="odd")
+    return policy
+
+
+def a_bug() -> object:
+    raise ValueError("a bug of yours")
+
+
+@pytest.mark.parametrize("what", ["name", "signals", "interval", "meter"])
+async def test_a_policy_that_raises_when_it_is_asked_what_it_is_is_refused(autojump_clock, what):
+    with pytest.raises(orc.SpecError, match=f"Odd: {what}: ValueError: a bug of yours"):
+        async with play([], policies=[odd(what, a_bug)]):
+            pytest.fail("opened")
+    async with play([]) as fleet:
+        with pytest.raises(orc.SpecError, match=f"Odd: {what}: ValueError: a bug of yours"):
+            await fleet.set_policies([odd(what, a_bug)])
+        assert fleet.statistics().policies == ()
+
+
+@pytest.mark.parametrize(
+    ("what", "value"),
+    [("name", 5), ("name", ""), ("name", None), ("signals", None), ("signals", 5), ("signals", [5]), ("signals", "x")],
+)
+async def test_a_policy_whose_name_or_signals_can_t_be_is_refused(autojump_clock, what, value):
+    with pytest.raises(orc.SpecError, match=re.escape(f"{what}={value!r}")):
+        async with play([], policies=[odd(what, lambda: value)]):
+            pytest.fail("opened")
+
+
+@pytest.mark.parametrize(("what", "value"), [("name", "odd"), ("signals", ("cpu_pressure",))])
+async def test_what_a_policy_is_is_asked_when_it_is_seated_and_not_again(autojump_clock, what, value):
+    gets = iter(lambda: value, None)
+    policy = odd(what, lambda: next(gets))
+    policy._then = lambda facts: [orc.Warn(vm="guest"), orc.Warn(vm="nobody")]
+    async with play([FOR_EVER], policies=[policy]) as fleet:
+        await fleet.launch(blank())
+        gets = (a_bug() for _ in itertools.count())
+        await trio.sleep(1.5)
+        fleet._governor.hurry("cpu_pressure")
+        policy._then = raises
+        await trio.sleep(1)
+        (status,) = fleet.statistics().policies
+        assert (status.name, status.on, status.error) == ("odd", False, "ValueError: a bug of yours")
+        assert [applied.policy for applied in fleet.actions()] == ["odd"] * 3
+        await fleet.set_policies([])
+        assert fleet.statistics().policies == ()
 
 
 async def test_the_limits_that_a_broken_policy_set_last_stay_in_force(autojump_clock):
