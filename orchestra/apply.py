@@ -192,10 +192,17 @@ class Applier:
         self, limit: Limit | None, meter: Meter, tenant: str | None, vm: str | None, vcpu: int | None
     ) -> None:
         """As `Fleet.set_limit`, without a word in the journal."""
+        budget = self.check_limit(limit, meter, tenant, vm, vcpu)
+        self._change(budget, lambda now: budget.set_base(limit, now))
+
+    def check_limit(
+        self, limit: Limit | None, meter: Meter, tenant: str | None, vm: str | None, vcpu: int | None
+    ) -> Budget:
+        """Raise what `set_limit` would raise; else where the limit would be."""
         if meter is Meter.BUS_LOCKS:
             self.check_seen(limit, "limit")
-        budget = self._budget(meter, tenant, vm, vcpu)
-        self._change(budget, lambda now: budget.set_base(limit, now))
+        self._check_open()
+        return self._budget(meter, tenant, vm, vcpu)
 
     def check_seen(self, limit: Limit | None, what: str) -> None:
         """Raises:
@@ -223,10 +230,13 @@ class Applier:
 
     def _change(self, budget: Budget, change: Callable[[int], Any]) -> None:
         fleet = self._fleet
-        if fleet.closed:
-            raise StateError("the fleet is closed: it has no limits any more")
+        self._check_open()
         before = budget.limit
         change(fleet.now())
         if budget.limit != before:
             fleet.core.limits_changed()
             fleet.backend.limits_changed()
+
+    def _check_open(self) -> None:
+        if self._fleet.closed:
+            raise StateError("the fleet is closed: it has no limits any more")

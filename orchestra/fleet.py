@@ -31,7 +31,7 @@ from .native.core import FleetCore, VcpuCore
 from .policy import Facts, Guard, Policy
 from .record import Recorder, Records
 from .signals import HostSignals, ThreadTimes
-from .spec import Limit, Meter, Tenant, VmSpec, as_meter
+from .spec import Limit, Meter, Tenant, VmSpec, as_meter, optional_limit
 from .statistics import FleetStatistics, TenantSeat, summarise
 from .subscription import Exits, Switchboard
 from .vm import Vm, check_device
@@ -393,6 +393,13 @@ class Fleet:
     async def carry_out(self, action: Action, policy: str | None) -> Applied:
         """As `apply`, but nothing except an eviction is waited for, and there is no checkpoint."""
         return await self._applier.apply(action, policy)
+
+    def check_limit(
+        self, limit: Limit | None, *, meter: Meter | str = Meter.BUS_LOCKS, tenant: str | None = None
+    ) -> None:
+        """Raise what `set_limit` would raise, and change nothing."""
+        optional_limit("limit", limit)
+        self._applier.check_limit(limit, as_meter(meter), tenant, None, None)
 
     def record(self, applied: Applied) -> Applied:
         return self._records.action(applied)
