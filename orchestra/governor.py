@@ -25,6 +25,10 @@ SOON: Final = 100_000_000
 """Nanoseconds: pressure that comes up brings a tick forward only if it would be later than that, and only for a policy
 that decided longer ago."""
 
+REST: Final = 0.1
+"""Part of an observer's interval: what is left at the end and is shorter joins the interval before. A rate of so little
+time says nothing. So an interval is told when so much more time has passed."""
+
 OVERDUE: Final = 1_000_000_000
 """Nanoseconds between two looks for VMs that were held for too long, where no policy ticks more often."""
 
@@ -74,12 +78,20 @@ class _Seat:
 
 @attrs.define(eq=False)
 class _Observer:
-    """Takes the facts of each interval, and decides nothing."""
+    """Takes the facts of each interval, and decides nothing. `passed`: the interval before, until it is told."""
 
     take: Callable[[Facts], object]
     interval: int
     window: Window
     due: int
+    passed: _Passed | None = None
+
+
+@attrs.frozen(eq=False)
+class _Passed:
+    facts: Facts
+    window: Window
+    tell: int
 
 
 def check_policies(policies: Iterable[Policy]) -> list[Policy]:
@@ -256,7 +268,7 @@ class Governor:
     async def _tick(self) -> int | None:
         now = self._fleet.now()
         self._activity.look(now)
-        if self._observer is not None and self._observer.due <= now:
+        if self._observer is not None:
             self._observe(self._observer, now)
         for resume in self._guard.overdue(now):
             await self._fleet.carry_out(resume, None)
@@ -265,7 +277,8 @@ class Governor:
                 await self._decide(seat, now)
         dues = [seat.due for seat in self._seats if seat.on]
         if self._observer is not None:
-            dues.append(self._observer.due)
+            passed = self._observer.passed
+            dues.append(self._observer.due if passed is None else passed.tell)
         if self._holds:
             dues.append(now + OVERDUE)
         return min(dues, default=None)
@@ -274,18 +287,33 @@ class Governor:
         """All VMs have ended: the last of what they did is told to who only looks."""
         now = self._fleet.now()
         self._activity.look(now)
-        if self._observer is not None:
-            self._observe(self._observer, now)
+        observer = self._observer
+        if observer is None:
+            return
+        last = observer.window
+        if observer.passed is not None and now - last.since < REST * observer.interval:
+            last = observer.passed.window  # it has gone on summing up
+        else:
+            self._tell_passed(observer)
+        observer.take(self._activity.facts(last, ended=True))
 
     # ---- deciding
 
     def _observe(self, observer: _Observer, now: int) -> None:
-        facts = self._activity.facts(observer.window, ended=True)
-        self._host = facts.host
-        observer.take(facts)
-        self._activity.close(observer.window)
-        observer.window = self._activity.open()
-        observer.due = now + observer.interval
+        if observer.passed is not None and (observer.passed.tell <= now or observer.due <= now):
+            self._tell_passed(observer)
+        if observer.due <= now:
+            facts = self._activity.facts(observer.window, ended=True)
+            self._host = facts.host
+            observer.passed = _Passed(facts, observer.window, now + round(REST * observer.interval))
+            observer.window = self._activity.open()
+            observer.due = now + observer.interval
+
+    def _tell_passed(self, observer: _Observer) -> None:
+        if observer.passed is not None:
+            observer.take(observer.passed.facts)
+            self._activity.close(observer.passed.window)
+            observer.passed = None
 
     async def _decide(self, seat: _Seat, now: int) -> None:
         policy = seat.policy

@@ -995,6 +995,30 @@ async def test_aggregates_come_each_interval_without_any_policy_and_nothing_is_l
     assert [facts.interval for facts in kept.aggregates] == pytest.approx([2, 2, 0.6], abs=0.01)
 
 
+@pytest.mark.parametrize(
+    ("seconds", "intervals"),
+    [(0.01, [0.01]), (2.0000002, [1, 1.0000002]), (2.05, [1, 1.05]), (2.2, [1, 1, 0.2]), (2.95, [1, 1, 0.95])],
+)
+async def test_an_interval_that_ends_with_the_fleet_is_not_absurdly_short(autojump_clock, seconds, intervals):
+    kept = Kept()
+    async with play(itertools.repeat(bus_lock(after=0.01)), journal=kept, journal_interval=1) as fleet:
+        vm = await fleet.launch(blank())
+        await trio.sleep(seconds)
+    assert [facts.interval for facts in kept.aggregates] == pytest.approx(intervals, abs=1e-6)
+    assert sum(f.vms["guest"].bus_locks for f in kept.aggregates if f.vms) == vm.statistics().bus_locks
+    rates = [facts.vms["guest"].bus_locks / facts.interval for facts in kept.aggregates if facts.vms]
+    assert max(rates, default=0) <= 110  # one more or less falls on the edge
+
+
+async def test_an_interval_is_told_soon_after_it_has_passed(autojump_clock):
+    kept = Kept()
+    async with play([FOR_EVER], journal=kept, journal_interval=1):
+        await trio.sleep(1.05)
+        assert kept.aggregates == []
+        await trio.sleep(0.1)
+        assert [facts.interval for facts in kept.aggregates] == [1]
+
+
 async def test_of_several_vms_of_one_name_each_has_its_aggregate(autojump_clock):
     kept = Kept()
     async with play([*[bus_lock()] * 3, hlt()], journal=kept, journal_interval=10) as fleet:
@@ -1233,7 +1257,7 @@ async def test_where_guests_lock_is_in_the_journal_too(autojump_clock):
     async with play({"a": script, "b": script}, journal=kept) as fleet:
         a = await fleet.launch(blank("a", sample_every=1))
         await fleet.launch(blank("b", sample_every=0))
-        await trio.sleep(1.1)
+        await trio.sleep(1.15)
         assert len(kept.profiles) == 1
         await a.stop()
         assert len(kept.profiles) == 1  # nothing is new
