@@ -1,6 +1,11 @@
 """Carries actions out: one place for each, whoever asks, and one word in the journal for each.
 
 What an action can't do is told as its outcome and never raised: a policy goes on.
+
+Guarantees: an action is commanded, journaled, and known to guard and ledger without a checkpoint between, so all of
+them have the same order, and nobody who is cancelled leaves an action that is not in the books. A VM that was told to
+pause or to stop may need time for it; waiting for that is the affair of a caller who wants to. Only an eviction is
+journaled when it is over, as nobody knows before what comes of it.
 """
 
 from __future__ import annotations
@@ -46,6 +51,8 @@ log: Final = logging.getLogger("orchestra")
 OnEvict = Callable[[Vm, Evict], Awaitable[object]]
 """What moves a VM to another host, or raises why not."""
 
+_Effect = Callable[[], Awaitable[object]]
+
 
 class Fleet(Protocol):
     """What this needs of its fleet."""
@@ -81,22 +88,29 @@ class Applier:
         self._on_evict = on_evict
         self._leaving: set[Vm] = set()
 
-    async def apply(self, action: Action, policy: str | None) -> Applied:
-        """As `Fleet.apply`, but no checkpoint where nothing has to be waited for."""
+    async def apply(self, action: Action, policy: str | None, *, wait: bool = False) -> Applied:
+        """As `Fleet.apply`, but there is a checkpoint only for an eviction. `wait`: also until it has taken effect."""
         if not isinstance(action, Action):
             raise SpecError(f"action={action!r}: must be one of orchestra's actions")
         error: str | None = None
+        effect: _Effect | None = None
         try:
-            await self._do(action, policy)
+            if isinstance(action, Evict):
+                await self._evict(self._fleet.vm(action.vm), action)
+            else:
+                effect = self._do(action, policy)
         except OrchestraError as failure:
             error = str(failure)
         except trio.Cancelled:
-            self.done(action, policy, "cancelled while it was waited for; it takes effect all the same")
+            self.done(action, policy, "cancelled while on_evict was at it")
             raise
         except Exception as failure:  # a mistake in orchestra, which must not end a fleet
             log.exception("%r failed", action)
             error = f"{type(failure).__name__}: {failure}"
-        return self.done(action, policy, error)
+        applied = self.done(action, policy, error)
+        if wait and effect is not None:
+            await effect()
+        return applied
 
     def done(self, action: Action, policy: str | None, error: str | None = None) -> Applied:
         """Journal what was tried. A caller's word counts for the guard, which judges policies by it."""
@@ -107,7 +121,8 @@ class Applier:
         self.ledger.note(applied)
         return self._records.action(applied)
 
-    async def _do(self, action: Action, policy: str | None) -> None:
+    def _do(self, action: Action, policy: str | None) -> _Effect | None:
+        """Command it. Returns what to await until it has taken effect; None: it has."""
         vm = self._fleet.vm
         match action:
             case Throttle() | Unthrottle():
@@ -126,15 +141,22 @@ class Applier:
             case Rejoin(vm=name):
                 vm(name).place(False)
             case Pause(vm=name):
-                await vm(name).hold()
+                vm(name).hold()
+                return vm(name).wait_parked
             case Resume(vm=name):
-                await vm(name).let_go()
-            case Evict(vm=name):
-                await self._evict(vm(name), action)
+                vm(name).let_go()
             case Stop(vm=name):
-                await vm(name).end(Stopped(action.reason or "stopped by an action"))
+                return self._end(vm(name), action.reason or "stopped by an action")
             case Kill(vm=name):
-                await vm(name).end(Stopped(action.reason or "killed by an action"))
+                return self._end(vm(name), action.reason or "killed by an action")
+        return None
+
+    def _end(self, vm: Vm, reason: str) -> _Effect | None:
+        vm.end(Stopped(reason))
+        if vm.outcome is None:
+            return vm.wait_released
+        vm.release()  # it had ended by itself
+        return None
 
     def _is_gone(self, name: str) -> bool:
         vm = self._fleet.vms.get(name)
@@ -170,10 +192,17 @@ class Applier:
         self, limit: Limit | None, meter: Meter, tenant: str | None, vm: str | None, vcpu: int | None
     ) -> None:
         """As `Fleet.set_limit`, without a word in the journal."""
+        budget = self.check_limit(limit, meter, tenant, vm, vcpu)
+        self._change(budget, lambda now: budget.set_base(limit, now))
+
+    def check_limit(
+        self, limit: Limit | None, meter: Meter, tenant: str | None, vm: str | None, vcpu: int | None
+    ) -> Budget:
+        """Raise what `set_limit` would raise; else where the limit would be."""
         if meter is Meter.BUS_LOCKS:
             self.check_seen(limit, "limit")
-        budget = self._budget(meter, tenant, vm, vcpu)
-        self._change(budget, lambda now: budget.set_base(limit, now))
+        self._check_open()
+        return self._budget(meter, tenant, vm, vcpu)
 
     def check_seen(self, limit: Limit | None, what: str) -> None:
         """Raises:
@@ -201,10 +230,13 @@ class Applier:
 
     def _change(self, budget: Budget, change: Callable[[int], Any]) -> None:
         fleet = self._fleet
-        if fleet.closed:
-            raise StateError("the fleet is closed: it has no limits any more")
+        self._check_open()
         before = budget.limit
         change(fleet.now())
         if budget.limit != before:
             fleet.core.limits_changed()
             fleet.backend.limits_changed()
+
+    def _check_open(self) -> None:
+        if self._fleet.closed:
+            raise StateError("the fleet is closed: it has no limits any more")

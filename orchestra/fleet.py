@@ -16,7 +16,7 @@ from typing import Any, Final, Literal
 import attrs
 import trio
 
-from .actions import Action, Applied, Outcome, SetLimit, State, Stopped, Throttle, Unthrottle
+from .actions import Action, Applied, Outcome, Pause, SetLimit, State, Stopped, Throttle, Unthrottle
 from .activity import Activity
 from .actuators.placement import Quarantine
 from .apply import Applier, OnEvict
@@ -31,7 +31,7 @@ from .native.core import FleetCore, VcpuCore
 from .policy import Facts, Guard, Policy
 from .record import Recorder, Records
 from .signals import HostSignals, ThreadTimes
-from .spec import Limit, Meter, Tenant, VmSpec, as_meter
+from .spec import Limit, Meter, Tenant, VmSpec, as_meter, optional_limit
 from .statistics import FleetStatistics, TenantSeat, summarise
 from .subscription import Exits, Switchboard
 from .vm import Vm, check_device
@@ -167,6 +167,8 @@ class Fleet:
         seat.live += 1
         self._live += 1
         self.changed(vm, State.CREATED, "launched paused" if paused else "launched")
+        if paused:  # before anybody else has a word
+            self.did(Pause(vm=vm.name, reason="launch(paused=True)"))
         try:
             await vm.supervise(devices, paused, task_status=task_status)
         finally:
@@ -252,12 +254,13 @@ class Fleet:
     async def apply(self, action: Action, *, policy: str | None = None) -> Applied:
         """Do it, and journal it with its reason, evidence and what came of it.
 
+        Returns when a VM that it pauses, stops or kills is paused, or gone. Cancelled, that comes all the same.
         That it could not be done (the VM is gone, its state does not allow it) is told in `Applied.error`, not raised.
 
         Raises:
             SpecError: not an action.
         """
-        applied = await self._applier.apply(action, policy)
+        applied = await self._applier.apply(action, policy, wait=True)
         await trio.lowlevel.cancel_shielded_checkpoint()
         return applied
 
@@ -309,7 +312,7 @@ class Fleet:
         """Have these policies decide from now on, in this order.
 
         One that is there already (the same object) keeps its seat, its next tick and what it holds. What one that is
-        not there any more holds is let go before the others decide.
+        not there any more holds is let go before the others decide. Cancelled, all of that is done, or nothing.
 
         Parameters:
             guard: another one from now on; it knows nothing of what was done so far. None: it stays.
@@ -396,9 +399,9 @@ class Fleet:
         """The VM was stopped by its user: it leaves the fleet."""
         self._drop(vm)
 
-    def did(self, action: Action, error: str | None = None) -> None:
+    def did(self, action: Action) -> None:
         """A caller did it directly, and not by `apply`."""
-        self._applier.done(action, None, error)
+        self._applier.done(action, None)
 
     def changed(self, vm: Vm, state: State, reason: str) -> None:
         self._records.state(self.now(), vm.name, vm.launch, vm.tenant, state, reason)
@@ -407,8 +410,15 @@ class Fleet:
         self._activity.work(vm, units)
 
     async def carry_out(self, action: Action, policy: str | None) -> Applied:
-        """As `apply`, for many in a row: each checkpoint is a turn of the event loop."""
+        """As `apply`, but nothing except an eviction is waited for, and there is no checkpoint."""
         return await self._applier.apply(action, policy)
+
+    def check_limit(
+        self, limit: Limit | None, *, meter: Meter | str = Meter.BUS_LOCKS, tenant: str | None = None
+    ) -> None:
+        """Raise what `set_limit` would raise, and change nothing."""
+        optional_limit("limit", limit)
+        self._applier.check_limit(limit, as_meter(meter), tenant, None, None)
 
     def record(self, applied: Applied) -> Applied:
         return self._records.action(applied)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from typing import Any, Final, Protocol
 
 import attrs
@@ -25,6 +25,10 @@ SOON: Final = 100_000_000
 """Nanoseconds: pressure that comes up brings a tick forward only if it would be later than that, and only for a policy
 that decided longer ago."""
 
+REST: Final = 0.1
+"""Part of an observer's interval: what is left at the end and is shorter joins the interval before. A rate of so little
+time says nothing. So an interval is told when so much more time has passed."""
+
 OVERDUE: Final = 1_000_000_000
 """Nanoseconds between two looks for VMs that were held for too long, where no policy ticks more often."""
 
@@ -37,7 +41,7 @@ class Fleet(Protocol):
         """How many VMs an action is about."""
 
     async def carry_out(self, action: Action, policy: str | None) -> Applied:
-        """Apply it, and journal it."""
+        """Apply it, and journal it. There is a checkpoint for an eviction only: no tick waits for a VM."""
 
     def record(self, applied: Applied) -> Applied:
         """Journal what was not even tried."""
@@ -58,7 +62,11 @@ class PolicyStatus:
 
 @attrs.define(eq=False)
 class _Seat:
+    """A policy. `name` and `signals` are as it said at first: asked again, it might raise where nobody expects it."""
+
     policy: Policy
+    name: str
+    signals: tuple[str, ...]
     order: int
     window: Window
     due: int
@@ -70,37 +78,71 @@ class _Seat:
 
 @attrs.define(eq=False)
 class _Observer:
-    """Takes the facts of each interval, and decides nothing."""
+    """Takes the facts of each interval, and decides nothing. `passed`: the interval before, until it is told."""
 
     take: Callable[[Facts], object]
     interval: int
     window: Window
     due: int
+    passed: _Passed | None = None
+
+
+@attrs.frozen(eq=False)
+class _Passed:
+    facts: Facts
+    window: Window
+    tell: int
 
 
 def check_policies(policies: Iterable[Policy]) -> list[Policy]:
     """Raises:
-    SpecError: one is no policy, or two have one name.
+    SpecError: one is no policy, or two have one name, or one raises when it is asked what it is.
     """
     checked = list(policies)
     for policy in checked:
+        for what in ("name", "interval", "meter"):
+            _ask(policy, what)
         if not isinstance(policy, Policy):
             raise SpecError(f"policies: {policy!r} must have a name, an interval and decide(facts)")
-    names = [policy.name for policy in checked]
+        _signals(policy)
+    names = [_name(policy) for policy in checked]
     for name in names:
         if names.count(name) > 1:  # its limits and its entries in the journal go by its name
             raise SpecError(f"policies: two are named {name!r}; give each a name of its own (name=...)")
     return checked
 
 
+def _ask(policy: Policy, what: str, default: Any = None) -> Any:
+    """What a policy says of itself. Out of a property anything may come."""
+    try:
+        return getattr(policy, what, default)
+    except Exception as error:
+        raise SpecError(f"policies: {type(policy).__name__}: {what}: {type(error).__name__}: {error}") from error
+
+
+def _name(policy: Policy) -> str:
+    name = _ask(policy, "name")
+    if not isinstance(name, str) or not name:
+        raise SpecError(f"policies: {type(policy).__name__}: name={name!r}: must be a text")
+    return name
+
+
+def _signals(policy: Policy) -> tuple[str, ...]:
+    """The host's signals that a policy says it listens to."""
+    signals = _ask(policy, "signals", ())
+    if not isinstance(signals, Collection) or isinstance(signals, str) or not all(isinstance(s, str) for s in signals):
+        raise SpecError(f"policies: {type(policy).__name__}: signals={signals!r}: must be names of signals")
+    return tuple(signals)
+
+
 def _interval(policy: Policy) -> int | None:
     """A policy's interval in nanoseconds."""
-    interval = policy.interval
+    interval = _ask(policy, "interval")
     if interval is None:
         return None
     if isinstance(interval, bool) or not isinstance(interval, int | float) or not 1e-6 <= interval < math.inf:
         raise SpecError(
-            f"policy {policy.name!r}: interval={interval!r}: must be seconds, at least 1e-6, or None for only once"
+            f"policy {_name(policy)!r}: interval={interval!r}: must be seconds, at least 1e-6, or None for only once"
         )
     return round(interval * 1e9)
 
@@ -127,7 +169,9 @@ class Governor:
     def _seat(self, policies: Iterable[Policy]) -> None:
         """Have these policies decide from now on. One that is there already keeps its seat."""
         policies, now = list(policies), self._fleet.now()
-        intervals = [_interval(policy) for policy in policies]  # it may refuse one, before anything is changed
+        # These may refuse one, before anything is changed.
+        intervals = [_interval(policy) for policy in policies]
+        said = [(_name(policy), _signals(policy)) for policy in policies]
         there = {id(seat.policy): seat for seat in self._seats}
         self._seats = []
         for order, policy in enumerate(policies):
@@ -135,8 +179,8 @@ class Governor:
             if seat is None:
                 # Facts are about an interval: a policy that ticks decides first when one has passed.
                 interval = intervals[order]
-                seat = _Seat(policy, order, self._activity.open(), now + (interval or 0), interval)
-                self._activity.host.listen(_signals(policy))
+                seat = _Seat(policy, *said[order], order, self._activity.open(), now + (interval or 0), interval)
+                self._activity.host.listen(seat.signals)
             seat.order = order
             self._seats.append(seat)
         for seat in there.values():
@@ -146,16 +190,16 @@ class Governor:
 
     async def set_policies(self, policies: Sequence[Policy], guard: Guard | None, ledger: Ledger) -> None:
         """As `Fleet.set_policies`. `ledger`: what each policy holds."""
-        async with self._lock:  # no tick meanwhile
-            before = {id(seat.policy): seat.policy for seat in self._seats}
+        async with self._lock:  # no tick meanwhile; and from here on no checkpoint, so nobody stops half way
+            before = {id(seat.policy): seat for seat in self._seats}
             self._activity.look(self._fleet.now())  # what was before is no new policy's affair
             self._seat(policies)
             for policy in policies:
                 before.pop(id(policy), None)
-            for policy in before.values():
-                for action in ledger.held(policy.name):
-                    reason = f"policy {policy.name} was taken away"
-                    await self._fleet.carry_out(attrs.evolve(action, reason=reason), policy.name)
+            for seat in before.values():
+                for action in ledger.held(seat.name):
+                    reason = f"policy {seat.name} was taken away"
+                    await self._fleet.carry_out(attrs.evolve(action, reason=reason), seat.name)
             if guard is not None:
                 self._guard = guard
         self._hurry.set()
@@ -166,7 +210,7 @@ class Governor:
         self._observer = _Observer(take, every, self._activity.open(), self._fleet.now() + every)
 
     def statistics(self) -> tuple[PolicyStatus, ...]:
-        return tuple(PolicyStatus(seat.policy.name, seat.on, seat.error, seat.actions) for seat in self._seats)
+        return tuple(PolicyStatus(seat.name, seat.on, seat.error, seat.actions) for seat in self._seats)
 
     @property
     def host(self) -> HostFacts:
@@ -194,8 +238,8 @@ class Governor:
 
     def _pressures(self) -> set[str]:
         """The pressures that can't wait for a policy's next tick."""
-        slow = (seat.policy for seat in self._seats if seat.on and (seat.interval or 0) > 2 * SOON)
-        return {signal for policy in slow for signal in _signals(policy) if signal.endswith("_pressure")}
+        slow = (seat for seat in self._seats if seat.on and (seat.interval or 0) > 2 * SOON)
+        return {signal for seat in slow for signal in seat.signals if signal.endswith("_pressure")}
 
     async def _watch(self, trigger: Trigger) -> None:
         try:
@@ -212,7 +256,7 @@ class Governor:
         now = self._fleet.now()
         for seat in self._seats:
             recent = now - seat.window.since < SOON
-            if seat.on and not recent and seat.due - now > SOON and signal in _signals(seat.policy):
+            if seat.on and not recent and seat.due - now > SOON and signal in seat.signals:
                 seat.due = now
                 self._hurry.set()
 
@@ -224,7 +268,7 @@ class Governor:
     async def _tick(self) -> int | None:
         now = self._fleet.now()
         self._activity.look(now)
-        if self._observer is not None and self._observer.due <= now:
+        if self._observer is not None:
             self._observe(self._observer, now)
         for resume in self._guard.overdue(now):
             await self._fleet.carry_out(resume, None)
@@ -233,7 +277,8 @@ class Governor:
                 await self._decide(seat, now)
         dues = [seat.due for seat in self._seats if seat.on]
         if self._observer is not None:
-            dues.append(self._observer.due)
+            passed = self._observer.passed
+            dues.append(self._observer.due if passed is None else passed.tell)
         if self._holds:
             dues.append(now + OVERDUE)
         return min(dues, default=None)
@@ -242,18 +287,33 @@ class Governor:
         """All VMs have ended: the last of what they did is told to who only looks."""
         now = self._fleet.now()
         self._activity.look(now)
-        if self._observer is not None:
-            self._observe(self._observer, now)
+        observer = self._observer
+        if observer is None:
+            return
+        last = observer.window
+        if observer.passed is not None and now - last.since < REST * observer.interval:
+            last = observer.passed.window  # it has gone on summing up
+        else:
+            self._tell_passed(observer)
+        observer.take(self._activity.facts(last, ended=True))
 
     # ---- deciding
 
     def _observe(self, observer: _Observer, now: int) -> None:
-        facts = self._activity.facts(observer.window, ended=True)
-        self._host = facts.host
-        observer.take(facts)
-        self._activity.close(observer.window)
-        observer.window = self._activity.open()
-        observer.due = now + observer.interval
+        if observer.passed is not None and (observer.passed.tell <= now or observer.due <= now):
+            self._tell_passed(observer)
+        if observer.due <= now:
+            facts = self._activity.facts(observer.window, ended=True)
+            self._host = facts.host
+            observer.passed = _Passed(facts, observer.window, now + round(REST * observer.interval))
+            observer.window = self._activity.open()
+            observer.due = now + observer.interval
+
+    def _tell_passed(self, observer: _Observer) -> None:
+        if observer.passed is not None:
+            observer.take(observer.passed.facts)
+            self._activity.close(observer.passed.window)
+            observer.passed = None
 
     async def _decide(self, seat: _Seat, now: int) -> None:
         policy = seat.policy
@@ -282,12 +342,12 @@ class Governor:
     def _switch_off(self, seat: _Seat, error: Exception) -> None:
         seat.on = False
         seat.error = f"{type(error).__name__}: {error}"
-        name = seat.policy.name
+        name = seat.name
         log.error("policy %r raised and is switched off; its limits stay in force", name, exc_info=error)
         self._fleet.record(Applied(time=self._fleet.now(), action=None, policy=name, error=seat.error))
 
     async def _carry_out(self, seat: _Seat, action: Action) -> None:
-        fleet, name = self._fleet, seat.policy.name
+        fleet, name = self._fleet, seat.name
         now = fleet.now()
         verdict = self._guard.judge(action, name, now, seat.order, vms=fleet.below(action))
         if verdict.action is None:
@@ -305,7 +365,7 @@ class Governor:
                 _tell_refused(seat.policy, action, verdict.reason)
             return
         self._holds = self._holds or isinstance(verdict.action, Pause)
-        if isinstance(verdict.action, Evict):  # takes its time, and the others' ticks don't wait for it
+        if isinstance(verdict.action, Evict):  # what comes of it takes its time, and the ticks don't wait for it
             fleet.start_soon(self._evict, seat, verdict.action)
             return
         applied = await fleet.carry_out(verdict.action, name)
@@ -313,7 +373,7 @@ class Governor:
             _tell_refused(seat.policy, action, applied.error)
 
     async def _evict(self, seat: _Seat, action: Evict) -> None:
-        applied = await self._fleet.carry_out(action, seat.policy.name)
+        applied = await self._fleet.carry_out(action, seat.name)
         if applied.error is None or not seat.on:
             return
         try:
@@ -323,11 +383,6 @@ class Governor:
                 raise
             self._switch_off(seat, error)
             self._activity.close(seat.window)
-
-
-def _signals(policy: Policy) -> tuple[str, ...]:
-    """The host's signals that a policy says it listens to."""
-    return tuple(getattr(policy, "signals", ()))
 
 
 def _tell_refused(policy: Policy, action: Action, reason: str) -> None:

@@ -60,7 +60,7 @@ class House(Protocol):
     def released(self, vm: Any) -> None:
         """A VM was stopped and leaves the fleet."""
 
-    def did(self, action: Action, error: str | None = None) -> None:
+    def did(self, action: Action) -> None:
         """A caller did it directly: journal it."""
 
     def changed(self, vm: Any, state: State, reason: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
@@ -12,7 +12,6 @@ import attrs
 import trio
 
 from .actions import (
-    Action,
     CapCpu,
     Failed,
     Halted,
@@ -40,7 +39,6 @@ from .spec import Limit, Meter, VmSpec, check_sampling
 __all__ = ["VcpuStatistics", "Vm", "VmStatistics"]
 
 log: Final = logging.getLogger("orchestra")
-CANCELLED: Final = "cancelled while it was waited for; it takes effect all the same"
 
 
 def _check_ranges(ports: range | None, mmio: range | None) -> None:
@@ -124,12 +122,14 @@ class Vm:
     async def pause(self) -> None:
         """Hold it: returns when every vCPU is outside the guest, and not waiting for its turn either.
 
-        Cancelled, the VM pauses all the same; call `resume`.
+        Cancelled, the VM pauses all the same, as the journal says; call `resume`.
 
         Raises:
             StateError: it has ended.
         """
-        await self._tell(self.hold(), Pause(vm=self.name, reason="pause()"))
+        self.hold()
+        self._house.did(Pause(vm=self.name, reason="pause()"))
+        await self.wait_parked()
 
     async def resume(self) -> None:
         """Let it go on. What it still had to wait for its turn, it waits.
@@ -137,16 +137,9 @@ class Vm:
         Raises:
             StateError: it has ended.
         """
-        await self._tell(self.let_go(), Resume(vm=self.name, reason="resume()"))
-
-    async def _tell(self, doing: Awaitable[object], action: Action) -> None:
-        """Do what a caller asks for, and have it journaled."""
-        try:
-            await doing
-        except trio.Cancelled:
-            self._house.did(action, CANCELLED)
-            raise
-        self._house.did(action)
+        self.let_go()
+        self._house.did(Resume(vm=self.name, reason="resume()"))
+        await trio.lowlevel.checkpoint()
 
     async def stop(self, reason: str = "stop()") -> Outcome:
         """End it, wait until nothing of it is left, and return how it ended. Stopping what has ended is no error.
@@ -155,7 +148,7 @@ class Vm:
         Cancelled, it stops all the same.
         """
         self.stop_soon(Stopped(reason))
-        return await self.end(Stopped(reason))
+        return await self.wait_released()
 
     @property
     def stopping(self) -> bool:
@@ -171,7 +164,7 @@ class Vm:
     def stop_soon(self, outcome: Stopped) -> None:
         """Tell it to stop, and don't wait."""
         first = self._stop_reason is None and self._outcome is None
-        self._end_soon(outcome)
+        self.end(outcome)
         if first:
             self._house.did(Stop(vm=self.name, reason=outcome.reason))
 
@@ -245,36 +238,38 @@ class Vm:
             raise SpecError(f"units={units!r}: must be a number, at least 0")
         self._house.worked(self, units)
 
-    # ---- actions, for those who journal them
+    # ---- actions, for those who journal them: each is commanded at once, and what is to come of it may be waited for
 
-    async def hold(self) -> None:
-        """As `pause`."""
+    def hold(self) -> None:
+        """As `pause`. Each vCPU is held when it leaves the guest or its device; another command may come meanwhile."""
         guest = self._alive("pause")
         if not self._paused:
             self._paused = True
             guest.pause()
-        with self._house.core.urgently():
-            await guest.parked.wait()
 
-    async def let_go(self) -> None:
+    async def wait_parked(self) -> None:
+        """After `hold`: until every vCPU is outside the guest, or the pause is taken back, or it has ended."""
+        with self._house.core.urgently():
+            await self._made().parked.wait()
+
+    def let_go(self) -> None:
         """As `resume`."""
         guest = self._alive("resume")
         if self._paused:
             self._paused = False
             guest.resume()
             self._house.changed(self, State.RUNNING, "resumed")
-        await trio.lowlevel.checkpoint()
 
-    async def end(self, outcome: Stopped) -> Outcome:
-        """As `stop`."""
-        self._end_soon(outcome)
+    async def wait_released(self) -> Outcome:
+        """After `end`: until nothing of it is left."""
         with self._house.core.urgently():
             await self._ended.wait()
         self.release()  # its task does so too, but one that had ended by itself has none left
         assert self._outcome is not None
         return self._outcome
 
-    def _end_soon(self, outcome: Stopped) -> None:
+    def end(self, outcome: Stopped) -> None:
+        """As `stop`."""
         self._stop_reason = self._stop_reason or outcome
         self._kick_restart.set()
         if self._guest is not None and self._outcome is None:

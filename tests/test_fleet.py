@@ -876,17 +876,63 @@ async def test_the_same_by_apply_is_journaled_once(autojump_clock):
     assert [type(applied.action) for applied in kept.actions] == [orc.Pause, orc.Resume, orc.Stop]
 
 
-async def test_a_cancelled_pause_is_journaled_as_what_it_is(nothing_left):
-    stage = Stage("scripted")
-    async with stage.open() as fleet:
-        vm = await fleet.launch(stage.spec("spin"))
+@pytest.mark.parametrize("how", ["pause", "apply"])
+async def test_a_pause_whose_wait_is_cancelled_is_a_callers_all_the_same(autojump_clock, how):
+    told = Resumes()
+    async with play([FOR_EVER], policies=[told]) as fleet:
+        vm = await fleet.launch(blank())
         with trio.CancelScope() as scope:
             scope.cancel()
-            await vm.pause()
+            await (vm.pause() if how == "pause" else fleet.apply(orc.Pause(vm="guest")))
         assert scope.cancelled_caught
+        await trio.sleep(1.5)
+        assert vm.state == "paused"
+        kinds = [(type(applied.action), applied.policy, applied.outcome) for applied in fleet.actions()]
+        assert kinds == [(orc.Pause, None, "done"), (orc.Resume, "resumes", "refused")]
+
+
+async def test_a_launch_that_is_paused_is_a_callers_pause(autojump_clock):
+    async with play([FOR_EVER], policies=[Resumes()]) as fleet:
+        vm = await fleet.launch(blank(), paused=True)
+        await trio.sleep(1.5)
+        assert vm.state == "paused"
+        pause, resume = fleet.actions()
+        assert (pause.action, pause.policy) == (orc.Pause(vm="guest", reason="launch(paused=True)"), None)
+        assert (type(resume.action), resume.outcome, resume.error) == (orc.Resume, "refused", "a caller holds it")
+        await vm.resume()
+        assert vm.state == "running"
+
+
+async def test_a_stop_whose_wait_is_cancelled_is_journaled_and_the_vm_leaves_the_fleet(autojump_clock):
+    async with play([FOR_EVER]) as fleet:
+        vm = await fleet.launch(blank())
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await fleet.apply(orc.Stop(vm="guest", reason="enough"))
+        assert [applied.outcome for applied in fleet.actions()] == ["done"]
+        assert await vm.wait() == orc.Stopped("enough")
+        assert "guest" not in fleet.vms
+
+
+async def test_a_cancelled_eviction_is_journaled_as_what_it_is(autojump_clock):
+    async def moves(vm: orc.Vm, action: orc.Evict) -> None:
+        await trio.sleep_forever()
+
+    async with play([FOR_EVER], on_evict=moves) as fleet:
+        await fleet.launch(blank())
+        with trio.move_on_after(1):
+            await fleet.apply(orc.Evict(vm="guest"))
         (applied,) = fleet.actions()
-        assert (applied.outcome, type(applied.action)) == ("failed", orc.Pause)
-        assert "takes effect all the same" in applied.error
+        assert (applied.outcome, applied.error) == ("failed", "cancelled while on_evict was at it")
+
+
+class Resumes:
+    """A policy that would have every VM go on."""
+
+    name, interval = "resumes", 1.0
+
+    def decide(self, facts: orc.Facts) -> list[orc.Action]:
+        return [orc.Resume(vm="guest")]
 
 
 async def test_states_are_told_in_order_with_how_a_vm_ended(stage: Stage):
@@ -947,6 +993,30 @@ async def test_aggregates_come_each_interval_without_any_policy_and_nothing_is_l
     counts = [{name: vm.bus_locks for name, vm in facts.vms.items()} for facts in kept.aggregates]
     assert counts == [{"a": 6}, {"a": 4}, {"b": 7}]
     assert [facts.interval for facts in kept.aggregates] == pytest.approx([2, 2, 0.6], abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "intervals"),
+    [(0.01, [0.01]), (2.0000002, [1, 1.0000002]), (2.05, [1, 1.05]), (2.2, [1, 1, 0.2]), (2.95, [1, 1, 0.95])],
+)
+async def test_an_interval_that_ends_with_the_fleet_is_not_absurdly_short(autojump_clock, seconds, intervals):
+    kept = Kept()
+    async with play(itertools.repeat(bus_lock(after=0.01)), journal=kept, journal_interval=1) as fleet:
+        vm = await fleet.launch(blank())
+        await trio.sleep(seconds)
+    assert [facts.interval for facts in kept.aggregates] == pytest.approx(intervals, abs=1e-6)
+    assert sum(f.vms["guest"].bus_locks for f in kept.aggregates if f.vms) == vm.statistics().bus_locks
+    rates = [facts.vms["guest"].bus_locks / facts.interval for facts in kept.aggregates if facts.vms]
+    assert max(rates, default=0) <= 110  # one more or less falls on the edge
+
+
+async def test_an_interval_is_told_soon_after_it_has_passed(autojump_clock):
+    kept = Kept()
+    async with play([FOR_EVER], journal=kept, journal_interval=1):
+        await trio.sleep(1.05)
+        assert kept.aggregates == []
+        await trio.sleep(0.1)
+        assert [facts.interval for facts in kept.aggregates] == [1]
 
 
 async def test_of_several_vms_of_one_name_each_has_its_aggregate(autojump_clock):
@@ -1187,7 +1257,7 @@ async def test_where_guests_lock_is_in_the_journal_too(autojump_clock):
     async with play({"a": script, "b": script}, journal=kept) as fleet:
         a = await fleet.launch(blank("a", sample_every=1))
         await fleet.launch(blank("b", sample_every=0))
-        await trio.sleep(1.1)
+        await trio.sleep(1.15)
         assert len(kept.profiles) == 1
         await a.stop()
         assert len(kept.profiles) == 1  # nothing is new

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+import re
+import threading
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
 
 import pytest
 import trio
@@ -12,6 +15,7 @@ import orchestra as orc
 from conftest import Stage, blank, play
 from orchestra.activity import IN_TURN, Activity
 from orchestra.backend.scripted import ScriptedExit, bus_lock, hlt, io_write
+from orchestra.testing import wait_state, wait_until
 from orchestra.vcpu import Vcpu
 
 FOR_EVER = hlt(after=1e9)
@@ -259,6 +263,57 @@ async def test_an_interval_that_cant_be_is_refused_and_one_that_becomes_so_switc
         first, second = fleet.statistics().policies
         assert (first.on, second.on) == (False, True)
         assert "interval=" in first.error
+
+
+def odd(what: str, get: Callable[[], object]) -> Told:
+    """A policy of which one attribute is a property."""
+    members = {what: property(lambda self: get(), lambda self, value: None)}
+    policy: Told = type("Odd", (Told,), members)(name="odd")
+    return policy
+
+
+def a_bug() -> object:
+    raise ValueError("a bug of yours")
+
+
+@pytest.mark.parametrize("what", ["name", "signals", "interval", "meter"])
+async def test_a_policy_that_raises_when_it_is_asked_what_it_is_is_refused(autojump_clock, what):
+    with pytest.raises(orc.SpecError, match=f"Odd: {what}: ValueError: a bug of yours"):
+        async with play([], policies=[odd(what, a_bug)]):
+            pytest.fail("opened")
+    async with play([]) as fleet:
+        with pytest.raises(orc.SpecError, match=f"Odd: {what}: ValueError: a bug of yours"):
+            await fleet.set_policies([odd(what, a_bug)])
+        assert fleet.statistics().policies == ()
+
+
+@pytest.mark.parametrize(
+    ("what", "value"),
+    [("name", 5), ("name", ""), ("name", None), ("signals", None), ("signals", 5), ("signals", [5]), ("signals", "x")],
+)
+async def test_a_policy_whose_name_or_signals_can_t_be_is_refused(autojump_clock, what, value):
+    with pytest.raises(orc.SpecError, match=re.escape(f"{what}={value!r}")):
+        async with play([], policies=[odd(what, lambda: value)]):
+            pytest.fail("opened")
+
+
+@pytest.mark.parametrize(("what", "value"), [("name", "odd"), ("signals", ("cpu_pressure",))])
+async def test_what_a_policy_is_is_asked_when_it_is_seated_and_not_again(autojump_clock, what, value):
+    gets = iter(lambda: value, None)
+    policy = odd(what, lambda: next(gets))
+    policy._then = lambda facts: [orc.Warn(vm="guest"), orc.Warn(vm="nobody")]
+    async with play([FOR_EVER], policies=[policy]) as fleet:
+        await fleet.launch(blank())
+        gets = (a_bug() for _ in itertools.count())
+        await trio.sleep(1.5)
+        fleet._governor.hurry("cpu_pressure")
+        policy._then = raises
+        await trio.sleep(1)
+        (status,) = fleet.statistics().policies
+        assert (status.name, status.on, status.error) == ("odd", False, "ValueError: a bug of yours")
+        assert [applied.policy for applied in fleet.actions()] == ["odd"] * 3
+        await fleet.set_policies([])
+        assert fleet.statistics().policies == ()
 
 
 async def test_the_limits_that_a_broken_policy_set_last_stay_in_force(autojump_clock):
@@ -650,6 +705,100 @@ async def test_harm_is_acted_on_within_one_tick(autojump_clock):
         assert 0 < first.time - begins <= 0.1e9 + 0.1e9
 
 
+# ---- VMs that take their time
+
+
+class Stuck:
+    """A device whose reads take until `release`. Waits for nothing once the test is over."""
+
+    def __init__(self) -> None:
+        self.entered, self.release = threading.Event(), threading.Event()
+
+    def read(self, offset: int, size: int) -> int:
+        self.entered.set()
+        self.release.wait(30)
+        return 0
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """Never called."""
+
+
+class Slow:
+    """A fleet with a guest whose vCPU is in a device for as long as the test wants, and two policies."""
+
+    def __init__(self, backend: str) -> None:
+        self.stage, self.device = Stage(backend), Stuck()
+        self.wants: list[orc.Action] = []
+        self.asks = Told(lambda facts: [self.wants.pop(0)] if self.wants else [], name="asks", interval=0.01)
+        self.other = Told(name="other", interval=0.01)
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[tuple[orc.Fleet, orc.Vm]]:
+        guard = orc.Guard(vm_cool_down=0, host_cool_down=0)
+        async with self.stage.open(policies=[self.asks, self.other], guard=guard) as fleet:
+            try:
+                vm = await fleet.launch(
+                    self.stage.spec("ask_twice"), devices=[(range(0x500, 0x504), None, self.device)]
+                )
+                await wait_until(self.device.entered.is_set, within=10)
+                yield fleet, vm
+            finally:
+                self.device.release.set()
+
+    async def ticks(self) -> None:
+        """Until the other policy has decided three times more."""
+        seen = len(self.other.facts)
+        await wait_until(lambda: len(self.other.facts) >= seen + 3, within=5)
+
+
+@pytest.fixture(params=[pytest.param(name, marks=getattr(pytest.mark, name)) for name in ("emulated", "kvm")])
+def slow(request: pytest.FixtureRequest, nothing_left: Callable[[], None]) -> Slow:
+    return Slow(request.param)
+
+
+async def test_a_vm_that_takes_long_to_pause_keeps_no_policy_waiting(slow):
+    async with slow.open() as (fleet, vm):
+        slow.wants = [orc.Pause(vm="guest")]
+        await slow.ticks()
+        assert outcomes(fleet) == [("Pause", "asks", "done")]
+        assert vm.state == "running"
+        slow.device.release.set()
+        await wait_state(vm, "paused")
+
+
+async def test_a_vm_that_takes_long_to_stop_keeps_no_policy_waiting(slow):
+    async with slow.open() as (fleet, vm):
+        slow.wants = [orc.Pause(vm="guest"), orc.Stop(vm="guest", reason="out")]
+        await slow.ticks()
+        assert outcomes(fleet) == [("Pause", "asks", "done"), ("Stop", "asks", "done")]
+        assert vm.outcome is None
+        slow.device.release.set()
+        assert await vm.wait() == orc.Stopped("out")
+        assert fleet.vms == {}
+
+
+async def test_a_pause_that_is_taken_back_before_it_took_effect_was_none(slow):
+    async with slow.open() as (fleet, vm):
+        slow.wants = [orc.Pause(vm="guest"), orc.Resume(vm="guest")]
+        await slow.ticks()
+        assert outcomes(fleet) == [("Pause", "asks", "done"), ("Resume", "asks", "done")]
+        slow.device.release.set()
+        await slow.ticks()
+        assert vm.state != "paused"
+
+
+async def test_a_policy_is_taken_away_without_waiting_for_its_pause(slow):
+    async with slow.open() as (fleet, vm):
+        slow.wants = [orc.Pause(vm="guest")]
+        await slow.ticks()
+        with trio.fail_after(5):
+            await fleet.set_policies([slow.other])
+        assert outcomes(fleet) == [("Pause", "asks", "done"), ("Resume", "asks", "done")]
+        slow.device.release.set()
+        await slow.ticks()
+        assert vm.state != "paused"
+
+
 # ---- pressure that can't wait
 
 
@@ -738,6 +887,31 @@ async def test_policies_are_exchanged_and_what_the_old_ones_held_is_let_go(autoj
         assert (len(stays.facts), len(goes.facts), len(comes.facts)) == (5, 2, 3)
         assert [facts.interval for facts in stays.facts] == pytest.approx([1] * 5)
         assert [status.name for status in fleet.statistics().policies] == ["comes", "stays"]
+
+
+@pytest.mark.parametrize("after", range(6))
+async def test_policies_that_are_taken_away_leave_nothing_in_force_whenever_that_is_cancelled(autojump_clock, after):
+    asks = {
+        1: orc.Throttle(vm="guest", limit=orc.Limit(rate=5)),
+        2: orc.Pause(vm="guest"),
+        3: orc.Throttle(vm="guest", meter="exits", limit=orc.Limit(rate=500)),
+    }
+    goes = Told(at_tick(asks), name="goes")
+    async with play([FOR_EVER], policies=[goes]) as fleet:
+        vm = await fleet.launch(blank())
+        await trio.sleep(3.5)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fleet.set_policies, [])
+            for _ in range(after):
+                await trio.lowlevel.checkpoint()
+            nursery.cancel_scope.cancel()
+
+        found = vm.statistics()
+        if fleet.statistics().policies:  # not begun
+            assert (found.limit.rate, found.exit_limit.rate, vm.state) == (5, 500, "paused")
+        else:
+            assert (found.limit, found.exit_limit, vm.state) == (None, None, "running")
 
 
 async def test_another_policy_of_the_same_name_starts_anew(autojump_clock):

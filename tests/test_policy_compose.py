@@ -7,7 +7,19 @@ import pytest
 from closed_loop import SECOND, Guest, World, steady
 from orchestra.actions import Isolate, SetLimit, Throttle, Unthrottle, Warn
 from orchestra.errors import SpecError
-from orchestra.policy import Facts, HostFacts, Ladder, Policy, StaticLimits, VmFacts, WeightedShare, only
+from orchestra.policy import (
+    Adaptive,
+    Condition,
+    Facts,
+    HostFacts,
+    Ladder,
+    Policy,
+    StaticLimits,
+    Step,
+    VmFacts,
+    WeightedShare,
+    only,
+)
 from orchestra.spec import Limit, Meter, Tenant
 
 TEN = Limit(rate=10)
@@ -57,6 +69,41 @@ def test_it_sees_those_that_fit(vms, tenants, expected):
     spy = Spy()
     only(spy, vms=vms, tenants=tenants).decide(facts())
     assert set(spy.saw[0].vms) == expected
+
+
+def test_it_hears_of_the_others_apart_from_those_it_may_hold():
+    spy, told = Spy(), facts()
+    only(spy, vms="web-*", tenants="acme").decide(told)
+    assert spy.saw[0].others == {name: told.vms[name] for name in ("web-2", "db-1")}
+    only(only(spy, vms="web-*"), tenants="acme").decide(told)
+    assert spy.saw[1].vms == spy.saw[0].vms
+    assert spy.saw[1].others == spy.saw[0].others
+
+
+def suffers(tick: int, victim: str, delay: float, rate: int = 0) -> Facts:
+    """A noisy VM, and one that has to wait for a CPU."""
+    vms = [
+        VmFacts("noisy", "a", 1.0, 1, 100, 100, 0.0, launch=1, cpu=0.05, run_delay=0.0),
+        VmFacts(victim, "a", 1.0, 1, rate, rate, 0.0, launch=2, cpu=0.05, run_delay=delay),
+    ]
+    return Facts(tick * SECOND // 10, 0.1, None, None, {}, {vm.name: vm for vm in vms})
+
+
+@pytest.mark.parametrize(("delay", "rate", "held"), [(0.04, 0, True), (0.001, 0, False), (0.04, 100, False)])
+def test_an_adaptive_for_some_vms_holds_them_for_what_others_suffer(delay, rate, held):
+    policy = only(Adaptive({"run_delay": 0.2}), vms="noisy*")
+    actions = [action for tick in range(1, 20) for action in policy.decide(suffers(tick, "web", delay, rate))]
+    assert {action.vm for action in actions} == ({"noisy"} if held else set())  # who is loud is no victim
+    if held:
+        assert (actions[0].evidence["hurts"], actions[0].evidence["victim"]) == ("run_delay", "web")
+
+
+@pytest.mark.parametrize(("delay", "held"), [(0.04, True), (0.001, False)])
+def test_a_ladder_for_some_vms_climbs_for_what_others_suffer(delay, held):
+    steps = [Step(rung="warn", when=[Condition("bus_locks", over=100), Condition("run_delay", over=0.2)])]
+    policy = only(Ladder(steps), vms="noisy*")
+    actions = [action for tick in range(1, 20) for action in policy.decide(suffers(tick, "web", delay))]
+    assert [action.vm for action in actions] == (["noisy"] if held else [])
 
 
 def test_tenants_are_those_that_fit_and_the_host_is_the_host():

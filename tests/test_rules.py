@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -367,6 +368,9 @@ class Asked:
         self.lines.append("policies")
         self.policies, self.guard = tuple(policies), guard
 
+    def check_limit(self, limit, *, meter=orc.Meter.BUS_LOCKS, tenant=None):
+        """It refuses nothing."""
+
     async def set_limit(self, limit, *, meter=orc.Meter.BUS_LOCKS, tenant=None):
         self.lines.append(f"{meter} {tenant} {None if limit is None else limit.rate}")
 
@@ -445,6 +449,79 @@ async def test_a_file_is_reloaded_when_it_changes_and_not_taken_when_it_is_wrong
     assert fleet.lines == ["bus_locks None 2000.0", "bus_locks None 30000.0"]
     assert refused.reason == f"{path}: not taken: 2 mistakes"
     assert len(refused.evidence["mistakes"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "error"),
+    [
+        ("", "limit = 1000", orc.BusLockUnsupported),
+        ("", "exit_limit = 7\nlimit = 1000", orc.BusLockUnsupported),
+        ("[tenants.nobody]", "[tenants.nobody]\nexit_limit = 3", orc.UnknownTenant),
+        ("", "exit_limit = 7\npolicies = ['ladder']", orc.BusLockUnsupported),
+    ],
+)
+async def test_rules_that_a_fleet_refuses_change_nothing_at_all(autojump_clock, before, after, error):
+    held = "[[policies]]\nkind = 'static-limits'\nmeter = 'exits'\ntenants = { default = %d }\n"
+    if "policies" in after:
+        one, other = parse_rules(held % 500), parse_rules(after)
+    else:
+        one, other = parse_rules(f"{before}\n{held % 500}"), parse_rules(f"{after}\n{held % 200}")
+    backend = orc.ScriptedBackend(detection=None)
+    async with orc.open_fleet(backend=backend, policies=one.policies) as fleet:
+        await trio.sleep(1)
+        there, done = fleet.statistics(), fleet.actions()
+        with pytest.raises(error):
+            await reload(fleet, one, other)
+        await trio.sleep(1)
+        now = fleet.statistics()
+        assert now.tenants["default"].exit_limit.rate == 500
+        assert (now.policies, now.exit_limit, fleet.actions()) == (there.policies, None, done)
+
+
+async def test_a_cancelled_reload_is_done_or_not_begun(autojump_clock):
+    one, other = (parse_rules(f"exit_limit = {n}\n[tenants.a]\nexit_limit = {n}\n{BODY % n}") for n in (1, 2))
+    for after in range(8):
+        async with orc.open_fleet(backend="scripted", policies=one.policies, tenants=one.tenants) as fleet:
+            await fleet.set_limit(one.exit_limit, meter="exits")
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(reload, fleet, one, other)
+                for _ in range(after):
+                    await trio.lowlevel.checkpoint()
+                nursery.cancel_scope.cancel()
+            told = [applied for applied in fleet.actions() if isinstance(applied.action, orc.Reload)]
+            rates = {fleet.exit_limit.rate, fleet.tenants["a"].exit_limit.rate}
+            assert rates == ({2} if told else {1})
+            assert [policy.name for policy in fleet.statistics().policies] == [f"p{2 if told else 1}"]
+
+
+BODY = "[[policies]]\nkind = 'weighted-share'\nname = 'p%d'\n"
+
+
+async def test_tenants_that_wait_for_another_fleet_stand_in_no_later_reload_s_way(autojump_clock):
+    now = parse_rules("[tenants.a]\nexit_limit = 1\n[tenants.b]\nexit_limit = 1\n")
+    async with orc.open_fleet(backend="scripted", tenants=now.tenants) as fleet:
+        for text, a in (
+            ("[tenants.a]\nexit_limit = 2\n[tenants.c]\nexit_limit = 1\n", 2),
+            ("[tenants.a]\nexit_limit = 3\n[tenants.c]\nexit_limit = 2\n", 3),  # the fleet has no c
+            ("[tenants.a]\nexit_limit = 3\n[tenants.b]\nexit_limit = 9\n", 3),
+        ):
+            now = await reload(fleet, now, parse_rules(text))
+            assert fleet.tenants["a"].exit_limit.rate == a
+        assert fleet.tenants["b"].exit_limit.rate == 9
+        assert not compare(now, parse_rules(text))
+
+
+async def test_a_change_before_the_watch_begins_is_not_missed(tmp_path):
+    path = tmp_path / "rules.toml"
+    path.write_text("limit = 100")
+    fleet, rules = Asked(), load_rules(path)
+    path.write_text("limit = 2_000")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(partial(watch_rules, every=0.001), fleet, rules)
+        with trio.fail_after(5):
+            await fleet.applied()
+        nursery.cancel_scope.cancel()
+    assert fleet.lines == ["bus_locks None 2000.0"]
 
 
 async def test_rules_that_a_fleet_refuses_are_journaled_and_the_watch_goes_on(tmp_path, autojump_clock):

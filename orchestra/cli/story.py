@@ -15,7 +15,7 @@ from typing import Any, Final, Protocol
 import attrs
 import trio
 
-from ..actions import Applied, Resume, Throttle
+from ..actions import Applied, Pause, Resume, Throttle
 from ..backend import Backend
 from ..errors import SpecError
 from ..fleet import Fleet
@@ -313,7 +313,9 @@ class Story:
             acts=tuple(self._acts),
             samples=tuple(self._samples),
             # That it let the guests begin is no part of the story.
-            actions=tuple(applied for applied in self._fleet.actions() if not isinstance(applied.action, Resume)),
+            actions=tuple(
+                applied for applied in self._fleet.actions() if not isinstance(applied.action, Pause | Resume)
+            ),
             ceiling=self._fleet.limit if self._meter is Meter.BUS_LOCKS else self._fleet.exit_limit,
             vms=tuple(self._summary(vm) for vm in self._vms),
             cpus=self.plan.cpus,

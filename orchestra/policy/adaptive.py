@@ -188,7 +188,7 @@ class Adaptive:
         for vm in self._vms.values():
             vm.rate, vm.here = 0.0, False
         for told in facts.vms.values():
-            count = told.bus_locks if self._meter is Meter.BUS_LOCKS else told.exits
+            count = self._count(told)
             if count is None:
                 continue
             rate = count / facts.interval
@@ -205,11 +205,15 @@ class Adaptive:
             if not vm.here:
                 vm.asked.append(0.0)
 
+    def _count(self, vm: VmFacts) -> int | None:
+        return vm.bus_locks if self._meter is Meter.BUS_LOCKS else vm.exits
+
     def _waited(self, vm: _Vm, told: VmFacts, interval: float) -> bool:
         return vm.limit is not None and told.throttled > WAITED * interval
 
     def _judge(self, facts: Facts) -> tuple[bool, bool, dict[str, Any]]:
         victims = [name for name in facts.vms if name not in self._vms]
+        victims += [name for name, vm in facts.others.items() if (self._count(vm) or 0) <= self._floor * facts.interval]
         harm, clear = False, True
         evidence: dict[str, Any] = {}
         for name, over in self._over.items():

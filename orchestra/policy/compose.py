@@ -10,7 +10,7 @@ import attrs
 from ..actions import Action, SetLimit, Throttle, Unthrottle
 from ..errors import SpecError
 from ..spec import Meter
-from .facts import Facts, Policy
+from .facts import Facts, Policy, VmFacts
 
 __all__ = ["Only", "only"]
 
@@ -21,10 +21,11 @@ def only(
     tenants: str | Iterable[str] | None = None,
     name: str | None = None,
 ) -> Only:
-    """Let a policy see, and act on, those VMs only whose names and tenants fit.
+    """Let a policy act on those VMs only whose names and tenants fit.
 
-    Its facts are of these VMs and tenants: so a `WeightedShare` shares its budget among them, an `Adaptive` hears no
-    other victims. The host's limits and signals are those of the host.
+    `Facts.vms` and `Facts.tenants` are these: so a `WeightedShare` shares its budget among them. The others are in
+    `Facts.others`: so an `Adaptive` or a `Ladder` hears what they suffer, and holds its own VMs for it. The host's
+    limits and signals are those of the host.
 
     Parameters:
         policy: not used anywhere else, as it remembers things.
@@ -74,13 +75,12 @@ class Only:
         """Raises:
         SpecError: the policy asked for something outside of what it was made for. (A fleet switches it off then.)
         """
-        seen = attrs.evolve(
-            facts,
-            vms={
-                name: vm for name, vm in facts.vms.items() if _fits(self.vms, name) and _fits(self.tenants, vm.tenant)
-            },
-            tenants={name: tenant for name, tenant in facts.tenants.items() if _fits(self.tenants, name)},
-        )
+        vms: dict[str, VmFacts] = {}
+        others = dict(facts.others)
+        for name, vm in facts.vms.items():
+            (vms if _fits(self.vms, name) and _fits(self.tenants, vm.tenant) else others)[name] = vm
+        tenants = {name: tenant for name, tenant in facts.tenants.items() if _fits(self.tenants, name)}
+        seen = attrs.evolve(facts, vms=vms, others=others, tenants=tenants)
         actions = list(self.policy.decide(seen))
         for action in actions:
             self._check(action)

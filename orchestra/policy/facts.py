@@ -118,6 +118,7 @@ class Facts:
         tenants: all of them, by name.
         vms: by name, those that did something since the last tick. A VM that is not here was idle or is gone.
         host: signals of the host as a whole.
+        others: more of `vms`, which this policy may hear of but not hold: those that `only` keeps from it.
     """
 
     time: int
@@ -127,6 +128,12 @@ class Facts:
     tenants: Mapping[str, Tenant]
     vms: Mapping[str, VmFacts]
     host: HostFacts = HostFacts()
+    others: Mapping[str, VmFacts] = attrs.field(factory=dict)
+
+    @property
+    def heard(self) -> Mapping[str, VmFacts]:
+        """`vms` and `others`: all that may be victims."""
+        return {**self.others, **self.vms} if self.others else self.vms
 
     @functools.cached_property
     def by_tenant(self) -> Mapping[str, TenantFacts]:

@@ -98,11 +98,11 @@ class Signals:
         if "run_delay" in self._over:
             self._victims["run_delay"] = {
                 vm.name: vm.run_delay / wanted
-                for vm in facts.vms.values()
+                for vm in facts.heard.values()
                 if vm.run_delay is not None and (wanted := _wanted(vm)) is not None and wanted > LEAST * facts.interval
             }
         if "work_drop" in self._over:
-            drops = ((vm.name, self._drop(vm, facts.interval)) for vm in facts.vms.values())
+            drops = ((vm.name, self._drop(vm, facts.interval)) for vm in facts.heard.values())
             self._victims["work_drop"] = {name: drop for name, drop in drops if drop is not None}
             if self._tick % self._memory == 0:
                 old = self._tick - 10 * self._memory

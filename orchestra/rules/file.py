@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeAlias
 
 import attrs
 
@@ -17,7 +17,9 @@ from ..spec import Limit, Tenant
 from ..tomlfile import Inside, Mistaken, meant, shown
 from .kinds import build, make_policy, rules_converter, table
 
-__all__ = ["PolicyRule", "Rules", "load_rules", "parse_rules"]
+__all__ = ["PolicyRule", "Rules", "load_rules", "parse_rules", "stamp_of"]
+
+Stamp: TypeAlias = tuple[int, int, int]
 
 
 @attrs.frozen
@@ -46,6 +48,7 @@ class Rules:
         entries: the policies, in the order in which their words count.
         guard: None: the file says nothing about it.
         limit, exit_limit, tenants: as `open_fleet` takes them.
+        stamp: what the file was when it was read (see `stamp_of`); None: it was no file.
     """
 
     file: str
@@ -55,6 +58,7 @@ class Rules:
     exit_limit: Limit | None = None
     tenants: Mapping[str, Tenant] = attrs.field(factory=dict, hash=False)
     guard_says: Mapping[str, Any] = attrs.field(factory=dict, hash=False, repr=False)
+    stamp: Stamp | None = attrs.field(default=None, eq=False, repr=False)
 
     @property
     def policies(self) -> tuple[Policy, ...]:
@@ -70,7 +74,17 @@ def load_rules(path: Path | str) -> Rules:
         OSError: it can't be read.
     """
     path = Path(path)
-    return parse_rules(path.read_bytes(), str(path))
+    stamp = stamp_of(path)  # before it is read: a change that comes between is seen by the next look
+    return attrs.evolve(parse_rules(path.read_bytes(), str(path)), stamp=stamp)
+
+
+def stamp_of(file: Path) -> Stamp | None:
+    """What changes when a file does; None: it is not there."""
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size, status.st_ino
 
 
 def parse_rules(text: str | bytes, file: str = "rules") -> Rules:

@@ -13,9 +13,9 @@ import trio
 from ..actions import Reload
 from ..errors import OrchestraError
 from ..policy import Guard, Policy
-from ..spec import Limit, Meter
+from ..spec import Limit, Meter, Tenant
 from ..tomlfile import TomlError
-from .file import Rules, load_rules
+from .file import Rules, load_rules, stamp_of
 
 __all__ = ["Change", "Reloadable", "compare", "reload", "watch_rules"]
 
@@ -31,6 +31,11 @@ class Reloadable(Protocol):
         One that is there already (the same object) keeps its seat, its next tick and what it holds. What one that is
         not there any more holds is let go (`orchestra.policy.ledger`) before the others decide. `guard` None: it stays.
         """
+
+    def check_limit(
+        self, limit: Limit | None, *, meter: Meter | str = Meter.BUS_LOCKS, tenant: str | None = None
+    ) -> None:
+        """Raise what `set_limit` would raise, and change nothing."""
 
     async def set_limit(
         self, limit: Limit | None, *, meter: Meter | str = Meter.BUS_LOCKS, tenant: str | None = None
@@ -121,31 +126,48 @@ async def reload(fleet: Reloadable, old: Rules, new: Rules) -> Rules:
         old: what is in force: what the fleet was opened with, or what the last reload returned.
 
     Returns:
-        What is in force now: `new`, with the instances that were kept.
+        What is in force now: `new`, with the instances that were kept, and the tenants that the fleet was opened with.
 
     Raises:
-        OrchestraError: the fleet can't, such as limit bus locks where it does not see them.
+        OrchestraError: the fleet can't, such as limit bus locks where it does not see them. Nothing has changed then.
+
+    Cancelled, all of it is done, or nothing.
     """
+    await trio.lowlevel.checkpoint()
     change = compare(old, new)
     there = {entry.name: entry for entry in old.entries}
     entries = tuple(there[entry.name] if change.policies[entry.name] == "kept" else entry for entry in new.entries)
-    kept = attrs.evolve(new, entries=entries, guard=new.guard if change.guard else old.guard)
+    kept = attrs.evolve(
+        new,
+        entries=entries,
+        guard=new.guard if change.guard else old.guard,
+        tenants={name: _in_force(tenant, new.tenants.get(name)) for name, tenant in old.tenants.items()},
+    )
     if not change:
         return kept
-    # What a fleet may refuse comes first.
-    if change.order or change.guard or {*change.policies.values()} - {"kept"}:
-        guard = (kept.guard or Guard()) if change.guard else None
-        await fleet.set_policies(kept.policies, guard)
+    # What a fleet may refuse comes first, and what it was not refused is done to the end.
     for meter, tenant, limit in change.limits:
-        await fleet.set_limit(limit, meter=meter, tenant=tenant)
-    reason = f"{new.file}: {change}"
-    log.info("other rules: %s", reason)
-    await fleet.apply(Reload(policies=change.policies, reason=reason))
+        fleet.check_limit(limit, meter=meter, tenant=tenant)
+    with trio.CancelScope(shield=True):  # nothing here waits for anything but a tick
+        if change.order or change.guard or {*change.policies.values()} - {"kept"}:
+            guard = (kept.guard or Guard()) if change.guard else None
+            await fleet.set_policies(kept.policies, guard)
+        for meter, tenant, limit in change.limits:
+            await fleet.set_limit(limit, meter=meter, tenant=tenant)
+        reason = f"{new.file}: {change}"
+        log.info("other rules: %s", reason)
+        await fleet.apply(Reload(policies=change.policies, reason=reason))
     return kept
 
 
+def _in_force(old: Tenant, new: Tenant | None) -> Tenant:
+    """A tenant of a fleet: its weight, and that it is one, stay until the fleet is opened anew."""
+    return old if new is None else attrs.evolve(new, weight=old.weight)
+
+
 async def watch_rules(fleet: Reloadable, rules: Rules, path: Path | str | None = None, *, every: float = 1.0) -> None:
-    """Reload a file whenever it changes, until cancelled. Rules that can't be are journaled and not taken.
+    """Reload a file whenever it has changed since `rules` were read, until cancelled. Rules that can't be are journaled
+    and not taken.
 
     Parameters:
         rules: what the fleet was opened with.
@@ -153,10 +175,10 @@ async def watch_rules(fleet: Reloadable, rules: Rules, path: Path | str | None =
         every: seconds between two looks at it.
     """
     file = Path(rules.file if path is None else path)
-    seen = _stamp(file)
+    seen = rules.stamp
     while True:
         await trio.sleep(every)
-        stamp = _stamp(file)
+        stamp = stamp_of(file)
         if stamp is None or stamp == seen:  # one that is being replaced may be away for a moment
             continue
         seen = stamp
@@ -176,12 +198,3 @@ async def watch_rules(fleet: Reloadable, rules: Rules, path: Path | str | None =
         except OrchestraError as error:  # this fleet can't, such as limit bus locks where they are not seen
             log.error("rules not taken: %s", error)
             await fleet.apply(Reload(reason=f"{file}: not taken: {error}"))
-
-
-def _stamp(file: Path) -> tuple[int, int, int] | None:
-    """What changes when the file does."""
-    try:
-        status = file.stat()
-    except OSError:
-        return None
-    return status.st_mtime_ns, status.st_size, status.st_ino
