@@ -13,7 +13,7 @@ import trio
 from .actions import Action, Applied, Evict, Pause
 from .activity import Activity, Window
 from .errors import SpecError
-from .policy import Facts, Guard, HostFacts, Policy, Ruling
+from .policy import Facts, Guard, HostFacts, Policy, Ruling, Verdict
 from .policy.ledger import Ledger
 from .signals import Trigger
 
@@ -306,15 +306,19 @@ class Governor:
             return
         self._holds = self._holds or isinstance(verdict.action, Pause)
         if isinstance(verdict.action, Evict):  # takes its time, and the others' ticks don't wait for it
-            fleet.start_soon(self._evict, seat, verdict.action)
+            fleet.start_soon(self._evict, seat, verdict, verdict.action)
             return
         applied = await fleet.carry_out(verdict.action, name)
         if applied.error is not None:
+            self._guard.failed(verdict, fleet.now())
             _tell_refused(seat.policy, action, applied.error)
 
-    async def _evict(self, seat: _Seat, action: Evict) -> None:
+    async def _evict(self, seat: _Seat, verdict: Verdict, action: Evict) -> None:
         applied = await self._fleet.carry_out(action, seat.policy.name)
-        if applied.error is None or not seat.on:
+        if applied.error is None:
+            return
+        self._guard.failed(verdict, self._fleet.now())
+        if not seat.on:
             return
         try:
             _tell_refused(seat.policy, action, applied.error)

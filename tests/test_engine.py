@@ -53,6 +53,39 @@ async def test_what_the_guard_refuses_is_journaled_with_the_rule_and_told_to_the
         assert vm.state == "paused"
 
 
+async def test_what_failed_holds_nothing_else_back_and_is_not_tried_in_each_tick(autojump_clock):
+    policy = Decides(orc.Isolate(vm="guest"), orc.Pause(vm="guest"))
+    policy.interval = 0.1
+    guard = orc.Guard(vm_cool_down=0.05, host_cool_down=0)
+    async with play(noisy(), policies=[policy], guard=guard) as fleet:
+        vm = await fleet.launch(blank())
+        await trio.sleep(0.15)  # a script has no threads to isolate
+        assert [applied.outcome for applied in fleet.actions()] == ["failed", "done"]
+        assert vm.state == "paused"
+        await trio.sleep(0.1)
+        assert fleet.actions()[2].error == "it failed: not tried again for 0.9 s"
+        await trio.sleep(6.25)
+        tried = [applied for applied in fleet.actions() if isinstance(applied.action, orc.Isolate)]
+        assert sum(applied.outcome == "failed" for applied in tried) == 3
+
+
+async def test_an_eviction_that_fails_is_one_that_was_not_done(autojump_clock):
+    async def move(vm, action):
+        await trio.sleep(3)
+        raise RuntimeError("no room elsewhere")
+
+    policy = Decides(orc.Evict(vm="guest"))
+    async with play(noisy(), policies=[policy], on_evict=move) as fleet:
+        vm = await fleet.launch(blank())
+        await trio.sleep(4.1)
+        assert [applied.outcome for applied in fleet.actions()] == ["refused", "refused", "failed", "refused"]
+        assert "cool-down" in fleet.actions()[0].error
+        assert "it failed" in fleet.actions()[3].error
+        policy.actions = [orc.Pause(vm="guest")]
+        await trio.sleep(1)
+        assert vm.state == "paused"
+
+
 async def test_a_limit_below_the_floor_is_raised_to_it(autojump_clock):
     throttle = orc.Throttle(vm="guest", limit=orc.Limit(rate=0.01, burst=2))
     async with play(noisy(), policies=[Decides(throttle)], guard=orc.Guard(floor=3)) as fleet:

@@ -37,6 +37,10 @@ for no more than the floor would get half of it."""
 MINUTE: Final = 60_000_000_000
 MOST_REMEMBERED: Final = 65536
 
+RETRY: Final = 1_000_000_000
+RETRY_MOST: Final = 64_000_000_000
+"""Nanoseconds before what failed is tried again: doubled by each failure, up to the most."""
+
 RUNNING: Final = "running"
 PLACE: Final = "place"
 AXIS: Final[dict[type, str]] = {
@@ -78,6 +82,7 @@ class Verdict:
     outcome: Ruling
     reason: str
     judged: Action
+    _noted: _Noted | None = attrs.field(default=None, eq=False, repr=False)
 
 
 @attrs.frozen
@@ -87,6 +92,25 @@ class _Word:
     order: int
     policy: str | None
     time: int
+
+
+@attrs.frozen
+class _Noted:
+    """What the books said of a VM before an action was noted, so that one that fails can be struck out."""
+
+    word: _Word
+    hard: int | None
+    host: int | None
+    before: tuple[_Word | None, _Word | None]  # held, let go
+    after: tuple[_Word | None, _Word | None]
+
+
+@attrs.frozen
+class _Failing:
+    """What failed so many times in a row is not tried again before a time."""
+
+    times: int
+    until: int
 
 
 @attrs.define(eq=False)
@@ -99,6 +123,10 @@ class _Books:
     limits: deque[int] = attrs.field(factory=deque)
     held: dict[tuple[str, str], _Word] = attrs.field(factory=dict)
     let: dict[tuple[str, str], _Word] = attrs.field(factory=dict)
+
+    def words(self, action: Action) -> tuple[_Word | None, _Word | None]:
+        key = (action.vm or "", AXIS.get(type(action), ""))
+        return self.held.get(key), self.let.get(key)
 
     def forget(self, vm: str) -> None:
         for axis in (RUNNING, PLACE):
@@ -122,6 +150,10 @@ class Guard:
     - What one has let go, a later one may not hold, evict or stop for the length of `vm_cool_down`.
 
     Letting go is never refused for any other reason, and counts towards no bound.
+
+    A cool-down begins when something was done. What was allowed and then failed (`failed`) is as if it had not been
+    said, but it still counts towards the bounds, and the same is not tried again at the same place for a second, twice
+    as long after each failure, up to 64 s.
 
     Parameters:
         floor, exit_floor: events per second below which no throttle may hold a VM: a lower one is raised to it, and its
@@ -153,6 +185,9 @@ class Guard:
     dry_run: bool | tuple[str, ...] = attrs.field(default=False, converter=_names)
     _books: _Books = attrs.field(init=False, factory=_Books, repr=False)
     _rehearsed: _Books = attrs.field(init=False, factory=_Books, repr=False)
+    _failing: dict[tuple[str | None, str | None], dict[type, _Failing]] = attrs.field(
+        init=False, factory=dict, repr=False
+    )
 
     def __attrs_post_init__(self) -> None:
         within("floor", self.floor, 1e-9, 1e9, "bus locks/s")
@@ -188,13 +223,62 @@ class Guard:
         judged, changed = self._raised(action, vms)
         refused = self._contradicts(books, judged, word)
         if not refused and not _lets_go(judged):
-            refused = self._too_soon(books, judged, time) or self._too_many(books, judged, time)
+            refused = (
+                self._failed_lately(judged, time)
+                or self._too_soon(books, judged, time)
+                or self._too_many(books, judged, time)
+            )
         if refused:
             return Verdict(None, Ruling.REFUSED, refused, judged)
+        hard, host, before = books.hard.get(judged.vm or ""), books.host, books.words(judged)
         self._note(books, judged, word)
         if dry:
             return Verdict(None, Ruling.DRY_RUN, "; ".join(filter(None, ["a dry run", changed])), judged)
-        return Verdict(judged, Ruling.CHANGED if changed else Ruling.ALLOWED, changed, judged)
+        noted = _Noted(word, hard, host, before, books.words(judged))
+        return Verdict(judged, Ruling.CHANGED if changed else Ruling.ALLOWED, changed, judged, noted)
+
+    def failed(self, verdict: Verdict, time: int) -> None:
+        """What a policy was allowed to do could not be done: nobody has to cool down from it, nor is bound by it.
+
+        Parameters:
+            verdict: as `judge` gave it.
+            time: nanoseconds on the fleet's clock.
+        """
+        action, noted, books = verdict.action, verdict._noted, self._books
+        if action is None or noted is None:
+            return
+        vm = action.vm or ""
+        if isinstance(action, HARD):
+            if books.host == noted.word.time:
+                books.host = noted.host
+            if books.hard.get(vm) == noted.word.time:
+                _put(books.hard, vm, noted.hard)
+        if type(action) in AXIS and books.words(action) == noted.after:  # nobody said anything else meanwhile
+            for words, was in zip((books.held, books.let), noted.before, strict=True):
+                _put(words, (vm, AXIS[type(action)]), was)
+        if not _lets_go(action):
+            self._put_off(action, time)
+
+    def _put_off(self, action: Action, time: int) -> None:
+        if len(self._failing) > MOST_REMEMBERED:
+            self._failing = {
+                place: kinds
+                for place, kinds in self._failing.items()
+                if any(time < failing.until for failing in kinds.values())
+            }
+        kinds = self._failing.setdefault(_place(action), {})
+        before = kinds.get(type(action))
+        # Long after the last one it is another matter.
+        times = 0 if before is None or time - before.until > RETRY_MOST else before.times
+        wait = min(RETRY << min(times, 30), RETRY_MOST)
+        kinds[type(action)] = _Failing(times + 1, time + wait)
+
+    def _failed_lately(self, action: Action, time: int) -> str:
+        failing = self._failing.get(_place(action), {}).get(type(action))
+        if failing is None or time >= failing.until:
+            return ""
+        times = "" if failing.times == 1 else f" {failing.times} times in a row"
+        return f"it failed{times}: not tried again for {(failing.until - time) / 1e9:.3g} s"
 
     def overdue(self, time: int) -> list[Resume]:
         """VMs that a policy has held paused for more than `max_pause`: its word no longer counts, they are to go on.
@@ -220,6 +304,7 @@ class Guard:
         """A VM is gone; what was said about it says nothing about another of its name. Its cool-down still counts."""
         for books in (self._books, self._rehearsed):
             books.forget(vm)
+        self._failing.pop((vm, None), None)
 
     def is_dry(self, policy: str) -> bool:
         """Whether a policy's actions are only rehearsed."""
@@ -326,8 +411,19 @@ class Guard:
             before = books.held.get(key)
             if before is None or word.order < before.order:  # the strongest word counts, from when it was said
                 books.held[key] = word
-        else:
+        elif word.policy is None or books is self._rehearsed:  # a policy's may still fail: its end is what counts
             books.forget(action.vm or "")
+
+
+def _place(action: Action) -> tuple[str | None, str | None]:
+    return action.vm, getattr(action, "tenant", None)
+
+
+def _put(into: dict[Any, Any], key: Any, value: Any) -> None:
+    if value is None:
+        into.pop(key, None)
+    else:
+        into[key] = value
 
 
 def _lets_go(action: Action) -> bool:
