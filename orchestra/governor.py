@@ -147,18 +147,41 @@ class Governor:
     async def set_policies(self, policies: Sequence[Policy], guard: Guard | None, ledger: Ledger) -> None:
         """As `Fleet.set_policies`. `ledger`: what each policy holds."""
         async with self._lock:  # no tick meanwhile
-            before = {id(seat.policy): seat.policy for seat in self._seats}
+            guard = guard or self._guard
+            self._check_rehearsals(policies, guard)
+            before = {id(seat.policy): seat for seat in self._seats}
             self._activity.look(self._fleet.now())  # what was before is no new policy's affair
             self._seat(policies)
             for policy in policies:
                 before.pop(id(policy), None)
-            for policy in before.values():
-                for action in ledger.held(policy.name):
-                    reason = f"policy {policy.name} was taken away"
-                    await self._fleet.carry_out(attrs.evolve(action, reason=reason), policy.name)
-            if guard is not None:
-                self._guard = guard
+            for seat in before.values():
+                for action in ledger.held(seat.policy.name):
+                    await self._let_go(seat, action)
+            guard.succeed(self._guard, [policy.name for policy in policies])
+            self._guard = guard
         self._hurry.set()
+
+    def _check_rehearsals(self, policies: Iterable[Policy], guard: Guard) -> None:
+        """A policy that rehearsed believes to be in force what is not, and the other way round."""
+        there = {id(seat.policy) for seat in self._seats}
+        for policy in policies:
+            was, dry = self._guard.is_dry(policy.name), guard.is_dry(policy.name)
+            if was != dry and id(policy) in there:
+                raise SpecError(
+                    f"guard: policy {policy.name!r} {'only rehearsed' if was else 'was no rehearsal'} so far, and "
+                    "remembers that: give a new one in its place"
+                )
+
+    async def _let_go(self, seat: _Seat, action: Action) -> None:
+        """What a policy held that is not there any more, unless somebody holds it who goes first."""
+        fleet, name = self._fleet, seat.policy.name
+        now = fleet.now()
+        action = attrs.evolve(action, reason=f"policy {name} was taken away")
+        verdict = self._guard.judge(action, name, now, seat.order)
+        if verdict.action is None:
+            fleet.record(Applied(time=now, action=action, policy=name, error=verdict.reason, outcome="refused"))
+        elif (await fleet.carry_out(action, name)).error is not None:
+            self._guard.failed(verdict, fleet.now())
 
     def observe(self, take: Callable[[Facts], object], interval: float) -> None:
         """Have the facts of each interval (seconds) taken as well, before the policies decide."""

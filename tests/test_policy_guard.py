@@ -367,14 +367,14 @@ def test_bad_settings_are_named(field, value):
 
 
 def test_what_is_remembered_does_not_grow_without_end(monkeypatch):
-    monkeypatch.setattr("orchestra.policy.guard.MOST_REMEMBERED", 100)
+    monkeypatch.setattr("orchestra.policy.books.MOST_REMEMBERED", 100)
     guard = Guard(host_cool_down=0, vm_cool_down=10)
     for n in range(2000):
         assert judge(guard, Pause(vm=f"v{n}"), n).action
         assert judge(guard, Resume(vm=f"v{n}"), n).action
         guard.failed(judge(guard, Warn(vm=f"v{n}"), n), n * SECOND)
     books = guard._books
-    assert max(len(books.hard), len(books.let), len(books.recent), len(guard._failing)) <= 121
+    assert max(len(books.hard), len(books.let), len(books.recent), len(guard._failures)) <= 121
     assert books.held == {}
 
 
