@@ -161,24 +161,32 @@ class Guard:
         if not lets_go(verdict.action):
             self._failures.add(verdict.action, time)
 
-    def overdue(self, time: int) -> list[Resume]:
+    def overdue(self, time: int, *, dry: bool = False) -> list[Resume]:
         """VMs that a policy has held paused for more than `max_pause`: its word no longer counts, they are to go on.
 
         Apply them as a caller's. It ends a pause also if the policy that made it was switched off.
+
+        Parameters:
+            time: nanoseconds on the fleet's clock.
+            dry: those that are paused in a dry run only: nothing is to be done there.
         """
         if self.max_pause is None:
             return []
+        books = self._rehearsed if dry else self._books
         late = [
             (vm, word)
-            for (vm, axis), word in self._books.held.items()
+            for (vm, axis), word in books.held.items()
             if axis == RUNNING and word.policy is not None and time - word.time > self.max_pause * 1e9
         ]
         actions = []
         for vm, word in late:
-            del self._books.held[vm, RUNNING]
+            del books.held[vm, RUNNING]
             evidence = {"policy": word.policy, "paused": (time - word.time) / 1e9, "max_pause": self.max_pause}
             reason = f"paused by policy {word.policy} for more than {self.max_pause:g} s"
-            actions.append(Resume(vm=vm, reason=reason, evidence=evidence))
+            action = Resume(vm=vm, reason=reason, evidence=evidence)
+            if dry:
+                self._note(books, action, Word(-1, None, time))
+            actions.append(action)
         return actions
 
     def forget(self, vm: str) -> None:

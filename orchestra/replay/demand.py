@@ -68,6 +68,19 @@ class Want:
     def vcpu_seconds(self) -> float:
         return self.seen.interval * self.seen.vcpus
 
+    @property
+    def tenant(self) -> str:
+        return self.seen.tenant
+
+    @property
+    def vcpus(self) -> int:
+        return self.seen.vcpus
+
+    @property
+    def cpu(self) -> float | None:
+        """Seconds that it would have used."""
+        return None if self.seen.cpu is None else self.seen.cpu / self.ran
+
 
 class Demands:
     """Works out demands row by row, and remembers how fast each VM was when it was free last."""

@@ -13,11 +13,12 @@ from ..errors import SpecError
 from ..journal import JournalReader
 from ..policy import Facts, Guard, HostFacts, Policy, VmFacts
 from ..policy.guard import Ruling
+from ..policy.inforce import InForce
 from ..policy.maxmin import max_min
+from ..policy.rehearsal import Rehearsal
 from ..rules import Rules
 from ..spec import Limit, Meter, Tenant
 from .demand import Demands, Tick, Want, ticks
-from .limits import InForce
 from .response import Response, fit
 from .tally import Tally, World
 
@@ -70,6 +71,7 @@ class _Seat:
     order: int
     last: int
     due: int
+    rehearsal: Rehearsal | None
     sums: dict[str, VmFacts] = attrs.field(factory=dict)
     on: bool = True
 
@@ -165,16 +167,26 @@ class _Run:
         self._guard = rules.guard or Guard()
         self._force = InForce(rules.limit, rules.exit_limit, rules.tenants)
         self._seats = [
-            _Seat(policy, i, begun, begun + round((policy.interval or 0.0) * 1e9))
+            _Seat(
+                policy,
+                i,
+                begun,
+                begun + round((policy.interval or 0.0) * 1e9),
+                Rehearsal() if self._guard.is_dry(policy.name) else None,
+            )
             for i, policy in enumerate(rules.policies)
         ]
+        self._rehearsals = [seat.rehearsal for seat in self._seats if seat.rehearsal is not None]
         self._demands = Demands()
         self._tenants: dict[str, Tenant] = dict(rules.tenants)
 
     def step(self, tick: Tick) -> None:
         wants = {name: self._demands.want(row) for name, row in tick.vms.items()}
         for name, want in wants.items():
-            self._force.seen(name, want.seen.launch)
+            if self._force.seen(name, want.seen.launch):
+                self._guard.forget(name)
+                for rehearsal in self._rehearsals:
+                    rehearsal.forget(name)
             if want.seen.tenant not in self._tenants:
                 self._tenants[want.seen.tenant] = Tenant(want.seen.tenant)
         if self._rules.limit is None and tick.host is not None:  # the rules say nothing: as it was
@@ -191,6 +203,12 @@ class _Run:
                 self._decide(seat, tick.time, told.host)
         for action in self._guard.overdue(tick.time):
             self._force.apply(action, "")
+        for action in self._guard.overdue(tick.time, dry=True):
+            self._rehearse(action, "", tick.time)
+
+    def _rehearse(self, action: Action, policy: str, now: int) -> None:
+        for rehearsal in self._rehearsals:
+            rehearsal.apply(action, policy, now)
 
     def _fair(self, wants: Mapping[str, Want], interval: float) -> dict[str, float]:
         """Each VM's weighted max-min share of the budget, in bus locks; where there is none, what it asks for."""
@@ -218,7 +236,7 @@ class _Run:
         policy = seat.policy
         try:
             interval = policy.interval
-            actions = list(policy.decide(facts))
+            actions = list(policy.decide(facts if seat.rehearsal is None else seat.rehearsal.see(facts)))
         except Exception as error:  # as in a fleet: it is switched off, and the others go on
             seat.on = False
             self._whole.errors[policy.name] = f"{type(error).__name__}: {error}"
@@ -234,7 +252,9 @@ class _Run:
         outcome = {Ruling.REFUSED: "refused", Ruling.DRY_RUN: "dry-run"}.get(verdict.outcome, "done")
         if verdict.action is not None:
             self._force.apply(verdict.action, policy.name)
-        elif outcome == "refused" and (refused := getattr(policy, "refused", None)) is not None:
+        elif verdict.outcome is Ruling.DRY_RUN:
+            self._rehearse(verdict.judged, policy.name, now)
+        elif (refused := getattr(policy, "refused", None)) is not None:
             refused(action, verdict.reason)
         judged = verdict.judged
         self._whole.tally.would(type(judged).__name__, outcome, judged.vm)

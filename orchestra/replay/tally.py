@@ -9,9 +9,9 @@ from typing import Final
 import attrs
 
 from ..policy import HostFacts, VmFacts
+from ..policy.inforce import FREE, Passed
 from ..spec import Meter
 from .demand import Tick, Want
-from .limits import Passed
 from .response import Response
 
 __all__ = ["Bin", "Tally", "Told", "VmSums", "World", "jain"]
@@ -153,14 +153,16 @@ class Tally:
     ) -> Told:
         """Add it to both worlds; what policies would have been told of it."""
         seen_rate = sum(row.bus_locks or 0 for row in tick.vms.values()) / tick.interval
-        now = {name: want.events.get(Meter.BUS_LOCKS, 0.0) * passed[name].part for name, want in wants.items()}
+        now = {
+            name: want.events.get(Meter.BUS_LOCKS, 0.0) * passed.get(name, FREE).part for name, want in wants.items()
+        }
         rate = sum(now.values()) / tick.interval
         at = self._bins.setdefault((tick.time - 1 - self._since) // self._width, _Bin())
         at.seconds += tick.interval
         self.seconds += tick.interval
         facts = {}
         for name, want in wants.items():
-            seen, came = want.seen, passed[name]
+            seen, came = want.seen, passed.get(name, FREE)
             others = (rate - now[name] / tick.interval) - (seen_rate - (seen.bus_locks or 0) / tick.interval)
             fact = self._fact(want, came, others)
             sums = self._vms.setdefault(name, _Vm(seen.tenant))

@@ -19,8 +19,7 @@ from ..actions import (
     Unthrottle,
     Warn,
 )
-from ..budget import tightest
-from ..spec import Limit, Meter
+from ..spec import Limit, Meter, tightest
 from .arrays import Ints, np
 from .buckets import Buckets
 from .layout import Layout
