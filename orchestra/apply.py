@@ -109,6 +109,8 @@ class Applier:
 
     async def _do(self, action: Action, policy: str | None) -> None:
         vm = self._fleet.vm
+        if self._is_replaced(action):
+            return  # with the VM went its limits
         match action:
             case Throttle() | Unthrottle():
                 self._throttle(action, policy)
@@ -135,6 +137,20 @@ class Applier:
                 await vm(name).end(Stopped(action.reason or "stopped by an action"))
             case Kill(vm=name):
                 await vm(name).end(Stopped(action.reason or "killed by an action"))
+
+    def _is_replaced(self, action: Action) -> bool:
+        """Whether it would let go what a VM had whose name another has by now.
+
+        Raises:
+            StateError: it would do anything else to that other one.
+        """
+        launch = None if isinstance(action, Reload) else action.launch
+        found = None if launch is None or action.vm is None else self._fleet.vms.get(action.vm)
+        if found is None or found.launch == launch:
+            return False
+        if isinstance(action, Unthrottle) or (isinstance(action, CapCpu) and action.share is None):
+            return True
+        raise StateError(f"vm {action.vm!r} is another launch now: {found.launch}, not {launch}")
 
     def _is_gone(self, name: str) -> bool:
         vm = self._fleet.vms.get(name)

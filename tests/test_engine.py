@@ -86,6 +86,43 @@ async def test_an_eviction_that_fails_is_one_that_was_not_done(autojump_clock):
         assert vm.state == "paused"
 
 
+async def test_what_is_meant_for_one_vm_does_not_hit_another_of_its_name(autojump_clock):
+    async with play(noisy()) as fleet:
+        first = await fleet.launch(blank())
+        await first.stop()
+        second = await fleet.launch(blank())
+        old, new = first.launch, second.launch
+        for action in (
+            orc.Pause(vm="guest", launch=old),
+            orc.Stop(vm="guest", launch=old),
+            orc.Throttle(vm="guest", launch=old, limit=orc.Limit(rate=1)),
+            orc.SetLimit(vm="guest", launch=old, limit=orc.Limit(rate=1)),
+            orc.Warn(vm="guest", launch=old),
+            orc.Evict(vm="guest", launch=old),
+        ):
+            applied = await fleet.apply(action, policy="late")
+            assert applied.error == f"vm 'guest' is another launch now: {new}, not {old}"
+        assert (second.state, second.statistics().limit) == ("running", None)
+        await fleet.apply(orc.Throttle(vm="guest", launch=new, limit=orc.Limit(rate=7)), policy="late")
+        for action in (orc.Unthrottle(vm="guest", launch=old), orc.CapCpu(vm="guest", launch=old, share=None)):
+            assert (await fleet.apply(action, policy="late")).outcome == "done"  # with that VM went what held it
+        assert second.statistics().limit.rate == 7
+        await fleet.apply(orc.Pause(vm="guest", launch=new))
+        assert second.state == "paused"
+
+
+async def test_a_policy_s_late_word_about_a_vm_binds_nobody_about_the_next(autojump_clock):
+    policy = Decides()
+    async with play(noisy(), policies=[policy]) as fleet:
+        first = await fleet.launch(blank())
+        await first.stop()
+        second = await fleet.launch(blank())
+        policy.actions = [orc.Pause(vm="guest", launch=vm.launch) for vm in (first, second)]
+        await trio.sleep(1.1)
+        assert [applied.outcome for applied in fleet.actions() if applied.policy] == ["failed", "done"]
+        assert second.state == "paused"
+
+
 async def test_a_limit_below_the_floor_is_raised_to_it(autojump_clock):
     throttle = orc.Throttle(vm="guest", limit=orc.Limit(rate=0.01, burst=2))
     async with play(noisy(), policies=[Decides(throttle)], guard=orc.Guard(floor=3)) as fleet:

@@ -185,7 +185,7 @@ class Failures:
     """What failed is not tried again at the same place at once, and ever more seldom."""
 
     def __init__(self) -> None:
-        self._places: dict[tuple[str | None, str | None], dict[type, _Failing]] = {}
+        self._places: dict[tuple[str | None, str | None], dict[tuple[type, int | None], _Failing]] = {}
 
     def __len__(self) -> int:
         return len(self._places)
@@ -195,14 +195,14 @@ class Failures:
             places = self._places.items()
             self._places = {at: kinds for at, kinds in places if any(time < one.until for one in kinds.values())}
         kinds = self._places.setdefault(_place(action), {})
-        before = kinds.get(type(action))
+        before = kinds.get(_kind(action))
         # Long after the last one it is another matter.
         times = 0 if before is None or time - before.until > RETRY_MOST else before.times
-        kinds[type(action)] = _Failing(times + 1, time + min(RETRY << min(times, 30), RETRY_MOST))
+        kinds[_kind(action)] = _Failing(times + 1, time + min(RETRY << min(times, 30), RETRY_MOST))
 
     def why_not(self, action: Action, time: int) -> str:
         """Why it is not to be tried now; empty: it may be."""
-        failing = self._places.get(_place(action), {}).get(type(action))
+        failing = self._places.get(_place(action), {}).get(_kind(action))
         if failing is None or time >= failing.until:
             return ""
         times = "" if failing.times == 1 else f" {failing.times} times in a row"
@@ -214,6 +214,10 @@ class Failures:
 
 def _place(action: Action) -> tuple[str | None, str | None]:
     return action.vm, getattr(action, "tenant", None)
+
+
+def _kind(action: Action) -> tuple[type, int | None]:
+    return type(action), getattr(action, "launch", None)
 
 
 def _put(into: dict[Any, Any], key: Any, value: Any) -> None:

@@ -159,7 +159,10 @@ class InForce:
         self._launches.pop(vm, None)
 
     def apply(self, action: Action, policy: str) -> None:
-        """Carry it out."""
+        """Carry it out, unless it is about another launch."""
+        launch = getattr(action, "launch", None)
+        if launch is not None and self._launches.get(action.vm or "", launch) != launch:
+            return
         match action:
             case Throttle(vm=vm, tenant=tenant, meter=meter, limit=limit):
                 place = _place(vm, tenant)

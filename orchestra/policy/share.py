@@ -39,6 +39,7 @@ class _Vm:
     """What is remembered of a VM: only of those that were active during the last few ticks."""
 
     name: str
+    launch: int
     tenant: str
     weight: float
     vcpus: int
@@ -149,7 +150,10 @@ class WeightedShare:
         for vm in self._vms.values():
             vm.absent += facts.interval
         for told, rate in seen:
-            vm = self._vms.get(told.name) or _Vm(told.name, "", 1.0, 1, deque(maxlen=self._memory))
+            known = self._vms.get(told.name)
+            if known is None or known.launch != told.launch:  # another of that name starts without limits
+                known = _Vm(told.name, told.launch, "", 1.0, 1, deque(maxlen=self._memory))
+            vm = known
             vm.tenant, vm.weight, vm.vcpus, vm.absent = told.tenant, told.weight, told.vcpus, 0.0
             vm.rate, vm.throttled = rate, told.throttled
             vm.lost = vm.limit is not None and rate > 1.5 * (vm.limit.rate + vm.limit.tokens / facts.interval)
@@ -261,12 +265,12 @@ class WeightedShare:
             "budget": None if host is None else host.rate,
         }
         reason = f"fair share: {limit.rate:.6g} {self._meter.replace('_', ' ')}/s of {whole}"
-        return Throttle(vm=vm.name, limit=limit, meter=self._meter, reason=reason, evidence=evidence)
+        return Throttle(vm=vm.name, launch=vm.launch, limit=limit, meter=self._meter, reason=reason, evidence=evidence)
 
     def _release(self, vm: _Vm, reason: str) -> Unthrottle:
         evidence = {"rate": round(vm.rate, 3), "demand": round(vm.demand, 3)} if vm.demand < math.inf else {}
         vm.limit = None
-        return Unthrottle(vm=vm.name, meter=self._meter, reason=reason, evidence=evidence)
+        return Unthrottle(vm=vm.name, launch=vm.launch, meter=self._meter, reason=reason, evidence=evidence)
 
 
 def _may_be_waiting(vm: _Vm) -> bool:
