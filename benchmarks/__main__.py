@@ -15,7 +15,7 @@ from pathlib import Path
 import attrs
 import trio
 
-from . import aio, answered, emulated, floor, idle, launch, machine, pause, profile, rate, simulate, tick, told
+from . import aio, answered, emulated, floor, idle, launch, machine, pause, profile, rate, replay, simulate, tick, told
 from .row import Options, Row, table
 
 BENCHMARKS: dict[str, Callable[[Options], Awaitable[list[Row]]]] = {
@@ -33,6 +33,7 @@ BENCHMARKS: dict[str, Callable[[Options], Awaitable[list[Row]]]] = {
     "journal": tick.journal,
     "emulated": emulated.emulated,
     "simulate": simulate.simulate,
+    "replay": replay.replay,
     "profile": profile.profile,
 }
 RESULTS = Path(__file__).parent / "results"

@@ -5,7 +5,8 @@ A replay goes by it, and so does a dry run. It costs what is held, not what exis
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from operator import attrgetter
 from typing import Final, Protocol, TypeAlias
 
 import attrs
@@ -35,14 +36,19 @@ HOST: Final[Place] = ("host", "")
 
 
 class Asked(Protocol):
-    """What a VM wants to do in an interval. `cpu`: seconds of CPU time that it would use; None: not known."""
+    """What a VM wants to do in an interval; `VmFacts` of one that nothing held will do.
+
+    `cpu`: seconds of CPU time that it would use. None: not known.
+    """
 
     @property
     def tenant(self) -> str: ...
     @property
     def vcpus(self) -> int: ...
     @property
-    def events(self) -> Mapping[Meter, float]: ...
+    def bus_locks(self) -> float | None: ...
+    @property
+    def exits(self) -> float: ...
     @property
     def cpu(self) -> float | None: ...
 
@@ -242,8 +248,7 @@ class InForce:
                 self._hold(meter, bucket, names, asked, parts, interval, now)
                 charged.append((meter, bucket, names))
         for meter, bucket, names in charged:
-            total = sum(asked[name].events.get(meter, 0.0) * parts.get(name, 1.0) for name in names)
-            bucket.take(total, now, interval)
+            bucket.take(_through(meter, names, asked, parts), now, interval)
         return {name: self._passed(name, asked[name], runs.get(name, 1.0), parts[name], interval) for name in parts}
 
     def _limited(self, asked: Mapping[str, Asked]) -> dict[Place, list[tuple[Meter, _Bucket]]]:
@@ -263,11 +268,11 @@ class InForce:
         return dict(sorted(found.items(), key=lambda item: order.index(item[0][0])))
 
     @staticmethod
-    def _below(place: Place, asked: Mapping[str, Asked]) -> list[str]:
+    def _below(place: Place, asked: Mapping[str, Asked]) -> Collection[str]:
         kind, name = place
         if kind == "vm":
             return [name]
-        return list(asked) if kind == "host" else [vm for vm, one in asked.items() if one.tenant == name]
+        return asked.keys() if kind == "host" else [vm for vm, one in asked.items() if one.tenant == name]
 
     def _may_run(self, name: str, one: Asked, interval: float) -> float:
         if self.is_out(name):
@@ -280,17 +285,19 @@ class InForce:
         self,
         meter: Meter,
         bucket: _Bucket,
-        names: list[str],
+        names: Collection[str],
         asked: Mapping[str, Asked],
         parts: dict[str, float],
         interval: float,
         now: float,
     ) -> None:
         assert bucket.limit is not None
-        wanted = {name: asked[name].events.get(meter, 0.0) * parts.get(name, 1.0) for name in names}
-        total, room = sum(wanted.values()), bucket.room(now, interval)
+        room = bucket.room(now, interval)
+        total = _through(meter, names, asked, parts)
         if total <= room:
             return
+        count = _COUNT[meter]
+        wanted = {name: (count(asked[name]) or 0.0) * parts.get(name, 1.0) for name in names}
         for name, events in wanted.items():
             if not events:
                 continue
@@ -311,6 +318,18 @@ class InForce:
 
 def _place(vm: str | None, tenant: str | None) -> Place:
     return ("vm", vm) if vm is not None else ("tenant", tenant) if tenant is not None else HOST
+
+
+_COUNT: Final = {meter: attrgetter(meter.value) for meter in Meter}
+
+
+def _through(meter: Meter, names: Collection[str], asked: Mapping[str, Asked], parts: Mapping[str, float]) -> float:
+    """Events that go ahead."""
+    count = _COUNT[meter]
+    if len(names) < len(asked):
+        return sum((count(asked[name]) or 0.0) * parts.get(name, 1.0) for name in names)
+    total: float = sum(count or 0.0 for count in map(count, asked.values()))
+    return total - sum((count(asked[name]) or 0.0) * (1.0 - part) for name, part in parts.items())
 
 
 def _both(some: Iterable[str], asked: Mapping[str, Asked]) -> list[str]:

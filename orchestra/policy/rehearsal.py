@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import attrs
 
 from ..actions import Action
@@ -12,16 +10,6 @@ from .facts import Facts, VmFacts
 from .inforce import InForce, Passed
 
 __all__ = ["Rehearsal"]
-
-
-@attrs.frozen
-class _Did:
-    """What a VM did is taken for what it wants: it is as free as the limits that are really in force leave it."""
-
-    tenant: str
-    vcpus: int
-    events: Mapping[Meter, float]
-    cpu: float | None
 
 
 class Rehearsal:
@@ -61,8 +49,8 @@ class Rehearsal:
                 self._coming.append(one)
         if not self._force:
             return facts
-        asked = {name: _did(vm) for name, vm in facts.vms.items()}
-        passed = self._force.let_through(asked, facts.interval)
+        # What a VM did is taken for what it wants: it is as free as the limits that are really in force leave it.
+        passed = self._force.let_through(facts.vms, facts.interval)
         vms = dict(facts.vms)
         for name, came in passed.items():
             if self._force.is_out(name):
@@ -77,13 +65,6 @@ class Rehearsal:
             )
         )
         return attrs.evolve(facts, vms=vms, limit=limit, exit_limit=exit_limit)
-
-
-def _did(vm: VmFacts) -> _Did:
-    events: dict[Meter, float] = {Meter.EXITS: vm.exits}
-    if vm.bus_locks is not None:
-        events[Meter.BUS_LOCKS] = vm.bus_locks
-    return _Did(vm.tenant, vm.vcpus, events, vm.cpu)
 
 
 def _shown(vm: VmFacts, came: Passed, interval: float) -> VmFacts:
