@@ -15,7 +15,23 @@ from pathlib import Path
 import attrs
 import trio
 
-from . import aio, answered, emulated, engine, floor, idle, launch, machine, pause, profile, rate, simulate, tick, told
+from . import (
+    aio,
+    answered,
+    emulated,
+    engine,
+    floor,
+    idle,
+    launch,
+    machine,
+    pause,
+    profile,
+    rate,
+    replay,
+    simulate,
+    tick,
+    told,
+)
 from .row import Options, Row, table
 
 BENCHMARKS: dict[str, Callable[[Options], Awaitable[list[Row]]]] = {
@@ -35,6 +51,7 @@ BENCHMARKS: dict[str, Callable[[Options], Awaitable[list[Row]]]] = {
     "react": engine.react,
     "emulated": emulated.emulated,
     "simulate": simulate.simulate,
+    "replay": replay.replay,
     "profile": profile.profile,
 }
 RESULTS = Path(__file__).parent / "results"

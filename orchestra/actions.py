@@ -38,9 +38,18 @@ __all__ = [
 
 @attrs.frozen(kw_only=True)
 class _OnVm:
+    """An action about a VM.
+
+    Parameters:
+        vm: its name.
+        launch: which launch of that name is meant (`Vm.launch`): if another VM has the name by then, nothing is done
+            to it. None: whoever has the name. The same for limits on a VM.
+    """
+
     vm: str
     reason: str = ""
     evidence: Mapping[str, Any] = attrs.field(factory=dict, hash=False)
+    launch: int | None = None
 
 
 @attrs.frozen(kw_only=True)
@@ -132,11 +141,12 @@ class Throttle:
     meter: Meter = attrs.field(default=Meter.BUS_LOCKS, converter=as_meter)
     reason: str = ""
     evidence: Mapping[str, Any] = attrs.field(factory=dict, hash=False)
+    launch: int | None = None
 
     def __attrs_post_init__(self) -> None:
         if not isinstance(self.limit, Limit):
             raise SpecError(f"limit={self.limit!r}: must be a Limit; use Unthrottle to take a limit away")
-        _one_target(self.vm, self.tenant)
+        _one_target(self.vm, self.tenant, self.launch)
 
 
 @attrs.frozen(kw_only=True)
@@ -153,10 +163,11 @@ class SetLimit:
     meter: Meter = attrs.field(default=Meter.BUS_LOCKS, converter=as_meter)
     reason: str = ""
     evidence: Mapping[str, Any] = attrs.field(factory=dict, hash=False)
+    launch: int | None = None
 
     def __attrs_post_init__(self) -> None:
         optional_limit("limit", self.limit)
-        _one_target(self.vm, self.tenant)
+        _one_target(self.vm, self.tenant, self.launch)
 
 
 @attrs.frozen(kw_only=True)
@@ -168,12 +179,15 @@ class Unthrottle:
     meter: Meter = attrs.field(default=Meter.BUS_LOCKS, converter=as_meter)
     reason: str = ""
     evidence: Mapping[str, Any] = attrs.field(factory=dict, hash=False)
+    launch: int | None = None
 
     def __attrs_post_init__(self) -> None:
-        _one_target(self.vm, self.tenant)
+        _one_target(self.vm, self.tenant, self.launch)
 
 
-def _one_target(vm: str | None, tenant: str | None) -> None:
+def _one_target(vm: str | None, tenant: str | None, launch: int | None) -> None:
+    if launch is not None and vm is None:
+        raise SpecError(f"launch={launch!r}: name its vm as well")
     if vm is not None and tenant is not None:
         raise SpecError(f"vm={vm!r}, tenant={tenant!r}: name one of them, or neither for the host")
 

@@ -95,7 +95,9 @@ class Applier:
         error: str | None = None
         effect: _Effect | None = None
         try:
-            if isinstance(action, Evict):
+            if self._is_replaced(action):
+                pass  # with the VM went its limits
+            elif isinstance(action, Evict):
                 await self._evict(self._fleet.vm(action.vm), action)
             else:
                 effect = self._do(action, policy)
@@ -157,6 +159,20 @@ class Applier:
             return vm.wait_released
         vm.release()  # it had ended by itself
         return None
+
+    def _is_replaced(self, action: Action) -> bool:
+        """Whether it would let go what a VM had whose name another has by now.
+
+        Raises:
+            StateError: it would do anything else to that other one.
+        """
+        launch = None if isinstance(action, Reload) else action.launch
+        found = None if launch is None or action.vm is None else self._fleet.vms.get(action.vm)
+        if found is None or found.launch == launch:
+            return False
+        if isinstance(action, Unthrottle) or (isinstance(action, CapCpu) and action.share is None):
+            return True
+        raise StateError(f"vm {action.vm!r} is another launch now: {found.launch}, not {launch}")
 
     def _is_gone(self, name: str) -> bool:
         vm = self._fleet.vms.get(name)

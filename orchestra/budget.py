@@ -2,35 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TypeAlias
 
 from .native.core import Bucket, VcpuCore
-from .spec import Limit, Meter
+from .spec import Limit, Meter, tightest
 
 __all__ = ["HOST", "TENANT", "VCPU", "VM", "Budget", "Budgets", "connect", "make_budgets", "tightest"]
 
 HOST, TENANT, VM, VCPU = range(4)
 """Levels, from the widest bucket to the narrowest."""
-
-
-def tightest(base: Limit | None, throttles: Iterable[Limit] = ()) -> Limit | None:
-    """What is in force: the lowest rate with the smallest burst, so that nobody loosens what another set.
-
-    How long a guest may be delayed is for `base` to say, which is its owner's word: a throttle neither lets it go
-    earlier nor holds it longer. Where there is no base, the most patient throttle says it.
-    """
-    throttles = list(throttles)
-    given = throttles if base is None else [base, *throttles]
-    if not given:
-        return None
-    delays = [limit.max_delay for limit in ([base] if base is not None else throttles)]
-    patient = None if None in delays else max(delay for delay in delays if delay is not None)
-    rate, burst = min(limit.rate for limit in given), min(limit.tokens for limit in given)
-    exact = next(
-        (limit for limit in given if (limit.rate, limit.tokens, limit.max_delay) == (rate, burst, patient)), None
-    )
-    return exact or Limit(rate=rate, burst=burst, max_delay=patient)
 
 
 class Budget:

@@ -315,10 +315,11 @@ class Fleet:
         not there any more holds is let go before the others decide. Cancelled, all of that is done, or nothing.
 
         Parameters:
-            guard: another one from now on; it knows nothing of what was done so far. None: it stays.
+            guard: another one from now on; what was done so far counts under its rules. None: it stays.
 
         Raises:
-            SpecError: as `open_fleet`; nothing has changed then.
+            SpecError: as `open_fleet`, or a policy that is there already would be rehearsed from now on, or not any
+                more; nothing has changed then.
             BusLockUnsupported: a policy limits bus locks, and this fleet does not see them.
         """
         checked = check_policies(policies)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
-from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, Final, Protocol
 
 import attrs
@@ -13,8 +14,9 @@ import trio
 from .actions import Action, Applied, Evict, Pause
 from .activity import Activity, Window
 from .errors import SpecError
-from .policy import Facts, Guard, HostFacts, Policy, Ruling
+from .policy import Facts, Guard, HostFacts, Policy, Ruling, Verdict
 from .policy.ledger import Ledger
+from .policy.rehearsal import Rehearsal
 from .signals import Trigger
 
 __all__ = ["Governor", "PolicyStatus", "check_policies"]
@@ -74,6 +76,7 @@ class _Seat:
     on: bool = True
     error: str | None = None
     actions: int = 0
+    rehearsal: Rehearsal | None = None
 
 
 @attrs.define(eq=False)
@@ -164,15 +167,16 @@ class Governor:
         self._watched: set[str] = set()
         self._holds = False
         self._host = HostFacts()
-        self._seat(policies)
+        self._seat(policies, guard)
 
-    def _seat(self, policies: Iterable[Policy]) -> None:
+    def _seat(self, policies: Iterable[Policy], guard: Guard) -> None:
         """Have these policies decide from now on. One that is there already keeps its seat."""
         policies, now = list(policies), self._fleet.now()
         # These may refuse one, before anything is changed.
         intervals = [_interval(policy) for policy in policies]
         said = [(_name(policy), _signals(policy)) for policy in policies]
         there = {id(seat.policy): seat for seat in self._seats}
+        rehearsal = next(self._rehearsals(), None)
         self._seats = []
         for order, policy in enumerate(policies):
             seat = there.pop(id(policy), None)
@@ -180,6 +184,8 @@ class Governor:
                 # Facts are about an interval: a policy that ticks decides first when one has passed.
                 interval = intervals[order]
                 seat = _Seat(policy, *said[order], order, self._activity.open(), now + (interval or 0), interval)
+                if guard.is_dry(seat.name):  # what others rehearse is in force for it as well
+                    seat.rehearsal = Rehearsal() if rehearsal is None else copy.deepcopy(rehearsal)
                 self._activity.host.listen(seat.signals)
             seat.order = order
             self._seats.append(seat)
@@ -187,22 +193,51 @@ class Governor:
             if seat.on:
                 self._activity.close(seat.window)
             seat.on = False
+            for one in self._rehearsals():
+                one.let_go(seat.name)
+
+    def _rehearsals(self) -> Iterator[Rehearsal]:
+        return (seat.rehearsal for seat in self._seats if seat.rehearsal is not None)
 
     async def set_policies(self, policies: Sequence[Policy], guard: Guard | None, ledger: Ledger) -> None:
         """As `Fleet.set_policies`. `ledger`: what each policy holds."""
         async with self._lock:  # no tick meanwhile; and from here on no checkpoint, so nobody stops half way
+            guard = guard or self._guard
+            self._check_rehearsals(policies, guard)
             before = {id(seat.policy): seat for seat in self._seats}
             self._activity.look(self._fleet.now())  # what was before is no new policy's affair
-            self._seat(policies)
+            self._seat(policies, guard)
             for policy in policies:
                 before.pop(id(policy), None)
             for seat in before.values():
                 for action in ledger.held(seat.name):
-                    reason = f"policy {seat.name} was taken away"
-                    await self._fleet.carry_out(attrs.evolve(action, reason=reason), seat.name)
-            if guard is not None:
-                self._guard = guard
+                    await self._let_go(seat, action)
+            guard.succeed(self._guard, [seat.name for seat in self._seats])
+            self._guard = guard
         self._hurry.set()
+
+    def _check_rehearsals(self, policies: Iterable[Policy], guard: Guard) -> None:
+        """A policy that rehearsed believes to be in force what is not, and the other way round."""
+        there = {id(seat.policy) for seat in self._seats}
+        for policy in policies:
+            name = _name(policy)
+            was, dry = self._guard.is_dry(name), guard.is_dry(name)
+            if was != dry and id(policy) in there:
+                raise SpecError(
+                    f"guard: policy {name!r} {'only rehearsed' if was else 'was no rehearsal'} so far, and "
+                    "remembers that: give a new one in its place"
+                )
+
+    async def _let_go(self, seat: _Seat, action: Action) -> None:
+        """What a policy held that is not there any more, unless somebody holds it who goes first."""
+        fleet, name = self._fleet, seat.name
+        now = fleet.now()
+        action = attrs.evolve(action, reason=f"policy {name} was taken away")
+        verdict = self._guard.judge(action, name, now, seat.order)
+        if verdict.action is None:
+            fleet.record(Applied(time=now, action=action, policy=name, error=verdict.reason, outcome="refused"))
+        elif (await fleet.carry_out(action, name)).error is not None:
+            self._guard.failed(verdict, fleet.now())
 
     def observe(self, take: Callable[[Facts], object], interval: float) -> None:
         """Have the facts of each interval (seconds) taken as well, before the policies decide."""
@@ -220,6 +255,8 @@ class Governor:
     def gone(self, vm: str) -> None:
         """A VM has ended for good."""
         self._guard.forget(vm)
+        for rehearsal in self._rehearsals():
+            rehearsal.forget(vm)
 
     # ---- the task
 
@@ -272,6 +309,8 @@ class Governor:
             self._observe(self._observer, now)
         for resume in self._guard.overdue(now):
             await self._fleet.carry_out(resume, None)
+        for resume in self._guard.overdue(now, dry=True):
+            self._rehearse(resume, None, now, "a dry run")
         for seat in self._seats:
             if seat.on and seat.due <= now:
                 await self._decide(seat, now)
@@ -324,7 +363,7 @@ class Governor:
         try:
             interval = seat.interval = _interval(policy)
             seat.due = now + (interval or 0)
-            actions = list(policy.decide(facts))
+            actions = list(policy.decide(facts if seat.rehearsal is None else seat.rehearsal.see(facts)))
             for action in actions:
                 if not isinstance(action, Action):
                     raise SpecError(f"action={action!r}: must be one of orchestra's actions")
@@ -350,31 +389,35 @@ class Governor:
         fleet, name = self._fleet, seat.name
         now = fleet.now()
         verdict = self._guard.judge(action, name, now, seat.order, vms=fleet.below(action))
-        if verdict.action is None:
-            dry = verdict.outcome is Ruling.DRY_RUN
-            fleet.record(
-                Applied(
-                    time=now,
-                    action=verdict.judged,
-                    policy=name,
-                    error=verdict.reason,
-                    outcome="dry-run" if dry else "refused",
-                )
-            )
-            if not dry:
-                _tell_refused(seat.policy, action, verdict.reason)
+        self._holds = self._holds or isinstance(verdict.judged, Pause)
+        if verdict.outcome is Ruling.DRY_RUN:
+            self._rehearse(verdict.judged, name, now, verdict.reason)
             return
-        self._holds = self._holds or isinstance(verdict.action, Pause)
+        if verdict.action is None:
+            told = Applied(time=now, action=verdict.judged, policy=name, error=verdict.reason, outcome="refused")
+            fleet.record(told)
+            _tell_refused(seat.policy, action, verdict.reason)
+            return
         if isinstance(verdict.action, Evict):  # what comes of it takes its time, and the ticks don't wait for it
-            fleet.start_soon(self._evict, seat, verdict.action)
+            fleet.start_soon(self._evict, seat, verdict, verdict.action)
             return
         applied = await fleet.carry_out(verdict.action, name)
         if applied.error is not None:
+            self._guard.failed(verdict, fleet.now())
             _tell_refused(seat.policy, action, applied.error)
 
-    async def _evict(self, seat: _Seat, action: Evict) -> None:
+    def _rehearse(self, action: Action, policy: str | None, now: int, why: str) -> None:
+        """Do nothing, and have those that run dry see what it would have done."""
+        self._fleet.record(Applied(time=now, action=action, policy=policy, error=why, outcome="dry-run"))
+        for rehearsal in self._rehearsals():
+            rehearsal.apply(action, policy or "", now)
+
+    async def _evict(self, seat: _Seat, verdict: Verdict, action: Evict) -> None:
         applied = await self._fleet.carry_out(action, seat.name)
-        if applied.error is None or not seat.on:
+        if applied.error is None:
+            return
+        self._guard.failed(verdict, self._fleet.now())
+        if not seat.on:
             return
         try:
             _tell_refused(seat.policy, action, applied.error)

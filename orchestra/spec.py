@@ -144,6 +144,25 @@ def optional_limit(field: str, value: object) -> Limit | None:
     raise _fail(field, value, "must be a Limit, such as Limit(rate=100), or None for no limit")
 
 
+def tightest(base: Limit | None, throttles: Iterable[Limit] = ()) -> Limit | None:
+    """What is in force: the lowest rate with the smallest burst, so that nobody loosens what another set.
+
+    How long a guest may be delayed is for `base` to say, which is its owner's word: a throttle neither lets it go
+    earlier nor holds it longer. Where there is no base, the most patient throttle says it.
+    """
+    throttles = list(throttles)
+    given = throttles if base is None else [base, *throttles]
+    if not given:
+        return None
+    delays = [limit.max_delay for limit in ([base] if base is not None else throttles)]
+    patient = None if None in delays else max(delay for delay in delays if delay is not None)
+    rate, burst = min(limit.rate for limit in given), min(limit.tokens for limit in given)
+    exact = next(
+        (limit for limit in given if (limit.rate, limit.tokens, limit.max_delay) == (rate, burst, patient)), None
+    )
+    return exact or Limit(rate=rate, burst=burst, max_delay=patient)
+
+
 @attrs.frozen
 class Tenant:
     """Who a VM belongs to. Tenants share the host's budget by weight and have limits of their own.

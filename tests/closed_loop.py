@@ -17,7 +17,8 @@ from orchestra.actions import Action, CapCpu, Evict, Isolate, Pause, Rejoin, Res
 from orchestra.budget import Budget
 from orchestra.native import ffi, lib
 from orchestra.native.core import NEVER
-from orchestra.policy import Facts, Guard, HostFacts, Policy, VmFacts
+from orchestra.policy import Facts, Guard, HostFacts, Policy, Ruling, VmFacts
+from orchestra.policy.rehearsal import Rehearsal
 from orchestra.spec import Limit, Tenant
 
 SECOND = 1_000_000_000
@@ -95,6 +96,9 @@ class World:
         self.budgets = {name: Budget(tenant.limit, 0) for name, tenant in self.tenants.items()}
         self.now = 0
         self.actions: list[tuple[float, Action]] = []
+        self.rehearsed: list[tuple[float, Action]] = []
+        dry = [guard is not None and guard.is_dry(policy.name) for policy in self.policies]
+        self._rehearsals = [Rehearsal() if one else None for one in dry]
         self.totals: list[float] = []
         self._order = count()
         self._ready: list[tuple[int, int, _Vcpu]] = []
@@ -185,13 +189,17 @@ class World:
         for guest in self.guests.values():
             guest.seen.append(guest.events)
             guest.events, guest.throttled = 0, 0.0
-        for order, policy in enumerate(self.policies):
-            for action in policy.decide(facts):
+        for order, (policy, rehearsal) in enumerate(zip(self.policies, self._rehearsals, strict=True)):
+            for action in policy.decide(facts if rehearsal is None else rehearsal.see(facts)):
                 self._apply(action, policy, order)
 
     def _apply(self, action: Action, policy: Policy, order: int) -> None:
         if self.guard is not None:
             verdict = self.guard.judge(action, policy.name, self.now, order, vms=len(self.guests))
+            if verdict.outcome is Ruling.DRY_RUN:
+                self.rehearsed.append((self.now / SECOND, verdict.judged))
+                for rehearsal in filter(None, self._rehearsals):
+                    rehearsal.apply(verdict.judged, policy.name, self.now)
             if verdict.action is None:
                 if verdict.outcome == "refused" and hasattr(policy, "refused"):
                     policy.refused(action, verdict.reason)

@@ -15,6 +15,7 @@ from orchestra.actions import (
     Outcome,
     Pause,
     Resume,
+    SetLimit,
     Shutdown,
     State,
     Stop,
@@ -57,6 +58,16 @@ def test_actions_and_outcomes_are_frozen_hashable_and_equal_by_value(action):
 
 def test_different_actions_on_the_same_vm_are_not_equal():
     assert len({kind(vm="a") for kind in ON_A_VM}) == len(ON_A_VM)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda **more: Throttle(limit=LIMIT, **more), Unthrottle, lambda **more: SetLimit(limit=None, **more)]
+)
+def test_a_launch_is_one_of_a_vm(make):
+    assert make(vm="web-1", launch=3).launch == 3
+    assert make(vm="web-1").launch is None
+    with pytest.raises(SpecError, match="launch=3: name its vm as well"):
+        make(tenant="acme", launch=3)
 
 
 @pytest.mark.parametrize("target", [{}, {"vm": "web-1"}, {"tenant": "acme"}], ids=["the host", "one vm", "one tenant"])

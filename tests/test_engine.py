@@ -53,6 +53,76 @@ async def test_what_the_guard_refuses_is_journaled_with_the_rule_and_told_to_the
         assert vm.state == "paused"
 
 
+async def test_what_failed_holds_nothing_else_back_and_is_not_tried_in_each_tick(autojump_clock):
+    policy = Decides(orc.Isolate(vm="guest"), orc.Pause(vm="guest"))
+    policy.interval = 0.1
+    guard = orc.Guard(vm_cool_down=0.05, host_cool_down=0)
+    async with play(noisy(), policies=[policy], guard=guard) as fleet:
+        vm = await fleet.launch(blank())
+        await trio.sleep(0.15)  # a script has no threads to isolate
+        assert [applied.outcome for applied in fleet.actions()] == ["failed", "done"]
+        assert vm.state == "paused"
+        await trio.sleep(0.1)
+        assert fleet.actions()[2].error == "it failed: not tried again for 0.9 s"
+        await trio.sleep(6.25)
+        tried = [applied for applied in fleet.actions() if isinstance(applied.action, orc.Isolate)]
+        assert sum(applied.outcome == "failed" for applied in tried) == 3
+
+
+async def test_an_eviction_that_fails_is_one_that_was_not_done(autojump_clock):
+    async def move(vm, action):
+        await trio.sleep(3)
+        raise RuntimeError("no room elsewhere")
+
+    policy = Decides(orc.Evict(vm="guest"))
+    async with play(noisy(), policies=[policy], on_evict=move) as fleet:
+        vm = await fleet.launch(blank())
+        await trio.sleep(4.1)
+        assert [applied.outcome for applied in fleet.actions()] == ["refused", "refused", "failed", "refused"]
+        assert "cool-down" in fleet.actions()[0].error
+        assert "it failed" in fleet.actions()[3].error
+        policy.actions = [orc.Pause(vm="guest")]
+        await trio.sleep(1)
+        assert vm.state == "paused"
+
+
+async def test_what_is_meant_for_one_vm_does_not_hit_another_of_its_name(autojump_clock):
+    async with play(noisy()) as fleet:
+        first = await fleet.launch(blank())
+        await first.stop()
+        second = await fleet.launch(blank())
+        old, new = first.launch, second.launch
+        for action in (
+            orc.Pause(vm="guest", launch=old),
+            orc.Stop(vm="guest", launch=old),
+            orc.Throttle(vm="guest", launch=old, limit=orc.Limit(rate=1)),
+            orc.SetLimit(vm="guest", launch=old, limit=orc.Limit(rate=1)),
+            orc.Warn(vm="guest", launch=old),
+            orc.Evict(vm="guest", launch=old),
+        ):
+            applied = await fleet.apply(action, policy="late")
+            assert applied.error == f"vm 'guest' is another launch now: {new}, not {old}"
+        assert (second.state, second.statistics().limit) == ("running", None)
+        await fleet.apply(orc.Throttle(vm="guest", launch=new, limit=orc.Limit(rate=7)), policy="late")
+        for action in (orc.Unthrottle(vm="guest", launch=old), orc.CapCpu(vm="guest", launch=old, share=None)):
+            assert (await fleet.apply(action, policy="late")).outcome == "done"  # with that VM went what held it
+        assert second.statistics().limit.rate == 7
+        await fleet.apply(orc.Pause(vm="guest", launch=new))
+        assert second.state == "paused"
+
+
+async def test_a_policy_s_late_word_about_a_vm_binds_nobody_about_the_next(autojump_clock):
+    policy = Decides()
+    async with play(noisy(), policies=[policy]) as fleet:
+        first = await fleet.launch(blank())
+        await first.stop()
+        second = await fleet.launch(blank())
+        policy.actions = [orc.Pause(vm="guest", launch=vm.launch) for vm in (first, second)]
+        await trio.sleep(1.1)
+        assert [applied.outcome for applied in fleet.actions() if applied.policy] == ["failed", "done"]
+        assert second.state == "paused"
+
+
 async def test_a_limit_below_the_floor_is_raised_to_it(autojump_clock):
     throttle = orc.Throttle(vm="guest", limit=orc.Limit(rate=0.01, burst=2))
     async with play(noisy(), policies=[Decides(throttle)], guard=orc.Guard(floor=3)) as fleet:
@@ -75,6 +145,88 @@ async def test_policies_are_replaced_while_it_runs_and_what_the_gone_one_held_is
         assert [status.name for status in fleet.statistics().policies] == ["second"]
         await fleet.set_policies([])
         assert vm.statistics().limit is None
+
+
+async def test_a_reload_grants_no_other_minute_s_worth_of_actions(autojump_clock):
+    policy = Decides(orc.Warn(vm="guest"))
+
+    def guard() -> orc.Guard:
+        return orc.Guard(actions_per_minute=3)
+
+    async with play(noisy(), policies=[policy], guard=guard()) as fleet:
+        await fleet.launch(blank())
+        for _ in range(100):
+            await trio.sleep(1)
+            await fleet.set_policies([policy], guard())
+        times = [applied.time for applied in fleet.actions() if applied.outcome == "done"]
+        assert len(times) == 6
+        assert all(times[n + 3] - times[n] >= 60e9 for n in range(3))
+
+
+async def test_a_reload_ends_no_cool_down(autojump_clock):
+    policy = Decides(orc.Pause(vm="guest"))
+    async with play(noisy(), policies=[policy], guard=orc.Guard(vm_cool_down=50)) as fleet:
+        await fleet.launch(blank())
+        await trio.sleep(1.1)
+        await fleet.set_policies([policy], orc.Guard(vm_cool_down=20))
+        await trio.sleep(21)
+        assert [applied.outcome for applied in fleet.actions()] == ["done", *["refused"] * 19, "done", "refused"]
+
+
+async def test_a_pause_ends_also_if_another_guard_took_over_meanwhile(autojump_clock):
+    policy = Decides(orc.Pause(vm="guest"))
+    async with play(noisy(), policies=[policy], guard=orc.Guard(max_pause=300)) as fleet:
+        vm = await fleet.launch(blank())
+        await trio.sleep(1.1)
+        policy.actions = []
+        await fleet.set_policies([policy], orc.Guard(max_pause=20))
+        await trio.sleep(19)
+        assert vm.state == "paused"
+        await trio.sleep(2)
+        assert vm.state == "running"
+
+
+async def test_what_policies_said_counts_by_their_new_order_and_not_at_all_when_they_are_gone(autojump_clock):
+    holds, frees = Decides(orc.Pause(vm="guest"), name="holds"), Decides(orc.Resume(vm="guest"), name="frees")
+    async with play(noisy(), policies=[holds, frees], guard=orc.Guard(host_cool_down=0)) as fleet:
+        vm = await fleet.launch(blank())
+        await trio.sleep(1.1)
+        assert fleet.actions()[-1].error == "policy holds, which goes first, holds it"
+        holds.actions = []
+        await fleet.set_policies([frees, holds])
+        await trio.sleep(1)
+        assert vm.state == "running"
+        frees.actions, holds.actions = [], [orc.Pause(vm="guest")]
+        await fleet.set_policies([holds], orc.Guard(vm_cool_down=0))
+        await trio.sleep(1)
+        assert vm.state == "paused"
+
+
+async def test_what_a_gone_policy_held_stays_so_if_one_that_goes_first_holds_it(autojump_clock):
+    first, second = Decides(name="first"), Decides(orc.Pause(vm="guest"), name="second")
+    guard = orc.Guard(vm_cool_down=0, host_cool_down=0)
+    async with play(noisy(), policies=[first, second], guard=guard) as fleet:
+        vm = await fleet.launch(blank())
+        await trio.sleep(1.1)
+        first.actions = second.actions
+        await trio.sleep(1)
+        first.actions = []
+        await fleet.set_policies([first])
+        assert vm.state == "paused"
+        assert fleet.actions()[-1].error == "policy first, which goes first, holds it"
+        await fleet.set_policies([])
+        assert vm.state == "running"
+        await trio.sleep(400)
+        assert fleet.actions()[-1].action.reason == "policy first was taken away"  # nothing is overdue
+
+
+async def test_a_policy_that_rehearsed_does_not_become_real_with_what_it_believes(autojump_clock):
+    policy = Decides(name="ladder")
+    async with play(noisy(), policies=[policy], guard=orc.Guard(dry_run="ladder")) as fleet:
+        with pytest.raises(orc.SpecError, match="policy 'ladder' only rehearsed so far"):
+            await fleet.set_policies([policy], orc.Guard())
+        await fleet.set_policies([policy], orc.Guard(dry_run=True))
+        await fleet.set_policies([Decides(name="ladder")], orc.Guard())
 
 
 async def test_a_warning_is_journaled_and_an_eviction_is_done_by_the_hook(autojump_clock):

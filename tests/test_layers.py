@@ -16,7 +16,19 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "orchestra"
 CORE_LIBRARIES = {"attr", "attrs", "cffi", "trio"}
 # What pure words may use of the standard library: nothing here knows of time, threads, files or chance.
-PURE = {"__future__", "bisect", "collections", "enum", "fnmatch", "functools", "itertools", "math", "re", "typing"}
+PURE = {
+    "__future__",
+    "bisect",
+    "collections",
+    "enum",
+    "fnmatch",
+    "functools",
+    "itertools",
+    "math",
+    "operator",
+    "re",
+    "typing",
+}
 
 
 def name_of(path: Path) -> str:

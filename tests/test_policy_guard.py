@@ -130,6 +130,91 @@ def test_what_was_refused_does_not_prolong_a_cool_down():
     assert times == [0, 10, 20]
 
 
+@pytest.mark.parametrize("tried", HARD, ids=lambda action: type(action).__name__)
+def test_nobody_cools_down_from_what_failed(tried):
+    guard = Guard(vm_cool_down=10, host_cool_down=5)
+    guard.failed(judge(guard, tried, 100), 101 * SECOND)
+    other = Pause(vm="a") if not isinstance(tried, Pause) else Isolate(vm="a")
+    assert judge(guard, other, 101).action == other
+    assert judge(guard, Stop(vm="a"), 105).reason.startswith("cool-down: 4 of 10 s")
+
+
+def test_a_failure_leaves_the_cool_down_from_what_was_done_before():
+    guard = Guard(vm_cool_down=10, host_cool_down=0)
+    assert judge(guard, Pause(vm="a"), 0).action
+    guard.failed(judge(guard, Isolate(vm="a"), 10), 11 * SECOND)
+    assert judge(guard, Stop(vm="a"), 11).action
+
+
+@pytest.mark.parametrize("tried", [*HARD, Warn(vm="a"), throttle(10)], ids=lambda action: type(action).__name__)
+def test_what_fails_over_and_over_is_tried_ever_more_seldom(tried):
+    guard = Guard(vm_cool_down=0, host_cool_down=0)
+    tries = []
+    for n in range(3000):
+        verdict = judge(guard, tried, n / 10)
+        if verdict.action is not None:
+            tries.append(n / 10)
+            guard.failed(verdict, n * SECOND // 10)
+    assert tries == [0, 1, 3, 7, 15, 31, 63, 127, 191, 255]
+    assert verdict.reason == "it failed 10 times in a row: not tried again for 19.1 s"
+
+
+def test_what_failed_at_one_place_may_be_tried_at_another_and_on_another_vm_of_that_name():
+    guard = Guard(host_cool_down=0)
+    guard.failed(judge(guard, Pause(vm="a")), 0)
+    assert judge(guard, Pause(vm="b"), 0.1).action
+    assert judge(guard, Pause(vm="a"), 0.5).reason == "it failed: not tried again for 0.5 s"
+    guard.forget("a")
+    assert judge(guard, Pause(vm="a"), 0.5).action
+
+
+def test_long_after_a_failure_it_counts_as_the_first_again():
+    guard = Guard()
+    for time in (0, 1, 3):
+        guard.failed(judge(guard, Evict(vm="a"), time), time * SECOND)
+    guard.failed(judge(guard, Evict(vm="a"), 1000), 1000 * SECOND)
+    assert judge(guard, Evict(vm="a"), 1001).action
+
+
+def test_letting_go_is_tried_again_at_once():
+    guard = Guard()
+    for action in BACK:
+        guard.failed(judge(guard, action), 0)
+        assert judge(guard, action).action
+
+
+def test_the_word_of_what_failed_does_not_count():
+    guard = Guard(vm_cool_down=10, max_pause=60)
+    guard.failed(judge(guard, Pause(vm="a"), 0, "first", 0), 0)
+    assert guard.overdue(100 * SECOND) == []
+    assert judge(guard, Resume(vm="a"), 0, "second", 1).action
+    guard.failed(judge(guard, Resume(vm="a"), 20, "first", 0), 20 * SECOND)
+    assert judge(guard, Pause(vm="a"), 21, "second", 1).action
+
+
+def test_what_was_said_while_it_was_tried_counts_all_the_same():
+    guard = Guard(vm_cool_down=10, host_cool_down=0)
+    tried = judge(guard, Pause(vm="a"), 0, "first", 0)
+    judge(guard, Pause(vm="a"), 1, None)
+    guard.failed(tried, 2 * SECOND)
+    assert judge(guard, Resume(vm="a"), 2, "first", 0).reason == "a caller holds it"
+
+
+@pytest.mark.parametrize("leave", [Evict(vm="a"), Stop(vm="a"), Kill(vm="a")], ids=lambda a: type(a).__name__)
+def test_a_pause_still_ends_if_the_eviction_after_it_fails(leave):
+    guard = Guard(vm_cool_down=10, max_pause=60)
+    judge(guard, Pause(vm="a"), 0)
+    guard.failed(judge(guard, leave, 20), 20 * SECOND)
+    assert [action.vm for action in guard.overdue(61 * SECOND)] == ["a"]
+
+
+def test_failures_count_towards_the_bounds():
+    guard = Guard(actions_per_minute=3)
+    for n in range(3):
+        guard.failed(judge(guard, Warn(vm=f"v{n}")), 0)
+    assert judge(guard, Warn(vm="a")).reason == "3 actions in the last minute: no more"
+
+
 def test_letting_go_is_never_too_soon_nor_too_often():
     guard = Guard(vm_cool_down=100, host_cool_down=100, actions_per_minute=1, limits_per_minute=0)
     assert judge(guard, Pause(vm="a")).action
@@ -282,13 +367,14 @@ def test_bad_settings_are_named(field, value):
 
 
 def test_what_is_remembered_does_not_grow_without_end(monkeypatch):
-    monkeypatch.setattr("orchestra.policy.guard.MOST_REMEMBERED", 100)
+    monkeypatch.setattr("orchestra.policy.books.MOST_REMEMBERED", 100)
     guard = Guard(host_cool_down=0, vm_cool_down=10)
     for n in range(2000):
         assert judge(guard, Pause(vm=f"v{n}"), n).action
         assert judge(guard, Resume(vm=f"v{n}"), n).action
+        guard.failed(judge(guard, Warn(vm=f"v{n}"), n), n * SECOND)
     books = guard._books
-    assert max(len(books.hard), len(books.let), len(books.recent)) <= 101
+    assert max(len(books.hard), len(books.let), len(books.recent), len(guard._failures)) <= 121
     assert books.held == {}
 
 

@@ -428,6 +428,16 @@ async def test_a_reload_without_a_guard_goes_back_to_the_default_one():
     assert fleet.guard.floor == orc.Guard().floor
 
 
+async def test_a_policy_that_rehearsed_is_made_anew_when_it_becomes_real_and_when_it_is_no_more():
+    both = "[[policies]]\nkind = 'ladder'\n[[policies]]\nkind = 'adaptive'\n"
+    real, dry = parse_rules(both), parse_rules("[guard]\ndry_run = 'ladder'\n" + both)
+    for old, new in ((real, dry), (dry, real)):
+        assert compare(old, new).policies == {"ladder": "changed", "adaptive": "kept"}
+        rules = await reload(Asked(), old, new)
+        assert rules.policies[0] is new.policies[0]
+        assert rules.policies[1] is old.policies[1]
+
+
 async def test_a_file_is_reloaded_when_it_changes_and_not_taken_when_it_is_wrong(tmp_path, autojump_clock):
     path = tmp_path / "rules.toml"
     path.write_text("limit = 100")

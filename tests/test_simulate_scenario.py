@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestra.policy import Ladder, WeightedShare
+from orchestra.policy import Guard, Ladder, WeightedShare
 from orchestra.simulate import CPUS, load_scenario, read_scenario
 from orchestra.simulate.behaviours import Bursty, Quiet
 from orchestra.simulate.policies import PolicySpec, QemuWindow, kinds, maker
@@ -73,6 +73,16 @@ def test_a_scenario_says_what_is_there():
     assert scenario.cpu_of(scenario.hosts[0]).worst == 4.0
     assert scenario.hosts[0].limit is not None
     assert scenario.hosts[0].limit.on(CPUS["zen-2"]).rate == pytest.approx(0.5 * 2e9 / 7000)
+
+
+def test_the_guard_is_the_one_that_judges_live():
+    assert load_scenario(GOOD).guard.floor == Guard().floor
+    scenario = load_scenario(GOOD + "[guard]\nfloor = 5\nactions_per_minute = 'none'")
+    assert (scenario.guard.floor, scenario.guard.actions_per_minute) == (5, None)
+    found = mistakes(GOOD + "[guard]\nfloor = -5\ncool_down = 3")
+    assert [mistake.split(": ")[1] for mistake in found] == ["guard.floor", "guard.cool_down"]
+    (dry,) = mistakes(GOOD + "[guard]\ndry_run = true")
+    assert "guard.dry_run: True: a simulation does nothing to anybody" in dry
 
 
 def test_policies_are_made_of_the_classes_that_run_live():

@@ -55,7 +55,9 @@ class Scripted:
 
 
 def play(asked: Scenario, *policies: object, seed: int = 1, ticks: int | None = None) -> World:
-    world = World(Layout(asked, seed), seed, [lambda cpu, one=one: one for one in policies])  # type: ignore[misc]
+    """`policies`: one for all hosts, or what makes one."""
+    makers = [one if callable(one) else lambda cpu, one=one: one for one in policies]  # type: ignore[misc]
+    world = World(Layout(asked, seed), seed, makers)
     rows = [world.locks.copy()]
     for _ in range(ticks or asked.ticks):
         world.step()
@@ -217,7 +219,8 @@ def test_caps_pauses_isolation_and_the_end_of_a_vm_hold_its_guest():
         20: [orc.Resume(vm="n0-0"), Evict(vm="n1-0"), orc.Stop(vm="n2-0"), Warn(vm="n0-0")],
     }
     policy = Scripted(script)
-    world = play(fleet(*[Steady(rate=3000)] * 3, duration=25), policy)
+    free = orc.Guard(vm_cool_down=0, host_cool_down=0)
+    world = play(fleet(*[Steady(rate=3000)] * 3, duration=25, guard=free), policy)
     rows = world.made[:, :3]
     assert rows[3].min() > 2700
     assert rows[8, 0] == pytest.approx(750, rel=0.15)
@@ -253,6 +256,55 @@ def test_what_can_not_be_done_is_told_to_the_policy_that_asked():
         "n0-99: no such VM on this host",
     ]
     assert world.tally.failed == 3
+
+
+def test_each_hosts_guard_judges_as_live():
+    refused = []
+
+    class Asks(Scripted):
+        def refused(self, action: Action, reason: str) -> None:
+            refused.append(reason)
+
+    def script(host: int) -> dict[int, list[Action]]:
+        name = f"n0-{host}"
+        return {
+            2: [orc.Throttle(vm=name, limit=Limit(rate=1, burst=1, max_delay=None)), orc.Throttle(limit=Limit(rate=1))],
+            4: [orc.Pause(vm=name), orc.Isolate(vm=name)],
+            6: [Evict(vm=name)],
+            20: [Evict(vm=name)],
+        }
+
+    asked = fleet(Steady(rate=1000), hosts=2, duration=30, guard=orc.Guard(floor=20, max_delay=5, vm_cool_down=10))
+    hosts = iter([-1, 0, 1])  # the first is only looked at
+    world = play(asked, lambda cpu: Asks(script(next(hosts))))
+    assert sorted(refused) == sorted(
+        2
+        * [
+            "cool-down: 0 of 10 s since the last one on this VM",
+            "cool-down: 2 of 10 s since the last one on this VM",
+        ]
+    )
+    assert world.made[2, 0] == pytest.approx(20 + 2, abs=3)  # type: ignore[attr-defined]  # set above
+    limits = [deed.action.limit for deed in world.tally.deeds if isinstance(deed.action, orc.Throttle)]
+    assert limits[:2] == [Limit(rate=20, burst=2, max_delay=5), Limit(rate=200, max_delay=5)]
+    facts = world.tally.facts()["actions"]
+    assert (facts["total"], facts["refused"], facts["kinds"]["Evict"]) == (8, 4, 2)
+
+
+def test_a_pause_ends_after_the_most_it_may_last():
+    policy = Scripted({3: [orc.Pause(vm="n0-0")]})
+    world = play(fleet(Steady(rate=1000), duration=30, guard=orc.Guard(max_pause=10)), policy)
+    rows = world.made[:, 0]  # type: ignore[attr-defined]  # set above
+    assert rows[:3].min() > 800
+    assert rows[3:14].sum() == 0
+    assert rows[14:].min() > 800
+    assert world.tally.deeds[-1].action.reason == "paused by policy scripted for more than 10 s"
+
+
+def test_a_dry_run_is_no_matter_for_a_simulation():
+    with pytest.raises(ExceptionGroup) as raised:
+        fleet(guard=orc.Guard(dry_run=True))
+    assert "a simulation does nothing to anybody" in str(raised.value.exceptions[0])
 
 
 def test_a_tighter_limit_of_another_policy_counts():

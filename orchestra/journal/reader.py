@@ -187,6 +187,31 @@ class JournalReader:
         where = f" WHERE {' AND '.join(tests)}" if tests else ""
         return self._connection.execute(f"SELECT {columns} FROM {table}{where} ORDER BY time", values)
 
+    def moments(self, *, since: int | None = None, until: int | None = None) -> Iterator[tuple[int, int, float]]:
+        """Session, time and interval of the aggregates, each once, in the order of their time."""
+        query = (
+            "SELECT min(session), max(session), time, interval FROM aggregates "
+            "WHERE time = (SELECT min(time) FROM aggregates WHERE time > ?)"
+        )
+        last = -1 if since is None else since - 1
+        while True:
+            first, final, time, interval = self._connection.execute(query, (last,)).fetchone()
+            if time is None or (until is not None and time > until):
+                return
+            if first == final:
+                yield first, time, interval
+            else:
+                several = "SELECT session, time, max(interval) FROM aggregates WHERE time = ? GROUP BY session"
+                yield from (tuple(row) for row in self.query(several, (time,)))
+            last = time
+
+    def moment(self, session: int, time: int, columns: str) -> list[tuple[Any, ...]]:
+        """Columns of the aggregates of one moment, as they are: for those who read millions."""
+        cursor = self._connection.cursor()
+        cursor.row_factory = None
+        query = f"SELECT {columns} FROM aggregates WHERE time = ? AND session = ?"
+        return cursor.execute(query, (time, session)).fetchall()
+
     def query(self, sql: str, values: Sequence[Any] = ()) -> list[sqlite3.Row]:
         """Any SELECT, for what is not foreseen here; `schema.py` has the tables. The file is open read-only."""
         return self._connection.execute(sql, values).fetchall()

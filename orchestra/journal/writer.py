@@ -126,6 +126,8 @@ class Journal:
         action: Action | None = applied.action
         fields: Mapping[str, Any] = {} if action is None else attrs.asdict(action, recurse=False)
         details = {name: fields[name] for name in fields if name not in ("vm", "tenant", "reason", "evidence")}
+        if details.get("launch", 0) is None:  # whoever had the name
+            del details["launch"]
         self._put(
             "actions",
             (

@@ -164,4 +164,4 @@ class BurstCredits:
             "interval": facts.interval,
             "launch": vm.launch,
         }
-        return Throttle(vm=vm.name, limit=limit, meter=self._meter, reason=reason, evidence=evidence)
+        return Throttle(vm=vm.name, launch=vm.launch, limit=limit, meter=self._meter, reason=reason, evidence=evidence)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable
 from enum import StrEnum
 from fnmatch import fnmatchcase
@@ -10,22 +9,10 @@ from typing import Any, Final
 
 import attrs
 
-from ..actions import (
-    Action,
-    CapCpu,
-    Evict,
-    Isolate,
-    Kill,
-    Pause,
-    Rejoin,
-    Resume,
-    SetLimit,
-    Stop,
-    Throttle,
-    Unthrottle,
-)
+from ..actions import Action, CapCpu, Resume, SetLimit, Throttle
 from ..errors import SpecError
 from ..spec import Limit, Meter
+from .books import AXIS, BACK, HARD, RUNNING, Books, Failures, Noted, Word, is_limit, lets_go
 from .ranges import within
 
 __all__ = ["Guard", "Ruling", "Verdict"]
@@ -33,25 +20,6 @@ __all__ = ["Guard", "Ruling", "Verdict"]
 LEAST_BURST: Final = 2.0
 """With a burst of 1 a guest waits after each event until the next has been earned, and works only then: one that asks
 for no more than the floor would get half of it."""
-
-MINUTE: Final = 60_000_000_000
-MOST_REMEMBERED: Final = 65536
-
-RUNNING: Final = "running"
-PLACE: Final = "place"
-AXIS: Final[dict[type, str]] = {
-    Pause: RUNNING,
-    Resume: RUNNING,
-    Stop: RUNNING,
-    Kill: RUNNING,
-    Evict: RUNNING,
-    Isolate: PLACE,
-    Rejoin: PLACE,
-}
-"""What two policies can disagree on. Limits and caps are not among it: each policy has its own, the tightest counts."""
-
-HARD: Final = (Pause, Isolate, Evict, Stop, Kill)
-BACK: Final = (Resume, Rejoin)
 
 
 class Ruling(StrEnum):
@@ -78,32 +46,7 @@ class Verdict:
     outcome: Ruling
     reason: str
     judged: Action
-
-
-@attrs.frozen
-class _Word:
-    """What somebody said about a VM last."""
-
-    order: int
-    policy: str | None
-    time: int
-
-
-@attrs.define(eq=False)
-class _Books:
-    """What was let through. A dry run has books of its own: what it did not do must not stop what is done."""
-
-    hard: dict[str, int] = attrs.field(factory=dict)  # VM: when last
-    host: int | None = None
-    recent: deque[int] = attrs.field(factory=deque)
-    limits: deque[int] = attrs.field(factory=deque)
-    held: dict[tuple[str, str], _Word] = attrs.field(factory=dict)
-    let: dict[tuple[str, str], _Word] = attrs.field(factory=dict)
-
-    def forget(self, vm: str) -> None:
-        for axis in (RUNNING, PLACE):
-            self.held.pop((vm, axis), None)
-            self.let.pop((vm, axis), None)
+    _noted: Noted | None = attrs.field(default=None, eq=False, repr=False)
 
 
 def _names(given: Any) -> Any:
@@ -122,6 +65,10 @@ class Guard:
     - What one has let go, a later one may not hold, evict or stop for the length of `vm_cool_down`.
 
     Letting go is never refused for any other reason, and counts towards no bound.
+
+    A cool-down begins when something was done. What was allowed and then failed (`failed`) is as if it had not been
+    said, but it still counts towards the bounds, and the same is not tried again at the same place for a second, twice
+    as long after each failure, up to 64 s.
 
     Parameters:
         floor, exit_floor: events per second below which no throttle may hold a VM: a lower one is raised to it, and its
@@ -151,8 +98,9 @@ class Guard:
     limits_per_minute: int | None = 60_000
     max_pause: float | None = 300.0
     dry_run: bool | tuple[str, ...] = attrs.field(default=False, converter=_names)
-    _books: _Books = attrs.field(init=False, factory=_Books, repr=False)
-    _rehearsed: _Books = attrs.field(init=False, factory=_Books, repr=False)
+    _books: Books = attrs.field(init=False, factory=Books, repr=False)
+    _rehearsed: Books = attrs.field(init=False, factory=lambda: Books(dry=True), repr=False)
+    _failures: Failures = attrs.field(init=False, factory=Failures, repr=False)
 
     def __attrs_post_init__(self) -> None:
         within("floor", self.floor, 1e-9, 1e9, "bus locks/s")
@@ -180,46 +128,84 @@ class Guard:
             vms: how many VMs are below the place of a limit on a tenant or the host.
         """
         if policy is None:
-            self._note(self._books, action, _Word(-1, None, time))
+            self._note(self._books, action, Word(-1, None, time))
             return Verdict(action, Ruling.ALLOWED, "", action)
-        word = _Word(order, policy, time)
+        word = Word(order, policy, time)
         dry = self.is_dry(policy)
         books = self._rehearsed if dry else self._books
         judged, changed = self._raised(action, vms)
         refused = self._contradicts(books, judged, word)
-        if not refused and not _lets_go(judged):
-            refused = self._too_soon(books, judged, time) or self._too_many(books, judged, time)
+        if not refused and not lets_go(judged):
+            refused = (
+                self._failures.why_not(judged, time)
+                or self._too_soon(books, judged, time)
+                or self._too_many(books, judged, time)
+            )
         if refused:
             return Verdict(None, Ruling.REFUSED, refused, judged)
-        self._note(books, judged, word)
+        noted = self._note(books, judged, word)
         if dry:
             return Verdict(None, Ruling.DRY_RUN, "; ".join(filter(None, ["a dry run", changed])), judged)
-        return Verdict(judged, Ruling.CHANGED if changed else Ruling.ALLOWED, changed, judged)
+        return Verdict(judged, Ruling.CHANGED if changed else Ruling.ALLOWED, changed, judged, noted)
 
-    def overdue(self, time: int) -> list[Resume]:
+    def failed(self, verdict: Verdict, time: int) -> None:
+        """What a policy was allowed to do could not be done: nobody has to cool down from it, nor is bound by it.
+
+        Parameters:
+            verdict: as `judge` gave it.
+            time: nanoseconds on the fleet's clock.
+        """
+        if verdict.action is None or verdict._noted is None:
+            return
+        self._books.strike(verdict.action, verdict._noted)
+        if not lets_go(verdict.action):
+            self._failures.add(verdict.action, time)
+
+    def overdue(self, time: int, *, dry: bool = False) -> list[Resume]:
         """VMs that a policy has held paused for more than `max_pause`: its word no longer counts, they are to go on.
 
         Apply them as a caller's. It ends a pause also if the policy that made it was switched off.
+
+        Parameters:
+            time: nanoseconds on the fleet's clock.
+            dry: those that are paused in a dry run only: nothing is to be done there.
         """
         if self.max_pause is None:
             return []
+        books = self._rehearsed if dry else self._books
         late = [
             (vm, word)
-            for (vm, axis), word in self._books.held.items()
+            for (vm, axis), word in books.held.items()
             if axis == RUNNING and word.policy is not None and time - word.time > self.max_pause * 1e9
         ]
         actions = []
         for vm, word in late:
-            del self._books.held[vm, RUNNING]
+            del books.held[vm, RUNNING]
             evidence = {"policy": word.policy, "paused": (time - word.time) / 1e9, "max_pause": self.max_pause}
             reason = f"paused by policy {word.policy} for more than {self.max_pause:g} s"
-            actions.append(Resume(vm=vm, reason=reason, evidence=evidence))
+            action = Resume(vm=vm, reason=reason, evidence=evidence)
+            if dry:
+                self._note(books, action, Word(-1, None, time))
+            actions.append(action)
         return actions
 
     def forget(self, vm: str) -> None:
         """A VM is gone; what was said about it says nothing about another of its name. Its cool-down still counts."""
         for books in (self._books, self._rehearsed):
             books.forget(vm)
+        self._failures.forget(vm)
+
+    def succeed(self, before: Guard, policies: Iterable[str]) -> None:
+        """Go on where another guard was: what was done still counts, under this one's rules.
+
+        Parameters:
+            before: which was asked so far; this one itself, if only the policies are others now.
+            policies: by name, in their order. What those said that are not there any more binds nobody.
+        """
+        self._books, self._rehearsed, self._failures = before._books, before._rehearsed, before._failures
+        orders = {name: order for order, name in enumerate(policies)}
+        self._books.reorder(orders)
+        self._rehearsed.reorder({name: order for name, order in orders.items() if self.is_dry(name)})
 
     def is_dry(self, policy: str) -> bool:
         """Whether a policy's actions are only rehearsed."""
@@ -261,13 +247,13 @@ class Guard:
 
     # ---- whose word counts, how soon, how often ---------------------------------------------------------------------
 
-    def _words(self, books: _Books, action: Action) -> Iterable[_Word | None]:
+    def _words(self, books: Books, action: Action) -> Iterable[Word | None]:
         """Those that this action would go against: a dry run is bound by what is really so as well."""
-        key = (action.vm or "", AXIS[type(action)])
         for each in (books, self._books):
-            yield (each.held if isinstance(action, BACK) else each.let).get(key)
+            held, let = each.words(action)
+            yield held if isinstance(action, BACK) else let
 
-    def _contradicts(self, books: _Books, action: Action, word: _Word) -> str:
+    def _contradicts(self, books: Books, action: Action, word: Word) -> str:
         if type(action) not in AXIS:
             return ""
         for said in self._words(books, action):
@@ -281,7 +267,7 @@ class Guard:
                 return f"{who} let it go {ago:.3g} s ago"
         return ""
 
-    def _too_soon(self, books: _Books, action: Action, time: int) -> str:
+    def _too_soon(self, books: Books, action: Action, time: int) -> str:
         if not isinstance(action, HARD):
             return ""
         last = books.hard.get(action.vm)
@@ -292,49 +278,15 @@ class Guard:
             return f"cool-down: {ago:.3g} of {self.host_cool_down:g} s since the last one on this host"
         return ""
 
-    def _too_many(self, books: _Books, action: Action, time: int) -> str:
-        limits = isinstance(action, Throttle | SetLimit)
-        recent, most = (books.limits, self.limits_per_minute) if limits else (books.recent, self.actions_per_minute)
-        while recent and time - recent[0] >= MINUTE:
-            recent.popleft()
-        if most is not None and len(recent) >= most:
+    def _too_many(self, books: Books, action: Action, time: int) -> str:
+        limits = is_limit(action)
+        most = self.limits_per_minute if limits else self.actions_per_minute
+        if most is not None and len(books.lately(action, time)) >= most:
             return f"{most} {'limits' if limits else 'actions'} in the last minute: no more"
         return ""
 
-    def _note(self, books: _Books, action: Action, word: _Word) -> None:
-        if word.policy is not None and not _lets_go(action):
-            limits = isinstance(action, Throttle | SetLimit)
-            if (self.limits_per_minute if limits else self.actions_per_minute) is not None:
-                (books.limits if limits else books.recent).append(word.time)
-            if isinstance(action, HARD):
-                books.host = word.time
-                books.hard[action.vm] = word.time
-                if len(books.hard) > MOST_REMEMBERED:
-                    since = word.time - self.vm_cool_down * 1e9
-                    books.hard = {vm: last for vm, last in books.hard.items() if last > since}
-        if type(action) not in AXIS:
-            return
-        key = (action.vm or "", AXIS[type(action)])
-        if isinstance(action, BACK):
-            books.held.pop(key, None)
-            books.let[key] = word
-            if len(books.let) > MOST_REMEMBERED:
-                since = word.time - self.vm_cool_down * 1e9
-                books.let = {at: said for at, said in books.let.items() if said.time > since}
-        elif isinstance(action, Pause | Isolate):
-            books.let.pop(key, None)
-            before = books.held.get(key)
-            if before is None or word.order < before.order:  # the strongest word counts, from when it was said
-                books.held[key] = word
-        else:
-            books.forget(action.vm or "")
-
-
-def _lets_go(action: Action) -> bool:
-    match action:
-        case Resume() | Rejoin() | Unthrottle() | CapCpu(share=None) | SetLimit(limit=None):
-            return True
-    return False
+    def _note(self, books: Books, action: Action, word: Word) -> Noted:
+        return books.note(action, word, self.vm_cool_down * 1e9)
 
 
 def _told(action: Throttle | SetLimit | CapCpu, why: str, asked: dict[str, Any]) -> dict[str, Any]:

@@ -250,7 +250,7 @@ class Ladder:
         climber.visits[climber.at] = climber.visits.get(climber.at, 0) + 1
         climber.moved, climber.risen, climber.since = 1, True, facts.time
         climber.bad = climber.good = 0.0
-        return _take(step, climber.name, self._meter, f"{step.rung.value}: {why}, {how}", evidence)
+        return _take(step, climber, self._meter, f"{step.rung.value}: {why}, {how}", evidence)
 
     def _down(self, climber: _Climber, facts: Facts) -> Iterator[Action]:
         step = self.steps[climber.at - 1]
@@ -264,7 +264,7 @@ class Ladder:
         climber.moved = -1
         below = Rung.OBSERVE if not climber.at else self.steps[climber.at - 1].rung
         reason = f"back to {below.value}: {evidence['clear']:.4g} s in the clear"
-        yield from _undo(step, climber.name, self._meter, reason, evidence)
+        yield from _undo(step, climber, self._meter, reason, evidence)
 
     def _leave(self, climber: _Climber, facts: Facts) -> None:
         tail = self.steps[climber.at - 1].tail * climber.factor
@@ -347,34 +347,36 @@ _DOWN: Final[dict[Rung, type]] = {
 }
 
 
-def _take(step: Step, vm: str, meter: Meter, reason: str, evidence: dict[str, Any]) -> Action:
+def _take(step: Step, vm: _Climber, meter: Meter, reason: str, evidence: dict[str, Any]) -> Action:
     match step.rung:
         case Rung.THROTTLE:
             assert step.limit is not None
-            return Throttle(vm=vm, limit=step.limit, meter=meter, reason=reason, evidence=evidence)
+            return Throttle(
+                vm=vm.name, launch=vm.launch, limit=step.limit, meter=meter, reason=reason, evidence=evidence
+            )
         case Rung.CAP_CPU:
-            return CapCpu(vm=vm, share=step.cpu, reason=reason, evidence=evidence)
+            return CapCpu(vm=vm.name, launch=vm.launch, share=step.cpu, reason=reason, evidence=evidence)
         case Rung.ISOLATE:
-            return Isolate(vm=vm, reason=reason, evidence=evidence)
+            return Isolate(vm=vm.name, launch=vm.launch, reason=reason, evidence=evidence)
         case Rung.PAUSE:
-            return Pause(vm=vm, reason=reason, evidence=evidence)
+            return Pause(vm=vm.name, launch=vm.launch, reason=reason, evidence=evidence)
         case Rung.EVICT:
-            return Evict(vm=vm, reason=reason, evidence=evidence)
+            return Evict(vm=vm.name, launch=vm.launch, reason=reason, evidence=evidence)
         case Rung.STOP:
-            return Stop(vm=vm, reason=reason, evidence=evidence)
-    return Warn(vm=vm, reason=reason, evidence=evidence)
+            return Stop(vm=vm.name, launch=vm.launch, reason=reason, evidence=evidence)
+    return Warn(vm=vm.name, launch=vm.launch, reason=reason, evidence=evidence)
 
 
-def _undo(step: Step, vm: str, meter: Meter, reason: str, evidence: dict[str, Any]) -> Iterator[Action]:
+def _undo(step: Step, vm: _Climber, meter: Meter, reason: str, evidence: dict[str, Any]) -> Iterator[Action]:
     match step.rung:
         case Rung.THROTTLE:
-            yield Unthrottle(vm=vm, meter=meter, reason=reason, evidence=evidence)
+            yield Unthrottle(vm=vm.name, launch=vm.launch, meter=meter, reason=reason, evidence=evidence)
         case Rung.CAP_CPU:
-            yield CapCpu(vm=vm, share=None, reason=reason, evidence=evidence)
+            yield CapCpu(vm=vm.name, launch=vm.launch, share=None, reason=reason, evidence=evidence)
         case Rung.ISOLATE:
-            yield Rejoin(vm=vm, reason=reason, evidence=evidence)
+            yield Rejoin(vm=vm.name, launch=vm.launch, reason=reason, evidence=evidence)
         case Rung.PAUSE:
-            yield Resume(vm=vm, reason=reason, evidence=evidence)
+            yield Resume(vm=vm.name, launch=vm.launch, reason=reason, evidence=evidence)
 
 
 def _longest_wait(limit: Limit, vcpus: int) -> float:

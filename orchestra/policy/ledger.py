@@ -36,19 +36,19 @@ class Ledger:
         if action is None or applied.outcome != "done":
             return
         match action:
-            case Throttle(vm=vm, tenant=tenant, meter=meter):
-                let_go: Action = Unthrottle(vm=vm, tenant=tenant, meter=meter)
+            case Throttle(vm=vm, tenant=tenant, meter=meter, launch=launch):
+                let_go: Action = Unthrottle(vm=vm, tenant=tenant, meter=meter, launch=launch)
                 self._hold(applied.policy, (f"limit {meter}", vm, tenant), let_go)
             case Unthrottle(vm=vm, tenant=tenant, meter=meter):
                 self._let_go(applied.policy, (f"limit {meter}", vm, tenant))
             case CapCpu(vm=vm, share=None):
                 self._let_go(applied.policy, ("cap", vm, None))
-            case CapCpu(vm=vm):
-                self._hold(applied.policy, ("cap", vm, None), CapCpu(vm=vm, share=None))
-            case Pause(vm=vm):
-                self._hold(applied.policy, ("pause", vm, None), Resume(vm=vm))
-            case Isolate(vm=vm):
-                self._hold(applied.policy, ("isolate", vm, None), Rejoin(vm=vm))
+            case CapCpu(vm=vm, launch=launch):
+                self._hold(applied.policy, ("cap", vm, None), CapCpu(vm=vm, share=None, launch=launch))
+            case Pause(vm=vm, launch=launch):
+                self._hold(applied.policy, ("pause", vm, None), Resume(vm=vm, launch=launch))
+            case Isolate(vm=vm, launch=launch):
+                self._hold(applied.policy, ("isolate", vm, None), Rejoin(vm=vm, launch=launch))
             # Of these there is one for all: whoever ends it, it is over.
             case Resume(vm=vm):
                 self._over(("pause", vm, None))

@@ -17,7 +17,7 @@ __all__ = ["max_min"]
 def max_min(budget: float, demands: Sequence[float], weights: Sequence[float]) -> list[float]:
     """Share `budget` among demands. Nobody gets more than it asked for, and what one leaves goes to the others.
 
-    Costs O(n log n).
+    Costs O(n log n), and O(n) if there is enough for all.
 
     Parameters:
         budget: what there is to share, 0 or more; ``inf`` gives everybody what it asks for.
@@ -40,7 +40,7 @@ def max_min(budget: float, demands: Sequence[float], weights: Sequence[float]) -
     for weight in weights:
         if not 0 < weight < math.inf:
             raise SpecError(f"weights: {weight!r} is among them; each must be more than 0 and finite")
-    if math.isinf(budget):
+    if sum(demands) <= budget:
         return [float(demand) for demand in demands]
 
     shares = [0.0] * len(demands)

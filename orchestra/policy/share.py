@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 import attrs
@@ -12,7 +12,7 @@ import attrs
 from ..actions import Throttle, Unthrottle
 from ..errors import SpecError
 from ..spec import Limit, Meter, as_meter, optional_limit
-from .facts import Facts, VmFacts
+from .facts import Facts
 from .maxmin import max_min
 
 __all__ = ["WeightedShare"]
@@ -39,6 +39,7 @@ class _Vm:
     """What is remembered of a VM: only of those that were active during the last few ticks."""
 
     name: str
+    launch: int
     tenant: str
     weight: float
     vcpus: int
@@ -47,14 +48,13 @@ class _Vm:
     lost: bool = False  # it ran faster than that allows
     rate: float = 0.0
     throttled: float = 0.0
-    absent: float = 0.0  # seconds since it was in the facts
+    tick: int = 0  # in which it was in the facts last
+    absent: float = 0.0  # seconds since then
     held: int = 0  # ticks in a row that something other than us held it back
     ceiling: float | None = None  # the rate at which it is held, once we are sure
     ahead: float = 0.0  # events that it did beyond its fair share and has not rested for yet
-
-    @property
-    def demand(self) -> float:
-        return max(self.asked)
+    demand: float = 0.0  # the most of what it asked for
+    want: float = 0.0  # and the headroom: what is set aside for it
 
 
 class WeightedShare:
@@ -103,6 +103,7 @@ class WeightedShare:
         self._meter = as_meter(meter)
         self._name = name or ("weighted-share" if self._meter is Meter.BUS_LOCKS else f"weighted-share-{self._meter}")
         self._vms: dict[str, _Vm] = {}
+        self._tick = 0
 
     @property
     def name(self) -> str:
@@ -120,14 +121,14 @@ class WeightedShare:
         host = self._limit or (facts.limit if self._meter is Meter.BUS_LOCKS else facts.exit_limit)
         budget = math.inf if host is None else host.rate
         self._look(facts, budget)
-        shares = self._shares(facts, budget)
-        self._settle(facts, budget, shares)
+        tenants: dict[str, list[_Vm]] = {}
+        for vm in self._vms.values():
+            tenants.setdefault(vm.tenant, []).append(vm)
+        shares = self._shares(facts, budget, tenants)
+        self._settle(facts, budget, tenants, shares)
         return [*self._idle(), *self._changes(facts, host, shares)]
 
     # ---- what each asked for --------------------------------------------------------------------------------------
-
-    def _count(self, vm: VmFacts) -> int | None:
-        return vm.bus_locks if self._meter is Meter.BUS_LOCKS else vm.exits
 
     def _cap(self, facts: Facts, tenant: str) -> float:
         known = facts.tenants.get(tenant)
@@ -135,35 +136,48 @@ class WeightedShare:
         return math.inf if limit is None else limit.rate
 
     def _look(self, facts: Facts, budget: float) -> None:
+        """Runs for each active VM in each tick: it does no more than it has to."""
+        self._tick += 1
+        interval, locks, vms = facts.interval, self._meter is Meter.BUS_LOCKS, self._vms
         total = 0.0
         by_tenant: dict[str, float] = {}
-        seen: list[tuple[VmFacts, float]] = []
+        waited: list[_Vm] = []
         for told in facts.vms.values():
-            if (count := self._count(told)) is not None:
-                rate = count / facts.interval
-                seen.append((told, rate))
-                total += rate
-                by_tenant[told.tenant] = by_tenant.get(told.tenant, 0.0) + rate
-        room = {t: total < ROOM * budget and rate < ROOM * self._cap(facts, t) for t, rate in by_tenant.items()}
-
-        for vm in self._vms.values():
-            vm.absent += facts.interval
-        for told, rate in seen:
-            vm = self._vms.get(told.name) or _Vm(told.name, "", 1.0, 1, deque(maxlen=self._memory))
-            vm.tenant, vm.weight, vm.vcpus, vm.absent = told.tenant, told.weight, told.vcpus, 0.0
-            vm.rate, vm.throttled = rate, told.throttled
-            vm.lost = vm.limit is not None and rate > 1.5 * (vm.limit.rate + vm.limit.tokens / facts.interval)
-            vm.asked.append(self._asked(vm, facts.interval, room[vm.tenant]))
-            self._vms[vm.name] = vm
-        for vm in self._vms.values():
-            if vm.absent:
+            count = told.bus_locks if locks else told.exits
+            if count is None:
+                continue
+            rate = count / interval
+            total += rate
+            by_tenant[told.tenant] = by_tenant.get(told.tenant, 0.0) + rate
+            vm = vms.get(told.name)
+            if vm is None or vm.launch != told.launch:  # another of that name starts without limits
+                vm = vms[told.name] = _Vm(
+                    told.name, told.launch, told.tenant, told.weight, told.vcpus, deque(maxlen=self._memory)
+                )
+            vm.tick, vm.rate, vm.throttled = self._tick, rate, told.throttled
+            if vm.limit is not None:
+                vm.lost = rate > 1.5 * (vm.limit.rate + vm.limit.tokens / interval)
+            if told.throttled > WAITED * interval:
+                waited.append(vm)
+            else:
+                vm.held, vm.ceiling = 0, None
+                vm.asked.append(rate)
+        for vm in waited:
+            used_up = total >= ROOM * budget or by_tenant[vm.tenant] >= ROOM * self._cap(facts, vm.tenant)
+            vm.asked.append(self._asked(vm, interval, not used_up))
+        headroom = 1 + self._headroom
+        for vm in vms.values():
+            if vm.tick != self._tick:
+                vm.absent += interval
                 vm.rate = vm.throttled = 0.0
                 vm.asked.append(math.inf if _may_be_waiting(vm) else 0.0)
+            elif vm.absent:
+                vm.absent = 0.0
+            vm.demand = max(vm.asked)
+            vm.want = vm.demand * headroom
 
     def _asked(self, vm: _Vm, interval: float, room: bool) -> float:
-        if vm.throttled <= WAITED * interval:
-            vm.held, vm.ceiling = 0, None
-            return vm.rate
+        """Of one that waited."""
         # Two events more or less in a tick say nothing about a rate.
         if vm.ceiling is not None and abs(vm.rate - vm.ceiling) <= max(0.1 * vm.ceiling, 2 / interval):
             return vm.ceiling
@@ -182,37 +196,32 @@ class WeightedShare:
 
     # ---- what each gets -------------------------------------------------------------------------------------------
 
-    def _want(self, vm: _Vm) -> float:
-        return vm.demand * (1 + self._headroom)
+    @staticmethod
+    def _weights(facts: Facts, tenants: Mapping[str, list[_Vm]]) -> list[float]:
+        return [facts.tenants[tenant].weight if tenant in facts.tenants else 1.0 for tenant in tenants]
 
-    def _shares(self, facts: Facts, budget: float) -> dict[str, float]:
-        tenants: dict[str, list[_Vm]] = {}
-        for vm in self._vms.values():
-            tenants.setdefault(vm.tenant, []).append(vm)
-        demands = [min(sum(map(self._want, vms)), self._cap(facts, tenant)) for tenant, vms in tenants.items()]
-        weights = [facts.tenants[tenant].weight if tenant in facts.tenants else 1.0 for tenant in tenants]
+    def _shares(self, facts: Facts, budget: float, tenants: Mapping[str, list[_Vm]]) -> dict[str, float]:
+        demands = [min(sum([vm.want for vm in vms]), self._cap(facts, tenant)) for tenant, vms in tenants.items()]
         shares: dict[str, float] = {}
-        for part, vms in zip(max_min(budget, demands, weights), tenants.values(), strict=True):
-            parts = max_min(part, [self._want(vm) for vm in vms], [vm.weight for vm in vms])
+        for part, vms in zip(max_min(budget, demands, self._weights(facts, tenants)), tenants.values(), strict=True):
+            parts = max_min(part, [vm.want for vm in vms], [vm.weight for vm in vms])
             shares.update(zip([vm.name for vm in vms], parts, strict=True))
         return shares
 
-    def _settle(self, facts: Facts, budget: float, shares: dict[str, float]) -> None:
+    def _settle(
+        self, facts: Facts, budget: float, tenants: Mapping[str, list[_Vm]], shares: Mapping[str, float]
+    ) -> None:
         """Keep book of what each did beyond its share. It rests for that by what it would have if all were greedy."""
-        tenants: dict[str, list[_Vm]] = {}
-        for vm in self._vms.values():
-            tenants.setdefault(vm.tenant, []).append(vm)
         caps = [self._cap(facts, tenant) for tenant in tenants]
-        weights = [facts.tenants[tenant].weight if tenant in facts.tenants else 1.0 for tenant in tenants]
-        for part, vms in zip(max_min(budget, caps, weights), tenants.values(), strict=True):
-            whole = sum(vm.weight for vm in vms)
+        for part, vms in zip(max_min(budget, caps, self._weights(facts, tenants)), tenants.values(), strict=True):
+            whole = sum([vm.weight for vm in vms])
             for vm in vms:
                 fair = part * vm.weight / whole
                 if math.isinf(fair):
                     vm.ahead = 0.0
-                    continue
-                ahead = vm.ahead + (vm.rate - max(fair, shares[vm.name])) * facts.interval
-                vm.ahead = min(max(0.0, ahead), PAROLE * fair)
+                elif vm.ahead or vm.rate > fair:  # who keeps within it and owes nothing goes on like that
+                    ahead = vm.ahead + (vm.rate - max(fair, shares[vm.name])) * facts.interval
+                    vm.ahead = min(max(0.0, ahead), PAROLE * fair)
 
     # ---- what to do about it --------------------------------------------------------------------------------------
 
@@ -231,7 +240,7 @@ class WeightedShare:
         for vm in self._vms.values():
             share = shares[vm.name]
             # Set when it takes or wants more than its share now, taken away only once its share has the headroom too.
-            if share < (vm.asked[-1] if vm.limit is None else self._want(vm)):
+            if share < (vm.asked[-1] if vm.limit is None else vm.want):
                 rate = min(max(share, SLOWEST), FASTEST)
                 limits.append((vm, Limit(rate=rate, burst=1 + min(rate * LATE, FASTEST - 1), max_delay=max_delay)))
                 moved = moved or (vm.limit is not None and abs(rate - vm.limit.rate) > self._tolerance * vm.limit.rate)
@@ -261,12 +270,12 @@ class WeightedShare:
             "budget": None if host is None else host.rate,
         }
         reason = f"fair share: {limit.rate:.6g} {self._meter.replace('_', ' ')}/s of {whole}"
-        return Throttle(vm=vm.name, limit=limit, meter=self._meter, reason=reason, evidence=evidence)
+        return Throttle(vm=vm.name, launch=vm.launch, limit=limit, meter=self._meter, reason=reason, evidence=evidence)
 
     def _release(self, vm: _Vm, reason: str) -> Unthrottle:
         evidence = {"rate": round(vm.rate, 3), "demand": round(vm.demand, 3)} if vm.demand < math.inf else {}
         vm.limit = None
-        return Unthrottle(vm=vm.name, meter=self._meter, reason=reason, evidence=evidence)
+        return Unthrottle(vm=vm.name, launch=vm.launch, meter=self._meter, reason=reason, evidence=evidence)
 
 
 def _may_be_waiting(vm: _Vm) -> bool:

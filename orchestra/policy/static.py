@@ -106,6 +106,7 @@ class StaticLimits:
                 pattern, limit = found
                 yield Throttle(
                     vm=name,
+                    launch=vm.launch,
                     limit=limit,
                     meter=self._meter,
                     reason=f"static limit of VMs named {pattern}",

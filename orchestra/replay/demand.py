@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from itertools import groupby
 from typing import Final
 
 import attrs
 
-from ..journal import Aggregate, HostRow, JournalReader
-from ..spec import Meter
+from ..journal import HostRow, JournalReader
+from ..policy import VmFacts
 
-__all__ = ["Demands", "Tick", "Want", "ticks"]
+__all__ = ["HELD", "Demands", "Tick", "Want", "ticks"]
 
 HELD: Final = 0.05
 """Part of a tick: who was held for less was as good as free."""
@@ -22,29 +21,53 @@ MOST_HELD: Final = 0.99
 
 @attrs.frozen
 class Tick:
-    """One interval of the journal, as it was."""
+    """One interval of the journal, as it was.
+
+    Attributes:
+        vms: what was seen of those that did something.
+        new: those among them that were not seen before in this session, or as another launch.
+    """
 
     session: int
     time: int
     interval: float
-    vms: Mapping[str, Aggregate]
+    vms: Mapping[str, VmFacts]
     host: HostRow | None
+    new: tuple[VmFacts, ...] = ()
 
 
-def ticks(journal: JournalReader, since: int | None = None, until: int | None = None) -> Iterator[Tick]:
-    """The journal's intervals in order, also those in which no VM did anything."""
+_COLUMNS: Final = (
+    "vm, tenant, weight, vcpus, bus_locks, exits, throttled, launch, cpu, run_delay, capped, work"  # as of `VmFacts`
+)
+
+
+def ticks(
+    journal: JournalReader, since: int | None = None, until: int | None = None, *, every: int = 1
+) -> Iterator[Tick]:
+    """The journal's intervals in order, also those in which no VM did anything.
+
+    Parameters:
+        every: only every so manieth of those in which some VM did something.
+    """
     hosts = journal.hosts(since=since, until=until)
     host = next(hosts, None)
-    rows = journal.aggregates(since=since, until=until)
-    for (session, time), group in groupby(rows, lambda row: (row.session, row.time)):
+    before: int | None = None
+    launches: dict[str, int] = {}
+    for n, (session, time, interval) in enumerate(journal.moments(since=since, until=until)):
         while host is not None and host.time < time:
             yield Tick(host.session, host.time, host.interval, {}, host)
             host = next(hosts, None)
-        vms = {row.vm: row for row in group}
         its = host if host is not None and host.time == time else None
-        yield Tick(session, time, next(iter(vms.values())).interval, vms, its)
-        if its is not None:
-            host = next(hosts, None)
+        host = host if its is None else next(hosts, None)
+        if n % every:
+            continue
+        if session != before:
+            before, launches = session, {}
+        # This runs for each row: it does no more than it has to.
+        vms = {row[0]: VmFacts(*row) for row in journal.moment(session, time, _COLUMNS)}
+        new = [vm for name, vm in vms.items() if launches.get(name) != vm.launch]
+        launches.update((vm.name, vm.launch) for vm in new)
+        yield Tick(session, time, interval, vms, its, tuple(new))
     while host is not None:
         yield Tick(host.session, host.time, host.interval, {}, host)
         host = next(hosts, None)
@@ -52,42 +75,81 @@ def ticks(journal: JournalReader, since: int | None = None, until: int | None = 
 
 @attrs.frozen
 class Want:
-    """What a VM would have done in an interval if nothing had held it.
+    """What a VM that was held would have done in an interval if nothing had held it.
 
     Attributes:
-        seen: the row.
-        events: by meter; bus locks are missing where they were not seen.
+        seen: what it did.
+        bus_locks, exits: what it would have done; bus locks are None where they were not seen.
         ran: the part of the time that nothing held it, 0.01 to 1: what was seen was done in this part.
     """
 
-    seen: Aggregate
-    events: Mapping[Meter, float]
+    seen: VmFacts
+    bus_locks: float | None
+    exits: float
     ran: float
 
     @property
-    def vcpu_seconds(self) -> float:
-        return self.seen.interval * self.seen.vcpus
+    def tenant(self) -> str:
+        return self.seen.tenant
+
+    @property
+    def vcpus(self) -> int:
+        return self.seen.vcpus
+
+    @property
+    def weight(self) -> float:
+        return self.seen.weight
+
+    @property
+    def cpu(self) -> float | None:
+        """Seconds that it would have used."""
+        return None if self.seen.cpu is None else self.seen.cpu / self.ran
 
 
 class Demands:
-    """Works out demands row by row, and remembers how fast each VM was when it was free last."""
+    """Works out demands tick by tick, and remembers how fast each VM was when it was free last."""
 
     def __init__(self) -> None:
-        self._free: dict[tuple[str, int], dict[Meter, float]] = {}
+        self._free: dict[str, VmFacts] = {}
+        self._seconds: dict[str, float] = {}  # in which it did that
 
-    def want(self, row: Aggregate) -> Want:
-        held = (row.throttled + (row.capped or 0.0)) / (row.interval * row.vcpus)
-        held = min(MOST_HELD, max(0.0, held))
+    def held(self, tick: Tick) -> dict[str, Want]:
+        """What those wanted that were held. All others did what they wanted."""
+        wants: dict[str, Want] = {}
+        before: list[tuple[str, VmFacts | None, float]] = []
+        for name, seen in tick.vms.items():
+            if seen.throttled or seen.capped:
+                held = (seen.throttled + (seen.capped or 0.0)) / (tick.interval * seen.vcpus)
+                held = min(MOST_HELD, max(0.0, held))
+                wants[name] = self._want(seen, held, tick.interval)
+                if held < HELD:
+                    before.append((name, seen, tick.interval * (1.0 - held)))
+                else:
+                    before.append((name, self._free.get(name), self._seconds.get(name, 0.0)))
+        self._free.update(tick.vms)
+        self._seconds.update(dict.fromkeys(tick.vms, tick.interval))
+        for name, free, seconds in before:
+            if free is None:
+                del self._free[name], self._seconds[name]
+            else:
+                self._free[name], self._seconds[name] = free, seconds
+        return wants
+
+    def _want(self, seen: VmFacts, held: float, interval: float) -> Want:
         ran = 1.0 - held
-        free = self._free.setdefault((row.vm, row.launch), {})
-        counts: dict[Meter, float] = {Meter.EXITS: row.exits}
-        if row.bus_locks is not None:
-            counts[Meter.BUS_LOCKS] = row.bus_locks
-        events = {}
-        for meter, count in counts.items():
-            rate = count / row.interval / ran
-            if held < HELD:
-                free[meter] = rate
+        free, seconds = self._free.get(seen.name), self._seconds.get(seen.name, 0.0)
+        if held < HELD or (free is not None and free.launch != seen.launch):
+            free = None
+
+        def wanted(count: float, before: float | None) -> float:
             # What waited: it would have gone on as it did when it ran, or as it did when it was free last.
-            events[meter] = count + held * row.interval * max(rate, free.get(meter, 0.0))
-        return Want(row, events, ran)
+            rate = count / interval / ran
+            return count + held * interval * max(rate, 0.0 if not before else before / seconds)
+
+        locks = seen.bus_locks
+        return Want(
+            seen,
+            None if locks is None else wanted(locks, None if free is None else free.bus_locks),
+            wanted(seen.exits, None if free is None else free.exits),
+            ran,
+        )

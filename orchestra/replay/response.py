@@ -69,58 +69,65 @@ class _Sums:
         self.yy += y * y
 
 
-class _Fit:
+def _line(groups: Iterable[_Sums], relative: bool) -> Line | None:
     """One slope for all, each VM compared with itself only (its own mean is taken off)."""
-
-    def __init__(self, relative: bool = False) -> None:
-        self._relative = relative
-        self._groups: dict[object, _Sums] = {}
-
-    def add(self, group: object, x: float, y: float) -> None:
-        self._groups.setdefault(group, _Sums()).add(x, y)
-
-    def line(self) -> Line | None:
-        xx = xy = yy = all_xx = all_yy = 0.0
-        points = 0
-        for sums in self._groups.values():
-            mean = sums.y / sums.n if self._relative else 1.0
-            if not mean:
-                continue
-            points += sums.n
-            all_xx += sums.xx
-            all_yy += sums.yy / mean**2
-            xx += max(0.0, sums.xx - sums.x**2 / sums.n)
-            xy += (sums.xy - sums.x * sums.y / sums.n) / mean
-            yy += max(0.0, sums.yy - sums.y**2 / sums.n) / mean**2
-        # What is left of sums that cancel is rounding, and no variance.
-        if points < FEWEST or xx <= 1e-9 * all_xx or yy <= 1e-12 * all_yy:
-            return None
-        return Line(xy / xx, min(1.0, xy * xy / (xx * yy)), points)
+    xx = xy = yy = all_xx = all_yy = 0.0
+    points = 0
+    for sums in groups:
+        mean = 0.0 if not sums.n else sums.y / sums.n if relative else 1.0
+        if not mean:
+            continue
+        points += sums.n
+        all_xx += sums.xx
+        all_yy += sums.yy / mean**2
+        xx += max(0.0, sums.xx - sums.x**2 / sums.n)
+        xy += (sums.xy - sums.x * sums.y / sums.n) / mean
+        yy += max(0.0, sums.yy - sums.y**2 / sums.n) / mean**2
+    # What is left of sums that cancel is rounding, and no variance.
+    if points < FEWEST or xx <= 1e-9 * all_xx or yy <= 1e-12 * all_yy:
+        return None
+    return Line(xy / xx, min(1.0, xy * xy / (xx * yy)), points)
 
 
 def fit(seen: Iterable[Tick]) -> Response:
     """Look at all that was seen. VMs that were held themselves are no victims, and say nothing."""
-    fits = {signal: _Fit(relative=signal == "work") for signal in SIGNALS}
+    groups: dict[str, list[_Sums]] = {signal: [] for signal in SIGNALS}
+    of: dict[str, tuple[_Sums, _Sums]] = {}  # each VM's: by name, of the launch that is seen
+    session: int | None = None
+    host: dict[str, _Sums] = {}
     for tick in seen:
-        total = sum(row.bus_locks or 0 for row in tick.vms.values()) / tick.interval
-        for row in tick.vms.values():
-            vcpu_seconds = row.interval * row.vcpus
-            if row.throttled + (row.capped or 0.0) > HELD * vcpu_seconds:
+        seconds = tick.interval
+        for vm in tick.new:
+            of[vm.name] = _Sums(), _Sums()
+            for signal, one in zip(("run_delay", "work"), of[vm.name], strict=True):
+                groups[signal].append(one)
+        total = sum([vm.bus_locks or 0 for vm in tick.vms.values()]) / seconds
+        for name, vm in tick.vms.items():
+            delay, work = vm.run_delay, vm.work
+            if delay is None and work is None:
                 continue
-            others = total - (row.bus_locks or 0) / row.interval
-            who = (row.vm, row.launch)
-            if row.run_delay is not None:
-                fits["run_delay"].add(who, others, row.run_delay / vcpu_seconds)
-            if row.work is not None:
-                fits["work"].add(who, others, row.work / row.interval)
-        if tick.host is not None:
-            for signal in ("lock_ns", "memory_ns"):
-                value = getattr(tick.host, signal)
-                if value is not None:
-                    fits[signal].add(tick.session, total, value)
+            vcpu_seconds = seconds * vm.vcpus
+            if vm.throttled + (vm.capped or 0.0) > HELD * vcpu_seconds:
+                continue
+            others = total - (vm.bus_locks or 0) / seconds
+            delays, works = of[name]
+            if delay is not None:
+                delays.add(others, delay / vcpu_seconds)
+            if work is not None:
+                works.add(others, work / seconds)
+        if tick.host is None:
+            continue
+        if tick.session != session:
+            session, host = tick.session, {signal: _Sums() for signal in ("lock_ns", "memory_ns")}
+            for signal, one in host.items():
+                groups[signal].append(one)
+        for signal, one in host.items():
+            value = getattr(tick.host, signal)
+            if value is not None:
+                one.add(total, value)
     lines = {}
-    for signal, one in fits.items():
-        line = one.line()
+    for signal, sums in groups.items():
+        line = _line(sums, relative=signal == "work")
         harm = -1.0 if signal == "work" else 1.0
         # That others' locks do good is no effect of theirs.
         if line is not None and line.certainty >= SURE and line.slope * harm > 0:

@@ -9,9 +9,8 @@ from typing import Final
 import attrs
 
 from ..policy import HostFacts, VmFacts
-from ..spec import Meter
+from ..policy.inforce import FREE, Passed
 from .demand import Tick, Want
-from .limits import Passed
 from .response import Response
 
 __all__ = ["Bin", "Tally", "Told", "VmSums", "World", "jain"]
@@ -94,24 +93,39 @@ def jain(values: Sequence[float]) -> float:
 
 @attrs.define
 class _Vm:
+    """`locks`, `throttled`, `capped`, `delay`: as it was; what is called `more_`: how much more it would have been.
+
+    Of most VMs in most intervals both worlds are the same, so that one is added up and the difference only where there
+    is one. `more_wanted` and `more_fair` are beyond `locks`.
+    """
+
     tenant: str
-    locks: list[float] = attrs.field(factory=lambda: [0.0, 0.0])
-    throttled: list[float] = attrs.field(factory=lambda: [0.0, 0.0])
-    capped: list[float] = attrs.field(factory=lambda: [0.0, 0.0])
-    delay: list[float] = attrs.field(factory=lambda: [0.0, 0.0])
-    paused: float = 0.0
+    locks: float = 0.0
+    throttled: float = 0.0
+    capped: float = 0.0
+    delay: float = 0.0
     knows_delay: bool = False
-    wanted: float = 0.0
-    fair: float = 0.0
+    more_locks: float = 0.0
+    more_throttled: float = 0.0
+    more_capped: float = 0.0
+    more_delay: float = 0.0
+    more_wanted: float = 0.0
+    more_fair: float = 0.0
+    paused: float = 0.0
 
 
 @attrs.define
 class _Bin:
+    """As it was, and how much more it would have been."""
+
     seconds: float = 0.0
     wanted: float = 0.0
-    locks: list[float] = attrs.field(factory=lambda: [0.0, 0.0])
-    throttled: list[float] = attrs.field(factory=lambda: [0.0, 0.0])
-    delay: list[float] = attrs.field(factory=lambda: [0.0, 0.0])
+    locks: float = 0.0
+    throttled: float = 0.0
+    delay: float = 0.0
+    more_locks: float = 0.0
+    more_throttled: float = 0.0
+    more_delay: float = 0.0
 
 
 class Tally:
@@ -149,68 +163,135 @@ class Tally:
     # ---- an interval ------------------------------------------------------------------------------------------------
 
     def add(
-        self, tick: Tick, wants: Mapping[str, Want], passed: Mapping[str, Passed], fair: Mapping[str, float]
+        self, tick: Tick, held: Mapping[str, Want], passed: Mapping[str, Passed], fair: Mapping[str, float] | None
     ) -> Told:
-        """Add it to both worlds; what policies would have been told of it."""
-        seen_rate = sum(row.bus_locks or 0 for row in tick.vms.values()) / tick.interval
-        now = {name: want.events.get(Meter.BUS_LOCKS, 0.0) * passed[name].part for name, want in wants.items()}
-        rate = sum(now.values()) / tick.interval
-        at = self._bins.setdefault((tick.time - 1 - self._since) // self._width, _Bin())
-        at.seconds += tick.interval
-        self.seconds += tick.interval
-        facts = {}
-        for name, want in wants.items():
-            seen, came = want.seen, passed[name]
-            others = (rate - now[name] / tick.interval) - (seen_rate - (seen.bus_locks or 0) / tick.interval)
-            fact = self._fact(want, came, others)
-            sums = self._vms.setdefault(name, _Vm(seen.tenant))
-            wanted = want.events.get(Meter.BUS_LOCKS, 0.0)
-            sums.wanted += wanted
-            sums.fair += fair.get(name, 0.0)
-            sums.paused += came.paused
-            at.wanted += wanted
-            for world, (locks, throttled, capped, delay) in enumerate(
-                (
-                    (float(seen.bus_locks or 0), seen.throttled, seen.capped or 0.0, seen.run_delay),
-                    (now[name], came.throttled, came.capped, fact.run_delay),
-                )
-            ):
-                sums.locks[world] += locks
-                sums.throttled[world] += throttled
-                sums.capped[world] += capped
-                at.locks[world] += locks
-                at.throttled[world] += throttled
-                if delay is not None:
-                    sums.knows_delay = True
-                    sums.delay[world] += delay
-                    at.delay[world] += delay
-            if came.part > 0:
-                facts[name] = fact
-        return Told(facts, self._host(tick, rate - seen_rate))
+        """Add it to both worlds; what policies would have been told of it.
 
-    def _fact(self, want: Want, came: Passed, others: float) -> VmFacts:
-        """What the VM would have been seen to do."""
-        seen, part = want.seen, came.part
+        Parameters:
+            held: what those wanted that something held.
+            passed: what would have become of those that something would have held.
+            fair: what would have been each one's fair share, in bus locks; None: what it wanted.
+        """
+        seconds = tick.interval
+        at = self._bins.setdefault((tick.time - 1 - self._since) // self._width, _Bin())
+        at.seconds += seconds
+        self.seconds += seconds
+        self._add_seen(tick, at)
+        more = 0.0  # bus locks that would have been made beyond those that were
+        others: dict[str, Want | VmFacts] = {name: held.get(name) or tick.vms[name] for name in {**held, **passed}}
+        for name, want in others.items():
+            more += (want.bus_locks or 0.0) * passed.get(name, FREE).part - (tick.vms[name].bus_locks or 0)
+        facts = tick.vms
+        if others or fair is not None or more:
+            facts = dict(tick.vms)
+            for name, want in others.items():
+                self._add_other(facts, name, want, passed.get(name, FREE), more, seconds, at)
+            if more:
+                self._shift(facts, others, more, seconds, at)
+            for name, share in (fair or {}).items():
+                locks = others[name].bus_locks if name in others else tick.vms[name].bus_locks
+                self._vms[name].more_fair += share - (locks or 0.0)
+        return Told(facts, self._host(tick, more / seconds))
+
+    def _add_seen(self, tick: Tick, at: _Bin) -> None:
+        """As it was. This runs for each row."""
+        vms = self._vms
+        for told in tick.new:
+            if told.name not in vms:
+                vms[told.name] = _Vm(told.tenant)
+        locks = delay = throttled = 0.0
+        for name, seen in tick.vms.items():
+            sums = vms[name]
+            if count := seen.bus_locks:
+                sums.locks += count
+                locks += count
+            waited = seen.run_delay
+            if waited is not None:
+                sums.knows_delay = True
+                sums.delay += waited
+                delay += waited
+            if seen.throttled:
+                sums.throttled += seen.throttled
+                throttled += seen.throttled
+            if seen.capped:
+                sums.capped += seen.capped
+        at.wanted += locks
+        at.locks += locks
+        at.throttled += throttled
+        at.delay += delay
+
+    def _add_other(
+        self,
+        facts: dict[str, VmFacts],
+        name: str,
+        want: Want | VmFacts,
+        came: Passed,
+        more: float,
+        seconds: float,
+        at: _Bin,
+    ) -> None:
+        """One that was held, or would have been: how the worlds differ, and what it would have been seen to do."""
+        seen, sums = facts[name], self._vms[name]
+        wanted = want.bus_locks or 0.0
+        locks = wanted * came.part - (seen.bus_locks or 0)
+        fact = self._fact(seen, want, came, (more - locks) / seconds, seconds)
+        throttled, capped = came.throttled - seen.throttled, came.capped - (seen.capped or 0.0)
+        sums.more_locks += locks
+        sums.more_wanted += wanted - (seen.bus_locks or 0)
+        sums.more_fair += wanted - (seen.bus_locks or 0)
+        sums.more_throttled += throttled
+        sums.more_capped += capped
+        sums.paused += came.paused
+        at.wanted += wanted - (seen.bus_locks or 0)
+        at.more_locks += locks
+        at.more_throttled += throttled
+        if fact.run_delay is not None and seen.run_delay is not None:
+            sums.more_delay += fact.run_delay - seen.run_delay
+            at.more_delay += fact.run_delay - seen.run_delay
+        if came.part > 0:
+            facts[name] = fact
+        else:
+            del facts[name]
+
+    def _shift(
+        self, facts: dict[str, VmFacts], others: Mapping[str, object], more: float, seconds: float, at: _Bin
+    ) -> None:
+        """How those would have fared that did what they wanted, had the others made so many more locks."""
+        if not {"run_delay", "work"} & self._response.lines.keys():
+            return
+        for name, seen in facts.items():
+            if name in others:
+                continue
+            fact = self._fact(seen, seen, FREE, more / seconds, seconds)
+            if fact.run_delay is not None and seen.run_delay is not None:
+                self._vms[name].more_delay += fact.run_delay - seen.run_delay
+                at.more_delay += fact.run_delay - seen.run_delay
+            facts[name] = fact
+
+    def _fact(self, seen: VmFacts, want: Want | VmFacts, came: Passed, others: float, seconds: float) -> VmFacts:
+        """What the VM would have been seen to do, had the others made so many locks a second more."""
+        ran = want.ran if isinstance(want, Want) else 1.0
         # What it did in the time that it ran, for as long as it would have run now.
-        scale = part / want.ran
-        delay = seen.run_delay
+        scale = came.part / ran
+        delay, work = seen.run_delay, seen.work
         if delay is not None:
-            per_second = delay / want.ran / want.vcpu_seconds + self._response.change("run_delay", others)
-            delay = min(1.0, max(0.0, per_second)) * want.vcpu_seconds * part
-        locks = want.events.get(Meter.BUS_LOCKS)
+            per_second = delay / ran / (seconds * seen.vcpus) + self._response.change("run_delay", others)
+            delay = min(1.0, max(0.0, per_second)) * seconds * seen.vcpus * came.part
+        if work is not None:
+            work *= scale * max(0.0, 1 + self._response.change("work", others))
         return VmFacts(
-            name=seen.vm,
+            name=seen.name,
             tenant=seen.tenant,
             weight=seen.weight,
             vcpus=seen.vcpus,
-            bus_locks=None if locks is None else round(locks * part),
-            exits=round(want.events[Meter.EXITS] * part),
+            bus_locks=None if want.bus_locks is None else round(want.bus_locks * came.part),
+            exits=round(want.exits * came.part),
             throttled=came.throttled,
             launch=seen.launch,
             cpu=None if seen.cpu is None else seen.cpu * scale,
             run_delay=delay,
             capped=None if seen.capped is None and not came.capped else came.capped,
-            work=None if seen.work is None else seen.work * scale * max(0.0, 1 + self._response.change("work", others)),
+            work=work,
         )
 
     def _host(self, tick: Tick, more: float) -> HostFacts:
@@ -239,43 +320,53 @@ class Tally:
         return before, after
 
     def _world(self, world: int, touched: set[str]) -> World:
-        vms = sorted(self._vms.items(), key=lambda item: (-max(item[1].throttled), -item[1].wanted, item[0]))
-        victims = [sums.delay[world] for name, sums in vms if sums.knows_delay and name not in touched]
+        vms = [self._sums(name, sums, world) for name, sums in self._vms.items()]
+        order = {name: -max(one.throttled, one.throttled + one.more_throttled) for name, one in self._vms.items()}
+        vms.sort(key=lambda one: (round(order[one.vm], 9), -one.wanted, one.vm))
+        victims = [one.delay for one in vms if one.delay is not None and one.vm not in touched]
         # One that asks for next to nothing says nothing about fairness.
-        asked = [sums for _, sums in vms if sums.fair >= 1.0]
+        asked = [one for one in vms if one.fair >= 1.0]
         return World(
             actions=dict(self._actions[world]),
             not_done=dict(self._not_done[world]),
-            bus_locks=sum(sums.locks[world] for _, sums in vms),
-            wanted=sum(sums.wanted for _, sums in vms),
-            throttled=sum(sums.throttled[world] for _, sums in vms),
-            capped=sum(sums.capped[world] for _, sums in vms),
-            paused=None if world == 0 else sum(sums.paused for _, sums in vms),
+            bus_locks=sum(one.bus_locks for one in vms),
+            wanted=sum(one.wanted for one in vms),
+            throttled=sum(one.throttled for one in vms),
+            capped=sum(one.capped for one in vms),
+            paused=None if world == 0 else sum(one.paused for one in vms),
             touched=frozenset(self._touched[world]),
             victims_delay=sum(victims) if victims else None,
-            jain=jain([sums.locks[world] / sums.fair for sums in asked]) if asked else None,
-            vms=tuple(
-                VmSums(
-                    vm=name,
-                    tenant=sums.tenant,
-                    bus_locks=sums.locks[world],
-                    wanted=sums.wanted,
-                    fair=sums.fair,
-                    throttled=sums.throttled[world],
-                    capped=sums.capped[world],
-                    paused=0.0 if world == 0 else sums.paused,
-                    delay=sums.delay[world] if sums.knows_delay else None,
-                )
-                for name, sums in vms
-            ),
+            jain=jain([one.bus_locks / one.fair for one in asked]) if asked else None,
+            vms=tuple(vms),
             series=tuple(
                 Bin(
                     time=self._since + i * self._width + self._width // 2,
                     wanted=one.wanted / one.seconds,
-                    bus_locks=one.locks[world] / one.seconds,
-                    throttled=one.throttled[world] / one.seconds,
-                    delay=one.delay[world] / one.seconds,
+                    bus_locks=_rest(one.locks, world * one.more_locks) / one.seconds,
+                    throttled=_rest(one.throttled, world * one.more_throttled) / one.seconds,
+                    delay=_rest(one.delay, world * one.more_delay) / one.seconds,
                 )
                 for i, one in sorted(self._bins.items())
             ),
         )
+
+    @staticmethod
+    def _sums(name: str, sums: _Vm, world: int) -> VmSums:
+        delay = sums.delay + world * sums.more_delay
+        return VmSums(
+            vm=name,
+            tenant=sums.tenant,
+            bus_locks=_rest(sums.locks, world * sums.more_locks),
+            wanted=sums.locks + sums.more_wanted,
+            fair=sums.locks + sums.more_fair,
+            throttled=_rest(sums.throttled, world * sums.more_throttled),
+            capped=_rest(sums.capped, world * sums.more_capped),
+            paused=world * sums.paused,
+            delay=max(0.0, delay) if sums.knows_delay else None,
+        )
+
+
+def _rest(was: float, more: float) -> float:
+    """Their sum; what is left of sums that cancel is rounding."""
+    found = was + more
+    return found if found > 1e-9 * was else 0.0

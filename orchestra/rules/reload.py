@@ -29,7 +29,8 @@ class Reloadable(Protocol):
         """Have these policies decide from now on, in this order.
 
         One that is there already (the same object) keeps its seat, its next tick and what it holds. What one that is
-        not there any more holds is let go (`orchestra.policy.ledger`) before the others decide. `guard` None: it stays.
+        not there any more holds is let go (`orchestra.policy.ledger`) before the others decide. `guard` None: it stays;
+        another one goes on with what was done so far.
         """
 
     def check_limit(
@@ -90,6 +91,13 @@ def compare(old: Rules, new: Rules) -> Change:
     became = {
         name: "new" if name not in before else "kept" if before[name] == entry else "changed"
         for name, entry in after.items()
+    }
+    # A rehearsal remembers what was not done: it does not become real, nor the other way round.
+    was_guard, guard = (rules.guard or Guard() for rules in (old, new))
+    became |= {
+        name: "changed"
+        for name, what in became.items()
+        if what == "kept" and was_guard.is_dry(name) != guard.is_dry(name)
     }
     became |= {name: "gone" for name in before if name not in after}
     limits: list[tuple[Meter, str | None, Limit | None]] = []

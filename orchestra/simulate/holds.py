@@ -19,8 +19,7 @@ from ..actions import (
     Unthrottle,
     Warn,
 )
-from ..budget import tightest
-from ..spec import Limit, Meter
+from ..spec import Limit, Meter, tightest
 from .arrays import Ints, np
 from .buckets import Buckets
 from .layout import Layout
@@ -56,7 +55,7 @@ class Holds:
         self._throttles: dict[tuple[str, int], _Set] = {}
         self._caps: dict[int, dict[str, float]] = {}
         self._isolated: dict[int, set[int]] = {}
-        self._paused: set[int] = set()
+        self._paused: dict[int, int] = {}  # VM: its host
         self._own_limits()
 
     def _own_limits(self) -> None:
@@ -91,6 +90,10 @@ class Holds:
                 said = next((one.limit for one in scenario.tenants if one.name == name), None)
         return None if said is None else said.on(layout.models[layout.host_class[host]])
 
+    def pauses(self, host: int) -> bool:
+        """Whether anybody is paused on a host."""
+        return host in self._paused.values()
+
     # ---- actions ----------------------------------------------------------------------------------------------------
 
     def apply(self, host: int, policy: str, action: Action, now: float) -> str | None:
@@ -116,10 +119,10 @@ class Holds:
                 self._run(vm)
             case Pause():
                 self.hindering[host] += vm not in self._paused
-                self._paused.add(vm)
+                self._paused[vm] = host
             case Resume():
                 self.hindering[host] -= vm in self._paused
-                self._paused.discard(vm)
+                self._paused.pop(vm, None)
             case Evict() | Stop() | Kill():
                 self._leave(vm, host)
         self._run(vm)
@@ -174,7 +177,7 @@ class Holds:
         inside = self._isolated.get(host, set())
         self.hindering[host] -= vm in inside
         inside.discard(vm)
-        self._paused.discard(vm)
+        self._paused.pop(vm, None)
         self.gone[vm] = True
 
     def _run(self, vm: int) -> None:

@@ -11,17 +11,16 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Protocol
 
-import attrs
-
 from ..actions import Action
 from ..errors import SpecError
 from ..policy import Facts, HostFacts, Policy, VmFacts
 from ..spec import Limit
 from .arrays import Bools, Floats, Ints, np
+from .guards import Deed
 from .layout import Layout
 from .policies import Factory
 
-__all__ = ["Deed", "Hosts", "Sums"]
+__all__ = ["Hosts", "Sums"]
 
 PATIENCE: Final = 300
 """Ticks for which a host in which nobody locks is looked at although nothing but limits is in force there. Who does not
@@ -38,22 +37,17 @@ class Sums(Protocol):
     bus: Floats
 
 
-@attrs.frozen
-class Deed:
-    """An action that a host's policy asked for. `time` in seconds."""
+class Ask(Protocol):
+    """What does with an action what is to be done with it: `Guards.ask`."""
 
-    time: float
-    host: int
-    policy: str
-    action: Action
-    error: str | None = None
+    def __call__(self, host: int, policy: str, order: int, action: Action, now: float) -> Deed: ...
 
 
 class _Seat:
     """One of the policies, on all hosts."""
 
-    def __init__(self, factory: Factory, layout: Layout, now: float) -> None:
-        self.factory = factory
+    def __init__(self, factory: Factory, order: int, layout: Layout, now: float) -> None:
+        self.factory, self.order = factory, order
         example = factory(layout.models[0])
         self.name = example.name
         self.interval = example.interval
@@ -91,18 +85,18 @@ class Hosts:
         factories: Sequence[Factory],
         sums: Sums,
         *,
-        apply: Callable[[int, str, Action, float], str | None],
+        ask: Ask,
         limit: Callable[[int], Limit | None],
         engaged: Ints,
         hindering: Ints,
     ) -> None:
         self.layout = layout
         self._sums = sums
-        self._apply = apply
+        self._ask = ask
         self._limit = limit
         self._engaged, self._hindering = engaged, hindering
         self._settle = layout.scenario.settle
-        self._seats = [_Seat(factory, layout, 0.0) for factory in factories]
+        self._seats = [_Seat(factory, order, layout, 0.0) for order, factory in enumerate(factories)]
         self._tenants = layout.tenant_tables()
         self._names: dict[int, str] = {}
         self._absent: Mapping[str, str] = {"io_pressure": "not simulated", "memory_pressure": "not simulated"}
@@ -262,7 +256,7 @@ class Hosts:
             self.errors[f"{seat.name}: {type(error).__name__}: {error}"] += 1
             return
         for action in actions:
-            failed = self._apply(host, seat.name, action, now)
-            self.deeds.append(Deed(now, host, seat.name, action, failed))
-            if failed is not None and (told := getattr(policy, "refused", None)) is not None:
-                told(action, failed)
+            deed = self._ask(host, seat.name, seat.order, action, now)
+            self.deeds.append(deed)
+            if deed.error is not None and (told := getattr(policy, "refused", None)) is not None:
+                told(action, deed.error)

@@ -9,7 +9,7 @@ from typing import Any, Final
 import attrs
 
 from .arrays import np
-from .hosts import Deed
+from .guards import Deed
 from .run import Result, WorldResult
 from .scenario import Scenario
 from .tally import EDGES
@@ -66,11 +66,16 @@ def action_row(deed: Deed) -> dict[str, Any]:
         "action": type(deed.action).__name__,
         **fields,
         "error": deed.error,
+        "refused": deed.refused,
     }
 
 
 def _scenario(scenario: Scenario) -> dict[str, Any]:
-    plain = attrs.asdict(scenario, value_serializer=lambda _, __, value: _finite(value))
+    plain = attrs.asdict(
+        scenario,
+        filter=lambda field, _: not field.name.startswith("_"),
+        value_serializer=lambda _, __, value: _finite(value),
+    )
     for vms, one in zip(plain["vms"], scenario.vms, strict=True):
         vms["behaviour"] = {"kind": one.behaviour.kind, **vms["behaviour"]}
     return plain
@@ -124,6 +129,7 @@ ROWS: Final[tuple[tuple[str, Callable[[Mapping[str, Any]], str]], ...]] = (
     ("time to release, mean (p90)", lambda f: _spread(f["time_to_release"])),
     ("false positives: VMs held that took no more than theirs", lambda f: f"{f['false_positives']['vms']:,}"),
     ("actions", lambda f: f"{f['actions']['total']:,}"),
+    ("refused by the guard", lambda f: f"{f['actions']['refused']:,}"),
 )
 """The table of figures: what it is, and how it is shown."""
 

@@ -9,8 +9,9 @@ from typing import Any, TypeAlias, cast
 
 import attrs
 
+from ..policy import Guard
 from .arrays import np
-from .hosts import Deed
+from .guards import Deed
 from .layout import Layout
 from .policies import Factory, QemuWindow, maker
 from .scenario import Scenario
@@ -77,6 +78,7 @@ def simulate(
     *,
     seed: int | None = None,
     policies: Sequence[Factory] | None = None,
+    guard: Guard | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Run a scenario with and without its policies. Takes as long as it takes; nothing else runs meanwhile.
@@ -84,6 +86,7 @@ def simulate(
     Parameters:
         seed: in the place of the scenario's.
         policies: in the place of the scenario's: each makes a policy for one host, given its CPU.
+        guard: in the place of the scenario's: its settings, for a guard of its own on each host.
         progress: told about 100 times for each world. What it raises ends the simulation.
     """
     seed = scenario.seed if seed is None else seed
@@ -93,7 +96,7 @@ def simulate(
     names += () if window is None else (window.name,)
     ruled = None
     if names:
-        ruled = run_world(layout, seed, WITH, factories, window, progress=progress)
+        ruled = run_world(layout, seed, WITH, factories, window, guard, progress=progress)
     free = run_world(layout, seed, WITHOUT, progress=progress)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return Result(scenario, seed, names, ruled, free, peak)
@@ -105,6 +108,7 @@ def run_world(
     label: str,
     factories: Sequence[Factory] = (),
     window: QemuWindow | None = None,
+    guard: Guard | None = None,
     *,
     progress: Progress | None = None,
 ) -> WorldResult:
@@ -113,7 +117,7 @@ def run_world(
     ticks = layout.scenario.ticks
     # Dividing by nothing is nowhere meant; numpy would only warn.
     with np.errstate(divide="raise", invalid="raise"):
-        world = World(layout, seed, factories, window)
+        world = World(layout, seed, factories, window, guard)
         every = max(1, ticks // 100)
         for tick in range(ticks):
             if progress is not None and tick % every == 0:

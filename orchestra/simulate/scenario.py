@@ -14,6 +14,8 @@ import attrs
 
 from .. import tomlfile
 from ..errors import SpecError
+from ..policy import Guard
+from ..rules.kinds import rules_converter
 from ..spec import Tenant
 from .behaviours import BEHAVIOURS, Behaviour, Quiet
 from .cpus import CPUS, HostCpu, LimitSpec
@@ -159,6 +161,7 @@ class Scenario:
         hosts, vms, tenants: who is there.
         placement: who is where.
         policies: what each host runs; each host has instances of its own.
+        guard: what no policy may do, as live; each host has one of its own.
         settle: ticks for which the policies of a host still look at it when nobody locks there any more. Those that
             remember many ticks (what `Adaptive` takes for usual is the median of 60) want more than the default.
         cpus: CPU models beside `CPUS`, or in the place of some.
@@ -175,6 +178,7 @@ class Scenario:
     tenants: tuple[Tenants, ...] = ()
     placement: Placement = Placement.RANDOM
     policies: tuple[PolicySpec, ...] = ()
+    guard: Guard = attrs.field(factory=Guard, eq=False)
     settle: int = 5
     cpus: Mapping[str, HostCpu] = attrs.field(factory=dict)
 
@@ -217,6 +221,8 @@ class Scenario:
                 wrong("needs at least one table", field)
         if self.size > MOST_VMS:
             wrong(f"{self.size} VMs; at most {MOST_VMS}", "vms")
+        if self.guard.dry_run:
+            wrong(f"{self.guard.dry_run!r}: a simulation does nothing to anybody: leave it out", "guard", "dry_run")
         known = {*CPUS, *self.cpus}
         for i, hosts in enumerate(self.hosts):
             if hosts.cpu not in known:
@@ -257,7 +263,7 @@ def load_scenario(text: str, file: str = "scenario") -> Scenario:
 
 
 def _converter() -> Any:
-    made = tomlfile.converter()
+    made = rules_converter()
 
     def behaviour(value: Any, _: Any) -> Behaviour:
         if isinstance(value, str):

@@ -17,8 +17,8 @@ import attrs
 from ..actions import CapCpu, Evict, Isolate, Kill, Pause, Stop, Throttle, Warn
 from .arrays import Bools, Floats, Ints, np
 from .fairness import fair_shares, jain
+from .guards import Deed
 from .holds import Holds
-from .hosts import Deed
 from .layout import Layout
 
 __all__ = ["BINS", "EDGES", "Tally", "quantile"]
@@ -104,7 +104,7 @@ class Tally:
         self.wrong_seconds = self.wrong_waited = self.guilty_waited = 0.0
         self.wrong_actions = 0
         self.kinds: Counter[str] = Counter()
-        self.failed = 0
+        self.failed = self.refused = 0
         self.deeds: list[Deed] = []
 
     def _bin(self, time: float) -> int:
@@ -229,11 +229,14 @@ class Tally:
 
     def did(self, deeds: Sequence[Deed]) -> None:
         for deed in deeds:
+            if len(self.deeds) < KEPT:
+                self.deeds.append(deed)
+            if deed.refused:
+                self.refused += 1
+                continue
             self.actions[self._bin(deed.time - 1e-6)] += 1
             self.kinds[type(deed.action).__name__] += 1
             self.failed += deed.error is not None
-            if len(self.deeds) < KEPT:
-                self.deeds.append(deed)
             name = deed.action.vm
             vm = None if name is None else self.layout.number(name, deed.host)
             if vm is None or deed.error is not None:
@@ -310,6 +313,7 @@ class Tally:
             "actions": {
                 "total": sum(self.kinds.values()),
                 "failed": self.failed,
+                "refused": self.refused,
                 "kinds": dict(sorted(self.kinds.items())),
             },
             "groups": [

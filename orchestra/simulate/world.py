@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..actions import Action
+from ..policy import Guard
 from .arrays import Floats, Ints, generator, np, totals
 from .buckets import Buckets, Windows, shared_waits
+from .guards import Guards
 from .holds import Holds
 from .hosts import Hosts
 from .layout import Layout
@@ -35,6 +36,7 @@ class World:
         seed: int,
         factories: Sequence[Factory] = (),
         window: QemuWindow | None = None,
+        guard: Guard | None = None,
     ) -> None:
         self.layout = layout
         self.scenario = layout.scenario
@@ -50,11 +52,12 @@ class World:
         self.released = 0.0
         self.holds = Holds(layout)
         self._windows = None if window is None else Windows(layout.size, window.rate, window.slice)
+        self.guards = Guards(layout, self.holds, guard or self.scenario.guard)
         self.hosts = Hosts(
             layout,
             factories,
             self,
-            apply=self._apply,
+            ask=self.guards.ask,
             limit=lambda host: self.holds.own_limit("host", host),
             engaged=self.holds.engaged,
             hindering=self.holds.hindering,
@@ -62,9 +65,6 @@ class World:
         self.tally = Tally(layout, self.holds)
         self._witness_speed = np.array([vms.vcpus * vms.cpu for vms in groups])
         self.hosts.open()
-
-    def _apply(self, host: int, policy: str, action: Action, now: float) -> str | None:
-        return self.holds.apply(host, policy, action, now)
 
     def step(self) -> None:
         """One tick."""
@@ -107,8 +107,7 @@ class World:
         held = (waited > 0.01 * vcpus * tick) | (asked < 0.99 * wants)
         self.tally.add(start, end, vms, wants, done, waited, held, share)
         doing = vms[(asked > 0) | (waited > 0)] if holds.hindered else vms
-        deeds = self.hosts.tick(end, doing)
-        self.tally.did(deeds)
+        self.tally.did([*self.guards.overdue(end), *self.hosts.tick(end, doing)])
 
     def _wants(self, start: float) -> tuple[Ints, Floats]:
         found: list[Ints] = []

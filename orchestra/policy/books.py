@@ -1,0 +1,227 @@
+"""What a guard let through: cool-downs, what was done in the last minute, who holds what, and what failed lately."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from typing import Any, Final
+
+import attrs
+
+from ..actions import (
+    Action,
+    CapCpu,
+    Evict,
+    Isolate,
+    Kill,
+    Pause,
+    Rejoin,
+    Resume,
+    SetLimit,
+    Stop,
+    Throttle,
+    Unthrottle,
+)
+
+__all__ = ["AXIS", "BACK", "HARD", "LAST", "RUNNING", "Books", "Failures", "Noted", "Word", "is_limit", "lets_go"]
+
+MINUTE: Final = 60_000_000_000
+MOST_REMEMBERED: Final = 65536
+LAST: Final = 1 << 30
+"""The order of a policy that is not there any more: everybody goes before it."""
+
+RETRY: Final = 1_000_000_000
+RETRY_MOST: Final = 64_000_000_000
+"""Nanoseconds before what failed is tried again: doubled by each failure, up to the most."""
+
+RUNNING: Final = "running"
+PLACE: Final = "place"
+AXIS: Final[dict[type, str]] = {
+    Pause: RUNNING,
+    Resume: RUNNING,
+    Stop: RUNNING,
+    Kill: RUNNING,
+    Evict: RUNNING,
+    Isolate: PLACE,
+    Rejoin: PLACE,
+}
+"""What two policies can disagree on. Limits and caps are not among it: each policy has its own, the tightest counts."""
+
+HARD: Final = (Pause, Isolate, Evict, Stop, Kill)
+BACK: Final = (Resume, Rejoin)
+
+
+def lets_go(action: Action) -> bool:
+    match action:
+        case Resume() | Rejoin() | Unthrottle() | CapCpu(share=None) | SetLimit(limit=None):
+            return True
+    return False
+
+
+def is_limit(action: Action) -> bool:
+    return isinstance(action, Throttle | SetLimit)
+
+
+@attrs.frozen
+class Word:
+    """What somebody said about a VM last."""
+
+    order: int
+    policy: str | None
+    time: int
+
+
+@attrs.frozen
+class Noted:
+    """What the books said of a VM before an action was noted, so that one that fails can be struck out."""
+
+    word: Word
+    hard: int | None
+    host: int | None
+    before: tuple[Word | None, Word | None]  # held, let go
+    after: tuple[Word | None, Word | None]
+
+
+@attrs.define(eq=False)
+class Books:
+    """A dry run has books of its own: what it did not do must not stop what is done.
+
+    Attributes:
+        hard: when the last hard action on a VM was.
+        host: and on any.
+        recent, limits: when actions and limits of policies were, in the last minute.
+        held, let: who holds a VM on an axis, and who let it go last.
+        dry: these are a dry run's.
+    """
+
+    dry: bool = False
+    hard: dict[str, int] = attrs.field(factory=dict)
+    host: int | None = None
+    recent: deque[int] = attrs.field(factory=deque)
+    limits: deque[int] = attrs.field(factory=deque)
+    held: dict[tuple[str, str], Word] = attrs.field(factory=dict)
+    let: dict[tuple[str, str], Word] = attrs.field(factory=dict)
+
+    def words(self, action: Action) -> tuple[Word | None, Word | None]:
+        key = (action.vm or "", AXIS.get(type(action), ""))
+        return self.held.get(key), self.let.get(key)
+
+    def lately(self, action: Action, time: int) -> deque[int]:
+        """When actions of this sort were in the last minute."""
+        when = self.limits if is_limit(action) else self.recent
+        while when and time - when[0] >= MINUTE:
+            when.popleft()
+        return when
+
+    def note(self, action: Action, word: Word, cool_down: float) -> Noted:
+        """`cool_down`: nanoseconds for which a word counts."""
+        vm = action.vm or ""
+        hard, host, before = self.hard.get(vm), self.host, self.words(action)
+        if word.policy is not None and not lets_go(action):
+            self.lately(action, word.time).append(word.time)
+            if isinstance(action, HARD):
+                self.host = word.time
+                self.hard[vm] = word.time
+                if len(self.hard) > MOST_REMEMBERED:
+                    self.hard = {vm: last for vm, last in self.hard.items() if last > word.time - cool_down}
+        if type(action) in AXIS:
+            self._say(action, word, cool_down)
+        return Noted(word, hard, host, before, self.words(action))
+
+    def _say(self, action: Action, word: Word, cool_down: float) -> None:
+        key = (action.vm or "", AXIS[type(action)])
+        if isinstance(action, BACK):
+            self.held.pop(key, None)
+            self.let[key] = word
+            if len(self.let) > MOST_REMEMBERED:
+                self.let = {at: said for at, said in self.let.items() if said.time > word.time - cool_down}
+        elif isinstance(action, Pause | Isolate):
+            self.let.pop(key, None)
+            before = self.held.get(key)
+            if before is None or word.order < before.order:  # the strongest word counts, from when it was said
+                self.held[key] = word
+        elif word.policy is None or self.dry:  # a policy's may still fail: the VM's end is what counts
+            self.forget(action.vm or "")
+
+    def strike(self, action: Action, noted: Noted) -> None:
+        """It failed: all is as before, but for what others said meanwhile."""
+        vm = action.vm or ""
+        if isinstance(action, HARD):
+            if self.host == noted.word.time:
+                self.host = noted.host
+            if self.hard.get(vm) == noted.word.time:
+                _put(self.hard, vm, noted.hard)
+        if type(action) in AXIS and self.words(action) == noted.after:
+            for words, was in zip((self.held, self.let), noted.before, strict=True):
+                _put(words, (vm, AXIS[type(action)]), was)
+
+    def forget(self, vm: str) -> None:
+        for axis in set(AXIS.values()):
+            self.held.pop((vm, axis), None)
+            self.let.pop((vm, axis), None)
+
+    def reorder(self, orders: Mapping[str, int]) -> None:
+        """Other policies, or in another order. What one that is not there any more let go binds nobody; what it
+        still holds anybody may let go."""
+        for words in (self.held, self.let):
+            for key, word in list(words.items()):
+                if word.policy is None or word.order == orders.get(word.policy):
+                    continue
+                if word.policy in orders:
+                    words[key] = attrs.evolve(word, order=orders[word.policy])
+                elif words is self.held and not self.dry:
+                    words[key] = attrs.evolve(word, order=LAST)
+                else:
+                    del words[key]
+
+
+@attrs.frozen
+class _Failing:
+    times: int
+    until: int
+
+
+class Failures:
+    """What failed is not tried again at the same place at once, and ever more seldom."""
+
+    def __init__(self) -> None:
+        self._places: dict[tuple[str | None, str | None], dict[tuple[type, int | None], _Failing]] = {}
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def add(self, action: Action, time: int) -> None:
+        if len(self._places) > MOST_REMEMBERED:
+            places = self._places.items()
+            self._places = {at: kinds for at, kinds in places if any(time < one.until for one in kinds.values())}
+        kinds = self._places.setdefault(_place(action), {})
+        before = kinds.get(_kind(action))
+        # Long after the last one it is another matter.
+        times = 0 if before is None or time - before.until > RETRY_MOST else before.times
+        kinds[_kind(action)] = _Failing(times + 1, time + min(RETRY << min(times, 30), RETRY_MOST))
+
+    def why_not(self, action: Action, time: int) -> str:
+        """Why it is not to be tried now; empty: it may be."""
+        failing = self._places.get(_place(action), {}).get(_kind(action))
+        if failing is None or time >= failing.until:
+            return ""
+        times = "" if failing.times == 1 else f" {failing.times} times in a row"
+        return f"it failed{times}: not tried again for {(failing.until - time) / 1e9:.3g} s"
+
+    def forget(self, vm: str) -> None:
+        self._places.pop((vm, None), None)
+
+
+def _place(action: Action) -> tuple[str | None, str | None]:
+    return action.vm, getattr(action, "tenant", None)
+
+
+def _kind(action: Action) -> tuple[type, int | None]:
+    return type(action), getattr(action, "launch", None)
+
+
+def _put(into: dict[Any, Any], key: Any, value: Any) -> None:
+    if value is None:
+        into.pop(key, None)
+    else:
+        into[key] = value

@@ -1,0 +1,81 @@
+"""Shows a policy that runs dry the fleet as it would be if what was decided were done."""
+
+from __future__ import annotations
+
+import attrs
+
+from ..actions import Action
+from ..spec import Meter, tightest
+from .facts import Facts, VmFacts
+from .inforce import InForce, Passed
+
+__all__ = ["Rehearsal"]
+
+
+class Rehearsal:
+    """One policy's view of a dry run.
+
+    A VM whose pause, eviction or stop was decided is in no facts. One that would be throttled or capped is shown with
+    what these would let through, and what it would have waited (`InForce`: buckets as fluids). What isolation would
+    change, and how the others would fare, is not known: signals of the host and of victims are shown as they are.
+    """
+
+    def __init__(self) -> None:
+        self._force = InForce()
+        self._coming: list[tuple[int, Action, str]] = []
+
+    def apply(self, action: Action, policy: str, time: int) -> None:
+        """It was decided, and not done. It shows from `time` (ns) on: facts of that time are about what was before."""
+        self._coming.append((time, action, policy))
+
+    def let_go(self, policy: str) -> None:
+        """A policy is not there any more."""
+        self._coming = [one for one in self._coming if one[2] != policy]
+        self._force.let_go(policy)
+
+    def forget(self, vm: str) -> None:
+        """A VM is really gone."""
+        self._coming = [one for one in self._coming if one[1].vm != vm]
+        self._force.forget(vm)
+
+    def see(self, facts: Facts) -> Facts:
+        """The facts of an interval, as its policy is to see them. Call it once for each."""
+        coming, self._coming = self._coming, []
+        for one in coming:
+            time, action, policy = one
+            if time < facts.time:
+                self._force.apply(action, policy)
+            else:
+                self._coming.append(one)
+        if not self._force:
+            return facts
+        # What a VM did is taken for what it wants: it is as free as the limits that are really in force leave it.
+        passed = self._force.let_through(facts.vms, facts.interval)
+        vms = dict(facts.vms)
+        for name, came in passed.items():
+            if self._force.is_out(name):
+                del vms[name]
+            else:
+                vms[name] = _shown(vms[name], came, facts.interval)
+        limit, exit_limit = (
+            known if decided is None else tightest(known, [decided])
+            for known, decided in (
+                (facts.limit, self._force.host_limit(Meter.BUS_LOCKS)),
+                (facts.exit_limit, self._force.host_limit(Meter.EXITS)),
+            )
+        )
+        return attrs.evolve(facts, vms=vms, limit=limit, exit_limit=exit_limit)
+
+
+def _shown(vm: VmFacts, came: Passed, interval: float) -> VmFacts:
+    part, seconds = came.part, vm.vcpus * interval
+    return attrs.evolve(
+        vm,
+        bus_locks=None if vm.bus_locks is None else round(vm.bus_locks * part),
+        exits=round(vm.exits * part),
+        throttled=min(seconds, vm.throttled + came.throttled),
+        cpu=None if vm.cpu is None else vm.cpu * part,
+        run_delay=None if vm.run_delay is None else vm.run_delay * part,
+        capped=min(seconds, (vm.capped or 0.0) + came.capped) if came.capped else vm.capped,
+        work=None if vm.work is None else vm.work * part,
+    )
