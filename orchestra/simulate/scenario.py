@@ -159,8 +159,7 @@ class Scenario:
         hosts, vms, tenants: who is there.
         placement: who is where.
         policies: what each host runs; each host has instances of its own.
-        settle: ticks for which the policies of a host still look at it when nobody locks there any more. Those that
-            remember many ticks (what `Adaptive` takes for usual is the median of 60) want more than the default.
+        settle: ticks for which the policies of a host still look at it when nobody locks there any more.
         cpus: CPU models beside `CPUS`, or in the place of some.
     """
 
