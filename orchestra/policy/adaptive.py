@@ -41,6 +41,9 @@ LOWER: Final = 0.02
 HIGHER: Final = 0.1
 """By which part a limit has to be off before it is set again. While it hurts a lower one is always set."""
 
+SLOWLY: Final = 0.1
+"""Between the clear and the threshold the level rises at this part of its speed: nothing stays for ever."""
+
 FASTEST: Final = 1e9
 
 
@@ -63,27 +66,31 @@ class Adaptive:
     While every signal is below its threshold nothing is limited. When one is over it, those VMs that do more than the
     floor get a common level: at first `decrease` times what they did together, again `decrease` times that at each look
     that still finds harm, down to the floor. In the clear the level rises, by `increase` times the level that hurt
-    last each second; once that is passed in the clear, it doubles each second. When the level has reached what it was
-    at the start, all are free. So after the harm is over everybody is free again within
-    ``(1 - decrease) / increase + log2(start / level that hurt last)`` seconds in the clear, whatever the load is.
+    last each second; once that is passed without harm, it doubles each second. Between the clear and the threshold it
+    rises ten times slower. When the level has reached what it was at the start, all are free. So after the harm is over
+    everybody is free again within ``(1 - decrease) / increase + log2(start / level that hurt last)`` seconds in the
+    clear, whatever the load is, or ten times that short of it.
 
     The level is shared by weighted max-min on top of the floor: the noisiest pay first, and whoever stays within the
     floor is not limited at all. Those are also the victims that are listened to. If it still hurts with everybody at
     the floor, the reason is another, and nothing more is done.
 
-    A weakness of the signals that compare with what is usual (``lock_slowdown``, ``memory_slowdown``, ``work_drop``):
-    harm just below the threshold becomes usual with time, so a steady offender is let go in the end and slow growth is
-    missed. Where that matters, give the times themselves (``lock_ns``).
+    ``lock_slowdown``, ``memory_slowdown`` and ``work_drop`` compare with what is usual: the best that was seen so far,
+    raised only to what is measured while nobody does more than the floor (`orchestra.policy.signals`). Harm that lasts
+    or grows slowly stays harm. A host, or a guest, that is slow for good and for another reason costs the noisy half a
+    minute at the floor; then that is usual, and they are let go. What was there from the start is taken for usual until
+    something better is seen, and a policy that is made anew starts anew. Who knows what is good says it: ``lock_ns``
+    with 1.5 times that, and `clear`, is the same with nothing to learn.
 
     Parameters:
         signals: thresholds by signal; it hurts when any is over its own. ``lock_slowdown`` and ``memory_slowdown``: how
             many times as long as usual the host's probe takes; ``lock_ns``, ``memory_ns``: its times themselves;
             ``cpu_pressure``, ``memory_pressure``, ``io_pressure``: PSI, 0 to 1; ``run_delay``: of the victim that fares
             worst, the part of the time that it could have run and had no CPU; ``work_drop``: of the victim that fares
-            worst, the part by which it works slower than is usual with it (by what it reports, per second that it
-            could run). A signal that is absent counts as no harm.
-        clear: where the clear begins, as a part of the way from nothing to the threshold; between the two the level
-            stays.
+            worst, the part by which it worked slower in the last second than is usual with it (by what it reports, per
+            second that it could run). A signal that is absent counts as no harm.
+        clear: where the clear begins, as a part of the way from nothing to the threshold. Times in ns never are 0: with
+            ``lock_ns`` or ``memory_ns``, have it above what they are in the calm.
         floor: events per second that every VM may always do.
         increase: a part of the level that hurt last, per second.
         decrease: from 0.1 to 0.9.
@@ -123,7 +130,7 @@ class Adaptive:
         self._meter = as_meter(meter)
         self._interval = within("interval", interval, 1e-4, 3600, "seconds")
         self._name = name or ("adaptive" if self._meter is Meter.BUS_LOCKS else f"adaptive-{self._meter}")
-        self._signals = Signals(over)
+        self._signals = Signals(over, meter=self._meter, floor=self._floor)
         self._vms: dict[str, _Vm] = {}
         self._level: float | None = None
         self._start = self._hurt = 0.0
@@ -164,18 +171,21 @@ class Adaptive:
             return []
         total = sum(vm.rate for vm in self._vms.values())
         self._start = max(self._start, total)
-        least = self._floor * len(self._vms)
+        least = self._least()
         if harm and not self._settling:
             self._hurt = max(least, min(self._level, total))
+            if self._level > least:
+                self._signals.begin()
             self._level = self._hurt * self._decrease
             self._settling = True  # what was decided now shows at the tick after the next
         else:
             self._settling = False
-            if clear:
+            if not harm:
+                passed = facts.interval if clear else facts.interval * SLOWLY
                 if self._level < self._hurt:
-                    self._level += self._increase * self._hurt * facts.interval
+                    self._level += self._increase * self._hurt * passed
                 else:
-                    self._level *= 2 ** min(facts.interval, 60)
+                    self._level *= 2 ** min(passed, 60)
                 if self._level >= self._start:
                     return list(self._free(evidence))
         self._level = max(self._level, least)
@@ -234,7 +244,8 @@ class Adaptive:
 
     def _begin(self, facts: Facts, evidence: dict[str, Any]) -> Iterator[Throttle]:
         self._start = self._hurt = sum(vm.rate for vm in self._vms.values())
-        self._level = max(self._start * self._decrease, self._floor * len(self._vms))
+        self._level = max(self._start * self._decrease, self._least())
+        self._signals.begin()
         self._settling = True
         yield from self._limits(evidence)
 
@@ -244,6 +255,10 @@ class Adaptive:
             if vm.limit is not None:
                 yield Unthrottle(vm=vm.name, meter=self._meter, reason="nobody suffers any more", evidence=evidence)
         self._vms.clear()
+
+    def _least(self) -> float:
+        """The level at which everybody is at the floor. Who asks for less leaves nothing to the others there."""
+        return max(self._floor, sum(min(self._floor, max(vm.asked) * 1.1) for vm in self._vms.values()))
 
     def _shares(self, level: float) -> dict[str, float]:
         """What each is entitled to: the floor and, by weight, a part of the rest. Who asks for less leaves it to the

@@ -162,8 +162,7 @@ class Scenario:
         placement: who is where.
         policies: what each host runs; each host has instances of its own.
         guard: what no policy may do, as live; each host has one of its own.
-        settle: ticks for which the policies of a host still look at it when nobody locks there any more. Those that
-            remember many ticks (what `Adaptive` takes for usual is the median of 60) want more than the default.
+        settle: ticks for which the policies of a host still look at it when nobody locks there any more.
         cpus: CPU models beside `CPUS`, or in the place of some.
     """
 
