@@ -258,7 +258,7 @@ def row(locks: int | None = 0, **more: object) -> Aggregate:
     fields: dict[str, object] = {
         **{"session": 1, "time": SECOND, "interval": 1.0, "vm": "a", "launch": 1, "tenant": "acme", "weight": 1.0},
         **{"vcpus": 1, "bus_locks": locks, "exits": 100, "throttled": 0.0, "cpu": None, "run_delay": None},
-        **{"capped": None, "work": None},
+        **{"capped": None, "work": None, "dirty_pages": None},
     }
     return Aggregate(**(fields | more))  # type: ignore[arg-type]
 

@@ -28,8 +28,13 @@ class VmFacts:
         capped: seconds that a CPU cap held it.
         work: how much the guest got done since the last tick, by its own account (`Vm.report_work`); the unit is the
             guest's, so compare it with nothing but itself.
+        dirty_pages: pages of 4 KiB that it wrote, by the readings of its dirty log since the last tick. There is about
+            one a second, and a page counts once in each. None: none fell in this tick, or its memory is not logged
+            (`VmSpec.log_dirty`).
+        dirty_rate: pages a second: by these readings, or if there was none by the last one before, unless the VM rested
+            since.
 
-    The last four are None where this host, or this guest, does not tell: never 0 for "unknown".
+    The last six are None where this host, or this guest, does not tell: never 0 for "unknown".
     """
 
     name: str
@@ -44,6 +49,8 @@ class VmFacts:
     run_delay: float | None = None
     capped: float | None = None
     work: float | None = None
+    dirty_pages: int | None = None
+    dirty_rate: float | None = None
 
 
 @attrs.frozen

@@ -250,7 +250,7 @@ def _sum(one: VmFacts | None, other: VmFacts) -> VmFacts:
     def both(a: float | None, b: float | None) -> float | None:
         return b if a is None else a if b is None else a + b
 
-    locks = both(one.bus_locks, other.bus_locks)
+    locks, pages = both(one.bus_locks, other.bus_locks), both(one.dirty_pages, other.dirty_pages)
     return attrs.evolve(
         other,
         bus_locks=None if locks is None else round(locks),
@@ -260,4 +260,6 @@ def _sum(one: VmFacts | None, other: VmFacts) -> VmFacts:
         run_delay=both(one.run_delay, other.run_delay),
         capped=both(one.capped, other.capped),
         work=both(one.work, other.work),
+        dirty_pages=None if pages is None else round(pages),
+        dirty_rate=one.dirty_rate if other.dirty_rate is None else other.dirty_rate,
     )

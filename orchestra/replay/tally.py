@@ -198,6 +198,7 @@ class Tally:
             per_second = delay / want.ran / want.vcpu_seconds + self._response.change("run_delay", others)
             delay = min(1.0, max(0.0, per_second)) * want.vcpu_seconds * part
         locks = want.events.get(Meter.BUS_LOCKS)
+        pages = None if seen.dirty_pages is None else seen.dirty_pages * scale
         return VmFacts(
             name=seen.vm,
             tenant=seen.tenant,
@@ -211,6 +212,8 @@ class Tally:
             run_delay=delay,
             capped=None if seen.capped is None and not came.capped else came.capped,
             work=None if seen.work is None else seen.work * scale * max(0.0, 1 + self._response.change("work", others)),
+            dirty_pages=None if pages is None else round(pages),
+            dirty_rate=None if pages is None else pages / seen.interval,
         )
 
     def _host(self, tick: Tick, more: float) -> HostFacts:
