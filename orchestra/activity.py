@@ -7,12 +7,14 @@ CPU at the last look are looked at again; of the others a few, in turn, so that 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Final, Protocol
 
 import attrs
 
+from .backend import Backend
+from .dirty import DirtyLogs, Told
 from .guest import Guest
 from .native.core import FleetCore
 from .policy import Facts, VmFacts
@@ -26,12 +28,14 @@ IN_TURN: Final = 64
 """How many of the vCPUs that seem idle are looked at in a tick."""
 
 NO_THREADS: Final = "the scripted backend has no threads"
+NO_LOG: Final = "only KVM can tell which pages a guest writes"
 
 
 class Fleet(Protocol):
     """What this needs of its fleet."""
 
     core: FleetCore
+    backend: Backend
     bus_locks: bool
 
     @property
@@ -71,6 +75,8 @@ class _Sum:
     run_delay: int | None = None
     capped: int | None = None
     work: float | None = None
+    dirty_pages: int | None = None
+    dirty_time: int = 0
 
 
 @attrs.define(eq=False)
@@ -90,16 +96,23 @@ class Window:
 
 
 class Activity:
-    """Of one fleet. `look`, and then ask for facts."""
+    """Of one fleet. `look`, and then ask for facts.
+
+    Attributes:
+        logs: its VMs' dirty logs. Whoever looks has those read that are due, and tells what they said (`dirty`).
+    """
 
     def __init__(self, fleet: Fleet, host: HostSignals, threads: ThreadTimes | None) -> None:
         """`threads`: None if the fleet's vCPUs have none."""
         self.host = host
+        self.logs = DirtyLogs()
         self._fleet = fleet
         self._threads = threads
         self._absent: Mapping[str, str] = (
             dict.fromkeys(("cpu", "run_delay"), NO_THREADS) if threads is None else threads.absent
         )
+        if not fleet.backend.logs_dirty:
+            self._absent = {**self._absent, "dirty_pages": NO_LOG, "dirty_rate": NO_LOG}
         self._vcpus: dict[int, _Vcpu] = {}
         self._turn: deque[int] = deque()
         self._again: set[int] = set()
@@ -124,6 +137,7 @@ class Activity:
         vcpu = self._vcpus.pop(id, None)
         if vcpu is not None:
             self._look(vcpu, self._fleet.now())
+            self.dirty(self.logs.forget(vcpu.vm, vcpu.guest.dirty))
         self._again.discard(id)
 
     def work(self, vm: Vm, units: float) -> None:
@@ -131,6 +145,14 @@ class Activity:
         for window in self._windows.values():
             total = window.of(vm)
             total.work = (total.work or 0.0) + units
+
+    def dirty(self, told: Iterable[Told]) -> None:
+        """Dirty logs were read."""
+        for vm, pages, time in told:
+            for window in self._windows.values():
+                total = window.of(vm)
+                total.dirty_pages = (total.dirty_pages or 0) + pages
+                total.dirty_time += time
 
     # ---- looking
 
@@ -161,6 +183,8 @@ class Activity:
         vcpu.exits, vcpu.bus_locks, vcpu.throttled = sums
         used, waited = self._times(vcpu, now)
         capped = self._capped(vcpu, now)
+        if exits or used:
+            self.logs.stir(vcpu.vm, vcpu.looked, now)
         vcpu.looked = now
         if not (exits or bus_locks or throttled or used or capped):
             return False
@@ -186,7 +210,7 @@ class Activity:
             return None, None
         used, vcpu.cpu = ran - vcpu.cpu, ran
         if not used:
-            return 0, None if self._absent else 0
+            return 0, None if "run_delay" in self._absent else 0
         waited = None
         delay = self._threads.run_delay(vcpu.tid)
         if delay is not None:
@@ -248,6 +272,7 @@ class Activity:
         )
 
     def _vm_facts(self, vm: Vm, total: _Sum) -> VmFacts:
+        pages = total.dirty_pages
         return VmFacts(
             name=vm.name,
             tenant=vm.tenant,
@@ -261,6 +286,8 @@ class Activity:
             run_delay=_seconds(total.run_delay),
             capped=_seconds(total.capped),
             work=total.work,
+            dirty_pages=pages,
+            dirty_rate=self.logs.rate(vm) if pages is None else pages * 1e9 / total.dirty_time,
         )
 
 
