@@ -15,7 +15,7 @@ from pathlib import Path
 import attrs
 import trio
 
-from . import aio, answered, emulated, floor, idle, launch, machine, pause, profile, rate, simulate, tick, told
+from . import aio, answered, dirty, emulated, floor, idle, launch, machine, pause, profile, rate, simulate, tick, told
 from .row import Options, Row, table
 
 BENCHMARKS: dict[str, Callable[[Options], Awaitable[list[Row]]]] = {
@@ -34,6 +34,7 @@ BENCHMARKS: dict[str, Callable[[Options], Awaitable[list[Row]]]] = {
     "emulated": emulated.emulated,
     "simulate": simulate.simulate,
     "profile": profile.profile,
+    "dirty": dirty.dirty,
 }
 RESULTS = Path(__file__).parent / "results"
 
