@@ -18,6 +18,7 @@ import trio
 from . import (
     aio,
     answered,
+    dirty,
     emulated,
     engine,
     floor,
@@ -53,6 +54,7 @@ BENCHMARKS: dict[str, Callable[[Options], Awaitable[list[Row]]]] = {
     "simulate": simulate.simulate,
     "replay": replay.replay,
     "profile": profile.profile,
+    "dirty": dirty.dirty,
 }
 RESULTS = Path(__file__).parent / "results"
 

@@ -7,12 +7,14 @@ CPU at the last look are looked at again; of the others a few, in turn, so that 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Final, Protocol
 
 import attrs
 
+from .backend import Backend
+from .dirty import DirtyLogs, Told
 from .guest import Guest
 from .native.core import FleetCore, reason_name
 from .policy import Facts, VcpuFacts, VmFacts
@@ -27,12 +29,14 @@ IN_TURN: Final = 64
 """How many of the vCPUs that seem idle are looked at in a tick."""
 
 NO_THREADS: Final = "the scripted backend has no threads"
+NO_LOG: Final = "only KVM can tell which pages a guest writes"
 
 
 class Fleet(Protocol):
     """What this needs of its fleet."""
 
     core: FleetCore
+    backend: Backend
     bus_locks: bool
 
     @property
@@ -73,6 +77,14 @@ class _Sum:
 
 
 @attrs.define(eq=False)
+class _Dirty:
+    """What readings of a VM's dirty log said: pages written, and in how many nanoseconds."""
+
+    pages: int = 0
+    time: int = 0
+
+
+@attrs.define(eq=False)
 class Window:
     """What was done since a time. Those who looked last at the same time share one."""
 
@@ -80,6 +92,7 @@ class Window:
     reading: HostReading
     vms: dict[Vm, dict[int, _Sum]] = attrs.field(factory=dict)
     work: dict[Vm, float] = attrs.field(factory=dict)
+    dirty: dict[Vm, _Dirty] = attrs.field(factory=dict)
     users: int = 0
 
     def of(self, vm: Vm, index: int) -> _Sum:
@@ -88,16 +101,23 @@ class Window:
 
 
 class Activity:
-    """Of one fleet. `look`, and then ask for facts."""
+    """Of one fleet. `look`, and then ask for facts.
+
+    Attributes:
+        logs: its VMs' dirty logs. Whoever looks has those read that are due, and tells what they said (`dirty`).
+    """
 
     def __init__(self, fleet: Fleet, host: HostSignals, threads: ThreadTimes | None) -> None:
         """`threads`: None if the fleet's vCPUs have none."""
         self.host = host
+        self.logs = DirtyLogs()
         self._fleet = fleet
         self._threads = threads
         self._absent: Mapping[str, str] = (
             dict.fromkeys(("cpu", "run_delay"), NO_THREADS) if threads is None else threads.absent
         )
+        if not fleet.backend.logs_dirty:
+            self._absent = {**self._absent, "dirty_pages": NO_LOG, "dirty_rate": NO_LOG}
         self._vcpus: dict[int, _Vcpu] = {}
         self._turn: deque[int] = deque()
         self._again: set[int] = set()
@@ -122,6 +142,7 @@ class Activity:
         vcpu = self._vcpus.pop(id, None)
         if vcpu is not None:
             self._look(vcpu, self._fleet.now())
+            self.dirty(self.logs.forget(vcpu.vm, vcpu.guest.dirty))
         self._again.discard(id)
 
     def work(self, vm: Vm, units: float) -> None:
@@ -129,6 +150,15 @@ class Activity:
         for window in self._windows.values():
             window.vms.setdefault(vm, {})
             window.work[vm] = window.work.get(vm, 0.0) + units
+
+    def dirty(self, told: Iterable[Told]) -> None:
+        """Dirty logs were read."""
+        for vm, pages, time in told:
+            for window in self._windows.values():
+                window.vms.setdefault(vm, {})
+                dirty = window.dirty.setdefault(vm, _Dirty())
+                dirty.pages += pages
+                dirty.time += time
 
     # ---- looking
 
@@ -158,6 +188,8 @@ class Activity:
         vcpu.bus_locks, vcpu.throttled = locks_so_far, throttled_so_far
         used, waited = self._times(vcpu, now)
         capped = self._capped(vcpu, now)
+        if exits or used:
+            self.logs.stir(vcpu.vm, vcpu.looked, now)
         vcpu.looked = now
         if not (exits or bus_locks or throttled or used or capped):
             return False
@@ -184,7 +216,7 @@ class Activity:
             return None, None
         used, vcpu.cpu = ran - vcpu.cpu, ran
         if not used:
-            return 0, None if self._absent else 0
+            return 0, None if "run_delay" in self._absent else 0
         waited = None
         delay = self._threads.run_delay(vcpu.tid)
         if delay is not None:
@@ -234,7 +266,7 @@ class Activity:
         for vm, sums in window.vms.items():
             if ended or vm.outcome is None:
                 # With those that have ended there may be several of a name.
-                told = self._vm_facts(vm, sums, window.work.get(vm))
+                told = self._vm_facts(vm, sums, window.work.get(vm), window.dirty.get(vm))
                 vms[vm.name if vm.name not in vms else f"{vm.name} {vm.launch}"] = told
         return Facts(
             time=self._looked,
@@ -246,7 +278,7 @@ class Activity:
             host=self.host.facts(window.reading, self._reading, self._absent),
         )
 
-    def _vm_facts(self, vm: Vm, sums: Mapping[int, _Sum], work: float | None) -> VmFacts:
+    def _vm_facts(self, vm: Vm, sums: Mapping[int, _Sum], work: float | None, dirty: _Dirty | None) -> VmFacts:
         seen = self._fleet.bus_locks
         vcpus = tuple(
             VcpuFacts(
@@ -280,6 +312,8 @@ class Activity:
             work=work,
             by_reason=reasons,
             by_vcpu=vcpus,
+            dirty_pages=None if dirty is None else dirty.pages,
+            dirty_rate=self.logs.rate(vm) if dirty is None else dirty.pages * 1e9 / dirty.time,
         )
 
 

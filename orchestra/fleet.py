@@ -410,6 +410,11 @@ class Fleet:
     def worked(self, vm: Vm, units: float) -> None:
         self._activity.work(vm, units)
 
+    def logged(self, guest: Guest) -> None:
+        if guest.dirty is not None:
+            self._activity.dirty(self._activity.logs.watch(self._vms[guest.name], guest.dirty, self.now()))
+            self._governor.wake()
+
     async def carry_out(self, action: Action, policy: str | None) -> Applied:
         """As `apply`, but nothing except an eviction is waited for, and there is no checkpoint."""
         return await self._applier.apply(action, policy)

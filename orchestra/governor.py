@@ -34,6 +34,9 @@ time says nothing. So an interval is told when so much more time has passed."""
 OVERDUE: Final = 1_000_000_000
 """Nanoseconds between two looks for VMs that were held for too long, where no policy ticks more often."""
 
+LOGS: Final = 0.005
+"""Seconds that a tick waits at most for dirty logs to be read: what takes longer is told at the next."""
+
 
 class Fleet(Protocol):
     """What the governor needs of its fleet."""
@@ -252,6 +255,10 @@ class Governor:
         """The host as the last tick saw it."""
         return self._host
 
+    def wake(self) -> None:
+        """There is more to look at than before."""
+        self._hurry.set()
+
     def gone(self, vm: str) -> None:
         """A VM has ended for good."""
         self._guard.forget(vm)
@@ -305,6 +312,7 @@ class Governor:
     async def _tick(self) -> int | None:
         now = self._fleet.now()
         self._activity.look(now)
+        await self._read_logs(now)
         if self._observer is not None:
             self._observe(self._observer, now)
         for resume in self._guard.overdue(now):
@@ -320,12 +328,25 @@ class Governor:
             dues.append(self._observer.due if passed is None else passed.tell)
         if self._holds:
             dues.append(now + OVERDUE)
+        if (due := self._activity.logs.next(now)) is not None:
+            dues.append(due)
         return min(dues, default=None)
+
+    async def _read_logs(self, now: int) -> None:
+        logs = self._activity.logs
+        self._activity.dirty(logs.take())  # what took longer than the last tick waited; then it is not due again
+        if due := logs.due(now):
+            done = trio.Event()
+            self._fleet.start_soon(logs.read, due, done)
+            with trio.move_on_after(LOGS):
+                await done.wait()
+            self._activity.dirty(logs.take())
 
     def close(self) -> None:
         """All VMs have ended: the last of what they did is told to who only looks."""
         now = self._fleet.now()
         self._activity.look(now)
+        self._activity.dirty(self._activity.logs.take())
         observer = self._observer
         if observer is None:
             return

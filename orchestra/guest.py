@@ -15,6 +15,7 @@ import trio
 from .actions import Action, Halted, Outcome, Shutdown, State, Stopped
 from .actuators.placement import Quarantine
 from .backend import Backend, Detection, Machine
+from .backend.kvm.dirty import DirtyLog, read_logs
 from .boot import flat
 from .budget import Budgets, connect
 from .devices.bus import Bus, Handler
@@ -68,6 +69,9 @@ class House(Protocol):
 
     def worked(self, vm: Any, units: float) -> None:
         """A guest got something done, by its own account."""
+
+    def logged(self, guest: Guest) -> None:
+        """The log of the pages that a guest writes was switched on or off."""
 
     def set_limit_nowait(
         self, limit: Limit | None, *, meter: Meter | str, tenant: str | None = None, vm: str | None, vcpu: int | None
@@ -139,6 +143,8 @@ class Guest:
                 core.tell(told)
                 core.sample(self.samples.every if house.bus_locks else 0)
                 house.register(core, self, index)
+            if self.dirty is not None and self.dirty.on:
+                house.logged(self)
             if paused():
                 self.pause_number = 1
                 for core in self._cores:
@@ -323,6 +329,30 @@ class Guest:
         else:
             self.house.quarantine.free(threads)
 
+    @property
+    def dirty(self) -> DirtyLog | None:
+        """Counts the pages that it writes; None where the backend can't tell."""
+        return self._machine.dirty
+
+    async def log_dirty(self, on: bool) -> None:
+        """Have the pages that it writes logged, or not. Nothing if it has ended.
+
+        Raises:
+            StateError: its backend can't.
+            ResourceLimit, KvmError: the kernel won't; all is as it was.
+        """
+        dirty, name = self.dirty, self.house.backend.name
+        if dirty is None:
+            raise StateError(f"can't log the memory of vm {self.name!r}: not supported by this backend ({name})")
+        try:  # on a worker thread, as the kernel goes through its page tables: milliseconds for gigabytes
+            await trio.to_thread.run_sync(dirty.log, on, limiter=self.house.setup_threads)
+        except RuntimeError as error:
+            if NO_THREAD not in str(error):
+                raise
+            dirty.log(on)
+        if self.final is None:
+            self.house.logged(self)
+
     def _threads(self, verb: str) -> list[int]:
         """The kernel's numbers of its vCPUs' threads."""
         if self.final is not None:
@@ -395,6 +425,8 @@ class Guest:
             self.end(outcome)
         for call in self.commanded(index):
             call()
+        if self.dirty is not None and self.dirty.on:
+            read_logs([self.dirty])  # here, as it waits for the kernel: what it wrote last counts as well
         self.house.post(self._on_ended, index)
 
     def _on_parked(self, index: int, number: int) -> None:

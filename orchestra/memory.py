@@ -45,9 +45,9 @@ class GuestMemory:
         self.on_write: Callable[[int, int], object] | None = None
         try:
             for span in spec.ram:
-                self._map(span)
+                self._map(span, log_dirty=spec.log_dirty)
             for region in spec.regions:
-                self._map_region(region)
+                self._map_region(region, spec.log_dirty)
         except BaseException:
             self.close()
             raise
@@ -63,8 +63,8 @@ class GuestMemory:
             ) from error
         self.regions.append(Region(span, mapping, ffi.from_buffer(mapping), readonly, log_dirty))
 
-    def _map_region(self, region: MemoryRegion) -> None:
-        self._map(region.span, region.readonly, region.log_dirty)
+    def _map_region(self, region: MemoryRegion, log_dirty: bool) -> None:
+        self._map(region.span, region.readonly, region.log_dirty or (log_dirty and not region.readonly))
         self.write(region.address, region.contents)
 
     def _pieces(self, address: int, size: int) -> Iterator[tuple[Region, int, int]]:

@@ -199,7 +199,7 @@ class MemoryRegion:
         address: guest-physical, a multiple of 4096.
         size: bytes, a multiple of 4096.
         readonly: a guest's write leaves KVM_RUN as MMIO (KVM_MEM_READONLY) instead of reaching the memory.
-        log_dirty: written pages are logged (KVM_MEM_LOG_DIRTY_PAGES).
+        log_dirty: written pages are logged and counted, whatever `VmSpec.log_dirty` says of the rest.
         contents: the first bytes of the region.
     """
 
@@ -215,6 +215,7 @@ class MemoryRegion:
         for field in ("address", "size"):
             if getattr(self, field) % PAGE:
                 raise _fail(f"region {field}", getattr(self, field), f"must be a multiple of {PAGE}")
+        check_flag("region log_dirty", self.log_dirty)
         if not isinstance(self.contents, bytes | bytearray | memoryview):
             raise _fail("region contents", self.contents, "must be bytes")
         object.__setattr__(self, "contents", bytes(self.contents))
@@ -342,6 +343,12 @@ def check_sampling(name: str, every: int) -> None:
     _whole(name, every, 0, 1_000_000_000, " bus locks; 0: none")
 
 
+def check_flag(field: str, value: object) -> None:
+    """Check what is either so or not."""
+    if not isinstance(value, bool):
+        raise _fail(field, value, "must be True or False")
+
+
 def _to_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, Iterable) else value  # what is none, VmSpec refuses
 
@@ -372,6 +379,9 @@ class VmSpec:
             instruction, as AMD does) or "trap-like" (behind it, as Intel does). None: as the host does.
         sample_every: one bus lock of so many, and each vCPU's first, is looked at closely, for `Vm.profile`; 0: none.
             Does nothing where the fleet sees no bus locks.
+        log_dirty: have KVM log which pages of 4 KiB the guest writes, in all memory that it may write, and count them
+            (`VmFacts.dirty_pages`; see `Vm.log_dirty` for what that costs). The emulated backend can't; a scripted
+            guest writes nothing, and none are told.
         restart: a `Restart`, or just "never" or "on-failure".
         labels: free text for your own use.
     """
@@ -391,6 +401,7 @@ class VmSpec:
     irqchip: bool = False
     bus_lock_detection: Literal["fault-like", "trap-like"] | None = None
     sample_every: int = 100
+    log_dirty: bool = False
     restart: Restart = attrs.field(default=Restart(), converter=_to_restart)
     labels: Mapping[str, str] = attrs.field(factory=dict, hash=False)
 
@@ -410,6 +421,7 @@ class VmSpec:
         if self.bus_lock_detection not in (None, "fault-like", "trap-like"):
             raise _fail("bus_lock_detection", self.bus_lock_detection, 'must be "fault-like", "trap-like" or None')
         check_sampling("sample_every", self.sample_every)
+        check_flag("log_dirty", self.log_dirty)
         if not isinstance(self.restart, Restart):
             raise _fail("restart", self.restart, 'must be a Restart, "never" or "on-failure"')
         for field in ("regions", "devices"):

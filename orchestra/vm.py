@@ -34,7 +34,7 @@ from .errors import BusLockUnsupported, OrchestraError, SpecError, StateError
 from .guest import Guest, House
 from .native.core import Counters
 from .profile import Profile, Samples, Symbols, make_profile
-from .spec import Limit, Meter, VmSpec, check_sampling
+from .spec import Limit, Meter, VmSpec, check_flag, check_sampling
 
 __all__ = ["VcpuStatistics", "Vm", "VmStatistics"]
 
@@ -81,6 +81,9 @@ class Vm:
         self._caps: dict[str | None, float] = {}
         self._isolated = False
         self.was_capped = False
+        self._log_dirty: bool | None = None  # None: as the spec says
+        self._logging = trio.Lock()
+        self._dirty_before: int | None = None  # pages, in former runs
         self._stop_reason: Stopped | None = None
         self._kick_restart = trio.Event()
         self._ended = trio.Event()
@@ -225,6 +228,34 @@ class Vm:
         self.place(isolated)
         kind = Isolate if isolated else Rejoin
         self._house.did(kind(vm=self.name, reason="isolate()"))
+
+    @property
+    def logs_dirty(self) -> bool:
+        """The pages that its guest writes are logged and counted, all of them or some (`MemoryRegion.log_dirty`)."""
+        dirty = None if self._guest is None or self._outcome is not None else self._guest.dirty
+        return dirty is not None and dirty.on
+
+    async def log_dirty(self, on: bool = True) -> None:
+        """Have KVM log which pages of 4 KiB the guest writes, in all memory that it may write; or (False) in none. It
+        stays over restarts.
+
+        While it is on, `statistics`, the facts of policies and the journal say how many there were. KVM write-protects
+        what it logs, and maps it in pages of 4 KiB: after each reading of the log, about one a second, the first write
+        to a page costs the guest a fault. Switching it takes the kernel milliseconds for each gigabyte that is in use;
+        the guest goes on meanwhile. The first touch of a page may count even if it only reads; what the host writes
+        does not.
+
+        Cancelled, it is either as asked for or as it was.
+
+        Raises:
+            SpecError: neither True nor False.
+            StateError: it has ended, or does not run on KVM.
+            ResourceLimit, KvmError: the kernel has no memory for the log, or won't. It is as it was.
+        """
+        check_flag("on", on)
+        async with self._logging:
+            await self._alive("log the memory of").log_dirty(on)
+            self._log_dirty = on
 
     def report_work(self, units: float) -> None:
         """Tell how much the guest got done since this was called last, by its own account: requests served, rounds of
@@ -409,11 +440,17 @@ class Vm:
             unclaimed=sum(v.unclaimed for v in vcpus),
             missed=sum(v.missed for v in vcpus),
             kicks=sum(v.kicks for v in vcpus),
+            dirty_pages=self._dirty_pages(),
             limit=self.budgets[Meter.BUS_LOCKS].limit,
             exit_limit=self.budgets[Meter.EXITS].limit,
             bus_lock_detection=(self.spec.bus_lock_detection or self._house.bus_lock_detection) if seen else None,
             vcpus=vcpus,
         )
+
+    def _dirty_pages(self) -> int | None:
+        dirty = None if self._guest is None else self._guest.dirty
+        pages, read = (0, 0) if dirty is None else dirty.sums()
+        return (self._dirty_before or 0) + pages if read else self._dirty_before
 
     def kernel_statistics(self) -> Mapping[str, float]:
         """What KVM itself counts of it, in whole units (seconds, bytes), by the kernel's names: of the VM
@@ -542,13 +579,15 @@ class Vm:
 
     async def _start_guest(self) -> Guest:
         levels = [(*self._above, self.budgets, vcpu) for vcpu in self.vcpu_budgets]
-        guest = Guest(self._house, self.spec, levels, self.console)
-        guest.samples = self._samples
-        guest.all_parked = self._on_parked
-        await guest.start(self._claims, lambda: self._paused)
-        if self._guest is not None:
-            self._guest.close()
-        self._guest = guest
+        async with self._logging:  # by now, or in the guest that there will be
+            guest = Guest(self._house, self._spec_now(), levels, self.console)
+            guest.samples = self._samples
+            guest.all_parked = self._on_parked
+            await guest.start(self._claims, lambda: self._paused)
+            if self._guest is not None:
+                self._dirty_before = self._dirty_pages()
+                self._guest.close()
+            self._guest = guest
         try:  # a restart changes nothing of what it is held to
             if self._caps:
                 guest.cap_cpu(self.cpu_cap)
@@ -559,6 +598,13 @@ class Vm:
         if self._stop_reason is not None:
             guest.end(self._stop_reason)
         return guest
+
+    def _spec_now(self) -> VmSpec:
+        """The spec, with what was changed since."""
+        if self._log_dirty is None:
+            return self.spec
+        regions = [attrs.evolve(region, log_dirty=False) for region in self.spec.regions]
+        return attrs.evolve(self.spec, log_dirty=self._log_dirty, regions=regions)
 
     def _how_often(self) -> str:
         return f"restart {self.restarts}" if self.restarts else ""

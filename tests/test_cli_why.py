@@ -424,7 +424,9 @@ def test_upgrade_brings_an_older_journal_to_this_version(busy, capsys, monkeypat
     monkeypatch.setattr(schema, "VERSION", schema.VERSION + 1)
     assert main(["journal", str(busy.path)]) == 1
     assert "--upgrade" in capsys.readouterr().err
-    assert listed(busy, capsys, "--upgrade") == [f"{busy.path}: of version {schema.VERSION}, and was of 1"]
+    assert listed(busy, capsys, "--upgrade") == [
+        f"{busy.path}: of version {schema.VERSION}, and was of {schema.VERSION - 1}"
+    ]
     with sqlite3.connect(busy.path) as connection:
         assert "more" in [row[1] for row in connection.execute("PRAGMA table_info(states)")]
     connection.close()

@@ -233,6 +233,13 @@ class Vm(Wrapper[machine.Vm]):
     def isolate(self, isolated: bool = True) -> None:
         self._bridge.sync(self._inner.isolate, isolated)
 
+    @property
+    def logs_dirty(self) -> bool:
+        return self._bridge.sync(lambda: self._inner.logs_dirty)
+
+    async def log_dirty(self, on: bool = True) -> None:
+        await self._bridge.call(self._inner.log_dirty, on)
+
     def report_work(self, units: float) -> None:
         self._bridge.sync(self._inner.report_work, units)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import IntEnum
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import attrs
 
@@ -19,6 +19,9 @@ from ..native import lib
 from ..native.core import VcpuCore
 from ..native.records import Fields
 from ..spec import VmSpec
+
+if TYPE_CHECKING:
+    from .kvm.dirty import DirtyLog
 
 __all__ = ["Backend", "Detection", "Engine", "EntryState", "Machine", "Why", "choose"]
 
@@ -102,6 +105,10 @@ class Machine(Protocol):
     @property
     def engines(self) -> Sequence[Engine]: ...
 
+    @property
+    def dirty(self) -> DirtyLog | None:
+        """Counts the pages that the guest writes; None where nobody can tell (`Backend.logs_dirty`)."""
+
     def claim_ports(self, ports: range, claimed: bool) -> None:
         """Accesses to claimed ports come back as `Why.IO`; others read as ones and are only counted."""
 
@@ -124,6 +131,10 @@ class Backend(Protocol):
     @property
     def blocking(self) -> bool:
         """`create` takes its time and belongs on a worker thread."""
+
+    @property
+    def logs_dirty(self) -> bool:
+        """It can tell which pages a guest writes (`VmSpec.log_dirty`)."""
 
     def bus_lock_detection(self) -> Detection | None:
         """How this host reports bus locks; None: it does not."""

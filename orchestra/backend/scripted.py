@@ -272,6 +272,8 @@ class ScriptedEngine:
 class ScriptedMachine:
     """One scripted VM. It has guest memory like any other."""
 
+    dirty = None
+
     def __init__(self, engines: Sequence[ScriptedEngine], memory: GuestMemory) -> None:
         self.engines = engines
         self.memory = memory
@@ -302,6 +304,7 @@ class ScriptedBackend:
     name = "scripted"
     why = "scripted, as asked for"
     blocking = False
+    logs_dirty = False
 
     def __init__(self, scripts: Scripts | None = None, *, detection: Detection | None = "fault-like") -> None:
         self.machines: dict[str, ScriptedMachine] = {}

@@ -68,6 +68,7 @@ class Aggregate:
     run_delay: float | None
     capped: float | None
     work: float | None
+    dirty_pages: int | None
 
 
 @attrs.frozen

@@ -56,7 +56,12 @@ CREATE INDEX profiles_by_time ON profiles (time);
 CREATE INDEX profiles_by_vm ON profiles (vm, time);
 """
 
-_MIGRATIONS: Final[Sequence[Callable[[sqlite3.Connection], object]]] = (lambda connection: _run(connection, _FIRST),)
+_DIRTY_PAGES: Final = "ALTER TABLE aggregates ADD COLUMN dirty_pages INTEGER"
+
+_MIGRATIONS: Final[Sequence[Callable[[sqlite3.Connection], object]]] = (
+    lambda connection: _run(connection, _FIRST),
+    lambda connection: _run(connection, _DIRTY_PAGES),
+)
 """What makes version n + 1 of version n. Append, never change: files of every version are out there."""
 
 VERSION: Final = len(_MIGRATIONS)

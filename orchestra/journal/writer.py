@@ -36,7 +36,7 @@ _INSERTS: Final = {
     "actions": "INSERT INTO actions (session, time, kind, vm, tenant, policy, outcome, error, reason, evidence, "
     "details) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
     "states": "INSERT INTO states VALUES (?, ?, ?, ?, ?, ?, ?)",
-    "aggregates": "INSERT INTO aggregates VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+    "aggregates": "INSERT INTO aggregates VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
     "hosts": "INSERT INTO hosts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
     "profiles": "INSERT INTO profiles VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
 }
@@ -154,10 +154,8 @@ class Journal:
         time = facts.time + self._offset
         for vm in facts.vms.values():
             row = (vm.name, vm.launch, vm.tenant, vm.weight, vm.vcpus, vm.bus_locks, vm.exits, vm.throttled)
-            self._put(
-                "aggregates",
-                (self._session, time, facts.interval, *row, vm.cpu, vm.run_delay, vm.capped, vm.work),
-            )
+            absent = (vm.cpu, vm.run_delay, vm.capped, vm.work, vm.dirty_pages)  # what may be
+            self._put("aggregates", (self._session, time, facts.interval, *row, *absent))
         host, limit = facts.host, facts.limit
         pressures = (host.cpu_pressure, host.memory_pressure, host.io_pressure)
         rate = None if limit is None else limit.rate

@@ -15,6 +15,7 @@ SOURCES = [
     "kvm.c",
     "build.c",
     "cap.c",
+    "dirty.c",
     "names.c",
     "decode.c",
     "unicorn.c",

@@ -182,6 +182,18 @@ struct kvm_stats_desc { uint32_t flags; int16_t exponent; uint16_t size; uint32_
 
 void orc_vcpu_profile_memory(orc_vcpu *, const struct kvm_userspace_memory_region *, size_t slots);
 
+/* ---- dirty.c (here, as it needs the kernel's structures) ---- */
+
+typedef struct orc_dirty orc_dirty;
+struct orc_dirty_sums { uint64_t pages; int64_t read; bool on; ...; };
+orc_dirty *orc_dirty_new(int vm, struct kvm_userspace_memory_region *, size_t slots);
+void orc_dirty_free(orc_dirty *);
+void orc_dirty_close(orc_dirty *);
+int orc_dirty_log(orc_dirty *, bool on);
+int orc_dirty_read(orc_dirty *const logs[], size_t n);
+void orc_dirty_sums(orc_dirty *, struct orc_dirty_sums *out);
+uint64_t orc_dirty_ones(const uint64_t *bitmap, size_t words);
+
 /* ---- linux/kvm.h: vCPU ---- */
 
 #define KVM_RUN ...

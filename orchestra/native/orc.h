@@ -252,6 +252,30 @@ int orc_vcpu_errno(const orc_vcpu *);
 long orc_ioctl(int fd, unsigned long request, void *argument);
 long orc_ioctl_value(int fd, unsigned long request, unsigned long argument);
 
+/* ---- dirty.c -------------------------------------------------------------------------------------------------- */
+
+/* The dirty log of a VM and its one reader: a reading takes what it tells out of the log. Any thread, all of them; those
+ * that ask the kernel wait for each other. */
+typedef struct orc_dirty orc_dirty;
+struct orc_dirty_sums {
+	orc_u64 pages; /* that readings found, so far: a page counts once in each */
+	orc_ns read;   /* when the last reading began; 0: there was none */
+	bool on;       /* some of the memory is logged */
+};
+/* Of a VM with these slots, which stay the caller's and as long as this; only their flags are changed, by orc_dirty_log.
+ * NULL: no memory. */
+orc_dirty *orc_dirty_new(int vm, struct kvm_userspace_memory_region *slot, size_t slots);
+void orc_dirty_free(orc_dirty *); /* nobody uses it any more */
+/* Before the VM's descriptor is closed: waits for a reading in progress, and from then on there is nothing to read. */
+void orc_dirty_close(orc_dirty *);
+/* Logs every slot that the guest may write, or none; also while it runs. What was in the log is read first. 0 or a negative
+ * errno: all is as it was. */
+int orc_dirty_log(orc_dirty *, bool on);
+/* Reads and counts what is in these logs. 0, or the negative errno of one that could not be read. */
+int orc_dirty_read(orc_dirty *const logs[], size_t n);
+void orc_dirty_sums(orc_dirty *, struct orc_dirty_sums *out); /* waits for nobody */
+orc_u64 orc_dirty_ones(const uint64_t *bitmap, size_t words);
+
 /* ---- build.c -------------------------------------------------------------------------------------------------- */
 
 /* Where a vCPU starts; what it leaves out is as after reset. */

@@ -44,11 +44,16 @@ class VmFacts:
         capped: seconds that a CPU cap held it.
         work: how much the guest got done since the last tick, by its own account (`Vm.report_work`); the unit is the
             guest's, so compare it with nothing but itself.
+        dirty_pages: pages of 4 KiB that it wrote, by the readings of its dirty log since the last tick. There is about
+            one a second, and a page counts once in each. None: none fell in this tick, or its memory is not logged
+            (`VmSpec.log_dirty`).
+        dirty_rate: pages a second: by these readings, or if there was none by the last one before, unless the VM rested
+            since.
         by_reason: its exits by the kernel's name of the reason ("io", "mmio", "x86_bus_lock", ...).
         by_vcpu: the vCPUs that did something, by index.
 
-    `cpu`, `run_delay`, `capped` and `work` are None where this host, or this guest, does not tell: never 0 for
-    "unknown".
+    `cpu`, `run_delay`, `capped`, `work` and the pages are None where this host, or this guest, does not tell: never 0
+    for "unknown".
     """
 
     name: str
@@ -63,6 +68,8 @@ class VmFacts:
     run_delay: float | None = None
     capped: float | None = None
     work: float | None = None
+    dirty_pages: int | None = None
+    dirty_rate: float | None = None
     by_reason: Mapping[str, int] = attrs.field(factory=dict, hash=False)
     by_vcpu: tuple[VcpuFacts, ...] = ()
 

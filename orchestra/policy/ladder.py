@@ -307,6 +307,8 @@ class _Reading:
                 return vm.exits / seconds
             case "cpu":
                 return None if vm.cpu is None else vm.cpu / seconds / vm.vcpus
+            case "dirty_pages":
+                return vm.dirty_rate
         # "share"
         count = vm.bus_locks if self._meter is Meter.BUS_LOCKS else vm.exits
         return None if count is None else count / self._total if self._total else 0.0

@@ -35,8 +35,9 @@ VICTIMS: Final = ("run_delay", "work_drop")
 HARM: Final = (*HOST, *SLOWDOWN, *VICTIMS)
 """What somebody suffers: the host's own signals, then those relative to what is usual, then those of the other VMs."""
 
-OWN: Final = ("bus_locks", "exits", "cpu", "share")
-"""What one VM does: events a second of either meter, CPU seconds a second and vCPU, its part of the meter's events."""
+OWN: Final = ("bus_locks", "exits", "cpu", "share", "dirty_pages")
+"""What one VM does: events a second of either meter, CPU seconds a second and vCPU, its part of the meter's events,
+pages written a second."""
 
 LEAST: Final = 0.01
 """A VM that wanted the CPU for less than this part of a tick says nothing about how it fares."""

@@ -36,8 +36,9 @@ class Tick:
     new: tuple[VmFacts, ...] = ()
 
 
-_COLUMNS: Final = (
-    "vm, tenant, weight, vcpus, bus_locks, exits, throttled, launch, cpu, run_delay, capped, work"  # as of `VmFacts`
+_COLUMNS: Final = (  # as of `VmFacts`
+    "vm, tenant, weight, vcpus, bus_locks, exits, throttled, launch, cpu, run_delay, capped, work, dirty_pages, "
+    "dirty_pages / interval"
 )
 
 

@@ -306,6 +306,8 @@ def _sum(one: VmFacts, other: VmFacts) -> VmFacts:
         _both(one.run_delay, other.run_delay),
         _both(one.capped, other.capped),
         _both(one.work, other.work),
+        _both(one.dirty_pages, other.dirty_pages),
+        one.dirty_rate if other.dirty_rate is None else other.dirty_rate,
     )
 
 

@@ -279,6 +279,7 @@ class Tally:
             delay = min(1.0, max(0.0, per_second)) * seconds * seen.vcpus * came.part
         if work is not None:
             work *= scale * max(0.0, 1 + self._response.change("work", others))
+        pages = None if seen.dirty_pages is None else seen.dirty_pages * scale
         return VmFacts(
             name=seen.name,
             tenant=seen.tenant,
@@ -292,6 +293,8 @@ class Tally:
             run_delay=delay,
             capped=None if seen.capped is None and not came.capped else came.capped,
             work=work,
+            dirty_pages=None if pages is None else round(pages),
+            dirty_rate=None if pages is None else pages / seconds,
         )
 
     def _host(self, tick: Tick, more: float) -> HostFacts:

@@ -59,6 +59,8 @@ class EmulatedEngine(ThreadedEngine):
 class EmulatedMachine:
     """One VM on unicorn."""
 
+    dirty = None
+
     def __init__(
         self, unicorn: Any, memory: GuestMemory, core: VcpuCore, state: EntryState, how: tuple[Detection, bool]
     ) -> None:
@@ -108,6 +110,7 @@ class EmulatedBackend:
 
     name = "emulated"
     blocking = True
+    logs_dirty = False
 
     def __init__(self, *, detection: Detection = "fault-like", why: str = "emulated, as asked for") -> None:
         if detection not in ("fault-like", "trap-like"):
@@ -131,6 +134,12 @@ class EmulatedBackend:
         if spec.irqchip:
             raise SpecError(
                 f"vm {spec.name!r}: irqchip=True: the emulated backend delivers no interrupts; backend='kvm' can"
+            )
+
+        if spec.log_dirty or any(region.log_dirty for region in spec.regions):
+            raise SpecError(
+                f"vm {spec.name!r}: log_dirty=True: the emulated backend does not see which pages a guest writes, as "
+                "asking at each write would make it up to four times as slow; backend='kvm' can"
             )
 
     def create(

@@ -17,6 +17,7 @@ from ..plan import entry_fields, memory_slots
 from ..registers import Registers, SpecialRegisters
 from ..threaded import ThreadedEngine
 from .cpuid import Cpuid
+from .dirty import DirtyLog
 from .ioctl import failure
 from .system import Kvm
 from .vcpu import KvmVcpu
@@ -61,6 +62,7 @@ class KvmMachine:
         self.memory = memory
         self.engines: list[KvmEngine] = []
         self.vm: KvmVm | None = None
+        self.dirty: DirtyLog | None = None
         self._slots: Any = None
         self._ports = lib.orc_ports_new()
         if self._ports == ffi.NULL:
@@ -87,6 +89,7 @@ class KvmMachine:
                 self.engines.append(KvmEngine(cores[index], vcpu, self._ports, how["sync_regs"]))
                 lib.orc_vcpu_profile_memory(cores[index].handle, slots, len(slots))
             self._slots = slots  # as long as the vCPUs that read code through it
+            self.dirty = DirtyLog(plan.vm, slots)
         if result == -errno.EOPNOTSUPP:
             raise BusLockUnsupported(f"vm {spec.name!r}: this host's KVM can't report its bus locks")
         if result:
@@ -111,6 +114,8 @@ class KvmMachine:
         return {prefix + name: one.scaled for prefix, all in read for name, one in all.items() if len(one.values) == 1}
 
     def close(self) -> None:
+        if self.dirty is not None:
+            self.dirty.close()
         for engine in self.engines:
             engine.close()
         if self.vm is not None:
@@ -124,6 +129,7 @@ class KvmBackend:
 
     name = "kvm"
     blocking = True
+    logs_dirty = True
 
     def __init__(self, kvm: Kvm, why: str) -> None:
         self.kvm = kvm

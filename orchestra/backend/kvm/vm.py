@@ -162,8 +162,16 @@ class KvmVm:
 
     def dirty_log(self, slot: int) -> bytes:
         """The pages of `slot` written since the last call: bit n%8 of byte n//8 for page n, in whole 64-bit words.
+        Written by the guest, and by KVM for it; or read for the first time, where KVM maps it writable at once. What
+        this process writes into guest memory is not in the log.
 
-        KVM_GET_DIRTY_LOG, which starts the log over. Raises SpecError (no such slot), KvmError (ENOENT: not logged).
+        KVM_GET_DIRTY_LOG, which starts the log over: what one reader has seen no other will. So a log has one owner. Of
+        a VM in a fleet that is its `DirtyLog`, which counts pages and forgets which they were; calling this as well
+        takes pages from its figures, and the other way round. Who needs the pages themselves (a snapshot, a live
+        migration) must become the owner, have the others told of what it reads, and may then enable
+        KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, with which this call starts nothing over any more.
+
+        Raises SpecError (no such slot), KvmError (ENOENT: not logged).
         """
         pages = self._pages.get(slot)
         if pages is None:

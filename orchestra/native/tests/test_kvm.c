@@ -24,6 +24,9 @@ GUEST(strings, "cld; mov $0x500, %dx; mov $0x2000, %si; mov $5, %cx; rep outsb;"
 	       "mov $0x3000, %di; mov $5, %cx; rep insb;"
 	       "mov $0x80, %dx; mov $4, %cx; rep insw;"
 	       "mov $0x2000, %si; mov $5, %cx; rep outsb; hlt");
+GUEST(writes, "incw 0x3000; incw 0x3ffe; incw 0x5000; incw 0xf000; hlt");
+GUEST(keeps_writing, "1: incw 0x3000; incw 0x5000; incw 0xf000; jmp 1b");
+enum { WRITES = 3 }; /* pages of both */
 
 struct guest {
 	int kvm, vm, fd;
@@ -295,6 +298,194 @@ static void a_kick_just_before_the_guest_is_entered_holds_until_then(void)
 	guest_free(&g);
 }
 
+/* ---- dirty logs ------------------------------------------------------------------------------------------------- */
+
+static struct kvm_userspace_memory_region whole(const struct guest *g)
+{
+	return (struct kvm_userspace_memory_region){.memory_size = SIZE, .userspace_addr = (uintptr_t)g->memory};
+}
+
+static struct orc_dirty_sums dirty_sums(orc_dirty *d)
+{
+	struct orc_dirty_sums out;
+
+	orc_dirty_sums(d, &out);
+	return out;
+}
+
+static void ones_are_counted_in_every_word(void)
+{
+	uint64_t words[100], seed = 7;
+	orc_u64 ones = 0;
+
+	for (int i = 0; i < 100; i++) {
+		words[i] = i % 3 ? 0 : random_number(&seed) & random_number(&seed);
+		for (int bit = 0; bit < 64; bit++)
+			ones += words[i] >> bit & 1;
+	}
+	CHECK(orc_dirty_ones(words, 100) == ones);
+	CHECK(orc_dirty_ones(words, 0) == 0);
+	memset(words, 0xff, sizeof(words));
+	CHECK(orc_dirty_ones(words, 100) == 6400);
+}
+
+static void a_reading_counts_each_page_once_and_starts_the_log_over(void)
+{
+	struct guest g;
+	struct kvm_userspace_memory_region slot;
+	orc_dirty *d;
+
+	if (!guest_new(&g, writes, writes_end))
+		return;
+	slot = whole(&g);
+	d = orc_dirty_new(g.vm, &slot, 1);
+	CHECK(!orc_dirty_read(&d, 1));
+	CHECK(!dirty_sums(d).on && !dirty_sums(d).read, "what is not logged is not read");
+	CHECK(!orc_dirty_log(d, true));
+	CHECK(dirty_sums(d).on && slot.flags == KVM_MEM_LOG_DIRTY_PAGES);
+	CHECK(orc_kvm_run(g.vcpu) == ORC_EXIT);
+	CHECK(!orc_dirty_read(&d, 1));
+	CHECK(dirty_sums(d).pages == WRITES && dirty_sums(d).read, "%llu", (unsigned long long)dirty_sums(d).pages);
+	CHECK(!orc_dirty_read(&d, 1));
+	CHECK(dirty_sums(d).pages == WRITES);
+	CHECK(!orc_dirty_log(d, false));
+	CHECK(!dirty_sums(d).on && !slot.flags);
+	orc_dirty_free(d);
+	guest_free(&g);
+}
+
+static void what_was_written_before_logging_ends_counts(void)
+{
+	struct guest g;
+	struct kvm_userspace_memory_region slot;
+	orc_dirty *d;
+
+	if (!guest_new(&g, writes, writes_end))
+		return;
+	slot = whole(&g);
+	d = orc_dirty_new(g.vm, &slot, 1);
+	CHECK(!orc_dirty_log(d, true));
+	CHECK(orc_kvm_run(g.vcpu) == ORC_EXIT);
+	CHECK(!orc_dirty_log(d, false));
+	CHECK(dirty_sums(d).pages == WRITES);
+	CHECK(!orc_dirty_log(d, true));
+	CHECK(!orc_dirty_read(&d, 1));
+	CHECK(dirty_sums(d).pages == WRITES, "a log that begins anew is empty");
+	orc_dirty_free(d);
+	guest_free(&g);
+}
+
+static void logging_is_all_or_nothing_and_leaves_out_what_the_guest_may_not_write(void)
+{
+	struct guest g;
+	struct kvm_userspace_memory_region slots[3];
+	orc_dirty *d;
+
+	if (!guest_new(&g, writes, writes_end))
+		return;
+	slots[0] = whole(&g);
+	slots[1] = (struct kvm_userspace_memory_region){.slot = 1, .flags = KVM_MEM_READONLY, .guest_phys_addr = SIZE,
+							.memory_size = 0x1000, .userspace_addr = slots[0].userspace_addr};
+	slots[2] = slots[1];
+	slots[2].slot = 2;
+	slots[2].flags = 0;
+	slots[2].guest_phys_addr = 2 * SIZE;
+	CHECK(!orc_ioctl(g.vm, KVM_SET_USER_MEMORY_REGION, &slots[1]));
+	CHECK(!orc_ioctl(g.vm, KVM_SET_USER_MEMORY_REGION, &slots[2]));
+	slots[2].memory_size = 0x2000; /* not so: the kernel refuses what would change it */
+	d = orc_dirty_new(g.vm, slots, 3);
+	CHECK(orc_dirty_log(d, true) == -EINVAL);
+	CHECK(!dirty_sums(d).on && !slots[0].flags && slots[1].flags == KVM_MEM_READONLY && !slots[2].flags);
+	slots[2].memory_size = 0x1000;
+	CHECK(!orc_dirty_log(d, true));
+	CHECK(slots[0].flags == KVM_MEM_LOG_DIRTY_PAGES && slots[1].flags == KVM_MEM_READONLY);
+	CHECK(slots[2].flags == KVM_MEM_LOG_DIRTY_PAGES);
+	CHECK(orc_kvm_run(g.vcpu) == ORC_EXIT);
+	CHECK(!orc_dirty_read(&d, 1));
+	CHECK(dirty_sums(d).pages == WRITES);
+	orc_dirty_free(d);
+	guest_free(&g);
+}
+
+static void a_log_that_cant_be_read_is_told_and_the_others_are_read(void)
+{
+	struct guest g;
+	struct kvm_userspace_memory_region slots[2];
+	orc_dirty *logs[2];
+
+	if (!guest_new(&g, writes, writes_end))
+		return;
+	slots[0] = slots[1] = whole(&g);
+	slots[0].slot = 5; /* there is none */
+	slots[0].flags = KVM_MEM_LOG_DIRTY_PAGES;
+	for (int i = 0; i < 2; i++)
+		logs[i] = orc_dirty_new(g.vm, &slots[i], 1);
+	CHECK(!orc_dirty_log(logs[1], true));
+	CHECK(orc_kvm_run(g.vcpu) == ORC_EXIT);
+	CHECK(orc_dirty_read(logs, 2) == -ENOENT);
+	CHECK(!dirty_sums(logs[0]).read && dirty_sums(logs[1]).pages == WRITES);
+	for (int i = 0; i < 2; i++)
+		orc_dirty_free(logs[i]);
+	guest_free(&g);
+}
+
+enum { READINGS = 200 };
+
+static void *read_often(void *argument)
+{
+	orc_dirty *d = argument;
+
+	for (int i = 0; i < READINGS; i++)
+		CHECK(!orc_dirty_read(&d, 1));
+	return NULL;
+}
+
+static void *switch_often(void *argument)
+{
+	for (int i = 0; i < READINGS / 10; i++)
+		CHECK(!orc_dirty_log(argument, i % 2));
+	return NULL;
+}
+
+static void *run_until_told(void *argument)
+{
+	struct guest *g = argument;
+
+	orc_vcpu_attach(g->vcpu);
+	CHECK(orc_kvm_run(g->vcpu) == ORC_COMMAND);
+	orc_vcpu_detach(g->vcpu);
+	return NULL;
+}
+
+static void a_log_may_be_read_switched_and_closed_by_several_threads_at_once(void)
+{
+	struct guest g;
+	struct kvm_userspace_memory_region slot;
+	pthread_t runner, threads[3];
+	orc_dirty *d;
+
+	if (!guest_new(&g, keeps_writing, keeps_writing_end))
+		return;
+	slot = whole(&g);
+	d = orc_dirty_new(g.vm, &slot, 1);
+	CHECK(!orc_dirty_log(d, true));
+	runner = start(run_until_told, &g);
+	threads[0] = start(read_often, d);
+	threads[1] = start(read_often, d);
+	threads[2] = start(switch_often, d);
+	for (int i = 0; i < 3; i++)
+		join(threads[i]);
+	CHECK(dirty_sums(d).pages > 0 && dirty_sums(d).pages <= WRITES * (2 * READINGS + READINGS / 10));
+	threads[0] = start(read_often, d);
+	orc_dirty_close(d); /* in the middle of it */
+	orc_vcpu_command(g.vcpu, STOP, 0);
+	join(runner);
+	join(threads[0]);
+	CHECK(!orc_dirty_log(d, true) && !orc_dirty_log(d, false) && !dirty_sums(d).on, "nothing to log any more");
+	orc_dirty_free(d);
+	guest_free(&g);
+}
+
 static void the_signal_may_be_installed_again(void)
 {
 	CHECK(!orc_signal_install());
@@ -309,5 +500,11 @@ const struct test kvm_tests[] = {
 	TEST(exits_are_held_to_their_limit_in_the_loop),
 	TEST(a_kick_just_before_the_guest_is_entered_holds_until_then),
 	TEST(two_threads_kick_a_spinning_guest_2000_times_and_none_is_lost),
+	TEST(ones_are_counted_in_every_word),
+	TEST(a_reading_counts_each_page_once_and_starts_the_log_over),
+	TEST(what_was_written_before_logging_ends_counts),
+	TEST(logging_is_all_or_nothing_and_leaves_out_what_the_guest_may_not_write),
+	TEST(a_log_that_cant_be_read_is_told_and_the_others_are_read),
+	TEST(a_log_may_be_read_switched_and_closed_by_several_threads_at_once),
 	{NULL, NULL},
 };
