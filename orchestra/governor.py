@@ -382,16 +382,16 @@ class Governor:
         self._activity.close(seat.window)
         seat.window = self._activity.open()
         try:
-            interval = seat.interval = _interval(policy)
-            seat.due = now + (interval or 0)
             actions = list(policy.decide(facts if seat.rehearsal is None else seat.rehearsal.see(facts)))
             for action in actions:
                 if not isinstance(action, Action):
                     raise SpecError(f"action={action!r}: must be one of orchestra's actions")
-            seat.on = interval is not None
             for action in actions:
                 seat.actions += 1
                 await self._carry_out(seat, action)
+            interval = seat.interval = _interval(policy)  # asked last: who was refused something may want another turn
+            seat.due = now + (interval or 0)
+            seat.on = interval is not None
         except Exception as error:
             if self._strict:
                 raise

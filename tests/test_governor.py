@@ -632,6 +632,36 @@ async def test_an_action_that_fails_is_told_to_the_policy_as_well(autojump_clock
     assert "no such VM" in told.no[0][1]
 
 
+@pytest.mark.parametrize(
+    "policy",
+    [
+        orc.StaticLimits({"*": orc.Limit(rate=20)}),
+        orc.BurstCredits(20, 40),
+        orc.only(orc.StaticLimits({"*": orc.Limit(rate=20)}), vms="*"),
+    ],
+)
+async def test_who_was_not_limited_as_there_were_too_many_is_later(autojump_clock, policy):
+    guard = orc.Guard(limits_per_minute=2)
+    async with play(itertools.repeat(bus_lock(after=0.5)), policies=[policy], guard=guard) as fleet:
+        vms = [await fleet.launch(blank(name)) for name in "abcd"]
+        await trio.sleep(10)
+        assert sum(vm.statistics().limit is not None for vm in vms) == 2
+        await trio.sleep(120)
+        assert {vm.statistics().limit.rate for vm in vms} == {20}
+        assert len(fleet.actions()) < 30
+
+
+async def test_a_policy_that_looks_once_has_another_look_if_it_was_refused(autojump_clock):
+    policy = orc.StaticLimits(tenants={"*": orc.Limit(rate=20)}, host=orc.Limit(rate=30))
+    async with play(
+        [FOR_EVER], policies=[policy], tenants={"a": None, "b": None}, guard=orc.Guard(limits_per_minute=2)
+    ) as fleet:
+        await trio.sleep(300)
+        assert {tenant.limit.rate for tenant in fleet.statistics().tenants.values()} == {20}
+        (status,) = fleet.statistics().policies
+        assert (status.on, status.error) == (False, None)
+
+
 async def test_a_policy_that_raises_when_it_is_refused_is_switched_off(autojump_clock):
     told = Refusable(at_tick({1: orc.Pause(vm="nobody")}), name="touchy")
     told.refused = raises_at_refusal  # type: ignore[method-assign,assignment]

@@ -95,11 +95,27 @@ def test_where_nothing_is_counted_there_are_no_accounts():
     assert action.meter is Meter.EXITS
 
 
+def test_a_limit_that_was_refused_is_asked_for_again_with_the_balance_of_then():
+    policy = BurstCredits(10, 100)
+    (opened,) = policy.decide(facts(1, ("a", 0)))
+    assert opened.limit.tokens == 100
+    policy.refused(opened, "too many")
+    assert policy.decide(facts(1.1, ("a", 60))) == []
+    first, second = policy.decide(facts(2, ("a", 0)))
+    assert (round(first.limit.tokens), second.limit.tokens) == (50, 100)
+    policy.refused(first, "too many")
+    policy.refused(second, "too many")  # in one tick: one wait
+    assert policy.decide(facts(3.9, ("a", 0))) == []
+    assert len(policy.decide(facts(4, ("a", 0)))) == 2
+    assert policy.decide(facts(5, ("a", 0))) == []
+
+
 def test_accounts_of_those_long_gone_are_closed():
     policy = BurstCredits(1000, 2, interval=1)
     policy.decide(facts(1, *((f"v{n}", 1) for n in range(MOST_REMEMBERED + 1))))
     policy.decide(facts(100, ("last", 1)))
     assert list(policy.balances) == ["last"]
+    assert len(policy._opened) == 1
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import attrs
 import pytest
 
 from orchestra.actions import Throttle
@@ -13,9 +14,9 @@ from orchestra.spec import Limit, Meter, Tenant
 TEN, TWENTY, THIRTY = Limit(rate=10), Limit(rate=20), Limit(rate=30)
 
 
-def facts(*vms: str, tenants: tuple[str, ...] = ()) -> Facts:
+def facts(*vms: str, tenants: tuple[str, ...] = (), time: float = 0) -> Facts:
     return Facts(
-        time=0,
+        time=round(time * 1e9),
         interval=0.1,
         limit=None,
         exit_limit=None,
@@ -80,11 +81,44 @@ def test_meters_have_names_of_their_own() -> None:
     assert {StaticLimits().name, StaticLimits(meter=Meter.EXITS).name} == {"static-limits", "static-limits-exits"}
 
 
+def test_what_was_refused_is_asked_for_again_ever_more_seldom() -> None:
+    policy = StaticLimits({"web-*": TEN})
+    asked = []
+    for tick in range(3000):
+        for action in policy.decide(facts("web-1", "web-2", time=tick / 10)):
+            asked.append((action.vm, tick / 10))
+            if action.vm == "web-2" and tick < 1000:
+                policy.refused(action, "too many")
+    assert [time for vm, time in asked if vm == "web-1"] == [0]
+    assert [time for vm, time in asked if vm == "web-2"] == [0, 1, 3, 7, 15, 31, 63, 127]
+
+
+def test_another_vm_of_the_name_does_not_wait_for_what_was_refused_to_the_one_before() -> None:
+    policy = StaticLimits({"web": TEN})
+    (action,) = policy.decide(facts("web"))
+    policy.refused(action, "too many")
+    again = attrs.evolve(facts("web", time=0.1), vms={"web": attrs.evolve(facts("web").vms["web"], launch=2)})
+    assert by_vm(policy.decide(again)) == {"web": TEN}
+
+
+@pytest.mark.parametrize("where", [{"host": TEN}, {"tenants": {"ac*": TEN}}])
+def test_one_that_looks_once_looks_again_while_something_was_refused(where) -> None:
+    policy = StaticLimits(**where)
+    assert policy.interval is None
+    (action,) = policy.decide(facts(tenants=("acme", "other")))
+    assert policy.interval is None
+    policy.refused(action, "too many")
+    assert policy.interval == 0.1
+    assert policy.decide(facts(tenants=("acme", "other"), time=0.5)) == []
+    assert policy.decide(facts(tenants=("acme", "other"), time=1)) == [action]
+    assert policy.interval is None
+
+
 def test_names_of_long_gone_vms_are_not_kept_for_ever() -> None:
     policy = StaticLimits({"*": TEN})
     policy.decide(facts(*(f"old-{i}" for i in range(MOST_REMEMBERED)), "kept"))
     assert by_vm(policy.decide(facts("kept", "new"))) == {"new": TEN}
-    assert len(policy._vms_done) == 2
+    assert len(policy._launches) == 2
 
 
 @pytest.mark.parametrize(
@@ -94,6 +128,7 @@ def test_names_of_long_gone_vms_are_not_kept_for_ever() -> None:
         ({"tenants": {"acme": None}}, r"tenants\['acme'\]=None: must be a Limit"),
         ({"host": 5}, "host=5: must be a Limit"),
         ({"interval": 0}, "interval=0"),
+        ({"interval": 1e-9}, "interval=1e-09: must be from 1e-06"),
         ({"interval": float("nan")}, "interval=nan"),
     ],
 )

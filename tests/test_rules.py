@@ -190,6 +190,10 @@ def test_every_mistake_is_told_at_once_with_its_line_key_and_remedy():
         ("limit = nan", "line 1: limit.rate: nan: must be finite"),
         ("limit = true", "line 1: limit: true: must be events a second"),
         ("[[policies]]\nlimit = 4", "line 1: policies[0].kind: is missing: which policy"),
+        (
+            "[[policies]]\nkind = 'static-limits'\ninterval = 1e-9",
+            "line 3: policies[0].interval: 1e-09: must be from 1e-06",
+        ),
         ("policies = [5]", "line 1: policies[0]: 5: must be a table"),
         ("[tenants.'a b']", "line 1: tenants.\"a b\": tenant='a b': must be 1 to 64"),
         ("[guard]\ndry_run = 'laddr'\n[[policies]]\nkind = 'ladder'", "line 2: guard.dry_run: 'laddr': no policy has"),

@@ -15,9 +15,10 @@ from typing import Any, Final
 
 import attrs
 
-from ..actions import Throttle
+from ..actions import Action, Throttle
 from ..spec import Limit, Meter, as_meter
 from .facts import Facts, VmFacts
+from .once import Once
 from .ranges import within
 
 __all__ = ["BurstCredits"]
@@ -48,7 +49,8 @@ class BurstCredits:
     limit.
 
     A VM is found at the first tick in which it did something, and what it did in it is taken off its credits. One that
-    is launched again under its name keeps its balance: launching anew earns nothing.
+    is launched again under its name keeps its balance: launching anew earns nothing. A limit that was refused is asked
+    for again, first after a second and then ever more seldom.
 
     Parameters:
         baseline: events per second that each VM always has.
@@ -81,6 +83,8 @@ class BurstCredits:
         self._meter = as_meter(meter)
         self._name = name or ("burst-credits" if self._meter is Meter.BUS_LOCKS else f"burst-credits-{self._meter}")
         self._accounts: dict[str, _Account] = {}
+        self._opened = Once()
+        self._time = 0
 
     @property
     def name(self) -> str:
@@ -107,7 +111,14 @@ class BurstCredits:
         return account.balance if time is None else self._earned(account, time)
 
     def decide(self, facts: Facts) -> list[Throttle]:
+        self._time = facts.time
         return list(self._actions(facts))
+
+    def refused(self, action: Action, reason: str) -> None:
+        """It may not be in force, so it is asked for again."""
+        account = self._accounts.get(action.vm or "")
+        if account is not None:
+            self._opened.refused((action.vm, account.launch), self._time)
 
     def _earned(self, account: _Account, time: int) -> float:
         return min(self._most, account.balance + max(0, time - account.seen) / 1e9 * self._limit.rate)
@@ -125,16 +136,18 @@ class BurstCredits:
             # Earned and spent within the tick: in which order is not known, so the balance stops at `most` at its end.
             account.balance = min(self._most, max(0.0, before + self._limit.rate * facts.interval - used))
             account.seen = facts.time
-            if account.launch != vm.launch:
-                account.launch, account.out = vm.launch, False
+            account.launch = vm.launch
+            if self._opened.due((vm.name, vm.launch), facts.time):
+                account.out = False
                 yield from self._open(vm, account, used, facts)
             else:
                 yield from self._turn(vm, account, used, facts)
-        if len(self._accounts) > MOST_REMEMBERED:
+        if max(len(self._accounts), len(self._opened)) > MOST_REMEMBERED:
             # Who would start with no less if it came as a stranger needs no account.
             for name in [n for n, a in self._accounts.items() if n not in facts.vms]:
                 if self._earned(self._accounts[name], facts.time) >= self._launch:
                     del self._accounts[name]
+            self._opened.keep({(name, account.launch) for name, account in self._accounts.items()})
 
     def _open(self, vm: VmFacts, account: _Account, used: int, facts: Facts) -> Iterator[Throttle]:
         # A new bucket is full, and a burst that grows later is earned and not given: so it first gets as large as the

@@ -6,10 +6,12 @@ from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Final
 
-from ..actions import Throttle
+from ..actions import Action, Throttle
 from ..errors import SpecError
 from ..spec import Limit, Meter, as_meter, optional_limit
 from .facts import Facts
+from .once import Once
+from .ranges import within
 
 __all__ = ["StaticLimits"]
 
@@ -19,7 +21,8 @@ MOST_REMEMBERED: Final = 65536
 class StaticLimits:
     """Hold VMs, tenants and the host to fixed limits, each from the moment it is first seen.
 
-    Limits stack, and the tighter counts: this one never loosens what a spec says.
+    Limits stack, and the tighter counts: this one never loosens what a spec says. One that was refused is asked for
+    again, first after a second and then ever more seldom.
 
     Parameters:
         vms: a `Limit` by VM name, or by a pattern as in a shell (``"web-*"``). A name in full goes before patterns; of
@@ -31,7 +34,7 @@ class StaticLimits:
         name: in the journal; each policy of a fleet has one of its own.
 
     Raises:
-        SpecError: a limit is not a `Limit`, or the interval is not more than 0.
+        SpecError: a limit is not a `Limit`, or the interval is out of its range.
     """
 
     def __init__(
@@ -44,17 +47,15 @@ class StaticLimits:
         interval: float = 0.1,
         name: str | None = None,
     ) -> None:
-        if not 0 < interval < float("inf"):
-            raise SpecError(f"interval={interval!r}: must be more than 0 seconds and finite")
         self._vms = _checked("vms", vms)
         self._tenants = _checked("tenants", tenants)
         self._host = optional_limit("host", host)
         self._meter = as_meter(meter)
         self._name = name or ("static-limits" if self._meter is Meter.BUS_LOCKS else f"static-limits-{self._meter}")
-        self._interval = interval if self._vms else None
-        self._host_done = False
-        self._tenants_done: set[str] = set()
-        self._vms_done: set[tuple[str, int]] = set()
+        self._interval = within("interval", interval, 1e-6, 1e6, "seconds")
+        self._places, self._launches = Once(), Once()
+        self._seen: dict[str, int] = {}  # launches, of those that were limited at the last tick
+        self._time = 0
 
     @property
     def name(self) -> str:
@@ -66,7 +67,7 @@ class StaticLimits:
 
     @property
     def interval(self) -> float | None:
-        return self._interval
+        return self._interval if self._vms or self._places.waiting else None
 
     def tenant_limit(self, tenant: str) -> Limit | None:
         """What a tenant of that name is held to."""
@@ -74,16 +75,22 @@ class StaticLimits:
         return None if found is None else found[1]
 
     def decide(self, facts: Facts) -> list[Throttle]:
+        self._time, self._seen = facts.time, {}
         return list(self._new(facts))
 
+    def refused(self, action: Action, reason: str) -> None:
+        """It is not in force, so it is asked for again."""
+        if action.vm is None:
+            self._places.refused(action.tenant if isinstance(action, Throttle) else None, self._time)
+        elif action.vm in self._seen:
+            self._launches.refused((action.vm, self._seen[action.vm]), self._time)
+
     def _new(self, facts: Facts) -> Iterator[Throttle]:
-        if self._host is not None and not self._host_done:
-            self._host_done = True
+        if self._host is not None and self._places.due(None, facts.time):
             yield Throttle(limit=self._host, meter=self._meter, reason="static limit of the host")
         for name in facts.tenants:
-            if name in self._tenants_done:
+            if not self._places.due(name, facts.time):
                 continue
-            self._tenants_done.add(name)
             if (found := _find(self._tenants, name)) is not None:
                 pattern, limit = found
                 yield Throttle(
@@ -95,13 +102,13 @@ class StaticLimits:
                 )
         if not self._vms:
             return
-        if len(self._vms_done) > MOST_REMEMBERED:
+        if len(self._launches) > MOST_REMEMBERED:
             # Facts don't say which VMs are gone. Setting a limit again does no harm; growing without end would.
-            self._vms_done.intersection_update((vm.name, vm.launch) for vm in facts.vms.values())
+            self._launches.keep({(vm.name, vm.launch) for vm in facts.vms.values()})
         for name, vm in facts.vms.items():
-            if (name, vm.launch) in self._vms_done:  # another VM of that name starts without limits
+            if not self._launches.due((name, vm.launch), facts.time):  # another VM of that name starts without limits
                 continue
-            self._vms_done.add((name, vm.launch))
+            self._seen[name] = vm.launch
             if (found := _find(self._vms, name)) is not None:
                 pattern, limit = found
                 yield Throttle(

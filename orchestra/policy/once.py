@@ -1,0 +1,47 @@
+"""What a policy asks for once, and again only if it was refused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Hashable
+from typing import Final
+
+__all__ = ["Once"]
+
+FIRST: Final = 1_000_000_000
+MOST: Final = 64_000_000_000
+
+
+class Once:
+    """What was refused is due again after a second, and each time after twice as long, up to 64 s: each refusal is a
+    row in the journal. Times are nanoseconds on the fleet's clock."""
+
+    def __init__(self) -> None:
+        self._due: dict[Hashable, tuple[float, int]] = {}  # when it is due, and how long it waited for that
+
+    def __len__(self) -> int:
+        return len(self._due)
+
+    @property
+    def waiting(self) -> bool:
+        """Something was refused and is not asked for again yet. Looks at everything."""
+        return any(due < math.inf for due, _ in self._due.values())
+
+    def due(self, what: Hashable, time: int) -> bool:
+        """Whether to ask for it now. It counts as asked for then."""
+        due, wait = self._due.get(what, (0, 0))
+        if time < due:
+            return False
+        self._due[what] = math.inf, wait
+        return True
+
+    def refused(self, what: Hashable, time: int) -> None:
+        """It was asked for, at that time."""
+        due, wait = self._due.get(what, (0, 0))
+        if due == math.inf:  # else that is known
+            wait = min(max(FIRST, 2 * wait), MOST)
+            self._due[what] = time + wait, wait
+
+    def keep(self, these: Collection[Hashable]) -> None:
+        """Forget all others."""
+        self._due = {what: due for what, due in self._due.items() if what in these}
