@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestra.policy import Guard, Ladder, WeightedShare
+from orchestra.policy import CPU_MODELS, Facts, Guard, Ladder, Only, VmFacts, WeightedShare
 from orchestra.simulate import CPUS, load_scenario, read_scenario
 from orchestra.simulate.behaviours import Bursty, Quiet
 from orchestra.simulate.policies import PolicySpec, QemuWindow, kinds, maker
@@ -111,6 +111,35 @@ def test_a_ladders_steps_can_be_given():
     assert again.steps == made.steps
 
 
+def test_policies_are_read_as_in_a_file_of_rules():
+    spec = PolicySpec(
+        "ladder", {"over": {"bus_share": 0.1}, "meter": "bus_locks", "only": {"vms": "web-*"}, "name": "webs"}
+    )
+    made = maker(spec)(CPUS["zen-2"])
+    assert isinstance(made, Only)
+    assert (made.name, made.vms) == ("webs", ("web-*",))
+    assert isinstance(made.policy, Ladder)
+    assert made.policy.steps[0].when[0].over == pytest.approx(0.1 * 2e9 / 7000)
+    free = maker(PolicySpec("weighted-share", {"limit": {"bus_share": 0.1, "max_delay": "none"}}))(CPUS["zen-2"])
+    assert isinstance(free, WeightedShare)
+    assert free.decide(Facts(1, 1.0, None, None, {}, {})) == []
+
+
+def test_each_host_has_a_policy_of_its_own():
+    make = maker(PolicySpec("weighted-share", {"limit": {"bus_share": 0.1}}))
+    one, other = make(CPUS["zen-2"]), make(CPUS["zen-2"])
+    vm = VmFacts("a", "t", 1.0, 1, 100_000, 100_000, 0.0)
+    for policy in (one, other):  # what the first remembers is no matter of the second
+        assert [action.vm for action in policy.decide(Facts(1, 1.0, None, None, {}, {"a": vm}))] == ["a"]
+
+
+def test_one_table_of_cpus_serves_budgets_and_simulations():
+    assert set(CPUS) == set(CPU_MODELS)
+    for name, cpu in CPUS.items():
+        model = CPU_MODELS[name]
+        assert (cpu.cycles, cpu.worst, cpu.about) == (model.cycles, model.worst, model.source)
+
+
 def test_qemus_window_is_no_policy():
     assert maker(PolicySpec("qemu-window", {"rate": 100}))(CPUS["zen-2"]) == QemuWindow(rate=100)
 
@@ -194,9 +223,9 @@ share = 0.2
         (3, "seed: -1: must be 0 or more"),
         (6, "hosts[0].cpu: 'z80': no such CPU model; there are: alder-lake"),
         (11, "vms[1].name: 'a': another has that name"),
-        (15, "policies[0].headrom: no such key; weighted-share has limit"),
+        (15, "policies[0].headrom: no such key; there are: limit"),
         (17, "policies[1].kind: 'static': no such policy; there are: adaptive"),
-        (18, "policies[2]"),
+        (20, "policies[2].floor: -3"),
         (21, "policies[3].most: is missing"),
         (27, "policies[5]: 'bus-time': another policy has that name"),
     ]:

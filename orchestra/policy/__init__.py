@@ -7,8 +7,9 @@ a clock. What it remembers between two ticks it keeps in itself.
 from __future__ import annotations
 
 from .adaptive import Adaptive
-from .bustime import CPU_MODELS, BusTime, CpuModel
+from .bustime import BusTime
 from .compose import Only, only
+from .cpus import CPU_MODELS, CpuModel
 from .credits import BurstCredits
 from .facts import Facts, HostFacts, Policy, TenantFacts, VcpuFacts, VmFacts
 from .guard import Guard, Ruling, Verdict

@@ -3,59 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final
 
 import attrs
 
 from ..actions import Throttle, Unthrottle
 from ..errors import SpecError
 from ..spec import Limit, Meter, Tenant
+from .cpus import CPU_MODELS, CpuModel
 from .facts import Facts
 from .ranges import within
 from .share import WeightedShare
 from .static import StaticLimits
 
 __all__ = ["CPU_MODELS", "BusTime", "CpuModel"]
-
-KERNEL: Final = "Linux kernel, Documentation/arch/x86/buslock.rst"
-LAM: Final = "C. Lam, Investigating Split Locks on x86-64, chipsandcheese.com, April 2026"
-
-
-@attrs.frozen
-class CpuModel:
-    """What a bus lock costs on one model of CPU.
-
-    Attributes:
-        name: as in `CPU_MODELS`.
-        cycles: that one lock holds the bus.
-        damage: how much worse than by those cycles alone the others fare; a lock is counted as so many. It is no
-            property of the lock: two models with the same latency can differ by ten in what the neighbours feel.
-        source: where the figures are from.
-    """
-
-    name: str
-    cycles: float = 7000.0
-    damage: float = 1.0
-    source: str = KERNEL
-
-    def __attrs_post_init__(self) -> None:
-        within("cycles", self.cycles, 1, 1e9, "cycles")
-        within("damage", self.damage, 0.01, 1e4, "times")
-
-
-CPU_MODELS: Final[Mapping[str, CpuModel]] = {
-    model.name: model
-    for model in (
-        CpuModel("default", source=f"{KERNEL}: its example reckons with 7000 cycles; 'over 1000' is the least"),
-        CpuModel("zen-2", damage=10.0, source=f"{LAM}: memory past L1D about 10 times worse"),
-        CpuModel("zen-5", damage=10.0, source=f"{LAM}: memory past L1D about 10 times worse"),
-        CpuModel("arrow-lake", damage=2.0, source=f"{LAM}: half the bandwidth past L2"),
-        CpuModel("skylake", damage=1.5, source=f"{LAM}: real applications -16 to -34 %, so 1 / (1 - 0.34)"),
-        CpuModel("alder-lake", damage=1.0, source=f"{LAM}: mild"),
-    )
-}
-"""By name. The cycles are the kernel's example for all: nobody has published them by model. The damage is what was
-measured beside a core that does nothing but split locks, read as a factor; an inference, and coarse."""
 
 
 class BusTime:

@@ -17,7 +17,7 @@ from ..spec import Limit, Tenant
 from ..tomlfile import Inside, Mistaken, meant, shown
 from .kinds import build, make_policy, rules_converter, table
 
-__all__ = ["PolicyRule", "Rules", "load_rules", "parse_rules", "stamp_of"]
+__all__ = ["PolicyRule", "Rules", "load_rules", "parse_rules", "read_policy", "stamp_of"]
 
 Stamp: TypeAlias = tuple[int, int, int]
 
@@ -125,7 +125,7 @@ def _rules(made: Any, said: Mapping[str, Any], file: str) -> Rules:
     entries: list[PolicyRule] = []
     for i, one in _items(said, "policies", list, mistakes):
         try:
-            entry = _entry(made, one)
+            entry = read_policy(made, one)
         except Exception as error:
             mistakes.append(Inside(error, "policies", i))
             continue
@@ -156,7 +156,11 @@ def _items(said: Mapping[str, Any], key: str, kind: type[Any], mistakes: list[Ex
     return list(enumerate(value)) if kind is list else list(value.items())
 
 
-def _entry(made: Any, said: Any) -> PolicyRule:
+def read_policy(made: Any, said: Any) -> PolicyRule:
+    """One of a file's policies: a table, or just its kind.
+
+    It raises what is wrong as `build` does.
+    """
     if isinstance(said, str):
         said = {"kind": said}
     kind = table(said).get("kind")

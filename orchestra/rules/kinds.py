@@ -18,7 +18,7 @@ from ..policy import CPU_MODELS, Condition, CpuModel, Guard, Ladder, Policy, Run
 from ..spec import Limit, Meter, Tenant
 from ..tomlfile import Inside, Mistaken, converter, meant, shown
 
-__all__ = ["build", "kinds", "make_policy", "rules_converter", "table"]
+__all__ = ["NONE", "build", "kinds", "make_policy", "rules_converter", "table"]
 
 NONE: Final = "none"
 """TOML has no null: where a parameter may be None, this says so."""

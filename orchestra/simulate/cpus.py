@@ -1,4 +1,4 @@
-"""What a bus lock costs, and what it does to everybody else, by CPU model. Sources and limits: docs/simulate.md."""
+"""A simulated host's CPU, and limits as parts of its bus. Sources and limits: docs/simulate.md."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Final
 import attrs
 
 from ..errors import SpecError
+from ..policy import CPU_MODELS
 from ..spec import Limit
 
 __all__ = ["CPUS", "HostCpu", "LimitSpec"]
@@ -50,19 +51,9 @@ class HostCpu:
 
 
 CPUS: Final = MappingProxyType(
-    {
-        "default": HostCpu(worst=2.0, about="the kernel documentation's example; damage as on Arrow Lake"),
-        "zen-2": HostCpu(worst=10.0, about="AMD Zen 2: others about 10 times slower past the L1 data cache"),
-        "zen-5": HostCpu(worst=10.0, about="AMD Zen 5: others about 10 times slower past the L1 data cache"),
-        "arrow-lake": HostCpu(worst=2.0, about="Intel Arrow Lake: half the bandwidth past the L2 cache"),
-        # Measured on whole applications: 25 % slower (the middle of 16 to 34) is 1.33 times as long, and so is
-        # 1 + 0.3 * (2.11 - 1) for the reference victim, which spends 0.3 of its time on such accesses.
-        "skylake": HostCpu(worst=2.11, about="Intel Skylake: applications 16 to 34 % slower"),
-        "alder-lake": HostCpu(worst=1.17, about="Intel Alder Lake: mild; taken as 5 % for the reference victim"),
-    }
+    {model.name: HostCpu(cycles=model.cycles, worst=model.worst, about=model.source) for model in CPU_MODELS.values()}
 )
-"""Known models, by the names that `orchestra.policy.bustime` has. All cost 7000 cycles at 2 GHz: what a lock does to
-others differs by CPU, independently of its own cost."""
+"""Known models: those of `orchestra.policy.CPU_MODELS`, at 2 GHz."""
 
 
 @attrs.frozen

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
-import re
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
 import attrs
 
-from .. import policy as policies
+from .. import rules
 from ..errors import SpecError
 from ..policy import Policy
-from ..policy.ladder import Ladder
-from ..policy.steps import Condition, Rung, Step, default_steps
-from ..spec import Limit
-from ..tomlfile import Mistaken
+from ..rules.file import read_policy
+from ..rules.kinds import NONE, build, rules_converter
+from ..tomlfile import Mistaken, meant
 from .cpus import HostCpu, LimitSpec
 
 __all__ = ["Factory", "PolicySpec", "QemuWindow", "check_policy", "kinds", "maker"]
@@ -23,7 +21,7 @@ __all__ = ["Factory", "PolicySpec", "QemuWindow", "check_policy", "kinds", "make
 Factory: TypeAlias = Callable[[HostCpu], Policy]
 """Makes a policy for one host. Hosts differ in their CPU, and a policy keeps what it remembers in itself."""
 
-_LIMIT: Final = {"rate", "bus_share", "burst", "max_delay"}
+_LIMIT: Final = {field.name for field in attrs.fields(LimitSpec)}
 
 
 @attrs.frozen
@@ -56,87 +54,63 @@ class QemuWindow:
 
 
 def kinds() -> Mapping[str, type[Any]]:
-    """What `orchestra.policy` offers, by name (``WeightedShare`` is "weighted-share"), and "qemu-window"."""
-    found: dict[str, type[Any]] = {"qemu-window": QemuWindow}
-    for name in policies.__all__:
-        one = getattr(policies, name)
-        if not (isinstance(one, type) and one is not Policy and callable(getattr(one, "decide", None))):
-            continue
-        if "policy" not in inspect.signature(one).parameters:  # it makes a policy out of another
-            found[re.sub(r"(?<=[a-z])(?=[A-Z])", "-", name).lower()] = one
-    return found
-
-
-def _value(value: Any, cpu: HostCpu, at: tuple[str | int, ...]) -> Any:
-    """A value of TOML as a policy's argument."""
-    if isinstance(value, Mapping):
-        if {"rate", "bus_share"} & set(value):
-            if extra := sorted(set(value) - _LIMIT):
-                raise Mistaken(f"no such key; a limit has {', '.join(sorted(_LIMIT))}", *at, extra[0])
-            for key, number in value.items():
-                if isinstance(number, bool) or not isinstance(number, int | float):
-                    raise Mistaken(f"{number!r}: must be a number", *at, key)
-            try:
-                return LimitSpec(**value).on(cpu)
-            except SpecError as error:
-                raise Mistaken(str(error), *at) from None
-        return {key: _value(one, cpu, (*at, key)) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_value(one, cpu, (*at, i)) for i, one in enumerate(value)]
-    return value
-
-
-def _ladder(arguments: dict[str, Any]) -> dict[str, Any]:
-    """A ladder's steps: tables, or the default ones for a threshold (`over`, `highest`)."""
-    if "steps" not in arguments:
-        over = arguments.pop("over", 1000.0)
-        over = over.rate if isinstance(over, Limit) else over
-        return {**arguments, "steps": default_steps(over, highest=arguments.pop("highest", Rung.EVICT))}
-    if extra := {"over", "highest"} & set(arguments):
-        raise Mistaken("give either that or steps", min(extra))
-    steps = []
-    for i, step in enumerate(arguments["steps"]):
-        try:
-            when = step.pop("when", [])
-            steps.append(Step(when=[Condition(**one) for one in (when if isinstance(when, list) else [when])], **step))
-        except (TypeError, ValueError, AttributeError) as error:
-            raise Mistaken(str(error), "steps", i) from None
-    return {**arguments, "steps": steps}
+    """Those of `orchestra.rules`, and "qemu-window"."""
+    return {"qemu-window": QemuWindow, **rules.kinds()}
 
 
 def maker(spec: PolicySpec) -> Callable[[HostCpu], Policy | QemuWindow]:
-    """What makes instances of it, for a host with a given CPU each.
+    """What makes instances of it, for a host with a given CPU each; as a file of rules would, beside `bus_share`.
 
-    Raises:
-        SpecError: there is no such kind, or its class does not take that. What is wrong with a value is told when an
-            instance is made.
+    It raises ExceptionGroup, Mistaken: all that is wrong, as a converter does (`orchestra.tomlfile`).
     """
-    known = kinds()
-    if spec.kind not in known:
-        raise Mistaken(f"{spec.kind!r}: no such policy; there are: {', '.join(sorted(known))}", "kind")
-    kind = known[spec.kind]
-    takes = inspect.signature(kind).parameters
-    more = ("over", "highest") if kind is Ladder else ()
-    for key in spec.arguments:
-        if key not in takes and key not in more:
-            raise Mistaken(f"no such key; {spec.kind} has {', '.join([*takes, *more])}", key)
-    for name, parameter in takes.items():
-        if parameter.default is parameter.empty and name not in spec.arguments:
-            raise Mistaken(f"is missing; {spec.kind} needs it", name)
+    made = rules_converter()
+    copies: dict[HostCpu, Policy | QemuWindow] = {}
 
     def make(cpu: HostCpu) -> Policy | QemuWindow:
-        arguments = {key: _value(value, cpu, (key,)) for key, value in spec.arguments.items()}
-        try:
-            made: Policy | QemuWindow = kind(**(_ladder(arguments) if kind is Ladder else arguments))
-        except Mistaken:
-            raise
-        except (TypeError, ValueError, AttributeError) as error:  # SpecError is a ValueError
-            said = str(error)
-            field = next((key for key in arguments if said.startswith((f"{key}=", f"{key}[", f"{key}:"))), None)
-            raise Mistaken(said.removeprefix(f"{field}="), *([field] if field else [])) from None
-        return made
+        if cpu not in copies:
+            copies[cpu] = _make(made, spec, cpu)
+        return copy.deepcopy(copies[cpu])  # it has seen nothing yet; reading it anew takes ten times as long
 
     return make
+
+
+def _make(made: Any, spec: PolicySpec, cpu: HostCpu) -> Policy | QemuWindow:
+    says = {key: _on(value, cpu, (key,)) for key, value in spec.arguments.items()}
+    if spec.kind == "qemu-window":
+        window: QemuWindow = build(made, QemuWindow, says)
+        return window
+    if spec.kind not in kinds():
+        known = sorted(kinds())
+        raise Mistaken(f"{spec.kind!r}: no such policy; there are: {', '.join(known)}{meant(spec.kind, known)}", "kind")
+    return read_policy(made, {"kind": spec.kind, **says}).policy
+
+
+def _on(value: Any, cpu: HostCpu, at: tuple[str | int, ...]) -> Any:
+    """A value of TOML on a host with that CPU: parts of the bus become rates."""
+    if isinstance(value, Mapping):
+        if "bus_share" in value:
+            return _rate(value, cpu, at)
+        return {key: _on(one, cpu, (*at, key)) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_on(one, cpu, (*at, i)) for i, one in enumerate(value)]
+    return value
+
+
+def _rate(value: Mapping[str, Any], cpu: HostCpu, at: tuple[str | int, ...]) -> Any:
+    if extra := sorted(set(value) - _LIMIT):
+        raise Mistaken(f"no such key; a limit has {', '.join(sorted(_LIMIT))}", *at, extra[0])
+    said = {key: None if number == NONE else number for key, number in value.items()}
+    for key, number in said.items():
+        if isinstance(number, bool) or not isinstance(number, int | float | None):
+            raise Mistaken(f"{number!r}: must be a number", *at, key)
+    try:
+        limit = LimitSpec(**said).on(cpu)
+    except SpecError as error:
+        raise Mistaken(str(error), *at) from None
+    if at[-1] == "over":  # a threshold is no limit
+        return limit.rate
+    burst = {} if limit.burst is None else {"burst": limit.burst}
+    return {"rate": limit.rate, "max_delay": NONE if limit.max_delay is None else limit.max_delay, **burst}
 
 
 def check_policy(spec: PolicySpec, cpus: Sequence[HostCpu]) -> str:

@@ -198,9 +198,9 @@ class Scenario:
     def cpu_of(self, hosts: Hosts) -> HostCpu:
         return self.cpus[hosts.cpu] if hosts.cpu in self.cpus else CPUS[hosts.cpu]
 
-    def _mistakes(self) -> Sequence[tomlfile.Mistaken]:
+    def _mistakes(self) -> Sequence[Exception]:
         """What can't be, of values that are right each for itself."""
-        found: list[tomlfile.Mistaken] = []
+        found: list[Exception] = []
 
         def wrong(text: str, *at: str | int) -> None:
             found.append(tomlfile.Mistaken(text, *at))
@@ -237,8 +237,8 @@ class Scenario:
         for i, policy in enumerate(self.policies):
             try:
                 name = check_policy(policy, cpus)
-            except SpecError as error:
-                wrong(str(error), "policies", i, *getattr(error, "at", ()))
+            except Exception as error:  # whatever is wrong with it, with its place
+                found.append(tomlfile.Inside(error, "policies", i))
                 continue
             if name in seen:
                 wrong(f"{name!r}: another policy has that name; give this one a `name` of its own", "policies", i)
