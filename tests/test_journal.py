@@ -112,6 +112,108 @@ def test_a_journal_is_continued_by_the_next_fleet(path):
         assert all(row[0] is not None for row in read.query("SELECT ended FROM sessions"))
 
 
+@pytest.mark.parametrize("odd", [{"work": 1 << 70}, {"cpu": 1 << 70}])
+def test_a_figure_beyond_64_bits_is_kept_as_nearly_as_can_be(path, odd):
+    journal = written(path)
+    journal.aggregate(facts(2, 6 * SECOND, **odd))
+    journal.end(7 * SECOND)
+    assert (journal.statistics().dropped, journal.statistics().written) == (0, 3)
+    with read_journal(path) as read:
+        assert [getattr(row, next(iter(odd))) for row in read.aggregates()] == [float(1 << 70)] * 2
+
+
+def test_text_that_is_no_utf8_is_kept_with_escapes_and_everything_else_as_it_is(path):
+    journal = written(path)
+    journal.action(Applied(time=6 * SECOND, action=orc.Warn(vm="a", reason="bad \udc80 byte")))
+    journal.state(7 * SECOND, "a", 1, "acme", "running", "fine")
+    journal.end(8 * SECOND)
+    with read_journal(path) as read:
+        assert [row.reason for row in read.actions()] == ["bad \\udc80 byte"]
+        assert [row.reason for row in read.states()] == ["fine"]
+
+
+def test_a_row_that_cant_be_written_is_dropped_alone_and_told(path, caplog):
+    journal = written(path)
+    journal.state(6 * SECOND, "a", 1, "acme", "running", "before")
+    journal.state(6 * SECOND, "a", 1, "acme", "running", {"not": "text"})  # type: ignore[arg-type]
+    journal.state(6 * SECOND, "a", 1, "acme", "running", None)  # type: ignore[arg-type]
+    journal.state(6 * SECOND, "a", 1, "acme", "running", "after")
+    journal.end(7 * SECOND)
+    assert journal.statistics() == writer.JournalStatistics(2, 0, 2, None)
+    assert [record.message for record in caplog.records if "2 rows of the journal are lost" in record.message]
+    with read_journal(path) as read:
+        assert [row.reason for row in read.states()] == ["before", "after"]
+
+
+def in_a_circle() -> dict[str, object]:
+    evidence: dict[str, object] = {}
+    evidence["again"] = evidence
+    return evidence
+
+
+@pytest.mark.parametrize("evidence", [in_a_circle(), {"deep": {("x", 1): 2}}])
+def test_evidence_that_json_cant_hold_costs_the_evidence_only(path, evidence):
+    journal = written(path)
+    journal.action(Applied(time=6 * SECOND, action=orc.Warn(vm="a", reason="why", evidence=evidence)))
+    journal.end(7 * SECOND)
+    with read_journal(path) as read:
+        (row,) = read.actions()
+    assert row.reason == "why"
+    assert list(row.evidence) == ["unreadable"]
+
+
+FULL = """
+import logging, resource, signal, sys, time, orchestra as orc
+from orchestra.journal import Journal
+logging.basicConfig(level=logging.WARNING, format="%(message)s")
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+def write(count):
+    for n in range(count):
+        journal.action(orc.Applied(time=time.time_ns(), action=orc.Warn(vm="v", reason="r" * 100)))
+def until(done):
+    while not done(journal.statistics()):
+        time.sleep(0.01)
+journal = Journal(sys.argv[1])
+journal.begin(time.time_ns(), "kvm", None)
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
+write(5_000)
+until(lambda told: told.error)
+if sys.argv[2] == "again":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    until(lambda told: not told.waiting)
+journal.end(1)
+print(journal.statistics())
+"""
+
+
+@pytest.mark.parametrize(
+    ("room", "told", "said"),
+    [
+        ("none", "JournalStatistics(written=0, waiting=0, dropped=5000, error='", "5000 rows of the journal are lost"),
+        ("again", "JournalStatistics(written=5000, waiting=0, dropped=0, error=None)", "the journal is written again"),
+    ],
+)
+def test_a_full_disk_is_told_when_it_fills_and_what_it_cost(path, room, told, said):
+    ran = subprocess.run(
+        [sys.executable, "-c", FULL, str(path), room], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert ran.stdout.startswith(told)
+    assert ran.stderr.count("the journal can't be written (") == 1
+    assert said in ran.stderr
+    with read_journal(path) as read:
+        assert len(list(read.actions())) == (5000 if room == "again" else 0)
+
+
+def test_a_second_writer_is_refused_until_the_first_is_gone(path):
+    first, second = written(path), Journal(path)
+    with pytest.raises(JournalError, match="another fleet writes this journal"):
+        second.begin(0, "kvm", None)
+    first.end(0)
+    second.begin(0, "kvm", None)
+    second.end(0)
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
 def test_two_fleets_cant_share_one_journal_object(path):
     journal = written(path)
     with pytest.raises(JournalError, match="in use"):
@@ -119,12 +221,13 @@ def test_two_fleets_cant_share_one_journal_object(path):
     journal.end(0)
 
 
-def test_what_the_disk_is_too_slow_for_is_dropped_and_counted_but_no_action(path, monkeypatch):
+def test_what_the_disk_is_too_slow_for_is_dropped_and_counted_actions_last(path, monkeypatch):
     monkeypatch.setattr(writer, "QUEUE", 10)
     journal = Journal(path)  # nobody takes from its queue yet
     journal.aggregate(facts(20, SECOND))
-    journal.action(Applied(time=SECOND, action=orc.Pause(vm="a")))
-    assert journal.statistics() == writer.JournalStatistics(0, 11, 11, None)
+    for _ in range(15):
+        journal.action(Applied(time=SECOND, action=orc.Pause(vm="a")))
+    assert journal.statistics() == writer.JournalStatistics(0, 20, 16, None)  # and of these twice as many at most
 
 
 def test_rows_past_their_days_are_removed(path):
@@ -149,6 +252,33 @@ def test_the_file_stays_within_its_bytes_and_the_newest_stay(path, monkeypatch):
         last = read.span()
         assert last is not None
         assert times[-1] == last[1]
+
+
+def test_no_mixture_of_rows_makes_the_file_larger_than_its_bytes(path, monkeypatch):
+    monkeypatch.setattr(writer, "BATCH", 500)
+    sizes = []
+    give_back = Journal._shrink
+
+    def look(journal: Journal, connection: sqlite3.Connection) -> None:
+        give_back(journal, connection)
+        sizes.append(sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*") if file.suffix != ".db-shm"))
+
+    monkeypatch.setattr(Journal, "_shrink", look)
+    journal = written(path, keep_bytes=orc.MiB)
+    for tick in range(100):
+        now = (6 + tick) * SECOND
+        journal.aggregate(facts(40, now))
+        for _ in range(40):
+            journal.state(now, "vm-1", 1, "acme", "running", "x" * 50)
+            journal.action(Applied(time=now, action=orc.Warn(vm="vm-1", reason="r" * 100, evidence={"a": "x" * 200})))
+    journal.end(999 * SECOND)
+    assert max(sizes) <= orc.MiB
+    assert path.stat().st_size <= orc.MiB
+    with read_journal(path) as read:
+        last = read.span()
+        assert last is not None
+        for rows in (read.aggregates(), read.actions(), read.states()):  # of each the newest stay
+            assert max(row.time for row in rows) == last[1]
 
 
 def test_it_can_be_read_while_it_is_written(path):
