@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -303,6 +304,92 @@ def test_what_is_no_journal_is_refused_with_its_name(path, make, message):
     with pytest.raises(JournalError, match=message) as caught:
         read_journal(path)
     assert str(path) in str(caught.value)
+
+
+def filled(path: Path) -> None:
+    """A journal of some pages, with a row of each kind and more."""
+    journal = written(path)
+    for tick in range(100):
+        now = (6 + tick) * SECOND
+        journal.aggregate(facts(5, now, cpu=0.5))
+        journal.state(now, "vm-1", 1, "acme", "running", "")
+        journal.action(Applied(time=now, action=orc.Warn(vm="vm-1", evidence={"rate": 1})))
+        journal.profile(now, "vm-1", 1, [(0x1000, 64, 0, 0, 3, 300, b"\xf0\x01")])
+    journal.end(200 * SECOND)
+
+
+def read_all(path: Path) -> None:
+    with read_journal(path) as read:
+        read.vms(), read.span(), read.intervals()
+        for rows in (read.actions(), read.states(), read.aggregates(), read.hosts(), read.profiles()):
+            for _ in rows:
+                pass
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_damaged_file_is_read_as_far_as_it_goes_or_named(path, seed):
+    filled(path)
+    read_all(path)
+    content, chance = bytearray(path.read_bytes()), random.Random(seed)
+    for at in range(4096, len(content), 4096):
+        for _ in range(20):
+            content[at + chance.randrange(4096)] = chance.randrange(256)
+    path.write_bytes(content)
+    with pytest.raises(JournalError, match="can't be read") as caught:
+        read_all(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("UPDATE actions SET evidence = '{'", "line 1"),
+        ("UPDATE actions SET details = '[]'", "is no object"),
+        ("UPDATE actions SET time = -1", "time="),
+        ("UPDATE aggregates SET interval = 0", "interval=0.0"),
+        ("UPDATE aggregates SET cpu = 'much'", "cpu='much'"),
+        ("UPDATE states SET vm = x'00'", "vm=b'"),
+        ("DROP TABLE hosts", "no such table"),
+    ],
+)
+def test_a_value_that_cant_be_is_named(path, change, named):
+    filled(path)
+    with sqlite3.connect(path) as connection:
+        connection.execute(change)
+    connection.close()
+    with pytest.raises(JournalError, match=f"can't be read .*{named}"):
+        read_all(path)
+
+
+ARCHIVED = """
+import os, sys
+from orchestra.journal import read_journal
+from orchestra.journal.schema import JournalError
+if not os.getuid():  # to root every folder can be written
+    os.setgid(65534), os.setuid(65534)
+try:
+    with read_journal(sys.argv[1]) as read:
+        print(len(list(read.actions())))
+except JournalError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(("orderly", "said"), [(True, "100\n"), (False, "copy both files to one that can")])
+def test_a_journal_in_a_folder_that_cant_be_written_can_be_read(orderly, said):
+    with tempfile.TemporaryDirectory() as folder:  # that anybody may look into: pytest's are the user's own
+        path = Path(folder) / "fleet.db"
+        filled(path)
+        if not orderly:
+            path.with_name("fleet.db-wal").write_bytes(b"what a fleet left that was killed")
+        for file in path.parent.iterdir():
+            file.chmod(0o444)
+        path.parent.chmod(0o555)
+        ran = subprocess.run(
+            [sys.executable, "-c", ARCHIVED, str(path)], capture_output=True, text=True, timeout=60, check=True
+        )
+        path.parent.chmod(0o755)
+    assert said in ran.stdout
 
 
 def test_a_database_of_somebody_else_is_left_alone(path):

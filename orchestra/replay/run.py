@@ -130,14 +130,11 @@ def replay(
 
 
 def _span(journal: JournalReader, since: int | None, until: int | None) -> tuple[int, int]:
-    found = journal.query("SELECT min(time - interval * 1e9), max(time) FROM hosts")[0]
-    rows = journal.query("SELECT min(time - interval * 1e9), max(time) FROM aggregates")[0]
-    firsts = [round(row[0]) for row in (found, rows) if row[0] is not None]
-    lasts = [int(row[1]) for row in (found, rows) if row[1] is not None]
-    if not firsts:
+    span = journal.intervals()
+    if span is None:
         raise SpecError("the journal has no intervals to go through: a fleet writes one each time that it looks")
-    first = max(min(firsts), since if since is not None else 0)
-    last = min(max(lasts), until if until is not None else max(lasts))
+    first = max(span[0], since if since is not None else 0)
+    last = min(span[1], until if until is not None else span[1])
     if first >= last:
         raise SpecError("the journal has nothing of that time")
     return first, last
