@@ -88,7 +88,7 @@ def sentences(told: Explanation) -> Iterator[str]:
     if told.holds:
         for hold in told.holds:
             yield _hold(hold, told.at)
-    elif told.state is None or told.state.state not in ENDED:
+    elif not _is_gone(told):
         dry = [row for row in told.done if row.outcome == "dry-run"]
         yield f"Nothing held it{', and nothing was done to it' if not told.done else ''}." + (
             " What was decided about it was a dry run." if dry and len(dry) == len(told.done) else ""
@@ -108,11 +108,17 @@ def _state(told: Explanation) -> Iterator[str]:
     state = told.state
     if state is None:
         yield f"{of} at {when}:"
+    elif told.over is not None:
+        yield f"{of} was {state.state} before {when}; its fleet had gone by then, at {time_of_day(told.over, told.at)}."
     elif state.state in ENDED:
         why = f": {state.reason}" if state.reason else ""
         yield f"{of} had ended at {when}: it {state.state} at {time_of_day(state.time, told.at)}{why}."
     else:
         yield f"{of} was {state.state} at {when}, since {time_of_day(state.time, told.at)}."
+
+
+def _is_gone(told: Explanation) -> bool:
+    return told.over is not None or (told.state is not None and told.state.state in ENDED)
 
 
 def _events(row: ActionRow) -> str:
@@ -156,7 +162,7 @@ def _figure(value: Any) -> str:
 def _fared(told: Explanation) -> Iterator[str]:
     fared = told.fared
     if fared is None:
-        if told.state is None or told.state.state not in ENDED:
+        if not _is_gone(told):
             yield "In the minute before, it did nothing that is counted."
         return
     parts = [

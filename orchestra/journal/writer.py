@@ -110,7 +110,7 @@ class Journal:
         self._closing = False
         self._thread: threading.Thread | None = None
         self._session = 0
-        self._offset = 0
+        self._offset = self._ended = 0
         self._written = self._dropped = 0
         self._error: str | None = None
         self._lock = -1
@@ -207,6 +207,7 @@ class Journal:
         thread, self._thread = self._thread, None
         if thread is None:
             return
+        self._ended = now + self._offset
         self._closing = True
         self._more.set()
         thread.join()
@@ -226,7 +227,7 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.end(0)
+        self.end(time.time_ns() - self._offset)
 
     def _put(self, table: str, row: tuple[Any, ...]) -> None:
         if len(self._queue) >= (2 * QUEUE if table in _DEAR else QUEUE):
@@ -253,7 +254,7 @@ class Journal:
                 break
             self._more.wait(COMMIT_SECONDS)
         try:
-            connection.execute("UPDATE sessions SET ended = ? WHERE id = ?", (time.time_ns(), self._session))
+            connection.execute("UPDATE sessions SET ended = ? WHERE id = ?", (self._ended, self._session))
             connection.close()
         except sqlite3.Error as error:
             self._tell(str(error))

@@ -9,6 +9,7 @@ from typing import Final
 import attrs
 
 from ..journal import Aggregate, HostRow, JournalReader
+from ..journal.intervals import SHORT, join
 from ..spec import Meter
 
 __all__ = ["Demands", "Tick", "Want", "ticks"]
@@ -32,7 +33,33 @@ class Tick:
 
 
 def ticks(journal: JournalReader, since: int | None = None, until: int | None = None) -> Iterator[Tick]:
-    """The journal's intervals in order, also those in which no VM did anything."""
+    """The journal's intervals in order, also those in which no VM did anything. The rest of one in which a fleet was
+    closed is added to the one before."""
+    before: Tick | None = None
+    for tick in _ticks(journal, since, until):
+        if before is not None and before.session == tick.session and tick.interval < SHORT * before.interval:
+            tick = _join(before, tick)
+        elif before is not None:
+            yield before
+        before = tick
+    if before is not None:
+        yield before
+
+
+def _join(one: Tick, other: Tick) -> Tick:
+    vms = dict(one.vms)
+    for name, row in other.vms.items():
+        there = vms.get(name)
+        if there is None:
+            vms[name] = attrs.evolve(row, interval=one.interval + row.interval)
+        elif there.launch == row.launch:
+            vms[name] = join(there, row)
+    interval = one.interval + other.interval
+    host = None if one.host is None else attrs.evolve(one.host, time=other.time, interval=interval)
+    return Tick(one.session, other.time, interval, vms, host)
+
+
+def _ticks(journal: JournalReader, since: int | None, until: int | None) -> Iterator[Tick]:
     hosts = journal.hosts(since=since, until=until)
     host = next(hosts, None)
     rows = journal.aggregates(since=since, until=until)
