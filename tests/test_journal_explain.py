@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from conftest import blank, play
 from journals import BEGIN, SECOND, Afternoon, vm
 from orchestra.backend.scripted import hlt
 from orchestra.cli.why import sentences
-from orchestra.journal import Journal, read_journal
+from orchestra.journal import Journal, read_journal, suspects
 from orchestra.journal.explain import Explanation, explain, series
 from orchestra.replay.demand import ticks
 
@@ -195,3 +196,45 @@ def test_a_vm_that_did_something_in_the_rest_only_is_replayed_over_the_whole(aft
     assert (tick.vms["a"].bus_locks, tick.vms["a"].interval) == (1, tick.interval)
     assert tick.host is not None
     assert (tick.host.time, tick.host.interval) == (tick.time, tick.interval)
+
+
+# ---- who slows it
+
+
+def test_a_suspect_is_a_vm_of_the_same_fleet_and_time(afternoon):
+    def one_fleet(fleet: Afternoon, loud: str) -> None:
+        chance = random.Random(loud)
+        for _ in range(60):
+            locks = 5000 * (chance.random() < 0.3)
+            victim = vm("a", 1, cpu=0.5, run_delay=0.01 + 1e-4 * locks)
+            fleet.second(victim, vm(loud, locks, cpu=0.2), vm("steady", 10, cpu=0.2))
+        fleet.close()
+
+    one_fleet(afternoon, "before")
+    second = Afternoon(afternoon.path)
+    second.seconds = 60
+    one_fleet(second, "now")
+    with read_journal(afternoon.path) as journal:
+        found = suspects(journal, "a", at(120))
+        assert (found.windows, found.seconds, found.asked) == (60, pytest.approx(1), 2)
+        (named,) = found.named("run_delay")
+        assert (named.vm, named.activity, named.windows) == ("now", "bus_locks", 60)
+        assert named.correlation > 0.99
+        assert suspects(journal, "a", at(60)).named("run_delay")[0].vm == "before"
+        assert suspects(journal, "a", at(-5)).windows == 0
+        with pytest.raises(orc.UnknownVm, match="vm='nix'"):
+            suspects(journal, "nix")
+
+
+def test_windows_are_of_whole_intervals_and_only_the_most_active_are_asked(afternoon):
+    chance = random.Random(1)
+    for _ in range(610):
+        locks = 5000 * (chance.random() < 0.3)
+        others = [vm(f"vm-{i}", i, cpu=0.001 * i) for i in range(16)]
+        afternoon.second(vm("a", 0, cpu=0.5, run_delay=0.01 + 1e-4 * locks), vm("loud", locks, cpu=0.2), *others)
+    afternoon.close()
+    with read_journal(afternoon.path) as journal:
+        found = suspects(journal, "a")
+        assert (found.windows, found.seconds) == (120, pytest.approx(5))
+        assert found.asked == 8
+        assert [one.vm for one in found.named("run_delay")] == ["loud"]

@@ -9,8 +9,10 @@ from typing import Final
 import attrs
 
 from ..errors import UnknownVm
+from ..policy.suspects import Suspicion
 from .intervals import whole
 from .reader import ActionRow, Aggregate, HostRow, JournalReader, StateRow
+from .victims import suspects
 
 __all__ = ["Bin", "Explanation", "Fared", "Hold", "Surroundings", "explain", "in_force", "series"]
 
@@ -98,6 +100,7 @@ class Explanation:
         fared: how it fared lately; None: it did nothing.
         before: how it fared in the worst interval of the minute before it was held first, if it is held.
         host: how the host was lately; None: not known.
+        suspicion: who slowed it in the ten minutes before, as far as that can be told.
     """
 
     vm: str
@@ -112,6 +115,7 @@ class Explanation:
     fared: Fared | None
     before: Fared | None
     host: Surroundings | None
+    suspicion: Suspicion
 
 
 @attrs.frozen
@@ -184,6 +188,7 @@ def explain(journal: JournalReader, vm: str, at: int | None = None, *, seconds: 
         fared=_fared(lately),
         before=before,
         host=_surroundings(journal, vm, until),
+        suspicion=suspects(journal, vm, until),
     )
 
 
