@@ -329,6 +329,36 @@ def test_a_vm_that_nobody_knows_is_an_error_with_those_that_are(afternoon, capsy
     assert "no such journal" in capsys.readouterr().err
 
 
+HOSTILE = "a\nroot: \x1b[2Jgone\u202e"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["why", HOSTILE, "--journal"],
+        ["why", "b", "--journal"],
+        ["why", "nix", "--journal"],
+        ["guilty", "nix", "--journal"],
+        ["guilty", HOSTILE, "--journal"],
+        *(["journal", "--table", table] for table in TABLES),
+    ],
+)
+def test_names_and_reasons_of_a_journal_cant_steer_the_terminal(afternoon, capsys, arguments):
+    afternoon.state(HOSTILE, "running", tenant=HOSTILE, reason=HOSTILE)
+    afternoon.state("b", "running", tenant=HOSTILE)
+    for name in (HOSTILE, "b"):
+        afternoon.applied(orc.Pause(vm=name, reason=HOSTILE, evidence={HOSTILE: HOSTILE}), HOSTILE)
+        afternoon.applied(orc.Warn(vm=name, reason=HOSTILE), HOSTILE, outcome="failed", error=HOSTILE)
+    afternoon.second(vm(HOSTILE, 900, tenant=HOSTILE), vm("b", 1))
+    afternoon.journal.profile(afternoon.now, HOSTILE, 1, [(0x1000, 64, 0, 0x1000, 3, 300, b"\xf0\x01")])
+    afternoon.close()
+    main([*arguments, str(afternoon.path)])
+    out, err = capsys.readouterr()
+    assert out + err
+    assert all(line.isprintable() for line in (out + err).splitlines())
+    assert "\nroot" not in out + err
+
+
 # ---- journal
 
 

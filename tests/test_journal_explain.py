@@ -198,6 +198,17 @@ def test_a_vm_that_did_something_in_the_rest_only_is_replayed_over_the_whole(aft
     assert (tick.host.time, tick.host.interval) == (tick.time, tick.interval)
 
 
+async def test_a_fleets_statistics_tell_how_its_journal_keeps_up(tmp_path, autojump_clock):
+    kept = Journal(tmp_path / "fleet.db")
+    async with play([FOR_EVER], journal=kept) as fleet:
+        await fleet.launch(blank("a"))
+        told = fleet.statistics().journal
+        assert told is not None
+        assert (told.dropped, told.error) == (0, None)
+    async with play([FOR_EVER]) as fleet:
+        assert fleet.statistics().journal is None
+
+
 # ---- who slows it
 
 

@@ -15,6 +15,7 @@ from ..journal import ActionRow, read_journal
 from ..journal.explain import ENDED, Bin, Explanation, Fared, Hold, explain, series
 from ..journal.export import iso
 from .numbers import shown
+from .printable import printable
 from .times import day_and_time, duration, time_of_day
 from .whyblame import suspicion_document, verdict
 
@@ -49,7 +50,7 @@ def why(vm: str, journal: Path, *, at: int | None, window: float, as_json: bool,
     if as_json:
         print(json.dumps(document(told, bins)))
         return 0
-    print(textwrap.fill(" ".join(sentences(told)), 100))
+    print(textwrap.fill(printable(" ".join(sentences(told))), 100))
     print()
     blocks = (sys.stdout.encoding or "").lower().startswith("utf")
     print(*sparklines(bins, from_, told.at, BARS if blocks else PLAIN), sep="\n")

@@ -142,8 +142,7 @@ def explain(journal: JournalReader, vm: str, at: int | None = None, *, seconds: 
         UnknownVm: the journal has nothing of it.
     """
     if vm not in journal.vms():
-        known = ", ".join(journal.vms()[:8]) or "none"
-        raise UnknownVm(f"vm={vm!r}: the journal has nothing of it; there are: {known}")
+        raise UnknownVm(f"vm={vm!r}: the journal has nothing of it; there are: {journal.some_vms()}")
     span = journal.span()
     last = span[1] if span else 0
     at = last if at is None else at

@@ -175,6 +175,10 @@ class JournalReader:
         )
         return sorted(str(row[0]) for row in self.query(query))
 
+    def some_vms(self) -> str:
+        """The first of them, for a message."""
+        return ", ".join(name if name.isprintable() else repr(name) for name in self.vms()[:8]) or "none"
+
     def span(self) -> tuple[int, int] | None:
         """The first and the last time in it; None if it is empty."""
         return self._span(("actions", "states", "aggregates", "hosts"), "time")

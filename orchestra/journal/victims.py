@@ -40,7 +40,7 @@ def suspects(journal: JournalReader, vm: str, at: int | None = None, *, seconds:
     own = list(whole(journal.aggregates(vm=vm, since=since + 1, until=at)))
     if not own:
         if vm not in journal.vms():
-            raise UnknownVm(f"vm={vm!r}: the journal has nothing of it")
+            raise UnknownVm(f"vm={vm!r}: the journal has nothing of it; there are: {journal.some_vms()}")
         return Past(vm).suspicion()
     last = own[-1]
     own = [row for row in own if (row.session, row.launch) == (last.session, last.launch)]
