@@ -73,6 +73,8 @@ def test_what_an_earlier_fleet_did_to_a_vm_of_that_name_and_launch_holds_no_more
     assert (now.holds, now.done, now.launched, now.over) == ((), (), at(20), None)
     assert now.fared is not None
     assert now.fared.bus_locks == 900
+    assert now.host is not None
+    assert now.host.bus_locks == 900
     assert [hold.rate for hold in told(second, when=at(9)).holds] == [5, 60, 70]
 
 

@@ -186,7 +186,7 @@ def explain(journal: JournalReader, vm: str, at: int | None = None, *, seconds: 
         ),
         fared=_fared(lately),
         before=before,
-        host=_surroundings(journal, vm, until),
+        host=_surroundings(journal, vm, life, until),
         suspicion=suspects(journal, vm, until),
     )
 
@@ -319,8 +319,12 @@ def _sum(values: Iterable[float | None]) -> float | None:
     return sum(known) if known else None
 
 
-def _surroundings(journal: JournalReader, vm: str, until: int) -> Surroundings | None:
-    now = list(journal.hosts(since=until - LATELY + 1, until=until))
+def _surroundings(journal: JournalReader, vm: str, life: tuple[int, int] | None, until: int) -> Surroundings | None:
+    now = [
+        row
+        for row in journal.hosts(since=until - LATELY + 1, until=until)
+        if life is None or row.session == life[0]  # not what an earlier fleet saw of its VMs
+    ]
     if not now:
         return None
     seconds = sum(row.interval for row in now)
@@ -328,8 +332,8 @@ def _surroundings(journal: JournalReader, vm: str, until: int) -> Surroundings |
         (str(row[0]), row[1] / seconds)
         for row in journal.query(
             "SELECT vm, sum(bus_locks) AS locks FROM aggregates WHERE time > ? AND time <= ? AND bus_locks > 0 "
-            "GROUP BY vm ORDER BY locks DESC",
-            (until - LATELY, until),
+            "AND session = ? GROUP BY vm ORDER BY locks DESC",
+            (until - LATELY, until, now[-1].session),
         )
     ]
     total = sum(rate for _, rate in by_vm)
