@@ -36,6 +36,29 @@ __all__ = [
 ]
 
 
+def _is_text(_: object, field: attrs.Attribute[Any], value: object) -> None:
+    if not isinstance(value, str):
+        raise SpecError(f"{field.name}={value!r:.200}: must be a string")
+
+
+def _is_text_or_none(_: object, field: attrs.Attribute[Any], value: object) -> None:
+    if value is not None and not isinstance(value, str):
+        raise SpecError(f"{field.name}={value!r:.200}: must be a string, or None")
+
+
+def _is_named(_: object, field: attrs.Attribute[Any], value: object) -> None:
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise SpecError(f"{field.name}={value!r:.200}: must be a mapping whose keys are strings")
+
+
+def _text(default: str | None = "", *, optional: bool = False) -> Any:
+    return attrs.field(default=default, validator=_is_text_or_none if optional else _is_text)
+
+
+def _named() -> Any:
+    return attrs.field(factory=dict, hash=False, validator=_is_named)
+
+
 @attrs.frozen(kw_only=True)
 class _OnVm:
     """An action about a VM.
@@ -46,9 +69,9 @@ class _OnVm:
             to it. None: whoever has the name. The same for limits on a VM.
     """
 
-    vm: str
-    reason: str = ""
-    evidence: Mapping[str, Any] = attrs.field(factory=dict, hash=False)
+    vm: str = attrs.field(validator=_is_text)
+    reason: str = _text()
+    evidence: Mapping[str, Any] = _named()
     launch: int | None = None
 
 
@@ -121,9 +144,9 @@ class Reload:
         policies: what became of each policy: "new", "changed", "gone" or "kept".
     """
 
-    policies: Mapping[str, str] = attrs.field(factory=dict, hash=False)
-    reason: str = ""
-    evidence: Mapping[str, Any] = attrs.field(factory=dict, hash=False)
+    policies: Mapping[str, str] = _named()
+    reason: str = _text()
+    evidence: Mapping[str, Any] = _named()
     vm: None = attrs.field(default=None, init=False)
 
 
@@ -136,11 +159,11 @@ class Throttle:
     """
 
     limit: Limit
-    vm: str | None = None
-    tenant: str | None = None
+    vm: str | None = _text(None, optional=True)
+    tenant: str | None = _text(None, optional=True)
     meter: Meter = attrs.field(default=Meter.BUS_LOCKS, converter=as_meter)
-    reason: str = ""
-    evidence: Mapping[str, Any] = attrs.field(factory=dict, hash=False)
+    reason: str = _text()
+    evidence: Mapping[str, Any] = _named()
     launch: int | None = None
 
     def __attrs_post_init__(self) -> None:
@@ -157,12 +180,12 @@ class SetLimit:
     """
 
     limit: Limit | None
-    vm: str | None = None
+    vm: str | None = _text(None, optional=True)
     vcpu: int | None = None
-    tenant: str | None = None
+    tenant: str | None = _text(None, optional=True)
     meter: Meter = attrs.field(default=Meter.BUS_LOCKS, converter=as_meter)
-    reason: str = ""
-    evidence: Mapping[str, Any] = attrs.field(factory=dict, hash=False)
+    reason: str = _text()
+    evidence: Mapping[str, Any] = _named()
     launch: int | None = None
 
     def __attrs_post_init__(self) -> None:
@@ -174,11 +197,11 @@ class SetLimit:
 class Unthrottle:
     """Take away what `Throttle` set at the same place. Where there is none, or the VM is gone, nothing is done."""
 
-    vm: str | None = None
-    tenant: str | None = None
+    vm: str | None = _text(None, optional=True)
+    tenant: str | None = _text(None, optional=True)
     meter: Meter = attrs.field(default=Meter.BUS_LOCKS, converter=as_meter)
-    reason: str = ""
-    evidence: Mapping[str, Any] = attrs.field(factory=dict, hash=False)
+    reason: str = _text()
+    evidence: Mapping[str, Any] = _named()
     launch: int | None = None
 
     def __attrs_post_init__(self) -> None:
@@ -208,8 +231,8 @@ class Applied:
 
     time: int
     action: Action | None
-    policy: str | None = None
-    error: str | None = None
+    policy: str | None = _text(None, optional=True)
+    error: str | None = _text(None, optional=True)
     outcome: Literal["done", "dry-run", "refused", "failed"] = attrs.field()
 
     @outcome.default
@@ -236,7 +259,7 @@ class Halted:
 class Shutdown:
     """The guest ended itself: through an exit port, a system event, or a triple fault."""
 
-    reason: str = "exit port"
+    reason: str = _text("exit port")
     code: int | None = None
 
 
@@ -244,7 +267,7 @@ class Shutdown:
 class Stopped:
     """You stopped it: `Vm.stop`, an action, or the end of its fleet."""
 
-    reason: str = ""
+    reason: str = _text()
 
 
 @attrs.frozen

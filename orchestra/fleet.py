@@ -370,6 +370,7 @@ class Fleet:
             exit_limit=self.exit_limit,
             policies=self._governor.statistics(),
             host=self._governor.host,
+            journal=self._records.statistics(),
         )
 
     # ---- for its parts

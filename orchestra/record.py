@@ -6,13 +6,32 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Final, Protocol, runtime_checkable
 
+import attrs
+
 from .actions import Applied
 from .policy import Facts
 from .profile import Row
 
-__all__ = ["Recorder", "Records"]
+__all__ = ["JournalStatistics", "Recorder", "Records"]
 
 KEPT: Final = 10_000
+
+
+@attrs.frozen
+class JournalStatistics:
+    """How the journal keeps up.
+
+    Attributes:
+        written, waiting: rows.
+        dropped: rows that are lost: more waited than may, they could not be written, or (when the fleet is gone) the
+            disk had no room for them.
+        error: what goes wrong at present; None: nothing.
+    """
+
+    written: int
+    waiting: int
+    dropped: int
+    error: str | None
 
 
 @runtime_checkable
@@ -20,7 +39,8 @@ class Recorder(Protocol):
     """Somebody who writes down what a fleet saw and did, for ``open_fleet(journal=...)``: `orchestra.journal.Journal`.
 
     Times are nanoseconds on the fleet's clock. Nothing but `begin` and `end` may wait or raise: the fleet's own thread
-    calls. `begin` and `end` are called on a worker thread.
+    calls. `begin` and `end` are called on a worker thread. One that also has `statistics`, which returns
+    `JournalStatistics`, shows in those of its fleet.
     """
 
     def begin(self, now: int, backend: str, detection: str | None) -> None:
@@ -54,6 +74,12 @@ class Records:
     def actions(self) -> tuple[Applied, ...]:
         """The last of them, oldest first."""
         return tuple(self._last)
+
+    def statistics(self) -> JournalStatistics | None:
+        """Of the recorder, if it tells."""
+        statistics = getattr(self.recorder, "statistics", None)
+        told = None if statistics is None else statistics()
+        return told if isinstance(told, JournalStatistics) else None
 
     def state(self, now: int, vm: str, launch: int, tenant: str, state: str, reason: str) -> None:
         if self.recorder is not None:

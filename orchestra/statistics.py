@@ -10,6 +10,7 @@ from .backend import Backend, Detection
 from .budget import Budgets
 from .governor import PolicyStatus
 from .policy import HostFacts
+from .record import JournalStatistics
 from .spec import Limit, Meter, Tenant
 from .vm import Vm, VmStatistics
 
@@ -44,6 +45,7 @@ class FleetStatistics:
         released: waits that ``max_delay`` ended before the turn came.
         missed: exits whose details were lost in a full ring or channel; they are counted in everything else.
         host: as the last tick saw it, if there are policies, a journal or a probe.
+        journal: how it keeps up with the fleet, and what is lost; None: there is none.
     """
 
     backend: str
@@ -64,6 +66,7 @@ class FleetStatistics:
     tenants: Mapping[str, TenantStatistics]
     policies: tuple[PolicyStatus, ...]
     host: HostFacts
+    journal: JournalStatistics | None = None
 
 
 @attrs.define
@@ -125,6 +128,7 @@ def summarise(
     exit_limit: Limit | None,
     policies: tuple[PolicyStatus, ...],
     host: HostFacts,
+    journal: JournalStatistics | None = None,
 ) -> FleetStatistics:
     """Add a fleet up. `missed`: by its channels."""
     sums = {name: seat.gone.copy() for name, seat in seats.items()}
@@ -174,4 +178,5 @@ def summarise(
         },
         policies=policies,
         host=host,
+        journal=journal,
     )

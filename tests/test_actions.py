@@ -14,6 +14,7 @@ from orchestra.actions import (
     Kill,
     Outcome,
     Pause,
+    Reload,
     Resume,
     SetLimit,
     Shutdown,
@@ -128,3 +129,24 @@ def test_states_read_as_plain_words():
 def test_all_lists_what_the_module_offers():
     assert sorted(actions.__all__) == actions.__all__
     assert all(hasattr(actions, name) for name in actions.__all__)
+
+
+@pytest.mark.parametrize(
+    ("make", "field"),
+    [
+        (lambda: Pause(vm=None), "vm=None"),
+        (lambda: Throttle(vm=b"a", limit=LIMIT), "vm=b'a'"),
+        (lambda: Unthrottle(tenant=3), "tenant=3"),
+        (lambda: SetLimit(limit=None, vm=["a"]), "vm=\\['a'\\]"),
+        (lambda: Stop(vm="a", reason=None), "reason=None"),
+        (lambda: Reload(reason=b"x"), "reason=b'x'"),
+        (lambda: Stopped({"x": 1}), "reason={'x': 1}"),
+        (lambda: Kill(vm="a", evidence=[("rate", 1)]), "evidence="),
+        (lambda: Kill(vm="a", evidence={("x", 1): 2}), "evidence=.*keys are strings"),
+        (lambda: Applied(time=1, action=None, policy=7), "policy=7"),
+        (lambda: Applied(time=1, action=None, error=ValueError("no")), "error=ValueError"),
+    ],
+)
+def test_what_could_not_be_journaled_is_refused_when_it_is_made(make, field):
+    with pytest.raises(SpecError, match=field):
+        make()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import random
 import re
 import sqlite3
 from collections.abc import Iterator
@@ -89,7 +90,40 @@ def test_a_victim_to_whom_nothing_was_done_hears_its_own_figures_and_who_was_lou
     assert "most by noisy (5,000/s)" in text
     assert "4.6 times what it takes in the calm" in text
     assert "gets no CPU for 50% of the time" in text
-    assert "most probably by noisy" in text
+    assert (
+        "Of the ups and downs of its waiting for a CPU, 100% go along with noisy's bus locks "
+        "(correlation 1.00 over 120 windows of 2 s: very likely no chance)" in text
+    )
+    assert "what a locked operation takes the host, 100% go along with noisy's bus locks" in text
+
+
+def test_a_victim_of_whoever_is_steadily_loud_hears_that_nobody_can_be_told(afternoon, capsys):
+    lived(afternoon, 60, {"noisy": lambda s: 5000, "web-1": lambda s: 1})
+    text = told(afternoon, capsys, "web-1")
+    assert "had to wait for a CPU 50%" in text
+    assert "Who is behind it can't be told: there were no ups and downs to compare." in text
+
+
+def test_a_victim_of_a_short_time_hears_how_much_more_it_takes(afternoon, capsys):
+    lived(afternoon, 10, {"noisy": lambda s: 5000 * (s % 2), "web-1": lambda s: 1})
+    text = told(afternoon, capsys, "web-1")
+    assert "Who is behind it can't be told from 10 windows of 1 s: that takes 20 at least." in text
+
+
+def test_a_victim_of_nobody_that_is_known_hears_so(afternoon, capsys):
+    chance = random.Random(3)
+    for _ in range(200):
+        loud, waits = 5000 * chance.random(), chance.random()
+        afternoon.second(vm("noisy", loud, cpu=0.5), vm("web-1", 1, cpu=0.5, run_delay=waits))
+    text = told(afternoon, capsys, "web-1")
+    assert "over 100 windows of 2 s, what 1 other VM did goes along with it no more than chance would have it" in text
+
+
+def test_its_own_bus_locks_are_told_as_what_slows_the_host(afternoon, capsys):
+    chance = random.Random(5)
+    lived(afternoon, 200, {"web-1": lambda s: 5000 * chance.random()})
+    text = told(afternoon, capsys, "web-1")
+    assert re.search(r"a locked operation takes the host, \d+% go along with its own bus locks", text)
 
 
 def test_what_is_not_known_is_not_made_up(afternoon, capsys):
@@ -255,6 +289,11 @@ def test_json_has_the_text_and_the_figures(afternoon, capsys):
     assert document["fared"]["throttled"] == pytest.approx(0.9)
     assert "policy ladder has held it" in document["text"]
     assert len(document["series"]) == 72
+    assert document["suspicion"]["asked"] == 1
+    named = {(one["vm"], one["signal"]): one for one in document["suspicion"]["suspects"] if one["named"]}
+    assert named["noisy", "lock_ns"]["correlation"] == pytest.approx(1)
+    assert named["noisy", "lock_ns"]["share"] == pytest.approx(1)
+    assert named["noisy", "lock_ns"]["chance"] < 0.05
 
 
 def test_a_plot_is_drawn(afternoon, capsys, tmp_path):
@@ -288,6 +327,36 @@ def test_a_vm_that_nobody_knows_is_an_error_with_those_that_are(afternoon, capsy
     assert "there are: noisy, web-1" in capsys.readouterr().err
     assert main(["why", "a", "--journal", "/nowhere.db"]) == 1
     assert "no such journal" in capsys.readouterr().err
+
+
+HOSTILE = "a\nroot: \x1b[2Jgone\u202e"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["why", HOSTILE, "--journal"],
+        ["why", "b", "--journal"],
+        ["why", "nix", "--journal"],
+        ["guilty", "nix", "--journal"],
+        ["guilty", HOSTILE, "--journal"],
+        *(["journal", "--table", table] for table in TABLES),
+    ],
+)
+def test_names_and_reasons_of_a_journal_cant_steer_the_terminal(afternoon, capsys, arguments):
+    afternoon.state(HOSTILE, "running", tenant=HOSTILE, reason=HOSTILE)
+    afternoon.state("b", "running", tenant=HOSTILE)
+    for name in (HOSTILE, "b"):
+        afternoon.applied(orc.Pause(vm=name, reason=HOSTILE, evidence={HOSTILE: HOSTILE}), HOSTILE)
+        afternoon.applied(orc.Warn(vm=name, reason=HOSTILE), HOSTILE, outcome="failed", error=HOSTILE)
+    afternoon.second(vm(HOSTILE, 900, tenant=HOSTILE), vm("b", 1))
+    afternoon.journal.profile(afternoon.now, HOSTILE, 1, [(0x1000, 64, 0, 0x1000, 3, 300, b"\xf0\x01")])
+    afternoon.close()
+    main([*arguments, str(afternoon.path)])
+    out, err = capsys.readouterr()
+    assert out + err
+    assert all(line.isprintable() for line in (out + err).splitlines())
+    assert "\nroot" not in out + err
 
 
 # ---- journal

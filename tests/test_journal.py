@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -112,6 +113,108 @@ def test_a_journal_is_continued_by_the_next_fleet(path):
         assert all(row[0] is not None for row in read.query("SELECT ended FROM sessions"))
 
 
+@pytest.mark.parametrize("odd", [{"work": 1 << 70}, {"cpu": 1 << 70}])
+def test_a_figure_beyond_64_bits_is_kept_as_nearly_as_can_be(path, odd):
+    journal = written(path)
+    journal.aggregate(facts(2, 6 * SECOND, **odd))
+    journal.end(7 * SECOND)
+    assert (journal.statistics().dropped, journal.statistics().written) == (0, 3)
+    with read_journal(path) as read:
+        assert [getattr(row, next(iter(odd))) for row in read.aggregates()] == [float(1 << 70)] * 2
+
+
+def test_text_that_is_no_utf8_is_kept_with_escapes_and_everything_else_as_it_is(path):
+    journal = written(path)
+    journal.action(Applied(time=6 * SECOND, action=orc.Warn(vm="a", reason="bad \udc80 byte")))
+    journal.state(7 * SECOND, "a", 1, "acme", "running", "fine")
+    journal.end(8 * SECOND)
+    with read_journal(path) as read:
+        assert [row.reason for row in read.actions()] == ["bad \\udc80 byte"]
+        assert [row.reason for row in read.states()] == ["fine"]
+
+
+def test_a_row_that_cant_be_written_is_dropped_alone_and_told(path, caplog):
+    journal = written(path)
+    journal.state(6 * SECOND, "a", 1, "acme", "running", "before")
+    journal.state(6 * SECOND, "a", 1, "acme", "running", {"not": "text"})  # type: ignore[arg-type]
+    journal.state(6 * SECOND, "a", 1, "acme", "running", None)  # type: ignore[arg-type]
+    journal.state(6 * SECOND, "a", 1, "acme", "running", "after")
+    journal.end(7 * SECOND)
+    assert journal.statistics() == writer.JournalStatistics(2, 0, 2, None)
+    assert [record.message for record in caplog.records if "2 rows of the journal are lost" in record.message]
+    with read_journal(path) as read:
+        assert [row.reason for row in read.states()] == ["before", "after"]
+
+
+def in_a_circle() -> dict[str, object]:
+    evidence: dict[str, object] = {}
+    evidence["again"] = evidence
+    return evidence
+
+
+@pytest.mark.parametrize("evidence", [in_a_circle(), {"deep": {("x", 1): 2}}])
+def test_evidence_that_json_cant_hold_costs_the_evidence_only(path, evidence):
+    journal = written(path)
+    journal.action(Applied(time=6 * SECOND, action=orc.Warn(vm="a", reason="why", evidence=evidence)))
+    journal.end(7 * SECOND)
+    with read_journal(path) as read:
+        (row,) = read.actions()
+    assert row.reason == "why"
+    assert list(row.evidence) == ["unreadable"]
+
+
+FULL = """
+import logging, resource, signal, sys, time, orchestra as orc
+from orchestra.journal import Journal
+logging.basicConfig(level=logging.WARNING, format="%(message)s")
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+def write(count):
+    for n in range(count):
+        journal.action(orc.Applied(time=time.time_ns(), action=orc.Warn(vm="v", reason="r" * 100)))
+def until(done):
+    while not done(journal.statistics()):
+        time.sleep(0.01)
+journal = Journal(sys.argv[1])
+journal.begin(time.time_ns(), "kvm", None)
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
+write(5_000)
+until(lambda told: told.error)
+if sys.argv[2] == "again":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    until(lambda told: not told.waiting)
+journal.end(1)
+print(journal.statistics())
+"""
+
+
+@pytest.mark.parametrize(
+    ("room", "told", "said"),
+    [
+        ("none", "JournalStatistics(written=0, waiting=0, dropped=5000, error='", "5000 rows of the journal are lost"),
+        ("again", "JournalStatistics(written=5000, waiting=0, dropped=0, error=None)", "the journal is written again"),
+    ],
+)
+def test_a_full_disk_is_told_when_it_fills_and_what_it_cost(path, room, told, said):
+    ran = subprocess.run(
+        [sys.executable, "-c", FULL, str(path), room], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert ran.stdout.startswith(told)
+    assert ran.stderr.count("the journal can't be written (") == 1
+    assert said in ran.stderr
+    with read_journal(path) as read:
+        assert len(list(read.actions())) == (5000 if room == "again" else 0)
+
+
+def test_a_second_writer_is_refused_until_the_first_is_gone(path):
+    first, second = written(path), Journal(path)
+    with pytest.raises(JournalError, match="another fleet writes this journal"):
+        second.begin(0, "kvm", None)
+    first.end(0)
+    second.begin(0, "kvm", None)
+    second.end(0)
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
 def test_two_fleets_cant_share_one_journal_object(path):
     journal = written(path)
     with pytest.raises(JournalError, match="in use"):
@@ -119,12 +222,13 @@ def test_two_fleets_cant_share_one_journal_object(path):
     journal.end(0)
 
 
-def test_what_the_disk_is_too_slow_for_is_dropped_and_counted_but_no_action(path, monkeypatch):
+def test_what_the_disk_is_too_slow_for_is_dropped_and_counted_actions_last(path, monkeypatch):
     monkeypatch.setattr(writer, "QUEUE", 10)
     journal = Journal(path)  # nobody takes from its queue yet
     journal.aggregate(facts(20, SECOND))
-    journal.action(Applied(time=SECOND, action=orc.Pause(vm="a")))
-    assert journal.statistics() == writer.JournalStatistics(0, 11, 11, None)
+    for _ in range(15):
+        journal.action(Applied(time=SECOND, action=orc.Pause(vm="a")))
+    assert journal.statistics() == writer.JournalStatistics(0, 20, 16, None)  # and of these twice as many at most
 
 
 def test_rows_past_their_days_are_removed(path):
@@ -151,6 +255,33 @@ def test_the_file_stays_within_its_bytes_and_the_newest_stay(path, monkeypatch):
         assert times[-1] == last[1]
 
 
+def test_no_mixture_of_rows_makes_the_file_larger_than_its_bytes(path, monkeypatch):
+    monkeypatch.setattr(writer, "BATCH", 500)
+    sizes = []
+    give_back = Journal._shrink
+
+    def look(journal: Journal, connection: sqlite3.Connection) -> None:
+        give_back(journal, connection)
+        sizes.append(sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*") if file.suffix != ".db-shm"))
+
+    monkeypatch.setattr(Journal, "_shrink", look)
+    journal = written(path, keep_bytes=orc.MiB)
+    for tick in range(100):
+        now = (6 + tick) * SECOND
+        journal.aggregate(facts(40, now))
+        for _ in range(40):
+            journal.state(now, "vm-1", 1, "acme", "running", "x" * 50)
+            journal.action(Applied(time=now, action=orc.Warn(vm="vm-1", reason="r" * 100, evidence={"a": "x" * 200})))
+    journal.end(999 * SECOND)
+    assert max(sizes) <= orc.MiB
+    assert path.stat().st_size <= orc.MiB
+    with read_journal(path) as read:
+        last = read.span()
+        assert last is not None
+        for rows in (read.aggregates(), read.actions(), read.states()):  # of each the newest stay
+            assert max(row.time for row in rows) == last[1]
+
+
 def test_it_can_be_read_while_it_is_written(path):
     journal = written(path)
     with read_journal(path) as read:
@@ -173,6 +304,92 @@ def test_what_is_no_journal_is_refused_with_its_name(path, make, message):
     with pytest.raises(JournalError, match=message) as caught:
         read_journal(path)
     assert str(path) in str(caught.value)
+
+
+def filled(path: Path) -> None:
+    """A journal of some pages, with a row of each kind and more."""
+    journal = written(path)
+    for tick in range(100):
+        now = (6 + tick) * SECOND
+        journal.aggregate(facts(5, now, cpu=0.5))
+        journal.state(now, "vm-1", 1, "acme", "running", "")
+        journal.action(Applied(time=now, action=orc.Warn(vm="vm-1", evidence={"rate": 1})))
+        journal.profile(now, "vm-1", 1, [(0x1000, 64, 0, 0, 3, 300, b"\xf0\x01")])
+    journal.end(200 * SECOND)
+
+
+def read_all(path: Path) -> None:
+    with read_journal(path) as read:
+        read.vms(), read.span(), read.intervals()
+        for rows in (read.actions(), read.states(), read.aggregates(), read.hosts(), read.profiles()):
+            for _ in rows:
+                pass
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_damaged_file_is_read_as_far_as_it_goes_or_named(path, seed):
+    filled(path)
+    read_all(path)
+    content, chance = bytearray(path.read_bytes()), random.Random(seed)
+    for at in range(4096, len(content), 4096):
+        for _ in range(20):
+            content[at + chance.randrange(4096)] = chance.randrange(256)
+    path.write_bytes(content)
+    with pytest.raises(JournalError, match="can't be read") as caught:
+        read_all(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("UPDATE actions SET evidence = '{'", "line 1"),
+        ("UPDATE actions SET details = '[]'", "is no object"),
+        ("UPDATE actions SET time = -1", "time="),
+        ("UPDATE aggregates SET interval = 0", "interval=0.0"),
+        ("UPDATE aggregates SET cpu = 'much'", "cpu='much'"),
+        ("UPDATE states SET vm = x'00'", "vm=b'"),
+        ("DROP TABLE hosts", "no such table"),
+    ],
+)
+def test_a_value_that_cant_be_is_named(path, change, named):
+    filled(path)
+    with sqlite3.connect(path) as connection:
+        connection.execute(change)
+    connection.close()
+    with pytest.raises(JournalError, match=f"can't be read .*{named}"):
+        read_all(path)
+
+
+ARCHIVED = """
+import os, sys
+from orchestra.journal import read_journal
+from orchestra.journal.schema import JournalError
+if not os.getuid():  # to root every folder can be written
+    os.setgid(65534), os.setuid(65534)
+try:
+    with read_journal(sys.argv[1]) as read:
+        print(len(list(read.actions())))
+except JournalError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(("orderly", "said"), [(True, "100\n"), (False, "copy both files to one that can")])
+def test_a_journal_in_a_folder_that_cant_be_written_can_be_read(orderly, said):
+    with tempfile.TemporaryDirectory() as folder:  # that anybody may look into: pytest's are the user's own
+        path = Path(folder) / "fleet.db"
+        filled(path)
+        if not orderly:
+            path.with_name("fleet.db-wal").write_bytes(b"what a fleet left that was killed")
+        for file in path.parent.iterdir():
+            file.chmod(0o444)
+        path.parent.chmod(0o555)
+        ran = subprocess.run(
+            [sys.executable, "-c", ARCHIVED, str(path)], capture_output=True, text=True, timeout=60, check=True
+        )
+        path.parent.chmod(0o755)
+    assert said in ran.stdout
 
 
 def test_a_database_of_somebody_else_is_left_alone(path):
@@ -235,14 +452,14 @@ import sys, time, orchestra as orc
 from orchestra.journal import Journal
 journal = Journal(sys.argv[1])
 journal.begin(time.monotonic_ns(), "kvm", None)
-n = 0
+n, told = 0, False
 while True:
     n += 1
     journal.state(time.monotonic_ns(), str(n), n, "acme", "running", str(time.time_ns()))
     if n % 100 == 0:
         time.sleep(0.001)
-    if n == 1000:
-        print("writing", flush=True)
+    if n % 100 == 0 and not told and journal.statistics().written:
+        told = print("writing", flush=True) is None
 """
 
 
@@ -258,6 +475,6 @@ def test_kill_9_loses_at_most_the_last_second_and_the_file_opens(path, seed):
         assert read.query("PRAGMA integrity_check")[0][0] == "ok"
         rows = list(read.states())
     assert [row.launch for row in rows] == list(range(1, len(rows) + 1))
-    if rows:
-        assert killed - int(rows[-1].reason) < SECOND
+    assert rows, "what had been committed is gone"
+    assert killed - int(rows[-1].reason) < SECOND
     Journal(path).begin(0, "kvm", None)  # and it is continued

@@ -10,6 +10,7 @@ from ..errors import SpecError, UnknownVm
 from ..journal import JournalReader, read_journal
 from ..profile import Profile, Symbols, disassembly, from_rows, make_profile
 from ..profile.folded import folded
+from .printable import printable
 
 __all__ = ["guilty", "lines", "profile_of"]
 
@@ -32,9 +33,8 @@ def profile_of(journal: JournalReader, vm: str, symbols: Sequence[Symbols] = (),
         (row.rip, row.mode, row.cpl, row.space, row.samples, row.weight, row.code)
         for row in journal.profiles(vm=vm, since=since)
     ]
-    known = journal.vms()
-    if not rows and vm not in known:
-        raise UnknownVm(f"vm={vm!r}: the journal knows none of that name; there are: {', '.join(known[:8]) or 'none'}")
+    if not rows and vm not in journal.vms():
+        raise UnknownVm(f"vm={vm!r}: the journal knows none of that name; there are: {journal.some_vms()}")
     counted = [row.bus_locks for row in journal.aggregates(vm=vm, since=since) if row.bus_locks is not None]
     return make_profile(vm, from_rows(rows), symbols=symbols, bus_locks=sum(counted) if counted else None)
 
@@ -91,5 +91,5 @@ def guilty(
         print(json.dumps(profile.as_dict(), indent=2))
     else:
         for line in folded(profile) if as_folded else lines(profile):
-            print(line)
+            print(printable(line))
     return 0

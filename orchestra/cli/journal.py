@@ -15,6 +15,7 @@ from ..errors import SpecError
 from ..journal import ActionRow, StateRow, read_journal
 from ..journal.export import TABLES, Row, plain, rows, write_csv, write_parquet
 from ..journal.schema import upgrade
+from .printable import printable
 from .times import day_and_time
 
 __all__ = ["journal", "line"]
@@ -92,7 +93,7 @@ def _json(table: str, found: Iterable[Row]) -> None:
 def _lines(found: Iterable[Row]) -> None:
     count = 0
     for row in found:
-        print(line(row))
+        print(printable(line(row)))
         count += 1
     if not count:
         print("orchestra: nothing in the journal fits", file=sys.stderr)

@@ -15,6 +15,7 @@ from ..journal.export import iso
 from ..replay import Replay, Response, World, replay as run
 from ..rules import parse_rules
 from .numbers import shown
+from .printable import printable
 from .simulate import audience
 from .times import day_and_time, duration
 
@@ -43,7 +44,7 @@ def replay(
     if as_json:
         print(json.dumps(document(result)))
     else:
-        print(*lines(result), sep="\n")
+        print(*map(printable, lines(result)), sep="\n")
     return 1 if result.errors else 0
 
 

@@ -12,10 +12,12 @@ from typing import Any, Final
 import attrs
 
 from ..journal import ActionRow, read_journal
-from ..journal.explain import ENDED, Bin, Explanation, Fared, Hold, Surroundings, explain, series
+from ..journal.explain import ENDED, Bin, Explanation, Fared, Hold, explain, series
 from ..journal.export import iso
 from .numbers import shown
+from .printable import printable
 from .times import day_and_time, duration, time_of_day
+from .whyblame import suspicion_document, verdict
 
 __all__ = ["sentences", "sparklines", "why"]
 
@@ -24,10 +26,6 @@ BARS: Final = " ▁▂▃▄▅▆▇█"
 PLAIN: Final = " .:-=+*#@"
 """Likewise, where the terminal has no blocks."""
 
-MUCH: Final = 0.1
-"""Part of its time from which a wait is worth a word."""
-
-SLOWER: Final = 1.5
 MOST_DONE: Final = 5
 SECOND: Final = 1_000_000_000
 
@@ -52,7 +50,7 @@ def why(vm: str, journal: Path, *, at: int | None, window: float, as_json: bool,
     if as_json:
         print(json.dumps(document(told, bins)))
         return 0
-    print(textwrap.fill(" ".join(sentences(told)), 100))
+    print(textwrap.fill(printable(" ".join(sentences(told))), 100))
     print()
     blocks = (sys.stdout.encoding or "").lower().startswith("utf")
     print(*sparklines(bins, from_, told.at, BARS if blocks else PLAIN), sep="\n")
@@ -73,6 +71,7 @@ def document(told: Explanation, bins: Sequence[Bin]) -> dict[str, Any]:
 
     return {
         **attrs.asdict(told, value_serializer=plain),
+        "suspicion": suspicion_document(told.suspicion),
         "text": " ".join(sentences(told)),
         "time": iso(told.at),
         "series": [attrs.asdict(one) for one in bins],
@@ -88,7 +87,7 @@ def sentences(told: Explanation) -> Iterator[str]:
     if told.holds:
         for hold in told.holds:
             yield _hold(hold, told.at)
-    elif told.state is None or told.state.state not in ENDED:
+    elif not _is_gone(told):
         dry = [row for row in told.done if row.outcome == "dry-run"]
         yield f"Nothing held it{', and nothing was done to it' if not told.done else ''}." + (
             " What was decided about it was a dry run." if dry and len(dry) == len(told.done) else ""
@@ -99,7 +98,7 @@ def sentences(told: Explanation) -> Iterator[str]:
         yield _ending(hold, told)
     yield from _done(told)
     if not told.holds:
-        yield from _verdict(told)
+        yield from verdict(told)
 
 
 def _state(told: Explanation) -> Iterator[str]:
@@ -108,11 +107,17 @@ def _state(told: Explanation) -> Iterator[str]:
     state = told.state
     if state is None:
         yield f"{of} at {when}:"
+    elif told.over is not None:
+        yield f"{of} was {state.state} before {when}; its fleet had gone by then, at {time_of_day(told.over, told.at)}."
     elif state.state in ENDED:
         why = f": {state.reason}" if state.reason else ""
         yield f"{of} had ended at {when}: it {state.state} at {time_of_day(state.time, told.at)}{why}."
     else:
         yield f"{of} was {state.state} at {when}, since {time_of_day(state.time, told.at)}."
+
+
+def _is_gone(told: Explanation) -> bool:
+    return told.over is not None or (told.state is not None and told.state.state in ENDED)
 
 
 def _events(row: ActionRow) -> str:
@@ -156,7 +161,7 @@ def _figure(value: Any) -> str:
 def _fared(told: Explanation) -> Iterator[str]:
     fared = told.fared
     if fared is None:
-        if told.state is None or told.state.state not in ENDED:
+        if not _is_gone(told):
             yield "In the minute before, it did nothing that is counted."
         return
     parts = [
@@ -254,32 +259,6 @@ def _short(row: ActionRow, at: int) -> str:
     came = {"done": "", "dry-run": " (a dry run)", "refused": " (refused)", "failed": " (failed)"}.get(row.outcome, "")
     error = f" ({row.error})" if row.error else ""
     return f"{time_of_day(row.time, at)} {row.kind}{by}{came}{error}" + (f", {row.reason}" if row.reason else "")
-
-
-def _verdict(told: Explanation) -> Iterator[str]:
-    """Of one that nothing holds: whether something else slows it."""
-    fared, host = told.fared, told.host
-    found = False
-    if fared is not None and fared.delayed is not None and fared.delayed >= MUCH:
-        found = True
-        yield f"That it gets no CPU for {fared.delayed:.0%} of the time that it could run slows it by as much."
-    if host is not None and host.lock_times is not None and host.lock_times >= SLOWER:
-        found = True
-        by = f", most probably by {host.loudest[0]}" if host.loudest and host.loudest[0] != told.vm else ""
-        yield f"What crosses the memory bus takes {host.lock_times:.2g} times as long as in the calm{by}."
-    if not found and fared is not None:
-        unknown = _unknown(fared, host)
-        but = f" ({unknown} not known here)" if unknown else ""
-        yield f"Nothing that is known here slows it{but}: if it is slow, look inside the guest."
-
-
-def _unknown(fared: Fared, host: Surroundings | None) -> str:
-    names = []
-    if fared.delayed is None:
-        names.append("its waiting for a CPU")
-    if host is None or host.lock_times is None:
-        names.append("the memory bus")
-    return f"{' and '.join(names)} {'are' if len(names) > 1 else 'is'}" if names else ""
 
 
 # ---- the picture in a terminal --------------------------------------------------------------------------------------

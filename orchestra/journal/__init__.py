@@ -9,6 +9,7 @@ with read_journal("fleet.db") as journal:
 from __future__ import annotations
 
 from .reader import ActionRow, Aggregate, HostRow, JournalReader, StateRow, read_journal
+from .victims import suspects
 from .writer import Journal, JournalStatistics
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "JournalStatistics",
     "StateRow",
     "read_journal",
+    "suspects",
 ]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import statistics
-from collections.abc import Iterable, Iterator
-from typing import Any, Final
+from collections.abc import Iterable
+from typing import Final
 
 import attrs
 
 from ..errors import UnknownVm
+from ..policy.suspects import Suspicion
+from .intervals import whole
 from .reader import ActionRow, Aggregate, HostRow, JournalReader, StateRow
+from .victims import suspects
 
 __all__ = ["Bin", "Explanation", "Fared", "Hold", "Surroundings", "explain", "in_force", "series"]
 
@@ -90,12 +92,15 @@ class Explanation:
     Attributes:
         at: the time, nanoseconds since the epoch.
         since: where the time looked at begins.
+        launched: when it was launched; None: the journal begins later.
+        over: when its fleet was gone, if it was by then; the VM went with it.
         state: its last one; None: the journal begins later.
         holds: what held it, the tightest limit first.
         done: what was done to it from `since` to `at`, and was not undone before.
         fared: how it fared lately; None: it did nothing.
         before: how it fared in the worst interval of the minute before it was held first, if it is held.
         host: how the host was lately; None: not known.
+        suspicion: who slowed it in the ten minutes before, as far as that can be told.
     """
 
     vm: str
@@ -103,12 +108,14 @@ class Explanation:
     at: int
     since: int
     launched: int | None
+    over: int | None
     state: StateRow | None
     holds: tuple[Hold, ...]
     done: tuple[ActionRow, ...]
     fared: Fared | None
     before: Fared | None
     host: Surroundings | None
+    suspicion: Suspicion
 
 
 @attrs.frozen
@@ -135,65 +142,101 @@ def explain(journal: JournalReader, vm: str, at: int | None = None, *, seconds: 
         UnknownVm: the journal has nothing of it.
     """
     if vm not in journal.vms():
-        known = ", ".join(journal.vms()[:8]) or "none"
-        raise UnknownVm(f"vm={vm!r}: the journal has nothing of it; there are: {known}")
+        raise UnknownVm(f"vm={vm!r}: the journal has nothing of it; there are: {journal.some_vms()}")
     span = journal.span()
     last = span[1] if span else 0
     at = last if at is None else at
     since = at - round(seconds * SECOND)
     states = list(journal.states(vm=vm, until=at))
     state = states[-1] if states else None
-    first = next((row.time for row in states if state and row.launch == state.launch), None)
     rows = list(journal.aggregates(vm=vm, since=since, until=at))
+    life = _life(state) or (_life(rows[-1]) if rows else None)
+    rows = [row for row in rows if _life(row) == life]
+    first = next((row.time for row in states if _life(row) == life), None)
     tenant = state.tenant if state else rows[-1].tenant if rows else None
-    actions = _actions(journal, vm, tenant, at, first)
+    over = None if life is None else _over(journal, life[0], at)
     ended = state is not None and state.state in ENDED
-    holds = () if ended else tuple(in_force(actions))
-    until = state.time if ended and state is not None else at  # how it was when it still ran
-    lately = [row for row in rows if row.time > until - LATELY]
+    gone = state.time if ended and state is not None else over
+    actions = _actions(journal, vm, tenant, at, life, first)
+    holds = () if gone is not None else tuple(in_force(actions))
+    until = at if gone is None else gone  # how it was when it still ran
+    lately = [row for row in whole(rows) if row.time > until - LATELY]
     before = None
     own = [hold.since for hold in holds if hold.where == "vm"]
     if own:
-        earlier = list(journal.aggregates(vm=vm, since=min(own) - LATELY, until=min(own)))
-        worst = max(earlier, key=lambda row: (row.bus_locks or 0) / row.interval, default=None)
+        earlier = journal.aggregates(vm=vm, since=min(own) - LATELY, until=min(own))
+        worst = max(
+            whole(row for row in earlier if _life(row) == life),
+            key=lambda row: (row.bus_locks or 0) / row.interval,
+            default=None,
+        )
         before = None if worst is None else _fared([worst])
+    begin = since if first is None else max(since, first)
     return Explanation(
         vm=vm,
         tenant=tenant,
         at=at,
         since=since,
         launched=first,
+        over=None if ended else over,
         state=state,
         holds=holds,
-        done=tuple(row for row in actions if row.vm == vm and row.time >= since),
+        done=tuple(
+            row for row in journal.actions(vm=vm, since=begin, until=at) if life is None or row.session == life[0]
+        ),
         fared=_fared(lately),
         before=before,
-        host=_surroundings(journal, vm, until),
+        host=_surroundings(journal, vm, life, until),
+        suspicion=suspects(journal, vm, until),
     )
 
 
-def _actions(journal: JournalReader, vm: str, tenant: str | None, at: int, since: int | None) -> list[ActionRow]:
-    """What was done to the VM since it was launched, and to its tenant and the host since the fleet was opened."""
-    begun = journal.query("SELECT max(begun) FROM sessions WHERE begun <= ?", (at,))[0][0] or 0
-    rows = list(journal.actions(vm=vm, since=since, until=at))
-    columns = "session, time, kind, vm, tenant, policy, outcome, error, reason, evidence, details"
-    for found in journal.query(
-        f"SELECT {columns} FROM actions WHERE vm IS NULL AND time >= ? AND time <= ? "
-        "AND (tenant IS NULL OR tenant = ?) AND kind IN ('Throttle', 'Unthrottle', 'SetLimit')",
-        (begun, at, tenant),
-    ):
-        values: list[Any] = list(found)
-        values[-2:] = (json.loads(text) for text in values[-2:])
-        rows.append(ActionRow(*values))
-    return sorted(rows, key=lambda row: row.time)
+def _life(row: StateRow | Aggregate | None) -> tuple[int, int] | None:
+    """What tells a VM from others of its name: launches are numbered anew in each fleet."""
+    return None if row is None else (row.session, row.launch)
 
 
-def in_force(actions: Iterable[ActionRow]) -> list[Hold]:
-    """What holds after these actions, the tightest limit first."""
-    held: dict[tuple[str, ...], Hold] = {}
-    for row in actions:
+def _over(journal: JournalReader, session: int, at: int) -> int | None:
+    """When a fleet was gone: by its own word or, if it was killed, because another has begun."""
+    ends = journal.query(
+        "SELECT min(ended) FROM sessions WHERE id = ? UNION ALL SELECT min(begun) FROM sessions WHERE id > ?",
+        (session, session),
+    )
+    return min((row[0] for row in ends if isinstance(row[0], int) and row[0] < at), default=None)
+
+
+def _actions(
+    journal: JournalReader,
+    vm: str,
+    tenant: str | None,
+    at: int,
+    life: tuple[int, int] | None,
+    first: int | None,
+) -> list[ActionRow]:
+    """What was done, or begun, to the VM since it was launched, and to its tenant and the host by then.
+
+    Dry runs and refusals are left out: there may be one of each policy in each tick, and they hold nothing.
+    """
+    if life is None:
+        return []
+    rows = [
+        row
+        for outcome in ("done", "failed")
+        for row in journal.actions(vm=vm, outcome=outcome, since=first, until=at)
+        if row.session == life[0]
+    ]
+    return sorted([*rows, *journal.shared_limits(life[0], tenant, at)], key=lambda row: row.time)
+
+
+class _Held:
+    """Reads along in what was done, and knows what is in force. Its size is that of what is."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[str, ...], Hold] = {}
+
+    def note(self, row: ActionRow) -> None:
         if row.outcome != "done":
-            continue
+            return
         key: tuple[str, ...]
         where = "vm" if row.vm is not None else "tenant" if row.tenant is not None else "host"
         who, meter = row.policy or "", str(row.details.get("meter", ""))
@@ -210,12 +253,24 @@ def in_force(actions: Iterable[ActionRow]) -> list[Hold]:
             case "Isolate" | "Rejoin":
                 key, on = ("isolate", where), row.kind == "Isolate"
             case _:
-                continue
+                return
         if on:
-            held[key] = Hold(row, held[key].since if key in held else row.time, where)
+            since = self._held[key].since if key in self._held else row.time
+            self._held[key] = Hold(row, since, where)
         else:
-            held.pop(key, None)
-    return sorted(held.values(), key=lambda hold: -1.0 if hold.rate is None else hold.rate)
+            self._held.pop(key, None)
+
+    def holds(self) -> list[Hold]:
+        """The tightest limit first."""
+        return sorted(self._held.values(), key=lambda hold: -1.0 if hold.rate is None else hold.rate)
+
+
+def in_force(actions: Iterable[ActionRow]) -> list[Hold]:
+    """What holds after these actions, the tightest limit first."""
+    held = _Held()
+    for row in actions:
+        held.note(row)
+    return held.holds()
 
 
 def _fared(rows: list[Aggregate]) -> Fared | None:
@@ -248,17 +303,21 @@ def _sum(values: Iterable[float | None]) -> float | None:
     return sum(known) if known else None
 
 
-def _surroundings(journal: JournalReader, vm: str, until: int) -> Surroundings | None:
-    now = list(journal.hosts(since=until - LATELY + 1, until=until))
+def _surroundings(journal: JournalReader, vm: str, life: tuple[int, int] | None, until: int) -> Surroundings | None:
+    now = [
+        row
+        for row in journal.hosts(since=until - LATELY + 1, until=until)
+        if life is None or row.session == life[0]  # not what an earlier fleet saw of its VMs
+    ]
     if not now:
         return None
     seconds = sum(row.interval for row in now)
     by_vm = [
-        (row[0], row[1] / seconds)
+        (str(row[0]), row[1] / seconds)
         for row in journal.query(
             "SELECT vm, sum(bus_locks) AS locks FROM aggregates WHERE time > ? AND time <= ? AND bus_locks > 0 "
-            "GROUP BY vm ORDER BY locks DESC",
-            (until - LATELY, until),
+            "AND session = ? GROUP BY vm ORDER BY locks DESC",
+            (until - LATELY, until, now[-1].session),
         )
     ]
     total = sum(rate for _, rate in by_vm)
@@ -278,7 +337,7 @@ def _surroundings(journal: JournalReader, vm: str, until: int) -> Surroundings |
 
 def _usual(journal: JournalReader, until: int) -> float | None:
     """What the host's probe takes in the calm: what it took in the best tenth of the last day."""
-    where = "FROM hosts WHERE lock_ns IS NOT NULL AND time > ? AND time <= ?"
+    where = "FROM hosts WHERE typeof(lock_ns) = 'real' AND time > ? AND time <= ?"
     day = (until - DAY, until)
     count = int(journal.query(f"SELECT count(*) {where}", day)[0][0])
     found = journal.query(f"SELECT lock_ns {where} ORDER BY lock_ns LIMIT 1 OFFSET ?", (*day, count // 10))
@@ -296,13 +355,13 @@ def series(journal: JournalReader, vm: str, since: int, until: int, bins: int) -
     width = max(1, -(-(until - since) // bins))
     rows: dict[int, list[Aggregate]] = {}
     hosts: dict[int, list[HostRow]] = {}
-    for row in journal.aggregates(vm=vm, since=since + 1, until=until):
+    for row in whole(journal.aggregates(vm=vm, since=since + 1, until=until)):
         for i in _parts(row, since, width):
             rows.setdefault(i, []).append(row)
     for host in journal.hosts(since=since + 1, until=until):
         for i in _parts(host, since, width):
             hosts.setdefault(i, []).append(host)
-    limits = _limits(journal, vm, until)
+    limits = _limits(journal, vm, since, until)
     made = []
     for i in range(bins):
         end = since + (i + 1) * width
@@ -333,20 +392,27 @@ def _parts(row: Aggregate | HostRow, since: int, width: int) -> range:
     return range(end // width if row.interval * SECOND <= width else begin // width, end // width + 1)
 
 
-def _limits(journal: JournalReader, vm: str, until: int) -> list[tuple[int, float | None]]:
-    """The tightest limit on bus locks of the VM itself, from each change on."""
-    actions: list[ActionRow] = []
+def _limits(journal: JournalReader, vm: str, since: int, until: int) -> list[tuple[int, float | None]]:
+    """The tightest limit on bus locks of the VM itself, from each change on; from the launch on that is there at
+    `since`. With a VM go its limits."""
+    states = list(journal.states(vm=vm, until=until))
+    there = next((_life(row) for row in reversed(states) if row.time <= since), None)
+    begin = next((row.time for row in states if _life(row) == there), None)
+    rows: list[ActionRow | StateRow] = [
+        row
+        for row in journal.actions(vm=vm, outcome="done", since=begin, until=until)
+        if row.kind in ("Throttle", "Unthrottle", "SetLimit") and row.details.get("meter") == "bus_locks"
+    ]
+    lives = [row for row in states if begin is None or row.time >= begin]
+    held, life = _Held(), there
     changes: list[tuple[int, float | None]] = []
-    for row in journal.actions(vm=vm, until=until):
-        if row.kind in ("Throttle", "Unthrottle", "SetLimit") and row.details.get("meter") == "bus_locks":
-            actions = [*_others(actions, row), row]
-            rates = [hold.rate for hold in in_force(actions) if hold.rate is not None]
-            changes.append((row.time, min(rates, default=None)))
+    for row in sorted([*lives, *rows], key=lambda row: row.time):  # a state goes first: it is its VM's that was done
+        if isinstance(row, ActionRow):
+            held.note(row)
+        elif _life(row) != life or row.state in ENDED:
+            held, life = _Held(), _life(row)
+        else:
+            continue
+        rates = [hold.rate for hold in held.holds() if hold.rate is not None]
+        changes.append((row.time, min(rates, default=None)))
     return changes
-
-
-def _others(actions: list[ActionRow], row: ActionRow) -> Iterator[ActionRow]:
-    """Without those that it replaces, so that the list stays as short as what is in force."""
-    for one in actions:
-        if one.policy != row.policy or (one.kind == "SetLimit") != (row.kind == "SetLimit") or row.outcome != "done":
-            yield one

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import attrs
 
-from .schema import connect
+from .checked import LAST, UNREADABLE, Maker, mapping
+from .schema import JournalError, connect
 
 __all__ = ["ActionRow", "Aggregate", "HostRow", "JournalReader", "ProfileRow", "StateRow", "read_journal"]
 
@@ -104,11 +104,31 @@ class ProfileRow:
     code: bytes
 
 
-class JournalReader:
-    """Made by `read_journal`. A context manager. Queries take `since` and `until`, nanoseconds since the epoch."""
+ACTION_COLUMNS: Final = "session, time, kind, vm, tenant, policy, outcome, error, reason, evidence, details"
 
-    def __init__(self, connection: sqlite3.Connection) -> None:
+
+class _ActionMaker(Maker[ActionRow]):
+    def _made(self, values: tuple[Any, ...]) -> ActionRow:
+        return ActionRow(*values[:-2], *(mapping(text) for text in values[-2:]))
+
+
+class _ProfileMaker(Maker[ProfileRow]):
+    def _made(self, values: tuple[Any, ...]) -> ProfileRow:
+        row = ProfileRow(*values)
+        return row if row.rip >= 0 else attrs.evolve(row, rip=row.rip + (1 << 64))
+
+
+class JournalReader:
+    """Made by `read_journal`. A context manager. Queries take `since` and `until`, nanoseconds since the epoch.
+
+    All of them raise `JournalError` where the file is damaged; what is read before that is given out.
+    """
+
+    def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
         self._connection = connection
+        self._path = path
+        self._action, self._profile = _ActionMaker(ActionRow), _ProfileMaker(ProfileRow)
+        self._state, self._aggregate, self._host = Maker(StateRow), Maker(Aggregate), Maker(HostRow)
 
     def actions(
         self,
@@ -122,17 +142,13 @@ class JournalReader:
         until: int | None = None,
     ) -> Iterator[ActionRow]:
         """In the order of their time."""
-        columns = "session, time, kind, vm, tenant, policy, outcome, error, reason, evidence, details"
         wanted = {"vm": vm, "tenant": tenant, "policy": policy, "kind": kind, "outcome": outcome}
-        for row in self._rows("actions", columns, wanted, since, until):
-            values = list(row)
-            values[-2:] = (json.loads(text) for text in values[-2:])
-            yield ActionRow(*values)
+        return self._rows("actions", ACTION_COLUMNS, self._action, wanted, since, until)
 
     def states(
         self, *, vm: str | None = None, since: int | None = None, until: int | None = None
     ) -> Iterator[StateRow]:
-        yield from (StateRow(*row) for row in self._rows("states", "*", {"vm": vm}, since, until))
+        return self._rows("states", "*", self._state, {"vm": vm}, since, until)
 
     def aggregates(
         self,
@@ -143,36 +159,61 @@ class JournalReader:
         until: int | None = None,
     ) -> Iterator[Aggregate]:
         wanted = {"vm": vm, "tenant": tenant}
-        yield from (Aggregate(*row) for row in self._rows("aggregates", "*", wanted, since, until))
+        return self._rows("aggregates", "*", self._aggregate, wanted, since, until)
 
     def hosts(self, *, since: int | None = None, until: int | None = None) -> Iterator[HostRow]:
-        yield from (HostRow(*row) for row in self._rows("hosts", "*", {}, since, until))
+        return self._rows("hosts", "*", self._host, {}, since, until)
 
     def profiles(
         self, *, vm: str | None = None, since: int | None = None, until: int | None = None
     ) -> Iterator[ProfileRow]:
-        for row in self._rows("profiles", "*", {"vm": vm}, since, until):
-            values = list(row)
-            values[4] %= 1 << 64
-            yield ProfileRow(*values)
+        return self._rows("profiles", "*", self._profile, {"vm": vm}, since, until)
 
     def vms(self) -> list[str]:
         """Names that anything is known of."""
         query = (
             "SELECT vm FROM states UNION SELECT vm FROM actions WHERE vm IS NOT NULL UNION SELECT vm FROM aggregates"
         )
-        return sorted(row[0] for row in self._connection.execute(query))
+        return sorted(str(row[0]) for row in self.query(query))
+
+    def some_vms(self) -> str:
+        """The first of them, for a message."""
+        return ", ".join(name if name.isprintable() else repr(name) for name in self.vms()[:8]) or "none"
 
     def span(self) -> tuple[int, int] | None:
         """The first and the last time in it; None if it is empty."""
-        tables = ("actions", "states", "aggregates", "hosts")
-        found = [self._connection.execute(f"SELECT min(time), max(time) FROM {table}").fetchone() for table in tables]
-        known = [(row[0], row[1]) for row in found if row[0] is not None]
-        return (min(first for first, _ in known), max(last for _, last in known)) if known else None
+        return self._span(("actions", "states", "aggregates", "hosts"), "time")
+
+    def intervals(self) -> tuple[int, int] | None:
+        """The time that its intervals are of; None: it has none."""
+        return self._span(("aggregates", "hosts"), "time - interval * 1e9")
+
+    def _span(self, tables: Iterable[str], begin: str) -> tuple[int, int] | None:
+        first = [self.query(f"SELECT min({begin}) FROM {table}")[0][0] for table in tables]
+        last = [self.query(f"SELECT max(time) FROM {table}")[0][0] for table in tables]
+        known = [time for time in (*first, *last) if time is not None]
+        for time in known:
+            if not isinstance(time, int | float) or not 0 <= time <= LAST:
+                raise self._unreadable(ValueError(f"time={time!r:.80}"))
+        return (round(min(known)), round(max(known))) if known else None
+
+    def shared_limits(self, session: int, tenant: str | None, until: int) -> Iterator[ActionRow]:
+        """What was done to limits of the host, and of a tenant if one is named, while one fleet was open."""
+        query = (
+            f"SELECT {ACTION_COLUMNS} FROM actions WHERE vm IS NULL AND time <= ? AND session = ? AND outcome = 'done' "
+            "AND (tenant IS NULL OR tenant = ?) AND kind IN ('Throttle', 'Unthrottle', 'SetLimit') ORDER BY time, id"
+        )
+        return self._made(query, (until, session, tenant), self._action)
 
     def _rows(
-        self, table: str, columns: str, wanted: Mapping[str, Any], since: int | None, until: int | None
-    ) -> Iterator[sqlite3.Row]:
+        self,
+        table: str,
+        columns: str,
+        make: Callable[[sqlite3.Row], T],
+        wanted: Mapping[str, Any],
+        since: int | None,
+        until: int | None,
+    ) -> Iterator[T]:
         tests: list[str] = []
         values: list[Any] = []
         for name, value in wanted.items():
@@ -186,7 +227,14 @@ class JournalReader:
             tests.append("time <= ?")
             values.append(until)
         where = f" WHERE {' AND '.join(tests)}" if tests else ""
-        return self._connection.execute(f"SELECT {columns} FROM {table}{where} ORDER BY time", values)
+        return self._made(f"SELECT {columns} FROM {table}{where} ORDER BY time, rowid", values, make)
+
+    def _made(self, sql: str, values: Sequence[Any], make: Callable[[sqlite3.Row], T]) -> Iterator[T]:
+        try:
+            for row in self._connection.execute(sql, values):
+                yield make(row)
+        except UNREADABLE as error:
+            raise self._unreadable(error) from error
 
     def moments(self, *, since: int | None = None, until: int | None = None) -> Iterator[tuple[int, int, float]]:
         """Session, time and interval of the aggregates, each once, in the order of their time."""
@@ -214,8 +262,21 @@ class JournalReader:
         return cursor.execute(query, (time, session)).fetchall()
 
     def query(self, sql: str, values: Sequence[Any] = ()) -> list[sqlite3.Row]:
-        """Any SELECT, for what is not foreseen here; `schema.py` has the tables. The file is open read-only."""
-        return self._connection.execute(sql, values).fetchall()
+        """Any SELECT, for what is not foreseen here; `schema.py` has the tables. The file is open read-only.
+
+        Raises:
+            JournalError: SQLite can't do it.
+        """
+        try:
+            return self._connection.execute(sql, values).fetchall()
+        except UNREADABLE as error:
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: Exception) -> JournalError:
+        return JournalError(
+            f"{self._path}: can't be read ({error}); if it is damaged, `sqlite3 {self._path} .recover` may save some "
+            "of it"
+        )
 
     def close(self) -> None:
         self._connection.close()
@@ -235,4 +296,4 @@ def read_journal(path: str | Path) -> JournalReader:
     Raises:
         JournalError: there is none, or it is of another version; the message says what to do.
     """
-    return JournalReader(connect(path, readonly=True))
+    return JournalReader(connect(path, readonly=True), Path(path))

@@ -6,6 +6,7 @@ nothing else (https://www.sqlite.org/wal.html). All times are nanoseconds since 
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -73,6 +74,13 @@ def _run(connection: sqlite3.Connection, script: str) -> None:
             connection.execute(statement)
 
 
+def _mode(path: Path) -> str:
+    """How to open a file to read it. Readers of a file in WAL mode share memory in a file beside it; where that can't
+    be made, one that was put away in good order is opened as a file that nobody writes."""
+    log = path.with_name(f"{path.name}-wal")
+    return "mode=ro" if os.access(path.parent, os.W_OK) or log.exists() else "mode=ro&immutable=1"
+
+
 def connect(path: str | Path, *, readonly: bool) -> sqlite3.Connection:
     """Open the file.
 
@@ -85,7 +93,7 @@ def connect(path: str | Path, *, readonly: bool) -> sqlite3.Connection:
             raise JournalError(
                 f"{path}: no such journal; a fleet writes one if it is opened with journal=Journal({str(path)!r})"
             )
-        uri = f"{path.resolve().as_uri()}?mode={'ro' if readonly else 'rwc'}"
+        uri = f"{path.resolve().as_uri()}?{_mode(path.resolve()) if readonly else 'mode=rwc'}"
         connection = sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
     except (sqlite3.Error, OSError) as error:
         if isinstance(error, JournalError):
@@ -97,6 +105,11 @@ def connect(path: str | Path, *, readonly: bool) -> sqlite3.Connection:
         application = int(connection.execute("PRAGMA application_id").fetchone()[0])
     except sqlite3.Error as error:
         connection.close()
+        if readonly and "unable to open" in str(error):
+            raise JournalError(
+                f"{path}: can't be opened ({error}); it was not put away in good order (its -wal is there), and its "
+                "folder can't be written: copy both files to one that can"
+            ) from error
         raise JournalError(f"{path}: no journal ({error}); choose another file") from error
     if version and application != APPLICATION:
         connection.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import platform
 import sqlite3
 import threading
@@ -18,19 +19,30 @@ import attrs
 from ..actions import Action, Applied
 from ..errors import SpecError
 from ..policy import Facts
+from ..record import JournalStatistics
 from ..spec import GiB, MiB
+from . import lock
 from .schema import JournalError, connect, prepare
 
 __all__ = ["Journal", "JournalStatistics"]
+
+log: Final = logging.getLogger("orchestra.journal")
 
 COMMIT_SECONDS: Final = 0.2
 """What a kill -9 can lose is what came since the last commit: well under the second that is promised."""
 
 QUEUE: Final = 200_000
-"""Rows that may wait for the disk; beyond it aggregates are dropped and counted, actions and states never."""
+"""Rows that may wait for the disk; beyond it new ones are dropped and counted: actions and states beyond twice that."""
+
+BATCH: Final = 10_000
+"""Rows of one transaction: what is taken up at once in memory, and by how much the file can grow between two looks."""
 
 PRUNE_SECONDS: Final = 60.0
 PRUNED_ROWS: Final = 50_000
+"""At most so many at a time, and at most half of a table."""
+
+WAL_PART: Final = 8
+"""The part of a file's bytes that is left for its write-ahead log."""
 
 _INSERTS: Final = {
     "actions": "INSERT INTO actions (session, time, kind, vm, tenant, policy, outcome, error, reason, evidence, "
@@ -40,20 +52,10 @@ _INSERTS: Final = {
     "hosts": "INSERT INTO hosts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
     "profiles": "INSERT INTO profiles VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
 }
-_NEVER_DROPPED: Final = ("actions", "states")
+_DEAR: Final = ("actions", "states")
 
 Sample: TypeAlias = tuple[int, int, int, int, int, int, bytes]
 """rip, mode, cpl, space, samples, weight, code: as the table `profiles` has them."""
-
-
-@attrs.frozen
-class JournalStatistics:
-    """Rows written, rows that wait, and rows that were dropped as the disk was too slow; and what went wrong last."""
-
-    written: int
-    waiting: int
-    dropped: int
-    error: str | None
 
 
 def _plain(value: Any) -> Any:
@@ -62,7 +64,23 @@ def _plain(value: Any) -> Any:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, default=_plain, separators=(",", ":"))
+    try:
+        return json.dumps(value, default=_plain, separators=(",", ":"))
+    except Exception as error:  # a cycle, odd keys deep inside, a str() that raises: the action itself is worth more
+        return json.dumps({"unreadable": f"{type(error).__name__}: {error}"})
+
+
+def _mended(row: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A row that SQLite would not take, as near to it as can be."""
+    return tuple(_mend(value) for value in row)
+
+
+def _mend(value: Any) -> Any:
+    if isinstance(value, str):  # a lone surrogate, of a file name for instance
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
+        return float(value)
+    return value
 
 
 class Journal:
@@ -71,7 +89,8 @@ class Journal:
     Parameters:
         path: the file; made if it is not there, continued if it is.
         keep_days: older rows are removed.
-        keep_bytes: beyond this the oldest rows are removed.
+        keep_bytes: beyond this the oldest rows are removed. The file and its write-ahead log together stay below it,
+            but for what is just being written, or if a reader holds the log.
 
     Raises:
         SpecError: a bound that can't be.
@@ -91,9 +110,10 @@ class Journal:
         self._closing = False
         self._thread: threading.Thread | None = None
         self._session = 0
-        self._offset = 0
+        self._offset = self._ended = 0
         self._written = self._dropped = 0
         self._error: str | None = None
+        self._lock = -1
 
     # ---- for the fleet
 
@@ -101,23 +121,29 @@ class Journal:
         """A fleet opens; `now` is its clock. Blocks for some milliseconds.
 
         Raises:
-            JournalError: the file can't be opened, or another fleet writes this journal.
+            JournalError: the file can't be opened, or another fleet writes this journal, of whatever process.
         """
         if self._thread is not None:
             raise JournalError(f"{self.path}: this Journal is in use by a fleet; give each its own")
         connection = connect(self.path, readonly=False)
+        held = -1
         try:
+            held = lock.take(self.path)
             prepare(connection)
             wall = time.time_ns()
             cursor = connection.execute(
                 "INSERT INTO sessions (begun, host, backend, detection) VALUES (?, ?, ?, ?)",
                 (wall, platform.node(), backend, detection),
             )
-        except (sqlite3.Error, JournalError) as error:
+        except (sqlite3.Error, OSError) as error:
             connection.close()
+            if held >= 0:
+                lock.release(self.path, held)
+            if isinstance(error, JournalError) and str(error).startswith(str(self.path)):
+                raise
             raise JournalError(f"{self.path}: can't be written ({error})") from error
-        self._session, self._offset = int(cursor.lastrowid or 0), wall - now
-        self._closing = False
+        self._session, self._offset, self._lock = int(cursor.lastrowid or 0), wall - now, held
+        self._closing, self._written, self._dropped = False, 0, 0
         self._thread = threading.Thread(target=self._write, args=(connection,), name="journal", daemon=True)
         self._thread.start()
 
@@ -174,12 +200,23 @@ class Journal:
             )
 
     def end(self, now: int) -> None:
-        """The fleet is gone: write what waits, and close. Blocks until that is done."""
+        """The fleet is gone: write what waits, and close. Blocks until that is done.
+
+        What can't be written now never will be: it is counted as dropped, and told in the log.
+        """
         thread, self._thread = self._thread, None
-        if thread is not None:
-            self._closing = True
-            self._more.set()
-            thread.join()
+        if thread is None:
+            return
+        self._ended = now + self._offset
+        self._closing = True
+        self._more.set()
+        thread.join()
+        lock.release(self.path, self._lock)
+        self._dropped += len(self._queue)
+        self._queue.clear()
+        if self._dropped:
+            why = f": {self._error}" if self._error else ""
+            log.error("%s: %d rows of the journal are lost%s", self.path, self._dropped, why)
 
     def statistics(self) -> JournalStatistics:
         return JournalStatistics(self._written, len(self._queue), self._dropped, self._error)
@@ -190,10 +227,10 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.end(0)
+        self.end(time.time_ns() - self._offset)
 
     def _put(self, table: str, row: tuple[Any, ...]) -> None:
-        if len(self._queue) >= QUEUE and table not in _NEVER_DROPPED:
+        if len(self._queue) >= (2 * QUEUE if table in _DEAR else QUEUE):
             self._dropped += 1
             return
         self._queue.append((table, row))
@@ -205,61 +242,123 @@ class Journal:
         while True:
             closing = self._closing  # read first: what is queued before it was set is written below
             try:
-                self._flush(connection)
+                while self._flush(connection):
+                    self._shrink(connection)
                 if time.monotonic() - pruned > PRUNE_SECONDS or closing:
                     pruned = time.monotonic()
-                    self._prune(connection)
-                self._error = None
-            except sqlite3.Error as error:  # a full disk may have room again: what waits stays, up to the bound
-                self._error = str(error)
+                    self._forget(connection)
+                self._tell(None)
+            except Exception as error:  # a full disk may have room again: what waits stays, up to the bound
+                self._tell(str(error) or type(error).__name__)
             if closing:
                 break
             self._more.wait(COMMIT_SECONDS)
         try:
-            connection.execute("UPDATE sessions SET ended = ? WHERE id = ?", (time.time_ns(), self._session))
+            connection.execute("UPDATE sessions SET ended = ? WHERE id = ?", (self._ended, self._session))
+            connection.close()
         except sqlite3.Error as error:
-            self._error = str(error)
-        connection.close()
+            self._tell(str(error))
 
-    def _flush(self, connection: sqlite3.Connection) -> None:
-        queue, count = self._queue, len(self._queue)
-        if not count:
-            return
+    def _tell(self, error: str | None) -> None:
+        """What goes wrong from now on; None: nothing. Each change is logged once."""
+        before, self._error = self._error, error
+        if error is not None and error != before:
+            log.error("%s: the journal can't be written (%s); %d rows wait", self.path, error, len(self._queue))
+        elif error is None and before is not None:
+            log.warning("%s: the journal is written again; %d rows were dropped so far", self.path, self._dropped)
+
+    def _flush(self, connection: sqlite3.Connection) -> bool:
+        """Write some of what waits; whether there was any."""
+        queue = self._queue
+        taken = [queue.popleft() for _ in range(min(len(queue), BATCH))]
+        if not taken:
+            return False
         rows: dict[str, list[tuple[Any, ...]]] = {}
-        taken = [queue.popleft() for _ in range(count)]
         for table, row in taken:
             rows.setdefault(table, []).append(row)
+        written = len(taken)
         try:
             connection.execute("BEGIN")
-            for table, values in rows.items():
-                connection.executemany(_INSERTS[table], values)
+            try:
+                for table, values in rows.items():
+                    connection.executemany(_INSERTS[table], values)
+            except Exception as error:
+                if _is_of_the_file(error) or not connection.in_transaction:
+                    raise
+                connection.execute("ROLLBACK")
+                connection.execute("BEGIN")
+                written = sum(self._insert(connection, table, row) for table, row in taken)
             connection.execute("COMMIT")
-        except sqlite3.Error:
+        except BaseException:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
             queue.extendleft(reversed(taken))
             raise
-        self._written += count
+        self._written += written
+        self._dropped += len(taken) - written
+        return True
 
-    def _prune(self, connection: sqlite3.Connection) -> None:
-        """Remove what is too old; and, while the file is too large, the oldest of what there is most of."""
+    def _insert(self, connection: sqlite3.Connection, table: str, row: tuple[Any, ...]) -> bool:
+        """Write one row of a batch in which there is one that can't be; whether it could."""
+        why: Exception | None = None
+        for mend in (False, True):
+            try:
+                connection.execute(_INSERTS[table], _mended(row) if mend else row)
+            except Exception as error:
+                if _is_of_the_file(error):
+                    raise
+                why = error
+            else:
+                return True
+        log.error("%s: a row of %s can't be written and is dropped (%s): %.200r", self.path, table, why, row)
+        return False
+
+    # ---- bounds
+
+    def _forget(self, connection: sqlite3.Connection) -> None:
+        """Remove what is too old."""
         oldest = time.time_ns() - self._keep_ns
-        for table in _INSERTS:
-            connection.execute(f"DELETE FROM {table} WHERE time < ?", (oldest,))
+        removed = [connection.execute(f"DELETE FROM {table} WHERE time < ?", (oldest,)).rowcount for table in _INSERTS]
+        if any(removed):
+            self._give_back(connection)
+
+    def _shrink(self, connection: sqlite3.Connection) -> None:
+        """While the file is too large, remove the oldest of what there is most of."""
+        most = self._keep_bytes - self._keep_bytes // WAL_PART
         page = int(connection.execute("PRAGMA page_size").fetchone()[0])
+        removed = False
         while True:
             pages = int(connection.execute("PRAGMA page_count").fetchone()[0])
             free = int(connection.execute("PRAGMA freelist_count").fetchone()[0])
-            if (pages - free) * page <= self._keep_bytes:
+            if (pages - free) * page <= most:
                 break
-            removed = 0
-            for table in ("aggregates", "hosts", "profiles", "states", "actions"):
-                newest_to_go = connection.execute(
-                    f"SELECT time FROM {table} ORDER BY time LIMIT 1 OFFSET ?", (PRUNED_ROWS,)
-                ).fetchone()
-                if newest_to_go is not None:
-                    removed += connection.execute(f"DELETE FROM {table} WHERE time <= ?", (newest_to_go[0],)).rowcount
-            if not removed:
+            counts = {
+                table: int(connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0]) for table in _INSERTS
+            }
+            table = max(counts, key=counts.__getitem__)
+            if counts[table] < 2:
                 break
+            going = min(PRUNED_ROWS, counts[table] // 2)
+            connection.execute(
+                f"DELETE FROM {table} WHERE rowid IN (SELECT rowid FROM {table} ORDER BY time LIMIT ?)", (going,)
+            )
+            removed = True
+        if removed or pages * page > most:
+            self._give_back(connection)
+        elif self._log_bytes() > self._keep_bytes // WAL_PART:
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def _log_bytes(self) -> int:
+        try:
+            return self.path.with_name(f"{self.path.name}-wal").stat().st_size
+        except FileNotFoundError:
+            return 0
+
+    def _give_back(self, connection: sqlite3.Connection) -> None:
         connection.executescript("PRAGMA incremental_vacuum")  # execute() takes one step of it: one page
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+
+def _is_of_the_file(error: Exception) -> bool:
+    """A full disk, a file that is locked or broken: no row is to blame, and all of them may be written later."""
+    return isinstance(error, sqlite3.OperationalError) or type(error) is sqlite3.DatabaseError

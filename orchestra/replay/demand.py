@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 import attrs
 
 from ..journal import HostRow, JournalReader
+from ..journal.intervals import SHORT
 from ..policy import VmFacts
+from ..policy.facts import add_known
 
-__all__ = ["HELD", "Demands", "Tick", "Want", "ticks"]
+__all__ = ["HELD", "Demands", "Tick", "Want", "ticks", "together"]
 
 HELD: Final = 0.05
 """Part of a tick: who was held for less was as good as free."""
@@ -45,11 +47,62 @@ _COLUMNS: Final = (  # as of `VmFacts`
 def ticks(
     journal: JournalReader, since: int | None = None, until: int | None = None, *, every: int = 1
 ) -> Iterator[Tick]:
-    """The journal's intervals in order, also those in which no VM did anything.
+    """The journal's intervals in order, also those in which no VM did anything. The rest of one in which a fleet was
+    closed is added to the one before.
 
     Parameters:
         every: only every so manieth of those in which some VM did something.
     """
+    before: Tick | None = None
+    for tick in _ticks(journal, since, until, every):
+        if before is not None and before.session == tick.session and tick.interval < SHORT * before.interval:
+            tick = _join(before, tick)
+        elif before is not None:
+            yield before
+        before = tick
+    if before is not None:
+        yield before
+
+
+def _join(one: Tick, other: Tick) -> Tick:
+    new = {vm.name: vm for vm in (*one.new, *other.new)}
+    interval = one.interval + other.interval
+    host = None if one.host is None else attrs.evolve(one.host, time=other.time, interval=interval)
+    return Tick(one.session, other.time, interval, together([one.vms, other.vms]), host, tuple(new.values()))
+
+
+def together(told: Sequence[Mapping[str, VmFacts]]) -> Mapping[str, VmFacts]:
+    """What VMs did in several intervals."""
+    if len(told) < 2:
+        return told[0] if told else {}
+    sums: dict[str, VmFacts] = dict(told[0])
+    for facts in told[1:]:
+        for name, other in facts.items():
+            one = sums.get(name)
+            sums[name] = other if one is None or one.launch != other.launch else _sum(one, other)
+    return sums
+
+
+def _sum(one: VmFacts, other: VmFacts) -> VmFacts:
+    return VmFacts(
+        other.name,
+        other.tenant,
+        other.weight,
+        other.vcpus,
+        add_known((one.bus_locks, other.bus_locks)),
+        one.exits + other.exits,
+        one.throttled + other.throttled,
+        other.launch,
+        add_known((one.cpu, other.cpu)),
+        add_known((one.run_delay, other.run_delay)),
+        add_known((one.capped, other.capped)),
+        add_known((one.work, other.work)),
+        add_known((one.dirty_pages, other.dirty_pages)),
+        one.dirty_rate if other.dirty_rate is None else other.dirty_rate,
+    )
+
+
+def _ticks(journal: JournalReader, since: int | None, until: int | None, every: int) -> Iterator[Tick]:
     hosts = journal.hosts(since=since, until=until)
     host = next(hosts, None)
     before: int | None = None

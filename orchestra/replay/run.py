@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, Final
 
 import attrs
 
@@ -18,13 +18,12 @@ from ..policy.maxmin import max_min
 from ..policy.rehearsal import Rehearsal
 from ..rules import Rules
 from ..spec import Limit, Meter, Tenant
-from .demand import Demands, Tick, Want, ticks
+from .demand import Demands, Tick, Want, ticks, together
 from .response import Response, fit
 from .tally import Tally, World
 
 __all__ = ["Replay", "World", "replay"]
 
-T = TypeVar("T", int, float)
 
 DEEDS: Final = 1000
 """Actions that are kept one by one."""
@@ -138,14 +137,11 @@ def replay(
 
 
 def _span(journal: JournalReader, since: int | None, until: int | None) -> tuple[int, int]:
-    found = journal.query("SELECT min(time - interval * 1e9), max(time) FROM hosts")[0]
-    rows = journal.query("SELECT min(time - interval * 1e9), max(time) FROM aggregates")[0]
-    firsts = [round(row[0]) for row in (found, rows) if row[0] is not None]
-    lasts = [int(row[1]) for row in (found, rows) if row[1] is not None]
-    if not firsts:
+    span = journal.intervals()
+    if span is None:
         raise SpecError("the journal has no intervals to go through: a fleet writes one each time that it looks")
-    first = max(min(firsts), since if since is not None else 0)
-    last = min(max(lasts), until if until is not None else max(lasts))
+    first = max(span[0], since if since is not None else 0)
+    last = min(span[1], until if until is not None else span[1])
     if first >= last:
         raise SpecError("the journal has nothing of that time")
     return first, last
@@ -247,7 +243,7 @@ class _Run:
             limit=self._force.host_limit(Meter.BUS_LOCKS),
             exit_limit=self._force.host_limit(Meter.EXITS),
             tenants=self._tenants,
-            vms=_sums(seat.told),
+            vms=together(seat.told),
             host=host,
         )
         seat.told, seat.last = [], now
@@ -278,38 +274,3 @@ class _Run:
         self._whole.tally.would(type(judged).__name__, outcome, judged.vm)
         if len(self._whole.deeds) < DEEDS:
             self._whole.deeds.append(Deed(now, policy.name, judged, outcome))
-
-
-def _sums(told: Sequence[Mapping[str, VmFacts]]) -> Mapping[str, VmFacts]:
-    """What the VMs did in several intervals."""
-    if len(told) < 2:
-        return told[0] if told else {}
-    sums: dict[str, VmFacts] = dict(told[0])
-    for facts in told[1:]:
-        for name, other in facts.items():
-            one = sums.get(name)
-            sums[name] = other if one is None or one.launch != other.launch else _sum(one, other)
-    return sums
-
-
-def _sum(one: VmFacts, other: VmFacts) -> VmFacts:
-    return VmFacts(
-        other.name,
-        other.tenant,
-        other.weight,
-        other.vcpus,
-        _both(one.bus_locks, other.bus_locks),
-        one.exits + other.exits,
-        one.throttled + other.throttled,
-        other.launch,
-        _both(one.cpu, other.cpu),
-        _both(one.run_delay, other.run_delay),
-        _both(one.capped, other.capped),
-        _both(one.work, other.work),
-        _both(one.dirty_pages, other.dirty_pages),
-        one.dirty_rate if other.dirty_rate is None else other.dirty_rate,
-    )
-
-
-def _both(a: T | None, b: T | None) -> T | None:
-    return b if a is None else a if b is None else a + b

@@ -1,0 +1,47 @@
+"""A fleet's last interval is as long as it happens to be: what is in one that was cut short tells no rate by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Final
+
+import attrs
+
+from .reader import Aggregate
+
+__all__ = ["SHORT", "join", "whole"]
+
+SHORT: Final = 0.1
+"""Part of the interval before it: what is shorter is added to that."""
+
+
+SUMS: Final = ("bus_locks", "exits", "throttled", "cpu", "run_delay", "capped", "work", "dirty_pages")
+
+
+def join(one: Aggregate, other: Aggregate) -> Aggregate:
+    """What a VM did in two intervals, the second of which ends later."""
+    sums: dict[str, Any] = {name: _sum(getattr(one, name), getattr(other, name)) for name in SUMS}
+    return attrs.evolve(other, interval=one.interval + other.interval, **sums)
+
+
+def _sum(one: float | None, other: float | None) -> float | None:
+    return other if one is None else one if other is None else one + other
+
+
+def whole(rows: Iterable[Aggregate]) -> Iterator[Aggregate]:
+    """One VM's rows, in the order of their time, the short ones added to those before them."""
+    before: Aggregate | None = None
+    for row in rows:
+        if before is not None and _is_rest(before, row):
+            row = join(before, row)
+        elif before is not None:
+            yield before
+        before = row
+    if before is not None:
+        yield before
+
+
+def _is_rest(before: Aggregate, row: Aggregate) -> bool:
+    of_one = (before.session, before.launch) == (row.session, row.launch)
+    between = (row.time - before.time) / 1e9 - row.interval
+    return of_one and row.interval < SHORT * before.interval and between < SHORT * before.interval

@@ -1,0 +1,50 @@
+"""One writer for a journal: a lock on a file beside it, which the kernel lets go when its holder is gone, however."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+from .schema import JournalError
+
+__all__ = ["release", "take"]
+
+
+def _beside(path: Path) -> Path:
+    # A file of its own: SQLite's locks on the database are POSIX locks, which are all lost when any descriptor of the
+    # file is closed by this process (https://www.sqlite.org/howtocorrupt.html, section 2.2).
+    return path.with_name(f"{path.name}-lock")
+
+
+def take(path: Path) -> int:
+    """Become the writer; what to give to `release`.
+
+    Raises:
+        JournalError: another is.
+        OSError: the file can't be made.
+    """
+    beside = _beside(path.resolve())
+    while True:
+        fd = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(fd)
+            raise JournalError(f"{path}: another fleet writes this journal; give each a file of its own") from None
+        if _is_still(fd, beside):
+            return fd
+        os.close(fd)  # the one before us removed it between our two calls
+
+
+def _is_still(fd: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def release(path: Path, fd: int) -> None:
+    """Let another write."""
+    _beside(path.resolve()).unlink(missing_ok=True)  # while it is locked: nobody can have taken it
+    os.close(fd)
