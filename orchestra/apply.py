@@ -121,6 +121,7 @@ class Applier:
             case CapCpu(vm=name, share=share):
                 if share is not None or not self._is_gone(name):  # with the VM went its caps
                     vm(name).put_cap(policy, share)
+                    await vm(name).cap_settled()
             case Isolate(vm=name):
                 vm(name).place(True)
             case Rejoin(vm=name):

@@ -18,6 +18,7 @@ import trio
 
 from .actions import Action, Applied, Outcome, SetLimit, State, Stopped, Throttle, Unthrottle
 from .activity import Activity
+from .actuators.bandwidth import CpuCgroup
 from .actuators.placement import Quarantine
 from .apply import Applier, OnEvict
 from .backend import Backend, Detection
@@ -62,12 +63,14 @@ class Fleet:
         recorder: Recorder | None,
         on_evict: OnEvict | None,
         quarantine: Quarantine,
+        cpu_cgroup: CpuCgroup | None,
     ) -> None:
         self.core = core
         self.backend = backend
         self.bus_lock_detection = detection
         self.bus_locks = detection is not None
         self.quarantine = quarantine
+        self.cpu_cgroup = cpu_cgroup
         self.setup_threads = trio.CapacityLimiter(SETUP_THREADS)
         self._activity = Activity(self, host, ThreadTimes() if backend.blocking else None)
         # It may refuse a policy.

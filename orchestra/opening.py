@@ -10,6 +10,7 @@ from typing import Any, Final, Literal
 
 import trio
 
+from .actuators.bandwidth import CpuCgroup
 from .actuators.placement import Quarantine, quarantine_cpus
 from .apply import OnEvict
 from .backend import Backend, Detection, choose
@@ -90,6 +91,7 @@ async def open_fleet(
     journal_interval: float = 1.0,
     probe: bool | None = None,
     cgroup: str | Path | None = None,
+    cap_by: Literal["run-loop", "cgroup"] = "run-loop",
     on_evict: OnEvict | None = None,
     quarantine: Iterable[int] | None = None,
 ) -> AsyncIterator[Fleet]:
@@ -110,6 +112,9 @@ async def open_fleet(
         probe: time locked operations and memory on this host all the while, for 0.2 to 0.4 % of a CPU. Default: if a
             policy needs it.
         cgroup: a version-2 cgroup: its pressure counts as the host's.
+        cap_by: what keeps CPU caps. "run-loop": orchestra, on any host. "cgroup": the kernel, by cpu.max of cgroups
+            that come and go below the one this process lives in (`cgroup`, if given, must be that one). A thread that
+            the kernel holds may hold the interpreter's lock: docs/engine.md has what to expect of each.
         on_evict: an async function that is called with a VM and an `Evict` to move it to another host, or to raise why
             not.
         quarantine: CPUs for isolated VMs. Default: the last that this process may run on.
@@ -120,6 +125,8 @@ async def open_fleet(
     """
     if bus_locks not in ("require", "auto", "off"):
         raise SpecError(f'bus_locks={bus_locks!r}: must be "require", "auto" or "off"')
+    if cap_by not in ("run-loop", "cgroup"):
+        raise SpecError(f'cap_by={cap_by!r}: must be "run-loop" or "cgroup"')
     _check(guard, journal, journal_interval)
     optional_limit("limit", limit)
     optional_limit("exit_limit", exit_limit)
@@ -136,9 +143,11 @@ async def open_fleet(
         asked = [what for what, given in limits.items() if given is not None]
         asked += [f"policy {p.name!r}" for p in seats if getattr(p, "meter", None) is Meter.BUS_LOCKS]
         detection = _detection(opened, bus_locks, next(iter(asked), None))
+        folder = None if cgroup is None else Path(cgroup)
+        cpu_cgroup = CpuCgroup(folder) if cap_by == "cgroup" and opened.blocking else None  # scripts have no threads
         core = FleetCore()
         silent = None if opened.blocking else NO_HOST
-        host = HostSignals(probe=probe, cgroup=None if cgroup is None else Path(cgroup), silent=silent)
+        host = HostSignals(probe=probe, cgroup=folder, silent=silent)
         if journal is not None:
             await _off_the_loop(journal.begin, opened.now(), opened.name, detection)
             begun = True
@@ -161,6 +170,7 @@ async def open_fleet(
                     recorder=journal,
                     on_evict=on_evict,
                     quarantine=confinement,
+                    cpu_cgroup=cpu_cgroup,
                 )
                 fleet.start(journal_interval if journal is not None else LOOKED_AT if probe else None)
                 try:
