@@ -57,6 +57,7 @@ async def open_fleet(
     cap_by: Literal["run-loop", "cgroup"] = "run-loop",
     on_evict: OnEvict | None = None,
     quarantine: Iterable[int] | None = None,
+    quarantine_class: str | Path | None = None,
     thread: bool = False,
 ) -> AsyncIterator[Fleet]:
     """As `orchestra.open_fleet`, for asyncio programs.
@@ -70,7 +71,8 @@ async def open_fleet(
             a loop share one trio run.
         on_evict: as `orchestra.open_fleet`, and an asyncio function.
         backend, limit, exit_limit, tenants, policies, bus_locks, strict: as `orchestra.open_fleet`.
-        guard, journal, journal_interval, probe, cgroup, cap_by, quarantine: as `orchestra.open_fleet`.
+        guard, journal, journal_interval, probe, cgroup, cap_by: as `orchestra.open_fleet`.
+        quarantine, quarantine_class: as `orchestra.open_fleet`.
 
     Raises:
         StateError: the loop's thread runs trio already, for somebody else.
@@ -100,6 +102,7 @@ async def open_fleet(
             cap_by=cap_by,
             on_evict=None if on_evict is None else evict,
             quarantine=quarantine,
+            quarantine_class=quarantine_class,
         )
         async with Block(bridge, opened, partial(Fleet, bridge)) as fleet:
             yield fleet
