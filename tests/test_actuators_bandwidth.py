@@ -403,17 +403,29 @@ SPIN = orc.FlatImage(code=b"\xeb\xfe", mode=16)
 PORT_IN_A_LOOP = orc.FlatImage(code=bytes.fromhex("ba0005eeebfd"), mode=16)
 
 
+@pytest.fixture(scope="module")
+def top() -> Iterator[Path]:
+    """The highest cgroup, with the cpu controller for those below it."""
+    found = own_cgroup()
+    while found is not None and (found.parent / "cgroup.controllers").exists():
+        found = found.parent
+    if found is None or os.geteuid() or "cpu" not in (found / "cgroup.controllers").read_text():
+        pytest.skip("no version-2 cpu controller that may be used")
+    (found / "cgroup.subtree_control").write_text("+cpu")
+    # With the first quota the kernel patches the code of its scheduler, and back after the last. One that stays keeps
+    # that from happening at each cap: emulated CPUs do not always get it right, and the host in a box dies of it.
+    stays = ThreadCap(found, f"orchestra-test-stays-{os.getpid()}", 0)
+    stays.put(1, loose=True)
+    yield found
+    assert stays.remove()
+
+
 @pytest.fixture
-def cage() -> Iterator[Path]:
+def cage(top: Path) -> Iterator[Path]:
     """A cgroup that this process lives in and that has the cpu controller; nothing may be left in it."""
     before = own_cgroup()
-    top = before
-    while top is not None and (top.parent / "cgroup.controllers").exists():
-        top = top.parent
-    if top is None or before is None or os.geteuid() or "cpu" not in (top / "cgroup.controllers").read_text():
-        pytest.skip("no version-2 cpu controller that may be used")
+    assert before is not None
     folder = top / f"orchestra-test-{os.getpid()}"
-    (top / "cgroup.subtree_control").write_text("+cpu")
     folder.mkdir()
     try:
         (folder / "cgroup.subtree_control").write_text("+cpu")
