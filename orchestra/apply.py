@@ -34,6 +34,7 @@ from .actions import (
     Unthrottle,
     Warn,
 )
+from .actuators.bandwidth import CpuCgroup
 from .backend import Backend
 from .budget import Budget, Budgets
 from .errors import BusLockUnsupported, OrchestraError, SpecError, StateError
@@ -60,6 +61,7 @@ class Fleet(Protocol):
     core: FleetCore
     backend: Backend
     bus_locks: bool
+    cpu_cgroup: CpuCgroup | None
 
     @property
     def vms(self) -> Mapping[str, Vm]: ...
@@ -89,7 +91,7 @@ class Applier:
         self._leaving: set[Vm] = set()
 
     async def apply(self, action: Action, policy: str | None, *, wait: bool = False) -> Applied:
-        """As `Fleet.apply`, but there is a checkpoint only for an eviction. `wait`: also until it has taken effect."""
+        """As `Fleet.apply`, but there is a checkpoint only for what `takes_time`. `wait`: also until it has taken effect."""
         if not isinstance(action, Action):
             raise SpecError(f"action={action!r}: must be one of orchestra's actions")
         error: str | None = None
@@ -101,10 +103,12 @@ class Applier:
                 await self._evict(self._fleet.vm(action.vm), action)
             else:
                 effect = self._do(action, policy)
+                if self.takes_time(action):  # a cap: one that can't be is a failure
+                    await self._fleet.vm(action.vm or "").cap_settled()
         except OrchestraError as failure:
             error = str(failure)
         except trio.Cancelled:
-            self.done(action, policy, "cancelled while on_evict was at it")
+            self.done(action, policy, "cancelled while it was at it")
             raise
         except Exception as failure:  # a mistake in orchestra, which must not end a fleet
             log.exception("%r failed", action)
@@ -113,6 +117,11 @@ class Applier:
         if wait and effect is not None:
             await effect()
         return applied
+
+    def takes_time(self, action: Action) -> bool:
+        """Whether what comes of it is known only later: the threads of a capped VM move to its cgroup themselves."""
+        capped = isinstance(action, CapCpu) and action.share is not None
+        return isinstance(action, Evict) or (capped and self._fleet.cpu_cgroup is not None)
 
     def done(self, action: Action, policy: str | None, error: str | None = None) -> Applied:
         """Journal what was tried. A caller's word counts for the guard, which judges policies by it."""

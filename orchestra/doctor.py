@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeAlias
 
 import attrs
 
+from .actuators.delegation import own_cgroup, why_not
 from .backend.emulated import library
 from .backend.kvm.system import Kvm
 from .backend.picking import Seen, pick
@@ -417,6 +418,18 @@ def _favordynmods(host: _Host) -> Iterator[Finding]:
         yield Finding(check, "note", "off", meaning, host.favour)
 
 
+def _cpu_caps(host: _Host) -> Iterator[Finding]:
+    check, folder = "CPU caps by cgroup", own_cgroup(host.root)
+    instead = 'the run loop keeps CPU caps (the default), and needs nothing for it; cap_by="cgroup" does not work'
+    if folder is None:
+        remedy = "systemd.unified_cgroup_hierarchy=1 on the kernel's command line gives one"
+        yield Finding(check, "note", "no cgroup of version 2", instead, remedy)
+    elif obstacle := why_not(folder):
+        yield Finding(check, "note", obstacle.what, instead, obstacle.remedy)
+    else:
+        yield Finding(check, "ok", str(folder), 'cap_by="cgroup" can have the kernel keep CPU caps')
+
+
 # ---- limits
 
 
@@ -544,6 +557,7 @@ _CHECKS: tuple[Callable[[_Host], Iterator[Finding]], ...] = (
     _split_lock_mitigate,
     _nx_huge_pages,
     _favordynmods,
+    _cpu_caps,
     _open_files,
     _threads,
     _memory,

@@ -18,6 +18,7 @@ import trio
 
 from .actions import Action, Applied, Outcome, Pause, SetLimit, State, Stopped, Throttle, Unthrottle
 from .activity import Activity
+from .actuators.bandwidth import CpuCgroup
 from .actuators.placement import Quarantine
 from .apply import Applier, OnEvict
 from .backend import Backend, Detection
@@ -63,12 +64,14 @@ class Fleet:
         recorder: Recorder | None,
         on_evict: OnEvict | None,
         quarantine: Quarantine,
+        cpu_cgroup: CpuCgroup | None,
     ) -> None:
         self.core = core
         self.backend = backend
         self.bus_lock_detection = detection
         self.bus_locks = detection is not None
         self.quarantine = quarantine
+        self.cpu_cgroup = cpu_cgroup
         self.setup_threads = trio.CapacityLimiter(SETUP_THREADS)
         self._activity = Activity(self, host, ThreadTimes() if backend.blocking else None)
         # It may refuse a policy.
@@ -432,6 +435,9 @@ class Fleet:
 
     def budgets(self, tenant: str | None) -> Budgets:
         return self._budgets if tenant is None else self._seat(tenant).budgets
+
+    def takes_time(self, action: Action) -> bool:
+        return self._applier.takes_time(action)
 
     def below(self, action: Action) -> int:
         """How many VMs an action is about."""

@@ -11,7 +11,7 @@ from typing import Any, Final, Protocol
 import attrs
 import trio
 
-from .actions import Action, Applied, Evict, Pause
+from .actions import Action, Applied, Pause
 from .activity import Activity, Window
 from .errors import SpecError
 from .policy import Facts, Guard, HostFacts, Policy, Ruling, Verdict
@@ -44,6 +44,9 @@ class Fleet(Protocol):
     def now(self) -> int: ...
     def below(self, action: Action) -> int:
         """How many VMs an action is about."""
+
+    def takes_time(self, action: Action) -> bool:
+        """What comes of it is known only later."""
 
     async def carry_out(self, action: Action, policy: str | None) -> Applied:
         """Apply it, and journal it. There is a checkpoint for an eviction only: no tick waits for a VM."""
@@ -419,8 +422,8 @@ class Governor:
             fleet.record(told)
             _tell_refused(seat.policy, action, verdict.reason)
             return
-        if isinstance(verdict.action, Evict):  # what comes of it takes its time, and the ticks don't wait for it
-            fleet.start_soon(self._evict, seat, verdict, verdict.action)
+        if fleet.takes_time(verdict.action):  # the ticks don't wait for it
+            fleet.start_soon(self._finish, seat, verdict, verdict.action)
             return
         applied = await fleet.carry_out(verdict.action, name)
         if applied.error is not None:
@@ -433,7 +436,7 @@ class Governor:
         for rehearsal in self._rehearsals():
             rehearsal.apply(action, policy or "", now)
 
-    async def _evict(self, seat: _Seat, verdict: Verdict, action: Evict) -> None:
+    async def _finish(self, seat: _Seat, verdict: Verdict, action: Action) -> None:
         applied = await self._fleet.carry_out(action, seat.name)
         if applied.error is None:
             return

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import trio
 
 from .actions import Action, Halted, Outcome, Shutdown, State, Stopped
+from .actuators.bandwidth import CpuCgroup
+from .actuators.caps import Caps, CgroupCaps, RunLoopCaps
 from .actuators.placement import Quarantine
 from .backend import Backend, Detection, Machine
 from .backend.kvm.dirty import DirtyLog, read_logs
@@ -46,6 +48,8 @@ class House(Protocol):
     bus_lock_detection: Detection | None
     setup_threads: trio.CapacityLimiter
     quarantine: Quarantine
+    cpu_cgroup: CpuCgroup | None
+    """Where CPU caps are kept; None: in the run loop."""
 
     def post(self, function: Callable[..., object], *args: object) -> None:
         """Run it soon on the fleet's thread. Any thread; nothing happens once the fleet is gone."""
@@ -94,6 +98,7 @@ class Guest:
         self.parked = trio.Event()
         self.ended = trio.Event()
         self.all_parked: Callable[[], object] = lambda: None
+        self.cap_failed: Callable[[ResourceLimit], object] = lambda error: None
         self.vcpus: list[Vcpu] = []
         self.memory: GuestMemory
         self.samples = Samples(spec.sample_every)  # a Vm puts its own there, as it lives on over restarts
@@ -107,6 +112,9 @@ class Guest:
         self._gone: set[int] = set()
         self._calls: dict[int, list[Callable[[], None]]] = {}
         self._done: list[trio.Event] = []
+        self._caps: Caps = RunLoopCaps(self._cores)
+        if house.cpu_cgroup is not None:
+            self._caps = CgroupCaps(house.cpu_cgroup, spec.name, self._ask, house.post, self._on_cap_failed)
 
     # ---- set-up
 
@@ -147,6 +155,7 @@ class Guest:
                 house.logged(self)
             if paused():
                 self.pause_number = 1
+                self._caps.hurry(True)
                 for core in self._cores:
                     core.command(set=Command.PAUSE)
         except BaseException:
@@ -258,6 +267,7 @@ class Guest:
     def _give_back(self) -> None:
         """May run on a worker thread: closing takes a millisecond, unmapping 0.1 ms for each MiB that was touched."""
         self._machine.close()
+        self._caps.close()  # KVM may have had a thread there
         if isinstance(self._outcome, Stopped):  # nobody will look at its memory
             self.memory.close()
 
@@ -276,6 +286,7 @@ class Guest:
                 self._outcome = outcome
         if self.final is None:
             self.command(set=Command.STOP)
+            self._caps.end()
 
     def command(self, set: int = 0, clear: int = 0) -> None:
         """Command all vCPUs: all are signalled before anybody waits for one. Any thread."""
@@ -292,6 +303,7 @@ class Guest:
         self._parked.clear()
         self.parked = trio.Event()
         self.command(set=Command.PAUSE)
+        self._caps.hurry(True)
 
     def resume(self) -> None:
         if self.final is not None:
@@ -299,6 +311,7 @@ class Guest:
         self.parked.set()  # whoever waits for a pause that is taken back goes on
         self.parked = trio.Event()
         self._parked.clear()
+        self._caps.hurry(False)
         self.command(clear=Command.PAUSE)
 
     def cap_cpu(self, share: float | None) -> None:
@@ -306,15 +319,25 @@ class Guest:
 
         Raises:
             StateError: it has no threads, or has ended.
-            ResourceLimit: no thread or memory left for it.
+            ResourceLimit: the host has nothing left for it, or refuses it.
         """
-        self._threads("cap the CPU of")
-        for core in self._cores:
-            core.cap(share)
+        threads = self._threads("cap the CPU of")
+        self._caps.put(share, {index: tid for index, tid in enumerate(threads) if index not in self._gone})
+
+    def _on_cap_failed(self, error: ResourceLimit) -> None:
+        self.cap_failed(error)
+
+    async def cap_settled(self) -> None:
+        """Wait until the cap is in force; no checkpoint if it is.
+
+        Raises:
+            ResourceLimit: it can't be; no cap is.
+        """
+        await self._caps.settled()
 
     def capped(self, index: int, now: int) -> int:
         """Nanoseconds that a cap held that vCPU so far."""
-        return self._cores[index].counters(now).capped if self.final is None else 0
+        return self._caps.held(index, now) if self.final is None else 0
 
     def isolate(self, on: bool) -> None:
         """Have the vCPUs' threads run on the quarantine CPUs only, or wherever the others do.
@@ -393,15 +416,23 @@ class Guest:
                 result.append(error)
             self.house.post(done.set)
 
-        with self._lock:
-            self._calls.setdefault(index, []).append(run)
-        self._cores[index].command(set=Command.CALL)
-        self.vcpus[index].engine.kick()
-        with self.house.core.urgently():
-            await done.wait()
+        self._caps.hurry(True)
+        try:
+            self._ask(index, run)
+            with self.house.core.urgently():
+                await done.wait()
+        finally:
+            self._caps.hurry(False)
         if isinstance(result[0], Exception):
             raise result[0]
         return result[0]
+
+    def _ask(self, index: int, function: Callable[[], None]) -> None:
+        """Have a vCPU's runner run a function between two entries of the guest."""
+        with self._lock:
+            self._calls.setdefault(index, []).append(function)
+        self._cores[index].command(set=Command.CALL)
+        self.vcpus[index].engine.kick()
 
     # ---- told by runners, on their threads
 
@@ -427,6 +458,7 @@ class Guest:
             call()
         if self.dirty is not None and self.dirty.on:
             read_logs([self.dirty])  # here, as it waits for the kernel: what it wrote last counts as well
+        self._caps.leave(index)  # its end is waited for
         self.house.post(self._on_ended, index)
 
     def _on_parked(self, index: int, number: int) -> None:

@@ -10,7 +10,9 @@ from typing import Any, Final, Literal
 
 import trio
 
+from .actuators.bandwidth import CpuCgroup
 from .actuators.placement import Quarantine, quarantine_cpus
+from .actuators.resources import ControlGroup
 from .apply import OnEvict
 from .backend import Backend, Detection, choose
 from .budget import make_budgets
@@ -90,8 +92,10 @@ async def open_fleet(
     journal_interval: float = 1.0,
     probe: bool | None = None,
     cgroup: str | Path | None = None,
+    cap_by: Literal["run-loop", "cgroup"] = "run-loop",
     on_evict: OnEvict | None = None,
     quarantine: Iterable[int] | None = None,
+    quarantine_class: str | Path | None = None,
 ) -> AsyncIterator[Fleet]:
     """Open a fleet; leaving the block stops its VMs and leaves no thread, descriptor or mapping behind.
 
@@ -110,9 +114,15 @@ async def open_fleet(
         probe: time locked operations and memory on this host all the while, for 0.2 to 0.4 % of a CPU. Default: if a
             policy needs it.
         cgroup: a version-2 cgroup: its pressure counts as the host's.
+        cap_by: what keeps CPU caps. "run-loop": orchestra, on any host. "cgroup": the kernel, by cpu.max of cgroups
+            that come and go below the one this process lives in (`cgroup`, if given, must be that one). A thread that
+            the kernel holds may hold the interpreter's lock: docs/engine.md has what to expect of each.
         on_evict: an async function that is called with a VM and an `Evict` to move it to another host, or to raise why
             not.
         quarantine: CPUs for isolated VMs. Default: the last that this process may run on.
+        quarantine_class: a resctrl control group for isolated VMs, such as "/sys/fs/resctrl/noisy"; you make it, and
+            limit its part of the caches and of the memory bandwidth by its schemata. No CPU that has resctrl has run
+            this yet.
 
     Raises:
         BusLockUnsupported: bus locks are required or limited, and can't be seen here. No guest has run then.
@@ -120,12 +130,14 @@ async def open_fleet(
     """
     if bus_locks not in ("require", "auto", "off"):
         raise SpecError(f'bus_locks={bus_locks!r}: must be "require", "auto" or "off"')
+    if cap_by not in ("run-loop", "cgroup"):
+        raise SpecError(f'cap_by={cap_by!r}: must be "run-loop" or "cgroup"')
     _check(guard, journal, journal_interval)
     optional_limit("limit", limit)
     optional_limit("exit_limit", exit_limit)
     named = _as_tenants(tenants)
     seats = check_policies(policies)
-    confinement = Quarantine(quarantine_cpus(quarantine))
+    cpus = quarantine_cpus(quarantine)
 
     opened = choose(backend)
     core: FleetCore | None = None
@@ -136,9 +148,16 @@ async def open_fleet(
         asked = [what for what, given in limits.items() if given is not None]
         asked += [f"policy {p.name!r}" for p in seats if getattr(p, "meter", None) is Meter.BUS_LOCKS]
         detection = _detection(opened, bus_locks, next(iter(asked), None))
+        folder = None if cgroup is None else Path(cgroup)
+        cpu_cgroup = isolated = None
+        if opened.blocking:  # scripts have no threads
+            cpu_cgroup = CpuCgroup(folder) if cap_by == "cgroup" else None
+            isolated = None if quarantine_class is None else ControlGroup(Path(quarantine_class))
         core = FleetCore()
         silent = None if opened.blocking else NO_HOST
-        host = HostSignals(probe=probe, cgroup=None if cgroup is None else Path(cgroup), silent=silent)
+        host = HostSignals(
+            probe=probe, cgroup=folder, isolated=None if isolated is None else isolated.folder, silent=silent
+        )
         if journal is not None:
             await _off_the_loop(journal.begin, opened.now(), opened.name, detection)
             begun = True
@@ -160,7 +179,8 @@ async def open_fleet(
                     host=host,
                     recorder=journal,
                     on_evict=on_evict,
-                    quarantine=confinement,
+                    quarantine=Quarantine(cpus, isolated, host.add_thread),
+                    cpu_cgroup=cpu_cgroup,
                 )
                 fleet.start(journal_interval if journal is not None else LOOKED_AT if probe else None)
                 try:

@@ -30,7 +30,7 @@ from .counted import ZERO, VcpuStatistics, VmStatistics, add, add_names
 from .devices.bus import Device, Handler
 from .devices.console import Console
 from .devices.requests import Requests
-from .errors import BusLockUnsupported, OrchestraError, SpecError, StateError
+from .errors import BusLockUnsupported, OrchestraError, ResourceLimit, SpecError, StateError
 from .guest import Guest, House
 from .native.core import Counters
 from .profile import Profile, Samples, Symbols, make_profile
@@ -208,6 +208,7 @@ class Vm:
         Raises:
             SpecError: not from 0.01 to 1.
             StateError: it has ended, or its backend gives it no thread (scripted).
+            ResourceLimit: the host has nothing left for it, or refuses it.
         """
         action = CapCpu(vm=self.name, share=share, reason="cap_cpu()")
         self.put_cap(None, share)
@@ -314,6 +315,19 @@ class Vm:
             self._alive("cap the CPU of").cap_cpu(min(wanted.values(), default=None))
             self._caps = wanted
             self.was_capped = True
+
+    async def cap_settled(self) -> None:
+        """Wait until what was put is in force; no checkpoint if it is.
+
+        Raises:
+            ResourceLimit: it can't be; no cap is.
+        """
+        if self._guest is not None:
+            await self._guest.cap_settled()
+
+    def _on_cap_failed(self, error: ResourceLimit) -> None:
+        log.error("vm %s is not capped: %s", self.name, error.strerror)
+        self._caps = {}
 
     def place(self, on: bool) -> None:
         """As `isolate`."""
@@ -583,6 +597,7 @@ class Vm:
             guest = Guest(self._house, self._spec_now(), levels, self.console)
             guest.samples = self._samples
             guest.all_parked = self._on_parked
+            guest.cap_failed = self._on_cap_failed
             await guest.start(self._claims, lambda: self._paused)
             if self._guest is not None:
                 self._dirty_before = self._dirty_pages()

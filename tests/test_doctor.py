@@ -41,6 +41,9 @@ GOOD = {
     "proc/self/cgroup": "0::/system.slice/fleet.service\n",
     "proc/self/mountinfo": MOUNTS.format(options=",favordynmods"),
     "sys/fs/cgroup/system.slice/fleet.service/pids.max": "max\n",
+    "sys/fs/cgroup/system.slice/fleet.service/cgroup.controllers": "cpu memory pids\n",
+    "sys/fs/cgroup/system.slice/fleet.service/cgroup.subtree_control": "cpu\n",
+    "sys/fs/cgroup/system.slice/fleet.service/cgroup.threads": "",
     "sys/fs/cgroup/system.slice/fleet.service/memory.max": "max\n",
     "sys/module/kvm/parameters/nx_huge_pages": "never\n",
     "sys/module/kvm_amd/parameters/npt": "Y\n",
@@ -422,6 +425,25 @@ def test_each_way_out_of_slow_starts_is_recognised(find, nx, mounts, favordynmod
     assert find("kvm.nx_huge_pages", files).status == "ok"
     finding = find("cgroup favordynmods", files)
     assert (finding.status, finding.value) == ("ok", favordynmods)
+
+
+def test_a_cgroup_that_can_cap_is_named(find):
+    assert find("CPU caps by cgroup").value.endswith("/sys/fs/cgroup/system.slice/fleet.service")
+
+
+@pytest.mark.parametrize(
+    ("files", "value", "remedy"),
+    [
+        ({"sys/fs/cgroup/system.slice/fleet.service/cgroup.subtree_control": ""}, "hand on the cpu", "echo +cpu"),
+        ({"proc/self/cgroup": "0::/gone\n"}, "no cgroup of version 2", "name the version-2 cgroup"),
+        ({"proc/self/cgroup": "4:cpu:/\n"}, "no cgroup of version 2", "unified_cgroup_hierarchy"),
+    ],
+)
+def test_what_keeps_the_kernel_from_capping_is_a_note_with_a_remedy(find, files, value, remedy):
+    finding = find("CPU caps by cgroup", files)
+    assert finding.status == "note"
+    assert value in finding.value
+    assert remedy in finding.remedy
 
 
 # ---- limits

@@ -12,7 +12,7 @@ import orchestra as orc
 from orchestra.native import ffi, lib
 from orchestra.signals import HostReading, HostSignals
 from orchestra.signals.probe import Probe
-from orchestra.signals.resctrl import CacheCounters, Resctrl
+from orchestra.signals.resctrl import CacheCounters, Resctrl, home_group
 
 SILENT = "plays only"
 
@@ -109,6 +109,36 @@ def test_occupancy_and_traffic_are_summed_over_the_caches(tmp_path, monkeypatch)
     assert resctrl.read() == CacheCounters(llc_bytes=None, traffic=2000)
     resctrl.close()
     assert resctrl.read() == CacheCounters()
+
+
+def test_those_of_a_second_control_group_are_added(tmp_path, monkeypatch):
+    noisy = tmp_path / "noisy"
+    noisy.mkdir()
+    for folder in (tmp_path, noisy):
+        tree(folder, "llc_occupancy", "mbm_total_bytes")
+    monkeypatch.setattr(Path, "mkdir", lambda *args, **more: None)
+    resctrl = Resctrl(tmp_path, "ours", isolated=noisy)
+    assert resctrl.read() == CacheCounters(llc_bytes=4000, traffic=4000)
+    resctrl.add(1234, isolated=True)
+    assert (noisy / "mon_groups/ours/tasks").read_text() == "1234\n"
+    assert not (tmp_path / "mon_groups/ours/tasks").exists()
+
+
+def test_if_isolated_threads_cant_be_counted_nothing_is(tmp_path):
+    (tmp_path / "mon_groups").mkdir()
+    resctrl = Resctrl(tmp_path, "ours", isolated=tmp_path / "noisy")
+    assert "no monitoring group" in resctrl.absent["llc_bytes"]
+    assert list((tmp_path / "mon_groups").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "group"),
+    [("res:/\nmon:\n", ""), ("res:vms\nmon:one\n", "vms"), ("res:\nmon:\n", ""), ("", ""), (None, "")],
+)
+def test_the_control_group_of_this_process_is_where_the_kernel_says(tmp_path, text, group):
+    if text is not None:
+        (tmp_path / "groups").write_text(text)
+    assert home_group(Path("/resctrl"), tmp_path / "groups") == Path("/resctrl") / group
 
 
 def test_a_cpu_that_counts_one_of_them_only_says_so(tmp_path, monkeypatch):

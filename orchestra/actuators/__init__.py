@@ -1,1 +1,1 @@
-"""What acts on the threads that run guests: where they may run. (How long is the C core's: `native/cap.c`.)"""
+"""What acts on the threads that run guests: where they may run, what of the caches they may use, and for how long."""

@@ -1,4 +1,5 @@
-"""Where vCPU threads may run: quarantine CPUs for those that hurt others, and core scheduling where the kernel has it.
+"""Where vCPU threads may run: quarantine CPUs for those that hurt others, core scheduling where the kernel has it, and
+the resctrl control group of isolated VMs if there is one.
 
 Sources: sched_setaffinity(2); Documentation/admin-guide/hw-vuln/core-scheduling.rst (PR_SCHED_CORE: threads of other
 cookies never run on the two hyperthreads of a core at the same time).
@@ -9,10 +10,11 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from ..errors import ResourceLimit, SpecError
+from .resources import ControlGroup
 
 __all__ = ["Quarantine", "quarantine_cpus"]
 
@@ -51,11 +53,20 @@ class Quarantine:
     """The CPUs that isolated VMs share; made once for a fleet.
 
     Parameters:
-        cpus: as `quarantine_cpus` returns them; empty: this host has one CPU, and nothing can be isolated.
+        cpus: as `quarantine_cpus` returns them; empty: this host has none to spare.
+        group: where isolated threads belong as well.
+        moved: told of each thread that changed groups, and whether it is isolated.
     """
 
-    def __init__(self, cpus: frozenset[int]) -> None:
+    def __init__(
+        self,
+        cpus: frozenset[int],
+        group: ControlGroup | None = None,
+        moved: Callable[[int, bool], object] = lambda thread, isolated: None,
+    ) -> None:
         self.cpus = cpus
+        self._group = group
+        self._moved = moved
         self._all = frozenset(os.sched_getaffinity(0))
 
     def confine(self, threads: Iterable[int]) -> None:
@@ -64,24 +75,44 @@ class Quarantine:
         Raises:
             ResourceLimit: there is no CPU to spare, or the host does not allow it; nothing has moved then.
         """
-        if not self.cpus:
+        if not self.cpus and self._group is None:
             raise ResourceLimit(errno.ENODEV, "isolate: this process may run on one CPU only: there is none to spare")
-        moved: list[int] = []
+        threads = list(threads)
+        placed: list[int] = []
         try:
-            for thread in threads:
+            for thread in threads if self.cpus else ():
                 _set(thread, self.cpus)
-                moved.append(thread)
+                placed.append(thread)
+            if self._group is not None:
+                self._group.admit(threads)
         except ResourceLimit:
-            self.free(moved)
+            self._let_run(placed)
             raise
-        _core_scheduling(PR_SCHED_CORE_CREATE, moved)
+        _core_scheduling(PR_SCHED_CORE_CREATE, placed)
+        self._tell(threads, True)
 
     def free(self, threads: Iterable[int]) -> None:
-        """Let them run wherever this process could when the fleet was opened."""
+        """Let them run wherever this process could when the fleet was opened.
+
+        Raises:
+            ResourceLimit: the host does not allow it.
+        """
         threads = list(threads)
-        _core_scheduling(PR_SCHED_CORE_SHARE_TO, threads)  # the caller's cookie, which is none
-        for thread in threads:
-            _set(thread, self._all)
+        if self._group is not None:
+            self._group.release(threads)
+            self._tell(threads, False)
+        self._let_run(threads)
+
+    def _let_run(self, threads: list[int]) -> None:
+        if self.cpus:
+            _core_scheduling(PR_SCHED_CORE_SHARE_TO, threads)  # the caller's cookie, which is none
+            for thread in threads:
+                _set(thread, self._all)
+
+    def _tell(self, threads: list[int], isolated: bool) -> None:
+        if self._group is not None:
+            for thread in threads:
+                self._moved(thread, isolated)
 
 
 def _set(thread: int, cpus: frozenset[int]) -> None:

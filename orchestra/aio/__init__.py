@@ -54,8 +54,10 @@ async def open_fleet(
     journal_interval: float = 1.0,
     probe: bool | None = None,
     cgroup: str | Path | None = None,
+    cap_by: Literal["run-loop", "cgroup"] = "run-loop",
     on_evict: OnEvict | None = None,
     quarantine: Iterable[int] | None = None,
+    quarantine_class: str | Path | None = None,
     thread: bool = False,
 ) -> AsyncIterator[Fleet]:
     """As `orchestra.open_fleet`, for asyncio programs.
@@ -69,7 +71,8 @@ async def open_fleet(
             a loop share one trio run.
         on_evict: as `orchestra.open_fleet`, and an asyncio function.
         backend, limit, exit_limit, tenants, policies, bus_locks, strict: as `orchestra.open_fleet`.
-        guard, journal, journal_interval, probe, cgroup, quarantine: as `orchestra.open_fleet`.
+        guard, journal, journal_interval, probe, cgroup, cap_by: as `orchestra.open_fleet`.
+        quarantine, quarantine_class: as `orchestra.open_fleet`.
 
     Raises:
         StateError: the loop's thread runs trio already, for somebody else.
@@ -96,8 +99,10 @@ async def open_fleet(
             journal_interval=journal_interval,
             probe=probe,
             cgroup=cgroup,
+            cap_by=cap_by,
             on_evict=None if on_evict is None else evict,
             quarantine=quarantine,
+            quarantine_class=quarantine_class,
         )
         async with Block(bridge, opened, partial(Fleet, bridge)) as fleet:
             yield fleet

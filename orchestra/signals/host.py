@@ -14,7 +14,7 @@ from ..errors import ResourceLimit
 from ..policy import HostFacts
 from .pressure import RESOURCES, Pressure, Trigger, open_triggers, path_of
 from .probe import Probe
-from .resctrl import SIGNALS as CACHE, CacheCounters, Resctrl
+from .resctrl import SIGNALS as CACHE, CacheCounters, Resctrl, home_group
 
 __all__ = ["HostReading", "HostSignals"]
 
@@ -46,16 +46,24 @@ class HostSignals:
     Parameters:
         probe: run the host probe; None: once somebody needs it (`listen`).
         cgroup: a version-2 cgroup whose pressure is told instead of the host's.
+        isolated: the resctrl control group that threads of isolated VMs are moved to.
         silent: a reason why nothing of the host has to do with the fleet: then all is absent.
     """
 
-    def __init__(self, *, probe: bool | None = False, cgroup: Path | None = None, silent: str | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        probe: bool | None = False,
+        cgroup: Path | None = None,
+        isolated: Path | None = None,
+        silent: str | None = None,
+    ) -> None:
         self._silent = silent
         self._paths = {} if silent else {signal: path_of(signal, cgroup) for signal in RESOURCES}
         self._probe: Probe | None = None
         self._absent: dict[str, str] = dict.fromkeys((*RESOURCES, *PROBED, *CACHE), silent) if silent else {}
         self._pressure = Pressure(self._paths)
-        self._resctrl = None if silent else Resctrl()
+        self._resctrl = None if silent else Resctrl(home_group(), isolated=isolated)
         self._may_probe = probe is None and not silent
         if not silent:
             self._absent |= dict.fromkeys(PROBED, OFF)
@@ -87,10 +95,10 @@ class HostSignals:
         """Why a signal is missing here, by its name."""
         return self._absent | self._pressure.absent | (self._resctrl.absent if self._resctrl is not None else {})
 
-    def add_thread(self, tid: int) -> None:
-        """A vCPU's thread: the cache counters are about these."""
+    def add_thread(self, tid: int, isolated: bool = False) -> None:
+        """A vCPU's thread, that is new or has changed its control group: the cache counters are about these."""
         if self._resctrl is not None:
-            self._resctrl.add(tid)
+            self._resctrl.add(tid, isolated)
 
     def read(self) -> HostReading:
         if self._silent:

@@ -1,7 +1,8 @@
 """Cache occupancy and memory traffic of the vCPU threads, where the CPU counts them (Intel RDT, AMD QoS) and resctrl is
 mounted.
 
-All vCPU threads of a fleet are one monitoring group: a CPU has few of them (RMIDs), and VMs are many.
+All vCPU threads of a fleet are one monitoring group: a CPU has few of them (RMIDs), and VMs are many. A monitoring
+group belongs to a control group, so there is one more where isolated VMs have one of their own.
 
 Source: Documentation/filesystems/resctrl.rst.
 """
@@ -14,9 +15,10 @@ from typing import Final
 
 import attrs
 
-__all__ = ["CacheCounters", "Resctrl"]
+__all__ = ["CacheCounters", "Resctrl", "home_group"]
 
 FOLDER: Final = Path("/sys/fs/resctrl")
+GROUPS: Final = Path("/proc/self/cpu_resctrl_groups")
 SIGNALS: Final = {"llc_bytes": "llc_occupancy", "memory_bandwidth": "mbm_total_bytes"}
 """The kernel's name of the file that each signal is read from."""
 
@@ -30,24 +32,41 @@ class CacheCounters:
     traffic: int | None = None
 
 
+def home_group(folder: Path = FOLDER, groups: Path = GROUPS) -> Path:
+    """The control group that this process is in, and its threads are born in: the root, unless somebody moved it.
+
+    Parameters:
+        folder: where resctrl is mounted.
+        groups: where the kernel names the groups of this process.
+    """
+    try:
+        lines = groups.read_text().splitlines()
+    except OSError:  # a kernel without CONFIG_PROC_CPU_RESCTRL
+        return folder
+    return folder / next((line[4:].strip("/ ") for line in lines if line.startswith("res:")), "")
+
+
 class Resctrl:
-    """The monitoring group of this process's vCPU threads. `close` it.
+    """The monitoring group of this process's vCPU threads, and that of isolated ones. `close` it.
 
     Attributes:
         absent: why a signal is missing here, by its name.
 
     Parameters:
-        folder: where resctrl is mounted.
-        name: of the group; made and removed here.
+        folder: the control group that the threads are in; the root is where resctrl is mounted.
+        name: of the groups; made and removed here.
+        isolated: the control group that isolated threads are moved to, if there is one.
     """
 
-    def __init__(self, folder: Path = FOLDER, name: str | None = None) -> None:
+    def __init__(self, folder: Path = FOLDER, name: str | None = None, isolated: Path | None = None) -> None:
         self.absent: dict[str, str] = {}
-        self._group = folder / "mon_groups" / (name or f"orchestra-{os.getpid()}-{id(self):x}")
+        name = name or f"orchestra-{os.getpid()}-{id(self):x}"
+        self._groups = [group / "mon_groups" / name for group in (folder, isolated) if group is not None]
         self._files: dict[str, list[Path]] = {}
         problem = self._open(folder)
         for signal, file in SIGNALS.items():
-            found = [] if problem else sorted(self._group.glob(f"mon_data/mon_L3_*/{file}"))
+            pattern = f"mon_data/mon_L3_*/{file}"
+            found = [] if problem else [path for group in self._groups for path in sorted(group.glob(pattern))]
             if found:
                 self._files[signal] = found
             else:
@@ -63,10 +82,13 @@ class Resctrl:
                 if mounted
                 else f"resctrl is not mounted: mount -t resctrl resctrl {folder}"
             )
-        try:
-            self._group.mkdir()
-        except OSError as error:  # ENOSPC: the CPU has no more groups; EACCES: not root
-            return f"resctrl: no monitoring group can be made ({error})"
+        for group in self._groups:
+            try:
+                group.mkdir()
+            except OSError as error:  # ENOSPC: the CPU has no more groups; EACCES: not root
+                # Without those that are isolated, the sum would lack just those that matter.
+                self._remove()
+                return f"resctrl: no monitoring group can be made ({error})"
         return None
 
     @property
@@ -74,11 +96,15 @@ class Resctrl:
         """There is something to be read."""
         return bool(self._files)
 
-    def add(self, tid: int) -> None:
-        """Count a thread's as well, from now on. One that has ended is left out."""
+    def add(self, tid: int, isolated: bool = False) -> None:
+        """Count a thread's as well, from now on. One that has ended is left out.
+
+        Parameters:
+            isolated: it is in that control group.
+        """
         if self._files:
             try:
-                (self._group / "tasks").write_text(f"{tid}\n")
+                (self._groups[isolated] / "tasks").write_text(f"{tid}\n")
             except OSError:
                 pass  # it is gone, or in a control group that was made meanwhile
 
@@ -96,7 +122,11 @@ class Resctrl:
     def close(self) -> None:
         if self._files:
             self._files = {}
+            self._remove()
+
+    def _remove(self) -> None:
+        for group in self._groups:
             try:
-                self._group.rmdir()
+                group.rmdir()
             except OSError:
                 pass
