@@ -91,7 +91,11 @@ class Applier:
         self._leaving: set[Vm] = set()
 
     async def apply(self, action: Action, policy: str | None, *, wait: bool = False) -> Applied:
-        """As `Fleet.apply`, but there is a checkpoint only for what `takes_time`. `wait`: also until it has taken effect."""
+        """As `Fleet.apply`, but there is a checkpoint only for what `takes_time`.
+
+        Parameters:
+            wait: also until it has taken effect.
+        """
         if not isinstance(action, Action):
             raise SpecError(f"action={action!r}: must be one of orchestra's actions")
         error: str | None = None

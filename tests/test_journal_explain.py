@@ -18,7 +18,8 @@ from journals import BEGIN, SECOND, Afternoon, vm
 from orchestra.backend.scripted import hlt
 from orchestra.cli.why import sentences
 from orchestra.journal import Journal, read_journal, suspects
-from orchestra.journal.explain import Explanation, explain, series
+from orchestra.journal.explain import Explanation, explain
+from orchestra.journal.series import series
 from orchestra.replay.demand import ticks
 
 FOR_EVER = hlt(after=1e9)

@@ -12,8 +12,10 @@ from typing import Any, Final
 import attrs
 
 from ..journal import ActionRow, read_journal
-from ..journal.explain import ENDED, Bin, Explanation, Fared, Hold, explain, series
+from ..journal.explain import ENDED, Explanation, Fared, explain
 from ..journal.export import iso
+from ..journal.holds import Hold
+from ..journal.series import Bin, series
 from .numbers import shown
 from .printable import printable
 from .times import day_and_time, duration, time_of_day

@@ -8,7 +8,8 @@ from typing import Any, Final
 
 from ..errors import OrchestraError
 from ..figures import Figure, rc_context
-from ..journal.explain import Bin, Explanation
+from ..journal.explain import Explanation
+from ..journal.series import Bin
 from .numbers import shown
 from .times import day_and_time, time_of_day
 

@@ -10,11 +10,12 @@ import attrs
 
 from ..errors import UnknownVm
 from ..policy.suspects import Suspicion
+from .holds import Hold, in_force
 from .intervals import whole
-from .reader import ActionRow, Aggregate, HostRow, JournalReader, StateRow
+from .reader import ActionRow, Aggregate, JournalReader, StateRow
 from .victims import suspects
 
-__all__ = ["Bin", "Explanation", "Fared", "Hold", "Surroundings", "explain", "in_force", "series"]
+__all__ = ["Explanation", "Fared", "Surroundings", "explain"]
 
 SECOND: Final = 1_000_000_000
 LATELY: Final = 60 * SECOND
@@ -23,27 +24,6 @@ LATELY: Final = 60 * SECOND
 DAY: Final = 86400 * SECOND
 
 ENDED: Final = ("stopped", "failed")
-
-
-@attrs.frozen
-class Hold:
-    """Something that held the VM at that time.
-
-    Attributes:
-        action: that put it in force as it is, with reason and evidence.
-        since: when the same policy began to hold it in that way; the action may have changed it later.
-        where: "vm", "tenant" or "host".
-    """
-
-    action: ActionRow
-    since: int
-    where: str
-
-    @property
-    def rate(self) -> float | None:
-        """Of a limit, events a second."""
-        limit = self.action.details.get("limit")
-        return None if limit is None else float(limit["rate"])
 
 
 @attrs.frozen
@@ -118,19 +98,6 @@ class Explanation:
     suspicion: Suspicion
 
 
-@attrs.frozen
-class Bin:
-    """A VM in a part of the time, for a plot. What is None is not known."""
-
-    time: int
-    bus_locks: float | None
-    exits: float | None
-    throttled: float | None
-    delayed: float | None
-    limit: float | None
-    lock_ns: float | None
-
-
 def explain(journal: JournalReader, vm: str, at: int | None = None, *, seconds: float = 3600.0) -> Explanation:
     """Gather what is known of a VM.
 
@@ -150,9 +117,9 @@ def explain(journal: JournalReader, vm: str, at: int | None = None, *, seconds: 
     states = list(journal.states(vm=vm, until=at))
     state = states[-1] if states else None
     rows = list(journal.aggregates(vm=vm, since=since, until=at))
-    life = _life(state) or (_life(rows[-1]) if rows else None)
-    rows = [row for row in rows if _life(row) == life]
-    first = next((row.time for row in states if _life(row) == life), None)
+    life = life_of(state) or (life_of(rows[-1]) if rows else None)
+    rows = [row for row in rows if life_of(row) == life]
+    first = next((row.time for row in states if life_of(row) == life), None)
     tenant = state.tenant if state else rows[-1].tenant if rows else None
     over = None if life is None else _over(journal, life[0], at)
     ended = state is not None and state.state in ENDED
@@ -166,11 +133,11 @@ def explain(journal: JournalReader, vm: str, at: int | None = None, *, seconds: 
     if own:
         earlier = journal.aggregates(vm=vm, since=min(own) - LATELY, until=min(own))
         worst = max(
-            whole(row for row in earlier if _life(row) == life),
+            whole(row for row in earlier if life_of(row) == life),
             key=lambda row: (row.bus_locks or 0) / row.interval,
             default=None,
         )
-        before = None if worst is None else _fared([worst])
+        before = None if worst is None else fared_by([worst])
     begin = since if first is None else max(since, first)
     return Explanation(
         vm=vm,
@@ -184,14 +151,14 @@ def explain(journal: JournalReader, vm: str, at: int | None = None, *, seconds: 
         done=tuple(
             row for row in journal.actions(vm=vm, since=begin, until=at) if life is None or row.session == life[0]
         ),
-        fared=_fared(lately),
+        fared=fared_by(lately),
         before=before,
         host=_surroundings(journal, vm, life, until),
         suspicion=suspects(journal, vm, until),
     )
 
 
-def _life(row: StateRow | Aggregate | None) -> tuple[int, int] | None:
+def life_of(row: StateRow | Aggregate | None) -> tuple[int, int] | None:
     """What tells a VM from others of its name: launches are numbered anew in each fleet."""
     return None if row is None else (row.session, row.launch)
 
@@ -228,52 +195,7 @@ def _actions(
     return sorted([*rows, *journal.shared_limits(life[0], tenant, at)], key=lambda row: row.time)
 
 
-class _Held:
-    """Reads along in what was done, and knows what is in force. Its size is that of what is."""
-
-    def __init__(self) -> None:
-        self._held: dict[tuple[str, ...], Hold] = {}
-
-    def note(self, row: ActionRow) -> None:
-        if row.outcome != "done":
-            return
-        key: tuple[str, ...]
-        where = "vm" if row.vm is not None else "tenant" if row.tenant is not None else "host"
-        who, meter = row.policy or "", str(row.details.get("meter", ""))
-        match row.kind:
-            case "Throttle" | "Unthrottle":
-                key, on = ("throttle", where, meter, who), row.kind == "Throttle"
-            case "SetLimit":
-                key = ("limit", where, meter, str(row.details.get("vcpu")))
-                on = row.details.get("limit") is not None
-            case "CapCpu":
-                key, on = ("cap", where, who), row.details.get("share") is not None
-            case "Pause" | "Resume":  # there is one for all
-                key, on = ("pause", where), row.kind == "Pause"
-            case "Isolate" | "Rejoin":
-                key, on = ("isolate", where), row.kind == "Isolate"
-            case _:
-                return
-        if on:
-            since = self._held[key].since if key in self._held else row.time
-            self._held[key] = Hold(row, since, where)
-        else:
-            self._held.pop(key, None)
-
-    def holds(self) -> list[Hold]:
-        """The tightest limit first."""
-        return sorted(self._held.values(), key=lambda hold: -1.0 if hold.rate is None else hold.rate)
-
-
-def in_force(actions: Iterable[ActionRow]) -> list[Hold]:
-    """What holds after these actions, the tightest limit first."""
-    held = _Held()
-    for row in actions:
-        held.note(row)
-    return held.holds()
-
-
-def _fared(rows: list[Aggregate]) -> Fared | None:
+def fared_by(rows: list[Aggregate]) -> Fared | None:
     seconds = sum(row.interval for row in rows)
     if not seconds:
         return None
@@ -321,12 +243,12 @@ def _surroundings(journal: JournalReader, vm: str, life: tuple[int, int] | None,
         )
     ]
     total = sum(rate for _, rate in by_vm)
-    lock_ns = _mean(row.lock_ns for row in now)
+    lock_ns = mean(row.lock_ns for row in now)
     usual = _usual(journal, until)
     return Surroundings(
-        cpu_pressure=_mean(row.cpu_pressure for row in now),
-        memory_pressure=_mean(row.memory_pressure for row in now),
-        io_pressure=_mean(row.io_pressure for row in now),
+        cpu_pressure=mean(row.cpu_pressure for row in now),
+        memory_pressure=mean(row.memory_pressure for row in now),
+        io_pressure=mean(row.io_pressure for row in now),
         lock_ns=lock_ns,
         lock_times=lock_ns / usual if lock_ns is not None and usual else None,
         bus_locks=total,
@@ -344,75 +266,6 @@ def _usual(journal: JournalReader, until: int) -> float | None:
     return float(found[0][0]) if found else None
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
+def mean(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return statistics.fmean(known) if known else None
-
-
-def series(journal: JournalReader, vm: str, since: int, until: int, bins: int) -> list[Bin]:
-    """How a VM fared over time, in parts of equal length. Where the journal was written and has no row of it, it was
-    idle."""
-    width = max(1, -(-(until - since) // bins))
-    rows: dict[int, list[Aggregate]] = {}
-    hosts: dict[int, list[HostRow]] = {}
-    for row in whole(journal.aggregates(vm=vm, since=since + 1, until=until)):
-        for i in _parts(row, since, width):
-            rows.setdefault(i, []).append(row)
-    for host in journal.hosts(since=since + 1, until=until):
-        for i in _parts(host, since, width):
-            hosts.setdefault(i, []).append(host)
-    limits = _limits(journal, vm, since, until)
-    made = []
-    for i in range(bins):
-        end = since + (i + 1) * width
-        fared = _fared(rows.get(i, []))
-        there = hosts.get(i, [])
-        idle = 0.0 if there and fared is None else None
-        limit = next((rate for time, rate in reversed(limits) if time <= end), None)
-        seconds = sum(host.interval for host in there)
-        part = fared.seconds / seconds if fared is not None and seconds > fared.seconds else 1.0
-        made.append(
-            Bin(
-                time=since + i * width + width // 2,
-                bus_locks=idle if fared is None else None if fared.bus_locks is None else fared.bus_locks * part,
-                exits=idle if fared is None else fared.exits * part,
-                throttled=idle if fared is None else fared.throttled * part,
-                delayed=None if fared is None else fared.delayed,
-                limit=limit,
-                lock_ns=_mean(host.lock_ns for host in there),
-            )
-        )
-    return made
-
-
-def _parts(row: Aggregate | HostRow, since: int, width: int) -> range:
-    """The parts that a row is of: that of its end or, if it is of a longer time than a part, all of that time."""
-    end = row.time - 1 - since  # a row is of the time before it
-    begin = max(0, row.time - round(row.interval * SECOND) - since)
-    return range(end // width if row.interval * SECOND <= width else begin // width, end // width + 1)
-
-
-def _limits(journal: JournalReader, vm: str, since: int, until: int) -> list[tuple[int, float | None]]:
-    """The tightest limit on bus locks of the VM itself, from each change on; from the launch on that is there at
-    `since`. With a VM go its limits."""
-    states = list(journal.states(vm=vm, until=until))
-    there = next((_life(row) for row in reversed(states) if row.time <= since), None)
-    begin = next((row.time for row in states if _life(row) == there), None)
-    rows: list[ActionRow | StateRow] = [
-        row
-        for row in journal.actions(vm=vm, outcome="done", since=begin, until=until)
-        if row.kind in ("Throttle", "Unthrottle", "SetLimit") and row.details.get("meter") == "bus_locks"
-    ]
-    lives = [row for row in states if begin is None or row.time >= begin]
-    held, life = _Held(), there
-    changes: list[tuple[int, float | None]] = []
-    for row in sorted([*lives, *rows], key=lambda row: row.time):  # a state goes first: it is its VM's that was done
-        if isinstance(row, ActionRow):
-            held.note(row)
-        elif _life(row) != life or row.state in ENDED:
-            held, life = _Held(), _life(row)
-        else:
-            continue
-        rates = [hold.rate for hold in held.holds() if hold.rate is not None]
-        changes.append((row.time, min(rates, default=None)))
-    return changes

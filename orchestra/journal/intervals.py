@@ -15,7 +15,8 @@ SHORT: Final = 0.1
 """Part of the interval before it: what is shorter is added to that."""
 
 
-SUMS: Final = ("bus_locks", "exits", "throttled", "cpu", "run_delay", "capped", "work", "dirty_pages")
+KEYS: Final = ("session", "time", "interval", "vm", "launch", "tenant", "weight", "vcpus")
+SUMS: Final = tuple(field.name for field in attrs.fields(Aggregate) if field.name not in KEYS)
 
 
 def join(one: Aggregate, other: Aggregate) -> Aggregate:
