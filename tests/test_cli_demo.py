@@ -102,7 +102,7 @@ async def test_the_budget_can_be_said(autojump_clock):
 
 async def test_no_budget_is_so_large_that_waiting_for_it_is_work(autojump_clock):
     fast = ScriptedBackend(lambda spec, _: itertools.repeat(bus_lock(after=1e-5 if "noisy" in spec.name else 2.0)))
-    result = await told(plan(fast, seconds=0.5))
+    result = await told(plan(fast, seconds=0.2))
     assert {vm.spans[1].limit.rate for vm in result.noisy} == {1000}  # and not 5 % of 100,000
 
 

@@ -287,9 +287,9 @@ async def test_a_real_noisy_guest_is_throttled(nothing_left, backend):
 async def test_a_noisy_guest_locks_at_its_rate_whatever_the_clock_jumps_over(autojump_clock):
     async with orc.open_fleet(backend=testing.backend()) as fleet:
         vm = await fleet.launch(testing.split_locking(rate=4))
-        await trio.sleep(3600.1)
-        assert vm.statistics().bus_locks == 4 * 3600
-        assert vm.statistics().exits == {"x86_bus_lock": 4 * 3600}
+        await trio.sleep(900.1)
+        assert vm.statistics().bus_locks == 4 * 900
+        assert vm.statistics().exits == {"x86_bus_lock": 4 * 900}
 
 
 async def test_time_that_a_limit_took_is_not_made_up_for(autojump_clock):

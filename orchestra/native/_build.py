@@ -33,6 +33,7 @@ SOURCES = [
     "profile.c",
     "profile_unicorn.c",
 ]
+HEADERS = ["orc.h", "core.h", "decode.h", "unicorn.h", "emulate.h", "cdef.h"]
 
 ffibuilder = FFI()
 ffibuilder.cdef((HERE / "cdef.h").read_text())
@@ -40,9 +41,7 @@ ffibuilder.set_source(
     "orchestra.native._core",
     '#include "orc.h"\n#include "decode.h"',
     sources=[f"orchestra/native/{name}" for name in SOURCES],
-    depends=[
-        f"orchestra/native/{name}" for name in ("orc.h", "core.h", "decode.h", "unicorn.h", "emulate.h", "cdef.h")
-    ],
+    depends=[f"orchestra/native/{name}" for name in HEADERS],
     include_dirs=["orchestra/native"],
     libraries=["dl"],  # dlopen was not part of libc before glibc 2.34
     extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", "-fvisibility=hidden"],
