@@ -112,7 +112,8 @@ class Applier:
         except OrchestraError as failure:
             error = str(failure)
         except trio.Cancelled:
-            self.done(action, policy, "cancelled while it was at it")
+            who = "on_evict" if isinstance(action, Evict) else "the kernel"
+            self.done(action, policy, f"cancelled while {who} was at it")
             raise
         except Exception as failure:  # a mistake in orchestra, which must not end a fleet
             log.exception("%r failed", action)

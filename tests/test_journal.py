@@ -12,6 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import attrs
 import pytest
 
 import orchestra as orc
@@ -478,3 +479,57 @@ def test_kill_9_loses_at_most_the_last_second_and_the_file_opens(path, seed):
     assert rows, "what had been committed is gone"
     assert killed - int(rows[-1].reason) < SECOND
     Journal(path).begin(0, "kvm", None)  # and it is continued
+
+
+# ---- what is kept of an interval
+
+
+def test_an_interval_has_exits_by_reason_the_vcpus_of_those_with_several_and_what_is_absent_once(path):
+    parts = (orc.VcpuFacts(0, 2, 5, 0.25, cpu=0.5), orc.VcpuFacts(1, 1, 1, 0.0))
+    several = orc.VmFacts("smp", "acme", 1.0, 2, 3, 6, 0.25, 1, by_reason={"io": 3, "x86_bus_lock": 3}, by_vcpu=parts)
+    one = orc.VmFacts("up", "acme", 1.0, 1, 1, 1, 0.0, 2, by_reason={"x86_bus_lock": 1}, by_vcpu=parts[1:])
+    host = orc.HostFacts(cpus=4, llc_bytes=1e6, memory_bandwidth=2e9, absent={"lock_ns": "off"})
+    with Journal(path) as journal:
+        journal.begin(0, "kvm", "fault-like")
+        for second, absent in enumerate([{"lock_ns": "off"}, {"lock_ns": "off"}, {}], 1):
+            facts = orc.Facts(
+                second * SECOND,
+                1.0,
+                orc.Limit(rate=7),
+                orc.Limit(rate=9),
+                {},
+                {"smp": several, "up": one},
+                attrs.evolve(host, absent=absent),
+            )
+            journal.aggregate(facts)
+    with read_journal(path) as reader:
+        rows = {row.vm: row for row in reader.aggregates()}
+        assert rows["smp"].by_reason == {"io": 3, "x86_bus_lock": 3}
+        assert rows["up"].by_reason == {"x86_bus_lock": 1}
+        vcpus = list(reader.vcpus())
+        assert [(row.vm, row.vcpu, row.bus_locks, row.exits, row.cpu) for row in vcpus[:2]] == [
+            ("smp", 0, 2, 5, 0.5),
+            ("smp", 1, 1, 1, None),
+        ]
+        assert len(vcpus) == 6
+        hosts = list(reader.hosts())
+        assert {(row.rate, row.exit_rate, row.llc_bytes, row.memory_bandwidth) for row in hosts} == {(7, 9, 1e6, 2e9)}
+        assert [row.absent for row in hosts] == [{"lock_ns": "off"}, None, {}]
+
+
+def test_a_journal_of_the_first_version_is_read_once_it_is_upgraded(path):
+    with sqlite3.connect(path) as connection:
+        for statement in schema._FIRST.split(";"):
+            connection.execute(statement)
+        connection.execute(
+            "INSERT INTO aggregates VALUES (1, 5, 1.0, 'a', 1, 't', 1.0, 1, 7, 9, 0, NULL, NULL, NULL, 2)"
+        )
+        connection.execute("INSERT INTO hosts VALUES (1, 5, 1.0, 4, NULL, NULL, NULL, 20.0, NULL, 100)")
+        connection.execute(f"PRAGMA application_id = {schema.APPLICATION}")
+        connection.execute("PRAGMA user_version = 1")
+    connection.close()
+    assert schema.upgrade(path) == (1, VERSION)
+    with read_journal(path) as reader:
+        (row,), (host,) = reader.aggregates(), reader.hosts()
+    assert (row.bus_locks, row.work, row.dirty_pages, row.by_reason) == (7, 2, None, None)
+    assert (host.lock_ns, host.exit_rate, host.absent) == (20, None, None)

@@ -220,7 +220,7 @@ def journal(
     /,
     *,
     table: Annotated[
-        Literal["actions", "states", "aggregates", "hosts", "profiles"], _option("what of it")
+        Literal["actions", "states", "aggregates", "vcpus", "hosts", "profiles"], _option("what of it")
     ] = "actions",
     vm: Annotated[str | None, _option("only of this VM", metavar="VM")] = None,
     tenant: Annotated[str | None, _option("only of this tenant", metavar="TENANT")] = None,

@@ -8,7 +8,7 @@ with read_journal("fleet.db") as journal:
 
 from __future__ import annotations
 
-from .reader import ActionRow, Aggregate, HostRow, JournalReader, StateRow, read_journal
+from .reader import ActionRow, Aggregate, HostRow, JournalReader, StateRow, VcpuRow, read_journal
 from .victims import suspects
 from .writer import Journal, JournalStatistics
 
@@ -20,6 +20,7 @@ __all__ = [
     "JournalReader",
     "JournalStatistics",
     "StateRow",
+    "VcpuRow",
     "read_journal",
     "suspects",
 ]

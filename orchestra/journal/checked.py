@@ -29,6 +29,7 @@ _TYPES: Final[Mapping[str, tuple[type, ...]]] = {
     "str | None": (str, NoneType),
     "bytes": (bytes,),
     "Mapping[str, Any]": (str,),
+    "Mapping[str, Any] | None": (str, NoneType),
 }
 
 

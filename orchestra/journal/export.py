@@ -13,16 +13,17 @@ import attrs
 
 from ..actions import Action
 from ..errors import SpecError
-from .reader import ActionRow, Aggregate, HostRow, JournalReader, ProfileRow, StateRow
+from .reader import ActionRow, Aggregate, HostRow, JournalReader, ProfileRow, StateRow, VcpuRow
 
 __all__ = ["KINDS", "TABLES", "iso", "plain", "rows", "write_csv"]
 
-Row: TypeAlias = ActionRow | StateRow | Aggregate | HostRow | ProfileRow
+Row: TypeAlias = ActionRow | StateRow | Aggregate | VcpuRow | HostRow | ProfileRow
 
 TABLES: Final[Mapping[str, type[Any]]] = {
     "actions": ActionRow,
     "states": StateRow,
     "aggregates": Aggregate,
+    "vcpus": VcpuRow,
     "hosts": HostRow,
     "profiles": ProfileRow,
 }
@@ -30,6 +31,7 @@ FILTERS: Final[Mapping[str, tuple[str, ...]]] = {
     "actions": ("vm", "tenant", "policy", "kind", "outcome"),
     "states": ("vm",),
     "aggregates": ("vm", "tenant"),
+    "vcpus": ("vm",),
     "hosts": (),
     "profiles": ("vm",),
 }

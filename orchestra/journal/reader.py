@@ -13,7 +13,7 @@ import attrs
 from .checked import LAST, UNREADABLE, Maker, mapping
 from .schema import JournalError, connect
 
-__all__ = ["ActionRow", "Aggregate", "HostRow", "JournalReader", "ProfileRow", "StateRow", "read_journal"]
+__all__ = ["ActionRow", "Aggregate", "HostRow", "JournalReader", "ProfileRow", "StateRow", "VcpuRow", "read_journal"]
 
 T = TypeVar("T")
 
@@ -69,11 +69,31 @@ class Aggregate:
     capped: float | None
     work: float | None
     dirty_pages: int | None
+    by_reason: Mapping[str, Any] | None
+
+
+@attrs.frozen
+class VcpuRow:
+    """What one vCPU of several did in the `interval` seconds before `time`; as `VcpuFacts`."""
+
+    session: int
+    time: int
+    interval: float
+    vm: str
+    launch: int
+    vcpu: int
+    bus_locks: int | None
+    exits: int
+    throttled: float
+    cpu: float | None
+    run_delay: float | None
+    capped: float | None
 
 
 @attrs.frozen
 class HostRow:
-    """How the host was in the `interval` seconds before `time`; as `HostFacts`. `rate`: its limit on bus locks."""
+    """How the host was in the `interval` seconds before `time`; as `HostFacts`. `rate`, `exit_rate`: its limits on bus
+    locks and on exits. `absent` is there where it is not as in the row before."""
 
     session: int
     time: int
@@ -85,6 +105,10 @@ class HostRow:
     lock_ns: float | None
     memory_ns: float | None
     rate: float | None
+    exit_rate: float | None
+    llc_bytes: float | None
+    memory_bandwidth: float | None
+    absent: Mapping[str, Any] | None
 
 
 @attrs.frozen
@@ -112,6 +136,13 @@ class _ActionMaker(Maker[ActionRow]):
         return ActionRow(*values[:-2], *(mapping(text) for text in values[-2:]))
 
 
+class _LastMaker(Maker[T]):
+    """Of rows whose last value is JSON, if there is one."""
+
+    def _made(self, values: tuple[Any, ...]) -> T:
+        return super()._made(values if values[-1] is None else (*values[:-1], mapping(values[-1])))
+
+
 class _ProfileMaker(Maker[ProfileRow]):
     def _made(self, values: tuple[Any, ...]) -> ProfileRow:
         row = ProfileRow(*values)
@@ -128,7 +159,8 @@ class JournalReader:
         self._connection = connection
         self._path = path
         self._action, self._profile = _ActionMaker(ActionRow), _ProfileMaker(ProfileRow)
-        self._state, self._aggregate, self._host = Maker(StateRow), Maker(Aggregate), Maker(HostRow)
+        self._state, self._vcpu = Maker(StateRow), Maker(VcpuRow)
+        self._aggregate, self._host = _LastMaker(Aggregate), _LastMaker(HostRow)
 
     def actions(
         self,
@@ -160,6 +192,10 @@ class JournalReader:
     ) -> Iterator[Aggregate]:
         wanted = {"vm": vm, "tenant": tenant}
         return self._rows("aggregates", "*", self._aggregate, wanted, since, until)
+
+    def vcpus(self, *, vm: str | None = None, since: int | None = None, until: int | None = None) -> Iterator[VcpuRow]:
+        """Of VMs that have several."""
+        return self._rows("vcpus", "*", self._vcpu, {"vm": vm}, since, until)
 
     def hosts(self, *, since: int | None = None, until: int | None = None) -> Iterator[HostRow]:
         return self._rows("hosts", "*", self._host, {}, since, until)

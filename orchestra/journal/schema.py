@@ -57,11 +57,24 @@ CREATE INDEX profiles_by_time ON profiles (time);
 CREATE INDEX profiles_by_vm ON profiles (vm, time);
 """
 
-_DIRTY_PAGES: Final = "ALTER TABLE aggregates ADD COLUMN dirty_pages INTEGER"
+_SECOND: Final = """
+ALTER TABLE aggregates ADD COLUMN dirty_pages INTEGER;
+ALTER TABLE aggregates ADD COLUMN by_reason TEXT;
+ALTER TABLE hosts ADD COLUMN exit_rate REAL;
+ALTER TABLE hosts ADD COLUMN llc_bytes REAL;
+ALTER TABLE hosts ADD COLUMN memory_bandwidth REAL;
+ALTER TABLE hosts ADD COLUMN absent TEXT;
+CREATE TABLE vcpus (
+    session INTEGER NOT NULL, time INTEGER NOT NULL, interval REAL NOT NULL, vm TEXT NOT NULL, launch INTEGER NOT NULL,
+    vcpu INTEGER NOT NULL, bus_locks INTEGER, exits INTEGER NOT NULL, throttled REAL NOT NULL, cpu REAL,
+    run_delay REAL, capped REAL);
+CREATE INDEX vcpus_by_time ON vcpus (time);
+CREATE INDEX vcpus_by_vm ON vcpus (vm, time);
+"""
 
 _MIGRATIONS: Final[Sequence[Callable[[sqlite3.Connection], object]]] = (
     lambda connection: _run(connection, _FIRST),
-    lambda connection: _run(connection, _DIRTY_PAGES),
+    lambda connection: _run(connection, _SECOND),
 )
 """What makes version n + 1 of version n. Append, never change: files of every version are out there."""
 

@@ -48,8 +48,9 @@ _INSERTS: Final = {
     "actions": "INSERT INTO actions (session, time, kind, vm, tenant, policy, outcome, error, reason, evidence, "
     "details) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
     "states": "INSERT INTO states VALUES (?, ?, ?, ?, ?, ?, ?)",
-    "aggregates": "INSERT INTO aggregates VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-    "hosts": "INSERT INTO hosts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+    "aggregates": "INSERT INTO aggregates VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+    "vcpus": "INSERT INTO vcpus VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+    "hosts": "INSERT INTO hosts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
     "profiles": "INSERT INTO profiles VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
 }
 _DEAR: Final = ("actions", "states")
@@ -113,6 +114,7 @@ class Journal:
         self._offset = self._ended = 0
         self._written = self._dropped = 0
         self._error: str | None = None
+        self._absent: dict[str, str] | None = None
         self._lock = -1
 
     # ---- for the fleet
@@ -143,7 +145,7 @@ class Journal:
                 raise
             raise JournalError(f"{self.path}: can't be written ({error})") from error
         self._session, self._offset, self._lock = int(cursor.lastrowid or 0), wall - now, held
-        self._closing, self._written, self._dropped = False, 0, 0
+        self._closing, self._written, self._dropped, self._absent = False, 0, 0, None
         self._thread = threading.Thread(target=self._write, args=(connection,), name="journal", daemon=True)
         self._thread.start()
 
@@ -181,13 +183,26 @@ class Journal:
         for vm in facts.vms.values():
             row = (vm.name, vm.launch, vm.tenant, vm.weight, vm.vcpus, vm.bus_locks, vm.exits, vm.throttled)
             absent = (vm.cpu, vm.run_delay, vm.capped, vm.work, vm.dirty_pages)  # what may be
-            self._put("aggregates", (self._session, time, facts.interval, *row, *absent))
-        host, limit = facts.host, facts.limit
+            self._put("aggregates", (self._session, time, facts.interval, *row, *absent, _json(vm.by_reason)))
+            if vm.vcpus > 1:
+                for vcpu in vm.by_vcpu:
+                    what = (vcpu.index, vcpu.bus_locks, vcpu.exits, vcpu.throttled, vcpu.cpu, vcpu.run_delay)
+                    self._put("vcpus", (self._session, time, facts.interval, vm.name, vm.launch, *what, vcpu.capped))
+        host = facts.host
         pressures = (host.cpu_pressure, host.memory_pressure, host.io_pressure)
-        rate = None if limit is None else limit.rate
+        rate, exit_rate = (None if limit is None else limit.rate for limit in (facts.limit, facts.exit_limit))
+        told, self._absent = self._absent, dict(host.absent)
         self._put(
             "hosts",
-            (self._session, time, facts.interval, host.cpus, *pressures, host.lock_ns, host.memory_ns, rate),
+            (
+                *(self._session, time, facts.interval, host.cpus, *pressures, host.lock_ns, host.memory_ns, rate),
+                *(
+                    exit_rate,
+                    host.llc_bytes,
+                    host.memory_bandwidth,
+                    None if self._absent == told else _json(host.absent),
+                ),
+            ),
         )
 
     def profile(self, now: int, vm: str, launch: int, rows: Iterable[Sample]) -> None:
