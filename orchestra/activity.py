@@ -80,6 +80,7 @@ class Window:
     since: int
     reading: HostReading
     sums: dict[Vm, _Sum] = attrs.field(factory=dict)
+    gone: list[tuple[str, int]] = attrs.field(factory=list)
     users: int = 0
 
     def of(self, vm: Vm) -> _Sum:
@@ -125,6 +126,11 @@ class Activity:
         if vcpu is not None:
             self._look(vcpu, self._fleet.now())
         self._again.discard(id)
+
+    def ended(self, vm: Vm) -> None:
+        """A VM has ended for good."""
+        for window in self._windows.values():
+            window.gone.append((vm.name, vm.launch))
 
     def work(self, vm: Vm, units: float) -> None:
         """A guest got something done, by its own account."""
@@ -245,6 +251,7 @@ class Activity:
             tenants=self._tenants,
             vms=MappingProxyType(vms),
             host=self.host.facts(window.reading, self._reading, self._absent),
+            gone=tuple(window.gone),
         )
 
     def _vm_facts(self, vm: Vm, total: _Sum) -> VmFacts:

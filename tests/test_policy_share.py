@@ -463,7 +463,7 @@ def test_whoever_shares_everybody_gets_its_demand_or_its_fair_share(fleet: list[
     for i, (tenant, weight, demand) in enumerate(fleet):
         part = weight / sum(w for t, w, _ in fleet if t == tenant)
         fair = 1000 * tenants[tenant] / total * part
-        assert world.rate(str(i), 20) >= 0.95 * min(demand, fair) - 1
+        assert world.rate(str(i), 20) >= 0.95 * min(demand, fair) - 2  # two events more or less at the ends
     assert sum(world.limits().values()) <= 1000 * 1.021
     assert sum(world.rate(name, 20) for name in world.guests) >= 0.9 * min(1000, sum(d for _, _, d in fleet))
 

@@ -80,6 +80,7 @@ class Only:
                 name: vm for name, vm in facts.vms.items() if _fits(self.vms, name) and _fits(self.tenants, vm.tenant)
             },
             tenants={name: tenant for name, tenant in facts.tenants.items() if _fits(self.tenants, name)},
+            gone=tuple(one for one in facts.gone if _fits(self.vms, one[0])),
         )
         actions = list(self.policy.decide(seen))
         for action in actions:

@@ -120,6 +120,9 @@ class WeightedShare:
     def decide(self, facts: Facts) -> list[Throttle | Unthrottle]:
         host = self._limit or (facts.limit if self._meter is Meter.BUS_LOCKS else facts.exit_limit)
         budget = math.inf if host is None else host.rate
+        for name, launch in facts.gone:
+            if name in self._vms and self._vms[name].launch == launch:
+                del self._vms[name]
         self._look(facts, budget)
         tenants: dict[str, list[_Vm]] = {}
         for vm in self._vms.values():

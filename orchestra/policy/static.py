@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
-from typing import Final
 
 from ..actions import Throttle
 from ..errors import SpecError
@@ -12,8 +11,6 @@ from ..spec import Limit, Meter, as_meter, optional_limit
 from .facts import Facts
 
 __all__ = ["StaticLimits"]
-
-MOST_REMEMBERED: Final = 65536
 
 
 class StaticLimits:
@@ -95,9 +92,7 @@ class StaticLimits:
                 )
         if not self._vms:
             return
-        if len(self._vms_done) > MOST_REMEMBERED:
-            # Facts don't say which VMs are gone. Setting a limit again does no harm; growing without end would.
-            self._vms_done.intersection_update((vm.name, vm.launch) for vm in facts.vms.values())
+        self._vms_done.difference_update(facts.gone)
         for name, vm in facts.vms.items():
             if (name, vm.launch) in self._vms_done:  # another VM of that name starts without limits
                 continue

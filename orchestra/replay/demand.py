@@ -26,6 +26,7 @@ class Tick:
     Attributes:
         vms: what was seen of those that did something.
         new: those among them that were not seen before in this session, or as another launch.
+        gone: name and launch of VMs that ended for good meanwhile.
     """
 
     session: int
@@ -34,6 +35,7 @@ class Tick:
     vms: Mapping[str, VmFacts]
     host: HostRow | None
     new: tuple[VmFacts, ...] = ()
+    gone: tuple[tuple[str, int], ...] = ()
 
 
 _COLUMNS: Final = (
@@ -49,13 +51,14 @@ def ticks(
     Parameters:
         every: only every so manieth of those in which some VM did something.
     """
+    ends = _Ends(journal, since, until)
     hosts = journal.hosts(since=since, until=until)
     host = next(hosts, None)
     before: int | None = None
     launches: dict[str, int] = {}
     for n, (session, time, interval) in enumerate(journal.moments(since=since, until=until)):
         while host is not None and host.time < time:
-            yield Tick(host.session, host.time, host.interval, {}, host)
+            yield Tick(host.session, host.time, host.interval, {}, host, gone=ends.until(host.time))
             host = next(hosts, None)
         its = host if host is not None and host.time == time else None
         host = host if its is None else next(hosts, None)
@@ -67,10 +70,25 @@ def ticks(
         vms = {row[0]: VmFacts(*row) for row in journal.moment(session, time, _COLUMNS)}
         new = [vm for name, vm in vms.items() if launches.get(name) != vm.launch]
         launches.update((vm.name, vm.launch) for vm in new)
-        yield Tick(session, time, interval, vms, its, tuple(new))
+        yield Tick(session, time, interval, vms, its, tuple(new), ends.until(time))
     while host is not None:
-        yield Tick(host.session, host.time, host.interval, {}, host)
+        yield Tick(host.session, host.time, host.interval, {}, host, gone=ends.until(host.time))
         host = next(hosts, None)
+
+
+class _Ends:
+    """VMs that ended, as time goes on."""
+
+    def __init__(self, journal: JournalReader, since: int | None, until: int | None) -> None:
+        self._rows = journal.ends(since=since, until=until)
+        self._next = next(self._rows, None)
+
+    def until(self, time: int) -> tuple[tuple[str, int], ...]:
+        gone = []
+        while self._next is not None and self._next.time <= time:
+            gone.append((self._next.vm, self._next.launch))
+            self._next = next(self._rows, None)
+        return tuple(gone)
 
 
 @attrs.frozen
@@ -112,6 +130,11 @@ class Demands:
     def __init__(self) -> None:
         self._free: dict[str, VmFacts] = {}
         self._seconds: dict[str, float] = {}  # in which it did that
+
+    def forget(self, vm: str) -> None:
+        """It has ended."""
+        self._free.pop(vm, None)
+        self._seconds.pop(vm, None)
 
     def held(self, tick: Tick) -> dict[str, Want]:
         """What those wanted that were held. All others did what they wanted."""
