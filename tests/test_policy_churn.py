@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from orchestra.actions import Throttle
 from orchestra.policy import (
     Adaptive,
     BurstCredits,
@@ -21,6 +22,7 @@ from orchestra.policy import (
     Step,
     VmFacts,
     WeightedShare,
+    default_steps,
     only,
 )
 from orchestra.spec import Limit, Tenant
@@ -77,6 +79,8 @@ class Fleet:
         for action in self.policy.decide(facts):
             if action.vm is not None and action.launch is not None:
                 assert action.launch == self.vms[action.vm], action
+            if isinstance(action, Throttle) and not isinstance(self.policy, StaticLimits | BurstCredits):
+                assert action.limit.tokens >= 2, action  # or one that keeps to it would wait
 
 
 @pytest.mark.parametrize("make", POLICIES.values(), ids=POLICIES)
@@ -100,7 +104,11 @@ def books(policy: object) -> dict[str, object]:
     return found
 
 
-EVERY: dict[str, Callable[[], Policy]] = POLICIES | {"adaptive": lambda: Adaptive({"cpu_pressure": 0.5})}
+EVERY: dict[str, Callable[[], Policy]] = POLICIES | {
+    "low-share": lambda: WeightedShare(Limit(rate=2)),
+    "low-ladder": lambda: Ladder(default_steps(10), interval=1.0),
+    "adaptive": lambda: Adaptive({"cpu_pressure": 0.5}),
+}
 
 
 @pytest.mark.parametrize("name", EVERY)
