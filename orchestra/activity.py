@@ -93,6 +93,7 @@ class Window:
     vms: dict[Vm, dict[int, _Sum]] = attrs.field(factory=dict)
     work: dict[Vm, float] = attrs.field(factory=dict)
     dirty: dict[Vm, _Dirty] = attrs.field(factory=dict)
+    gone: list[tuple[str, int]] = attrs.field(factory=list)
     users: int = 0
 
     def of(self, vm: Vm, index: int) -> _Sum:
@@ -144,6 +145,11 @@ class Activity:
             self._look(vcpu, self._fleet.now())
             self.dirty(self.logs.forget(vcpu.vm, vcpu.guest.dirty))
         self._again.discard(id)
+
+    def ended(self, vm: Vm) -> None:
+        """A VM has ended for good."""
+        for window in self._windows.values():
+            window.gone.append((vm.name, vm.launch))
 
     def work(self, vm: Vm, units: float) -> None:
         """A guest got something done, by its own account."""
@@ -276,6 +282,7 @@ class Activity:
             tenants=self._tenants,
             vms=MappingProxyType(vms),
             host=self.host.facts(window.reading, self._reading, self._absent),
+            gone=tuple(window.gone),
         )
 
     def _vm_facts(self, vm: Vm, sums: Mapping[int, _Sum], work: float | None, dirty: _Dirty | None) -> VmFacts:

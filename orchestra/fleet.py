@@ -177,6 +177,7 @@ class Fleet:
         finally:
             seat.live -= 1
             self._live -= 1
+            self._activity.ended(vm)
             if self._vms.get(vm.name) is vm:
                 self._governor.gone(vm.name)
                 self._applier.ledger.forget(vm.name)

@@ -98,6 +98,36 @@ async def test_a_vm_that_has_ended_is_in_no_facts(autojump_clock):
         assert [tick.vms for tick in told.facts] == [{}] * 3
 
 
+async def test_facts_tell_each_policy_once_who_has_ended(autojump_clock):
+    fast, slow = Told(), Told(interval=3.0)
+    async with play([FOR_EVER], policies=[fast, slow]) as fleet:
+        launches = []
+        for _ in range(2):  # two of a name, within a second
+            vm = await fleet.launch(blank())
+            launches.append(("guest", vm.launch))
+            await vm.stop()
+        third = await fleet.launch(blank())
+        await trio.sleep(4.1)
+        await third.stop()
+        await trio.sleep(2)
+        assert [tick.gone for tick in fast.facts] == [tuple(launches), (), (), (), (("guest", third.launch),), ()]
+        assert [tick.gone for tick in slow.facts] == [tuple(launches), (("guest", third.launch),)]
+        assert "guest" in fast.facts[0].vms or not fast.facts[0].vms
+
+
+async def test_a_vm_that_is_restarted_is_not_gone(autojump_clock):
+    told = Told()
+    restart = orc.Restart("on-failure", backoff=0.2, backoff_max=0.2)
+    async with play([bus_lock(after=0.5), FAIL], policies=[told]) as fleet:
+        vm = await fleet.launch(blank(restart=restart))
+        await trio.sleep(2.1)
+        assert vm.restarts
+        assert [tick.gone for tick in told.facts] == [(), ()]
+        await vm.stop()
+        await trio.sleep(1)
+        assert [one for tick in told.facts for one in tick.gone] == [("guest", vm.launch)]
+
+
 async def test_a_vm_that_fails_within_each_tick_is_told_of_all_the_same(autojump_clock):
     told = Told()
     restart = orc.Restart("on-failure", backoff=0.2, backoff_max=0.2)

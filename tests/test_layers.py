@@ -23,6 +23,7 @@ PURE = {
     "enum",
     "fnmatch",
     "functools",
+    "heapq",
     "itertools",
     "math",
     "operator",

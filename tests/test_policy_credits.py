@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import attrs
 import pytest
 from hypothesis import given, settings, strategies as st
 
@@ -9,7 +10,6 @@ from closed_loop import SECOND, Guest, World, during, steady, worst_window
 from orchestra.actions import Throttle
 from orchestra.errors import SpecError
 from orchestra.policy import BurstCredits, Facts, Policy, VmFacts
-from orchestra.policy.credits import MOST_REMEMBERED
 from orchestra.spec import Limit, Meter
 
 
@@ -110,12 +110,19 @@ def test_a_limit_that_was_refused_is_asked_for_again_with_the_balance_of_then():
     assert policy.decide(facts(5, ("a", 0))) == []
 
 
-def test_accounts_of_those_long_gone_are_closed():
-    policy = BurstCredits(1000, 2, interval=1)
-    policy.decide(facts(1, *((f"v{n}", 1) for n in range(MOST_REMEMBERED + 1))))
-    policy.decide(facts(100, ("last", 1)))
-    assert list(policy.balances) == ["last"]
-    assert len(policy._opened) == 1
+def test_an_account_of_one_that_is_gone_is_closed_when_it_has_earned_back_what_it_spent():
+    policy = BurstCredits(10, 1000)
+    policy.decide(facts(0.1, ("a", 500), ("b", 0)))
+    policy.decide(attrs.evolve(facts(0.2), gone=(("a", 1), ("b", 1), ("never-seen", 1))))
+    assert list(policy.balances) == ["a"]
+    first, *_ = policy.decide(facts(10, ("a", 10), launch=2))
+    assert first.limit.burst == pytest.approx(1000 - 500 + 10 * 10 - 10, abs=1.1)  # launching anew earns nothing
+    policy.decide(attrs.evolve(facts(11), gone=(("a", 1),)))  # of old; there is another now
+    policy.decide(attrs.evolve(facts(12), gone=(("a", 2),)))
+    policy.decide(facts(50))
+    assert list(policy.balances) == ["a"]
+    policy.decide(facts(52))
+    assert (policy.balances, policy._closing, len(policy._opened)) == ({}, [], 0)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ import pytest
 from orchestra.actions import Throttle
 from orchestra.errors import SpecError
 from orchestra.policy import Facts, Policy, StaticLimits, VmFacts
-from orchestra.policy.static import MOST_REMEMBERED
 from orchestra.spec import Limit, Meter, Tenant
 
 TEN, TWENTY, THIRTY = Limit(rate=10), Limit(rate=20), Limit(rate=30)
@@ -116,8 +115,9 @@ def test_one_that_looks_once_looks_again_while_something_was_refused(where) -> N
 
 def test_names_of_long_gone_vms_are_not_kept_for_ever() -> None:
     policy = StaticLimits({"*": TEN})
-    policy.decide(facts(*(f"old-{i}" for i in range(MOST_REMEMBERED)), "kept"))
-    assert by_vm(policy.decide(facts("kept", "new"))) == {"new": TEN}
+    policy.decide(facts("old", "kept"))
+    gone = attrs.evolve(facts("kept", "new"), gone=(("old", 0), ("never-seen", 3)))
+    assert by_vm(policy.decide(gone)) == {"new": TEN}
     assert len(policy._launches) == 2
 
 

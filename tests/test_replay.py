@@ -186,6 +186,32 @@ def test_a_policy_that_looks_seldom_is_told_all_that_happened_meanwhile(afternoo
     assert told[0].tenants == {"acme": orc.Tenant("acme")}
 
 
+def test_policies_are_told_who_has_ended_and_not_of_one_that_is_started_again(afternoon):
+    told: list[orc.Facts] = []
+
+    class Listens:
+        name, interval = "listens", 2.0
+
+        def decide(self, facts: orc.Facts) -> list[orc.Action]:
+            told.append(facts)
+            return []
+
+    afternoon.state("a", "running")
+    afternoon.second(vm("a", 1), vm("b", 1))
+    afternoon.state("b", "failed", reason="oops")
+    afternoon.state("a", "stopped")
+    afternoon.state("b", "running", reason="restarted")
+    afternoon.second(vm("a", 5), vm("b", 2))
+    afternoon.second(vm("a", 7, launch=2))
+    afternoon.second()
+    afternoon.state("a", "failed", launch=2)
+    for _ in range(2):
+        afternoon.second()
+    replayed(afternoon, only_with(Listens()))
+    assert [facts.gone for facts in told] == [(("a", 1),), (("a", 2),), ()]
+    assert [sorted(facts.vms) for facts in told] == [["b"], [], []]
+
+
 class Once:
     """Does one thing, at its first look."""
 

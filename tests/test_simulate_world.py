@@ -234,6 +234,14 @@ def test_caps_pauses_isolation_and_the_end_of_a_vm_hold_its_guest():
     assert capped.throttled == 0
 
 
+def test_policies_are_told_who_left():
+    policy, slow = Scripted({5: [Evict(vm="n0-0")]}), Scripted(name="slow", interval=4.0)
+    play(fleet(Steady(rate=100), Steady(rate=100), duration=12), policy, slow)
+    for one, time in ((policy, 6), (slow, 8)):
+        assert [round(facts.time / 1e9) for facts in one.seen if facts.gone == (("n0-0", 0),)] == [time]
+        assert all("n0-0" not in facts.vms for facts in one.seen if facts.time >= time * 10**9)
+
+
 def test_what_can_not_be_done_is_told_to_the_policy_that_asked():
     refused = []
 

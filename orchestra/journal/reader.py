@@ -272,6 +272,17 @@ class JournalReader:
         except UNREADABLE as error:
             raise self._unreadable(error) from error
 
+    def ends(self, *, since: int | None = None, until: int | None = None) -> Iterator[StateRow]:
+        """The last state of each VM that has ended for good (not to be started again), in the order of their time."""
+        query = (
+            "SELECT * FROM states AS last WHERE state IN ('stopped', 'failed') AND time BETWEEN ? AND ? AND NOT EXISTS "
+            "(SELECT 1 FROM states WHERE vm = last.vm AND session = last.session AND launch = last.launch "
+            "AND time >= last.time AND rowid > last.rowid) ORDER BY time"
+        )
+        most = (1 << 63) - 1
+        rows = self._connection.execute(query, (-1 if since is None else since, most if until is None else until))
+        yield from (StateRow(*row) for row in rows)
+
     def moments(self, *, since: int | None = None, until: int | None = None) -> Iterator[tuple[int, int, float]]:
         """Session, time and interval of the aggregates, each once, in the order of their time."""
         query = (

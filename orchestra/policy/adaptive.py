@@ -195,6 +195,9 @@ class Adaptive:
 
     def _look(self, facts: Facts) -> None:
         """Keep book of those above the floor; all of those that are held back already stay on it."""
+        for name, launch in facts.gone:
+            if (ended := self._vms.get(name)) is not None and ended.launch == launch:
+                del self._vms[name]
         for vm in self._vms.values():
             vm.rate, vm.here = 0.0, False
         for told in facts.vms.values():
@@ -253,7 +256,13 @@ class Adaptive:
         self._level = None
         for vm in self._vms.values():
             if vm.limit is not None:
-                yield Unthrottle(vm=vm.name, meter=self._meter, reason="nobody suffers any more", evidence=evidence)
+                yield Unthrottle(
+                    vm=vm.name,
+                    launch=vm.launch,
+                    meter=self._meter,
+                    reason="nobody suffers any more",
+                    evidence=evidence,
+                )
         self._vms.clear()
 
     def _least(self) -> float:
@@ -285,6 +294,7 @@ class Adaptive:
             vm.limit = Limit(rate=rate, burst=min(AHEAD + rate * LATE, FASTEST), max_delay=self._max_delay)
             yield Throttle(
                 vm=name,
+                launch=vm.launch,
                 limit=vm.limit,
                 meter=self._meter,
                 reason=self._reason(rate, evidence),

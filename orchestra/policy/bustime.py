@@ -11,6 +11,7 @@ from ..errors import SpecError
 from ..spec import Limit, Meter, Tenant
 from .cpus import CPU_MODELS, CpuModel
 from .facts import Facts
+from .pace import FASTEST, LEAST_BURST
 from .ranges import within
 from .share import WeightedShare
 from .static import StaticLimits
@@ -72,7 +73,8 @@ class BusTime:
         rate = share * self.frequency / (self.model.cycles * self.model.damage)
         if not 1e-3 <= rate <= 1e9:
             raise SpecError(f"{field}={share!r}: comes to {rate:g} locks/s; must come to 0.001 to 1e9")
-        return Limit(rate=rate, burst=min(1e9, 2 + rate * self._burst), max_delay=self._max_delay)
+        burst = min(LEAST_BURST + rate * self._burst, FASTEST)
+        return Limit(rate=rate, burst=burst, max_delay=self._max_delay)
 
     @property
     def name(self) -> str:

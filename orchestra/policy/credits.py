@@ -10,6 +10,8 @@ event, and this policy keeps a copy of the books to show them.
 
 from __future__ import annotations
 
+import heapq
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
@@ -26,8 +28,6 @@ __all__ = ["BurstCredits"]
 WAITED: Final = 0.05
 """Part of a tick that it waited, from which a VM without credits counts as held back."""
 
-MOST_REMEMBERED: Final = 65536
-
 WELL: Final = 0.1
 """Part of the most credits that it may have, from which a VM that had none counts as recovered."""
 
@@ -38,6 +38,7 @@ class _Account:
     seen: int  # ns: the balance is as of then
     balance: float
     out: bool = False
+    gone: bool = False
 
 
 class BurstCredits:
@@ -85,6 +86,7 @@ class BurstCredits:
         self._accounts: dict[str, _Account] = {}
         self._opened = Once()
         self._time = 0
+        self._closing: list[tuple[int, str]] = []  # when an account of one that is gone is worth what a new one is
 
     @property
     def name(self) -> str:
@@ -132,6 +134,7 @@ class BurstCredits:
             start = facts.time - round(facts.interval * 1e9)
             if account is None:
                 account = self._accounts[vm.name] = _Account(-1, start, self._launch)
+            account.gone = False
             before = self._earned(account, start)
             # Earned and spent within the tick: in which order is not known, so the balance stops at `most` at its end.
             account.balance = min(self._most, max(0.0, before + self._limit.rate * facts.interval - used))
@@ -142,12 +145,23 @@ class BurstCredits:
                 yield from self._open(vm, account, used, facts)
             else:
                 yield from self._turn(vm, account, used, facts)
-        if max(len(self._accounts), len(self._opened)) > MOST_REMEMBERED:
-            # Who would start with no less if it came as a stranger needs no account.
-            for name in [n for n, a in self._accounts.items() if n not in facts.vms]:
-                if self._earned(self._accounts[name], facts.time) >= self._launch:
-                    del self._accounts[name]
-            self._opened.keep({(name, account.launch) for name, account in self._accounts.items()})
+        self._close(facts)
+
+    def _close(self, facts: Facts) -> None:
+        """Who would start with no less if it came as a stranger needs no account. That of one that is gone stays until
+        then, or launching anew would earn what was spent."""
+        self._opened.forget(facts.gone)
+        for name, launch in facts.gone:
+            account = self._accounts.get(name)
+            if account is not None and account.launch == launch:
+                account.gone = True
+                owes = max(0.0, self._launch - self._earned(account, facts.time))
+                heapq.heappush(self._closing, (facts.time + math.ceil(owes / self._limit.rate * 1e9), name))
+        while self._closing and self._closing[0][0] <= facts.time:
+            _, name = heapq.heappop(self._closing)
+            account = self._accounts.get(name)
+            if account is not None and account.gone and self._earned(account, facts.time) >= self._launch * (1 - 1e-9):
+                del self._accounts[name]
 
     def _open(self, vm: VmFacts, account: _Account, used: int, facts: Facts) -> Iterator[Throttle]:
         # A new bucket is full, and a burst that grows later is earned and not given: so it first gets as large as the

@@ -125,6 +125,8 @@ class Facts:
         tenants: all of them, by name.
         vms: by name, those that did something since the last tick. A VM that is not here was idle or is gone.
         host: signals of the host as a whole.
+        gone: name and launch of each VM that has ended for good since the last tick: what a policy remembers of it can
+            go. It is not in `vms`; another of that name may be.
         others: more of `vms`, which this policy may hear of but not hold: those that `only` keeps from it.
     """
 
@@ -135,6 +137,7 @@ class Facts:
     tenants: Mapping[str, Tenant]
     vms: Mapping[str, VmFacts]
     host: HostFacts = HostFacts()
+    gone: tuple[tuple[str, int], ...] = ()
     others: Mapping[str, VmFacts] = attrs.field(factory=dict)
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from enum import StrEnum
 from fnmatch import fnmatchcase
-from typing import Any, Final
+from typing import Any
 
 import attrs
 
@@ -13,13 +13,10 @@ from ..actions import Action, CapCpu, Resume, SetLimit, Throttle
 from ..errors import SpecError
 from ..spec import Limit, Meter
 from .books import AXIS, BACK, HARD, RUNNING, Books, Failures, Noted, Word, is_limit, lets_go
+from .pace import LEAST_BURST
 from .ranges import within
 
 __all__ = ["Guard", "Ruling", "Verdict"]
-
-LEAST_BURST: Final = 2.0
-"""With a burst of 1 a guest waits after each event until the next has been earned, and works only then: one that asks
-for no more than the floor would get half of it."""
 
 
 class Ruling(StrEnum):

@@ -125,6 +125,9 @@ class Ladder:
 
     def decide(self, facts: Facts) -> list[Action]:
         self._signals.look(facts)
+        for name, launch in facts.gone:
+            if name in self._vms and self._vms[name].launch == launch:
+                del self._vms[name]
         reading = _Reading(facts, self._meter, self._signals)
         for vm in facts.vms.values():
             climber = self._vms.get(vm.name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Hashable
+from collections.abc import Hashable, Iterable
 from typing import Final
 
 __all__ = ["Once"]
@@ -42,6 +42,7 @@ class Once:
             wait = min(max(FIRST, 2 * wait), MOST)
             self._due[what] = time + wait, wait
 
-    def keep(self, these: Collection[Hashable]) -> None:
-        """Forget all others."""
-        self._due = {what: due for what, due in self._due.items() if what in these}
+    def forget(self, these: Iterable[Hashable]) -> None:
+        """They are gone."""
+        for what in these:
+            self._due.pop(what, None)

@@ -14,6 +14,7 @@ from ..errors import SpecError
 from ..spec import Limit, Meter, as_meter, optional_limit
 from .facts import Facts
 from .maxmin import max_min
+from .pace import paced
 
 __all__ = ["WeightedShare"]
 
@@ -24,14 +25,8 @@ WAITED: Final = 0.05
 ROOM: Final = 0.98
 """A budget that is used for less than this held nobody back."""
 
-LATE: Final = 0.05
-"""Seconds by which a vCPU may come late to its turn and still catch up: what the bursts are made for."""
-
 PAROLE: Final = 60.0
 """Seconds of its fair share: the most that a VM is remembered to have had beyond it."""
-
-SLOWEST: Final = 1e-9
-FASTEST: Final = 1e9
 
 
 @attrs.define(eq=False)
@@ -120,6 +115,9 @@ class WeightedShare:
     def decide(self, facts: Facts) -> list[Throttle | Unthrottle]:
         host = self._limit or (facts.limit if self._meter is Meter.BUS_LOCKS else facts.exit_limit)
         budget = math.inf if host is None else host.rate
+        for name, launch in facts.gone:
+            if name in self._vms and self._vms[name].launch == launch:
+                del self._vms[name]
         self._look(facts, budget)
         tenants: dict[str, list[_Vm]] = {}
         for vm in self._vms.values():
@@ -241,9 +239,10 @@ class WeightedShare:
             share = shares[vm.name]
             # Set when it takes or wants more than its share now, taken away only once its share has the headroom too.
             if share < (vm.asked[-1] if vm.limit is None else vm.want):
-                rate = min(max(share, SLOWEST), FASTEST)
-                limits.append((vm, Limit(rate=rate, burst=1 + min(rate * LATE, FASTEST - 1), max_delay=max_delay)))
-                moved = moved or (vm.limit is not None and abs(rate - vm.limit.rate) > self._tolerance * vm.limit.rate)
+                limit = paced(share, max_delay)
+                limits.append((vm, limit))
+                off = 0.0 if vm.limit is None else abs(limit.rate - vm.limit.rate) / vm.limit.rate
+                moved = moved or off > self._tolerance
             elif vm.limit is not None and not vm.ahead:
                 yield self._release(vm, "the budget has room for what it asks for")
         # When one has to move, all that are off do, so that they keep their ratios and add up.

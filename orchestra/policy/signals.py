@@ -206,6 +206,8 @@ class Signals:
         if "work_drop" in self._names:
             drops = ((vm.name, self._drop(vm, facts, quiet)) for vm in facts.heard.values())
             self._victims["work_drop"] = {name: drop for name, drop in drops if drop is not None}
+            for one in facts.gone:
+                self._workers.pop(one, None)
             self._forget(facts.time)
 
     def _quiet(self, facts: Facts) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
-from typing import Final
 
 from ..actions import Action, Throttle
 from ..errors import SpecError
@@ -14,8 +13,6 @@ from .once import Once
 from .ranges import within
 
 __all__ = ["StaticLimits"]
-
-MOST_REMEMBERED: Final = 65536
 
 
 class StaticLimits:
@@ -102,9 +99,7 @@ class StaticLimits:
                 )
         if not self._vms:
             return
-        if len(self._launches) > MOST_REMEMBERED:
-            # Facts don't say which VMs are gone. Setting a limit again does no harm; growing without end would.
-            self._launches.keep({(vm.name, vm.launch) for vm in facts.vms.values()})
+        self._launches.forget(facts.gone)
         for name, vm in facts.vms.items():
             if not self._launches.due((name, vm.launch), facts.time):  # another VM of that name starts without limits
                 continue

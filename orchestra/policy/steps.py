@@ -9,6 +9,7 @@ import attrs
 
 from ..errors import SpecError
 from ..spec import Limit, Meter, as_meter, optional_limit
+from .pace import unfelt
 from .ranges import above, within
 from .signals import HARM, OWN, calm, check_signal
 
@@ -127,7 +128,7 @@ def default_steps(
     bad = Condition("bus_locks" if as_meter(meter) is Meter.BUS_LOCKS else "exits", over)
     steps = (
         Step(rung=Rung.WARN, when=bad),
-        Step(rung=Rung.THROTTLE, when=bad, dwell=1, limit=Limit(rate=over / 2, max_delay=1.0)),
+        Step(rung=Rung.THROTTLE, when=bad, dwell=1, limit=unfelt(Limit(rate=over / 2, max_delay=1.0))),
         Step(rung=Rung.CAP_CPU, when=bad, dwell=5, clear=20, cpu=0.5),
         Step(rung=Rung.ISOLATE, when=bad, dwell=10, clear=30),
         Step(rung=Rung.PAUSE, when=bad, dwell=20, clear=30),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Final
 
 import attrs
@@ -28,6 +28,7 @@ class Tick:
     Attributes:
         vms: what was seen of those that did something.
         new: those among them that were not seen before in this session, or as another launch.
+        gone: name and launch of VMs that ended for good meanwhile.
     """
 
     session: int
@@ -36,6 +37,7 @@ class Tick:
     vms: Mapping[str, VmFacts]
     host: HostRow | None
     new: tuple[VmFacts, ...] = ()
+    gone: tuple[tuple[str, int], ...] = ()
 
 
 _COLUMNS: Final = (  # as of `VmFacts`
@@ -68,11 +70,17 @@ def _join(one: Tick, other: Tick) -> Tick:
     new = {vm.name: vm for vm in (*one.new, *other.new)}
     interval = one.interval + other.interval
     host = None if one.host is None else attrs.evolve(one.host, time=other.time, interval=interval)
-    return Tick(one.session, other.time, interval, together([one.vms, other.vms]), host, tuple(new.values()))
+    vms = together([one.vms, other.vms])
+    return Tick(one.session, other.time, interval, vms, host, tuple(new.values()), (*one.gone, *other.gone))
 
 
-def together(told: Sequence[Mapping[str, VmFacts]]) -> Mapping[str, VmFacts]:
-    """What VMs did in several intervals."""
+def together(told: Sequence[Mapping[str, VmFacts]], gone: Collection[tuple[str, int]] = ()) -> Mapping[str, VmFacts]:
+    """What VMs did in several intervals, but for those that are gone since."""
+    sums = _added(told)
+    return {name: vm for name, vm in sums.items() if (name, vm.launch) not in gone} if gone else sums
+
+
+def _added(told: Sequence[Mapping[str, VmFacts]]) -> Mapping[str, VmFacts]:
     if len(told) < 2:
         return told[0] if told else {}
     sums: dict[str, VmFacts] = dict(told[0])
@@ -103,13 +111,14 @@ def _sum(one: VmFacts, other: VmFacts) -> VmFacts:
 
 
 def _ticks(journal: JournalReader, since: int | None, until: int | None, every: int) -> Iterator[Tick]:
+    ends = _Ends(journal, since, until)
     hosts = journal.hosts(since=since, until=until)
     host = next(hosts, None)
     before: int | None = None
     launches: dict[str, int] = {}
     for n, (session, time, interval) in enumerate(journal.moments(since=since, until=until)):
         while host is not None and host.time < time:
-            yield Tick(host.session, host.time, host.interval, {}, host)
+            yield Tick(host.session, host.time, host.interval, {}, host, gone=ends.until(host.time))
             host = next(hosts, None)
         its = host if host is not None and host.time == time else None
         host = host if its is None else next(hosts, None)
@@ -121,10 +130,25 @@ def _ticks(journal: JournalReader, since: int | None, until: int | None, every: 
         vms = {row[0]: VmFacts(*row) for row in journal.moment(session, time, _COLUMNS)}
         new = [vm for name, vm in vms.items() if launches.get(name) != vm.launch]
         launches.update((vm.name, vm.launch) for vm in new)
-        yield Tick(session, time, interval, vms, its, tuple(new))
+        yield Tick(session, time, interval, vms, its, tuple(new), ends.until(time))
     while host is not None:
-        yield Tick(host.session, host.time, host.interval, {}, host)
+        yield Tick(host.session, host.time, host.interval, {}, host, gone=ends.until(host.time))
         host = next(hosts, None)
+
+
+class _Ends:
+    """VMs that ended, as time goes on."""
+
+    def __init__(self, journal: JournalReader, since: int | None, until: int | None) -> None:
+        self._rows = journal.ends(since=since, until=until)
+        self._next = next(self._rows, None)
+
+    def until(self, time: int) -> tuple[tuple[str, int], ...]:
+        gone = []
+        while self._next is not None and self._next.time <= time:
+            gone.append((self._next.vm, self._next.launch))
+            self._next = next(self._rows, None)
+        return tuple(gone)
 
 
 @attrs.frozen
@@ -166,6 +190,11 @@ class Demands:
     def __init__(self) -> None:
         self._free: dict[str, VmFacts] = {}
         self._seconds: dict[str, float] = {}  # in which it did that
+
+    def forget(self, vm: str) -> None:
+        """It has ended."""
+        self._free.pop(vm, None)
+        self._seconds.pop(vm, None)
 
     def held(self, tick: Tick) -> dict[str, Want]:
         """What those wanted that were held. All others did what they wanted."""

@@ -77,6 +77,7 @@ class _Seat:
     due: int
     rehearsal: Rehearsal | None
     told: list[Mapping[str, VmFacts]] = attrs.field(factory=list)  # since it decided last
+    gone: list[tuple[str, int]] = attrs.field(factory=list)
     on: bool = True
 
 
@@ -203,8 +204,11 @@ class _Run:
                 continue
             if told.vms:
                 seat.told.append(told.vms)
+            seat.gone += tick.gone
             if seat.due <= tick.time:
                 self._decide(seat, tick.time, told.host)
+        for name, _ in tick.gone:
+            self._gone(name)
         for action in self._guard.overdue(tick.time):
             self._force.apply(action, "")
         for action in self._guard.overdue(tick.time, dry=True):
@@ -213,15 +217,21 @@ class _Run:
     def _new(self, vm: VmFacts) -> None:
         """A VM that was not seen before; nothing holds it, whatever held another of its name."""
         if self._force.seen(vm.name, vm.launch):
-            self._guard.forget(vm.name)
-            for rehearsal in self._rehearsals:
-                rehearsal.forget(vm.name)
+            self._gone(vm.name)
+            self._force.seen(vm.name, vm.launch)
         if vm.tenant not in self._tenants:
             self._tenants[vm.tenant] = Tenant(vm.tenant)
 
     def _rehearse(self, action: Action, policy: str, now: int) -> None:
         for rehearsal in self._rehearsals:
             rehearsal.apply(action, policy, now)
+
+    def _gone(self, vm: str) -> None:
+        self._guard.forget(vm)
+        self._force.forget(vm)
+        self._demands.forget(vm)
+        for rehearsal in self._rehearsals:
+            rehearsal.forget(vm)
 
     def _fair(self, wants: Mapping[str, Want | VmFacts], interval: float) -> dict[str, float] | None:
         """Each VM's weighted max-min share of the budget, in bus locks; None: all can have what they ask for."""
@@ -243,10 +253,11 @@ class _Run:
             limit=self._force.host_limit(Meter.BUS_LOCKS),
             exit_limit=self._force.host_limit(Meter.EXITS),
             tenants=self._tenants,
-            vms=together(seat.told),
+            vms=together(seat.told, set(seat.gone)),
             host=host,
+            gone=tuple(seat.gone),
         )
-        seat.told, seat.last = [], now
+        seat.told, seat.gone, seat.last = [], [], now
         policy = seat.policy
         try:
             interval = policy.interval

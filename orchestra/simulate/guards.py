@@ -12,7 +12,7 @@ from .arrays import np
 from .holds import Holds
 from .layout import Layout
 
-__all__ = ["Deed", "Guards"]
+__all__ = ["LEAVES", "Deed", "Guards"]
 
 LEAVES: Final = (Evict, Stop, Kill)
 

@@ -16,7 +16,7 @@ from ..errors import SpecError
 from ..policy import Facts, HostFacts, Policy, VmFacts
 from ..spec import Limit
 from .arrays import Bools, Floats, Ints, np
-from .guards import Deed
+from .guards import LEAVES, Deed
 from .layout import Layout
 from .policies import Factory
 
@@ -54,6 +54,7 @@ class _Seat:
         self.due = now + (self.interval or 0.0)
         self.policies: dict[int, Policy | None] = {}  # None: it raised, and is off
         self.pending: list[Ints] = []  # who was active since it last decided
+        self.gone: dict[int, list[tuple[str, int]]] = {}  # who left each host since then
         self.last = np.full(layout.hosts, now)
         self.awake = np.full(layout.hosts, -PATIENCE - 1, np.int64)  # until which of its ticks
         self.tick = 0
@@ -70,7 +71,7 @@ class Hosts:
     """The policies of all hosts.
 
     Parameters:
-        apply: carries an action out; why it can't be, or None.
+        ask: has an action judged and carried out.
         limit: each host's own limit now.
         engaged, hindering: of each host, how many limits, and how many other things, policies have in force.
 
@@ -232,6 +233,9 @@ class Hosts:
             return
         model = layout.models[kind]
         slower = 1 + (model.worst - 1) * min(1.0, bus)
+        gone = tuple(seat.gone.pop(host, ()))
+        for name, _ in gone:
+            vms.pop(name, None)
         load, cpus = float(layout.load[host]), float(layout.cpus[host])
         facts = Facts(
             round(now * 1e9),
@@ -244,6 +248,7 @@ class Hosts:
                 int(cpus), max(0.0, 1 - cpus / load) if load else 0.0, None, None,
                 model.lock_ns * slower, model.memory_ns * slower, self._absent,
             ),
+            gone,
         )  # fmt: skip
         self.decisions += 1
         try:
@@ -258,5 +263,8 @@ class Hosts:
         for action in actions:
             deed = self._ask(host, seat.name, seat.order, action, now)
             self.deeds.append(deed)
+            if deed.error is None and isinstance(deed.action, LEAVES):
+                for other in self._seats:
+                    other.gone.setdefault(host, []).append((deed.action.vm, 0))
             if deed.error is not None and (told := getattr(policy, "refused", None)) is not None:
                 told(action, deed.error)
