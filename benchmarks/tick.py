@@ -140,7 +140,10 @@ async def tick(options: Options) -> list[Row]:
 
 def _facts(vms: int, time_ns: int) -> Facts:
     told = {
-        f"vm-{n}": VmFacts(f"vm-{n}", "acme", 1.0, 2, 1000 + n, 5000, 0.01 * n, n, cpu=0.1, run_delay=0.02)
+        f"vm-{n}": VmFacts(
+            *(f"vm-{n}", "acme", 1.0, 1, 1000 + n, 5000 + n, 0.01 * n, n),
+            **{"cpu": 0.1, "run_delay": 0.02, "by_reason": {"x86_bus_lock": 1000 + n, "io": 3000, "mmio": 1000}},
+        )
         for n in range(vms)
     }
     host = HostFacts(cpus=os.cpu_count() or 1, cpu_pressure=0.2, lock_ns=6.0, memory_ns=90.0)
