@@ -314,6 +314,21 @@ def test_saying_it_again_does_not_prolong_a_pause():
     assert len(guard.overdue(61 * SECOND)) == 1
 
 
+def test_a_vm_runs_between_pauses_for_its_part_of_the_time():
+    guard = Guard(max_pause=60, vm_cool_down=0, host_cool_down=0, most_paused=0.75)
+    judge(guard, Pause(vm="a"), 0)
+    assert len(guard.overdue(61 * SECOND)) == 1
+    judge(guard, Resume(vm="a"), 61, None)  # as the fleet carries it out
+    assert judge(guard, Pause(vm="a"), 80).reason == "it was paused for 61 s and has run for 19 of 20.3 s since"
+    assert judge(guard, Pause(vm="b"), 80).action
+    assert judge(guard, Pause(vm="a"), 82).action
+    judge(guard, Resume(vm="a"), 83)
+    assert judge(guard, Pause(vm="a"), 84).action  # it was a short one
+    judge(guard, Resume(vm="a"), 100)
+    guard.forget("a")
+    assert judge(guard, Pause(vm="a"), 101).action  # another one
+
+
 # ---- dry runs -----------------------------------------------------------------------------------------------------
 
 
@@ -358,6 +373,7 @@ def test_a_dry_run_is_held_to_the_rules_and_holds_nobody_to_them():
         ("actions_per_minute", -1),
         ("limits_per_minute", "many"),
         ("max_pause", 0),
+        ("most_paused", 1),
         ("dry_run", (1,)),
     ],
 )
@@ -386,6 +402,15 @@ MALICE = st.one_of(
     st.builds(Throttle, vm=st.sampled_from(VMS), limit=LIMITS),
     st.builds(CapCpu, vm=st.sampled_from(VMS), share=st.floats(0.01, 1)),
     st.builds(Unthrottle, vm=st.sampled_from(VMS)),
+)
+HARSH = st.one_of(
+    MALICE,
+    st.builds(Throttle, limit=LIMITS),
+    st.builds(Throttle, tenant=st.just("default"), limit=LIMITS),
+    st.builds(Isolate, vm=st.sampled_from(VMS)),
+    st.builds(Pause, vm=st.sampled_from(VMS)),
+    st.builds(Pause, vm=st.sampled_from(VMS)),
+    st.builds(Resume, vm=st.sampled_from(VMS)),
 )
 
 
@@ -473,3 +498,21 @@ def test_whatever_is_asked_for_the_cool_downs_and_the_order_hold(asked):
         assert all(at - before >= 2 for before, _ in hard[:n])
         assert all(at - before >= 5 for before, other in hard[:n] if other == vm)
     assert all(sum(1 for other in done if at - 60 < other <= at) <= 20 for at in done)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.lists(HARSH, max_size=3), min_size=1, max_size=30), st.floats(0.1, 0.9), st.floats(1, 40))
+def test_no_policy_pauses_a_vm_for_more_than_its_part_of_the_time(plan, most_paused, max_pause):
+    guard = Guard(most_paused=most_paused, max_pause=max_pause, vm_cool_down=0, host_cool_down=0)
+    paused, total = dict.fromkeys(VMS, False), dict.fromkeys(VMS, 0)
+    for second in range(600):
+        for resume in guard.overdue(second * SECOND):
+            judge(guard, resume, second, None)
+            paused[resume.vm] = False
+        for action in plan[second % len(plan)]:
+            if judge(guard, action, second).action and isinstance(action, Pause | Resume):
+                paused[action.vm] = isinstance(action, Pause)
+        for vm in VMS:
+            total[vm] += paused[vm]
+    for vm in VMS:  # but for one that has not ended
+        assert total[vm] <= most_paused * 600 + max_pause + 1, vm

@@ -33,7 +33,7 @@ HELD = (
     Step(rung="cap_cpu", when=BAD, dwell=1, clear=2, cpu=0.5),
     Step(rung="pause", when=BAD, dwell=1, clear=3),
 )
-GUARD = Guard(vm_cool_down=0.5, host_cool_down=0)
+GUARD = Guard(vm_cool_down=0.5, host_cool_down=0, most_paused=0.999)
 
 
 def both(policies, guests, seconds: float, guard: Guard = GUARD, **more: object):  # type: ignore[no-untyped-def]  # policies and guests are made twice

@@ -91,6 +91,7 @@ class Books:
         host: and on any.
         recent, limits: when actions and limits of policies were, in the last minute.
         held, let: who holds a VM on an axis, and who let it go last.
+        paused: when the last pause by a policy ended, and how long it had lasted.
         dry: these are a dry run's.
     """
 
@@ -101,6 +102,7 @@ class Books:
     limits: deque[int] = attrs.field(factory=deque)
     held: dict[tuple[str, str], Word] = attrs.field(factory=dict)
     let: dict[tuple[str, str], Word] = attrs.field(factory=dict)
+    paused: dict[str, tuple[int, int]] = attrs.field(factory=dict)
 
     def words(self, action: Action) -> tuple[Word | None, Word | None]:
         key = (action.vm or "", AXIS.get(type(action), ""))
@@ -131,7 +133,9 @@ class Books:
     def _say(self, action: Action, word: Word, cool_down: float) -> None:
         key = (action.vm or "", AXIS[type(action)])
         if isinstance(action, BACK):
-            self.held.pop(key, None)
+            before = self.held.pop(key, None)
+            if isinstance(action, Resume) and before is not None and before.policy is not None:
+                self.paused[key[0]] = word.time, word.time - before.time
             self.let[key] = word
             if len(self.let) > MOST_REMEMBERED:
                 self.let = {at: said for at, said in self.let.items() if said.time > word.time - cool_down}
@@ -159,6 +163,7 @@ class Books:
         for axis in set(AXIS.values()):
             self.held.pop((vm, axis), None)
             self.let.pop((vm, axis), None)
+        self.paused.pop(vm, None)
 
     def reorder(self, orders: Mapping[str, int]) -> None:
         """Other policies, or in another order. What one that is not there any more let go binds nobody; what it

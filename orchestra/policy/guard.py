@@ -9,7 +9,7 @@ from typing import Any
 
 import attrs
 
-from ..actions import Action, CapCpu, Resume, SetLimit, Throttle
+from ..actions import Action, CapCpu, Pause, Resume, SetLimit, Throttle
 from ..errors import SpecError
 from ..spec import Limit, Meter
 from .books import AXIS, BACK, HARD, RUNNING, Books, Failures, Noted, Word, is_limit, lets_go
@@ -79,6 +79,9 @@ class Guard:
         actions_per_minute: of all policies together, warnings included, but for limits and letting go; None: no bound.
         limits_per_minute: `Throttle` and `SetLimit`.
         max_pause: seconds after which `overdue` has a VM that a policy paused go on; None: never.
+        most_paused: the part of the time for which policies may hold a VM paused: after a pause it is not paused again
+            before it has run for so long that no more than this part of both was the pause. With `floor` it bounds
+            what is left to a VM.
         dry_run: True: every policy decides, and nothing is done. Or names of policies, or patterns.
 
     Raises:
@@ -94,6 +97,7 @@ class Guard:
     actions_per_minute: int | None = 600
     limits_per_minute: int | None = 60_000
     max_pause: float | None = 300.0
+    most_paused: float = 0.75
     dry_run: bool | tuple[str, ...] = attrs.field(default=False, converter=_names)
     _books: Books = attrs.field(init=False, factory=Books, repr=False)
     _rehearsed: Books = attrs.field(init=False, factory=lambda: Books(dry=True), repr=False)
@@ -111,6 +115,7 @@ class Guard:
                 within(field, getattr(self, field), 0, 1e7, "a minute, or None for no bound")
         if self.max_pause is not None:
             within("max_pause", self.max_pause, 1e-3, 1e9, "seconds, or None for no bound")
+        within("most_paused", self.most_paused, 0.001, 0.999, "of the time")
         if not isinstance(self.dry_run, bool) and not all(isinstance(name, str) for name in self.dry_run):
             raise SpecError(f"dry_run={self.dry_run!r}: must be True, False, or names of policies")
 
@@ -177,12 +182,10 @@ class Guard:
         ]
         actions = []
         for vm, word in late:
-            del books.held[vm, RUNNING]
             evidence = {"policy": word.policy, "paused": (time - word.time) / 1e9, "max_pause": self.max_pause}
             reason = f"paused by policy {word.policy} for more than {self.max_pause:g} s"
             action = Resume(vm=vm, reason=reason, evidence=evidence)
-            if dry:
-                self._note(books, action, Word(-1, None, time))
+            self._note(books, action, Word(-1, None, time))
             actions.append(action)
         return actions
 
@@ -270,6 +273,12 @@ class Guard:
         last = books.hard.get(action.vm)
         if last is not None and time - last < self.vm_cool_down * 1e9:
             return f"cool-down: {(time - last) / 1e9:.3g} of {self.vm_cool_down:g} s since the last one on this VM"
+        if isinstance(action, Pause) and action.vm in books.paused:
+            ended, lasted = books.paused[action.vm]
+            due = lasted * (1 - self.most_paused) / self.most_paused
+            if time - ended < due:
+                ran = f"has run for {(time - ended) / 1e9:.3g} of {due / 1e9:.3g} s since"
+                return f"it was paused for {lasted / 1e9:.3g} s and {ran}"
         if books.host is not None and time - books.host < self.host_cool_down * 1e9:
             ago = (time - books.host) / 1e9
             return f"cool-down: {ago:.3g} of {self.host_cool_down:g} s since the last one on this host"
