@@ -140,6 +140,7 @@ class Activity:
 
     def forget(self, id: int) -> None:
         """A vCPU is gone: what it did last still counts, as its VM may be restarted."""
+        self._facts.clear()
         vcpu = self._vcpus.pop(id, None)
         if vcpu is not None:
             self._look(vcpu, self._fleet.now())
@@ -148,17 +149,20 @@ class Activity:
 
     def ended(self, vm: Vm) -> None:
         """A VM has ended for good."""
+        self._facts.clear()
         for window in self._windows.values():
             window.gone.append((vm.name, vm.launch))
 
     def work(self, vm: Vm, units: float) -> None:
         """A guest got something done, by its own account."""
+        self._facts.clear()
         for window in self._windows.values():
             window.vms.setdefault(vm, {})
             window.work[vm] = window.work.get(vm, 0.0) + units
 
     def dirty(self, told: Iterable[Told]) -> None:
         """Dirty logs were read."""
+        self._facts.clear()
         for vm, pages, time in told:
             for window in self._windows.values():
                 window.vms.setdefault(vm, {})

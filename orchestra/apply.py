@@ -14,6 +14,7 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final, Protocol
 
+import attrs
 import trio
 
 from .actions import (
@@ -45,7 +46,7 @@ from .record import Records
 from .spec import Limit, Meter
 from .vm import Vm
 
-__all__ = ["Applier", "OnEvict"]
+__all__ = ["Applier", "Begun", "OnEvict"]
 
 log: Final = logging.getLogger("orchestra")
 
@@ -74,6 +75,24 @@ class Fleet(Protocol):
     def now(self) -> int: ...
 
 
+@attrs.define(eq=False)
+class Begun:
+    """An action that was commanded. `effect`: what to await until it has taken effect; None: it has."""
+
+    action: Action
+    policy: str | None
+    effect: _Effect | None = None
+    error: str | None = None
+
+
+def _why(action: Action, failure: Exception) -> str:
+    """Why it could not be done."""
+    if isinstance(failure, OrchestraError):
+        return str(failure)
+    log.error("%r failed", action, exc_info=failure)  # a mistake in orchestra, which must not end a fleet
+    return f"{type(failure).__name__}: {failure}"
+
+
 class Applier:
     """Of one fleet.
 
@@ -96,32 +115,56 @@ class Applier:
         Parameters:
             wait: also until it has taken effect.
         """
+        return await self.finish(self.begin(action, policy), wait=wait)
+
+    def begin(self, action: Action, policy: str | None) -> Begun:
+        """Command it, so that what is said later counts more, also of what `takes_time`."""
         if not isinstance(action, Action):
             raise SpecError(f"action={action!r}: must be one of orchestra's actions")
-        error: str | None = None
-        effect: _Effect | None = None
+        begun = Begun(action, policy)
         try:
-            if self._is_replaced(action):
-                pass  # with the VM went its limits
-            elif isinstance(action, Evict):
-                await self._evict(self._fleet.vm(action.vm), action)
-            else:
-                effect = self._do(action, policy)
-                if self.takes_time(action):  # a cap: one that can't be is a failure
-                    await self._fleet.vm(action.vm or "").cap_settled()
-        except OrchestraError as failure:
-            error = str(failure)
-        except trio.Cancelled:
-            who = "on_evict" if isinstance(action, Evict) else "the kernel"
-            self.done(action, policy, f"cancelled while {who} was at it")
-            raise
-        except Exception as failure:  # a mistake in orchestra, which must not end a fleet
-            log.exception("%r failed", action)
-            error = f"{type(failure).__name__}: {failure}"
-        applied = self.done(action, policy, error)
-        if wait and effect is not None:
-            await effect()
+            if not self._is_replaced(action) and not isinstance(action, Evict):
+                begun.effect = self._do(action, policy)
+                if self.takes_time(action):  # whoever takes its policy away meanwhile has to know
+                    self.ledger.note(Applied(time=self._fleet.now(), action=action, policy=policy))
+        except Exception as failure:
+            begun.error = _why(action, failure)
+        return begun
+
+    async def finish(self, begun: Begun, *, wait: bool = False) -> Applied:
+        """Wait for what takes time, and journal what came of it."""
+        action, policy = begun.action, begun.policy
+        if begun.error is None:
+            try:
+                if isinstance(action, Evict):
+                    await self._evict(self._fleet.vm(action.vm), action)
+                elif isinstance(action, CapCpu) and self.takes_time(action):
+                    await self._settle(action, policy)
+            except trio.Cancelled:  # a cap comes all the same
+                self.done(action, policy, "cancelled while on_evict was at it" if isinstance(action, Evict) else None)
+                raise
+            except Exception as failure:
+                begun.error = _why(action, failure)
+        applied = self.done(action, policy, begun.error)
+        if wait and begun.effect is not None:
+            await begun.effect()
         return applied
+
+    async def _settle(self, action: CapCpu, policy: str | None) -> None:
+        """Wait until a cap is in force.
+
+        Raises:
+            ResourceLimit: the kernel refuses it.
+            StateError: it was taken back, or changed, meanwhile.
+        """
+        vm = self._fleet.vm(action.vm)
+        try:
+            await vm.cap_settled()
+        except OrchestraError:
+            self.ledger.note(Applied(time=self._fleet.now(), action=attrs.evolve(action, share=None), policy=policy))
+            raise
+        if vm.cap_of(policy) != action.share:
+            raise StateError(f"vm {vm.name!r}: the cap was taken back or changed before it was in force")
 
     def takes_time(self, action: Action) -> bool:
         """Whether what comes of it is known only later: the threads of a capped VM move to its cgroup themselves."""

@@ -20,7 +20,7 @@ from .actions import Action, Applied, Outcome, Pause, SetLimit, State, Stopped, 
 from .activity import Activity
 from .actuators.bandwidth import CpuCgroup
 from .actuators.placement import Quarantine
-from .apply import Applier, OnEvict
+from .apply import Applier, Begun, OnEvict
 from .backend import Backend, Detection
 from .budget import Budgets, make_budgets
 from .devices.bus import Device
@@ -245,7 +245,10 @@ class Fleet:
 
         Raises:
             SpecError: no such interval.
+            StateError: the fleet is closed.
         """
+        if self._closed:
+            raise StateError("the fleet is closed: there is nothing to watch")
         watch = Watch(self, self._activity, interval)
         try:
             await trio.lowlevel.checkpoint()
@@ -439,6 +442,12 @@ class Fleet:
 
     def takes_time(self, action: Action) -> bool:
         return self._applier.takes_time(action)
+
+    def begin(self, action: Action, policy: str | None) -> Begun:
+        return self._applier.begin(action, policy)
+
+    async def finish(self, begun: Begun) -> Applied:
+        return await self._applier.finish(begun)
 
     def below(self, action: Action) -> int:
         """How many VMs an action is about."""

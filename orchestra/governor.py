@@ -11,8 +11,9 @@ from typing import Any, Final, Protocol
 import attrs
 import trio
 
-from .actions import Action, Applied, Pause
+from .actions import Action, Applied
 from .activity import Activity, Window
+from .apply import Begun
 from .errors import SpecError
 from .policy import Facts, Guard, HostFacts, Policy, Ruling, Verdict
 from .policy.ledger import Ledger
@@ -46,7 +47,10 @@ class Fleet(Protocol):
         """How many VMs an action is about."""
 
     def takes_time(self, action: Action) -> bool:
-        """What comes of it is known only later."""
+        """What comes of it is known only later: `begin` it, and `finish` it in a task."""
+
+    def begin(self, action: Action, policy: str | None) -> Begun: ...
+    async def finish(self, begun: Begun) -> Applied: ...
 
     async def carry_out(self, action: Action, policy: str | None) -> Applied:
         """Apply it, and journal it. There is a checkpoint for an eviction only: no tick waits for a VM."""
@@ -171,7 +175,6 @@ class Governor:
         self._hurry = trio.Event()
         self._lock = trio.Lock()
         self._watched: set[str] = set()
-        self._holds = False
         self._host = HostFacts()
         self._seat(policies, guard)
 
@@ -329,7 +332,7 @@ class Governor:
         if self._observer is not None:
             passed = self._observer.passed
             dues.append(self._observer.due if passed is None else passed.tell)
-        if self._holds:
+        if self._guard.pauses:
             dues.append(now + OVERDUE)
         if (due := self._activity.logs.next(now)) is not None:
             dues.append(due)
@@ -343,6 +346,8 @@ class Governor:
             self._fleet.start_soon(logs.read, due, done)
             with trio.move_on_after(LOGS):
                 await done.wait()
+            # Others had their turn meanwhile, and may have looked: a new instant, with windows of its own.
+            self._activity.look(self._fleet.now())
             self._activity.dirty(logs.take())
 
     def close(self) -> None:
@@ -413,7 +418,6 @@ class Governor:
         fleet, name = self._fleet, seat.name
         now = fleet.now()
         verdict = self._guard.judge(action, name, now, seat.order, vms=fleet.below(action))
-        self._holds = self._holds or isinstance(verdict.judged, Pause)
         if verdict.outcome is Ruling.DRY_RUN:
             self._rehearse(verdict.judged, name, now, verdict.reason)
             return
@@ -423,7 +427,7 @@ class Governor:
             _tell_refused(seat.policy, action, verdict.reason)
             return
         if fleet.takes_time(verdict.action):  # the ticks don't wait for it
-            fleet.start_soon(self._finish, seat, verdict, verdict.action)
+            fleet.start_soon(self._finish, seat, verdict, fleet.begin(verdict.action, name))
             return
         applied = await fleet.carry_out(verdict.action, name)
         if applied.error is not None:
@@ -436,8 +440,8 @@ class Governor:
         for rehearsal in self._rehearsals():
             rehearsal.apply(action, policy or "", now)
 
-    async def _finish(self, seat: _Seat, verdict: Verdict, action: Action) -> None:
-        applied = await self._fleet.carry_out(action, seat.name)
+    async def _finish(self, seat: _Seat, verdict: Verdict, begun: Begun) -> None:
+        action, applied = begun.action, await self._fleet.finish(begun)
         if applied.error is None:
             return
         self._guard.failed(verdict, self._fleet.now())

@@ -316,6 +316,10 @@ class Vm:
             self._caps = wanted
             self.was_capped = True
 
+    def cap_of(self, by: str | None) -> float | None:
+        """What one of those who cap it asked for last."""
+        return self._caps.get(by)
+
     async def cap_settled(self) -> None:
         """Wait until what was put is in force; no checkpoint if it is.
 

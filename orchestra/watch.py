@@ -17,6 +17,8 @@ __all__ = ["Watch"]
 class Fleet(Protocol):
     """What this needs of its fleet."""
 
+    @property
+    def closed(self) -> bool: ...
     def now(self) -> int: ...
 
 
@@ -25,7 +27,7 @@ class Watch:
 
     Each are about the time since those before, or since the watch was opened. So nothing is missed: who takes them late
     gets the next over a longer time (`Facts.interval`). Only what did something is looked at. Iterating is a
-    checkpoint; cancelled, nothing is lost.
+    checkpoint; cancelled, nothing is lost. It ends with its block, and with its fleet.
     """
 
     def __init__(self, fleet: Fleet, activity: Activity, interval: float) -> None:
@@ -52,7 +54,7 @@ class Watch:
             await trio.sleep(max(0.0, (self._due - self._fleet.now()) / 1e9))
         finally:
             self._busy = False
-        if self._closed:
+        if self._closed or self._fleet.closed:
             raise StopAsyncIteration
         return self._take()
 

@@ -533,3 +533,13 @@ def test_a_journal_of_the_first_version_is_read_once_it_is_upgraded(path):
         (row,), (host,) = reader.aggregates(), reader.hosts()
     assert (row.bus_locks, row.work, row.dirty_pages, row.by_reason) == (7, 2, None, None)
     assert (host.lock_ns, host.exit_rate, host.absent) == (20, None, None)
+
+
+def test_one_that_is_used_again_waits_between_its_commits(path):
+    journal = Journal(path)
+    for _ in range(2):
+        journal.begin(0, "kvm", None)
+        used = time.process_time()
+        time.sleep(0.3)  # this is what it is about: what it does while nothing comes
+        assert time.process_time() - used < 0.1
+        journal.end(1)

@@ -122,3 +122,21 @@ async def test_guests_cpu_time_is_told_by_vcpu(stage):
                     seen[vcpu.index] += vcpu.cpu > 0
                 if len(+seen) == stage.vcpus:
                     break
+
+
+async def test_a_watch_ends_with_its_fleet_and_a_closed_fleet_has_none(autojump_clock):
+    heard: list[orc.Facts] = []
+
+    async def listen(fleet: orc.Fleet, *, task_status: trio.TaskStatus[None]) -> None:
+        async with fleet.watch(1.0) as watch:
+            task_status.started()
+            heard.extend([facts async for facts in watch])
+
+    async with trio.open_nursery() as outer:
+        async with play([hlt(after=1e9)]) as fleet:
+            await outer.start(listen, fleet)
+            await trio.sleep(2.5)
+    assert len(heard) == 2
+    with pytest.raises(orc.StateError, match="closed"):
+        async with fleet.watch():
+            pass

@@ -61,8 +61,10 @@ class Held:
         if on:
             since = self._held[key].since if key in self._held else row.time
             self._held[key] = Hold(row, since, where)
-        else:
-            self._held.pop(key, None)
+        elif key in self._held:
+            launches = {row.details.get("launch"), self._held[key].action.details.get("launch")} - {None}
+            if len(launches) < 2:  # what is let go of an earlier launch holds the present one still
+                del self._held[key]
 
     def holds(self) -> list[Hold]:
         """The tightest limit first."""

@@ -280,8 +280,8 @@ class JournalReader:
             "AND time >= last.time AND rowid > last.rowid) ORDER BY time"
         )
         most = (1 << 63) - 1
-        rows = self._connection.execute(query, (-1 if since is None else since, most if until is None else until))
-        yield from (StateRow(*row) for row in rows)
+        values = (-1 if since is None else since, most if until is None else until)
+        return self._made(query, values, self._state)
 
     def moments(self, *, since: int | None = None, until: int | None = None) -> Iterator[tuple[int, int, float]]:
         """Session, time and interval of the aggregates, each once, in the order of their time."""
@@ -291,7 +291,7 @@ class JournalReader:
         )
         last = -1 if since is None else since - 1
         while True:
-            first, final, time, interval = self._connection.execute(query, (last,)).fetchone()
+            first, final, time, interval = self.query(query, (last,))[0]
             if time is None or (until is not None and time > until):
                 return
             if first == final:
@@ -306,7 +306,10 @@ class JournalReader:
         cursor = self._connection.cursor()
         cursor.row_factory = None
         query = f"SELECT {columns} FROM aggregates WHERE time = ? AND session = ?"
-        return cursor.execute(query, (time, session)).fetchall()
+        try:
+            return cursor.execute(query, (time, session)).fetchall()
+        except UNREADABLE as error:
+            raise self._unreadable(error) from error
 
     def query(self, sql: str, values: Sequence[Any] = ()) -> list[sqlite3.Row]:
         """Any SELECT, for what is not foreseen here; `schema.py` has the tables. The file is open read-only.

@@ -145,6 +145,7 @@ class Journal:
                 raise
             raise JournalError(f"{self.path}: can't be written ({error})") from error
         self._session, self._offset, self._lock = int(cursor.lastrowid or 0), wall - now, held
+        self._more.clear()
         self._closing, self._written, self._dropped, self._absent = False, 0, 0, None
         self._thread = threading.Thread(target=self._write, args=(connection,), name="journal", daemon=True)
         self._thread.start()

@@ -189,6 +189,15 @@ class Guard:
             actions.append(action)
         return actions
 
+    @property
+    def pauses(self) -> bool:
+        """Some policy holds a VM paused, or would in a dry run."""
+        return any(
+            axis == RUNNING and word.policy is not None
+            for books in (self._books, self._rehearsed)
+            for (_, axis), word in books.held.items()
+        )
+
     def forget(self, vm: str) -> None:
         """A VM is gone; what was said about it says nothing about another of its name. Its cool-down still counts."""
         for books in (self._books, self._rehearsed):

@@ -158,6 +158,10 @@ class InForce:
         self._gone.discard(vm)
         return True
 
+    def is_another(self, vm: str, launch: int) -> bool:
+        """Whether another launch of that name is there."""
+        return self._launches.get(vm, launch) != launch
+
     def forget(self, vm: str) -> None:
         """A VM is gone, and what held it as well."""
         self._free(vm)

@@ -13,6 +13,7 @@ from ..actions import (
     Kill,
     Pause,
     Rejoin,
+    Reload,
     Resume,
     Stop,
     Throttle,
@@ -39,10 +40,10 @@ class Ledger:
             case Throttle(vm=vm, tenant=tenant, meter=meter, launch=launch):
                 let_go: Action = Unthrottle(vm=vm, tenant=tenant, meter=meter, launch=launch)
                 self._hold(applied.policy, (f"limit {meter}", vm, tenant), let_go)
-            case Unthrottle(vm=vm, tenant=tenant, meter=meter):
-                self._let_go(applied.policy, (f"limit {meter}", vm, tenant))
-            case CapCpu(vm=vm, share=None):
-                self._let_go(applied.policy, ("cap", vm, None))
+            case Unthrottle(vm=vm, tenant=tenant, meter=meter, launch=launch):
+                self._let_go(applied.policy, (f"limit {meter}", vm, tenant), launch)
+            case CapCpu(vm=vm, share=None, launch=launch):
+                self._let_go(applied.policy, ("cap", vm, None), launch)
             case CapCpu(vm=vm, launch=launch):
                 self._hold(applied.policy, ("cap", vm, None), CapCpu(vm=vm, share=None, launch=launch))
             case Pause(vm=vm, launch=launch):
@@ -71,9 +72,12 @@ class Ledger:
         if policy is not None:
             self._held.setdefault(policy, {})[key] = let_go
 
-    def _let_go(self, policy: str | None, key: _Key) -> None:
-        if policy is not None:
-            self._held.get(policy, {}).pop(key, None)
+    def _let_go(self, policy: str | None, key: _Key, launch: int | None) -> None:
+        holds = self._held.get(policy or "", {})
+        held = holds.get(key)
+        # What is let go of an earlier launch holds the present one still.
+        if held is not None and not isinstance(held, Reload) and (launch is None or held.launch in (None, launch)):
+            del holds[key]
 
     def _over(self, key: _Key) -> None:
         for holds in self._held.values():

@@ -69,6 +69,8 @@ class Rehearsal:
 
 def _shown(vm: VmFacts, came: Passed, interval: float) -> VmFacts:
     part, seconds = came.part, vm.vcpus * interval
+    if part == 1.0 and not (came.throttled or came.capped):
+        return vm
     return attrs.evolve(
         vm,
         bus_locks=None if vm.bus_locks is None else round(vm.bus_locks * part),
@@ -78,4 +80,17 @@ def _shown(vm: VmFacts, came: Passed, interval: float) -> VmFacts:
         run_delay=None if vm.run_delay is None else vm.run_delay * part,
         capped=min(seconds, (vm.capped or 0.0) + came.capped) if came.capped else vm.capped,
         work=None if vm.work is None else vm.work * part,
+        dirty_pages=None if vm.dirty_pages is None else round(vm.dirty_pages * part),
+        dirty_rate=None if vm.dirty_rate is None else vm.dirty_rate * part,
+        by_reason={reason: round(count * part) for reason, count in vm.by_reason.items()},
+        by_vcpu=tuple(
+            attrs.evolve(
+                vcpu,
+                bus_locks=None if vcpu.bus_locks is None else round(vcpu.bus_locks * part),
+                exits=round(vcpu.exits * part),
+                cpu=None if vcpu.cpu is None else vcpu.cpu * part,
+                run_delay=None if vcpu.run_delay is None else vcpu.run_delay * part,
+            )
+            for vcpu in vm.by_vcpu
+        ),
     )

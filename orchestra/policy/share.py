@@ -10,11 +10,11 @@ from typing import Any, Final
 import attrs
 
 from ..actions import Throttle, Unthrottle
-from ..errors import SpecError
 from ..spec import Limit, Meter, as_meter, optional_limit
 from .facts import Facts
 from .maxmin import max_min
 from .pace import paced
+from .ranges import within
 
 __all__ = ["WeightedShare"]
 
@@ -91,10 +91,10 @@ class WeightedShare:
         name: str | None = None,
     ) -> None:
         self._limit = optional_limit("limit", limit)
-        self._interval = _within("interval", interval, 1e-4, 3600, "seconds")
-        self._headroom = _within("headroom", headroom, 0.06, 10, "of the demand")
-        self._tolerance = _within("tolerance", tolerance, 0, 0.5, "of the limit")
-        self._memory = int(_within("memory", memory, 1, 1000, "ticks"))
+        self._interval = within("interval", interval, 1e-4, 3600, "seconds")
+        self._headroom = within("headroom", headroom, 0.06, 10, "of the demand")
+        self._tolerance = within("tolerance", tolerance, 0, 0.5, "of the limit")
+        self._memory = int(within("memory", memory, 1, 1000, "ticks"))
         self._meter = as_meter(meter)
         self._name = name or ("weighted-share" if self._meter is Meter.BUS_LOCKS else f"weighted-share-{self._meter}")
         self._vms: dict[str, _Vm] = {}
@@ -285,9 +285,3 @@ def _may_be_waiting(vm: _Vm) -> bool:
     if vm.limit.max_delay is not None:
         longest = min(longest, 2 * vm.limit.max_delay)
     return vm.absent <= longest
-
-
-def _within(field: str, value: float, low: float, high: float, unit: str) -> float:
-    if not low <= value <= high:
-        raise SpecError(f"{field}={value!r}: must be from {low:g} to {high:g} {unit}")
-    return value

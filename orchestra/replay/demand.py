@@ -118,7 +118,7 @@ def _ticks(journal: JournalReader, since: int | None, until: int | None, every: 
     launches: dict[str, int] = {}
     for n, (session, time, interval) in enumerate(journal.moments(since=since, until=until)):
         while host is not None and host.time < time:
-            yield Tick(host.session, host.time, host.interval, {}, host, gone=ends.until(host.time))
+            yield Tick(host.session, host.time, host.interval, {}, host, gone=ends.until(host.time, host.session))
             host = next(hosts, None)
         its = host if host is not None and host.time == time else None
         host = host if its is None else next(hosts, None)
@@ -130,9 +130,9 @@ def _ticks(journal: JournalReader, since: int | None, until: int | None, every: 
         vms = {row[0]: VmFacts(*row) for row in journal.moment(session, time, _COLUMNS)}
         new = [vm for name, vm in vms.items() if launches.get(name) != vm.launch]
         launches.update((vm.name, vm.launch) for vm in new)
-        yield Tick(session, time, interval, vms, its, tuple(new), ends.until(time))
+        yield Tick(session, time, interval, vms, its, tuple(new), ends.until(time, session))
     while host is not None:
-        yield Tick(host.session, host.time, host.interval, {}, host, gone=ends.until(host.time))
+        yield Tick(host.session, host.time, host.interval, {}, host, gone=ends.until(host.time, host.session))
         host = next(hosts, None)
 
 
@@ -143,10 +143,12 @@ class _Ends:
         self._rows = journal.ends(since=since, until=until)
         self._next = next(self._rows, None)
 
-    def until(self, time: int) -> tuple[tuple[str, int], ...]:
+    def until(self, time: int, session: int) -> tuple[tuple[str, int], ...]:
+        """Those of this session: launches are numbered anew in each."""
         gone = []
         while self._next is not None and self._next.time <= time:
-            gone.append((self._next.vm, self._next.launch))
+            if self._next.session == session:
+                gone.append((self._next.vm, self._next.launch))
             self._next = next(self._rows, None)
         return tuple(gone)
 

@@ -199,6 +199,9 @@ class _Run:
         wants: Mapping[str, Want | VmFacts] = {**tick.vms, **held} if held else tick.vms
         passed = self._force.let_through(wants, tick.interval)
         told = self._whole.tally.add(tick, held, passed, self._fair(wants, tick.interval))
+        for name, launch in tick.gone:
+            if not self._force.is_another(name, launch):
+                self._gone(name)
         for seat in self._seats:
             if not seat.on:
                 continue
@@ -207,8 +210,6 @@ class _Run:
             seat.gone += tick.gone
             if seat.due <= tick.time:
                 self._decide(seat, tick.time, told.host)
-        for name, _ in tick.gone:
-            self._gone(name)
         for action in self._guard.overdue(tick.time):
             self._force.apply(action, "")
         for action in self._guard.overdue(tick.time, dry=True):
