@@ -122,11 +122,12 @@ class Activity:
         self._vcpus: dict[int, _Vcpu] = {}
         self._turn: deque[int] = deque()
         self._again: set[int] = set()
-        self._windows: dict[int, Window] = {}
+        self._windows: set[Window] = set()
+        self._fresh: Window | None = None
         self._looked = fleet.now()
         self._reading = host.read()
         self._tenants: Mapping[str, Tenant] | None = None
-        self._facts: dict[tuple[int, bool], Facts] = {}
+        self._facts: dict[tuple[Window, bool], Facts] = {}
 
     # ---- who there is
 
@@ -150,13 +151,13 @@ class Activity:
     def ended(self, vm: Vm) -> None:
         """A VM has ended for good."""
         self._facts.clear()
-        for window in self._windows.values():
+        for window in self._windows:
             window.gone.append((vm.name, vm.launch))
 
     def work(self, vm: Vm, units: float) -> None:
         """A guest got something done, by its own account."""
         self._facts.clear()
-        for window in self._windows.values():
+        for window in self._windows:
             window.vms.setdefault(vm, {})
             window.work[vm] = window.work.get(vm, 0.0) + units
 
@@ -164,7 +165,7 @@ class Activity:
         """Dirty logs were read."""
         self._facts.clear()
         for vm, pages, time in told:
-            for window in self._windows.values():
+            for window in self._windows:
                 window.vms.setdefault(vm, {})
                 dirty = window.dirty.setdefault(vm, _Dirty())
                 dirty.pages += pages
@@ -203,7 +204,7 @@ class Activity:
         vcpu.looked = now
         if not (exits or bus_locks or throttled or used or capped):
             return False
-        for window in self._windows.values():
+        for window in self._windows:
             total = window.of(vcpu.vm, vcpu.index)
             for reason, count in exits.items():
                 total.exits[reason] = total.exits.get(reason, 0) + count
@@ -250,20 +251,23 @@ class Activity:
 
     def open(self) -> Window:
         """What is done from the last look on. `close` it."""
-        window = self._windows.get(self._looked)
-        if window is None:
-            window = self._windows[self._looked] = Window(self._looked, self._reading)
+        window = self._fresh
+        # Nothing was told since that look, or it would count for this one as well.
+        if window is None or window.since != self._looked or window.vms or window.gone:
+            window = self._fresh = Window(self._looked, self._reading)
+            self._windows.add(window)
         window.users += 1
         return window
 
     def close(self, window: Window) -> None:
         window.users -= 1
         if not window.users:
-            del self._windows[window.since]
+            self._windows.discard(window)
+            self._fresh = None if window is self._fresh else self._fresh
 
     def facts(self, window: Window, *, ended: bool = False) -> Facts:
         """What a window saw up to the last look. `ended`: of VMs that have ended as well."""
-        key = window.since, ended
+        key = window, ended
         if key not in self._facts:
             self._facts[key] = self._make_facts(window, ended)
         return self._facts[key]

@@ -346,8 +346,6 @@ class Governor:
             self._fleet.start_soon(logs.read, due, done)
             with trio.move_on_after(LOGS):
                 await done.wait()
-            # Others had their turn meanwhile, and may have looked: a new instant, with windows of its own.
-            self._activity.look(self._fleet.now())
             self._activity.dirty(logs.take())
 
     def close(self) -> None:

@@ -140,3 +140,15 @@ async def test_a_watch_ends_with_its_fleet_and_a_closed_fleet_has_none(autojump_
     with pytest.raises(orc.StateError, match="closed"):
         async with fleet.watch():
             pass
+
+
+async def test_what_was_told_before_a_watch_was_opened_is_not_told_to_it(autojump_clock):
+    async with play([hlt(after=1e9)]) as fleet:
+        vm = await fleet.launch(blank())
+        async with fleet.watch(1.0) as first:
+            await anext(first)
+            vm.report_work(5)
+            async with fleet.watch(1.0) as second:  # at the very moment of the first one's look
+                vm.report_work(2)
+                assert (await anext(first)).vms["guest"].work == 7
+                assert (await anext(second)).vms["guest"].work == 2
