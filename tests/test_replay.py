@@ -91,6 +91,15 @@ def test_tighter_rules_spare_the_victims_and_hold_the_noisy_one_only(afternoon):
     assert result.budget
 
 
+def test_the_budget_that_a_policy_shares_is_what_is_fair(afternoon):
+    lived(afternoon, 100, {"noisy": lambda _: 2000, "other": lambda _: 2000, "quiet": lambda _: 3})
+    result = replayed(afternoon, "[[policies]]\nkind = 'weighted-share'\nlimit = 200\ninterval = 1.0\n")
+    assert result.budget
+    assert result.after.jain > 0.95
+    exits = "[[policies]]\nkind = 'weighted-share'\nlimit = 200\nmeter = 'exits'\ninterval = 1.0\n"
+    assert not replayed(afternoon, exits).budget  # says nothing about bus locks
+
+
 def test_an_adaptive_policy_hears_that_it_helped(afternoon):
     lived(afternoon, 200, {"noisy": lambda s: 5000 if s >= 100 else 2, "quiet": lambda _: 3})
     text = "[[policies]]\nkind = 'adaptive'\ninterval = 1.0\nsignals = { run_delay = 0.2 }\n"

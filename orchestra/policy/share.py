@@ -105,6 +105,11 @@ class WeightedShare:
         return self._name
 
     @property
+    def limit(self) -> Limit | None:
+        """The budget that it shares; None: the host's limit."""
+        return self._limit
+
+    @property
     def meter(self) -> Meter:
         return self._meter
 

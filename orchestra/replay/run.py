@@ -237,7 +237,11 @@ class _Run:
     def _fair(self, wants: Mapping[str, Want | VmFacts], interval: float) -> dict[str, float] | None:
         """Each VM's weighted max-min share of the budget, in bus locks; None: all can have what they ask for."""
         budgets = [self._rules.limit or self._force.host_limit(Meter.BUS_LOCKS)]
-        budgets += [getattr(policy, "limit", None) for policy in self._rules.policies]
+        budgets += [
+            getattr(policy, "limit", None)
+            for policy in self._rules.policies
+            if getattr(policy, "meter", None) is Meter.BUS_LOCKS
+        ]
         rates = [limit.rate for limit in budgets if isinstance(limit, Limit)]
         self._whole.budget = self._whole.budget or bool(rates)
         budget = min(rates, default=math.inf) * interval
