@@ -22,6 +22,7 @@ from ..actions import (
     Throttle,
     Unthrottle,
 )
+from .once import FIRST_WAIT, MOST_WAIT
 
 __all__ = ["AXIS", "BACK", "HARD", "LAST", "RUNNING", "Books", "Failures", "Noted", "Word", "is_limit", "lets_go"]
 
@@ -29,10 +30,6 @@ MINUTE: Final = 60_000_000_000
 MOST_REMEMBERED: Final = 65536
 LAST: Final = 1 << 30
 """The order of a policy that is not there any more: everybody goes before it."""
-
-RETRY: Final = 1_000_000_000
-RETRY_MOST: Final = 64_000_000_000
-"""Nanoseconds before what failed is tried again: doubled by each failure, up to the most."""
 
 RUNNING: Final = "running"
 PLACE: Final = "place"
@@ -202,8 +199,8 @@ class Failures:
         kinds = self._places.setdefault(_place(action), {})
         before = kinds.get(_kind(action))
         # Long after the last one it is another matter.
-        times = 0 if before is None or time - before.until > RETRY_MOST else before.times
-        kinds[_kind(action)] = _Failing(times + 1, time + min(RETRY << min(times, 30), RETRY_MOST))
+        times = 0 if before is None or time - before.until > MOST_WAIT else before.times
+        kinds[_kind(action)] = _Failing(times + 1, time + min(FIRST_WAIT << min(times, 30), MOST_WAIT))
 
     def why_not(self, action: Action, time: int) -> str:
         """Why it is not to be tried now; empty: it may be."""

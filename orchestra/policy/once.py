@@ -6,10 +6,11 @@ import math
 from collections.abc import Hashable, Iterable
 from typing import Final
 
-__all__ = ["Once"]
+__all__ = ["FIRST_WAIT", "MOST_WAIT", "Once"]
 
-FIRST: Final = 1_000_000_000
-MOST: Final = 64_000_000_000
+FIRST_WAIT: Final = 1_000_000_000
+MOST_WAIT: Final = 64_000_000_000
+"""Nanoseconds before what was refused, or failed, is tried again: doubled each time, up to the most."""
 
 
 class Once:
@@ -39,7 +40,7 @@ class Once:
         """It was asked for, at that time."""
         due, wait = self._due.get(what, (0, 0))
         if due == math.inf:  # else that is known
-            wait = min(max(FIRST, 2 * wait), MOST)
+            wait = min(max(FIRST_WAIT, 2 * wait), MOST_WAIT)
             self._due[what] = time + wait, wait
 
     def forget(self, these: Iterable[Hashable]) -> None:
