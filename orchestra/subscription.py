@@ -174,6 +174,11 @@ class Switchboard:
         self._retired: list[int] = []  # ids whose records may still wait in a channel
         self._closed = False
         self._tell: Callable[[], None] = lambda: None
+        self._talked: Callable[[int], None] = lambda id: None
+
+    def on_talk(self, talked: Callable[[int], None]) -> None:
+        """`talked` is called with the id of a vCPU whose console has output that somebody waits for."""
+        self._talked = talked
 
     def on_change(self, tell: Callable[[], None]) -> None:
         """`tell` is called when the masks of `told` changed."""
@@ -233,6 +238,8 @@ class Switchboard:
         """The drain task: sleeps on the eventfd, costs nothing while nobody subscribed or nothing happens."""
         last = -PACE
         while True:
+            for id in self._core.talking():
+                self._talked(id)
             if taken := self.deliver():
                 begun, last = last, trio.current_time()
                 if self._paced and last - begun < PACE and taken < FleetCore.BATCH:
