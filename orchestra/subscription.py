@@ -234,13 +234,19 @@ class Switchboard:
             subscriber.wake()
         return len(batch) // RECORD_SIZE
 
+    def hear(self) -> int:
+        """Wake those who wait for output of a console; how many vCPUs had some."""
+        ids = self._core.talking()
+        for id in ids:
+            self._talked(id)
+        return len(ids)
+
     async def run(self) -> None:
         """The drain task: sleeps on the eventfd, costs nothing while nobody subscribed or nothing happens."""
         last = -PACE
         while True:
-            for id in self._core.talking():
-                self._talked(id)
-            if taken := self.deliver():
+            heard, taken = self.hear(), self.deliver()
+            if heard or taken:
                 begun, last = last, trio.current_time()
                 if self._paced and last - begun < PACE and taken < FleetCore.BATCH:
                     await trio.sleep(PACE)

@@ -183,10 +183,10 @@ class Vcpu:
         access = self.engine.access
         data, offset, size, write = access.data, access.offset, access.size, access.write
         with claim.lock:
-            if not claim.live:
-                access.count = 0
-                return
             for start in range(0, size * access.count, size):
+                if not claim.live:  # also if the device itself released it, in the element before
+                    access.count = start // size
+                    return
                 if write:
                     value = data[start] if size == 1 else int.from_bytes(ffi.buffer(data + start, size), "little")
                     device.write(offset, size, value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from threading import Lock
 from typing import Any
 
 from ...errors import BackendUnavailable, SpecError
@@ -25,6 +26,7 @@ class EmulatedEngine(ThreadedEngine):
     def __init__(self, core: VcpuCore, emulator: Any, detection: Detection, bus_locks: bool) -> None:
         super().__init__(core)
         self._emulator = emulator
+        self._lock = Lock()  # memory outlives its CPU, and may be written while that is closed
         lib.orc_vcpu_bind_emulator(core.handle, emulator, detection == "trap-like", bus_locks)
 
     def run(self) -> int:
@@ -52,13 +54,15 @@ class EmulatedEngine(ThreadedEngine):
         lib.orc_emulator_debug(self._emulator, debug)
 
     def written(self, address: int, size: int) -> None:
-        """The host wrote guest memory. Any thread, until it is closed."""
-        if self._emulator != ffi.NULL:  # memory outlives its CPU, and may be written then
-            lib.orc_emulator_written(self._emulator, address, size)
+        """The host wrote guest memory. Any thread, at any time."""
+        with self._lock:
+            if self._emulator != ffi.NULL:
+                lib.orc_emulator_written(self._emulator, address, size)
 
     def close(self) -> None:
-        lib.orc_emulator_free(self._emulator)
-        self._emulator = ffi.NULL
+        with self._lock:
+            lib.orc_emulator_free(self._emulator)
+            self._emulator = ffi.NULL
 
 
 class EmulatedMachine:
