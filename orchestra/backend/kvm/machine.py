@@ -82,10 +82,7 @@ class KvmMachine:
         result = lib.orc_kvm_build(plan)
         if plan.vm >= 0:
             self.vm = KvmVm.adopt(plan.vm, kvm.vcpu_mmap_size, self.memory, bus_lock_exits=how["bus_locks"])
-            if spec.irqchip:
-                self.interrupts = ffi.gc(lib.orc_interrupts_new(plan.vm), lib.orc_interrupts_free)
-                if self.interrupts == ffi.NULL:
-                    raise MemoryError("orc_interrupts_new")
+            self.interrupts = self.vm.interrupts if spec.irqchip else None
             for index in range(plan.vcpus_made):
                 vcpu = KvmVcpu(self.vm, fds[index], runs[index], kvm.vcpu_mmap_size)
                 self.engines.append(KvmEngine(cores[index], vcpu, how["sync_regs"]))
@@ -113,8 +110,6 @@ class KvmMachine:
             self.dirty.close()
         for engine in self.engines:
             engine.close()
-        if self.interrupts is not None:
-            lib.orc_interrupts_close(self.interrupts)
         if self.vm is not None:
             self.vm.close()
 
