@@ -152,6 +152,8 @@ class Vcpu:
                 if claim is None:
                     access.count = 0  # released since it was looked up: the core finds whoever is there now
                 elif claim.device is not None:
+                    if access.count > 1 and self.core.commands() & Command.PAUSE:
+                        self._say_parked()  # it runs no guest code; the rest of a string is answered all the same
                     try:
                         self._use(claim, claim.device)
                     except Exception as error:
@@ -169,7 +171,7 @@ class Vcpu:
                 if commands & Command.CALL:
                     for call in host.commanded(self.index):
                         call()
-                if commands & Command.PAUSE:
+                if commands & Command.PAUSE and not self.core.answering():
                     yield from self._park()
             elif why == Why.EXIT:
                 outcome = self._judge(decode(self.engine.last_exit(), host.name, self.index))

@@ -171,11 +171,12 @@ class ScriptedEngine:
                 if commands & Command.STOP:
                     lib.orc_access_abandon(handle)
                     continue
-                turn = NEVER if commands else lib.orc_vcpu_turn(handle)
-                if not commands and (turn == NEVER or await self._wait_turn(turn, kicked)):
-                    return Why(lib.orc_access_up(handle))
+                turn = lib.orc_vcpu_turn(handle)
+                free = turn == NEVER or commands & Command.PAUSE
+                if not commands & Command.CALL and (free or await self._wait_turn(turn, kicked)):
+                    return Why(lib.orc_access_up(handle))  # also for a pause, as orc_access_resume does
                 self.access.count = 0  # not asked after all: when it goes on, somebody else may be there
-                if commands:
+                if commands & Command.CALL:
                     return Why.COMMAND
                 continue
             self._finish_read()
