@@ -171,7 +171,7 @@ class Vcpu:
                 if commands & Command.CALL:
                     for call in host.commanded(self.index):
                         call()
-                if commands & Command.PAUSE and not self.core.answering():
+                if commands & Command.PAUSE:
                     yield from self._park()
             elif why == Why.EXIT:
                 outcome = self._judge(decode(self.engine.last_exit(), host.name, self.index))

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import trio
 import trio.lowlevel
+from trio.testing import wait_all_tasks_blocked
 
 import orchestra as orc
 from conftest import Stage, blank, play
@@ -305,6 +306,7 @@ async def test_a_paused_string_on_a_script_is_completed_before_it_parks():
         await vm.resume()
         await reached.wait()
         await vm.pause()
+        await wait_all_tasks_blocked()
         assert vm.outcome is None
         assert device.reads == 1024
         await vm.resume()

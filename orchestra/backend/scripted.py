@@ -172,12 +172,10 @@ class ScriptedEngine:
                     lib.orc_access_abandon(handle)
                     continue
                 turn = lib.orc_vcpu_turn(handle)
-                free = turn == NEVER or commands & Command.PAUSE
-                if not commands & Command.CALL and (free or await self._wait_turn(turn, kicked)):
-                    return Why(lib.orc_access_up(handle))  # also for a pause, as orc_access_resume does
-                self.access.count = 0  # not asked after all: when it goes on, somebody else may be there
-                if commands & Command.CALL:
-                    return Why.COMMAND
+                # Other commands come when all of it is answered, as in orc_access_resume.
+                if commands or turn == NEVER or await self._wait_turn(turn, kicked):
+                    return Why(lib.orc_access_up(handle))
+                self.access.count = 0  # not asked after all: somebody else may be there by now
                 continue
             self._finish_read()
             if commands:

@@ -103,11 +103,6 @@ void orc_access_abandon(orc_vcpu *v)
 	io->open = false;
 }
 
-bool orc_access_open(const orc_vcpu *v)
-{
-	return v->io.open;
-}
-
 enum orc_why orc_access_up(orc_vcpu *v)
 {
 	return v->io.why;
@@ -131,19 +126,12 @@ enum orc_why orc_access_resume(orc_vcpu *v)
 			orc_access_abandon(v);
 			break;
 		}
-		if (commands & ORC_CALL || commands == ORC_CAP) {
-			v->access.count = 0; /* not asked after all: when it goes on, somebody else may be there */
-			if (orc_commanded(v))
-				return ORC_COMMAND;
-			continue;
-		}
-		/* A pause lets what the guest waits for be answered, or its registers would change while it is paused. It does
-		 * not wait for a turn, which would end at once for the command, again and again; what is left is bounded. */
-		if (v->waiting && !(commands & ORC_PAUSE) && !orc_wait_turn(v)) {
-			v->access.count = 0;
-			continue;
-		}
-		return orc_access_up(v);
+		/* Other commands come when all of it is answered: in the middle of a string its registers are not what the
+		 * guest would see. So it does not wait for its turn or a cap either, which a command would end at once. */
+		if (commands & ~(uint32_t)ORC_CAP || (!commands && (!v->waiting || orc_wait_turn(v))))
+			return orc_access_up(v);
+		orc_commanded(v); /* waits for a cap */
+		v->access.count = 0; /* not asked after all: somebody else may be there by now */
 	}
 	return ORC_ANSWERED;
 }

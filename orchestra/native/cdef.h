@@ -99,7 +99,6 @@ struct orc_access *orc_vcpu_access(orc_vcpu *);
 bool orc_access_next(orc_vcpu *);
 enum orc_why orc_access_up(orc_vcpu *);
 void orc_access_abandon(orc_vcpu *);
-bool orc_access_open(const orc_vcpu *);
 
 enum { ORC_CONSOLE_KEPT, ... };
 typedef struct orc_console orc_console;

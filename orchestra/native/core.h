@@ -151,8 +151,7 @@ const struct orc_table *orc_table_hold(struct orc_reader *);
 void orc_table_let_go(struct orc_reader *);
 /* Who claims an address. NULL: nobody. *last: where that ends, the last address of it. */
 const struct orc_claim *orc_table_find(const struct orc_table *, orc_u64 address, orc_u64 *last);
-/* Before the guest is entered: goes on with the access at hand. As orc_access_begin, or
- * ORC_COMMAND: commands come first. */
+/* Before the guest is entered: goes on with the access at hand, once its turn has come. As orc_access_begin. */
 enum orc_why orc_access_resume(orc_vcpu *);
 /* Runner, in a device: somebody waits for what was just written to the console of its VM. */
 void orc_talk(orc_vcpu *);

@@ -280,10 +280,6 @@ class VcpuCore:
         """Any thread."""
         return int(lib.orc_vcpu_commands(self.handle))
 
-    def answering(self) -> bool:
-        """The guest made an access of which a part is not answered. The runner's thread."""
-        return bool(lib.orc_access_open(self.handle))
-
     def wakes(self) -> int:
         """What to hand to an engine's `sleep`: read it before looking at what would make sleeping wrong. Any thread."""
         return int(lib.orc_vcpu_wakes(self.handle))

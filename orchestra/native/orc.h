@@ -287,7 +287,6 @@ bool orc_access_next(orc_vcpu *);
 /* The one place where an access goes up to Python: orc_vcpu_access, `count` elements. */
 enum orc_why orc_access_up(orc_vcpu *);
 void orc_access_abandon(orc_vcpu *); /* nobody answers what is left of it: ones */
-bool orc_access_open(const orc_vcpu *); /* a part of it is not answered: its state is not one to be paused in */
 
 /* ---- console.c, ports.c, interrupts.c, uart.c: devices --------------------------------------------------------- */
 
