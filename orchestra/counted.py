@@ -27,7 +27,7 @@ class VcpuStatistics:
         waits: how many waits.
         released: waits that ``max_delay`` ended before the turn came.
         exits: exits by the kernel's name of the reason, lower case ("io", "mmio", "hlt", "x86_bus_lock", ...).
-        unclaimed: port accesses that found nobody.
+        unclaimed: accesses to ports and MMIO that found nobody, or of which a part did.
         missed: exits whose details were lost because the ring was full; they are counted all the same.
         kicks: times that KVM_RUN was interrupted.
     """

@@ -92,6 +92,8 @@ class Fleet:
         self._closing = self._closed = False
         self._switchboard = Switchboard(core, paced=backend.blocking)
         self._switchboard.on_change(self._retell)
+        self._switchboard.on_talk(self._talked)
+        self._guests: dict[int, Guest] = {}  # by the ids of their cores
 
     # ---- VMs
 
@@ -395,6 +397,7 @@ class Fleet:
         return self._switchboard.told(vm)
 
     def register(self, core: VcpuCore, guest: Guest, index: int) -> None:
+        self._guests[core.id] = guest
         self._switchboard.reader.add(core.id, guest.name, index)
         self._activity.add(core.id, self._vms[guest.name], guest, index)
 
@@ -402,7 +405,12 @@ class Fleet:
         cores = list(cores)
         self._switchboard.retire(cores)
         for core in cores:
+            self._guests.pop(core.id, None)
             self._activity.forget(core.id)
+
+    def _talked(self, id: int) -> None:
+        if (guest := self._guests.get(id)) is not None:
+            guest.talked()
 
     def released(self, vm: Vm) -> None:
         """The VM was stopped by its user: it leaves the fleet."""

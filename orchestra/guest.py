@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterable, Sequence
-from threading import Lock
+from threading import Lock, RLock
 from typing import Any, Protocol
 
 import trio
@@ -172,6 +172,7 @@ class Guest:
                 core = VcpuCore(house.core, house.next_id())
                 self._cores.append(core)
                 connect(core, self._levels[index])
+                core.set_buses(self.ports.handle, self.mmio.handle)
             states = flat.load(spec, self.memory)
             self._machine = house.backend.create(spec, self._cores, self.memory, states, bus_locks=house.bus_locks)
             try:
@@ -199,23 +200,19 @@ class Guest:
     def _plug(self, device: object) -> None:
         match device:
             case DebugConsole(port=port):
-                self.claim(range(port, port + 1), None, DebugConsolePort(port, self._console.write))
+                self.claim(range(port, port + 1), None, DebugConsolePort(port, self._console))
             case ExitPort(port=port):
                 self.claim(range(port, port + 4), None, ExitDevice(lambda code: self.end(Shutdown(code=code))))
             case Serial(port=port, irq=irq):
                 wired = irq is not None and self.spec.irqchip
-
-                def interrupt(level: bool) -> None:
-                    if wired and irq is not None:
-                        self._machine.irq_line(irq, level)
-
-                self.claim(range(port, port + 8), None, Uart16550(self._console.write, interrupt))
+                interrupts = self._machine.interrupts if wired else None
+                self.claim(range(port, port + 8), None, Uart16550(self._console, interrupts, irq or 0))
 
     def claim(self, ports: range | None, mmio: range | None, handler: Handler) -> None:
         """Give ranges of the buses to a handler; all of them or, with an error, none."""
         # A device's calls never overlap, wherever they come from: one lock for all its claims.
         held = [*self.ports.claims(), *self.mmio.claims()]
-        lock = next((claim.lock for claim in held if claim.handler is handler), None) or Lock()
+        lock = next((claim.lock for claim in held if claim.handler is handler), None) or RLock()
         claimed = self.ports.claim(ports, handler, lock) if ports is not None else None
         if mmio is not None:
             try:
@@ -224,17 +221,17 @@ class Guest:
                 if claimed is not None:
                     self.ports.release(claimed)
                 raise
-        if ports is not None and self.final is None:
-            self._machine.claim_ports(ports, True)
 
     def release(self, handler: Handler) -> None:
-        """Take back whatever the handler claimed."""
+        """Take back whatever the handler claimed: when it returns, nobody calls it."""
         for bus in (self.ports, self.mmio):
             for claim in bus.claims():
                 if claim.handler is handler:
                     bus.release(claim)
-                    if bus is self.ports and self.final is None:
-                        self._machine.claim_ports(claim.span, False)
+
+    def talked(self) -> None:
+        """A vCPU wrote to the console, and somebody waits for that."""
+        self._console.wake()
 
     # ---- life
 
@@ -542,6 +539,7 @@ class Guest:
             vcpu.engine.close()
         for core in self._cores:
             core.close()
+        self.talked()  # if one of them had something to say, nobody is told of it any more
 
     def _teardown(self) -> None:
         self._join()

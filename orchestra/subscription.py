@@ -174,6 +174,11 @@ class Switchboard:
         self._retired: list[int] = []  # ids whose records may still wait in a channel
         self._closed = False
         self._tell: Callable[[], None] = lambda: None
+        self._talked: Callable[[int], None] = lambda id: None
+
+    def on_talk(self, talked: Callable[[int], None]) -> None:
+        """`talked` is called with the id of a vCPU whose console has output that somebody waits for."""
+        self._talked = talked
 
     def on_change(self, tell: Callable[[], None]) -> None:
         """`tell` is called when the masks of `told` changed."""
@@ -229,11 +234,19 @@ class Switchboard:
             subscriber.wake()
         return len(batch) // RECORD_SIZE
 
+    def hear(self) -> int:
+        """Wake those who wait for output of a console; how many vCPUs had some."""
+        ids = self._core.talking()
+        for id in ids:
+            self._talked(id)
+        return len(ids)
+
     async def run(self) -> None:
         """The drain task: sleeps on the eventfd, costs nothing while nobody subscribed or nothing happens."""
         last = -PACE
         while True:
-            if taken := self.deliver():
+            heard, taken = self.hear(), self.deliver()
+            if heard or taken:
                 begun, last = last, trio.current_time()
                 if self._paced and last - begun < PACE and taken < FleetCore.BATCH:
                     await trio.sleep(PACE)

@@ -13,7 +13,7 @@ from typing import Any, Final, Protocol
 from . import exits
 from .actions import Failed, Halted, Outcome, Shutdown, Stopped
 from .backend import Engine, Why
-from .devices.bus import Bus, Claim
+from .devices.bus import Bus, Claim, Device
 from .devices.requests import Request
 from .native import ffi
 from .native.core import Command
@@ -148,20 +148,22 @@ class Vcpu:
             why = yield RUN
             if why in (io, mmio):
                 bus = host.ports if why == io else host.mmio
-                address, size = access.address, access.size
-                claim = bus.find(address, size)
+                claim = bus.claimed.get(access.claim)
                 if claim is None:
-                    if not access.write:
-                        ffi.memmove(access.data, b"\xff" * (size * access.count), size * access.count)
+                    access.count = 0  # released since it was looked up: the core finds whoever is there now
                 elif claim.device is not None:
+                    if access.count > 1 and self.core.commands() & Command.PAUSE:
+                        self._say_parked()  # it runs no guest code; the rest of a string is answered all the same
                     try:
-                        self._use(claim, address, size)
+                        self._use(claim, claim.device)
                     except Exception as error:
                         direction = "write to" if access.write else "read of"
                         name = type(claim.handler).__name__
-                        return self._failed(f"device {name} failed at a {direction} {bus.name} {address:#x}: {error!r}")
+                        return self._failed(
+                            f"device {name} failed at a {direction} {bus.name} {access.address:#x}: {error!r}"
+                        )
                 else:
-                    yield from self._ask(bus, claim, address, size)
+                    yield from self._ask(claim)
             elif why == Why.COMMAND:
                 commands = self.core.commands()
                 if commands & Command.STOP:
@@ -178,14 +180,16 @@ class Vcpu:
             else:
                 return self._failed(self.engine.error())
 
-    def _use(self, claim: Claim, address: int, size: int) -> None:
-        """Let a device answer, element by element for a string instruction."""
-        access, device, offset = self.engine.access, claim.device, address - claim.span.start
-        assert device is not None
-        data = access.data
+    def _use(self, claim: Claim, device: Device) -> None:
+        """Let a device answer a chunk of the guest's access: several elements, if it is of a string instruction."""
+        access = self.engine.access
+        data, offset, size, write = access.data, access.offset, access.size, access.write
         with claim.lock:
             for start in range(0, size * access.count, size):
-                if access.write:
+                if not claim.live:  # also if the device itself released it, in the element before
+                    access.count = start // size
+                    return
+                if write:
                     value = data[start] if size == 1 else int.from_bytes(ffi.buffer(data + start, size), "little")
                     device.write(offset, size, value)
                 elif size == 1:
@@ -194,34 +198,42 @@ class Vcpu:
                     value = device.read(offset, size) & (1 << 8 * size) - 1
                     ffi.memmove(data + start, value.to_bytes(size, "little"), size)
 
-    def _ask(self, bus: Bus, claim: Claim | None, address: int, size: int) -> Generator[int, Any, None]:
-        """Have a task answer, element by element; pauses and stops come through meanwhile."""
+    def _ask(self, claim: Claim) -> Generator[int, Any, None]:
+        """Have a task answer, element by element; pauses and stops come through meanwhile.
+
+        What it does not answer, as it is stopped or nobody is there any more, goes back to the core.
+        """
         host, access = self.host, self.engine.access
-        for start in range(0, size * access.count, size):
-            value = (1 << 8 * size) - 1  # nobody there any more: the bus reads as ones
-            while claim is not None and claim.device is None:
-                data = bytes(ffi.buffer(access.data + start, size)) if access.write else b""
-                request = claim.handler.submit(self.index, address, size, bool(access.write), data, self.engine.wake)  # type: ignore[union-attr]  # not a Device
-                assert isinstance(request, Request)
-                while not (request.answered or request.returned):
-                    seen = self.core.wakes()
-                    commands = self.core.commands()
-                    if commands & Command.STOP:
-                        return
-                    if commands & Command.CALL:
-                        for call in host.commanded(self.index):
-                            call()
-                        continue
-                    if commands & Command.PAUSE:
-                        self._say_parked()
-                    if not (request.answered or request.returned):
-                        yield seen
-                if request.answered:
-                    value = request.value
-                    break
-                claim = bus.find(address, size)
-            if not access.write:
-                ffi.memmove(access.data + start, value.to_bytes(size, "little"), size)
+        address, size, write = access.address, access.size, bool(access.write)
+        for index in range(access.count):
+            where = access.data + index * size
+            with claim.lock:
+                if not claim.live:
+                    access.count = index
+                    return
+                data = bytes(ffi.buffer(where, size)) if write else b""
+                request = claim.handler.submit(self.index, address, size, write, data, self.engine.wake)  # type: ignore[union-attr]  # not a Device
+            assert isinstance(request, Request)
+            while not (request.answered or request.returned):
+                seen = self.core.wakes()
+                commands = self.core.commands()
+                if commands & Command.STOP:
+                    access.count = index
+                    return
+                if commands & Command.CALL:
+                    for call in host.commanded(self.index):
+                        call()
+                    continue
+                if commands & Command.PAUSE:
+                    self._say_parked()
+                if not (request.answered or request.returned):
+                    yield seen
+            if not request.answered and not claim.live:
+                access.count = index
+                return
+            if not write:  # by one who keeps the claim and answers no more, ones, or it would be asked for ever
+                value = request.value if request.answered else (1 << 8 * size) - 1
+                ffi.memmove(where, value.to_bytes(size, "little"), size)
 
     def _park(self) -> Generator[int, Any, None]:
         while True:

@@ -263,14 +263,22 @@ async def test_what_a_device_reads_as_is_cut_to_the_access(value, size, read):
         assert backend.machines["guest"].engines[0].answers == [(0x500, read)]
 
 
-async def test_an_access_that_reaches_beyond_a_claim_finds_nobody():
-    backend = orc.ScriptedBackend({"guest": [io_read(0x503, 2), io_write(0x503, b"xx")]})
+async def test_an_access_that_reaches_beyond_a_claim_finds_nobody_there_and_the_device_before():
+    backend = orc.ScriptedBackend({"guest": [io_read(0x503, 2), io_write(0x503, b"xy")]})
     device = Constant(0)
     async with orc.open_fleet(backend=backend) as fleet:
         vm = await fleet.launch(blank(), devices=[(range(0x500, 0x504), None, device)])
         await vm.wait()
-        assert backend.machines["guest"].engines[0].answers == [(0x503, b"\xff\xff")]
-        assert device.written == []
+        assert backend.machines["guest"].engines[0].answers == [(0x503, b"\0\xff")]
+        assert device.written == [(3, 1, ord("x"))]
+        assert vm.statistics().unclaimed == 2
+
+
+async def test_a_wide_write_to_a_device_of_one_port_reaches_it():
+    async with play([io_write(0xE9, b"hi"), hlt()]) as fleet:
+        vm = await fleet.launch(blank(devices=[orc.DebugConsole()]))
+        await vm.wait()
+        assert vm.console.output == b"h"
 
 
 # ---- several vCPUs

@@ -34,6 +34,8 @@ class Why(IntEnum):
     MMIO = int(lib.ORC_MMIO)
     COMMAND = int(lib.ORC_COMMAND)
     ERROR = int(lib.ORC_ERROR)
+    ANSWERED = int(lib.ORC_ANSWERED)
+    """Of an access: the core needs nobody for it. No engine comes back with it."""
 
 
 Detection = Literal["fault-like", "trap-like", "unknown"]
@@ -68,7 +70,7 @@ class Engine(Protocol):
 
     @property
     def access(self) -> Any:
-        """`struct orc_access *`: what to answer after `Why.IO` and `Why.MMIO`."""
+        """`struct orc_access *`: what to answer after `Why.IO` and `Why.MMIO`, before the next `run`."""
 
     def run(self) -> Any:
         """Execute until something needs a decision: a `Why`, or an awaitable of one if not threaded."""
@@ -109,11 +111,10 @@ class Machine(Protocol):
     def dirty(self) -> DirtyLog | None:
         """Counts the pages that the guest writes; None where nobody can tell (`Backend.logs_dirty`)."""
 
-    def claim_ports(self, ports: range, claimed: bool) -> None:
-        """Accesses to claimed ports come back as `Why.IO`; others read as ones and are only counted."""
-
-    def irq_line(self, gsi: int, level: bool) -> None:
-        """Set an interrupt line of the irqchip. Any thread."""
+    @property
+    def interrupts(self) -> Any:
+        """The lines of its irqchip for devices of the core: ``orc_interrupts *``, which outlives the machine. None: it
+        has no irqchip."""
 
     def close(self) -> None:
         """Release everything but the memory, which its owner closes."""

@@ -24,9 +24,10 @@ struct orc_stack {
 struct orc_fleet {
 	struct orc_stack ready;  /* vCPUs with records */
 	struct orc_stack active; /* vCPUs that accounted an exit since the last look */
+	struct orc_stack talking; /* vCPUs that wrote to a console which somebody follows */
 	_Alignas(ORC_CACHE_LINE) _Atomic bool asleep;
 	int eventfd;
-	struct orc_link *draining, *activating; /* owner: taken from the stacks, not yet looked at */
+	struct orc_link *draining, *activating, *hearing; /* owner: taken from the stacks, not yet looked at */
 	pthread_mutex_t throttled_lock;
 	orc_vcpu *throttled; /* list of those that wait for a turn */
 	/* Somebody waits for a vCPU to come out: emulated guests make way, until then at most. */
@@ -36,10 +37,28 @@ struct orc_fleet {
 	struct orc_capper *capper; /* owner; NULL until the first cap */
 };
 
+/* One who looks up on a bus without a lock. */
+struct orc_reader {
+	orc_bus *bus;
+	struct orc_reader *next;                   /* bus->lock */
+	_Atomic(const struct orc_table *) reading; /* the runner's: not to be freed meanwhile */
+};
+
+/* The access that the guest waits for, as it made it; v->access is the piece of it that Python is to answer. Runner. */
+struct orc_io {
+	enum orc_why why; /* which bus: ORC_IO or ORC_MMIO */
+	bool open;        /* it is not answered yet */
+	bool write, nobody; /* a part of it found nobody */
+	orc_u64 address;
+	uint32_t size, count;
+	uint32_t done, byte; /* elements that are answered, and bytes of the next one */
+	uint8_t *data;
+};
+
 struct orc_vcpu {
 	orc_fleet *fleet;
 	uint32_t id;
-	struct orc_link ready, active;
+	struct orc_link ready, active, talking;
 	struct orc_ring ring;
 	orc_vcpu *throttled_next, **throttled_link; /* fleet->throttled_lock */
 
@@ -60,8 +79,9 @@ struct orc_vcpu {
 	int fd, error;
 	bool sync_regs;
 	struct kvm_run *run;
-	orc_ports *ports;
 	orc_emulator *emulator;
+	struct orc_reader on_ports, on_mmio;
+	struct orc_io io;
 	struct orc_access access;
 	struct orc_record record;
 
@@ -124,7 +144,19 @@ static inline void orc_profile_lock(orc_vcpu *v, const struct orc_record *record
 		orc_profile_take(v, record, every);
 }
 
-bool orc_is_claimed(orc_ports *, unsigned port);
+/* Owner: the vCPU looks up no more. */
+void orc_leave_buses(orc_vcpu *);
+/* Runner: the table of its bus, which is not freed, nor are its devices, until it is let go. */
+const struct orc_table *orc_table_hold(struct orc_reader *);
+void orc_table_let_go(struct orc_reader *);
+/* Who claims an address. NULL: nobody. *last: where that ends, the last address of it. */
+const struct orc_claim *orc_table_find(const struct orc_table *, orc_u64 address, orc_u64 *last);
+/* Before the guest is entered: goes on with the access at hand, once its turn has come. As orc_access_begin. */
+enum orc_why orc_access_resume(orc_vcpu *);
+/* Runner, in a device: somebody waits for what was just written to the console of its VM. */
+void orc_talk(orc_vcpu *);
+/* Output of a device: kept, and announced if somebody waits for it. */
+void orc_console_say(orc_console *, orc_vcpu *by, const uint8_t *data, size_t size);
 /* `data` into a record, as much of it as there is room. */
 void orc_take_data(struct orc_record *, const void *data, size_t size);
 void orc_ring_put(orc_vcpu *, const struct orc_record *);

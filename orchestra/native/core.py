@@ -148,6 +148,11 @@ class FleetCore:
             ids += ffi.unpack(self._ids, n)
         return ids
 
+    def talking(self) -> list[int]:
+        """Ids of the vCPUs on whose console there is output that somebody waits for, at most `BATCH` of them."""
+        n = lib.orc_fleet_talking(self.handle, self._ids, self.BATCH)
+        return ffi.unpack(self._ids, n) if n else []
+
     def limits_changed(self) -> None:
         """Let whoever waits for a turn ask again."""
         lib.orc_fleet_limits_changed(self.handle)
@@ -210,12 +215,13 @@ class Sampled:
 class VcpuCore:
     """A vCPU as the core knows it: counters, tickets, commands, its part of the ring. The same for all backends."""
 
-    __slots__ = ("_seen", "fleet", "handle", "id")
+    __slots__ = ("_buses", "_seen", "fleet", "handle", "id")
 
     def __init__(self, fleet: FleetCore, id: int) -> None:
         self.fleet = fleet
         self.id = id
         self._seen: Any = ffi.new("uint64_t[]", REASONS)
+        self._buses: tuple[object, ...] = ()
         self.handle: Any = lib.orc_vcpu_new(fleet.handle, id, RING_RECORDS)
         if self.handle == ffi.NULL:
             raise MemoryError("orc_vcpu_new")
@@ -228,6 +234,11 @@ class VcpuCore:
         """Before it runs: those of bus locks for host, tenant, VM and vCPU, then those of exits."""
         handles = [ffi.NULL if bucket is None else bucket.handle for bucket in buckets]
         lib.orc_vcpu_set_buckets(self.handle, ffi.new("orc_bucket *[]", handles))
+
+    def set_buses(self, ports: Any, mmio: Any) -> None:
+        """Before it runs: the core's tables of who answers its accesses (``orc_bus *``). On none, nobody does."""
+        self._buses = (ports, mmio)  # they must outlive it
+        lib.orc_vcpu_set_buses(self.handle, ports, mmio)
 
     def tell(self, mask: int) -> None:
         """Which exit reasons go to the ring. The first that does has it mapped.
@@ -335,3 +346,4 @@ class VcpuCore:
         """The runner has ended."""
         lib.orc_vcpu_free(self.handle)
         self.handle = ffi.NULL
+        self._buses = ()

@@ -5,6 +5,7 @@
  *   runner  the one thread that runs a vCPU: accounts exits, waits, writes the vCPU's ring
  *
  * Lock order: fleet->throttled_lock, then bucket->lock; nothing is called with either held but futex wake-ups.
+ * uart->lock, then console->lock or interrupts->lock. bus->lock is the owner's alone, and by itself.
  */
 #ifndef ORC_H
 #define ORC_H
@@ -60,10 +61,11 @@ enum {
 /* What orc_kvm_run returns for: the runner must look at something. */
 enum orc_why {
 	ORC_EXIT = 0,     /* an exit that Python decides about; orc_vcpu_record has it */
-	ORC_IO = 1,       /* port I/O on a claimed port: answer it */
-	ORC_MMIO = 2,     /* answer it */
+	ORC_IO = 1,       /* port I/O that Python is to answer: orc_vcpu_access */
+	ORC_MMIO = 2,     /* likewise, of memory that nobody backs */
 	ORC_COMMAND = 3,  /* commands are pending */
 	ORC_ERROR = 4,    /* KVM_RUN failed: orc_vcpu_errno */
+	ORC_ANSWERED = 5, /* of an access: it needs Python no more. No run returns with it */
 };
 
 /* ---- bucket.c ------------------------------------------------------------------------------------------------- */
@@ -173,7 +175,7 @@ struct orc_counters {
 	orc_u64 released;
 	orc_u64 missed;
 	orc_u64 kicks;      /* times a kick or signal interrupted KVM_RUN */
-	orc_u64 unclaimed;  /* port accesses that found nobody */
+	orc_u64 unclaimed;  /* accesses that found nobody, or of which a part did */
 	orc_ns throttled_since; /* 0: not waiting now */
 };
 void orc_vcpu_counters(const orc_vcpu *, struct orc_counters *out, orc_ns now);
@@ -226,25 +228,108 @@ int orc_vcpu_cap(orc_vcpu *, double share);
 int orc_signal_install(void);
 int orc_signal_number(void);
 
-/* ---- kvm.c ---------------------------------------------------------------------------------------------------- */
+/* ---- access.c ------------------------------------------------------------------------------------------------- */
 
-typedef struct orc_ports orc_ports; /* which ports are claimed: unclaimed ones never leave the C loop */
-orc_ports *orc_ports_new(void);
-void orc_ports_free(orc_ports *);
-void orc_ports_claim(orc_ports *, uint32_t first, uint32_t count, bool claimed);
-
-/* An access to answer. `data` points into kvm_run. */
+/* What Python is to answer: `count` accesses of `size` bytes (1, 2, 4 or 8) at `address`, one after the other, whose bytes
+ * lie in a row at `data`. Whoever answers fewer says so in `count`: the others are looked up once more. */
 struct orc_access {
-	orc_u64 address;
-	uint32_t size, count;
-	uint32_t write;
+	orc_u64 address, offset; /* the latter from the claim's start */
+	orc_u64 claim;           /* its version */
+	uint32_t size, count, write;
 	uint8_t *data;
 };
+/* Elements of a string instruction that Python answers before it gives up the interpreter lock and sees commands: a device
+ * that takes a microsecond for each holds it for no longer than a fleet's thread can wait for it. */
+enum { ORC_CHUNK = 64 };
 
-void orc_vcpu_bind_kvm(orc_vcpu *, int fd, struct kvm_run *, orc_ports *, bool sync_regs);
+/* A device in C. `answer`: all of these accesses, or false and nothing of them: Python is to. Any thread; `by` is the vCPU,
+ * or NULL. Its own lock, if it needs one, is locked last: nothing of this header is called within but what is said to be. */
+typedef struct orc_device orc_device;
+struct orc_device {
+	bool (*answer)(orc_device *, orc_vcpu *by, const struct orc_access *);
+	void (*free)(orc_device *);
+};
+bool orc_device_answer(orc_device *, orc_u64 offset, uint32_t size, uint32_t count, bool write, void *data);
+void orc_device_free(orc_device *); /* no bus has it */
+
+/* ---- bus.c ---------------------------------------------------------------------------------------------------- */
+
+/* Who answers at these addresses. A claim that moves gets another version. */
+struct orc_claim {
+	orc_u64 start, last; /* first and last address */
+	orc_u64 version;     /* not 0, and no two claims have the same */
+	orc_device *device;  /* NULL: Python answers */
+};
+typedef struct orc_bus orc_bus;
+orc_bus *orc_bus_new(void);
+void orc_bus_free(orc_bus *); /* no vCPU is on it */
+/* These are the claims from now on, in the order of their addresses. Runners see the old ones or the new ones. When it
+ * returns, no device that is not among them is called any more. 0, -EINVAL (overlap, order) or -ENOMEM: nothing changed.
+ * Owner; not from a device. */
+int orc_bus_replace(orc_bus *, const struct orc_claim *, size_t n);
+orc_u64 orc_bus_find(orc_bus *, orc_u64 address); /* the version of the claim there; 0: nobody's */
+size_t orc_bus_tables(orc_bus *); /* how many it keeps: one, and those that a runner reads at this moment */
+/* Before the runner starts. The buses outlive the vCPU; on none, nobody answers. */
+void orc_vcpu_set_buses(orc_vcpu *, orc_bus *ports, orc_bus *mmio);
+
+/* ---- access.c, with buses --------------------------------------------------------------------------------------- */
+
+/* Runner. An access is taken to pieces: a claim has all of it if it has all of its addresses and its size is a device's;
+ * else each has the naturally aligned pieces on its addresses, as hardware would transfer them, and where nobody is it
+ * reads as ones. What needs no Python is answered at once.
+ *
+ * The guest made one, on the bus ORC_IO or ORC_MMIO. ORC_ANSWERED, or that: Python is to answer orc_vcpu_access. */
+enum orc_why orc_access_begin(orc_vcpu *, enum orc_why bus, orc_u64 address, uint32_t size, uint32_t count, bool write,
+			      void *data);
+struct orc_access *orc_vcpu_access(orc_vcpu *);
+/* Python answered `count` of these, or nothing (0): whether there is more for it to answer. */
+bool orc_access_next(orc_vcpu *);
+/* The one place where an access goes up to Python: orc_vcpu_access, `count` elements. */
+enum orc_why orc_access_up(orc_vcpu *);
+void orc_access_abandon(orc_vcpu *); /* nobody answers what is left of it: ones */
+
+/* ---- console.c, ports.c, interrupts.c, uart.c: devices --------------------------------------------------------- */
+
+/* A VM's output: the last of it, and how much there was. Any thread. */
+enum { ORC_CONSOLE_KEPT = 64 * 1024 };
+typedef struct orc_console orc_console;
+orc_console *orc_console_new(void);
+void orc_console_free(orc_console *);
+bool orc_console_put(orc_console *, const uint8_t *, size_t); /* whether the one who waits for output is to be told */
+orc_u64 orc_console_total(orc_console *);
+/* Output from *position on, or the oldest that is kept, as much as there is room for; *position goes on with it. */
+size_t orc_console_copy(orc_console *, orc_u64 *position, uint8_t *out, size_t room);
+/* Wait for output beyond `position`: the next `put` will say so, once. False: there is some. */
+bool orc_console_want(orc_console *, orc_u64 position);
+/* Owner: takes up to `most` ids of vCPUs on whose console there is output that somebody waits for. */
+size_t orc_fleet_talking(orc_fleet *, uint32_t *out, size_t most);
+
+orc_device *orc_debug_console_new(orc_console *, uint8_t detected /* what a read gives */);
+orc_device *orc_exit_port_new(void); /* reads as 0; a write is Python's */
+
+/* The lines of a VM's irqchip, which outlive the VM. Any thread. */
+typedef struct orc_interrupts orc_interrupts;
+orc_interrupts *orc_interrupts_new(int vm);
+void orc_interrupts_free(orc_interrupts *);
+int orc_interrupts_set(orc_interrupts *, uint32_t gsi, bool level); /* 0, also when closed, or a negative errno */
+void orc_interrupts_close(orc_interrupts *); /* before the VM's descriptor is: waits for whoever sets one */
+
+/* A 16550A. `output` takes what it transmits, `interrupt` the level of its line; both are called with its lock held, on the
+ * thread that accesses it. */
+typedef struct orc_uart orc_uart;
+typedef void (*orc_uart_output)(void *to, orc_vcpu *by, const uint8_t *, size_t);
+typedef void (*orc_uart_interrupt)(void *line, bool level);
+orc_uart *orc_uart_new(orc_uart_output, void *to, orc_uart_interrupt, void *line);
+orc_uart *orc_serial_new(orc_console *, orc_interrupts *, uint32_t gsi); /* on these; interrupts NULL: not wired */
+orc_device *orc_uart_device(orc_uart *);
+/* Bytes from the other side: how many fitted. Any thread. */
+size_t orc_uart_receive(orc_uart *, const uint8_t *, size_t);
+
+/* ---- kvm.c ---------------------------------------------------------------------------------------------------- */
+
+void orc_vcpu_bind_kvm(orc_vcpu *, int fd, struct kvm_run *, bool sync_regs);
 /* Runner: enters the guest again and again until something needs Python. Waits for its turn first. */
 enum orc_why orc_kvm_run(orc_vcpu *);
-struct orc_access *orc_vcpu_access(orc_vcpu *);
 struct orc_record *orc_vcpu_record(orc_vcpu *);
 int orc_vcpu_errno(const orc_vcpu *);
 
@@ -336,7 +421,7 @@ orc_emulator *orc_emulator_new(const orc_unicorn *, const struct kvm_userspace_m
 			       const struct orc_entry *, const char **failed);
 void orc_emulator_free(orc_emulator *);
 /* Where a bus lock is reported: behind the instruction (trap_like) or before it; or not at all. */
-void orc_vcpu_bind_emulator(orc_vcpu *, orc_emulator *, orc_ports *, bool trap_like, bool bus_locks);
+void orc_vcpu_bind_emulator(orc_vcpu *, orc_emulator *, bool trap_like, bool bus_locks);
 /* Runner: as orc_kvm_run. */
 enum orc_why orc_emulator_run(orc_vcpu *);
 const char *orc_emulator_failed(const orc_emulator *); /* after ORC_ERROR */

@@ -70,12 +70,22 @@ static struct orc_link *take(struct orc_stack *s, struct orc_link **taken)
 	return link;
 }
 
+/* Something was pushed: before `asleep` is read, as the owner sets `asleep` before it looks at the stacks. */
+static void wake_owner(orc_fleet *f)
+{
+	uint64_t one = 1;
+
+	if (atomic_load_explicit(&f->asleep, memory_order_seq_cst) &&
+	    atomic_exchange_explicit(&f->asleep, false, memory_order_acq_rel))
+		while (write(f->eventfd, &one, sizeof one) < 0 && errno == EINTR)
+			;
+}
+
 void orc_ring_put(orc_vcpu *v, const struct orc_record *record)
 {
 	struct orc_ring *r = &v->ring;
 	orc_fleet *f = v->fleet;
 	uint32_t head = atomic_load_explicit(&r->head, memory_order_relaxed);
-	uint64_t one = 1;
 
 	/* Acquire: the slot's old contents were copied out before tail moved past them. */
 	if (head - atomic_load_explicit(&r->tail, memory_order_acquire) > r->mask) {
@@ -87,11 +97,13 @@ void orc_ring_put(orc_vcpu *v, const struct orc_record *record)
 	 * `queued` before it reads head. One of the two sees the other. */
 	atomic_store_explicit(&r->head, head + 1, memory_order_seq_cst);
 	orc_push(&f->ready, &v->ready);
-	/* Likewise: pushed before `asleep` is read, as the consumer sets `asleep` before it looks at the stack. */
-	if (atomic_load_explicit(&f->asleep, memory_order_seq_cst) &&
-	    atomic_exchange_explicit(&f->asleep, false, memory_order_acq_rel))
-		while (write(f->eventfd, &one, sizeof one) < 0 && errno == EINTR)
-			;
+	wake_owner(f);
+}
+
+void orc_talk(orc_vcpu *v)
+{
+	orc_push(&v->fleet->talking, &v->talking);
+	wake_owner(v->fleet);
 }
 
 bool orc_fleet_sleep(orc_fleet *f)
@@ -101,7 +113,8 @@ bool orc_fleet_sleep(orc_fleet *f)
 	while (read(f->eventfd, &count, sizeof count) < 0 && errno == EINTR)
 		;
 	atomic_store_explicit(&f->asleep, true, memory_order_seq_cst);
-	if (!f->draining && !atomic_load_explicit(&f->ready.top, memory_order_seq_cst))
+	if (!f->draining && !atomic_load_explicit(&f->ready.top, memory_order_seq_cst) && !f->hearing &&
+	    !atomic_load_explicit(&f->talking.top, memory_order_seq_cst))
 		return true;
 	atomic_store_explicit(&f->asleep, false, memory_order_relaxed);
 	return false;
@@ -149,6 +162,16 @@ size_t orc_fleet_active(orc_fleet *f, uint32_t *out, size_t most)
 	return n;
 }
 
+size_t orc_fleet_talking(orc_fleet *f, uint32_t *out, size_t most)
+{
+	struct orc_link *link;
+	size_t n = 0;
+
+	while (n < most && (link = take(&f->talking, &f->hearing)))
+		out[n++] = ORC_CONTAINER(link, orc_vcpu, talking)->id;
+	return n;
+}
+
 /* Keeps a dying vCPU's link from being found again: everything is taken, and the others are put back. */
 static void forget(struct orc_stack *s, struct orc_link **taken, struct orc_link *dying)
 {
@@ -177,6 +200,8 @@ void orc_forget(orc_fleet *f, orc_vcpu *v)
 		forget(&f->ready, &f->draining, &v->ready);
 	if (atomic_load_explicit(&v->active.queued, memory_order_acquire))
 		forget(&f->active, &f->activating, &v->active);
+	if (atomic_load_explicit(&v->talking.queued, memory_order_acquire))
+		forget(&f->talking, &f->hearing, &v->talking);
 }
 
 void orc_fleet_limits_changed(orc_fleet *f)

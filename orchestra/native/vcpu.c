@@ -46,6 +46,7 @@ void orc_vcpu_free(orc_vcpu *v)
 		return;
 	orc_vcpu_cap(v, 1);
 	orc_forget(v->fleet, v);
+	orc_leave_buses(v);
 	orc_profile_free(v);
 	if (v->ring.records)
 		munmap(v->ring.records, ring_size(v));

@@ -33,10 +33,10 @@ IDENTITY_MAP_ADDRESS: Final = 0xFFFB_C000
 class KvmEngine(ThreadedEngine):
     """One vCPU on KVM."""
 
-    def __init__(self, core: VcpuCore, vcpu: KvmVcpu, ports: Any, sync_regs: bool) -> None:
+    def __init__(self, core: VcpuCore, vcpu: KvmVcpu, sync_regs: bool) -> None:
         super().__init__(core)
         self.vcpu = vcpu
-        lib.orc_vcpu_bind_kvm(core.handle, vcpu.fd, vcpu.run, ports, sync_regs)
+        lib.orc_vcpu_bind_kvm(core.handle, vcpu.fd, vcpu.run, sync_regs)
 
     def run(self) -> int:
         return lib.orc_kvm_run(self._handle)  # type: ignore[no-any-return]  # a Why, without the cost of making one
@@ -63,10 +63,8 @@ class KvmMachine:
         self.engines: list[KvmEngine] = []
         self.vm: KvmVm | None = None
         self.dirty: DirtyLog | None = None
+        self.interrupts: Any = None
         self._slots: Any = None
-        self._ports = lib.orc_ports_new()
-        if self._ports == ffi.NULL:
-            raise MemoryError("orc_ports_new")
 
     def build(
         self, kvm: Kvm, spec: VmSpec, cores: Sequence[VcpuCore], states: Sequence[EntryState], cpuid: Cpuid, **how: bool
@@ -84,9 +82,10 @@ class KvmMachine:
         result = lib.orc_kvm_build(plan)
         if plan.vm >= 0:
             self.vm = KvmVm.adopt(plan.vm, kvm.vcpu_mmap_size, self.memory, bus_lock_exits=how["bus_locks"])
+            self.interrupts = self.vm.interrupts if spec.irqchip else None
             for index in range(plan.vcpus_made):
                 vcpu = KvmVcpu(self.vm, fds[index], runs[index], kvm.vcpu_mmap_size)
-                self.engines.append(KvmEngine(cores[index], vcpu, self._ports, how["sync_regs"]))
+                self.engines.append(KvmEngine(cores[index], vcpu, how["sync_regs"]))
                 lib.orc_vcpu_profile_memory(cores[index].handle, slots, len(slots))
             self._slots = slots  # as long as the vCPUs that read code through it
             self.dirty = DirtyLog(plan.vm, slots)
@@ -94,13 +93,6 @@ class KvmMachine:
             raise BusLockUnsupported(f"vm {spec.name!r}: this host's KVM can't report its bus locks")
         if result:
             raise failure(-result, ffi.string(plan.step).decode())
-
-    def claim_ports(self, ports: range, claimed: bool) -> None:
-        lib.orc_ports_claim(self._ports, ports.start, len(ports), claimed)
-
-    def irq_line(self, gsi: int, level: bool) -> None:
-        if self.vm is not None:
-            self.vm.irq_line(gsi, level)
 
     def statistics(self) -> dict[str, float]:
         """KVM's own figures, in whole units, of the VM and ("vcpu0.exits") of each vCPU; without histograms.
@@ -120,8 +112,6 @@ class KvmMachine:
             engine.close()
         if self.vm is not None:
             self.vm.close()
-        lib.orc_ports_free(self._ports)
-        self._ports = ffi.NULL
 
 
 class KvmBackend:
