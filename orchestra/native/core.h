@@ -124,6 +124,7 @@ static inline void orc_profile_lock(orc_vcpu *v, const struct orc_record *record
 		orc_profile_take(v, record, every);
 }
 
+int orc_signal_send(int thread); /* one of this process; 0 or a negative errno */
 bool orc_is_claimed(orc_ports *, unsigned port);
 /* `data` into a record, as much of it as there is room. */
 void orc_take_data(struct orc_record *, const void *data, size_t size);

@@ -6,7 +6,9 @@ and their fleet. All methods are for the fleet's thread unless they say otherwis
 
 from __future__ import annotations
 
+import errno
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntFlag
@@ -62,17 +64,21 @@ def monotonic_ns() -> int:
 
 
 def install_signal() -> None:
-    """Install the empty handler of the kick's signal, the one thing that is global to the process.
+    """Install the empty handler of the kick's signal (SIGURG), the one thing that is global to the process.
 
     Raises:
-        ResourceLimit: the program already uses that signal.
+        ResourceLimit: the program already uses that signal, or may not send it.
     """
     result = lib.orc_signal_install()
     if result:
+        name = signal.Signals(lib.orc_signal_number()).name
         raise ResourceLimit(
             -result,
-            f"signal {lib.orc_signal_number()} (SIGRTMIN+5) has another handler in this process; orchestra kicks vCPU "
-            "threads with it: free it before the fleet is opened",
+            f"{name} has another handler in this process; orchestra kicks vCPU threads with it: free it before the "
+            "fleet is opened"
+            if result == -errno.EBUSY
+            else f"{name} can't be sent to a thread of this process: {os.strerror(-result)}: does a seccomp filter "
+            "forbid tgkill? orchestra kicks vCPU threads with it",
         )
 
 

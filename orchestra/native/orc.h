@@ -222,7 +222,8 @@ int orc_vcpu_cap(orc_vcpu *, double share);
 
 /* ---- signal.c ------------------------------------------------------------------------------------------------- */
 
-/* Installs the one signal handler (an empty function). 0, or -EBUSY if the program uses that signal otherwise. */
+/* Installs the one signal handler (an empty function), and sends the caller one. 0; -EBUSY if the program uses that signal
+ * otherwise; another negative errno: it can't be sent. */
 int orc_signal_install(void);
 int orc_signal_number(void);
 

@@ -321,8 +321,10 @@ void orc_vcpu_kick(orc_vcpu *v)
 	 * KVM_RUN is entered is not lost, as KVM looks at the flag on entry. The runner clears it. */
 	if (v->run)
 		__atomic_store_n(&v->run->immediate_exit, 1, __ATOMIC_SEQ_CST);
+	/* It can't fail but for a thread that is gone, and so not in a guest: orc_signal_install has tried it, and a standard
+	 * signal needs no memory. */
 	if (atomic_load_explicit(&v->in_guest, memory_order_seq_cst))
-		syscall(SYS_tgkill, getpid(), atomic_load_explicit(&v->tid, memory_order_seq_cst), orc_signal_number());
+		orc_signal_send(atomic_load_explicit(&v->tid, memory_order_seq_cst));
 	orc_vcpu_wake(v);
 }
 
