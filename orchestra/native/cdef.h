@@ -15,8 +15,9 @@ orc_bucket *orc_bucket_new(void);
 void orc_bucket_free(orc_bucket *);
 void orc_bucket_set(orc_bucket *, double rate, double burst, int64_t max_delay, int64_t now);
 bool orc_bucket_limited(const orc_bucket *);
-struct orc_ticket { int64_t number; int64_t charged; };
+struct orc_ticket { int64_t number; int64_t charged; int64_t waits; };
 bool orc_bucket_charge(orc_bucket *, int64_t now, struct orc_ticket *out);
+void orc_bucket_leave(orc_bucket *, struct orc_ticket *);
 void orc_bucket_turn(const orc_bucket *, const struct orc_ticket *, int64_t *by_tokens, int64_t *by_delay);
 
 struct orc_record {

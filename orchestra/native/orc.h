@@ -73,6 +73,12 @@ enum orc_why {
  * turn is when  tokens(t) >= ticket - (burst - 1).  Tickets are served in order and outlive a change of limit: whoever
  * waits asks again when its turn is.
  *
+ * A limit that is taken off and set again: meanwhile nobody is charged or waits, and the bucket goes on at the old rate up
+ * to the old burst. So what may go under limits, in any window, is one burst and what the rates in force made, the old one
+ * where there was none, however often that happens. What is owed for those who went free is forgiven, in favour of those
+ * who still wait, each of whom may go that much earlier; nobody who comes later goes before them. Only a bucket's first
+ * limit starts with all of its burst.
+ *
  * Events are charged when they are seen, and what waits is the vCPU that caused them, so with one vCPU the events
  * themselves keep to burst + rate * t; with several, each may have one event more in flight at the very start. */
 typedef struct orc_bucket orc_bucket;
@@ -81,16 +87,19 @@ typedef struct orc_vcpu orc_vcpu;
 
 orc_bucket *orc_bucket_new(void);
 void orc_bucket_free(orc_bucket *);
-/* Sets the limit; rate <= 0: none. max_delay < 0: unbounded. */
+/* Sets the limit; rate <= 0: none. max_delay < 0: unbounded. Owner. */
 void orc_bucket_set(orc_bucket *, double rate, double burst, orc_ns max_delay, orc_ns now);
 bool orc_bucket_limited(const orc_bucket *);
 
 struct orc_ticket {
 	int64_t number;  /* in 1/65536 tokens */
 	orc_ns charged;  /* when */
+	int64_t waits;   /* what of it was charged, if its turn had not come; 0 once it is left */
 };
-/* True if its turn has not come: it has to wait. */
+/* True if its turn has not come: it has to wait, and orc_bucket_leave is owed. */
 bool orc_bucket_charge(orc_bucket *, orc_ns now, struct orc_ticket *out);
+/* Whoever held the ticket has gone, or will never go. Nothing for one that did not have to wait. */
+void orc_bucket_leave(orc_bucket *, struct orc_ticket *);
 /* When the ticket's turn is: by the tokens, and at the latest by max_delay. ORC_NEVER if the bucket has no limit. */
 void orc_bucket_turn(const orc_bucket *, const struct orc_ticket *, orc_ns *by_tokens, orc_ns *by_delay);
 

@@ -35,6 +35,16 @@ orc_vcpu *orc_vcpu_new(orc_fleet *f, uint32_t id, uint32_t ring_records)
 	return v;
 }
 
+/* It waits no more for what it holds tickets of. */
+static void leave(orc_vcpu *v)
+{
+	for (int meter = 0; meter < ORC_METERS; meter++)
+		for (int level = 0; level < ORC_LEVELS; level++)
+			if (v->ticket[meter][level].waits)
+				orc_bucket_leave(v->bucket[meter][level], &v->ticket[meter][level]);
+	v->waiting = false;
+}
+
 static size_t ring_size(const orc_vcpu *v)
 {
 	return ((size_t)v->ring.mask + 1) * sizeof(struct orc_record);
@@ -46,6 +56,7 @@ void orc_vcpu_free(orc_vcpu *v)
 		return;
 	orc_vcpu_cap(v, 1);
 	orc_forget(v->fleet, v);
+	leave(v);
 	orc_profile_free(v);
 	if (v->ring.records)
 		munmap(v->ring.records, ring_size(v));
@@ -160,6 +171,8 @@ orc_ns orc_vcpu_account(orc_vcpu *v, struct orc_record *record, orc_ns now)
 			      memory_order_seq_cst);
 	orc_push(&v->fleet->active, &v->active);
 
+	if (v->waiting) /* the turn it waited for is another's now: what completed its last access was an exit as well */
+		leave(v);
 	v->charged[ORC_BUS_LOCKS] = bus_lock && charge(v, ORC_BUS_LOCKS, now, &waits);
 	v->charged[ORC_EXITS] = charge(v, ORC_EXITS, now, &waits);
 	if (waits) {
@@ -169,6 +182,8 @@ orc_ns orc_vcpu_account(orc_vcpu *v, struct orc_record *record, orc_ns now)
 			at = ORC_NEVER;
 	}
 	v->waiting = waits;
+	if (!waits)
+		leave(v);
 	v->wait_counted = false;
 
 	if (orc_tells(v, record->reason, record->flags)) {
@@ -222,7 +237,7 @@ void orc_vcpu_wait_end(orc_vcpu *v, orc_ns now, bool served)
 	turn(v, &by_tokens);
 	if (by_tokens > now)
 		orc_count(&v->released, 1);
-	v->waiting = false;
+	leave(v);
 }
 
 static void futex_wait_until(_Atomic uint32_t *word, uint32_t seen, const struct timespec *until)
