@@ -12,8 +12,10 @@ import trio
 
 import orchestra as orc
 from conftest import Stage, blank, play
+from orchestra.backend.kvm.vcpu import KvmVcpu
 from orchestra.backend.scripted import bus_lock
 from orchestra.journal import Journal, read_journal
+from orchestra.native.core import VcpuCore
 
 
 class Decides:
@@ -331,6 +333,32 @@ def test_busy_guests_come_out_when_no_signal_can_be_queued(backend):
     command = [sys.executable, "-c", NO_QUEUE, backend]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (0, "all came out\n"), done.stderr
+
+
+@pytest.mark.kvm
+async def test_a_vcpu_is_unmapped_once_the_capper_has_let_go_of_it(monkeypatch, nothing_left):
+    """The capper kicks vCPUs on a thread of its own, and writes to what the engine has mapped when it does."""
+    done: list[str] = []
+    unbind, close = VcpuCore.unbind, KvmVcpu.close
+
+    def let_go(core: VcpuCore) -> None:
+        done.append("let go")
+        unbind(core)
+
+    def unmap(vcpu: KvmVcpu) -> None:
+        if vcpu.fd >= 0:
+            done.append("unmap")
+        close(vcpu)
+
+    monkeypatch.setattr(VcpuCore, "unbind", let_go)
+    monkeypatch.setattr(KvmVcpu, "close", unmap)
+    stage = Stage("kvm")
+    async with stage.open() as fleet:
+        vm = await fleet.launch(stage.spec("spin", vcpus=2))
+        vm.cap_cpu(0.5)
+        await vm.stop()
+    assert [what for what in done if what == "unmap"] == ["unmap"] * 2
+    assert done[:4] == ["let go", "unmap"] * 2
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="this process may run on one CPU only")

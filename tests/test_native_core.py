@@ -248,6 +248,47 @@ def test_active_lists_more_vcpus_than_one_batch(fleet):
         vcpu.close()
 
 
+def test_a_look_ends_although_vcpus_become_active_again_meanwhile(fleet, monkeypatch):
+    vcpus = [VcpuCore(fleet, id) for id in range(3)]
+    for vcpu in vcpus:
+        account(vcpu)
+    take, taken = lib.orc_fleet_active, []
+
+    class Busy:
+        """Whoever is told makes an exit before the next question."""
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(lib, name)
+
+        def orc_fleet_active(self, *args: object) -> int:
+            taken.append(n := take(*args))
+            assert len(taken) < 10, "the vCPUs decide when it ends"
+            for vcpu in vcpus:
+                account(vcpu)
+            return int(n)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(core_module, "lib", Busy())
+        assert sorted(fleet.active()) == [0, 1, 2]
+    assert sorted(fleet.active()) == [0, 1, 2]
+    for vcpu in vcpus:
+        vcpu.close()
+
+
+def test_records_of_one_vcpu_can_be_drained_alone(fleet):
+    vcpus = [VcpuCore(fleet, id) for id in range(3)]
+    for vcpu in vcpus:
+        vcpu.tell(EVERYTHING)
+        for time in (1, 2, 3):
+            account(vcpu, now=time)
+    records = ffi.from_buffer("struct orc_record[]", fleet.drain(vcpus[1]))
+    assert [(record.id, record.time) for record in records] == [(1, 1), (1, 2), (1, 3)]
+    assert not fleet.drain(vcpus[1])
+    assert sorted(record[ID] for record in drained(fleet)) == [0, 0, 0, 2, 2, 2]
+    for vcpu in vcpus:
+        vcpu.close()
+
+
 @pytest.mark.parametrize("dying", range(3))
 def test_vcpu_that_goes_takes_its_records_along_and_nobody_elses(fleet, dying):
     vcpus = [VcpuCore(fleet, id) for id in range(3)]
@@ -545,6 +586,24 @@ def test_wake_up_before_the_sleep_is_not_lost(vcpu):
     vcpu.wake()
     lib.orc_vcpu_sleep(vcpu.handle, seen)  # returns at once
     assert vcpu.wakes() == seen + 1
+
+
+def test_a_wake_up_that_comes_after_the_end_does_nothing(fleet):
+    vcpu = VcpuCore(fleet, 1)
+    assert vcpu.wake()
+    vcpu.close()
+    assert not vcpu.wake()
+
+
+def test_wake_ups_may_come_from_other_threads_as_it_is_closed(fleet):
+    for id in range(200):
+        vcpu = VcpuCore(fleet, id)
+        threads = [threading.Thread(target=lambda v=vcpu: [v.wake() for _ in range(20)]) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        vcpu.close()
+        for thread in threads:
+            thread.join()
 
 
 def test_changed_limit_wakes_those_that_wait_for_a_turn_and_no_others(fleet):

@@ -34,15 +34,17 @@ void orc_fleet_free(orc_fleet *);
 int orc_fleet_eventfd(const orc_fleet *);
 bool orc_fleet_sleep(orc_fleet *);
 size_t orc_fleet_drain(orc_fleet *, struct orc_record *out, size_t most);
+size_t orc_vcpu_drain(orc_vcpu *, struct orc_record *out, size_t most);
+void orc_fleet_look(orc_fleet *);
 size_t orc_fleet_active(orc_fleet *, uint32_t *out, size_t most);
 void orc_fleet_limits_changed(orc_fleet *);
 void orc_fleet_urgent(orc_fleet *, bool begins);
 
 orc_vcpu *orc_vcpu_new(orc_fleet *, uint32_t id, uint32_t ring_records);
 void orc_vcpu_free(orc_vcpu *);
+void orc_vcpu_unbind(orc_vcpu *);
 void orc_vcpu_set_bucket(orc_vcpu *, int meter, int level, orc_bucket *);
 void orc_vcpu_set_buckets(orc_vcpu *, orc_bucket *const buckets[]);
-bool orc_vcpu_pending(const orc_vcpu *);
 void orc_vcpu_hold(orc_vcpu *);
 int orc_vcpu_tell(orc_vcpu *, uint64_t mask);
 int64_t orc_vcpu_account(orc_vcpu *, struct orc_record *, int64_t now);

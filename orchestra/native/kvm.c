@@ -212,7 +212,7 @@ enum orc_why orc_kvm_run(orc_vcpu *v)
 	for (;;) {
 		orc_u64 told;
 		unsigned reason;
-		bool described;
+		bool tells;
 		int rc;
 
 		if (atomic_load_explicit(&v->commands, memory_order_seq_cst)) {
@@ -249,19 +249,19 @@ enum orc_why orc_kvm_run(orc_vcpu *v)
 				return ORC_ERROR;
 			name(&v->record, run, 0);
 			describe(&v->record, run);
-			orc_vcpu_account(v, &v->record, orc_now());
+			orc_vcpu_account(v, &v->record, orc_now()); /* described whoever listens */
 			return ORC_EXIT;
 		}
 
 		reason = run->exit_reason;
 		name(&v->record, run, run->flags);
-		described = orc_tells(v, reason, run->flags);
-		if (described) {
+		tells = orc_tells(v, reason, run->flags);
+		if (tells) {
 			describe(&v->record, run);
 			if (run->flags & KVM_RUN_X86_BUS_LOCK)
 				sample_rip(v);
 		}
-		orc_vcpu_account(v, &v->record, orc_now());
+		orc_account(v, &v->record, orc_now(), tells);
 		v->unfinished = finishes_on_entry(reason);
 
 		switch (reason) {
@@ -278,7 +278,7 @@ enum orc_why orc_kvm_run(orc_vcpu *v)
 							.write = run->mmio.is_write, .data = run->mmio.data};
 			return ORC_MMIO;
 		default:
-			if (!described)
+			if (!tells)
 				describe(&v->record, run);
 			return ORC_EXIT;
 		}

@@ -1,10 +1,29 @@
 /* The core's one header: what must not wait for the interpreter lock.
  *
  * Who calls what, from which thread:
- *   owner   the fleet's thread (trio): makes and frees everything, drains the ring, sets limits, commands vCPUs
- *   runner  the one thread that runs a vCPU: accounts exits, waits, writes the vCPU's ring
+ *   owner    the fleet's thread (trio): frees everything, drains the rings, sets limits and caps, commands vCPUs
+ *   maker    a worker thread that sets a VM up: makes vCPUs, and frees those that never ran, if that fails
+ *   runner   the one thread that runs a vCPU: accounts exits, waits, writes the vCPU's ring
+ *   capper   the fleet's, while there are caps: commands and kicks the vCPUs that have one
+ *   reader   a worker thread that reads dirty logs
+ * Where nothing is said, a function is the owner's.
  *
- * Lock order: fleet->throttled_lock, then bucket->lock; nothing is called with either held but futex wake-ups.
+ * Locks: fleet->throttled_lock, bucket->lock (among writers of its limit), capper->lock, orc_dirty's two. None is held while
+ * another is taken, but capper->lock, under which vCPUs are commanded and kicked, which takes none, and dirty->lock before
+ * its sums_lock. With throttled_lock held only futex wake-ups are done. The owner waits for no runner: what a runner writes
+ * and the owner reads is written so that the reader never has to wait until a runner has its CPU back.
+ *
+ * Lifetimes. What a thread may touch outlives that thread's last look at it:
+ *   runner   ends first; it was joined, or (where there is none) its task has ended. It is then on no list of waiters, and
+ *            takes no ticket. From then on its vCPU is only the owner's and the capper's.
+ *   what bind_* and profile_memory were given (kvm_run, descriptor, ports, emulator, memory slots)
+ *            orc_vcpu_unbind first: it takes the cap off, and waits for the capper if it is at this vCPU. Then they may be
+ *            unmapped, closed and freed, on any thread.
+ *   orc_vcpu orc_vcpu_free, after that and after all who might wake it (an answer that comes late) know that it is gone;
+ *            its memory stays while a list of the fleet has it.
+ *   bucket   after all vCPUs that it was given to.
+ *   fleet    after all vCPUs; its capper is joined here.
+ *   orc_dirty's VM: orc_dirty_close, which waits for a reading, before its descriptor is closed; its slots after orc_dirty.
  */
 #ifndef ORC_H
 #define ORC_H
@@ -126,9 +145,13 @@ void orc_fleet_free(orc_fleet *);
 int orc_fleet_eventfd(const orc_fleet *);
 /* Before the consumer waits for the eventfd: true if it may, false if records came meanwhile. */
 bool orc_fleet_sleep(orc_fleet *);
-/* Takes up to `most` records; costs O(vCPUs that have some). */
+/* Takes up to `most` records of those that were there when it was called; costs O(vCPUs that have some). */
 size_t orc_fleet_drain(orc_fleet *, struct orc_record *out, size_t most);
-/* Takes up to `most` ids of vCPUs that accounted an exit since the last call. */
+/* The same of one vCPU, whoever else has some. */
+size_t orc_vcpu_drain(orc_vcpu *, struct orc_record *out, size_t most);
+/* Begins a look at who did something, once the last one's are taken: vCPUs that accounted an exit since. */
+void orc_fleet_look(orc_fleet *);
+/* Takes up to `most` of their ids; 0: there are no more. */
 size_t orc_fleet_active(orc_fleet *, uint32_t *out, size_t most);
 /* A limit changed: whoever waits for a turn asks again. */
 void orc_fleet_limits_changed(orc_fleet *);
@@ -140,14 +163,17 @@ void orc_fleet_urgent(orc_fleet *, bool begins);
 /* ---- vcpu.c --------------------------------------------------------------------------------------------------- */
 
 orc_vcpu *orc_vcpu_new(orc_fleet *, uint32_t id, uint32_t ring_records /* a power of two */);
-/* Owner; the runner has ended. */
+/* The runner has ended. Nobody touches any more what it was bound to, or looks at its memory through it: that may go. On any
+ * thread, if the owner leaves the vCPU alone meanwhile. May be called again. */
+void orc_vcpu_unbind(orc_vcpu *);
+/* Owner; the runner has ended. Its memory goes once no list of the fleet has it, so that it costs the same whatever the
+ * others do. Unbinds it. */
 void orc_vcpu_free(orc_vcpu *);
 /* Before the runner starts: one of its buckets, or all, by meter and then by level. */
 void orc_vcpu_set_bucket(orc_vcpu *, int meter, int level, orc_bucket *);
 void orc_vcpu_set_buckets(orc_vcpu *, orc_bucket *const buckets[ORC_METERS * ORC_LEVELS]);
 /* Which reasons go to the ring, a bit each. 0, or a negative errno: no memory for the ring. */
 int orc_vcpu_tell(orc_vcpu *, orc_u64 mask);
-bool orc_vcpu_pending(const orc_vcpu *); /* it has records that were not drained */
 void orc_vcpu_hold(orc_vcpu *);          /* sets ORC_HOLD, before there is a runner to kick */
 
 /* Runner: counts one exit, charges the buckets, tells it if somebody listens. Returns when the vCPU may go on

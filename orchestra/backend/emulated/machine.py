@@ -52,6 +52,7 @@ class EmulatedEngine(ThreadedEngine):
         lib.orc_emulator_debug(self._emulator, debug)
 
     def close(self) -> None:
+        self.core.unbind()
         lib.orc_emulator_free(self._emulator)
         self._emulator = ffi.NULL
 
