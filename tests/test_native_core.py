@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import select
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 
@@ -659,6 +661,35 @@ def test_clock_does_not_run_backwards():
 def test_the_kicks_signal_may_be_installed_again_and_again():
     install_signal()
     install_signal()
+
+
+@pytest.mark.parametrize(("number", "message"), [(errno.EBUSY, "another handler"), (errno.EPERM, "seccomp")])
+def test_a_kick_that_cant_be_is_said_by_name(monkeypatch, number, message):
+    class Refuses:
+        orc_signal_number = staticmethod(lib.orc_signal_number)
+        orc_signal_install = staticmethod(lambda: -number)
+
+    monkeypatch.setattr(core_module, "lib", Refuses())
+    with pytest.raises(ResourceLimit, match=f"SIGURG.*{message}") as caught:
+        install_signal()
+    assert caught.value.errno == number
+
+
+@pytest.mark.parametrize(
+    ("handler", "problem"),
+    [("lambda *_: None", "SIGURG has another handler"), ("signal.SIG_IGN", ""), ("signal.SIG_DFL", "")],
+)
+def test_the_kicks_signal_is_taken_from_nobody_who_handles_it(handler, problem):
+    program = f"""
+import signal
+from orchestra.native.core import install_signal
+
+signal.signal(signal.SIGURG, {handler})
+install_signal()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode == 0) == (not problem)
+    assert problem in done.stderr
 
 
 def test_close_gives_the_eventfd_and_the_ring_back():

@@ -24,13 +24,12 @@ struct orc_stack {
 struct orc_fleet {
 	struct orc_stack ready;  /* vCPUs with records */
 	struct orc_stack active; /* vCPUs that accounted an exit since the last look */
+	struct orc_stack throttled; /* vCPUs that wait for a turn, or have since the limits changed */
 	_Alignas(ORC_CACHE_LINE) _Atomic bool asleep;
 	int eventfd;
 	struct orc_link *draining, *activating; /* owner: taken from the stacks, not yet looked at */
 	uint32_t dead; /* owner: vCPUs that were freed and are still on a list */
 	_Atomic uint32_t vcpus; /* that were not freed; any thread makes them */
-	pthread_mutex_t throttled_lock;
-	orc_vcpu *throttled; /* list of those that wait for a turn */
 	/* Somebody waits for a vCPU to come out: emulated guests make way, until then at most. */
 	_Alignas(ORC_CACHE_LINE) _Atomic uint32_t urgent;
 	_Atomic uint32_t making_way; /* how many do */
@@ -47,11 +46,10 @@ struct orc_wait {
 struct orc_vcpu {
 	orc_fleet *fleet;
 	uint32_t id;
-	struct orc_link ready, active;
+	struct orc_link ready, active, throttled;
 	struct orc_ring ring;
 	bool dead; /* owner */
 	struct orc_cap *cap; /* owner; NULL: it has none */
-	orc_vcpu *throttled_next, **throttled_link; /* fleet->throttled_lock */
 
 	/* Set by the owner, read by the runner. */
 	_Alignas(ORC_CACHE_LINE) _Atomic uint32_t wakes; /* futex */
@@ -94,11 +92,12 @@ struct orc_vcpu {
 
 #define ORC_CONTAINER(pointer, type, member) ((type *)((char *)(pointer) - offsetof(type, member)))
 
-/* It is on one of the fleet's two lists: the owner's question about one whose runner has ended. */
+/* It is on one of the fleet's lists: the owner's question about one whose runner has ended. */
 static inline bool orc_is_listed(orc_vcpu *v)
 {
 	return atomic_load_explicit(&v->ready.queued, memory_order_acquire) ||
-	       atomic_load_explicit(&v->active.queued, memory_order_acquire);
+	       atomic_load_explicit(&v->active.queued, memory_order_acquire) ||
+	       atomic_load_explicit(&v->throttled.queued, memory_order_acquire);
 }
 
 static inline void orc_count(_Atomic orc_u64 *counter, orc_u64 n)
@@ -152,6 +151,8 @@ void orc_ring_put(orc_vcpu *, const struct orc_record *);
 void orc_push(struct orc_stack *, struct orc_link *);
 /* Owner: frees its memory, now or when it comes off the fleet's lists. All else of it is given back. */
 void orc_retire(orc_vcpu *);
+/* It waits for its turn. Of one that begins or ends to just now, either. */
+bool orc_vcpu_waits(orc_vcpu *);
 /* Runner: waits until its turn. False: a command or a kick ended the wait, and the tickets stay valid. */
 bool orc_wait_turn(orc_vcpu *);
 /* Runner, between two entries: waits for a cap; whether there is a command of another kind. */

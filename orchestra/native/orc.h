@@ -8,10 +8,9 @@
  *   reader   a worker thread that reads dirty logs
  * Where nothing is said, a function is the owner's.
  *
- * Locks: fleet->throttled_lock, bucket->lock (among writers of its limit), capper->lock, orc_dirty's two. None is held while
- * another is taken, but capper->lock, under which vCPUs are commanded and kicked, which takes none, and dirty->lock before
- * its sums_lock. With throttled_lock held only futex wake-ups are done. The owner waits for no runner: what a runner writes
- * and the owner reads is written so that the reader never has to wait until a runner has its CPU back.
+ * Locks: bucket->lock (among writers of its limit), capper->lock, orc_dirty's two. None is held while another is taken, but
+ * dirty->lock before its sums_lock; under capper->lock vCPUs are commanded and kicked, which takes none. Runners take none,
+ * so that nobody waits until one has its CPU back: what they write is written for readers that do not wait.
  *
  * Lifetimes. What a thread may touch outlives that thread's last look at it:
  *   runner   ends first; it was joined, or (where there is none) its task has ended. It is then on no list of waiters, and
@@ -153,7 +152,7 @@ size_t orc_vcpu_drain(orc_vcpu *, struct orc_record *out, size_t most);
 void orc_fleet_look(orc_fleet *);
 /* Takes up to `most` of their ids; 0: there are no more. */
 size_t orc_fleet_active(orc_fleet *, uint32_t *out, size_t most);
-/* A limit changed: whoever waits for a turn asks again. */
+/* A limit changed: whoever waits for a turn asks again. Costs O(vCPUs that wait, or have since the last time). */
 void orc_fleet_limits_changed(orc_fleet *);
 /* Somebody waits for a vCPU to come out; or does not any more. An emulated guest sees a command at its next block, once it
  * has a core: with more busy guests than cores that takes the scheduler 4 ms for each guest before it. So those that

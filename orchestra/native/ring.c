@@ -20,7 +20,6 @@ orc_fleet *orc_fleet_new(void)
 		free(f);
 		return NULL;
 	}
-	pthread_mutex_init(&f->throttled_lock, NULL);
 	return f;
 }
 
@@ -198,10 +197,18 @@ static void sweep(struct orc_stack *s, struct orc_link **taken, size_t member)
 	}
 }
 
-static void sweep_both(orc_fleet *f)
+static void sweep_all(orc_fleet *f)
 {
+	struct orc_link *waited = NULL, *next;
+
 	sweep(&f->ready, &f->draining, offsetof(orc_vcpu, ready));
 	sweep(&f->active, &f->activating, offsetof(orc_vcpu, active));
+	sweep(&f->throttled, &waited, offsetof(orc_vcpu, throttled));
+	for (; waited; waited = next) { /* of this one the owner keeps no part */
+		next = atomic_load_explicit(&waited->next, memory_order_relaxed);
+		atomic_store_explicit(&waited->queued, false, memory_order_seq_cst);
+		orc_push(&f->throttled, waited);
+	}
 }
 
 void orc_retire(orc_vcpu *v)
@@ -218,7 +225,7 @@ void orc_retire(orc_vcpu *v)
 	 * gathered there, which nobody may look at. So freeing one costs the same however busy the others are. */
 	v->dead = true;
 	if (++f->dead > (left > FEW ? left : FEW))
-		sweep_both(f);
+		sweep_all(f);
 }
 
 void orc_fleet_free(orc_fleet *f)
@@ -226,20 +233,27 @@ void orc_fleet_free(orc_fleet *f)
 	if (!f)
 		return;
 	orc_capper_stop(f->capper);
-	sweep_both(f); /* no vCPU is left but the dead */
+	sweep_all(f); /* no vCPU is left but the dead */
 	close(f->eventfd);
-	pthread_mutex_destroy(&f->throttled_lock);
 	free(f);
 }
 
 void orc_fleet_limits_changed(orc_fleet *f)
 {
-	orc_vcpu *v;
+	struct orc_link *link = atomic_exchange_explicit(&f->throttled.top, NULL, memory_order_acq_rel), *next;
 
-	pthread_mutex_lock(&f->throttled_lock);
-	for (v = f->throttled; v; v = v->throttled_next)
+	/* Whoever begins to wait pushes itself, and then reads the limit: either we find it here, or it finds the new limit, as
+	 * its push comes after our exchange. It takes itself off no list: it does not wait any more when we come to it. */
+	for (; link; link = next) {
+		orc_vcpu *v = ORC_CONTAINER(link, orc_vcpu, throttled);
+
+		next = atomic_load_explicit(&link->next, memory_order_relaxed);
+		atomic_exchange_explicit(&link->queued, false, memory_order_seq_cst);
+		if (is_dead(v) || !orc_vcpu_waits(v))
+			continue;
+		orc_push(&f->throttled, link);
 		orc_vcpu_wake(v);
-	pthread_mutex_unlock(&f->throttled_lock);
+	}
 }
 
 void orc_fleet_urgent(orc_fleet *f, bool begins)

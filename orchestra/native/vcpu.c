@@ -223,39 +223,32 @@ static void publish_wait(orc_vcpu *v, orc_u64 sum, orc_ns since)
 	/* Release: a reader that sees one of them also sees the version before this one, and so that its copy is changing. */
 	atomic_store_explicit(&next->sum, sum, memory_order_release);
 	atomic_store_explicit(&next->since, since, memory_order_release);
-	atomic_store_explicit(&v->wait_version, version, memory_order_release);
+	/* seq_cst: it waits before orc_push reads `queued`, as the owner clears `queued` before it asks whether it does. */
+	atomic_store_explicit(&v->wait_version, version, memory_order_seq_cst);
+}
+
+bool orc_vcpu_waits(orc_vcpu *v)
+{
+	uint32_t version = atomic_load_explicit(&v->wait_version, memory_order_seq_cst);
+
+	return atomic_load_explicit(&v->wait[version & 1].since, memory_order_relaxed);
 }
 
 void orc_vcpu_wait_begin(orc_vcpu *v, orc_ns now)
 {
-	orc_fleet *f = v->fleet;
-
 	if (!v->wait_counted) /* one wait, however often it is interrupted */
 		orc_count(&v->waits, 1);
 	v->wait_counted = true;
 
 	publish_wait(v, wait_in_force(v)->sum, now);
-	pthread_mutex_lock(&f->throttled_lock);
-	v->throttled_next = f->throttled;
-	v->throttled_link = &f->throttled;
-	if (f->throttled)
-		f->throttled->throttled_link = &v->throttled_next;
-	f->throttled = v;
-	pthread_mutex_unlock(&f->throttled_lock);
+	orc_push(&v->fleet->throttled, &v->throttled);
 }
 
 void orc_vcpu_wait_end(orc_vcpu *v, orc_ns now, bool served)
 {
-	orc_fleet *f = v->fleet;
-	const struct orc_wait *past;
+	const struct orc_wait *past = wait_in_force(v);
 	orc_ns by_tokens;
 
-	pthread_mutex_lock(&f->throttled_lock);
-	*v->throttled_link = v->throttled_next;
-	if (v->throttled_next)
-		v->throttled_next->throttled_link = v->throttled_link;
-	pthread_mutex_unlock(&f->throttled_lock);
-	past = wait_in_force(v);
 	publish_wait(v, past->sum + (orc_u64)(now - past->since), 0);
 	if (!served)
 		return;
