@@ -103,6 +103,9 @@ def as_meter(value: object) -> Meter:
 class Limit:
     """A token-bucket limit (GCRA, ITU-T I.371): in any window of *t* seconds at most ``burst + rate * t`` events.
 
+    Changing it, or taking it off and setting it again, gives no new burst: what was left is kept, and without a limit
+    it grows at the old rate up to the old burst.
+
     Parameters:
         rate: events per second (bus locks, or exits for an ``exit_limit``); more than 0, at most 1e9.
         burst: events that may come at once after a rest; at least 1. Default: what `rate` gives in 50 ms, at least 1.

@@ -220,9 +220,9 @@ class Switchboard:
             self._missed += exits.missed
             self._tell()
 
-    def deliver(self) -> int:
-        """Deliver one batch; how many exits it had."""
-        batch = self._core.drain()
+    def deliver(self, core: VcpuCore | None = None) -> int:
+        """Deliver one batch, of all or of one; how many exits it had."""
+        batch = self._core.drain(core)
         if not batch:
             return 0
         subscribers = self._subscribers
@@ -254,12 +254,16 @@ class Switchboard:
                     await trio.lowlevel.checkpoint()
             elif self._core.may_sleep():
                 await trio.lowlevel.wait_readable(self._core.eventfd)
+            else:
+                await trio.lowlevel.checkpoint()
 
     def retire(self, cores: Iterable[VcpuCore]) -> None:
-        """Deliver what is left of these cores, which run no more, before they go. (Others may never pause.)"""
+        """Deliver what is left of these cores, which run no more, before they go. Others have to wait: they may never
+        pause."""
         cores = list(cores)
-        while any(core.pending() for core in cores) and self.deliver():
-            pass
+        for core in cores:
+            while self.deliver(core):
+                pass
         self._retired += [core.id for core in cores]
         # Their names are needed until the last of their records was received. Someone who never receives must not make
         # a fleet that launches and stops for years grow: then the oldest go, with what waits of them.

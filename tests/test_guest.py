@@ -12,6 +12,7 @@ import trio
 
 import orchestra as orc
 from conftest import GUESTS, Stage, blank, guest, play, word
+from orchestra.backend.kvm.machine import KvmBackend
 from orchestra.backend.scripted import hlt
 
 pytestmark = [pytest.mark.kvm, pytest.mark.usefixtures("nothing_left")]
@@ -164,6 +165,21 @@ async def test_devices_that_claim_the_same_port_roll_the_launch_back():
             await fleet.launch(KVM.spec("halt"), devices=[(range(0xF0, 0xF8), None, Recorder())])
         assert dict(fleet.vms) == {}
         assert await (await fleet.launch(KVM.spec("halt"))).wait() == orc.Halted()
+
+
+async def test_a_launch_whose_cpuid_another_took_first_makes_one_of_its_own():
+    """VMs are set up on several threads at once: between a look at what is there and the taking, it may go."""
+
+    class TakenMeanwhile(list):
+        def __len__(self) -> int:
+            return 1
+
+    backend = KvmBackend.open()
+    backend._cpuids = TakenMeanwhile()
+    async with orc.open_fleet(backend=backend) as fleet:
+        vm = await fleet.launch(KVM.spec("halt"))
+        assert await vm.wait() == orc.Halted()
+    backend.close()
 
 
 async def test_vms_do_not_see_each_others_memory_or_devices():

@@ -259,8 +259,7 @@ class ScriptedEngine:
         self._kicked = trio.Event()
 
     def wake(self) -> None:
-        if self.core.handle != ffi.NULL:
-            self.core.wake()
+        if self.core.wake():
             self.kick()
 
     def last_exit(self) -> Fields:

@@ -16,8 +16,9 @@ orc_bucket *orc_bucket_new(void);
 void orc_bucket_free(orc_bucket *);
 void orc_bucket_set(orc_bucket *, double rate, double burst, int64_t max_delay, int64_t now);
 bool orc_bucket_limited(const orc_bucket *);
-struct orc_ticket { int64_t number; int64_t charged; };
+struct orc_ticket { int64_t number; int64_t charged; int64_t waits; };
 bool orc_bucket_charge(orc_bucket *, int64_t now, struct orc_ticket *out);
+void orc_bucket_leave(orc_bucket *, struct orc_ticket *);
 void orc_bucket_turn(const orc_bucket *, const struct orc_ticket *, int64_t *by_tokens, int64_t *by_delay);
 
 struct orc_record {
@@ -34,15 +35,17 @@ void orc_fleet_free(orc_fleet *);
 int orc_fleet_eventfd(const orc_fleet *);
 bool orc_fleet_sleep(orc_fleet *);
 size_t orc_fleet_drain(orc_fleet *, struct orc_record *out, size_t most);
+size_t orc_vcpu_drain(orc_vcpu *, struct orc_record *out, size_t most);
+void orc_fleet_look(orc_fleet *);
 size_t orc_fleet_active(orc_fleet *, uint32_t *out, size_t most);
 void orc_fleet_limits_changed(orc_fleet *);
 void orc_fleet_urgent(orc_fleet *, bool begins);
 
 orc_vcpu *orc_vcpu_new(orc_fleet *, uint32_t id, uint32_t ring_records);
 void orc_vcpu_free(orc_vcpu *);
+void orc_vcpu_unbind(orc_vcpu *);
 void orc_vcpu_set_bucket(orc_vcpu *, int meter, int level, orc_bucket *);
 void orc_vcpu_set_buckets(orc_vcpu *, orc_bucket *const buckets[]);
-bool orc_vcpu_pending(const orc_vcpu *);
 void orc_vcpu_hold(orc_vcpu *);
 int orc_vcpu_tell(orc_vcpu *, uint64_t mask);
 int64_t orc_vcpu_account(orc_vcpu *, struct orc_record *, int64_t now);

@@ -25,11 +25,12 @@ struct orc_fleet {
 	struct orc_stack ready;  /* vCPUs with records */
 	struct orc_stack active; /* vCPUs that accounted an exit since the last look */
 	struct orc_stack talking; /* vCPUs that wrote to a console which somebody follows */
+	struct orc_stack throttled; /* vCPUs that wait for a turn, or have since the limits changed */
 	_Alignas(ORC_CACHE_LINE) _Atomic bool asleep;
 	int eventfd;
 	struct orc_link *draining, *activating, *hearing; /* owner: taken from the stacks, not yet looked at */
-	pthread_mutex_t throttled_lock;
-	orc_vcpu *throttled; /* list of those that wait for a turn */
+	uint32_t dead; /* owner: vCPUs that were freed and are still on a list */
+	_Atomic uint32_t vcpus; /* that were not freed; any thread makes them */
 	/* Somebody waits for a vCPU to come out: emulated guests make way, until then at most. */
 	_Alignas(ORC_CACHE_LINE) _Atomic uint32_t urgent;
 	_Atomic uint32_t making_way; /* how many do */
@@ -55,12 +56,19 @@ struct orc_io {
 	uint8_t *data;
 };
 
+/* How long it has waited for turns, and since when it does now; 0: it does not. */
+struct orc_wait {
+	_Atomic orc_u64 sum;
+	_Atomic orc_ns since;
+};
+
 struct orc_vcpu {
 	orc_fleet *fleet;
 	uint32_t id;
-	struct orc_link ready, active, talking;
+	struct orc_link ready, active, talking, throttled;
 	struct orc_ring ring;
-	orc_vcpu *throttled_next, **throttled_link; /* fleet->throttled_lock */
+	bool dead; /* owner */
+	struct orc_cap *cap; /* owner; NULL: it has none */
 
 	/* Set by the owner, read by the runner. */
 	_Alignas(ORC_CACHE_LINE) _Atomic uint32_t wakes; /* futex */
@@ -97,12 +105,21 @@ struct orc_vcpu {
 
 	/* Counters: one writer (the runner), so plain load and store, atomic only against torn reads. */
 	_Alignas(ORC_CACHE_LINE) _Atomic orc_u64 exits[ORC_REASONS];
-	_Atomic orc_u64 bus_locks, capped, throttled, waits, released, missed, kicks, unclaimed;
-	_Atomic orc_ns throttled_since;
-	_Atomic uint32_t wait_version; /* odd while the two above move from a wait to the sum */
+	_Atomic orc_u64 bus_locks, capped, waits, released, missed, kicks, unclaimed;
+	struct orc_wait wait[2];
+	_Atomic uint32_t wait_version; /* the last bit says which of the two is in force */
 };
 
 #define ORC_CONTAINER(pointer, type, member) ((type *)((char *)(pointer) - offsetof(type, member)))
+
+/* It is on one of the fleet's lists: the owner's question about one whose runner has ended. */
+static inline bool orc_is_listed(orc_vcpu *v)
+{
+	return atomic_load_explicit(&v->ready.queued, memory_order_acquire) ||
+	       atomic_load_explicit(&v->active.queued, memory_order_acquire) ||
+	       atomic_load_explicit(&v->talking.queued, memory_order_acquire) ||
+	       atomic_load_explicit(&v->throttled.queued, memory_order_acquire);
+}
 
 static inline void orc_count(_Atomic orc_u64 *counter, orc_u64 n)
 {
@@ -157,11 +174,18 @@ enum orc_why orc_access_resume(orc_vcpu *);
 void orc_talk(orc_vcpu *);
 /* Output of a device: kept, and announced if somebody waits for it. */
 void orc_console_say(orc_console *, orc_vcpu *by, const uint8_t *data, size_t size);
+int orc_signal_send(int thread); /* one of this process; 0 or a negative errno */
+/* As orc_vcpu_account. `tells`: what orc_tells said of this exit, asked once and before it was described: a subscription that
+ * comes in between would otherwise have a record told that describes another exit. */
+orc_ns orc_account(orc_vcpu *, struct orc_record *, orc_ns now, bool tells);
 /* `data` into a record, as much of it as there is room. */
 void orc_take_data(struct orc_record *, const void *data, size_t size);
 void orc_ring_put(orc_vcpu *, const struct orc_record *);
 void orc_push(struct orc_stack *, struct orc_link *);
-void orc_forget(orc_fleet *, orc_vcpu *); /* owner: takes it off every list of the fleet */
+/* Owner: frees its memory, now or when it comes off the fleet's lists. All else of it is given back. */
+void orc_retire(orc_vcpu *);
+/* It waits for its turn. Of one that begins or ends to just now, either. */
+bool orc_vcpu_waits(orc_vcpu *);
 /* Runner: waits until its turn. False: a command or a kick ended the wait, and the tickets stay valid. */
 bool orc_wait_turn(orc_vcpu *);
 /* Runner, between two entries: waits for a cap; whether there is a command of another kind. */

@@ -6,10 +6,13 @@ and their fleet. All methods are for the fleet's thread unless they say otherwis
 
 from __future__ import annotations
 
+import errno
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntFlag
+from threading import Lock
 from typing import Any, Final
 
 import attrs
@@ -62,17 +65,21 @@ def monotonic_ns() -> int:
 
 
 def install_signal() -> None:
-    """Install the empty handler of the kick's signal, the one thing that is global to the process.
+    """Install the empty handler of the kick's signal (SIGURG), the one thing that is global to the process.
 
     Raises:
-        ResourceLimit: the program already uses that signal.
+        ResourceLimit: the program already uses that signal, or may not send it.
     """
     result = lib.orc_signal_install()
     if result:
+        name = signal.Signals(lib.orc_signal_number()).name
         raise ResourceLimit(
             -result,
-            f"signal {lib.orc_signal_number()} (SIGRTMIN+5) has another handler in this process; orchestra kicks vCPU "
-            "threads with it: free it before the fleet is opened",
+            f"{name} has another handler in this process; orchestra kicks vCPU threads with it: free it before the "
+            "fleet is opened"
+            if result == -errno.EBUSY
+            else f"{name} can't be sent to a thread of this process: {os.strerror(-result)}: does a seccomp filter "
+            "forbid tgkill? orchestra kicks vCPU threads with it",
         )
 
 
@@ -133,17 +140,25 @@ class FleetCore:
         self.sums: Any = ffi.new("struct orc_sums *")
         self.more: Any = ffi.new("struct orc_more[]", REASONS)
 
-    def drain(self) -> memoryview:
-        """The next batch of records, raw `struct orc_record`; empty if there are none. Valid until the next call."""
-        return self._buffer[: lib.orc_fleet_drain(self.handle, self._records, self.BATCH) * self._record_size]
+    def drain(self, core: VcpuCore | None = None) -> memoryview:
+        """The next batch of records, raw `struct orc_record`; empty if there are none. Valid until the next call.
+
+        `core`: only its, whoever else has some; in the order in which it told them.
+        """
+        if core is None:
+            count = lib.orc_fleet_drain(self.handle, self._records, self.BATCH)
+        else:
+            count = lib.orc_vcpu_drain(core.handle, self._records, self.BATCH)
+        return self._buffer[: count * self._record_size]
 
     def may_sleep(self) -> bool:
         """Before waiting for `eventfd`: False if records came meanwhile."""
         return bool(lib.orc_fleet_sleep(self.handle))
 
     def active(self) -> list[int]:
-        """Ids of the vCPUs that accounted an exit since the last call."""
+        """Ids of the vCPUs that accounted an exit since the last call, and before this one."""
         ids: list[int] = []
+        lib.orc_fleet_look(self.handle)
         while n := lib.orc_fleet_active(self.handle, self._ids, self.BATCH):
             ids += ffi.unpack(self._ids, n)
         return ids
@@ -215,13 +230,14 @@ class Sampled:
 class VcpuCore:
     """A vCPU as the core knows it: counters, tickets, commands, its part of the ring. The same for all backends."""
 
-    __slots__ = ("_buses", "_seen", "fleet", "handle", "id")
+    __slots__ = ("_buses", "_open", "_seen", "fleet", "handle", "id")
 
     def __init__(self, fleet: FleetCore, id: int) -> None:
         self.fleet = fleet
         self.id = id
         self._seen: Any = ffi.new("uint64_t[]", REASONS)
         self._buses: tuple[object, ...] = ()
+        self._open = Lock()  # against a wake that comes as it is closed
         self.handle: Any = lib.orc_vcpu_new(fleet.handle, id, RING_RECORDS)
         if self.handle == ffi.NULL:
             raise MemoryError("orc_vcpu_new")
@@ -252,10 +268,6 @@ class VcpuCore:
                 -result, f"ring of a vCPU: {os.strerror(-result)}: vm.max_map_count or memory is used up"
             )
 
-    def pending(self) -> bool:
-        """It has records that were not drained."""
-        return bool(lib.orc_vcpu_pending(self.handle))
-
     def hold(self) -> None:
         """Before it has a runner: `attach` will wait."""
         lib.orc_vcpu_hold(self.handle)
@@ -284,9 +296,21 @@ class VcpuCore:
         """What to hand to an engine's `sleep`: read it before looking at what would make sleeping wrong. Any thread."""
         return int(lib.orc_vcpu_wakes(self.handle))
 
-    def wake(self) -> None:
-        """End `orc_vcpu_sleep` in the runner. Any thread."""
-        lib.orc_vcpu_wake(self.handle)
+    def wake(self) -> bool:
+        """End `orc_vcpu_sleep` in the runner. Any thread, also once it is closed: then it does nothing and is False."""
+        with self._open:
+            if self.handle == ffi.NULL:
+                return False
+            lib.orc_vcpu_wake(self.handle)
+            return True
+
+    def unbind(self) -> None:
+        """The runner has ended: let go of what an engine bound to it, which may then be unmapped, closed and freed.
+
+        Nothing looks at it from then on, the thread that caps CPUs included.
+        """
+        if self.handle != ffi.NULL:
+            lib.orc_vcpu_unbind(self.handle)
 
     def counters(self, now: int) -> Counters:
         raw = ffi.new("struct orc_counters *")
@@ -344,6 +368,7 @@ class VcpuCore:
 
     def close(self) -> None:
         """The runner has ended."""
-        lib.orc_vcpu_free(self.handle)
-        self.handle = ffi.NULL
+        with self._open:
+            handle, self.handle = self.handle, ffi.NULL
+        lib.orc_vcpu_free(handle)
         self._buses = ()

@@ -173,7 +173,7 @@ enum orc_why orc_kvm_run(orc_vcpu *v)
 		enum orc_why why;
 		orc_u64 told;
 		unsigned reason;
-		bool described;
+		bool tells;
 		int rc;
 
 		if (v->io.open && (why = orc_access_resume(v)) != ORC_ANSWERED)
@@ -212,19 +212,19 @@ enum orc_why orc_kvm_run(orc_vcpu *v)
 				return ORC_ERROR;
 			name(&v->record, run, 0);
 			describe(&v->record, run);
-			orc_vcpu_account(v, &v->record, orc_now());
+			orc_vcpu_account(v, &v->record, orc_now()); /* described whoever listens */
 			return ORC_EXIT;
 		}
 
 		reason = run->exit_reason;
 		name(&v->record, run, run->flags);
-		described = orc_tells(v, reason, run->flags);
-		if (described) {
+		tells = orc_tells(v, reason, run->flags);
+		if (tells) {
 			describe(&v->record, run);
 			if (run->flags & KVM_RUN_X86_BUS_LOCK)
 				sample_rip(v);
 		}
-		orc_vcpu_account(v, &v->record, orc_now());
+		orc_account(v, &v->record, orc_now(), tells);
 		v->unfinished = finishes_on_entry(reason);
 
 		switch (reason) {
@@ -239,7 +239,7 @@ enum orc_why orc_kvm_run(orc_vcpu *v)
 				return why;
 			break;
 		default:
-			if (!described)
+			if (!tells)
 				describe(&v->record, run);
 			return ORC_EXIT;
 		}

@@ -1,11 +1,29 @@
 /* The core's one header: what must not wait for the interpreter lock.
  *
  * Who calls what, from which thread:
- *   owner   the fleet's thread (trio): makes and frees everything, drains the ring, sets limits, commands vCPUs
- *   runner  the one thread that runs a vCPU: accounts exits, waits, writes the vCPU's ring
+ *   owner    the fleet's thread (trio): frees everything, drains the rings, sets limits and caps, commands vCPUs
+ *   maker    a worker thread that sets a VM up: makes vCPUs, and frees those that never ran, if that fails
+ *   runner   the one thread that runs a vCPU: accounts exits, waits, writes the vCPU's ring
+ *   capper   the fleet's, while there are caps: commands and kicks the vCPUs that have one
+ *   reader   a worker thread that reads dirty logs
+ * Where nothing is said, a function is the owner's.
  *
- * Lock order: fleet->throttled_lock, then bucket->lock; nothing is called with either held but futex wake-ups.
- * uart->lock, then console->lock or interrupts->lock. bus->lock is the owner's alone, and by itself.
+ * Locks: bucket->lock (among writers of its limit), capper->lock, orc_dirty's two, bus->lock (among owners), and those of
+ * devices: uart->lock, then console->lock or interrupts->lock. Of the others none is held while another is taken, but
+ * dirty->lock before its sums_lock; under capper->lock vCPUs are commanded and kicked, which takes none. Runners take none but devices',
+ * so that nobody waits until one has its CPU back: what they write is written for readers that do not wait.
+ *
+ * Lifetimes. What a thread may touch outlives that thread's last look at it:
+ *   runner   ends first; it was joined, or (where there is none) its task has ended. It is then on no list of waiters, and
+ *            takes no ticket. From then on its vCPU is only the owner's and the capper's.
+ *   what bind_* and profile_memory were given (kvm_run, descriptor, emulator, memory slots)
+ *            orc_vcpu_unbind first: it takes the cap off, and waits for the capper if it is at this vCPU. Then they may be
+ *            unmapped, closed and freed, on any thread.
+ *   orc_vcpu orc_vcpu_free, after that and after all who might wake it (an answer that comes late) know that it is gone;
+ *            its memory stays while a list of the fleet has it.
+ *   bucket   after all vCPUs that it was given to.
+ *   fleet    after all vCPUs; its capper is joined here.
+ *   orc_dirty's VM: orc_dirty_close, which waits for a reading, before its descriptor is closed; its slots after orc_dirty.
  */
 #ifndef ORC_H
 #define ORC_H
@@ -75,6 +93,12 @@ enum orc_why {
  * turn is when  tokens(t) >= ticket - (burst - 1).  Tickets are served in order and outlive a change of limit: whoever
  * waits asks again when its turn is.
  *
+ * A limit that is taken off and set again: meanwhile nobody is charged or waits, and the bucket goes on at the old rate up
+ * to the old burst. So what may go under limits, in any window, is one burst and what the rates in force made, the old one
+ * where there was none, however often that happens. What is owed for those who went free is forgiven, in favour of those
+ * who still wait, each of whom may go that much earlier; nobody who comes later goes before them. Only a bucket's first
+ * limit starts with all of its burst.
+ *
  * Events are charged when they are seen, and what waits is the vCPU that caused them, so with one vCPU the events
  * themselves keep to burst + rate * t; with several, each may have one event more in flight at the very start. */
 typedef struct orc_bucket orc_bucket;
@@ -83,16 +107,19 @@ typedef struct orc_vcpu orc_vcpu;
 
 orc_bucket *orc_bucket_new(void);
 void orc_bucket_free(orc_bucket *);
-/* Sets the limit; rate <= 0: none. max_delay < 0: unbounded. */
+/* Sets the limit; rate <= 0: none. max_delay < 0: unbounded. Owner. */
 void orc_bucket_set(orc_bucket *, double rate, double burst, orc_ns max_delay, orc_ns now);
 bool orc_bucket_limited(const orc_bucket *);
 
 struct orc_ticket {
 	int64_t number;  /* in 1/65536 tokens */
 	orc_ns charged;  /* when */
+	int64_t waits;   /* what of it was charged, if its turn had not come; 0 once it is left */
 };
-/* True if its turn has not come: it has to wait. */
+/* True if its turn has not come: it has to wait, and orc_bucket_leave is owed. */
 bool orc_bucket_charge(orc_bucket *, orc_ns now, struct orc_ticket *out);
+/* Whoever held the ticket has gone, or will never go. Nothing for one that did not have to wait. */
+void orc_bucket_leave(orc_bucket *, struct orc_ticket *);
 /* When the ticket's turn is: by the tokens, and at the latest by max_delay. ORC_NEVER if the bucket has no limit. */
 void orc_bucket_turn(const orc_bucket *, const struct orc_ticket *, orc_ns *by_tokens, orc_ns *by_delay);
 
@@ -119,11 +146,15 @@ void orc_fleet_free(orc_fleet *);
 int orc_fleet_eventfd(const orc_fleet *);
 /* Before the consumer waits for the eventfd: true if it may, false if records came meanwhile. */
 bool orc_fleet_sleep(orc_fleet *);
-/* Takes up to `most` records; costs O(vCPUs that have some). */
+/* Takes up to `most` records of those that were there when it was called; costs O(vCPUs that have some). */
 size_t orc_fleet_drain(orc_fleet *, struct orc_record *out, size_t most);
-/* Takes up to `most` ids of vCPUs that accounted an exit since the last call. */
+/* The same of one vCPU, whoever else has some. */
+size_t orc_vcpu_drain(orc_vcpu *, struct orc_record *out, size_t most);
+/* Begins a look at who did something, once the last one's are taken: vCPUs that accounted an exit since. */
+void orc_fleet_look(orc_fleet *);
+/* Takes up to `most` of their ids; 0: there are no more. */
 size_t orc_fleet_active(orc_fleet *, uint32_t *out, size_t most);
-/* A limit changed: whoever waits for a turn asks again. */
+/* A limit changed: whoever waits for a turn asks again. Costs O(vCPUs that wait, or have since the last time). */
 void orc_fleet_limits_changed(orc_fleet *);
 /* Somebody waits for a vCPU to come out; or does not any more. An emulated guest sees a command at its next block, once it
  * has a core: with more busy guests than cores that takes the scheduler 4 ms for each guest before it. So those that
@@ -133,14 +164,17 @@ void orc_fleet_urgent(orc_fleet *, bool begins);
 /* ---- vcpu.c --------------------------------------------------------------------------------------------------- */
 
 orc_vcpu *orc_vcpu_new(orc_fleet *, uint32_t id, uint32_t ring_records /* a power of two */);
-/* Owner; the runner has ended. */
+/* The runner has ended. Nobody touches any more what it was bound to, or looks at its memory through it: that may go. On any
+ * thread, if the owner leaves the vCPU alone meanwhile. May be called again. */
+void orc_vcpu_unbind(orc_vcpu *);
+/* Owner; the runner has ended. Its memory goes once no list of the fleet has it, so that it costs the same whatever the
+ * others do. Unbinds it. */
 void orc_vcpu_free(orc_vcpu *);
 /* Before the runner starts: one of its buckets, or all, by meter and then by level. */
 void orc_vcpu_set_bucket(orc_vcpu *, int meter, int level, orc_bucket *);
 void orc_vcpu_set_buckets(orc_vcpu *, orc_bucket *const buckets[ORC_METERS * ORC_LEVELS]);
 /* Which reasons go to the ring, a bit each. 0, or a negative errno: no memory for the ring. */
 int orc_vcpu_tell(orc_vcpu *, orc_u64 mask);
-bool orc_vcpu_pending(const orc_vcpu *); /* it has records that were not drained */
 void orc_vcpu_hold(orc_vcpu *);          /* sets ORC_HOLD, before there is a runner to kick */
 
 /* Runner: counts one exit, charges the buckets, tells it if somebody listens. Returns when the vCPU may go on
@@ -224,7 +258,8 @@ int orc_vcpu_cap(orc_vcpu *, double share);
 
 /* ---- signal.c ------------------------------------------------------------------------------------------------- */
 
-/* Installs the one signal handler (an empty function). 0, or -EBUSY if the program uses that signal otherwise. */
+/* Installs the one signal handler (an empty function), and sends the caller one. 0; -EBUSY if the program uses that signal
+ * otherwise; another negative errno: it can't be sent. */
 int orc_signal_install(void);
 int orc_signal_number(void);
 

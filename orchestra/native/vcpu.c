@@ -32,7 +32,18 @@ orc_vcpu *orc_vcpu_new(orc_fleet *f, uint32_t id, uint32_t ring_records)
 	v->id = id;
 	v->fd = -1;
 	v->ring.mask = ring_records - 1;
+	atomic_fetch_add_explicit(&f->vcpus, 1, memory_order_relaxed);
 	return v;
+}
+
+/* It waits no more for what it holds tickets of. */
+static void leave(orc_vcpu *v)
+{
+	for (int meter = 0; meter < ORC_METERS; meter++)
+		for (int level = 0; level < ORC_LEVELS; level++)
+			if (v->ticket[meter][level].waits)
+				orc_bucket_leave(v->bucket[meter][level], &v->ticket[meter][level]);
+	v->waiting = false;
 }
 
 static size_t ring_size(const orc_vcpu *v)
@@ -44,13 +55,24 @@ void orc_vcpu_free(orc_vcpu *v)
 {
 	if (!v)
 		return;
-	orc_vcpu_cap(v, 1);
-	orc_forget(v->fleet, v);
+	orc_vcpu_unbind(v);
 	orc_leave_buses(v);
+	leave(v);
 	orc_profile_free(v);
 	if (v->ring.records)
 		munmap(v->ring.records, ring_size(v));
-	free(v);
+	orc_retire(v);
+}
+
+void orc_vcpu_unbind(orc_vcpu *v)
+{
+	orc_vcpu_cap(v, 1); /* first: until then the capper may be about to kick it */
+	v->run = NULL;
+	v->fd = -1;
+	v->emulator = NULL;
+	v->witness = NULL;
+	v->slot = NULL;
+	v->slots = 0;
 }
 
 void orc_vcpu_set_bucket(orc_vcpu *v, int meter, int level, orc_bucket *b)
@@ -80,14 +102,6 @@ int orc_vcpu_tell(orc_vcpu *v, orc_u64 mask)
 	/* Release: whoever sees the mask sees the ring. */
 	atomic_store_explicit(&v->told, mask, memory_order_release);
 	return 0;
-}
-
-bool orc_vcpu_pending(const orc_vcpu *v)
-{
-	struct orc_ring *r = &((orc_vcpu *)v)->ring;
-
-	return atomic_load_explicit(&r->head, memory_order_acquire) !=
-	       atomic_load_explicit(&r->tail, memory_order_relaxed);
 }
 
 void orc_vcpu_hold(orc_vcpu *v)
@@ -148,6 +162,11 @@ orc_ns orc_vcpu_turn(const orc_vcpu *v)
 
 orc_ns orc_vcpu_account(orc_vcpu *v, struct orc_record *record, orc_ns now)
 {
+	return orc_account(v, record, now, orc_tells(v, record->reason, record->flags));
+}
+
+orc_ns orc_account(orc_vcpu *v, struct orc_record *record, orc_ns now, bool tells)
+{
 	unsigned reason = record->reason < ORC_REASONS ? record->reason : ORC_REASONS - 1;
 	bool bus_lock = record->flags & KVM_RUN_X86_BUS_LOCK, waits = false;
 	orc_ns at = ORC_NEVER, by_tokens;
@@ -161,6 +180,8 @@ orc_ns orc_vcpu_account(orc_vcpu *v, struct orc_record *record, orc_ns now)
 			      memory_order_seq_cst);
 	orc_push(&v->fleet->active, &v->active);
 
+	if (v->waiting) /* the turn it waited for is another's now: what completed its last access was an exit as well */
+		leave(v);
 	v->charged[ORC_BUS_LOCKS] = bus_lock && charge(v, ORC_BUS_LOCKS, now, &waits);
 	v->charged[ORC_EXITS] = charge(v, ORC_EXITS, now, &waits);
 	if (waits) {
@@ -170,9 +191,11 @@ orc_ns orc_vcpu_account(orc_vcpu *v, struct orc_record *record, orc_ns now)
 			at = ORC_NEVER;
 	}
 	v->waiting = waits;
+	if (!waits)
+		leave(v);
 	v->wait_counted = false;
 
-	if (orc_tells(v, record->reason, record->flags)) {
+	if (tells) {
 		record->time = (orc_u64)now;
 		record->wait = at == ORC_NEVER ? 0 : (orc_u64)(at - now);
 		record->id = v->id;
@@ -183,47 +206,56 @@ orc_ns orc_vcpu_account(orc_vcpu *v, struct orc_record *record, orc_ns now)
 
 /* ---- waiting -------------------------------------------------------------------------------------------------- */
 
+/* The runner's own view. */
+static struct orc_wait *wait_in_force(orc_vcpu *v)
+{
+	return &v->wait[atomic_load_explicit(&v->wait_version, memory_order_relaxed) & 1];
+}
+
+/* Both or neither: a reader that saw the sum with a wait in it and that wait still on would count it twice. It writes what
+ * no reader looks at, and then says that this is in force: a runner that loses its CPU in between (a guest can be capped,
+ * and have used up its part) keeps nobody waiting, as it would with one copy and a version that is odd meanwhile. */
+static void publish_wait(orc_vcpu *v, orc_u64 sum, orc_ns since)
+{
+	uint32_t version = atomic_load_explicit(&v->wait_version, memory_order_relaxed) + 1;
+	struct orc_wait *next = &v->wait[version & 1];
+
+	/* Release: a reader that sees one of them also sees the version before this one, and so that its copy is changing. */
+	atomic_store_explicit(&next->sum, sum, memory_order_release);
+	atomic_store_explicit(&next->since, since, memory_order_release);
+	/* seq_cst: it waits before orc_push reads `queued`, as the owner clears `queued` before it asks whether it does. */
+	atomic_store_explicit(&v->wait_version, version, memory_order_seq_cst);
+}
+
+bool orc_vcpu_waits(orc_vcpu *v)
+{
+	uint32_t version = atomic_load_explicit(&v->wait_version, memory_order_seq_cst);
+
+	return atomic_load_explicit(&v->wait[version & 1].since, memory_order_relaxed);
+}
+
 void orc_vcpu_wait_begin(orc_vcpu *v, orc_ns now)
 {
-	orc_fleet *f = v->fleet;
-
 	if (!v->wait_counted) /* one wait, however often it is interrupted */
 		orc_count(&v->waits, 1);
 	v->wait_counted = true;
 
-	atomic_store_explicit(&v->throttled_since, now, memory_order_relaxed);
-	pthread_mutex_lock(&f->throttled_lock);
-	v->throttled_next = f->throttled;
-	v->throttled_link = &f->throttled;
-	if (f->throttled)
-		f->throttled->throttled_link = &v->throttled_next;
-	f->throttled = v;
-	pthread_mutex_unlock(&f->throttled_lock);
+	publish_wait(v, wait_in_force(v)->sum, now);
+	orc_push(&v->fleet->throttled, &v->throttled);
 }
 
 void orc_vcpu_wait_end(orc_vcpu *v, orc_ns now, bool served)
 {
-	orc_fleet *f = v->fleet;
+	const struct orc_wait *past = wait_in_force(v);
 	orc_ns by_tokens;
 
-	pthread_mutex_lock(&f->throttled_lock);
-	*v->throttled_link = v->throttled_next;
-	if (v->throttled_next)
-		v->throttled_next->throttled_link = v->throttled_link;
-	pthread_mutex_unlock(&f->throttled_lock);
-	/* Both or neither: a reader that saw the sum with this wait in it and the wait still on would count it twice. */
-	atomic_fetch_add_explicit(&v->wait_version, 1, memory_order_acq_rel);
-	atomic_store_explicit(&v->throttled, atomic_load_explicit(&v->throttled, memory_order_relaxed) +
-			      (orc_u64)(now - atomic_load_explicit(&v->throttled_since, memory_order_relaxed)),
-			      memory_order_release);
-	atomic_store_explicit(&v->throttled_since, 0, memory_order_release);
-	atomic_fetch_add_explicit(&v->wait_version, 1, memory_order_release);
+	publish_wait(v, past->sum + (orc_u64)(now - past->since), 0);
 	if (!served)
 		return;
 	turn(v, &by_tokens);
 	if (by_tokens > now)
 		orc_count(&v->released, 1);
-	v->waiting = false;
+	leave(v);
 }
 
 static void futex_wait_until(_Atomic uint32_t *word, uint32_t seen, const struct timespec *until)
@@ -322,8 +354,10 @@ void orc_vcpu_kick(orc_vcpu *v)
 	 * KVM_RUN is entered is not lost, as KVM looks at the flag on entry. The runner clears it. */
 	if (v->run)
 		__atomic_store_n(&v->run->immediate_exit, 1, __ATOMIC_SEQ_CST);
+	/* It can't fail but for a thread that is gone, and so not in a guest: orc_signal_install has tried it, and a standard
+	 * signal needs no memory. */
 	if (atomic_load_explicit(&v->in_guest, memory_order_seq_cst))
-		syscall(SYS_tgkill, getpid(), atomic_load_explicit(&v->tid, memory_order_seq_cst), orc_signal_number());
+		orc_signal_send(atomic_load_explicit(&v->tid, memory_order_seq_cst));
 	orc_vcpu_wake(v);
 }
 
@@ -364,15 +398,14 @@ static orc_u64 get(const _Atomic orc_u64 *counter)
 static orc_u64 throttled(const orc_vcpu *constant, orc_ns now, orc_ns *since)
 {
 	orc_vcpu *v = (orc_vcpu *)constant;
-	uint32_t before, after;
+	uint32_t version;
 	orc_u64 sum;
 
-	do {
-		before = atomic_load_explicit(&v->wait_version, memory_order_acquire);
-		*since = atomic_load_explicit(&v->throttled_since, memory_order_acquire);
-		sum = atomic_load_explicit(&v->throttled, memory_order_acquire);
-		after = atomic_load_explicit(&v->wait_version, memory_order_relaxed);
-	} while ((before & 1) || before != after);
+	do { /* again only if a whole wait began or ended meanwhile */
+		version = atomic_load_explicit(&v->wait_version, memory_order_acquire);
+		*since = atomic_load_explicit(&v->wait[version & 1].since, memory_order_acquire);
+		sum = atomic_load_explicit(&v->wait[version & 1].sum, memory_order_acquire);
+	} while (version != atomic_load_explicit(&v->wait_version, memory_order_relaxed));
 	return sum + (*since && now > *since ? (orc_u64)(now - *since) : 0);
 }
 

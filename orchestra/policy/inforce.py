@@ -68,19 +68,22 @@ FREE: Final = Passed(1.0)
 
 @attrs.define(eq=False)
 class _Bucket:
-    """`tokens` are those of the time `at`, in seconds of the model's clock."""
+    """`tokens` are those of the time `at`, in seconds of the model's clock; made by `last`, the limit in force or the
+    one that was taken off, at whose rate it goes on (orchestra/native/orc.h)."""
 
     base: Limit | None = None
     throttles: dict[str, Limit] = attrs.field(factory=dict)
     limit: Limit | None = None
+    last: Limit | None = None
     tokens: float = 0.0
     at: float = 0.0
 
     def set(self, now: float) -> None:
         self._settle(now)
-        old, self.limit = self.limit, tightest(self.base, self.throttles.values())
+        self.limit = tightest(self.base, self.throttles.values())
         if self.limit is not None:  # a new bucket is full; one that grows later fills up as time goes
-            self.tokens = self.limit.tokens if old is None else min(self.tokens, self.limit.tokens)
+            self.tokens = self.limit.tokens if self.last is None else min(self.tokens, self.limit.tokens)
+            self.last = self.limit
 
     def room(self, now: float, seconds: float) -> float:
         assert self.limit is not None
@@ -93,8 +96,8 @@ class _Bucket:
         self.at = now + seconds
 
     def _settle(self, now: float) -> None:
-        if self.limit is not None and now > self.at:
-            self.tokens = min(self.limit.tokens, self.tokens + self.limit.rate * (now - self.at))
+        if self.last is not None and now > self.at:
+            self.tokens = min(self.last.tokens, self.tokens + self.last.rate * (now - self.at))
         self.at = now
 
 
@@ -105,6 +108,7 @@ class InForce:
         self, limit: Limit | None = None, exit_limit: Limit | None = None, tenants: Mapping[str, Tenant] | None = None
     ) -> None:
         self._buckets: dict[Meter, dict[Place, _Bucket]] = {meter: {} for meter in Meter}
+        self._off: dict[Meter, dict[Place, _Bucket]] = {meter: {} for meter in Meter}  # whose limit was taken off
         self._caps: dict[str, dict[str, float]] = {}
         self._paused: dict[str, str] = {}  # by whom
         self._isolated: set[str] = set()
@@ -129,7 +133,7 @@ class InForce:
         bucket = self._buckets[meter].get(place)
         if (None if bucket is None else bucket.base) == limit:
             return
-        bucket = bucket or self._buckets[meter].setdefault(place, _Bucket())
+        bucket = self._bucket(meter, place)
         bucket.base = limit
         self._set(meter, place, bucket)
 
@@ -176,7 +180,7 @@ class InForce:
         match action:
             case Throttle(vm=vm, tenant=tenant, meter=meter, limit=limit):
                 place = _place(vm, tenant)
-                bucket = self._buckets[meter].setdefault(place, _Bucket())
+                bucket = self._bucket(meter, place)
                 bucket.throttles[policy] = limit
                 self._set(meter, place, bucket)
             case Unthrottle(vm=vm, tenant=tenant, meter=meter):
@@ -208,10 +212,17 @@ class InForce:
             self._uncap(vm, policy)
         self._paused = {vm: by for vm, by in self._paused.items() if by != policy}
 
+    def _bucket(self, meter: Meter, place: Place) -> _Bucket:
+        """The one that is there, limited or not; else a new one."""
+        buckets = self._buckets[meter]
+        if place not in buckets:
+            buckets[place] = self._off[meter].pop(place) if place in self._off[meter] else _Bucket()
+        return buckets[place]
+
     def _set(self, meter: Meter, place: Place, bucket: _Bucket) -> None:
         bucket.set(self._now)
         if bucket.limit is None:
-            del self._buckets[meter][place]
+            self._off[meter][place] = self._buckets[meter].pop(place)
 
     def _unthrottle(self, meter: Meter, place: Place, policy: str) -> None:
         bucket = self._buckets[meter].get(place)
@@ -225,7 +236,7 @@ class InForce:
             self._caps.pop(vm, None)
 
     def _free(self, vm: str) -> None:
-        for buckets in self._buckets.values():
+        for buckets in (*self._buckets.values(), *self._off.values()):
             buckets.pop(("vm", vm), None)
         self._caps.pop(vm, None)
         self._paused.pop(vm, None)

@@ -60,6 +60,7 @@ class EmulatedEngine(ThreadedEngine):
                 lib.orc_emulator_written(self._emulator, address, size)
 
     def close(self) -> None:
+        self.core.unbind()
         with self._lock:
             lib.orc_emulator_free(self._emulator)
             self._emulator = ffi.NULL

@@ -52,6 +52,7 @@ class KvmEngine(ThreadedEngine):
         return self.vcpu.special_registers()
 
     def close(self) -> None:
+        self.core.unbind()
         self.vcpu.close()
 
 
@@ -165,7 +166,10 @@ class KvmBackend:
     ) -> KvmMachine:
         machine = KvmMachine(memory)
         # A table belongs to one thread at a time, and making one takes as long as the rest.
-        cpuid = self._cpuids.pop() if self._cpuids else self.kvm.supported_cpuid()
+        try:
+            cpuid = self._cpuids.pop()
+        except IndexError:
+            cpuid = self.kvm.supported_cpuid()
         try:
             machine.build(self.kvm, spec, cores, states, cpuid, bus_locks=bus_locks, sync_regs=self._sync_regs)
         except BaseException:

@@ -25,7 +25,7 @@ static struct scene scene_new(double rate, orc_ns max_delay)
 
 static void scene_free(struct scene *s)
 {
-	CHECK(!s->fleet->throttled, "nobody is left on the list of those who wait");
+	CHECK(!orc_vcpu_waits(s->vcpu));
 	orc_vcpu_free(s->vcpu);
 	orc_bucket_free(s->bucket);
 	orc_fleet_free(s->fleet);
@@ -162,10 +162,10 @@ static void of_stacked_buckets_the_slowest_counts(void)
 	orc_bucket_set(b[ORC_BUS_LOCKS][2], 0, 1, -1, 0);
 	CHECK(orc_vcpu_turn(v) / 1000 == SECOND / 10000, "then the exits' bucket is the slowest");
 	CHECK(orc_vcpu_account(v, &plain, SECOND) / 1000 == SECOND * 11 / 10000);
+	orc_vcpu_free(v); /* it waits, and so is counted in its buckets */
 	for (int meter = 0; meter < ORC_METERS; meter++)
 		for (int level = 0; level < ORC_LEVELS; level++)
 			orc_bucket_free(b[meter][level]);
-	orc_vcpu_free(v);
 	orc_fleet_free(f);
 }
 
@@ -355,6 +355,33 @@ static void counters_only_grow_and_no_wait_counts_twice(void)
 	orc_fleet_free(f);
 }
 
+static void who_waited_and_is_gone_is_not_woken_and_takes_nobody_along(void)
+{
+	orc_fleet *f = orc_fleet_new();
+	orc_vcpu *v[4];
+	uint32_t before[4];
+
+	for (uint32_t i = 0; i < 4; i++) {
+		v[i] = orc_vcpu_new(f, i, 8);
+		orc_vcpu_wait_begin(v[i], 1);
+	}
+	orc_vcpu_wait_end(v[1], 2, false); /* it only waited */
+	orc_vcpu_wait_end(v[2], 2, false); /* it is gone */
+	orc_vcpu_free(v[2]);
+	for (int round = 0; round < 2; round++) {
+		for (int i = 0; i < 4; i++)
+			before[i] = i == 2 ? 0 : orc_vcpu_wakes(v[i]);
+		orc_fleet_limits_changed(f);
+		for (int i = 0; i < 4; i++)
+			CHECK(i == 2 || orc_vcpu_wakes(v[i]) == before[i] + (i != 1));
+		CHECK(!f->dead);
+	}
+	for (int i = 0; i < 4; i++)
+		if (i != 2)
+			orc_vcpu_free(v[i]); /* two in the middle of their waits, as no runner of ours would leave them */
+	orc_fleet_free(f);
+}
+
 const struct test wait_tests[] = {
 	TEST(a_command_ends_a_wait_at_once_and_the_ticket_stays),
 	TEST(a_changed_limit_takes_effect_in_the_middle_of_a_wait),
@@ -367,5 +394,6 @@ const struct test wait_tests[] = {
 	TEST(no_limit_change_is_missed_however_it_races_with_the_start_of_a_wait),
 	TEST(a_wake_up_between_looking_and_sleeping_is_not_lost),
 	TEST(counters_only_grow_and_no_wait_counts_twice),
+	TEST(who_waited_and_is_gone_is_not_woken_and_takes_nobody_along),
 	{NULL, NULL},
 };
