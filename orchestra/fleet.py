@@ -409,7 +409,8 @@ class Fleet:
             self._activity.forget(core.id)
 
     def _talked(self, id: int) -> None:
-        self._guests[id].talked()
+        if (guest := self._guests.get(id)) is not None:
+            guest.talked()
 
     def released(self, vm: Vm) -> None:
         """The VM was stopped by its user: it leaves the fleet."""

@@ -152,6 +152,8 @@ class Vcpu:
                 if claim is None:
                     access.count = 0  # released since it was looked up: the core finds whoever is there now
                 elif claim.device is not None:
+                    if access.count > 1 and self.core.commands() & Command.PAUSE:
+                        self._say_parked()  # it runs no guest code; the rest of a string is answered all the same
                     try:
                         self._use(claim, claim.device)
                     except Exception as error:

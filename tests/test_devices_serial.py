@@ -492,6 +492,7 @@ class AnyAccess(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.rig = Rig()
+        self.written = 0  # bytes
 
     @rule(access=ACCESSES)
     def access(self, access):
@@ -500,14 +501,28 @@ class AnyAccess(RuleBasedStateMachine):
             assert 0 <= self.rig.read(register, size) < 1 << 8 * size
         else:
             self.rig.write(register, value, size)
+            self.written += size
 
     @rule(register=st.integers(0, 7), value=st.integers(0, 255))
     def write_byte(self, register, value):
         self.rig.write(register, value)
+        self.written += 1
+
+    @rule(
+        register=st.integers(0, 8), size=st.sampled_from([1, 2, 4]), count=st.integers(1, 40), byte=st.integers(-1, 255)
+    )
+    def string(self, register, size, count, byte):
+        data = None if byte < 0 else bytes([byte]) * size * count
+        assert len(self.rig.string(register, size, count, data)) == size * count
+        self.written += size * count if data else 0
 
     @rule(data=st.binary(max_size=20))
     def receive(self, data):
         assert 0 <= self.rig.uart.receive(data) <= min(len(data), 16)
+
+    @invariant()
+    def nothing_comes_out_that_was_not_written(self):
+        assert len(self.rig.output) <= self.written
 
     @invariant()
     def line_changes_only_when_its_level_does(self):

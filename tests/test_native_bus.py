@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import trio
+import trio.lowlevel
+from trio.testing import wait_all_tasks_blocked
 
 import orchestra as orc
 from conftest import Stage, blank, play
@@ -241,27 +244,74 @@ async def test_a_stop_comes_between_the_chunks_of_a_string(stage: Stage):
         assert 100 <= device.reads <= 128
 
 
-async def test_a_pause_comes_between_the_chunks_of_a_string_which_goes_on_afterwards(stage: Stage):
-    device = Counts()
+@pytest.mark.parametrize(
+    "backend",
+    [pytest.param("kvm", marks=pytest.mark.kvm), pytest.param("emulated", marks=pytest.mark.emulated)],
+)
+async def test_a_pause_is_there_between_the_chunks_of_a_string_whose_rest_is_answered_all_the_same(
+    backend, nothing_left
+):
+    stage, go = Stage(backend), threading.Event()
+
+    class Pauses(Counts):
+        def read(self, offset: int, size: int) -> int:
+            value = super().read(offset, size)
+            if self.reads == 150:  # in the chunk after
+                assert go.wait(20)
+            return value
+
+    device = Pauses()
     async with stage.open() as fleet:
         vm = await fleet.launch(stage.spec("reads_string"), paused=True)
         vm.attach(device, ports=range(0x500, 0x501))
         reached = trio.Event()
 
+        def wait_for_the_pause() -> None:
+            fleet.post(reached.set)
+            while not vm.guest.vcpus[0].core.commands() & Command.PAUSE:
+                pass
+
+        device.at_100 = wait_for_the_pause
+        await vm.resume()
+        await reached.wait()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(vm.pause)
+            while vm.state != "paused":
+                await trio.lowlevel.checkpoint()
+            assert device.reads in range(129, 151)
+            go.set()
+        await vm.inspect()  # between two entries of the guest
+        assert vm.state == "paused"
+        assert device.reads == 1024
+        assert vm.outcome is None
+        await vm.resume()
+        assert await vm.wait() == orc.Halted()
+        assert device.reads == 1024
+        assert string(vm, stage) == NUMBERS
+
+
+async def test_a_paused_string_on_a_script_is_completed_before_it_parks():
+    device = Counts()
+    backend = orc.ScriptedBackend({"guest": [ScriptedExit("io", args=(0x500, 1, 1024, 0))]})
+    async with orc.open_fleet(backend=backend) as fleet:
+        vm = await fleet.launch(blank(), paused=True)
+        vm.attach(device, ports=range(0x500, 0x501))
+        reached = trio.Event()
+
         def pause() -> None:
             vm.guest.command(set=Command.PAUSE)  # as `Vm.pause` does, so that it is there at once
-            fleet.post(reached.set)
+            reached.set()
 
         device.at_100 = pause
         await vm.resume()
         await reached.wait()
         await vm.pause()
-        assert vm.state == "paused"
-        assert 100 <= device.reads <= 128
+        await wait_all_tasks_blocked()
+        assert vm.outcome is None
+        assert device.reads == 1024
         await vm.resume()
         assert await vm.wait() == orc.Halted()
-        assert device.reads == 1024
-        assert string(vm, stage) == NUMBERS
+        assert backend.machines["guest"].engines[0].answers == [(0x500, NUMBERS)]
 
 
 async def test_what_a_task_leaves_unanswered_of_a_string_reads_as_ones(stage: Stage):

@@ -171,12 +171,11 @@ class ScriptedEngine:
                 if commands & Command.STOP:
                     lib.orc_access_abandon(handle)
                     continue
-                turn = NEVER if commands else lib.orc_vcpu_turn(handle)
-                if not commands and (turn == NEVER or await self._wait_turn(turn, kicked)):
+                turn = lib.orc_vcpu_turn(handle)
+                # Other commands come when all of it is answered, as in orc_access_resume.
+                if commands or turn == NEVER or await self._wait_turn(turn, kicked):
                     return Why(lib.orc_access_up(handle))
-                self.access.count = 0  # not asked after all: when it goes on, somebody else may be there
-                if commands:
-                    return Why.COMMAND
+                self.access.count = 0  # not asked after all: somebody else may be there by now
                 continue
             self._finish_read()
             if commands:

@@ -13,6 +13,7 @@ SOURCES = [
     "vcpu.c",
     "signal.c",
     "bus.c",
+    "access.c",
     "console.c",
     "interrupts.c",
     "ports.c",

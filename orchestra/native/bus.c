@@ -1,4 +1,4 @@
-/* Who answers where on a bus, and the accesses that vCPUs wait for: whatever needs no Python is answered here.
+/* Who answers where on a bus.
  *
  * A table of claims is never changed. The owner publishes another one in its place, and runners, who take no lock, see the
  * one or the other as a whole. A runner names the table that it reads in its `reading` (a hazard pointer: M. Michael, "Hazard
@@ -115,7 +115,7 @@ int orc_bus_replace(orc_bus *b, const struct orc_claim *claims, size_t n)
 	if (!t)
 		return -ENOMEM;
 	pthread_mutex_lock(&b->lock);
-	/* seq_cst, here and in hold(): a runner that is not seen to read the old table sees the new one. */
+	/* seq_cst, here and in orc_table_hold(): a runner that is not seen to read the old table sees the new one. */
 	old = (struct orc_table *)atomic_exchange_explicit(&b->table, t, memory_order_seq_cst);
 	old->older = b->old;
 	b->old = old;
@@ -129,8 +129,7 @@ int orc_bus_replace(orc_bus *b, const struct orc_claim *claims, size_t n)
 	return 0;
 }
 
-/* Who claims an address. NULL: nobody. *last: where that ends, the last address of it. */
-static const struct orc_claim *find(const struct orc_table *t, orc_u64 address, orc_u64 *last)
+const struct orc_claim *orc_table_find(const struct orc_table *t, orc_u64 address, orc_u64 *last)
 {
 	size_t low = 0, high = t->n;
 
@@ -156,7 +155,7 @@ orc_u64 orc_bus_find(orc_bus *b, orc_u64 address)
 	orc_u64 version, last;
 
 	pthread_mutex_lock(&b->lock); /* a table is freed with it held only */
-	claim = find(atomic_load_explicit(&b->table, memory_order_acquire), address, &last);
+	claim = orc_table_find(atomic_load_explicit(&b->table, memory_order_acquire), address, &last);
 	version = claim ? claim->version : 0;
 	pthread_mutex_unlock(&b->lock);
 	return version;
@@ -211,7 +210,7 @@ void orc_leave_buses(orc_vcpu *v)
 	leave_bus(&v->on_mmio);
 }
 
-static const struct orc_table *hold(struct orc_reader *r)
+const struct orc_table *orc_table_hold(struct orc_reader *r)
 {
 	const struct orc_table *t;
 
@@ -226,157 +225,7 @@ static const struct orc_table *hold(struct orc_reader *r)
 	return t;
 }
 
-static void let_go(struct orc_reader *r)
+void orc_table_let_go(struct orc_reader *r)
 {
 	atomic_store_explicit(&r->reading, NULL, memory_order_release); /* all that was read of it was read before */
-}
-
-/* ---- an access ------------------------------------------------------------------------------------------------ */
-
-/* `size` bytes of the access are answered, or `count` whole elements. */
-static void advance(struct orc_io *io, uint32_t size, uint32_t count)
-{
-	if (size == io->size) {
-		io->done += count;
-		return;
-	}
-	io->byte += size;
-	if (io->byte == io->size) {
-		io->byte = 0;
-		io->done++;
-	}
-}
-
-static bool is_device_size(uint32_t size)
-{
-	return size <= 8 && !(size & (size - 1));
-}
-
-/* The naturally aligned piece that begins there, as hardware would transfer it. */
-static uint32_t aligned_piece(orc_u64 address, uint32_t most)
-{
-	uint32_t size = 8;
-
-	while (size > most || address & (size - 1))
-		size /= 2;
-	return size;
-}
-
-/* The next piece of the access: answers it, or sets v->access and returns that Python is to. */
-static bool go_on(orc_vcpu *v, const struct orc_table *t)
-{
-	struct orc_io *io = &v->io;
-	orc_u64 address = io->address + io->byte, last;
-	const struct orc_claim *claim = find(t, address, &last);
-	uint8_t *data = io->data + (size_t)io->done * io->size + io->byte;
-	uint32_t size = io->size - io->byte, count = 1;
-
-	if (last - address < size - 1) /* as far as this claim, or this gap, goes */
-		size = (uint32_t)(last - address) + 1;
-	if (claim && (size != io->size || !is_device_size(size)))
-		size = aligned_piece(address, size);
-	if (size == io->size)
-		count = io->count - io->done;
-	if (!claim) { /* Nobody drives the bus: it reads as ones. */
-		if (!io->write)
-			memset(data, 0xff, (size_t)size * count);
-		io->nobody = true;
-		advance(io, size, count);
-		return false;
-	}
-	v->access = (struct orc_access){.address = address, .offset = address - claim->start, .claim = claim->version,
-					.size = size, .count = count, .write = io->write, .data = data};
-	if (claim->device && claim->device->answer(claim->device, v, &v->access)) {
-		advance(io, size, count);
-		return false;
-	}
-	if (count > ORC_CHUNK)
-		v->access.count = ORC_CHUNK;
-	return true;
-}
-
-bool orc_access_next(orc_vcpu *v)
-{
-	struct orc_io *io = &v->io;
-	struct orc_reader *r = io->why == ORC_IO ? &v->on_ports : &v->on_mmio;
-	const struct orc_table *t;
-	bool python = false;
-
-	if (!io->open)
-		return false;
-	if (v->access.count)
-		advance(io, v->access.size, v->access.count); /* that was answered since */
-	v->access.count = 0;
-	t = hold(r);
-	while (io->done < io->count && !python)
-		python = go_on(v, t);
-	let_go(r);
-	if (python)
-		return true;
-	orc_count(&v->unclaimed, io->nobody);
-	v->access.count = 0;
-	io->open = false;
-	return false;
-}
-
-void orc_access_abandon(orc_vcpu *v)
-{
-	struct orc_io *io = &v->io;
-	size_t answered = (size_t)io->done * io->size + io->byte;
-
-	if (io->open && !io->write)
-		memset(io->data + answered, 0xff, (size_t)io->count * io->size - answered);
-	v->access.count = 0;
-	io->open = false;
-}
-
-enum orc_why orc_access_up(orc_vcpu *v)
-{
-	return v->io.why;
-}
-
-enum orc_why orc_access_begin(orc_vcpu *v, enum orc_why why, orc_u64 address, uint32_t size, uint32_t count, bool write,
-			      void *data)
-{
-	v->io = (struct orc_io){.why = why, .open = true, .address = address, .size = size, .count = count, .write = write,
-				.data = data};
-	v->access.count = 0;
-	return orc_access_next(v) ? orc_access_up(v) : ORC_ANSWERED;
-}
-
-enum orc_why orc_access_resume(orc_vcpu *v)
-{
-	while (orc_access_next(v)) {
-		uint32_t commands = orc_vcpu_commands(v);
-
-		if (commands & ORC_STOP) {
-			orc_access_abandon(v);
-			break;
-		}
-		if (commands) {
-			v->access.count = 0; /* not asked after all: when it goes on, somebody else may be there */
-			if (orc_commanded(v))
-				return ORC_COMMAND;
-			continue;
-		}
-		if (v->waiting && !orc_wait_turn(v)) {
-			v->access.count = 0;
-			continue;
-		}
-		return orc_access_up(v);
-	}
-	return ORC_ANSWERED;
-}
-
-bool orc_device_answer(orc_device *d, orc_u64 offset, uint32_t size, uint32_t count, bool write, void *data)
-{
-	const struct orc_access access = {.offset = offset, .size = size, .count = count, .write = write, .data = data};
-
-	return d->answer(d, NULL, &access);
-}
-
-void orc_device_free(orc_device *d)
-{
-	if (d)
-		d->free(d);
 }

@@ -146,8 +146,12 @@ static inline void orc_profile_lock(orc_vcpu *v, const struct orc_record *record
 
 /* Owner: the vCPU looks up no more. */
 void orc_leave_buses(orc_vcpu *);
-/* Before the guest is entered: goes on with the access at hand. As orc_access_begin, or
- * ORC_COMMAND: commands come first. */
+/* Runner: the table of its bus, which is not freed, nor are its devices, until it is let go. */
+const struct orc_table *orc_table_hold(struct orc_reader *);
+void orc_table_let_go(struct orc_reader *);
+/* Who claims an address. NULL: nobody. *last: where that ends, the last address of it. */
+const struct orc_claim *orc_table_find(const struct orc_table *, orc_u64 address, orc_u64 *last);
+/* Before the guest is entered: goes on with the access at hand, once its turn has come. As orc_access_begin. */
 enum orc_why orc_access_resume(orc_vcpu *);
 /* Runner, in a device: somebody waits for what was just written to the console of its VM. */
 void orc_talk(orc_vcpu *);

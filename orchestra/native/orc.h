@@ -228,7 +228,7 @@ int orc_vcpu_cap(orc_vcpu *, double share);
 int orc_signal_install(void);
 int orc_signal_number(void);
 
-/* ---- bus.c ---------------------------------------------------------------------------------------------------- */
+/* ---- access.c ------------------------------------------------------------------------------------------------- */
 
 /* What Python is to answer: `count` accesses of `size` bytes (1, 2, 4 or 8) at `address`, one after the other, whose bytes
  * lie in a row at `data`. Whoever answers fewer says so in `count`: the others are looked up once more. */
@@ -252,6 +252,8 @@ struct orc_device {
 bool orc_device_answer(orc_device *, orc_u64 offset, uint32_t size, uint32_t count, bool write, void *data);
 void orc_device_free(orc_device *); /* no bus has it */
 
+/* ---- bus.c ---------------------------------------------------------------------------------------------------- */
+
 /* Who answers at these addresses. A claim that moves gets another version. */
 struct orc_claim {
 	orc_u64 start, last; /* first and last address */
@@ -269,6 +271,8 @@ orc_u64 orc_bus_find(orc_bus *, orc_u64 address); /* the version of the claim th
 size_t orc_bus_tables(orc_bus *); /* how many it keeps: one, and those that a runner reads at this moment */
 /* Before the runner starts. The buses outlive the vCPU; on none, nobody answers. */
 void orc_vcpu_set_buses(orc_vcpu *, orc_bus *ports, orc_bus *mmio);
+
+/* ---- access.c, with buses --------------------------------------------------------------------------------------- */
 
 /* Runner. An access is taken to pieces: a claim has all of it if it has all of its addresses and its size is a device's;
  * else each has the naturally aligned pieces on its addresses, as hardware would transfer them, and where nobody is it

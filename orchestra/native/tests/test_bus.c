@@ -142,7 +142,7 @@ static void a_string_for_a_device_of_ours_is_one_call(void)
 	rig_free(&r);
 }
 
-static void a_string_for_python_goes_up_in_chunks_with_commands_between_them(void)
+static void a_string_for_python_goes_up_in_chunks_and_a_stop_comes_between_them(void)
 {
 	const struct orc_claim claim = claim_of(0x500, 0x500, 7, NULL);
 	uint8_t data[200];
@@ -155,17 +155,39 @@ static void a_string_for_python_goes_up_in_chunks_with_commands_between_them(voi
 	CHECK(orc_access_begin(r.v, ORC_IO, 0x500, 1, 200, false, data) == ORC_IO);
 	CHECK(a->count == ORC_CHUNK && a->claim == 7 && a->data == data && a->offset == 0);
 	memset(a->data, 1, a->count);
-	orc_vcpu_command(r.v, ORC_PAUSE, 0);
-	CHECK(orc_access_resume(r.v) == ORC_COMMAND);
-	CHECK(orc_access_resume(r.v) == ORC_COMMAND);
-	orc_vcpu_command(r.v, 0, ORC_PAUSE);
-	CHECK(orc_access_resume(r.v) == ORC_IO && a->data == data + ORC_CHUNK && a->count == ORC_CHUNK);
+	orc_vcpu_command(r.v, ORC_PAUSE | ORC_CALL | ORC_CAP, 0);
+	CHECK(orc_access_resume(r.v) == ORC_IO, "these come when all of it is answered");
+	CHECK(a->data == data + ORC_CHUNK && a->count == ORC_CHUNK);
 	memset(a->data, 2, a->count);
 	orc_vcpu_command(r.v, ORC_STOP, 0);
 	CHECK(orc_access_resume(r.v) == ORC_ANSWERED, "nobody is asked any more");
+	CHECK(!r.v->io.open);
 	CHECK(data[ORC_CHUNK - 1] == 1 && data[ORC_CHUNK] == 2 && data[2 * ORC_CHUNK - 1] == 2);
 	CHECK(data[2 * ORC_CHUNK] == 0xff && data[199] == 0xff);
 	rig_free(&r);
+}
+
+static void a_string_for_python_waits_for_its_turn_between_chunks_unless_it_is_commanded(void)
+{
+	const struct orc_claim claim = claim_of(0x500, 0x500, 7, NULL);
+	struct orc_record record = {.reason = KVM_EXIT_IO};
+	orc_bucket *b = orc_bucket_new();
+	uint8_t data[200];
+	struct rig r;
+	orc_ns before = orc_now();
+
+	rig_new(&r);
+	CHECK(!orc_bus_replace(r.ports, &claim, 1));
+	orc_bucket_set(b, 100, 1, -1, before);
+	orc_vcpu_set_bucket(r.v, ORC_EXITS, 0, b);
+	orc_vcpu_account(r.v, &record, before); /* its turn is in 10 ms */
+	CHECK(orc_access_begin(r.v, ORC_IO, 0x500, 1, 200, false, data) == ORC_IO);
+	orc_vcpu_command(r.v, ORC_PAUSE, 0);
+	CHECK(orc_access_resume(r.v) == ORC_IO && r.v->waiting);
+	orc_vcpu_command(r.v, 0, ORC_PAUSE);
+	CHECK(orc_access_resume(r.v) == ORC_IO && !r.v->waiting && orc_now() - before >= 10000000);
+	rig_free(&r);
+	orc_bucket_free(b);
 }
 
 static void an_answer_completes_the_access_also_when_a_command_came_meanwhile(void)
@@ -356,7 +378,8 @@ const struct test bus_tests[] = {
 	TEST(what_nobody_claims_reads_as_ones_and_is_counted_once_for_each_access),
 	TEST(a_vcpu_on_no_bus_finds_nobody),
 	TEST(a_string_for_a_device_of_ours_is_one_call),
-	TEST(a_string_for_python_goes_up_in_chunks_with_commands_between_them),
+	TEST(a_string_for_python_goes_up_in_chunks_and_a_stop_comes_between_them),
+	TEST(a_string_for_python_waits_for_its_turn_between_chunks_unless_it_is_commanded),
 	TEST(an_answer_completes_the_access_also_when_a_command_came_meanwhile),
 	TEST(what_a_device_of_ours_does_not_answer_goes_up),
 	TEST(a_claim_that_moves_answers_at_each_moment_and_a_device_that_goes_is_called_no_more),
