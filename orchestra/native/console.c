@@ -8,7 +8,8 @@ struct orc_console {
 	pthread_mutex_t lock; /* all of it; nothing is locked within */
 	orc_u64 total;
 	bool wanted; /* somebody waits for output, and was not told yet */
-	uint8_t kept[ORC_CONSOLE_KEPT]; /* byte n of the output is at n modulo its size */
+	uint8_t *kept; /* byte n of the output is at n modulo `room`, which grows as long as nothing was overwritten */
+	size_t room;
 };
 
 orc_console *orc_console_new(void)
@@ -25,7 +26,25 @@ void orc_console_free(orc_console *c)
 	if (!c)
 		return;
 	pthread_mutex_destroy(&c->lock);
+	free(c->kept);
 	free(c);
+}
+
+/* Most guests say little. Without memory it keeps less. */
+static void grow(orc_console *c, size_t size)
+{
+	size_t room = c->room ? c->room : 1024;
+	uint8_t *kept;
+
+	if (c->total > c->room || c->total + size <= c->room || c->room == ORC_CONSOLE_KEPT)
+		return;
+	while (room < ORC_CONSOLE_KEPT && room < c->total + size)
+		room *= 2;
+	kept = realloc(c->kept, room);
+	if (!kept)
+		return;
+	c->kept = kept;
+	c->room = room;
 }
 
 bool orc_console_put(orc_console *c, const uint8_t *data, size_t size)
@@ -34,15 +53,18 @@ bool orc_console_put(orc_console *c, const uint8_t *data, size_t size)
 	bool wanted;
 
 	pthread_mutex_lock(&c->lock);
+	grow(c, size);
 	c->total += size;
-	if (size > ORC_CONSOLE_KEPT) {
-		data += size - ORC_CONSOLE_KEPT;
-		size = ORC_CONSOLE_KEPT;
+	if (size > c->room) {
+		data += size - c->room;
+		size = c->room;
 	}
-	at = (c->total - size) % ORC_CONSOLE_KEPT;
-	first = ORC_CONSOLE_KEPT - at < size ? ORC_CONSOLE_KEPT - at : size;
-	memcpy(c->kept + at, data, first);
-	memcpy(c->kept, data + first, size - first);
+	if (size) {
+		at = (c->total - size) % c->room;
+		first = c->room - at < size ? c->room - at : size;
+		memcpy(c->kept + at, data, first);
+		memcpy(c->kept, data + first, size - first);
+	}
 	wanted = c->wanted;
 	c->wanted = false;
 	pthread_mutex_unlock(&c->lock);
@@ -65,13 +87,15 @@ size_t orc_console_copy(orc_console *c, orc_u64 *position, uint8_t *out, size_t 
 	size_t n, at, first;
 
 	pthread_mutex_lock(&c->lock);
-	if (c->total - from > ORC_CONSOLE_KEPT)
-		from = c->total - ORC_CONSOLE_KEPT;
+	if (c->total - from > c->room)
+		from = c->total - c->room;
 	n = c->total - from < room ? (size_t)(c->total - from) : room;
-	at = from % ORC_CONSOLE_KEPT;
-	first = ORC_CONSOLE_KEPT - at < n ? ORC_CONSOLE_KEPT - at : n;
-	memcpy(out, c->kept + at, first);
-	memcpy(out + first, c->kept, n - first);
+	if (n) {
+		at = from % c->room;
+		first = c->room - at < n ? c->room - at : n;
+		memcpy(out, c->kept + at, first);
+		memcpy(out + first, c->kept, n - first);
+	}
 	pthread_mutex_unlock(&c->lock);
 	*position = from + n;
 	return n;
