@@ -228,11 +228,12 @@ class Vcpu:
                     self._say_parked()
                 if not (request.answered or request.returned):
                     yield seen
-            if not request.answered:
+            if not request.answered and not claim.live:
                 access.count = index
                 return
-            if not write:
-                ffi.memmove(where, request.value.to_bytes(size, "little"), size)
+            if not write:  # by one who keeps the claim and answers no more, ones, or it would be asked for ever
+                value = request.value if request.answered else (1 << 8 * size) - 1
+                ffi.memmove(where, value.to_bytes(size, "little"), size)
 
     def _park(self) -> Generator[int, Any, None]:
         while True:

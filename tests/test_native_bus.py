@@ -326,6 +326,16 @@ async def test_what_a_task_leaves_unanswered_of_a_string_reads_as_ones(stage: St
         assert string(vm, stage) == bytes(range(100)) + b"\xff" * 924
 
 
+async def test_a_task_that_answers_no_more_and_keeps_its_claim_reads_as_ones(stage: Stage):
+    async with stage.open() as fleet:
+        vm = await fleet.launch(stage.spec("ports"), paused=True)
+        async with vm.requests(ports=range(0x500, 0x504)) as requests:
+            requests.close()  # as a restart may leave it
+            await vm.resume()
+            with trio.fail_after(10):
+                assert await vm.wait() == orc.Halted()
+
+
 async def test_a_device_that_releases_itself_in_the_middle_of_a_string_is_called_no_more(stage: Stage):
     device = Counts()
     async with stage.open() as fleet:
