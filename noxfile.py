@@ -98,7 +98,7 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def dist(session: nox.Session) -> None:
-    """Makes the source distribution and a manylinux wheel in dist/, and tries them out far from the checkout.
+    """Makes the source distribution and a manylinux wheel, in dist/ or the folder given, and tries them out elsewhere.
 
     The wheel is made from the source distribution, without a network, where there is nothing but what pyproject.toml
     asks for. Its tag says the oldest C library that it runs with: that of the machine it was made on, at most.
@@ -148,10 +148,11 @@ def dist(session: nox.Session) -> None:
             session.run(user, "-m", "pip", "check", external=True)
         if not PROJECT["project"].get("urls"):
             session.warn("pyproject.toml has no [project.urls]: they come before a release")
-        (HERE / "dist").mkdir(exist_ok=True)
+        to = Path(*session.posargs[:1] or (HERE / "dist",))
+        to.mkdir(exist_ok=True)
         for path in (sdist, wheel):
-            session.log(f"dist/{path.name}: {path.stat().st_size >> 10} KiB")
-            shutil.copy(path, HERE / "dist")
+            session.log(f"{to / path.name}: {path.stat().st_size >> 10} KiB")
+            shutil.copy(path, to)
 
 
 def _venv(session: nox.Session, folder: Path, *requirements: str) -> str:
