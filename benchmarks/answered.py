@@ -58,7 +58,7 @@ async def exit_in_c(options: Options) -> list[Row]:
     guest, reason, field = ("buslock", "x86_bus_lock", "limit") if locks else ("write", "io", "exit_limit")
     bare, within, without = [], [], []
     tenant = orc.Tenant("budgeted", **{field: NO_LIMIT_EVER_REACHED})  # type: ignore[arg-type]
-    async with orc.open_fleet(tenants=[tenant]) as fleet:
+    async with orc.open_fleet(backend="kvm", tenants=[tenant]) as fleet:
         limits = {field: NO_LIMIT_EVER_REACHED, f"vcpu_{field}": NO_LIMIT_EVER_REACHED}
         limited = await fleet.launch(_spec("limited", guest, tenant="budgeted", **limits), paused=True)
         free = await fleet.launch(_spec("free", guest), paused=True)
@@ -111,7 +111,7 @@ class Register:
 async def device(options: Options) -> list[Row]:
     """A port read answered by a Python device on the vCPU thread."""
     bare, answered = [], []
-    async with orc.open_fleet() as fleet:
+    async with orc.open_fleet(backend="kvm") as fleet:
         vm = await fleet.launch(_spec("reader", "read"), paused=True)
         vm.attach(Register(), ports=range(PORT, PORT + 1))
         seconds = options.pick(6, 1) / 10
@@ -167,7 +167,7 @@ async def _answer_all(requests: object) -> None:
 async def task(options: Options) -> list[Row]:
     """A port read answered by a task."""
     hops, answered, bare = [], [], []
-    async with orc.open_fleet() as fleet, AsyncExitStack() as stack:
+    async with orc.open_fleet(backend="kvm") as fleet, AsyncExitStack() as stack:
         vm = await fleet.launch(_spec("reader", "read"), paused=True)
         requests = await stack.enter_async_context(vm.requests(ports=range(PORT, PORT + 1)))
         seconds = options.pick(4, 1) / 10

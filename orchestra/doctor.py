@@ -19,6 +19,7 @@ from .backend.emulated import library
 from .backend.kvm.system import Kvm
 from .backend.picking import Seen, pick
 from .errors import OrchestraError
+from .extras import install
 from .native import lib
 from .spec import GiB, MiB
 
@@ -536,7 +537,7 @@ def _extras(host: _Host) -> Iterator[Finding]:
     for extra, modules in _EXTRAS.items():
         missing = [name for name in modules if not host.importable(name)]
         if missing:
-            remedy = f"`pip install orchestra[{extra}]`"
+            remedy = f"`{install(extra)}`"
             yield Finding(
                 f"extra {extra}", "note", f"{', '.join(missing)} missing", "that part is not available", remedy
             )

@@ -6,13 +6,14 @@ import io
 import re
 
 from .errors import OrchestraError
+from .extras import install
 
 try:
     # mypy may well be run where this extra is not installed.
     from matplotlib import rc_context  # type: ignore[import-not-found,unused-ignore]
     from matplotlib.figure import Figure  # type: ignore[import-not-found,unused-ignore]
 except ImportError as error:
-    raise OrchestraError(f"plots need matplotlib ({error}): pip install 'orchestra[plot]'") from None
+    raise OrchestraError(f"plots need matplotlib ({error}): {install('plot')}") from None
 
 __all__ = ["Figure", "inline_svg", "rc_context"]
 

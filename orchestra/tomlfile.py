@@ -18,6 +18,7 @@ from typing import Any, TypeAlias, TypeVar
 import attrs
 
 from .errors import OrchestraError, SpecError
+from .extras import install
 
 try:
     # mypy may well be run where this extra is not installed.
@@ -30,7 +31,7 @@ try:
         IterableValidationNote,
     )
 except ImportError as error:
-    raise OrchestraError(f"TOML files need cattrs ({error}): pip install 'orchestra[rules]'") from None
+    raise OrchestraError(f"TOML files need cattrs ({error}): {install('rules')}") from None
 
 __all__ = ["Inside", "Mistake", "Mistaken", "TomlError", "converter", "meant", "read", "shown", "structure"]
 

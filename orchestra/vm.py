@@ -502,8 +502,8 @@ class Vm:
     def profile(self, symbols: Iterable[Symbols] = ()) -> Profile:
         """Which of its instructions locked the bus since it was launched, restarts included; see `Profile`.
 
-        Disassembled if iced-x86 is installed (``pip install 'orchestra[profile]'``). Takes a tenth of a millisecond or
-        so for each instruction.
+        Disassembled if iced-x86 is installed (``pip install 'orchestra-kvm[profile]'``). Takes a tenth of a millisecond
+        or so for each instruction.
 
         Parameters:
             symbols: functions of the guest; the first that knows an address names it.

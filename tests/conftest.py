@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import struct
 import sys
 import weakref
@@ -78,6 +79,12 @@ def bus_lock_problem() -> str | None:
     return "this host's KVM reports no bus locks (KVM_CAP_X86_BUS_LOCK_EXIT)"
 
 
+def pytest_configure() -> None:
+    """What a shell runs in the background ignores Ctrl-C, and tests that interrupt themselves would wait for ever."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     problems = {"kvm": kvm_problem(), "emulated": emulated_problem(), "buslock": bus_lock_problem()}
     for item in items:
@@ -91,17 +98,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """What was collected stays to the end: the garbage collector need not look through it again and again."""
     gc.freeze()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_vm_stays() -> Iterator[None]:
-    """KVM switches the CPU's virtualisation on with the first VM and off after the last. One that stays keeps that from
-    happening hundreds of times."""
-    if kvm_problem() is not None:
-        yield
-        return
-    with Kvm.open() as kvm, kvm.create_vm():
-        yield
 
 
 _memories: weakref.WeakSet[GuestMemory] = weakref.WeakSet()

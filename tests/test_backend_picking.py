@@ -8,8 +8,8 @@ from orchestra.backend.picking import Pick, Seen, open_best, pick
 from orchestra.errors import BackendUnavailable
 
 NO_KVM = "/dev/kvm does not exist: load the module: or not"
-NO_UNICORN = "backend='emulated': unicorn is not installed: `pip install 'orchestra[emulated]'`"
-INSTALL = "pip install 'orchestra[emulated]'"
+NO_UNICORN = "backend='emulated': unicorn is not installed: `pip install 'orchestra-kvm[emulated]'`"
+INSTALL = "pip install 'orchestra-kvm[emulated]'"
 
 
 @pytest.mark.parametrize(

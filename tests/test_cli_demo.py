@@ -453,7 +453,7 @@ def test_without_matplotlib_a_plot_is_refused_with_the_command_that_installs_it(
         monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["demo", "--plot", "x.svg"]) == 1
-    assert "pip install 'orchestra[plot]'" in capsys.readouterr().err
+    assert "pip install 'orchestra-kvm[plot]'" in capsys.readouterr().err
 
 
 # ---- on real guests
@@ -587,7 +587,7 @@ def test_without_bus_locks_and_unicorn_kvm_tells_it_of_exits_and_says_how_to_get
     done = run([*python, *DEMO], environment)
     assert (done.returncode, done.stderr) == (0, "")
     assert "Backend kvm: /dev/kvm opens; it reports no bus locks here, but unicorn is not installed.\n" in done.stdout
-    assert "With real split locks: `pip install 'orchestra[emulated]'`, then once more.\n" in done.stdout
+    assert "With real split locks: `pip install 'orchestra-kvm[emulated]'`, then once more.\n" in done.stdout
     assert "noisy-1: from" in done.stdout
 
 
@@ -599,7 +599,7 @@ def test_without_kvm_and_unicorn_one_line_says_which_command_helps(tmp_path):
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
         "orchestra: no guest can run here: /dev/kvm does not exist or has no driver; and unicorn is not installed: "
-        "`pip install 'orchestra[emulated]'`\n"
+        "`pip install 'orchestra-kvm[emulated]'`\n"
     )
 
 

@@ -103,4 +103,4 @@ def test_without_kvm_and_unicorn_the_status_is_1_and_the_remedy_is_shown(tmp_pat
     done = run(without_kvm([*python, "-m", "orchestra", "doctor"], tmp_path / "dev"), environment)
     assert (done.returncode, done.stderr) == (1, "")
     assert re.search(r'^problem +backend="auto" +none: ', done.stdout, re.MULTILINE)
-    assert "`pip install 'orchestra[emulated]'`" in " ".join(done.stdout.split())
+    assert "`pip install 'orchestra-kvm[emulated]'`" in " ".join(done.stdout.split())

@@ -488,7 +488,7 @@ def test_without_pyarrow_one_line_says_which_command_installs_it(busy, capsys, m
     monkeypatch.delitem(sys.modules, "orchestra.journal.parquet", raising=False)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert main(["journal", str(busy.path), "--parquet", str(tmp_path / "x")]) == 1
-    assert "pip install 'orchestra[parquet]'" in capsys.readouterr().err
+    assert "pip install 'orchestra-kvm[parquet]'" in capsys.readouterr().err
 
 
 def test_upgrade_brings_an_older_journal_to_this_version(busy, capsys, monkeypatch):

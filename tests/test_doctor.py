@@ -551,7 +551,11 @@ def test_headers_that_cannot_build_orchestra_are_noted(find, text, value):
 
 def test_extras_that_are_not_installed_are_noted_with_the_command(find):
     finding = find("extra cli", importable=lambda name: name != "rich")
-    assert (finding.status, finding.value, finding.remedy) == ("note", "rich missing", "`pip install orchestra[cli]`")
+    assert (finding.status, finding.value, finding.remedy) == (
+        "note",
+        "rich missing",
+        "`pip install 'orchestra-kvm[cli]'`",
+    )
 
 
 def test_extras_that_are_installed_are_looked_up_where_python_looks(tmp_path):

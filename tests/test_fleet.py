@@ -614,7 +614,7 @@ async def test_a_host_without_kvm_is_told_what_to_do(monkeypatch, nothing_left, 
     with pytest.raises(orc.BackendUnavailable, match=message) as caught:
         async with orc.open_fleet(backend=backend):
             pytest.fail("opened")
-    assert (r"pip install 'orchestra[emulated]'" in str(caught.value)) == (backend == "auto")
+    assert (r"pip install 'orchestra-kvm[emulated]'" in str(caught.value)) == (backend == "auto")
 
 
 @pytest.mark.kvm

@@ -364,6 +364,7 @@ def test_a_value_that_cant_be_is_named(path, change, named):
 
 ARCHIVED = """
 import os, sys
+import urllib.parse  # pathlib does that late, when it may lie where only root looks
 from orchestra.journal import read_journal
 from orchestra.journal.schema import JournalError
 if not os.getuid():  # to root every folder can be written

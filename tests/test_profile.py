@@ -245,7 +245,7 @@ def test_without_a_disassembler_places_are_named_as_they_were_reported(monkeypat
     assert (on.address, on.exact, on.text) == (0x5000, True, None)
     assert (behind.address, behind.exact, behind.text) == (0x6000, False, None)
     assert "RIP as it was reported" in "\n".join(lines(make_profile("vm", kept.places)))
-    assert "pip install 'orchestra[profile]'" in "\n".join(lines(make_profile("vm", kept.places)))
+    assert "pip install 'orchestra-kvm[profile]'" in "\n".join(lines(make_profile("vm", kept.places)))
 
 
 def test_json_has_all_of_it():

@@ -214,9 +214,9 @@ def test_a_file_that_is_not_there_is_told(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("library", "modules", "options", "command"),
     [
-        ("numpy", "orchestra.simulate", [], "pip install 'orchestra[simulate]'"),
-        ("cattrs", "orchestra.tomlfile", [], "pip install 'orchestra[rules]'"),
-        ("matplotlib", "orchestra.figures", ["--html", "x.html"], "pip install 'orchestra[plot]'"),
+        ("numpy", "orchestra.simulate", [], "pip install 'orchestra-kvm[simulate]'"),
+        ("cattrs", "orchestra.tomlfile", [], "pip install 'orchestra-kvm[rules]'"),
+        ("matplotlib", "orchestra.figures", ["--html", "x.html"], "pip install 'orchestra-kvm[plot]'"),
     ],
 )
 def test_without_a_library_the_command_that_installs_it_is_told(

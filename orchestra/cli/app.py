@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 from cyclopts import App, CycloptsError, Parameter
 
 from ..errors import OrchestraError, SpecError
+from ..extras import DISTRIBUTION
 from ..spec import DebugConsole, DeviceSpec, ExitPort, FlatImage, Limit, Serial, VmSpec
 from .numbers import parse_rate, parse_seconds, parse_size
 from .times import parse_time
@@ -47,7 +48,7 @@ Json = Annotated[bool, _flag("write one JSON document to standard output, and no
 
 def _version() -> str:
     try:
-        return f"orchestra {version('orchestra')}"
+        return f"orchestra {version(DISTRIBUTION)}"
     except PackageNotFoundError:
         return "orchestra, from a source tree that is not installed"
 

@@ -14,10 +14,11 @@ from typing import Any, Final
 import attrs
 
 from ..errors import OrchestraError
+from ..extras import install
 
 __all__ = ["SymbolError", "Symbols"]
 
-INSTALL: Final = "pip install 'orchestra[profile]'"
+INSTALL: Final = install("profile")
 FARTHEST: Final = 1 << 16
 """Bytes that a symbol without a size, and with none behind it, is taken to go on for."""
 NESTED: Final = 16
