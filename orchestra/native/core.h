@@ -77,9 +77,11 @@ struct orc_vcpu {
 
 	/* Counters: one writer (the runner), so plain load and store, atomic only against torn reads. */
 	_Alignas(ORC_CACHE_LINE) _Atomic orc_u64 exits[ORC_REASONS];
-	_Atomic orc_u64 bus_locks, capped, throttled, waits, released, missed, kicks, unclaimed;
+	_Atomic orc_u64 bus_locks, capped, waits, released, missed, kicks, unclaimed;
+	_Atomic orc_u64 held[ORC_METERS * ORC_LEVELS]; /* ns of waits, by the bucket whose turn was the last */
 	_Atomic orc_ns throttled_since;
-	_Atomic uint32_t wait_version; /* odd while the two above move from a wait to the sum */
+	_Atomic unsigned slowest;      /* the bucket that it waits for */
+	_Atomic uint32_t wait_version; /* odd while a wait moves to the sums: the three above */
 };
 
 #define ORC_CONTAINER(pointer, type, member) ((type *)((char *)(pointer) - offsetof(type, member)))

@@ -114,12 +114,13 @@ static bool charge(orc_vcpu *v, int meter, orc_ns now, bool *waits)
 	return charged;
 }
 
-/* The slowest bucket's turn; *by_tokens: had there been no max_delay. */
-static orc_ns turn(const orc_vcpu *v, orc_ns *by_tokens)
+/* The slowest bucket's turn, and which bucket that is; *by_tokens: had there been no max_delay. */
+static orc_ns turn(const orc_vcpu *v, orc_ns *by_tokens, unsigned *slowest)
 {
 	orc_ns at = ORC_NEVER;
 
 	*by_tokens = ORC_NEVER;
+	*slowest = 0;
 	for (int meter = 0; meter < ORC_METERS; meter++) {
 		if (!v->charged[meter])
 			continue;
@@ -131,8 +132,10 @@ static orc_ns turn(const orc_vcpu *v, orc_ns *by_tokens)
 			orc_bucket_turn(v->bucket[meter][level], &v->ticket[meter][level], &tokens, &delay);
 			if (tokens > *by_tokens)
 				*by_tokens = tokens;
-			if ((tokens < delay ? tokens : delay) > at)
+			if ((tokens < delay ? tokens : delay) > at) {
 				at = tokens < delay ? tokens : delay;
+				*slowest = (unsigned)(meter * ORC_LEVELS + level);
+			}
 		}
 	}
 	return at;
@@ -141,8 +144,9 @@ static orc_ns turn(const orc_vcpu *v, orc_ns *by_tokens)
 orc_ns orc_vcpu_turn(const orc_vcpu *v)
 {
 	orc_ns by_tokens;
+	unsigned slowest;
 
-	return v->waiting ? turn(v, &by_tokens) : ORC_NEVER;
+	return v->waiting ? turn(v, &by_tokens, &slowest) : ORC_NEVER;
 }
 
 orc_ns orc_vcpu_account(orc_vcpu *v, struct orc_record *record, orc_ns now)
@@ -150,6 +154,7 @@ orc_ns orc_vcpu_account(orc_vcpu *v, struct orc_record *record, orc_ns now)
 	unsigned reason = record->reason < ORC_REASONS ? record->reason : ORC_REASONS - 1;
 	bool bus_lock = record->flags & KVM_RUN_X86_BUS_LOCK, waits = false;
 	orc_ns at = ORC_NEVER, by_tokens;
+	unsigned slowest;
 
 	if (bus_lock) {
 		orc_count(&v->bus_locks, 1);
@@ -163,7 +168,7 @@ orc_ns orc_vcpu_account(orc_vcpu *v, struct orc_record *record, orc_ns now)
 	v->charged[ORC_BUS_LOCKS] = bus_lock && charge(v, ORC_BUS_LOCKS, now, &waits);
 	v->charged[ORC_EXITS] = charge(v, ORC_EXITS, now, &waits);
 	if (waits) {
-		at = turn(v, &by_tokens);
+		at = turn(v, &by_tokens, &slowest);
 		waits = at > now;
 		if (!waits)
 			at = ORC_NEVER;
@@ -182,15 +187,35 @@ orc_ns orc_vcpu_account(orc_vcpu *v, struct orc_record *record, orc_ns now)
 
 /* ---- waiting -------------------------------------------------------------------------------------------------- */
 
+/* What was waited since the last such step was for the bucket that was the slowest then; from `since` on it is for this
+ * one (0: no wait). Tickets stay as they are, so which bucket is the slowest changes with limits only. */
+static void wait_step(orc_vcpu *v, orc_ns now, orc_ns since, unsigned slowest)
+{
+	orc_ns before = atomic_load_explicit(&v->throttled_since, memory_order_relaxed);
+	unsigned whose = atomic_load_explicit(&v->slowest, memory_order_relaxed);
+
+	/* All or nothing: a reader that saw the sum with this wait in it and the wait still on would count it twice. */
+	atomic_fetch_add_explicit(&v->wait_version, 1, memory_order_acq_rel);
+	if (before)
+		atomic_store_explicit(&v->held[whose], atomic_load_explicit(&v->held[whose], memory_order_relaxed) +
+				      (orc_u64)(now - before), memory_order_release);
+	atomic_store_explicit(&v->slowest, slowest, memory_order_release);
+	atomic_store_explicit(&v->throttled_since, since, memory_order_release);
+	atomic_fetch_add_explicit(&v->wait_version, 1, memory_order_release);
+}
+
 void orc_vcpu_wait_begin(orc_vcpu *v, orc_ns now)
 {
 	orc_fleet *f = v->fleet;
+	orc_ns by_tokens;
+	unsigned slowest;
 
 	if (!v->wait_counted) /* one wait, however often it is interrupted */
 		orc_count(&v->waits, 1);
 	v->wait_counted = true;
 
-	atomic_store_explicit(&v->throttled_since, now, memory_order_relaxed);
+	turn(v, &by_tokens, &slowest);
+	wait_step(v, now, now, slowest);
 	pthread_mutex_lock(&f->throttled_lock);
 	v->throttled_next = f->throttled;
 	v->throttled_link = &f->throttled;
@@ -204,22 +229,17 @@ void orc_vcpu_wait_end(orc_vcpu *v, orc_ns now, bool served)
 {
 	orc_fleet *f = v->fleet;
 	orc_ns by_tokens;
+	unsigned slowest;
 
 	pthread_mutex_lock(&f->throttled_lock);
 	*v->throttled_link = v->throttled_next;
 	if (v->throttled_next)
 		v->throttled_next->throttled_link = v->throttled_link;
 	pthread_mutex_unlock(&f->throttled_lock);
-	/* Both or neither: a reader that saw the sum with this wait in it and the wait still on would count it twice. */
-	atomic_fetch_add_explicit(&v->wait_version, 1, memory_order_acq_rel);
-	atomic_store_explicit(&v->throttled, atomic_load_explicit(&v->throttled, memory_order_relaxed) +
-			      (orc_u64)(now - atomic_load_explicit(&v->throttled_since, memory_order_relaxed)),
-			      memory_order_release);
-	atomic_store_explicit(&v->throttled_since, 0, memory_order_release);
-	atomic_fetch_add_explicit(&v->wait_version, 1, memory_order_release);
+	wait_step(v, now, 0, 0);
 	if (!served)
 		return;
-	turn(v, &by_tokens);
+	turn(v, &by_tokens, &slowest);
 	if (by_tokens > now)
 		orc_count(&v->released, 1);
 	v->waiting = false;
@@ -233,7 +253,8 @@ static void futex_wait_until(_Atomic uint32_t *word, uint32_t seen, const struct
 
 bool orc_wait_turn(orc_vcpu *v)
 {
-	orc_ns now = orc_now(), at;
+	orc_ns now = orc_now(), at, by_tokens;
+	unsigned slowest;
 	bool served;
 
 	orc_vcpu_wait_begin(v, now);
@@ -246,11 +267,13 @@ bool orc_wait_turn(orc_vcpu *v)
 			served = false;
 			break;
 		}
-		at = orc_vcpu_turn(v);
+		at = turn(v, &by_tokens, &slowest);
 		if (at <= now) {
 			served = true;
 			break;
 		}
+		if (slowest != atomic_load_explicit(&v->slowest, memory_order_relaxed)) /* a limit changed */
+			wait_step(v, now, now, slowest);
 		until = (struct timespec){.tv_sec = at / 1000000000, .tv_nsec = at % 1000000000};
 		futex_wait_until(&v->wakes, seen, &until);
 		now = orc_now();
@@ -360,19 +383,27 @@ static orc_u64 get(const _Atomic orc_u64 *counter)
 	return atomic_load_explicit((_Atomic orc_u64 *)counter, memory_order_relaxed);
 }
 
-static orc_u64 throttled(const orc_vcpu *constant, orc_ns now, orc_ns *since)
+/* By bucket, and the sum. */
+static orc_u64 throttled(const orc_vcpu *constant, orc_ns now, orc_u64 held[ORC_METERS * ORC_LEVELS], orc_ns *since)
 {
 	orc_vcpu *v = (orc_vcpu *)constant;
 	uint32_t before, after;
-	orc_u64 sum;
+	unsigned slowest;
+	orc_u64 sum = 0;
 
 	do {
 		before = atomic_load_explicit(&v->wait_version, memory_order_acquire);
 		*since = atomic_load_explicit(&v->throttled_since, memory_order_acquire);
-		sum = atomic_load_explicit(&v->throttled, memory_order_acquire);
+		slowest = atomic_load_explicit(&v->slowest, memory_order_acquire);
+		for (int i = 0; i < ORC_METERS * ORC_LEVELS; i++)
+			held[i] = atomic_load_explicit(&v->held[i], memory_order_acquire);
 		after = atomic_load_explicit(&v->wait_version, memory_order_relaxed);
 	} while ((before & 1) || before != after);
-	return sum + (*since && now > *since ? (orc_u64)(now - *since) : 0);
+	if (*since && now > *since)
+		held[slowest] += (orc_u64)(now - *since);
+	for (int i = 0; i < ORC_METERS * ORC_LEVELS; i++)
+		sum += held[i];
+	return sum;
 }
 
 void orc_vcpu_counters(const orc_vcpu *v, struct orc_counters *out, orc_ns now)
@@ -380,7 +411,7 @@ void orc_vcpu_counters(const orc_vcpu *v, struct orc_counters *out, orc_ns now)
 	for (int i = 0; i < ORC_REASONS; i++)
 		out->exits[i] = get(&v->exits[i]);
 	out->bus_locks = get(&v->bus_locks);
-	out->throttled = throttled(v, now, &out->throttled_since);
+	out->throttled = throttled(v, now, out->held, &out->throttled_since);
 	out->capped = get(&v->capped);
 	out->waits = get(&v->waits);
 	out->released = get(&v->released);
@@ -403,7 +434,7 @@ int orc_vcpu_look(const orc_vcpu *v, struct orc_sums *out, orc_u64 seen[ORC_REAS
 		}
 	}
 	out->bus_locks = get(&v->bus_locks);
-	out->throttled = throttled(v, now, &since);
+	out->throttled = throttled(v, now, out->held, &since);
 	return n;
 }
 
