@@ -310,6 +310,18 @@ class JournalReader:
         values = (-1 if since is None else since, most if until is None else until)
         return self._made(query, values, self._state)
 
+    def lives(self, session: int) -> Iterator[StateRow]:
+        """The states of all VMs of one fleet, in the order of their time."""
+        return self._made("SELECT * FROM states WHERE session = ? ORDER BY time, rowid", (session,), self._state)
+
+    def limits_set(self, session: int) -> Iterator[ActionRow]:
+        """The limits that one fleet and its VMs began with, and those that callers set."""
+        query = (
+            f"SELECT {ACTION_COLUMNS} FROM actions WHERE session = ? AND kind = 'SetLimit' AND outcome = 'done' "
+            "AND policy IS NULL ORDER BY time, id"
+        )
+        return self._made(query, (session,), self._action)
+
     def moments(self, *, since: int | None = None, until: int | None = None) -> Iterator[tuple[int, int, float]]:
         """Session, time and interval of the aggregates, each once, in the order of their time."""
         query = (
