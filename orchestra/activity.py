@@ -222,7 +222,8 @@ class Activity:
                 total.run_delay = (total.run_delay or 0) + waited
             if capped is not None:
                 total.capped = (total.capped or 0) + capped
-        return bool(held or used or capped)
+        # Whoever made an exit may just have begun to wait for its turn, and will account nothing until that has come.
+        return bool(exits or held or used or capped)
 
     def _times(self, vcpu: _Vcpu, now: int) -> tuple[int | None, int | None]:
         """CPU time and run-queue delay since the last look."""

@@ -73,8 +73,10 @@ def document(told: Explanation, bins: Sequence[Bin]) -> dict[str, Any]:
     def plain(_: object, __: object, value: Any) -> Any:
         return dict(value) if hasattr(value, "keys") else value
 
+    known = attrs.asdict(told, value_serializer=plain)
+    known["covered"].pop("hosts")  # what they say is in `host`
     return {
-        **attrs.asdict(told, value_serializer=plain),
+        **known,
         "suspicion": suspicion_document(told.suspicion),
         "text": " ".join(sentences(told)),
         "time": iso(told.at),
@@ -102,7 +104,7 @@ def sentences(told: Explanation) -> Iterator[str]:
     yield from _fared(told)
     yield from _host(told)
     waits = [one.hold for cause in told.causes for one in cause.setters]
-    for hold in told.holds:
+    for hold in told.holds if told.ends is None else ():
         if hold.rate is None or hold in waits:
             yield _ending(hold, told)
     yield from _done(told)

@@ -33,8 +33,12 @@ def window(told: Explanation) -> str:
     if abs(told.end - until) < SECOND and not inner_gaps(told):
         whole = abs(told.seconds * SECOND - LATELY) < 1.5 * SECOND
         return f"in its last {'minute' if whole else duration(told.seconds)}"
+    return f"from {_from_to(told)}"
+
+
+def _from_to(told: Explanation) -> str:
     known = f", of which {duration(told.seconds)} are known," if inner_gaps(told) else ""
-    return f"from {time_of_day(told.begin, told.at)} to {time_of_day(told.end, told.at)}{known}"
+    return f"{time_of_day(told.begin, told.at)} to {time_of_day(told.end, told.at)}{known}"
 
 
 def inner_gaps(told: Explanation) -> list[tuple[int, int]]:
@@ -44,31 +48,34 @@ def inner_gaps(told: Explanation) -> list[tuple[int, int]]:
 
 def unknown(told: Explanation) -> Iterator[str]:
     """What of the time in question is not in the journal: nothing is said about it."""
+    at = time_of_day(told.at)
     if told.begins is not None:
         begins = day_and_time(told.begins)
         yield f"Of {told.vm} the journal begins at {begins}: it has nothing of it at {day_and_time(told.at)}."
         return
-    begin, end = told.covered.asked
     if told.ends is not None:
-        later = "" if told.seconds else f", and has nothing of the minute before {time_of_day(told.at)}"
-        later = f"; the minute before is known {window(told)}" if told.seconds and not later else later
-        yield f"The journal ends at {day_and_time(told.ends)}{later}."
-    elif told.gone and told.over is not None and told.until < told.over:
-        yield f"The journal ends at {day_and_time(told.until)}, without a word of its end."
-    for since, until in told.covered.gaps:
-        if since == begin and until == end:
-            if told.ends is None:
-                yield f"The journal has no interval of the time from {time_of_day(since, told.at)} to " + (
-                    f"{time_of_day(until, told.at)}: what held it then is not known."
-                )
-        elif since == begin and not told.covered.hosts:
-            continue
-        elif since == begin:
-            yield f"Of the minute in question, the journal's intervals begin at {time_of_day(until, told.at)}."
-        elif until == end:
-            yield f"Of the minute in question, the journal's intervals end at {time_of_day(since, told.at)}."
+        if not told.seconds:
+            rest = f": it has nothing of the minute before {at}"
+        elif told.at - told.ends >= SECOND:
+            rest = f": of the minute before {at} it has that from {_from_to(told)}"
         else:
-            yield f"The journal has a gap from {time_of_day(since, told.at)} to {time_of_day(until, told.at)}."
+            rest = ""
+        yield f"The journal ends at {day_and_time(told.ends)}{rest}."
+    elif told.gone and told.over is not None and told.until < told.over:
+        yield f"The journal of that fleet ends at {day_and_time(told.until)}, without a word of its end."
+    begin, end = told.covered.asked
+    for since, until in told.covered.gaps:
+        first, last = time_of_day(since, told.at), time_of_day(until, told.at)
+        if until == end and told.ends is not None:
+            continue  # that has been said
+        if since == begin and until == end:
+            yield f"The journal has no interval of the time from {first} to {last}: what held it then is not known."
+        elif since == begin:
+            yield f"Of the minute in question, the journal's intervals begin at {last}."
+        elif until == end:
+            yield f"Of the minute in question, the journal's intervals end at {first}."
+        else:
+            yield f"The journal has a gap from {first} to {last}."
 
 
 # ---- what held it -------------------------------------------------------------------------------------------------
@@ -89,8 +96,8 @@ def held(told: Explanation) -> Iterator[str]:
 
 
 def _by(cause: Cause, first: Setter, told: Explanation, made_wait: str) -> str:
-    row, until = first.hold.action, max(told.until, told.end) if told.ends is None else told.ends
-    over = first.until if first.until is not None else told.until if told.gone else None
+    row, until = first.hold.action, max(told.until, told.end)
+    over = first.until if first.until is not None else told.until if told.gone or told.ends is not None else None
     if over is None:
         since = f"For {duration(max(0, until - first.since) / SECOND)}, since {time_of_day(first.since, told.at)},"
         has = "has "
@@ -165,6 +172,8 @@ def _several(texts: Iterable[str]) -> str:
 
 def in_force(told: Explanation) -> Iterator[str]:
     """What was in force, and is not what held it, as far as is known."""
+    if told.ends is not None and not told.seconds:
+        return  # how it is now nobody knows
     waits = [one.hold for cause in told.causes for one in cause.setters]
     if waits and not told.holds and not told.gone and told.ends is None:
         yield "By then nothing was in force any more."
@@ -174,8 +183,11 @@ def in_force(told: Explanation) -> Iterator[str]:
         yield f"In force: {_several([_limit(hold) for hold in idle])}{when if told.seconds else ''}."
     for hold in told.holds:
         if hold.rate is None and hold not in waits:
-            row, until = hold.action, told.until
-            since = f"For {duration(max(0, until - hold.since) / SECOND)}, since {time_of_day(hold.since, told.at)},"
+            row, known = hold.action, told.ends is None
+            since = (
+                f"For {duration(max(0, told.until - hold.since) / SECOND)}, since {time_of_day(hold.since, told.at)},"
+            )
+            since = since if known else f"Since {time_of_day(hold.since, told.at)}, until the journal ends,"
             later = f", as it is since {time_of_day(row.time, told.at)}" if row.time != hold.since else ""
             yield f"{since} {_who(hold)} has {_does(hold)}{later}{_reason(row)}."
 

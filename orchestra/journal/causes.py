@@ -63,6 +63,7 @@ def causes(
     begin: int,
     end: int,
     seconds: float,
+    vcpus: int,
 ) -> tuple[Cause, ...]:
     """All that held a VM between two times, what did for longest first.
 
@@ -71,6 +72,7 @@ def causes(
         states: all of its, up to `end`.
         counted: what counted when, as `spans` has it.
         seconds: how many of that time the journal's intervals are of.
+        vcpus: that it has.
     """
     held: dict[tuple[Kind, str], float] = {}
     when: dict[tuple[Kind, str], list[tuple[int, int]]] = {}
@@ -79,7 +81,6 @@ def causes(
         held[kind, name] = held.get((kind, name), 0.0) + much
         when.setdefault((kind, name), []).append((since, until))
 
-    vcpus = rows[-1].vcpus if rows else 1
     for row in rows:
         since = row.time - round(row.interval * SECOND)
         known = 0.0

@@ -158,8 +158,9 @@ def explain(journal: JournalReader, vm: str, at: int | None = None, *, seconds: 
     elif life is not None and (end is None or end < at):
         ends = max((row.time for row in states), default=0) if end is None else end
         until = ends
-    begin = until - LATELY if first is None else min(max(until - LATELY, first), until)
-    covered = Coverage((begin, until), (), ()) if life is None else cover(journal, life[0], begin, until)
+    asked = until if ends is None else at  # of one that has ended it is its last minute
+    begin = asked - LATELY if first is None else min(max(asked - LATELY, first), asked)
+    covered = Coverage((begin, asked), (), ()) if life is None else cover(journal, life[0], begin, asked)
     start, stop = max(covered.begin, first or 0), covered.end
     later = actions
     if stop > at:  # the time in question is in the middle of an interval
@@ -169,7 +170,8 @@ def explain(journal: JournalReader, vm: str, at: int | None = None, *, seconds: 
     rows = [] if stop <= start else _of(journal, vm, life, start, covered.end)
     length = covered.seconds(start, stop) if stop > start else 0.0
     counted = spans(later, start, stop)
-    found = causes(rows, states, counted, start, stop, length) if length else ()
+    vcpus = rows[-1].vcpus if rows else _vcpus(journal, vm, life)
+    found = causes(rows, states, counted, start, stop, length, vcpus) if length else ()
     holds = () if ended or over is not None else tuple(sorted(in_force(actions), key=lambda hold: _held(hold, found)))
     before = None
     own = [hold.since for hold in holds if hold.where == "vm" and hold.action.given is None]
@@ -238,6 +240,13 @@ def _begins(journal: JournalReader, vm: str, at: int, first: int) -> int:
 def _of(journal: JournalReader, vm: str, life: tuple[int, int] | None, begin: int, end: int) -> list[Aggregate]:
     """What it did in the intervals that lie between two times, at least in part."""
     return [row for row in whole(journal.aggregates(vm=vm, since=begin + 1, until=end)) if life_of(row) == life]
+
+
+def _vcpus(journal: JournalReader, vm: str, life: tuple[int, int] | None) -> int:
+    """How many it has. One that never did anything may have any number, and it makes no difference."""
+    query = "SELECT vcpus FROM aggregates WHERE vm = ? AND session = ? AND launch = ? LIMIT 1"
+    found = [] if life is None else journal.query(query, (vm, *life))
+    return int(found[0][0]) if found else 1
 
 
 def _held(hold: Hold, found: Sequence[Cause]) -> float:
