@@ -243,6 +243,16 @@ def test_of_another_vm_of_that_name_only_the_last_counts(afternoon):
         assert explain(journal, "a", at(1)).holds[0].rate == 5
 
 
+def test_little_is_not_told_as_nothing(afternoon, capsys):
+    afternoon.state("a", "running")
+    afternoon.applied(orc.Throttle(vm="a", limit=orc.Limit(rate=0.04)), "p")
+    for second in range(50):
+        afternoon.second(vm("a", int(second == 0), exits=0, throttled=0.002, throttled_by={"vm.bus_locks": 0.002}))
+    text = told(afternoon, capsys, "a")
+    assert "has held it to 0.04 bus locks/s; it waited for that less than 1% of its vCPUs' time" in text
+    assert "did 0.02 bus locks/s and 0 exits/s" in text
+
+
 def test_holds_stack_the_tightest_first_and_go_by_policy(afternoon):
     for action, policy, outcome in [
         (orc.Throttle(vm="a", limit=orc.Limit(rate=50)), "p", "done"),
@@ -402,6 +412,15 @@ def test_each_action_is_a_line_with_who_what_why_and_what_came_of_it(busy, capsy
         f"{day_and_time(at(2))}  b: Pause by q [refused: cool-down]",
         f"{day_and_time(at(2))}  host: PolicyError by q [failed: ZeroDivisionError]",
         f"{day_and_time(at(2))}  host: Reload: rules.toml: gone: q",
+    ]
+
+
+def test_a_limit_is_a_line_with_its_vcpu_and_that_there_is_none_any_more(afternoon, capsys):
+    afternoon.applied(orc.SetLimit(vm="a", vcpu=1, limit=orc.Limit(rate=5), meter="exits", reason="set_limit()"))
+    afternoon.applied(orc.SetLimit(limit=None, reason="set_limit()"))
+    assert [line.split("  ")[1] for line in listed(afternoon, capsys)] == [
+        "a vCPU 1: SetLimit 5 exits/s: set_limit()",
+        "host: SetLimit none on bus_locks: set_limit()",
     ]
 
 

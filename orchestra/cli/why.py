@@ -20,7 +20,7 @@ from .numbers import shown
 from .printable import printable
 from .times import day_and_time, duration, time_of_day
 from .whyblame import suspicion_document, verdict
-from .whyheld import capital, figure, held, in_force, unknown, window
+from .whyheld import capital, figure, held, in_force, per_second, unknown, window
 
 __all__ = ["sentences", "sparklines", "why"]
 
@@ -45,8 +45,9 @@ def why(vm: str, journal: Path, *, at: int | None, window: float, as_json: bool,
         from_ = max(told.since, told.launched or told.since)
         if (span := reader.span()) is not None:
             from_ = max(from_, span[0])
-        from_ = min(from_, told.at)
-        until = max(told.at, from_ + WIDE)
+        end = min(told.at, told.until) if told.gone else told.at  # of one that is gone nothing is idle
+        from_ = min(from_, end)
+        until = max(end, from_ + WIDE)
         bins = series(reader, vm, from_, until, WIDE)
         if plot is not None and draw is not None:
             draw(told, series(reader, vm, from_, until, 300), plot)
@@ -57,7 +58,7 @@ def why(vm: str, journal: Path, *, at: int | None, window: float, as_json: bool,
     print(textwrap.fill(printable(" ".join(sentences(told))), 100))
     print()
     blocks = (sys.stdout.encoding or "").lower().startswith("utf")
-    print(*sparklines(bins, from_, told.at, BARS if blocks else PLAIN), sep="\n")
+    print(*sparklines(bins, from_, end, BARS if blocks else PLAIN), sep="\n")
     return 0
 
 
@@ -125,7 +126,9 @@ def _state(told: Explanation) -> Iterator[str]:
         if told.begins is None:
             yield f"{of} at {when}:"
     elif told.over is not None:
-        yield f"{of} was {state.state} before {when}; its fleet had gone by then, at {time_of_day(told.over, told.at)}."
+        latest = " at the latest" if told.until < told.over else ""  # it was killed, and another one has begun
+        over = f"at {time_of_day(told.over, told.at)}{latest}"
+        yield f"{of} was {state.state} before {when}; its fleet had gone by then, {over}."
     elif state.state in ENDED:
         why = f": {state.reason}" if state.reason else ""
         yield f"{of} had ended at {when}: it {state.state} at {time_of_day(state.time, told.at)}{why}."
@@ -146,7 +149,7 @@ def _fared(told: Explanation) -> Iterator[str]:
         f"{_rate(fared)} and used {_known(fared.cpu)} s of CPU a second" if fared.cpu is not None else _rate(fared)
     ]
     if fared.work is not None:
-        parts.append(f"got {shown(fared.work)} of its own work done a second")
+        parts.append(f"got {per_second(fared.work)} of its own work done a second")
     if fared.throttled >= 0.005:
         parts.append(f"waited for its turn {fared.throttled:.0%} of its vCPUs' time")
     if fared.capped is not None and fared.capped >= 0.005:
@@ -155,12 +158,14 @@ def _fared(told: Explanation) -> Iterator[str]:
         parts.append(f"had to wait for a CPU {fared.delayed:.0%} of the time that it could have run")
     yield f"{capital(window(told))} it {', '.join(parts[:-1]) + ', and ' + parts[-1] if len(parts) > 1 else parts[0]}."
     if told.before is not None and told.before.bus_locks is not None and fared.bus_locks is not None:
-        yield f"Before it was held it did up to {shown(told.before.bus_locks)} bus locks/s."
+        yield f"Before it was held it did up to {per_second(told.before.bus_locks)} bus locks/s."
 
 
 def _rate(fared: Fared) -> str:
-    exits = f"{shown(fared.exits)} exits/s"
-    locks = "an unknown number of bus locks" if fared.bus_locks is None else f"{shown(fared.bus_locks)} bus locks/s"
+    exits = f"{per_second(fared.exits)} exits/s"
+    locks = (
+        "an unknown number of bus locks" if fared.bus_locks is None else f"{per_second(fared.bus_locks)} bus locks/s"
+    )
     return f"did {locks} and {exits}"
 
 
@@ -177,8 +182,8 @@ def _host(told: Explanation) -> Iterator[str]:
         share = f", {host.share:.0%} of them by {told.vm}" if host.share is not None else ""
         loudest = ""
         if host.loudest is not None and host.loudest[0] != told.vm:
-            loudest = f", most by {host.loudest[0]} ({shown(host.loudest[1])}/s)"
-        parts.append(f"all its VMs together made {shown(host.bus_locks)} bus locks/s{share}{loudest}")
+            loudest = f", most by {host.loudest[0]} ({per_second(host.loudest[1])}/s)"
+        parts.append(f"all its VMs together made {per_second(host.bus_locks)} bus locks/s{share}{loudest}")
     if host.lock_ns is not None:
         times = f", {host.lock_times:.2g} times what it takes in the calm" if host.lock_times is not None else ""
         parts.append(f"a locked operation of its own took {host.lock_ns:.3g} ns{times}")

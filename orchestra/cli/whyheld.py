@@ -12,7 +12,7 @@ from ..journal.holds import Hold
 from .numbers import shown
 from .times import day_and_time, duration, time_of_day
 
-__all__ = ["capital", "figure", "held", "in_force", "unknown", "window"]
+__all__ = ["capital", "figure", "held", "in_force", "per_second", "unknown", "window"]
 
 SECOND: Final = 1_000_000_000
 
@@ -112,7 +112,14 @@ def _by(cause: Cause, first: Setter, told: Explanation, made_wait: str) -> str:
 
 
 def _part(share: float) -> str:
-    return f"{share:.0%}" if share >= 0.005 else "less than 1%"
+    if 0 < share < 0.005:
+        return "less than 1%"
+    return "more than 99%" if 0.995 <= share < 1 - 1e-9 else f"{share:.0%}"
+
+
+def per_second(rate: float) -> str:
+    """As `shown`, but what is little is not nothing."""
+    return f"{rate:.3g}" if rate < 9.95 else shown(rate)
 
 
 def _nobodys(cause: Cause) -> str:
@@ -143,7 +150,7 @@ def _does(hold: Hold, rates: tuple[float, float] | None = None) -> str:
         case "Isolate":
             return "kept it on the quarantine CPUs"
     lowest, highest = rates or (hold.rate or 0.0, hold.rate or 0.0)
-    rate = shown(highest) if lowest == highest else f"between {shown(lowest)} and {shown(highest)}"
+    rate = per_second(highest) if lowest == highest else f"between {per_second(lowest)} and {per_second(highest)}"
     return f"held {_whom(hold)} to {rate} {_events(row.details.get('meter'))}/s"
 
 
@@ -163,7 +170,9 @@ def _events(meter: Any) -> str:
 
 
 def _limit(hold: Hold) -> str:
-    return f"{shown(hold.rate or 0.0)} {_events(hold.action.details.get('meter'))}/s for {_whom(hold)} ({_who(hold)})"
+    return (
+        f"{per_second(hold.rate or 0.0)} {_events(hold.action.details.get('meter'))}/s for {_whom(hold)} ({_who(hold)})"
+    )
 
 
 def _several(texts: Iterable[str]) -> str:
