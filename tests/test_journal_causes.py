@@ -33,7 +33,7 @@ from orchestra.spec import Meter
 SECOND = 1_000_000_000
 EXAMPLES = int(os.environ.get("ORCHESTRA_AFTERNOONS", "12"))
 TENANTS = ("acme", "lab")
-METERS = (Meter.BUS_LOCKS, Meter.EXITS)
+METERS = tuple(Meter)
 
 # Waits of a second or so, so that each is worth some intervals.
 LIMITS = st.none() | st.builds(
@@ -102,6 +102,12 @@ DEEDS = st.one_of(
 )
 
 
+POLICIES = {
+    "static": lambda limit: orc.StaticLimits(vms={"vm-0": limit}, tenants={"lab": limit}, meter="exits"),
+    "share": lambda limit: orc.WeightedShare(limit=limit, meter="exits", interval=1.0),
+}
+
+
 @st.composite
 def plans(draw: st.DrawFn) -> dict[str, object]:
     guests = [attrs.evolve(one, name=f"vm-{n}") for n, one in enumerate(draw(st.lists(GUESTS, min_size=1, max_size=3)))]
@@ -109,7 +115,7 @@ def plans(draw: st.DrawFn) -> dict[str, object]:
         "guests": guests,
         "host": draw(st.tuples(LIMITS, LIMITS)),
         "tenants": draw(st.tuples(*[st.tuples(LIMITS, LIMITS)] * len(TENANTS))),
-        "policy": draw(st.none() | LIMITS),
+        "policy": draw(st.none() | st.tuples(st.sampled_from(["static", "share"]), LIMITS)),
         "interval": draw(st.sampled_from([1.0, 1.0, 7.0])),
         "deeds": draw(st.lists(st.tuples(st.floats(0.3, 25), DEEDS), max_size=6)),
         "rest": draw(st.floats(1, 40)),
@@ -159,9 +165,7 @@ class Afternoon:
         scripts = {one.name: one for one in guests}
         backend = ScriptedBackend(lambda spec, vcpu: scripts[spec.name].script())
         policy, interval = plan["policy"], plan["interval"]
-        policies = (
-            [] if policy is None else [orc.StaticLimits(vms={"vm-0": policy}, tenants={"lab": policy}, meter="exits")]
-        )
+        policies = [] if policy is None or policy[1] is None else [POLICIES[policy[0]](policy[1])]
         async with orc.open_fleet(
             backend=backend,
             limit=plan["host"][0],
@@ -297,13 +301,14 @@ def told_rightly(lived: Afternoon, told: Explanation, life: Life) -> None:
     if first.kind == "pause":
         assert "held it paused" in leads
         return
-    events = {"bus_locks": "bus locks/s", "exits": "exits/s"}[first.meter]
+    events = f"{first.meter.replace('_', ' ')}/s"
     whom = {"host": "the whole host", "tenant": f"its tenant {life.vm.tenant}", "vm": "held it to", "vcpu": "its vCPU"}
     assert whom[first.where] in leads
     assert events in leads
     rates = {rate for time, of in life.rates if time <= end + 1000 for rate in of[name]}
     assert first.setters, leads
-    assert set(first.setters[0].rates) <= rates
+    if first.setters[0].hold.action.policy != "weighted-share":  # which may have others between two looks of ours
+        assert set(first.setters[0].rates) <= rates
 
 
 def cut(path: Path, time: int) -> Path:
