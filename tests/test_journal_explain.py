@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import random
 import sqlite3
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -378,6 +380,64 @@ def test_beyond_a_kill_nothing_is_said_but_where_the_journal_ends(afternoon):
     assert (late.causes, late.fared, late.host, late.seconds) == ((), None, None, 0)
     for word in ("held", "did", "wait", "slow", "In force", "limit"):
         assert word not in text.replace("does not tell", "")
+
+
+KILLED = """
+import itertools, sys, trio, orchestra as orc
+from orchestra.backend.scripted import ScriptedBackend, io_write
+from orchestra.journal import Journal
+async def live():
+    script = {"a": itertools.repeat(io_write(0x80, b"x", after=0.001))}
+    journal = Journal(sys.argv[1])
+    async with orc.open_fleet(backend=ScriptedBackend(script), journal=journal, journal_interval=0.02) as fleet:
+        boot = orc.FlatImage(code=b"\\xf4")
+        await fleet.launch(orc.VmSpec(name="a", boot=boot, exit_limit=orc.Limit(rate=10, burst=1)))
+        while journal.statistics().written < 20:
+            await trio.sleep(0.01)
+        print("written", flush=True)
+        await trio.sleep_forever()
+trio.run(live)
+"""
+
+
+def test_a_fleet_that_was_killed_is_told_of_up_to_its_last_interval_and_no_further(tmp_path):
+    path = tmp_path / "fleet.db"
+    with subprocess.Popen([sys.executable, "-c", KILLED, str(path)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline()
+        process.kill()
+    with read_journal(path) as journal:
+        last = journal.last_interval(1)
+        assert last is not None
+        there = explain(journal, "a", last)
+        assert (there.ends, there.causes[0].where, there.causes[0].meter) == (None, "vm", "exits")
+        assert "its spec has held it to 10 exits/s" in " ".join(sentences(there))
+        for late in (SECOND, 59 * SECOND, 3600 * SECOND):
+            told = explain(journal, "a", last + late)
+            assert told.ends == last
+            assert told.end == last or not told.seconds
+            assert f"The journal ends at {day_and_time(last)}" in " ".join(sentences(told))
+            assert bool(told.causes) == (late < 60 * SECOND)
+            assert " has held" not in " ".join(sentences(told))
+
+
+def test_a_limit_is_known_though_the_states_of_that_time_were_removed(afternoon):
+    afternoon.state("a", "created", launch=7)
+    afternoon.applied(throttle(4), "p")
+    afternoon.seconds += 1
+    afternoon.state("a", "stopped", launch=7)
+    afternoon.seconds += 1
+    afternoon.state("a", "created")
+    afternoon.applied(throttle(5), "q")
+    waiting(afternoon, 30, vm__bus_locks=0.9)
+    afternoon.state("a", "paused")
+    afternoon.state("a", "running")
+    waiting(afternoon, 30, vm__bus_locks=0.9)
+    afternoon.close()
+    with closing(sqlite3.connect(afternoon.path)) as connection, connection:
+        connection.execute("DELETE FROM states WHERE state = 'created' AND launch = 1")
+    (cause,) = told(afternoon).causes
+    assert [one.hold.rate for one in cause.setters] == [5]  # and not 4: that was another of its name
 
 
 def test_before_the_journal_begins_nothing_is_said(afternoon):

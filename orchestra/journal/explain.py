@@ -148,7 +148,9 @@ def explain(journal: JournalReader, vm: str, at: int | None = None, *, seconds: 
     ended = state is not None and state.state in ENDED
     over, end = (None, None) if life is None else _end(journal, life[0], at)
     over = None if ended else over
-    actions = _actions(journal, vm, tenant, at, life, first)
+    # Its first states may have been removed, and what was done to it then not.
+    other = max((row.time for row in every if life_of(row) != life and row.time <= (first or 0)), default=None)
+    actions = _actions(journal, vm, tenant, at, life, other)
     ends = None
     until = at
     if ended and state is not None:
@@ -164,7 +166,7 @@ def explain(journal: JournalReader, vm: str, at: int | None = None, *, seconds: 
     start, stop = max(covered.begin, first or 0), covered.end
     later = actions
     if stop > at:  # the time in question is in the middle of an interval
-        later = _actions(journal, vm, tenant, stop, life, first)
+        later = _actions(journal, vm, tenant, stop, life, other)
         states = [row for row in journal.states(vm=vm, until=stop) if life_of(row) == life]
     stop = min([stop, *([until] if over is not None else []), *(row.time for row in states if row.state in ENDED)])
     rows = [] if stop <= start else _of(journal, vm, life, start, covered.end)
@@ -265,9 +267,9 @@ def _actions(
     tenant: str | None,
     at: int,
     life: tuple[int, int] | None,
-    first: int | None,
+    since: int | None,
 ) -> list[ActionRow]:
-    """What was done, or begun, to the VM since it was launched, and to its tenant and the host by then.
+    """What was done, or begun, to the VM since another had its name, and to its tenant and the host by then.
 
     Dry runs and refusals are left out: there may be one of each policy in each tick, and they hold nothing.
     """
@@ -276,8 +278,8 @@ def _actions(
     rows = [
         row
         for outcome in ("done", "failed")
-        for row in journal.actions(vm=vm, outcome=outcome, since=first, until=at)
-        if row.session == life[0]
+        for row in journal.actions(vm=vm, outcome=outcome, since=since, until=at)
+        if row.session == life[0] and row.details.get("launch", life[1]) == life[1]
     ]
     return sorted([*rows, *journal.shared_limits(life[0], tenant, at)], key=lambda row: row.time)
 
