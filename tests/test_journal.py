@@ -258,6 +258,7 @@ def test_the_file_stays_within_its_bytes_and_the_newest_stay(path, monkeypatch):
         last = read.span()
         assert last is not None
         assert times[-1] == last[1]
+        assert 0 < read.removed() <= times[0]  # what is told of a time before that would be of half the rows
 
 
 def test_no_mixture_of_rows_makes_the_file_larger_than_its_bytes(path, monkeypatch):
