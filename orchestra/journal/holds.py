@@ -122,15 +122,24 @@ def spans(actions: Iterable[ActionRow], begin: int, end: int) -> Mapping[str, li
         if until > max(since, begin):
             found.setdefault(place[0], []).append(Span(max(since, begin), until, hold))
 
+    def look(time: int) -> None:
+        now = held.tightest()
+        for place in [place for place, (_, hold) in counts.items() if now.get(place) is not hold]:
+            close(place, time)
+        for place, hold in now.items():
+            counts.setdefault(place, (time, hold))
+
+    begun = False
     for row in actions:
         if row.time > end:
             break
+        if row.time > begin and not begun:  # of what was before only the outcome counts
+            begun = True
+            look(begin)
         held.note(row)
-        now = held.tightest()
-        for place in [place for place, (_, hold) in counts.items() if now.get(place) is not hold]:
-            close(place, row.time)
-        for place, hold in now.items():
-            counts.setdefault(place, (row.time, hold))
+        if begun:
+            look(row.time)
+    look(begin if not begun else end)
     for place in list(counts):
         close(place, end)
     return found
