@@ -45,7 +45,8 @@ def why(vm: str, journal: Path, *, at: int | None, window: float, as_json: bool,
         from_ = max(told.since, told.launched or told.since)
         if (span := reader.span()) is not None:
             from_ = max(from_, span[0])
-        end = min(told.at, told.until) if told.gone else told.at  # of one that is gone nothing is idle
+        # Of one that is gone nothing is idle; its last interval ends a moment after it has.
+        end = min(told.at, max(told.until, told.covered.end)) if told.gone else told.at
         from_ = min(from_, end)
         until = max(end, from_ + WIDE)
         bins = series(reader, vm, from_, until, WIDE)
