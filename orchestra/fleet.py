@@ -275,7 +275,8 @@ class Fleet:
         return applied
 
     def actions(self) -> tuple[Applied, ...]:
-        """The last 10,000 actions, oldest first, with reason, evidence and outcome."""
+        """The last 10,000 actions, oldest first, with reason, evidence and outcome. The limits that the fleet, its
+        tenants and its VMs began with are none, though the journal has them."""
         return self._records.actions()
 
     async def set_limit(

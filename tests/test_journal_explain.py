@@ -348,6 +348,37 @@ def test_who_changed_a_limit_meanwhile_is_told_with_what_there_was_before(aftern
     assert "; and in part of that time policy p held it to 5 bus locks/s." in " ".join(sentences(told(afternoon)))
 
 
+def test_caps_and_pauses_are_causes_like_limits(afternoon):
+    afternoon.state("a", "running")
+    afternoon.applied(orc.CapCpu(vm="a", share=0.5, reason="r"), "p")
+    afternoon.applied(throttle(5), "q")
+    for _ in range(30):
+        afternoon.second(vm("a", 5, capped=0.5, throttled=0.2, throttled_by={"vm.bus_locks": 0.2}, cpu=0.3))
+    afternoon.applied(orc.Pause(vm="a"), None)
+    afternoon.state("a", "paused")
+    for _ in range(20):
+        afternoon.second()
+    afternoon.applied(orc.Resume(vm="a"), None)
+    afternoon.state("a", "running")
+    for _ in range(10):
+        afternoon.second(vm("a", 5, capped=0.0, throttled=0.0, cpu=0.3))
+    found = told(afternoon)
+    assert [(one.kind, round(one.seconds, 6)) for one in found.causes] == [("pause", 20), ("cap", 15), ("limit", 6)]
+    text = " ".join(sentences(found))
+    paused = f"From {time_of_day(at(30))} to {time_of_day(at(50))}, a caller held it paused."
+    capped = "policy p has let it run for at most 50% of the time: r; that held it 25% of its vCPUs' time"
+    limited = "policy q has held it to 5 bus locks/s; it waited for that 10% of its vCPUs' time"
+    assert text.index(paused) < text.index(capped) < text.index(limited)
+
+
+def test_a_cap_that_nobody_is_known_to_have_put_there_is_told_as_that(afternoon):
+    afternoon.state("a", "running")
+    for _ in range(60):
+        afternoon.second(vm("a", 5, capped=0.5, cpu=0.3))
+    text = " ".join(sentences(told(afternoon)))
+    assert "A CPU cap held it 50% of its vCPUs' time in its last minute; who did that is not in the journal." in text
+
+
 # ---- what is not in the journal
 
 

@@ -103,6 +103,9 @@ def _by(cause: Cause, first: Setter, told: Explanation, made_wait: str) -> str:
         has = "has "
     else:
         since = f"From {time_of_day(first.since, told.at)} to {time_of_day(over, told.at)},"
+        if cause.kind == "pause" and over - first.since < 10 * SECOND:  # a moment, and of no length in whole seconds
+            long = duration((over - first.since) / SECOND)
+            since = f"For {long if long != '0 s' else 'less than 0.1 s'}, from {time_of_day(first.since, told.at)} on,"
         has = ""
     later = f", as it is since {time_of_day(row.time, told.at)}" if row.time != first.since and over is None else ""
     waits = {"limit": f"; it waited for that {made_wait}", "cap": f"; that held it {made_wait}"}.get(cause.kind, "")
