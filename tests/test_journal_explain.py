@@ -483,6 +483,25 @@ def test_before_the_journal_begins_nothing_is_said(afternoon):
         )
 
 
+def test_a_vm_that_only_actions_name_is_not_told_of(afternoon):
+    afternoon.second(vm("b"))
+    afternoon.applied(throttle(5), "p", error="no such VM")
+    afternoon.second(vm("b"))
+    (text,) = [" ".join(sentences(told(afternoon)))]
+    assert "By then the journal has no state and no interval of it: what held it is not known." in text
+    assert "Nothing" not in text
+
+
+def test_without_a_time_it_is_the_last_that_all_is_known_of(afternoon):
+    afternoon.state("a", "running")
+    waiting(afternoon, 60, vm__bus_locks=0.9)
+    afternoon.seconds += 1
+    afternoon.applied(throttle(5), "p")
+    killed(afternoon)
+    found = told(afternoon)
+    assert (found.at, found.ends, found.holds) == (at(60), None, ())
+
+
 def test_a_gap_in_the_intervals_is_told_and_its_time_counts_for_nothing(afternoon):
     afternoon.state("a", "running")
     waiting(afternoon, 30, vm__exits=0.9)

@@ -53,6 +53,9 @@ def unknown(told: Explanation) -> Iterator[str]:
         begins = day_and_time(told.begins)
         yield f"Of {told.vm} the journal begins at {begins}: it has nothing of it at {day_and_time(told.at)}."
         return
+    if told.state is None and not told.covered.hosts:
+        yield "By then the journal has no state and no interval of it: what held it is not known."
+        return
     if told.ends is not None:
         if not told.seconds:
             rest = f": it has nothing of the minute before {at}"

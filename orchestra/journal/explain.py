@@ -126,7 +126,8 @@ def explain(journal: JournalReader, vm: str, at: int | None = None, *, seconds: 
     """Gather what is known of a VM.
 
     Parameters:
-        at: the time in question, nanoseconds since the epoch. Default: the last one in the journal.
+        at: the time in question, nanoseconds since the epoch. Default: the last one that the journal knows all of: of a
+            fleet that goes on, or was killed, the end of its last interval.
         seconds: how far to look back.
 
     Raises:
@@ -134,9 +135,7 @@ def explain(journal: JournalReader, vm: str, at: int | None = None, *, seconds: 
     """
     if vm not in journal.vms():
         raise UnknownVm(f"vm={vm!r}: the journal has nothing of it; there are: {journal.some_vms()}")
-    span = journal.span()
-    first_of_all, last = span or (0, 0)
-    at = last if at is None else at
+    at = _last(journal) if at is None else at
     since = at - round(seconds * SECOND)
     every = list(journal.states(vm=vm, until=at))
     state = every[-1] if every else None
@@ -194,7 +193,7 @@ def explain(journal: JournalReader, vm: str, at: int | None = None, *, seconds: 
         until=until,
         launched=first,
         over=over,
-        begins=_begins(journal, vm, at, first_of_all) if life is None else None,
+        begins=_begins(journal, vm, at) if life is None else None,
         ends=ends,
         covered=covered,
         begin=start,
@@ -226,8 +225,18 @@ def _end(journal: JournalReader, session: int, at: int) -> tuple[int | None, int
     return (other if other is not None and other < at else None), journal.last_interval(session)
 
 
-def _begins(journal: JournalReader, vm: str, at: int, first: int) -> int:
-    """When the journal has something of a VM that it has nothing of by then."""
+def _last(journal: JournalReader) -> int:
+    """The last time that the journal knows all of."""
+    span = journal.span()
+    session, ended = journal.query(
+        "SELECT max(id), (SELECT ended FROM sessions ORDER BY id DESC LIMIT 1) FROM sessions"
+    )[0]
+    last = journal.last_interval(session) if session is not None and ended is None else None
+    return last if last is not None else span[1] if span else 0
+
+
+def _begins(journal: JournalReader, vm: str, at: int) -> int | None:
+    """When the journal has something of a VM that it has nothing of by then; None: nor has it later."""
     found = [
         islice((row.time for row in rows), 1)
         for rows in (
@@ -236,7 +245,7 @@ def _begins(journal: JournalReader, vm: str, at: int, first: int) -> int:
             journal.actions(vm=vm, since=at),
         )
     ]
-    return min(chain(*found), default=first)
+    return min(chain(*found), default=None)
 
 
 def _of(journal: JournalReader, vm: str, life: tuple[int, int] | None, begin: int, end: int) -> list[Aggregate]:
