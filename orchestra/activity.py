@@ -14,9 +14,10 @@ from typing import Final, Protocol
 import attrs
 
 from .backend import Backend
+from .counted import by_bucket
 from .dirty import DirtyLogs, Told
 from .guest import Guest
-from .native.core import FleetCore, reason_name
+from .native.core import BUCKETS, FleetCore, reason_name
 from .policy import Facts, VcpuFacts, VmFacts
 from .policy.facts import add_known
 from .signals import HostReading, HostSignals, ThreadTimes
@@ -57,7 +58,7 @@ class _Vcpu:
     index: int
     tid: int | None
     bus_locks: int = 0
-    throttled: int = 0
+    held: list[int] = attrs.field(factory=lambda: [0] * len(BUCKETS))
     cpu: int = 0
     run_delay: int = 0
     capped: int = 0
@@ -66,11 +67,12 @@ class _Vcpu:
 
 @attrs.define(eq=False)
 class _Sum:
-    """What a vCPU did since a time; exits by the kernel's number of the reason. None: nobody told."""
+    """What a vCPU did since a time; exits by the kernel's number of the reason, waits for its turn by `BUCKETS`. None:
+    nobody told."""
 
     exits: dict[int, int] = attrs.field(factory=dict)
     bus_locks: int = 0
-    throttled: int = 0
+    held: list[int] = attrs.field(factory=lambda: [0] * len(BUCKETS))
     cpu: int | None = None
     run_delay: int | None = None
     capped: int | None = None
@@ -193,30 +195,35 @@ class Activity:
 
     def _look(self, vcpu: _Vcpu, now: int) -> bool:
         """Whether it is to be looked at the next time, whatever the core says."""
-        exits, locks_so_far, throttled_so_far = vcpu.guest.look(vcpu.index, now)
-        # Clamped: runner and governor read the clock each for itself, so a wait may end "before" it was looked at.
-        bus_locks, throttled = max(0, locks_so_far - vcpu.bus_locks), max(0, throttled_so_far - vcpu.throttled)
-        vcpu.bus_locks, vcpu.throttled = locks_so_far, throttled_so_far
+        exits, locks_so_far, held_so_far = vcpu.guest.look(vcpu.index, now)
+        bus_locks, vcpu.bus_locks = max(0, locks_so_far - vcpu.bus_locks), locks_so_far
+        held: list[int] | None = None
+        if held_so_far != vcpu.held:
+            # Clamped: runner and governor read the clock each for itself, so a wait may end "before" it was looked at.
+            held = [max(0, far - before) for far, before in zip(held_so_far, vcpu.held, strict=True)]
+            vcpu.held, held = held_so_far, held if any(held) else None
         used, waited = self._times(vcpu, now)
         capped = self._capped(vcpu, now)
         if exits or used:
             self.logs.stir(vcpu.vm, vcpu.looked, now)
         vcpu.looked = now
-        if not (exits or bus_locks or throttled or used or capped):
+        if not (exits or bus_locks or held or used or capped):
             return False
         for window in self._windows:
             total = window.of(vcpu.vm, vcpu.index)
             for reason, count in exits.items():
                 total.exits[reason] = total.exits.get(reason, 0) + count
             total.bus_locks += bus_locks
-            total.throttled += throttled
+            if held is not None:
+                total.held = [sum(both) for both in zip(total.held, held, strict=True)]
             if used is not None:
                 total.cpu = (total.cpu or 0) + used
             if waited is not None:
                 total.run_delay = (total.run_delay or 0) + waited
             if capped is not None:
                 total.capped = (total.capped or 0) + capped
-        return bool(throttled or used or capped)
+        # Whoever made an exit may just have begun to wait for its turn, and will account nothing until that has come.
+        return bool(exits or held or used or capped)
 
     def _times(self, vcpu: _Vcpu, now: int) -> tuple[int | None, int | None]:
         """CPU time and run-queue delay since the last look."""
@@ -300,7 +307,7 @@ class Activity:
                 index=index,
                 bus_locks=one.bus_locks if seen else None,
                 exits=sum(one.exits.values()),
-                throttled=one.throttled / 1e9,
+                throttled=sum(one.held) / 1e9,
                 cpu=_seconds(one.cpu),
                 run_delay=_seconds(one.run_delay),
                 capped=_seconds(one.capped),
@@ -329,6 +336,7 @@ class Activity:
             by_vcpu=vcpus,
             dirty_pages=None if dirty is None else dirty.pages,
             dirty_rate=self.logs.rate(vm) if dirty is None else dirty.pages * 1e9 / dirty.time,
+            throttled_by=by_bucket(one.held for one in sums.values()),
         )
 
 

@@ -53,6 +53,8 @@ log: Final = logging.getLogger("orchestra")
 OnEvict = Callable[[Vm, Evict], Awaitable[object]]
 """What moves a VM to another host, or raises why not."""
 
+GIVERS: Final = {"open_fleet": "open_fleet()", "spec": "its spec"}
+
 _Effect = Callable[[], Awaitable[object]]
 
 
@@ -267,6 +269,20 @@ class Applier:
         """As `Fleet.set_limit`, without a word in the journal."""
         budget = self.check_limit(limit, meter, tenant, vm, vcpu)
         self._change(budget, lambda now: budget.set_base(limit, now))
+
+    def given(self, budgets: Budgets, by: str, **where: Any) -> None:
+        """Journal the limits with which a fleet, a tenant, a VM or a vCPU begins, as those that are set later.
+
+        Parameters:
+            by: what gives them: "open_fleet" or "spec".
+            where: as of `SetLimit`.
+        """
+        now = self._fleet.now()
+        for meter, budget in budgets.items():
+            if budget.base is not None:
+                reason = f"given by {GIVERS[by]}"
+                given = SetLimit(limit=budget.base, meter=meter, reason=reason, evidence={"given": by}, **where)
+                self._records.given(now, given)
 
     def check_limit(
         self, limit: Limit | None, meter: Meter, tenant: str | None, vm: str | None, vcpu: int | None

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 import attrs
 
 from .actions import Outcome, State
 from .backend import Detection
-from .native.core import Counters
+from .native.core import BUCKETS, Counters
 from .spec import Limit
 
-__all__ = ["ZERO", "VcpuStatistics", "VmStatistics", "add", "add_names"]
+__all__ = ["ZERO", "VcpuStatistics", "VmStatistics", "add", "add_names", "by_bucket"]
 
 
 @attrs.frozen
@@ -52,6 +52,8 @@ class VmStatistics:
     Attributes:
         dirty_pages: pages of 4 KiB that it wrote while it was logged (`Vm.log_dirty`), by the readings of the log so
             far: about one a second, and a page counts once in each. None: there was none.
+        throttled_by: `throttled_seconds` by the limit whose turn was the last: "vm.exits" is the VM's own on exits; the
+            levels are "host", "tenant", "vm" and "vcpu". Those for which it never waited are left out.
     """
 
     name: str
@@ -73,6 +75,13 @@ class VmStatistics:
     exit_limit: Limit | None
     bus_lock_detection: Detection | None
     vcpus: tuple[VcpuStatistics, ...]
+    throttled_by: Mapping[str, float] = attrs.field(factory=dict, hash=False)
+
+
+def by_bucket(held: Iterable[Sequence[int]]) -> dict[str, float]:
+    """Nanoseconds by bucket of several vCPUs as seconds of all of them, by name; zeros are left out."""
+    sums = (sum(of) for of in zip(*held, strict=True))
+    return {name: total / 1e9 for name, total in zip(BUCKETS, sums, strict=False) if total}
 
 
 def add_names(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
@@ -90,6 +99,7 @@ def add(a: Counters, b: Counters) -> Counters:
     return Counters(
         exits=add_names([a.exits, b.exits]),
         throttled_since=b.throttled_since,
+        held=tuple(one + other for one, other in zip(a.held, b.held, strict=True)),
         **{f: getattr(a, f) + getattr(b, f) for f in fields},
     )
 
@@ -105,4 +115,5 @@ ZERO: Final = Counters(
     kicks=0,
     unclaimed=0,
     throttled_since=None,
+    held=(0,) * len(BUCKETS),
 )

@@ -172,6 +172,9 @@ class Fleet:
         seat.live += 1
         self._live += 1
         self.changed(vm, State.CREATED, "launched paused" if paused else "launched")
+        self._applier.given(vm.budgets, "spec", vm=vm.name, launch=vm.launch)
+        for index, budgets in enumerate(vm.vcpu_budgets):
+            self._applier.given(budgets, "spec", vm=vm.name, vcpu=index, launch=vm.launch)
         if paused:  # before anybody else has a word
             self.did(Pause(vm=vm.name, reason="launch(paused=True)"))
         try:
@@ -274,7 +277,8 @@ class Fleet:
         return applied
 
     def actions(self) -> tuple[Applied, ...]:
-        """The last 10,000 actions, oldest first, with reason, evidence and outcome."""
+        """The last 10,000 actions, oldest first, with reason, evidence and outcome. The limits that the fleet, its
+        tenants and its VMs began with are none, though the journal has them."""
         return self._records.actions()
 
     async def set_limit(
@@ -502,6 +506,9 @@ class Fleet:
 
     def start(self, observed: float | None) -> None:
         """Start its own tasks. `observed`: seconds between two aggregates; None: nobody wants them."""
+        self._applier.given(self._budgets, "open_fleet")
+        for name, seat in self._tenants.items():
+            self._applier.given(seat.budgets, "open_fleet", tenant=name)
         if observed is not None:
             self._governor.observe(self._write_down, observed)
         self._nursery.start_soon(self._switchboard.run)

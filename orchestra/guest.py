@@ -26,7 +26,7 @@ from .devices.ports import DebugConsolePort, ExitDevice
 from .devices.serial import Uart16550
 from .errors import ResourceLimit, StateError
 from .memory import GuestMemory
-from .native.core import Command, Counters, FleetCore, VcpuCore
+from .native.core import BUCKETS, Command, Counters, FleetCore, VcpuCore
 from .profile import Row, Samples
 from .spec import DebugConsole, ExitPort, Limit, Meter, Serial, VmSpec
 from .vcpu import Vcpu
@@ -495,9 +495,9 @@ class Guest:
         now = self.house.backend.now()
         return [core.counters(now) for core in self._cores]
 
-    def look(self, index: int, now: int) -> tuple[dict[int, int], int, int]:
+    def look(self, index: int, now: int) -> tuple[dict[int, int], int, list[int]]:
         """As `VcpuCore.look`."""
-        return self._cores[index].look(now) if self.final is None else ({}, 0, 0)
+        return self._cores[index].look(now) if self.final is None else ({}, 0, [0] * len(BUCKETS))
 
     def tell(self, mask: int) -> None:
         if self.final is None:

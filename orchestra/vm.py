@@ -26,7 +26,7 @@ from .actions import (
     Stopped,
 )
 from .budget import Budgets, make_budgets
-from .counted import ZERO, VcpuStatistics, VmStatistics, add, add_names
+from .counted import ZERO, VcpuStatistics, VmStatistics, add, add_names, by_bucket
 from .devices.bus import Device, Handler
 from .devices.console import Console
 from .devices.requests import Requests
@@ -463,6 +463,7 @@ class Vm:
             exit_limit=self.budgets[Meter.EXITS].limit,
             bus_lock_detection=(self.spec.bus_lock_detection or self._house.bus_lock_detection) if seen else None,
             vcpus=vcpus,
+            throttled_by=by_bucket(c.held for c in counters),
         )
 
     def _dirty_pages(self) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import signal
 import struct
@@ -167,6 +168,7 @@ SCRIPTS: dict[str, Callable[[int], Iterable[ScriptedExit]]] = {
     "halt": lambda vcpu: [hlt()],
     "spin": lambda vcpu: [hlt(after=1e9)],
     "registers": lambda vcpu: [hlt(after=1e9)],
+    "storm": lambda vcpu: itertools.repeat(io_write(0x80, b"\0", after=1e-4)),
     "first_spins": lambda vcpu: [hlt(after=0 if vcpu else 1e9)],
     "exit_port": lambda vcpu: [io_write(0xF4, b"\x2a")],
     "triple_fault": lambda vcpu: [triple_fault()],

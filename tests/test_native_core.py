@@ -17,6 +17,7 @@ from orchestra.errors import ResourceLimit
 from orchestra.exits import OtherExit
 from orchestra.native import core as core_module, ffi, lib
 from orchestra.native.core import (
+    BUCKETS,
     NEVER,
     REASON_NAMES,
     REASON_NUMBERS,
@@ -119,10 +120,10 @@ def test_a_look_tells_what_was_new_since_the_last_one_by_reason(vcpu):
         "other": 1,
     }
     assert {reason_name(number): count for number, count in exits.items()} == vcpu.counters(1).exits
-    assert sums == [5, 0]
+    assert sums == [5, [0] * len(BUCKETS)]
     account(vcpu, "hlt")
-    assert vcpu.look(2) == ({REASON_NUMBERS["hlt"]: 1}, 5, 0)
-    assert vcpu.look(3) == ({}, 5, 0)
+    assert vcpu.look(2) == ({REASON_NUMBERS["hlt"]: 1}, 5, [0] * len(BUCKETS))
+    assert vcpu.look(3) == ({}, 5, [0] * len(BUCKETS))
 
 
 def test_new_vcpu_has_counted_nothing(vcpu):
@@ -391,7 +392,7 @@ def test_wait_in_progress_counts_up_to_now(vcpu):
     lib.orc_vcpu_wait_begin(vcpu.handle, 100)
     counters = vcpu.counters(150)
     assert (counters.throttled, counters.throttled_since, counters.waits) == (50, 100, 1)
-    assert vcpu.look(160) == ({}, 0, 60)
+    assert vcpu.look(160) == ({}, 0, [60] + [0] * (len(BUCKETS) - 1))
     lib.orc_vcpu_wait_end(vcpu.handle, 170, False)
     counters = vcpu.counters(1000)
     assert (counters.throttled, counters.throttled_since) == (70, None)

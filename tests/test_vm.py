@@ -153,6 +153,16 @@ async def test_pause_and_stop_end_a_long_wait_on_a_thread_at_once(nothing_left, 
         assert vm.statistics().exits["io"] == count
 
 
+async def test_statistics_tell_by_whose_limit_it_was_held(stage):
+    async with stage.open(exit_limit=orc.Limit(rate=1e6)) as fleet:
+        vm = await fleet.launch(stage.spec("storm", exit_limit=orc.Limit(rate=0.01, burst=1, max_delay=None)))
+        while vm.statistics().throttled_seconds < 0.01:  # nothing tells: the wait is in C
+            await trio.lowlevel.checkpoint()
+        await vm.stop()
+        told = vm.statistics()
+        assert told.throttled_by == {"vm.exits": pytest.approx(told.throttled_seconds)}
+
+
 async def test_what_was_left_of_a_wait_is_waited_after_a_pause(autojump_clock):
     async with play([bus_lock(), hlt()], limit=orc.Limit(rate=0.1, burst=1, max_delay=None)) as fleet:
         vm = await fleet.launch(blank())

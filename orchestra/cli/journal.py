@@ -111,10 +111,13 @@ def line(row: Row) -> str:
 
 def _action(row: ActionRow) -> str:
     where = row.vm or (f"tenant {row.tenant}" if row.tenant else "host")
+    where += "" if row.details.get("vcpu") is None else f" vCPU {row.details['vcpu']}"
     what = row.kind
     details = row.details
     if details.get("limit") is not None:
         what += f" {details['limit']['rate']:g} {details.get('meter', '')}/s"
+    elif row.kind == "SetLimit":
+        what += f" none on {details.get('meter', '')}"
     elif details.get("share") is not None:
         what += f" {details['share']:.0%}"
     by = f" by {row.policy}" if row.policy else ""

@@ -147,6 +147,7 @@ def _notes(response: Response, before: World) -> Iterator[str]:
     yield (
         "What was asked for is what was made and what would have been made in the time that was spent waiting; what a "
         "VM would have done while it was paused or gone is not known."
+        + (" How long VMs were held, as it was, is without pauses." if before.paused is None else "")
     )
     if before.victims_delay is not None and "run_delay" not in response.lines:
         yield "How the victims' waiting depends on bus locks can't be told from this journal: it is taken as it was."

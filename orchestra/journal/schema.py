@@ -72,9 +72,15 @@ CREATE INDEX vcpus_by_time ON vcpus (time);
 CREATE INDEX vcpus_by_vm ON vcpus (vm, time);
 """
 
+_THIRD: Final = """
+ALTER TABLE aggregates ADD COLUMN throttled_by TEXT;
+CREATE TABLE removed (name TEXT PRIMARY KEY, until INTEGER NOT NULL);
+"""
+
 _MIGRATIONS: Final[Sequence[Callable[[sqlite3.Connection], object]]] = (
     lambda connection: _run(connection, _FIRST),
     lambda connection: _run(connection, _SECOND),
+    lambda connection: _run(connection, _THIRD),
 )
 """What makes version n + 1 of version n. Append, never change: files of every version are out there."""
 

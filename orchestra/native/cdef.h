@@ -64,10 +64,11 @@ void orc_vcpu_detach(orc_vcpu *);
 struct orc_counters {
 	uint64_t exits[...];
 	uint64_t bus_locks, capped, throttled, waits, released, missed, kicks, unclaimed;
+	uint64_t held[...];
 	int64_t throttled_since;
 };
 void orc_vcpu_counters(const orc_vcpu *, struct orc_counters *out, int64_t now);
-struct orc_sums { uint64_t bus_locks, throttled; };
+struct orc_sums { uint64_t bus_locks, throttled; uint64_t held[...]; };
 struct orc_more { uint32_t reason; uint64_t exits; };
 int orc_vcpu_look(const orc_vcpu *, struct orc_sums *out, uint64_t *seen, struct orc_more *more, int64_t now);
 int64_t orc_now(void);

@@ -56,10 +56,11 @@ struct orc_io {
 	uint8_t *data;
 };
 
-/* How long it has waited for turns, and since when it does now; 0: it does not. */
+/* How long it has waited for turns, and since when it does now. */
 struct orc_wait {
-	_Atomic orc_u64 sum;
-	_Atomic orc_ns since;
+	_Atomic orc_u64 held[ORC_METERS * ORC_LEVELS]; /* ns, by the bucket whose turn was the last */
+	_Atomic orc_ns since;     /* since when it waits for the same bucket; 0: it does not */
+	_Atomic unsigned slowest; /* that bucket */
 };
 
 struct orc_vcpu {

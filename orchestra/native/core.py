@@ -22,6 +22,7 @@ from ..spec import Limit, Meter
 from . import ffi, lib
 
 __all__ = [
+    "BUCKETS",
     "Bucket",
     "Command",
     "Counters",
@@ -34,6 +35,12 @@ __all__ = [
 ]
 
 METER_NUMBERS: Final = {Meter.BUS_LOCKS: int(lib.ORC_BUS_LOCKS), Meter.EXITS: int(lib.ORC_EXITS)}
+LEVELS: Final = ("host", "tenant", "vm", "vcpu")
+BUCKETS: Final = tuple(
+    f"{level}.{meter}" for meter in sorted(METER_NUMBERS, key=METER_NUMBERS.__getitem__) for level in LEVELS
+)
+"""What a vCPU may wait for, in the core's order: "host.bus_locks", ..., "vm.exits", ..."""
+
 RING_RECORDS: Final = 4096
 NEVER: Final = int(lib.ORC_NEVER)
 
@@ -188,7 +195,8 @@ class FleetCore:
 
 @attrs.frozen
 class Counters:
-    """What a vCPU counted. Times in nanoseconds; `throttled_since` is None unless it waits for its turn now."""
+    """What a vCPU counted. Times in nanoseconds; `throttled_since` is None unless it waits for its turn now. `held`:
+    `throttled` by the bucket whose turn was the last, as `BUCKETS` has them."""
 
     exits: dict[str, int]
     bus_locks: int
@@ -200,6 +208,7 @@ class Counters:
     kicks: int
     unclaimed: int
     throttled_since: int | None
+    held: tuple[int, ...]
 
 
 @attrs.frozen
@@ -327,15 +336,16 @@ class VcpuCore:
             kicks=int(raw.kicks),
             unclaimed=int(raw.unclaimed),
             throttled_since=int(raw.throttled_since) or None,
+            held=tuple(ffi.unpack(raw.held, len(BUCKETS))),
         )
 
-    def look(self, now: int) -> tuple[dict[int, int], int, int]:
+    def look(self, now: int) -> tuple[dict[int, int], int, list[int]]:
         """What a policy tick needs: exits since this was asked last by the kernel's number of the reason (see
-        `REASON_NAMES`), and bus locks and throttled nanoseconds so far."""
+        `REASON_NAMES`), bus locks so far, and the throttled nanoseconds so far by `BUCKETS`."""
         sums, more = self.fleet.sums, self.fleet.more
         changed = lib.orc_vcpu_look(self.handle, sums, self._seen, more, now)
         exits = {int(more[i].reason): int(more[i].exits) for i in range(changed)}
-        return exits, int(sums.bus_locks), int(sums.throttled)
+        return exits, int(sums.bus_locks), ffi.unpack(sums.held, len(BUCKETS))
 
     def sample(self, every: int) -> None:
         """Sample every so many bus locks, and the first; 0: none. At any time."""

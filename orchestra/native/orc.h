@@ -205,18 +205,19 @@ struct orc_counters {
 	orc_u64 bus_locks;
 	orc_u64 capped;    /* ns that a CPU cap held it */
 	orc_u64 throttled; /* ns, a wait in progress included up to `now` */
+	orc_u64 held[ORC_METERS * ORC_LEVELS]; /* of these, by the bucket whose turn was the last: by meter, then by level */
 	orc_u64 waits;
 	orc_u64 released;
 	orc_u64 missed;
 	orc_u64 kicks;      /* times a kick or signal interrupted KVM_RUN */
 	orc_u64 unclaimed;  /* accesses that found nobody, or of which a part did */
-	orc_ns throttled_since; /* 0: not waiting now */
+	orc_ns throttled_since; /* since when it waits for the same bucket; 0: not waiting now */
 };
 void orc_vcpu_counters(const orc_vcpu *, struct orc_counters *out, orc_ns now);
 /* What a policy tick needs, without the copy of every counter: sums, and of which exit reasons there were more than in
  * `seen`, which is brought up to date. Returns how many reasons; `more` has room for all. */
 struct orc_sums {
-	orc_u64 bus_locks, throttled;
+	orc_u64 bus_locks, throttled, held[ORC_METERS * ORC_LEVELS];
 };
 struct orc_more {
 	uint32_t reason;

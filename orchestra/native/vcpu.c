@@ -129,12 +129,13 @@ static bool charge(orc_vcpu *v, int meter, orc_ns now, bool *waits)
 	return charged;
 }
 
-/* The slowest bucket's turn; *by_tokens: had there been no max_delay. */
-static orc_ns turn(const orc_vcpu *v, orc_ns *by_tokens)
+/* The slowest bucket's turn, and which bucket that is; *by_tokens: had there been no max_delay. */
+static orc_ns turn(const orc_vcpu *v, orc_ns *by_tokens, unsigned *slowest)
 {
 	orc_ns at = ORC_NEVER;
 
 	*by_tokens = ORC_NEVER;
+	*slowest = 0;
 	for (int meter = 0; meter < ORC_METERS; meter++) {
 		if (!v->charged[meter])
 			continue;
@@ -146,8 +147,10 @@ static orc_ns turn(const orc_vcpu *v, orc_ns *by_tokens)
 			orc_bucket_turn(v->bucket[meter][level], &v->ticket[meter][level], &tokens, &delay);
 			if (tokens > *by_tokens)
 				*by_tokens = tokens;
-			if ((tokens < delay ? tokens : delay) > at)
+			if ((tokens < delay ? tokens : delay) > at) {
 				at = tokens < delay ? tokens : delay;
+				*slowest = (unsigned)(meter * ORC_LEVELS + level);
+			}
 		}
 	}
 	return at;
@@ -156,8 +159,9 @@ static orc_ns turn(const orc_vcpu *v, orc_ns *by_tokens)
 orc_ns orc_vcpu_turn(const orc_vcpu *v)
 {
 	orc_ns by_tokens;
+	unsigned slowest;
 
-	return v->waiting ? turn(v, &by_tokens) : ORC_NEVER;
+	return v->waiting ? turn(v, &by_tokens, &slowest) : ORC_NEVER;
 }
 
 orc_ns orc_vcpu_account(orc_vcpu *v, struct orc_record *record, orc_ns now)
@@ -170,6 +174,7 @@ orc_ns orc_account(orc_vcpu *v, struct orc_record *record, orc_ns now, bool tell
 	unsigned reason = record->reason < ORC_REASONS ? record->reason : ORC_REASONS - 1;
 	bool bus_lock = record->flags & KVM_RUN_X86_BUS_LOCK, waits = false;
 	orc_ns at = ORC_NEVER, by_tokens;
+	unsigned slowest;
 
 	if (bus_lock) {
 		orc_count(&v->bus_locks, 1);
@@ -185,7 +190,7 @@ orc_ns orc_account(orc_vcpu *v, struct orc_record *record, orc_ns now, bool tell
 	v->charged[ORC_BUS_LOCKS] = bus_lock && charge(v, ORC_BUS_LOCKS, now, &waits);
 	v->charged[ORC_EXITS] = charge(v, ORC_EXITS, now, &waits);
 	if (waits) {
-		at = turn(v, &by_tokens);
+		at = turn(v, &by_tokens, &slowest);
 		waits = at > now;
 		if (!waits)
 			at = ORC_NEVER;
@@ -212,16 +217,24 @@ static struct orc_wait *wait_in_force(orc_vcpu *v)
 	return &v->wait[atomic_load_explicit(&v->wait_version, memory_order_relaxed) & 1];
 }
 
-/* Both or neither: a reader that saw the sum with a wait in it and that wait still on would count it twice. It writes what
+/* What was waited since the last such step was for the bucket that was the slowest then; from `since` on it is for this one
+ * (0: no wait). Tickets stay as they are, so which bucket is the slowest changes with limits only.
+ *
+ * All or nothing: a reader that saw the sum with a wait in it and that wait still on would count it twice. It writes what
  * no reader looks at, and then says that this is in force: a runner that loses its CPU in between (a guest can be capped,
  * and have used up its part) keeps nobody waiting, as it would with one copy and a version that is odd meanwhile. */
-static void publish_wait(orc_vcpu *v, orc_u64 sum, orc_ns since)
+static void wait_step(orc_vcpu *v, orc_ns now, orc_ns since, unsigned slowest)
 {
 	uint32_t version = atomic_load_explicit(&v->wait_version, memory_order_relaxed) + 1;
-	struct orc_wait *next = &v->wait[version & 1];
+	struct orc_wait *next = &v->wait[version & 1], *past = wait_in_force(v);
+	orc_ns before = atomic_load_explicit(&past->since, memory_order_relaxed);
+	unsigned whose = atomic_load_explicit(&past->slowest, memory_order_relaxed);
 
 	/* Release: a reader that sees one of them also sees the version before this one, and so that its copy is changing. */
-	atomic_store_explicit(&next->sum, sum, memory_order_release);
+	for (unsigned i = 0; i < ORC_METERS * ORC_LEVELS; i++)
+		atomic_store_explicit(&next->held[i], atomic_load_explicit(&past->held[i], memory_order_relaxed) +
+				      (before && i == whose ? (orc_u64)(now - before) : 0), memory_order_release);
+	atomic_store_explicit(&next->slowest, slowest, memory_order_release);
 	atomic_store_explicit(&next->since, since, memory_order_release);
 	/* seq_cst: it waits before orc_push reads `queued`, as the owner clears `queued` before it asks whether it does. */
 	atomic_store_explicit(&v->wait_version, version, memory_order_seq_cst);
@@ -236,23 +249,27 @@ bool orc_vcpu_waits(orc_vcpu *v)
 
 void orc_vcpu_wait_begin(orc_vcpu *v, orc_ns now)
 {
+	orc_ns by_tokens;
+	unsigned slowest;
+
 	if (!v->wait_counted) /* one wait, however often it is interrupted */
 		orc_count(&v->waits, 1);
 	v->wait_counted = true;
 
-	publish_wait(v, wait_in_force(v)->sum, now);
+	turn(v, &by_tokens, &slowest);
+	wait_step(v, now, now, slowest);
 	orc_push(&v->fleet->throttled, &v->throttled);
 }
 
 void orc_vcpu_wait_end(orc_vcpu *v, orc_ns now, bool served)
 {
-	const struct orc_wait *past = wait_in_force(v);
 	orc_ns by_tokens;
+	unsigned slowest;
 
-	publish_wait(v, past->sum + (orc_u64)(now - past->since), 0);
+	wait_step(v, now, 0, 0);
 	if (!served)
 		return;
-	turn(v, &by_tokens);
+	turn(v, &by_tokens, &slowest);
 	if (by_tokens > now)
 		orc_count(&v->released, 1);
 	leave(v);
@@ -266,7 +283,8 @@ static void futex_wait_until(_Atomic uint32_t *word, uint32_t seen, const struct
 
 bool orc_wait_turn(orc_vcpu *v)
 {
-	orc_ns now = orc_now(), at;
+	orc_ns now = orc_now(), at, by_tokens;
+	unsigned slowest;
 	bool served;
 
 	orc_vcpu_wait_begin(v, now);
@@ -279,11 +297,13 @@ bool orc_wait_turn(orc_vcpu *v)
 			served = false;
 			break;
 		}
-		at = orc_vcpu_turn(v);
+		at = turn(v, &by_tokens, &slowest);
 		if (at <= now) {
 			served = true;
 			break;
 		}
+		if (slowest != atomic_load_explicit(&wait_in_force(v)->slowest, memory_order_relaxed)) /* a limit changed */
+			wait_step(v, now, now, slowest);
 		until = (struct timespec){.tv_sec = at / 1000000000, .tv_nsec = at % 1000000000};
 		futex_wait_until(&v->wakes, seen, &until);
 		now = orc_now();
@@ -395,18 +415,26 @@ static orc_u64 get(const _Atomic orc_u64 *counter)
 	return atomic_load_explicit((_Atomic orc_u64 *)counter, memory_order_relaxed);
 }
 
-static orc_u64 throttled(const orc_vcpu *constant, orc_ns now, orc_ns *since)
+/* By bucket, and the sum. */
+static orc_u64 throttled(const orc_vcpu *constant, orc_ns now, orc_u64 held[ORC_METERS * ORC_LEVELS], orc_ns *since)
 {
 	orc_vcpu *v = (orc_vcpu *)constant;
 	uint32_t version;
-	orc_u64 sum;
+	unsigned slowest;
+	orc_u64 sum = 0;
 
 	do { /* again only if a whole wait began or ended meanwhile */
 		version = atomic_load_explicit(&v->wait_version, memory_order_acquire);
 		*since = atomic_load_explicit(&v->wait[version & 1].since, memory_order_acquire);
-		sum = atomic_load_explicit(&v->wait[version & 1].sum, memory_order_acquire);
+		slowest = atomic_load_explicit(&v->wait[version & 1].slowest, memory_order_acquire);
+		for (int i = 0; i < ORC_METERS * ORC_LEVELS; i++)
+			held[i] = atomic_load_explicit(&v->wait[version & 1].held[i], memory_order_acquire);
 	} while (version != atomic_load_explicit(&v->wait_version, memory_order_relaxed));
-	return sum + (*since && now > *since ? (orc_u64)(now - *since) : 0);
+	if (*since && now > *since)
+		held[slowest] += (orc_u64)(now - *since);
+	for (int i = 0; i < ORC_METERS * ORC_LEVELS; i++)
+		sum += held[i];
+	return sum;
 }
 
 void orc_vcpu_counters(const orc_vcpu *v, struct orc_counters *out, orc_ns now)
@@ -414,7 +442,7 @@ void orc_vcpu_counters(const orc_vcpu *v, struct orc_counters *out, orc_ns now)
 	for (int i = 0; i < ORC_REASONS; i++)
 		out->exits[i] = get(&v->exits[i]);
 	out->bus_locks = get(&v->bus_locks);
-	out->throttled = throttled(v, now, &out->throttled_since);
+	out->throttled = throttled(v, now, out->held, &out->throttled_since);
 	out->capped = get(&v->capped);
 	out->waits = get(&v->waits);
 	out->released = get(&v->released);
@@ -437,7 +465,7 @@ int orc_vcpu_look(const orc_vcpu *v, struct orc_sums *out, orc_u64 seen[ORC_REAS
 		}
 	}
 	out->bus_locks = get(&v->bus_locks);
-	out->throttled = throttled(v, now, &since);
+	out->throttled = throttled(v, now, out->held, &since);
 	return n;
 }
 

@@ -51,6 +51,9 @@ class VmFacts:
             since.
         by_reason: its exits by the kernel's name of the reason ("io", "mmio", "x86_bus_lock", ...).
         by_vcpu: the vCPUs that did something, by index.
+        throttled_by: the seconds of `throttled` by the limit whose turn was the last: "vm.exits" is the VM's own on
+            exits; the levels are "host", "tenant", "vm" and "vcpu". Of what was really so: what a dry run would have
+            held is not in it, and a replay has none.
 
     `cpu`, `run_delay`, `capped`, `work` and the pages are None where this host, or this guest, does not tell: never 0
     for "unknown".
@@ -72,6 +75,7 @@ class VmFacts:
     dirty_rate: float | None = None
     by_reason: Mapping[str, int] = attrs.field(factory=dict, hash=False)
     by_vcpu: tuple[VcpuFacts, ...] = ()
+    throttled_by: Mapping[str, float] = attrs.field(factory=dict, hash=False)
 
 
 @attrs.frozen

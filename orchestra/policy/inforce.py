@@ -185,7 +185,7 @@ class InForce:
                 self._set(meter, place, bucket)
             case Unthrottle(vm=vm, tenant=tenant, meter=meter):
                 self._unthrottle(meter, _place(vm, tenant), policy)
-            case SetLimit(vm=vm, tenant=tenant, meter=meter, limit=base):
+            case SetLimit(vm=vm, tenant=tenant, meter=meter, limit=base, vcpu=None):  # one vCPU's is none of the VM's
                 self.set_base(_place(vm, tenant), meter, base)
             case CapCpu(vm=vm, share=None):
                 self._uncap(vm, policy)

@@ -19,6 +19,8 @@ from ..policy.rehearsal import Rehearsal
 from ..rules import Rules
 from ..spec import Limit, Meter, Tenant
 from .demand import Demands, Tick, Want, ticks, together
+from .given import Given
+from .living import Living
 from .response import Response, fit
 from .tally import Tally, World
 
@@ -30,6 +32,10 @@ DEEDS: Final = 1000
 
 ENOUGH: Final = 10_000
 """Intervals from which lines are drawn: more don't make them surer, and would have to be read twice."""
+
+
+_TENANTS: Final = {Meter.BUS_LOCKS: "limit", Meter.EXITS: "exit_limit"}
+"""A `Tenant`'s limits, by what they count."""
 
 
 @attrs.frozen
@@ -117,11 +123,12 @@ def replay(
     whole = _Whole(Tally(*span, response))
     for tick in told("replay"):
         if run is None or run.session != tick.session:
-            run = _Run(make(), tick, whole)
+            run = _Run(make(), tick, whole, journal)
             whole.sessions += 1
         run.step(tick)
     for row in journal.actions(since=span[0], until=span[1]):
-        whole.tally.did(row.kind, row.outcome, row.vm)
+        if row.given is None:  # else nobody did it
+            whole.tally.did(row.kind, row.outcome, row.vm)
     before, after = whole.tally.worlds()
     return Replay(
         since=span[0],
@@ -167,7 +174,7 @@ class _Whole:
 class _Run:
     """One session under the rules."""
 
-    def __init__(self, rules: Rules, first: Tick, whole: _Whole) -> None:
+    def __init__(self, rules: Rules, first: Tick, whole: _Whole, journal: JournalReader) -> None:
         begun = first.time - round(first.interval * 1e9)
         self.session = first.session
         self._rules = rules
@@ -187,11 +194,26 @@ class _Run:
         self._rehearsals = [seat.rehearsal for seat in self._seats if seat.rehearsal is not None]
         self._demands = Demands()
         self._tenants: dict[str, Tenant] = dict(rules.tenants)
+        self._living = Living(journal, first.session)
+        self._given = Given(journal, first.session, rules)
 
     def step(self, tick: Tick) -> None:
+        self._living.until(tick.time)
+        for limit in self._given.until(tick.time):
+            if limit.vm is not None and limit.launch is not None:
+                self._seen(limit.vm, limit.launch)
+            self._force.apply(limit, "")
+            if limit.tenant is not None and limit.meter in _TENANTS:
+                tenant = self._tenants.get(limit.tenant) or Tenant(limit.tenant)
+                changed: dict[str, Any] = {_TENANTS[limit.meter]: limit.limit}
+                self._tenants[limit.tenant] = attrs.evolve(tenant, **changed)
         for vm in tick.new:
-            self._new(vm)
-        if self._rules.limit is None and tick.host is not None:  # the rules say nothing: as it was
+            self._seen(vm.name, vm.launch)
+            self._living.seen(vm)
+            if vm.tenant not in self._tenants:
+                self._tenants[vm.tenant] = Tenant(vm.tenant)
+        if self._rules.limit is None and tick.host is not None and not self._given.knows_host:
+            # An older journal, and the rules say nothing: as it was.
             rate = tick.host.rate
             base = None if rate is None else Limit(rate=rate)
             self._force.set_base(("host", ""), Meter.BUS_LOCKS, base)
@@ -200,6 +222,7 @@ class _Run:
         passed = self._force.let_through(wants, tick.interval)
         told = self._whole.tally.add(tick, held, passed, self._fair(wants, tick.interval))
         for name, launch in tick.gone:
+            self._living.gone(name, launch)
             if not self._force.is_another(name, launch):
                 self._gone(name)
         for seat in self._seats:
@@ -215,13 +238,11 @@ class _Run:
         for action in self._guard.overdue(tick.time, dry=True):
             self._rehearse(action, "", tick.time)
 
-    def _new(self, vm: VmFacts) -> None:
-        """A VM that was not seen before; nothing holds it, whatever held another of its name."""
-        if self._force.seen(vm.name, vm.launch):
-            self._gone(vm.name)
-            self._force.seen(vm.name, vm.launch)
-        if vm.tenant not in self._tenants:
-            self._tenants[vm.tenant] = Tenant(vm.tenant)
+    def _seen(self, vm: str, launch: int) -> None:
+        """Maybe a VM that was not seen before; then nothing holds it, whatever held another of its name."""
+        if self._force.seen(vm, launch):
+            self._gone(vm)
+            self._force.seen(vm, launch)
 
     def _rehearse(self, action: Action, policy: str, now: int) -> None:
         for rehearsal in self._rehearsals:
@@ -265,20 +286,19 @@ class _Run:
         seat.told, seat.gone, seat.last = [], [], now
         policy = seat.policy
         try:
-            interval = policy.interval
-            actions = list(policy.decide(facts if seat.rehearsal is None else seat.rehearsal.see(facts)))
+            for action in list(policy.decide(facts if seat.rehearsal is None else seat.rehearsal.see(facts))):
+                self._apply(seat, action, now)
+            interval = policy.interval  # asked last, as in a fleet: who was refused something may want another turn
         except Exception as error:  # as in a fleet: it is switched off, and the others go on
             seat.on = False
             self._whole.errors[policy.name] = f"{type(error).__name__}: {error}"
             return
         seat.on = interval is not None
         seat.due = now + round((interval or 0.0) * 1e9)
-        for action in actions:
-            self._apply(seat, action, now, max(1, len(facts.vms)))
 
-    def _apply(self, seat: _Seat, action: Action, now: int, vms: int) -> None:
+    def _apply(self, seat: _Seat, action: Action, now: int) -> None:
         policy = seat.policy
-        verdict = self._guard.judge(action, policy.name, now, seat.order, vms=vms)
+        verdict = self._guard.judge(action, policy.name, now, seat.order, vms=self._living.below(action))
         outcome = {Ruling.REFUSED: "refused", Ruling.DRY_RUN: "dry-run"}.get(verdict.outcome, "done")
         if verdict.action is not None:
             self._force.apply(verdict.action, policy.name)

@@ -58,6 +58,7 @@ class _Seat:
         self.last = np.full(layout.hosts, now)
         self.awake = np.full(layout.hosts, -PATIENCE - 1, np.int64)  # until which of its ticks
         self.tick = 0
+        self.again: dict[int, float] = {}  # hosts on which one that decides only once wants another turn, and when
         # As of its last decision.
         self.locks = np.zeros(layout.size)
         self.throttled = np.zeros(layout.size)
@@ -110,24 +111,45 @@ class Hosts:
         self._witness_order = self.witnesses[np.argsort(layout.host[self.witnesses], kind="stable")]
         self._witness_from = np.searchsorted(layout.host[self._witness_order], np.arange(layout.hosts + 1))
 
-    def open(self) -> None:
+    def open(self) -> list[Deed]:
         """At time 0: policies that decide only once do it now, on every host."""
         for seat in self._seats:
             if seat.interval is None:
                 for host in range(self.layout.hosts):
                     self._decide(seat, host, 0.0, 1e-9, {})
+        return self.deeds
 
     def tick(self, now: float, active: Ints) -> list[Deed]:
         """Let those decide that are due at `now` (seconds). `active`: VMs that did something since the last tick."""
         self.deeds = []
         for seat in self._seats:
             if seat.interval is None:
+                self._again(seat, now, active)
                 continue
             seat.pending.append(active)
             if seat.due <= now + 1e-9:
                 self._round(seat, now)
                 seat.due = now + seat.interval
         return self.deeds
+
+    def _again(self, seat: _Seat, now: float, active: Ints) -> None:
+        """Let one that decides only once decide on those hosts where it was refused something, as it asks for."""
+        if not seat.again:
+            return
+        seat.pending.append(active)
+        due = [host for host, at in seat.again.items() if at <= now + 1e-9]
+        if not due:
+            return
+        some = np.unique(np.concatenate(seat.pending))
+        for host in due:
+            del seat.again[host]
+            interval = now - seat.last[host]
+            here = some[self.layout.host[some] == host]
+            vms = {vm.name: vm for vm in self._rows(seat, here, interval)}
+            self._decide(seat, host, now, interval, vms)
+            seat.last[host] = now
+        if not seat.again:
+            seat.pending = []
 
     def _round(self, seat: _Seat, now: float) -> None:
         layout, sums = self.layout, self._sums
@@ -257,8 +279,7 @@ class Hosts:
                 if not isinstance(action, Action):
                     raise SpecError(f"action={action!r}: must be one of orchestra's actions")
         except Exception as error:
-            seat.policies[host] = None
-            self.errors[f"{seat.name}: {type(error).__name__}: {error}"] += 1
+            self._switch_off(seat, host, error)
             return
         for action in actions:
             deed = self._ask(host, seat.name, seat.order, action, now)
@@ -268,3 +289,15 @@ class Hosts:
                     other.gone.setdefault(host, []).append((deed.action.vm, 0))
             if deed.error is not None and (told := getattr(policy, "refused", None)) is not None:
                 told(action, deed.error)
+        if seat.interval is None:
+            try:
+                again = policy.interval  # asked last, as live: who was refused something may want another turn
+            except Exception as error:
+                self._switch_off(seat, host, error)
+                return
+            if again is not None:
+                seat.again[host] = now + again
+
+    def _switch_off(self, seat: _Seat, host: int, error: Exception) -> None:
+        seat.policies[host] = None
+        self.errors[f"{seat.name}: {type(error).__name__}: {error}"] += 1

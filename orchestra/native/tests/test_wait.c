@@ -140,19 +140,36 @@ static void max_delay_ends_a_wait_and_counts_a_release(void)
 	scene_free(&s);
 }
 
-static void of_stacked_buckets_the_slowest_counts(void)
+/* A vCPU under a bucket of its own at each place, none of them limited. */
+static orc_vcpu *new_stack(orc_fleet *f, orc_bucket *b[ORC_METERS][ORC_LEVELS])
 {
-	orc_fleet *f = orc_fleet_new();
 	orc_vcpu *v = orc_vcpu_new(f, 0, 8);
-	orc_bucket *b[ORC_METERS][ORC_LEVELS];
-	struct orc_record locked = {.reason = KVM_EXIT_X86_BUS_LOCK, .flags = KVM_RUN_X86_BUS_LOCK},
-			  plain = {.reason = KVM_EXIT_HLT};
 
 	for (int meter = 0; meter < ORC_METERS; meter++)
 		for (int level = 0; level < ORC_LEVELS; level++) {
 			b[meter][level] = orc_bucket_new();
 			orc_vcpu_set_bucket(v, meter, level, b[meter][level]);
 		}
+	return v;
+}
+
+static void free_stack(orc_vcpu *v, orc_fleet *f, orc_bucket *b[ORC_METERS][ORC_LEVELS])
+{
+	orc_vcpu_free(v); /* it may wait, and so be counted in its buckets */
+	for (int meter = 0; meter < ORC_METERS; meter++)
+		for (int level = 0; level < ORC_LEVELS; level++)
+			orc_bucket_free(b[meter][level]);
+	orc_fleet_free(f);
+}
+
+static void of_stacked_buckets_the_slowest_counts(void)
+{
+	orc_bucket *b[ORC_METERS][ORC_LEVELS];
+	orc_fleet *f = orc_fleet_new();
+	orc_vcpu *v = new_stack(f, b);
+	struct orc_record locked = {.reason = KVM_EXIT_X86_BUS_LOCK, .flags = KVM_RUN_X86_BUS_LOCK},
+			  plain = {.reason = KVM_EXIT_HLT};
+
 	CHECK(orc_vcpu_account(v, &locked, 0) == ORC_NEVER);
 	for (int level = 0; level < ORC_LEVELS; level++)
 		orc_bucket_set(b[ORC_BUS_LOCKS][level], level == 2 ? 1 : 1000, 1, -1, 0);
@@ -162,11 +179,69 @@ static void of_stacked_buckets_the_slowest_counts(void)
 	orc_bucket_set(b[ORC_BUS_LOCKS][2], 0, 1, -1, 0);
 	CHECK(orc_vcpu_turn(v) / 1000 == SECOND / 10000, "then the exits' bucket is the slowest");
 	CHECK(orc_vcpu_account(v, &plain, SECOND) / 1000 == SECOND * 11 / 10000);
-	orc_vcpu_free(v); /* it waits, and so is counted in its buckets */
-	for (int meter = 0; meter < ORC_METERS; meter++)
-		for (int level = 0; level < ORC_LEVELS; level++)
-			orc_bucket_free(b[meter][level]);
-	orc_fleet_free(f);
+	free_stack(v, f, b);
+}
+
+static unsigned of(int meter, int level)
+{
+	return (unsigned)(meter * ORC_LEVELS + level);
+}
+
+static void a_wait_counts_for_the_bucket_that_was_the_slowest(void)
+{
+	orc_bucket *b[ORC_METERS][ORC_LEVELS];
+	orc_fleet *f = orc_fleet_new();
+	orc_vcpu *v = new_stack(f, b);
+	struct orc_record locked = {.reason = KVM_EXIT_X86_BUS_LOCK, .flags = KVM_RUN_X86_BUS_LOCK};
+	struct orc_counters out;
+	struct orc_sums sums;
+	struct orc_more more[ORC_REASONS];
+	orc_u64 seen[ORC_REASONS] = {0}, sum = 0;
+
+	orc_bucket_set(b[ORC_BUS_LOCKS][2], 1, 1, -1, 0);
+	orc_bucket_set(b[ORC_EXITS][1], 10, 1, -1, 0);
+	orc_vcpu_account(v, &locked, 0);
+	orc_vcpu_account(v, &locked, 1);
+	orc_vcpu_wait_begin(v, 100);
+	orc_vcpu_counters(v, &out, 150);
+	CHECK(out.held[of(ORC_BUS_LOCKS, 2)] == 50, "a wait in progress counts");
+	orc_vcpu_wait_end(v, 200, false);
+	orc_bucket_set(b[ORC_BUS_LOCKS][2], 0, 1, -1, 200);
+	orc_vcpu_wait_begin(v, 300);
+	orc_vcpu_wait_end(v, 330, true);
+	orc_vcpu_counters(v, &out, 1000);
+	orc_vcpu_look(v, &sums, seen, more, 1000);
+	CHECK(out.held[of(ORC_BUS_LOCKS, 2)] == 100 && out.held[of(ORC_EXITS, 1)] == 30);
+	for (unsigned i = 0; i < ORC_METERS * ORC_LEVELS; i++) {
+		CHECK(sums.held[i] == out.held[i]);
+		sum += out.held[i];
+	}
+	CHECK(sum == 130 && out.throttled == 130 && sums.throttled == 130);
+	free_stack(v, f, b);
+}
+
+static void a_limit_that_changes_in_a_wait_ends_what_counts_for_its_bucket(void)
+{
+	struct scene s = scene_new(0.1, -1);
+	orc_bucket *other = orc_bucket_new();
+	orc_ns deadline = orc_now() + PATIENCE;
+	struct orc_counters out;
+
+	orc_bucket_set(other, 0.2, 1, -1, orc_now());
+	orc_vcpu_set_bucket(s.vcpu, ORC_EXITS, 2, other);
+	start_waiting(&s);
+	orc_bucket_set(s.bucket, 0, 1, -1, orc_now());
+	orc_fleet_limits_changed(s.fleet);
+	do {
+		CHECK(orc_now() < deadline);
+		out = counters(s.vcpu);
+	} while (!out.held[of(ORC_EXITS, 2)]);
+	CHECK(out.held[of(ORC_EXITS, HOST)] && out.waits == 1);
+	orc_vcpu_command(s.vcpu, STOP, 0);
+	join(s.thread);
+	CHECK(counters(s.vcpu).held[of(ORC_EXITS, HOST)] == out.held[of(ORC_EXITS, HOST)]);
+	scene_free(&s);
+	orc_bucket_free(other);
 }
 
 /* ---- making way ----------------------------------------------------------------------------------------------- */
@@ -350,7 +425,7 @@ static void counters_only_grow_and_no_wait_counts_twice(void)
 	join(thread);
 	orc_vcpu_counters(v, &out, now);
 	CHECK(out.bus_locks == 200000 && out.exits[KVM_EXIT_MMIO] == 200000 && out.waits == 200000);
-	CHECK(out.throttled == 2000000 && !out.throttled_since);
+	CHECK(out.throttled == 2000000 && out.held[0] == 2000000 && !out.throttled_since);
 	orc_vcpu_free(v);
 	orc_fleet_free(f);
 }
@@ -391,6 +466,8 @@ const struct test wait_tests[] = {
 	TEST(a_vcpu_that_is_commanded_does_not_make_way),
 	TEST(nobody_makes_way_for_ever),
 	TEST(of_stacked_buckets_the_slowest_counts),
+	TEST(a_wait_counts_for_the_bucket_that_was_the_slowest),
+	TEST(a_limit_that_changes_in_a_wait_ends_what_counts_for_its_bucket),
 	TEST(no_limit_change_is_missed_however_it_races_with_the_start_of_a_wait),
 	TEST(a_wake_up_between_looking_and_sleeping_is_not_lost),
 	TEST(counters_only_grow_and_no_wait_counts_twice),
