@@ -10,12 +10,13 @@
  *
  * Locks: bucket->lock (among writers of its limit), capper->lock, orc_dirty's two, bus->lock (among owners), and those of
  * devices: uart->lock, then console->lock or interrupts->lock. Of the others none is held while another is taken, but
- * dirty->lock before its sums_lock; under capper->lock vCPUs are commanded and kicked, which takes none. Runners take none but devices',
- * so that nobody waits until one has its CPU back: what they write is written for readers that do not wait.
+ * dirty->lock before its sums_lock; under capper->lock vCPUs are commanded and kicked, which takes none. A runner takes
+ * none but devices' (and dirty->lock, when it reads the log at its end), so that nobody waits until one has its CPU back:
+ * what runners write is written for readers that do not wait.
  *
  * Lifetimes. What a thread may touch outlives that thread's last look at it:
- *   runner   ends first; it was joined, or (where there is none) its task has ended. It is then on no list of waiters, and
- *            takes no ticket. From then on its vCPU is only the owner's and the capper's.
+ *   runner   ends first; it was joined, or (where there is none) its task has ended. It then waits for no turn, pushes
+ *            nothing and takes no ticket. From then on its vCPU is only the owner's and the capper's.
  *   what bind_* and profile_memory were given (kvm_run, descriptor, emulator, memory slots)
  *            orc_vcpu_unbind first: it takes the cap off, and waits for the capper if it is at this vCPU. Then they may be
  *            unmapped, closed and freed, on any thread.
