@@ -46,6 +46,8 @@ class Fleet(Protocol):
     def limit(self) -> Limit | None: ...
     @property
     def exit_limit(self) -> Limit | None: ...
+    @property
+    def answer_limit(self) -> Limit | None: ...
     def now(self) -> int: ...
 
 
@@ -58,6 +60,7 @@ class _Vcpu:
     index: int
     tid: int | None
     bus_locks: int = 0
+    answers: int = 0
     held: list[int] = attrs.field(factory=lambda: [0] * len(BUCKETS))
     cpu: int = 0
     run_delay: int = 0
@@ -72,6 +75,7 @@ class _Sum:
 
     exits: dict[int, int] = attrs.field(factory=dict)
     bus_locks: int = 0
+    answers: int = 0
     held: list[int] = attrs.field(factory=lambda: [0] * len(BUCKETS))
     cpu: int | None = None
     run_delay: int | None = None
@@ -195,8 +199,9 @@ class Activity:
 
     def _look(self, vcpu: _Vcpu, now: int) -> bool:
         """Whether it is to be looked at the next time, whatever the core says."""
-        exits, locks_so_far, held_so_far = vcpu.guest.look(vcpu.index, now)
+        exits, locks_so_far, held_so_far, answers_so_far = vcpu.guest.look(vcpu.index, now)
         bus_locks, vcpu.bus_locks = max(0, locks_so_far - vcpu.bus_locks), locks_so_far
+        answers, vcpu.answers = max(0, answers_so_far - vcpu.answers), answers_so_far
         held: list[int] | None = None
         if held_so_far != vcpu.held:
             # Clamped: runner and governor read the clock each for itself, so a wait may end "before" it was looked at.
@@ -216,6 +221,7 @@ class Activity:
             total.bus_locks += bus_locks
             if held is not None:
                 total.held = [sum(both) for both in zip(total.held, held, strict=True)]
+            total.answers += answers
             if used is not None:
                 total.cpu = (total.cpu or 0) + used
             if waited is not None:
@@ -294,6 +300,7 @@ class Activity:
             interval=max((self._looked - window.since) / 1e9, 1e-9),
             limit=fleet.limit,
             exit_limit=fleet.exit_limit,
+            answer_limit=fleet.answer_limit,
             tenants=self._tenants,
             vms=MappingProxyType(vms),
             host=self.host.facts(window.reading, self._reading, self._absent),
@@ -311,6 +318,7 @@ class Activity:
                 cpu=_seconds(one.cpu),
                 run_delay=_seconds(one.run_delay),
                 capped=_seconds(one.capped),
+                answers=one.answers,
             )
             for index, one in sorted(sums.items())
         )
@@ -327,6 +335,7 @@ class Activity:
             bus_locks=sum(one.bus_locks for one in sums.values()) if seen else None,
             exits=sum(reasons.values()),
             throttled=sum(vcpu.throttled for vcpu in vcpus),
+            answers=sum(vcpu.answers for vcpu in vcpus),
             launch=vm.launch,
             cpu=add_known(vcpu.cpu for vcpu in vcpus),
             run_delay=add_known(vcpu.run_delay for vcpu in vcpus),

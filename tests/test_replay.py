@@ -333,6 +333,20 @@ async def test_limits_of_specs_tenants_and_the_host_are_there_in_a_replay_as_the
         assert {one.vm: one.bus_locks for one in other.after.vms}["b"] == pytest.approx(100 * 60, rel=0.05)
 
 
+@pytest.mark.parametrize(
+    "policy",
+    [
+        orc.WeightedShare(orc.Limit(rate=100), meter="answers"),
+        orc.Ladder([orc.Step(rung="warn", when=[orc.Condition("answers", 1000)])]),
+    ],
+    ids=["meter", "signal"],
+)
+def test_a_policy_that_looks_at_what_no_journal_keeps_is_refused(afternoon, policy):
+    lived(afternoon, 3, {"a": noisy}, [])
+    with pytest.raises(orc.SpecError, match="answers, which journals don't keep"):
+        replayed(afternoon, only_with(policy))
+
+
 def test_a_policy_that_looks_once_looks_once(afternoon):
     lived(afternoon, 20, {"a": lambda _: 100})
     policy = Once(orc.Throttle(vm="a", limit=orc.Limit(rate=10)), None)

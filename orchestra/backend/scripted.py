@@ -164,6 +164,8 @@ class ScriptedEngine:
     async def run(self) -> Why:
         await trio.lowlevel.checkpoint()
         handle, backend = self.core.handle, self._backend
+        if self.access.count:  # so many were answered since it came back last
+            lib.orc_vcpu_answered(handle, self.access.count, backend.now())
         while True:
             kicked = self._kicked
             commands = self.core.commands()
@@ -205,6 +207,8 @@ class ScriptedEngine:
                     continue
                 flags &= ~BUS_LOCK
             self._record = build(step.reason, flags=flags, rip=step.rip, args=step.args, data=step.data)
+            if step.reason == "io":
+                lib.orc_vcpu_weigh(handle, step.args[2])
             lib.orc_vcpu_account(handle, self._record, backend.now())
             if step.reason not in ACCESS_ARGUMENTS or step.errno:
                 return Why.EXIT

@@ -26,6 +26,7 @@ struct orc_bucket {
 	_Atomic int64_t most;         /* units of debt that max_delay lets pile up */
 	pthread_mutex_t lock;         /* among writers */
 	bool begun;                   /* it has had a limit; lock */
+	struct orc_share share;
 };
 
 struct limit {
@@ -106,6 +107,11 @@ void orc_bucket_free(orc_bucket *b)
 		return;
 	pthread_mutex_destroy(&b->lock);
 	free(b);
+}
+
+struct orc_share *orc_bucket_share(orc_bucket *b)
+{
+	return &b->share;
 }
 
 bool orc_bucket_limited(const orc_bucket *b)
@@ -192,6 +198,12 @@ void orc_bucket_set(orc_bucket *b, double rate, double burst, orc_ns max_delay, 
 
 bool orc_bucket_charge(orc_bucket *b, orc_ns now, struct orc_ticket *out)
 {
+	return orc_bucket_charge_many(b, 1, now, out);
+}
+
+bool orc_bucket_charge_many(orc_bucket *b, orc_u64 n, orc_ns now, struct orc_ticket *out)
+{
+	const int64_t events = (int64_t)n * (int64_t)UNIT;
 	struct limit l = read_limit(b);
 	double part;
 	int64_t made = tokens(&l, now, &part), last, debt, kept;
@@ -199,7 +211,7 @@ bool orc_bucket_charge(orc_bucket *b, orc_ns now, struct orc_ticket *out)
 	last = atomic_load_explicit(&b->last, memory_order_relaxed);
 	do {
 		debt = debt_of(last, made);
-		kept = debt + (int64_t)UNIT;
+		kept = debt + events;
 		/* What max_delay lets go early must not pile up as a debt that others pay for long afterwards. */
 		if (kept > l.most)
 			kept = l.most > debt ? l.most : debt;
@@ -207,9 +219,9 @@ bool orc_bucket_charge(orc_bucket *b, orc_ns now, struct orc_ticket *out)
 			kept = debt + (int64_t)UNIT;
 	} while (!atomic_compare_exchange_weak_explicit(&b->last, &last, plus(made, kept), memory_order_acq_rel,
 							memory_order_relaxed));
-	out->number = plus(made, debt + (int64_t)UNIT);
+	out->number = plus(made, debt + events);
 	out->charged = now;
-	out->waits = debt + (int64_t)UNIT > l.tolerance ? (int64_t)UNIT : 0;
+	out->waits = debt + events > l.tolerance ? events : 0;
 	if (out->waits)
 		atomic_fetch_add_explicit(&b->waiting, out->waits, memory_order_acq_rel);
 	return out->waits;

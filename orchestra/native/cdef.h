@@ -7,7 +7,7 @@ typedef struct orc_fleet orc_fleet;
 typedef struct orc_vcpu orc_vcpu;
 typedef struct orc_bus orc_bus;
 typedef struct orc_device orc_device;
-enum { ORC_REASONS, ORC_LEVELS, ORC_METERS, ORC_BUS_LOCKS, ORC_EXITS, ORC_TOLD_BUS_LOCK, ... };
+enum { ORC_REASONS, ORC_LEVELS, ORC_METERS, ORC_BUS_LOCKS, ORC_EXITS, ORC_ANSWERS, ORC_TOLD_BUS_LOCK, ... };
 enum { ORC_STOP, ORC_PAUSE, ORC_CALL, ORC_HOLD, ORC_CAP, ... };
 enum orc_why { ORC_EXIT, ORC_IO, ORC_MMIO, ORC_COMMAND, ORC_ERROR, ORC_ANSWERED, ... };
 #define ORC_NEVER ...
@@ -18,6 +18,7 @@ void orc_bucket_set(orc_bucket *, double rate, double burst, int64_t max_delay, 
 bool orc_bucket_limited(const orc_bucket *);
 struct orc_ticket { int64_t number; int64_t charged; int64_t waits; };
 bool orc_bucket_charge(orc_bucket *, int64_t now, struct orc_ticket *out);
+bool orc_bucket_charge_many(orc_bucket *, uint64_t n, int64_t now, struct orc_ticket *out);
 void orc_bucket_leave(orc_bucket *, struct orc_ticket *);
 void orc_bucket_turn(const orc_bucket *, const struct orc_ticket *, int64_t *by_tokens, int64_t *by_delay);
 
@@ -48,6 +49,8 @@ void orc_vcpu_set_bucket(orc_vcpu *, int meter, int level, orc_bucket *);
 void orc_vcpu_set_buckets(orc_vcpu *, orc_bucket *const buckets[]);
 void orc_vcpu_hold(orc_vcpu *);
 int orc_vcpu_tell(orc_vcpu *, uint64_t mask);
+void orc_vcpu_weigh(orc_vcpu *, uint32_t accesses);
+void orc_vcpu_answered(orc_vcpu *, uint32_t accesses, int64_t now);
 int64_t orc_vcpu_account(orc_vcpu *, struct orc_record *, int64_t now);
 int64_t orc_vcpu_turn(const orc_vcpu *);
 void orc_vcpu_wait_begin(orc_vcpu *, int64_t now);
@@ -63,12 +66,12 @@ void orc_vcpu_detach(orc_vcpu *);
 
 struct orc_counters {
 	uint64_t exits[...];
-	uint64_t bus_locks, capped, throttled, waits, released, missed, kicks, unclaimed;
+	uint64_t bus_locks, capped, throttled, waits, released, missed, kicks, unclaimed, answers;
 	uint64_t held[...];
 	int64_t throttled_since;
 };
 void orc_vcpu_counters(const orc_vcpu *, struct orc_counters *out, int64_t now);
-struct orc_sums { uint64_t bus_locks, throttled; uint64_t held[...]; };
+struct orc_sums { uint64_t bus_locks, throttled, answers; uint64_t held[...]; };
 struct orc_more { uint32_t reason; uint64_t exits; };
 int orc_vcpu_look(const orc_vcpu *, struct orc_sums *out, uint64_t *seen, struct orc_more *more, int64_t now);
 int64_t orc_now(void);

@@ -4,6 +4,8 @@
 
 #include "orc.h"
 
+enum { ORC_TENANT = 1, ORC_VM = 2 }; /* levels of buckets */
+
 struct orc_ring {
 	/* Producer and consumer index on cache lines of their own, so that neither invalidates the other's. */
 	_Alignas(ORC_CACHE_LINE) _Atomic uint32_t head; /* next to write: runner */
@@ -21,6 +23,25 @@ struct orc_stack {
 	_Alignas(ORC_CACHE_LINE) _Atomic(struct orc_link *) top;
 };
 
+/* What those below a tenant's or a VM's bucket had of the interpreter, for gate.c. */
+struct orc_share {
+	_Atomic int64_t used;  /* ns, and at least what the others had when it came back */
+	_Atomic int64_t below; /* a tenant's: `used` of the VM of it that was let in last */
+};
+struct orc_share *orc_bucket_share(orc_bucket *);
+
+/* The way from the run loop into Python. An answer takes some microseconds, a part of a string some tens. */
+enum { ORC_PATIENCE = 1000 * 1000 };
+struct orc_gate {
+	_Alignas(ORC_CACHE_LINE) _Atomic(orc_vcpu *) holder;
+	_Atomic uint32_t waiting; /* how many */
+	_Atomic orc_ns since;     /* when the holder came in */
+	_Atomic int64_t now;      /* virtual time: `used` of the tenant that was let in last */
+	orc_ns patience;          /* how long its holder may stay before it is passed */
+	pthread_mutex_t lock;     /* of the list */
+	orc_vcpu *first;          /* those that wait, the last that came first */
+};
+
 struct orc_fleet {
 	struct orc_stack ready;  /* vCPUs with records */
 	struct orc_stack active; /* vCPUs that accounted an exit since the last look */
@@ -35,6 +56,7 @@ struct orc_fleet {
 	_Alignas(ORC_CACHE_LINE) _Atomic uint32_t urgent;
 	_Atomic uint32_t making_way; /* how many do */
 	_Atomic orc_ns urgent_until;
+	struct orc_gate gate;
 	struct orc_capper *capper; /* owner; NULL until the first cap */
 };
 
@@ -82,9 +104,14 @@ struct orc_vcpu {
 	_Alignas(ORC_CACHE_LINE) orc_bucket *bucket[ORC_METERS][ORC_LEVELS];
 	struct orc_ticket ticket[ORC_METERS][ORC_LEVELS];
 	bool charged[ORC_METERS];
+	uint32_t accesses; /* of the exit that is accounted next: orc_vcpu_weigh */
 	bool wait_counted;
 	bool waiting; /* a ticket is out whose turn had not come */
 	bool unfinished; /* the last exit is completed by the next KVM_RUN (I/O, MMIO, MSR, hypercall) */
+	bool gated;          /* it holds the gate, unless it was passed */
+	orc_ns gate_entered;
+	orc_vcpu *gate_next; /* fleet->gate.lock, and what follows */
+	bool gate_given;
 	int fd, error;
 	bool sync_regs;
 	struct kvm_run *run;
@@ -106,7 +133,7 @@ struct orc_vcpu {
 
 	/* Counters: one writer (the runner), so plain load and store, atomic only against torn reads. */
 	_Alignas(ORC_CACHE_LINE) _Atomic orc_u64 exits[ORC_REASONS];
-	_Atomic orc_u64 bus_locks, capped, waits, released, missed, kicks, unclaimed;
+	_Atomic orc_u64 bus_locks, capped, waits, released, missed, kicks, unclaimed, answered;
 	struct orc_wait wait[2];
 	_Atomic uint32_t wait_version; /* the last bit says which of the two is in force */
 };
@@ -179,6 +206,15 @@ int orc_signal_send(int thread); /* one of this process; 0 or a negative errno *
 /* As orc_vcpu_account. `tells`: what orc_tells said of this exit, asked once and before it was described: a subscription that
  * comes in between would otherwise have a record told that describes another exit. */
 orc_ns orc_account(orc_vcpu *, struct orc_record *, orc_ns now, bool tells);
+/* Runner: back from Python, and up to it with an access to answer (ORC_IO, ORC_MMIO; all else just goes). */
+void orc_back(orc_vcpu *);
+enum orc_why orc_up(orc_vcpu *, enum orc_why);
+/* Runner: before it goes to Python to have an access answered, in its turn; and when it is back in C. */
+void orc_gate_enter(orc_vcpu *);
+void orc_gate_leave(orc_vcpu *); /* nothing if it did not enter */
+/* Until the word is not `seen` any more, or an absolute time; or sooner: the caller looks. */
+void orc_futex_wait_until(_Atomic uint32_t *word, uint32_t seen, orc_ns until);
+
 /* `data` into a record, as much of it as there is room. */
 void orc_take_data(struct orc_record *, const void *data, size_t size);
 void orc_ring_put(orc_vcpu *, const struct orc_record *);

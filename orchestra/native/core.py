@@ -34,7 +34,11 @@ __all__ = [
     "reason_name",
 ]
 
-METER_NUMBERS: Final = {Meter.BUS_LOCKS: int(lib.ORC_BUS_LOCKS), Meter.EXITS: int(lib.ORC_EXITS)}
+METER_NUMBERS: Final = {
+    Meter.BUS_LOCKS: int(lib.ORC_BUS_LOCKS),
+    Meter.EXITS: int(lib.ORC_EXITS),
+    Meter.ANSWERS: int(lib.ORC_ANSWERS),
+}
 LEVELS: Final = ("host", "tenant", "vm", "vcpu")
 BUCKETS: Final = tuple(
     f"{level}.{meter}" for meter in sorted(METER_NUMBERS, key=METER_NUMBERS.__getitem__) for level in LEVELS
@@ -147,15 +151,15 @@ class FleetCore:
         self.sums: Any = ffi.new("struct orc_sums *")
         self.more: Any = ffi.new("struct orc_more[]", REASONS)
 
-    def drain(self, core: VcpuCore | None = None) -> memoryview:
+    def drain(self, core: VcpuCore | None = None, *, most: int = BATCH) -> memoryview:
         """The next batch of records, raw `struct orc_record`; empty if there are none. Valid until the next call.
 
-        `core`: only its, whoever else has some; in the order in which it told them.
+        `core`: only its, whoever else has some; in the order in which it told them. `most`: so many at most.
         """
         if core is None:
-            count = lib.orc_fleet_drain(self.handle, self._records, self.BATCH)
+            count = lib.orc_fleet_drain(self.handle, self._records, most)
         else:
-            count = lib.orc_vcpu_drain(core.handle, self._records, self.BATCH)
+            count = lib.orc_vcpu_drain(core.handle, self._records, most)
         return self._buffer[: count * self._record_size]
 
     def may_sleep(self) -> bool:
@@ -207,6 +211,7 @@ class Counters:
     missed: int
     kicks: int
     unclaimed: int
+    answers: int
     throttled_since: int | None
     held: tuple[int, ...]
 
@@ -256,7 +261,7 @@ class VcpuCore:
         lib.orc_vcpu_set_bucket(self.handle, METER_NUMBERS[meter], level, bucket.handle)
 
     def set_buckets(self, buckets: Sequence[Bucket | None]) -> None:
-        """Before it runs: those of bus locks for host, tenant, VM and vCPU, then those of exits."""
+        """Before it runs: those of the first `Meter` for host, tenant, VM and vCPU, then those of the next."""
         handles = [ffi.NULL if bucket is None else bucket.handle for bucket in buckets]
         lib.orc_vcpu_set_buckets(self.handle, ffi.new("orc_bucket *[]", handles))
 
@@ -335,17 +340,19 @@ class VcpuCore:
             missed=int(raw.missed),
             kicks=int(raw.kicks),
             unclaimed=int(raw.unclaimed),
+            answers=int(raw.answers),
             throttled_since=int(raw.throttled_since) or None,
             held=tuple(ffi.unpack(raw.held, len(BUCKETS))),
         )
 
-    def look(self, now: int) -> tuple[dict[int, int], int, list[int]]:
+    def look(self, now: int) -> tuple[dict[int, int], int, list[int], int]:
         """What a policy tick needs: exits since this was asked last by the kernel's number of the reason (see
-        `REASON_NAMES`), bus locks so far, and the throttled nanoseconds so far by `BUCKETS`."""
+        `REASON_NAMES`), bus locks so far, the throttled nanoseconds so far by `BUCKETS`, and accesses answered by
+        Python so far."""
         sums, more = self.fleet.sums, self.fleet.more
         changed = lib.orc_vcpu_look(self.handle, sums, self._seen, more, now)
         exits = {int(more[i].reason): int(more[i].exits) for i in range(changed)}
-        return exits, int(sums.bus_locks), ffi.unpack(sums.held, len(BUCKETS))
+        return exits, int(sums.bus_locks), ffi.unpack(sums.held, len(BUCKETS)), int(sums.answers)
 
     def sample(self, every: int) -> None:
         """Sample every so many bus locks, and the first; 0: none. At any time."""

@@ -219,7 +219,7 @@ static enum orc_why raised(struct orc_emulator *e)
 	return orc_exit_exception(e, vector);
 }
 
-enum orc_why orc_emulator_run(orc_vcpu *v)
+static enum orc_why run_guest(orc_vcpu *v)
 {
 	struct orc_emulator *e = v->emulator;
 
@@ -251,4 +251,10 @@ enum orc_why orc_emulator_run(orc_vcpu *v)
 		if (why != ORC_COMMAND)
 			return why;
 	}
+}
+
+enum orc_why orc_emulator_run(orc_vcpu *v)
+{
+	orc_back(v);
+	return orc_up(v, run_guest(v));
 }

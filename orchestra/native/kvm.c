@@ -165,7 +165,7 @@ static enum orc_why answer(orc_vcpu *v)
 	return orc_access_begin(v, ORC_MMIO, run->mmio.phys_addr, run->mmio.len, 1, run->mmio.is_write, run->mmio.data);
 }
 
-enum orc_why orc_kvm_run(orc_vcpu *v)
+static enum orc_why run_guest(orc_vcpu *v)
 {
 	struct kvm_run *run = v->run;
 
@@ -224,6 +224,8 @@ enum orc_why orc_kvm_run(orc_vcpu *v)
 			if (run->flags & KVM_RUN_X86_BUS_LOCK)
 				sample_rip(v);
 		}
+		if (reason == KVM_EXIT_IO)
+			orc_vcpu_weigh(v, run->io.count); /* up to a page of a string instruction */
 		orc_account(v, &v->record, orc_now(), tells);
 		v->unfinished = finishes_on_entry(reason);
 
@@ -244,4 +246,10 @@ enum orc_why orc_kvm_run(orc_vcpu *v)
 			return ORC_EXIT;
 		}
 	}
+}
+
+enum orc_why orc_kvm_run(orc_vcpu *v)
+{
+	orc_back(v);
+	return orc_up(v, run_guest(v));
 }

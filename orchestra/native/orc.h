@@ -8,7 +8,7 @@
  *   reader   a worker thread that reads dirty logs
  * Where nothing is said, a function is the owner's.
  *
- * Locks: bucket->lock (among writers of its limit), capper->lock, orc_dirty's two, bus->lock (among owners), and those of
+ * Locks: bucket->lock (among writers of its limit), capper->lock, orc_dirty's two, bus->lock (among owners), fleet->gate.lock, those of
  * devices: uart->lock, then console->lock or interrupts->lock. Of the others none is held while another is taken, but
  * dirty->lock before its sums_lock; under capper->lock vCPUs are commanded and kicked, which takes none. A runner takes
  * none but devices' (and dirty->lock, when it reads the log at its end), so that nobody waits until one has its CPU back:
@@ -68,9 +68,10 @@ typedef int64_t orc_ns; /* nanoseconds on the fleet's clock: CLOCK_MONOTONIC, or
 enum {
 	ORC_REASONS = 64, /* exit reasons counted one by one; the last counter takes every number from it up */
 	ORC_LEVELS = 4,   /* host, tenant, VM, vCPU */
-	ORC_METERS = 2,
+	ORC_METERS = 3,
 	ORC_BUS_LOCKS = 0,
-	ORC_EXITS = 1,
+	ORC_EXITS = 1,   /* accesses: a string instruction's exit is as many as it has elements */
+	ORC_ANSWERS = 2, /* accesses that Python answers */
 	ORC_CACHE_LINE = 64,
 };
 
@@ -119,6 +120,8 @@ struct orc_ticket {
 };
 /* True if its turn has not come: it has to wait, and orc_bucket_leave is owed. */
 bool orc_bucket_charge(orc_bucket *, orc_ns now, struct orc_ticket *out);
+/* The same for `n` events at once, which have one ticket: that of the last of them. */
+bool orc_bucket_charge_many(orc_bucket *, orc_u64 n, orc_ns now, struct orc_ticket *out);
 /* Whoever held the ticket has gone, or will never go. Nothing for one that did not have to wait. */
 void orc_bucket_leave(orc_bucket *, struct orc_ticket *);
 /* When the ticket's turn is: by the tokens, and at the latest by max_delay. ORC_NEVER if the bucket has no limit. */
@@ -178,9 +181,15 @@ void orc_vcpu_set_buckets(orc_vcpu *, orc_bucket *const buckets[ORC_METERS * ORC
 int orc_vcpu_tell(orc_vcpu *, orc_u64 mask);
 void orc_vcpu_hold(orc_vcpu *);          /* sets ORC_HOLD, before there is a runner to kick */
 
+/* Runner, before orc_vcpu_account: the exit stands for so many accesses, the elements of a string instruction. Without this
+ * an exit is one. */
+void orc_vcpu_weigh(orc_vcpu *, uint32_t accesses);
 /* Runner: counts one exit, charges the buckets, tells it if somebody listens. Returns when the vCPU may go on
  * (ORC_NEVER: at once). Counts a bus lock by the flag and by nothing else. */
 orc_ns orc_vcpu_account(orc_vcpu *, struct orc_record *, orc_ns now);
+/* Runner, after orc_vcpu_account: Python has answered so many accesses of this exit. Counts and charges them; they are paid
+ * for before the guest goes on, or Python is asked for more of them. Several times for one exit: each adds to it. */
+void orc_vcpu_answered(orc_vcpu *, uint32_t accesses, orc_ns now);
 /* Runner: when the exit accounted last may go on, by the limits in force now. */
 orc_ns orc_vcpu_turn(const orc_vcpu *);
 /* Runner, for backends that wait by themselves: the wait begins; it ends (served: the turn came, by tokens or delay). */
@@ -212,13 +221,14 @@ struct orc_counters {
 	orc_u64 missed;
 	orc_u64 kicks;      /* times a kick or signal interrupted KVM_RUN */
 	orc_u64 unclaimed;  /* accesses that found nobody, or of which a part did */
+	orc_u64 answers;    /* accesses that Python answered, by element */
 	orc_ns throttled_since; /* since when it waits for the same bucket; 0: not waiting now */
 };
 void orc_vcpu_counters(const orc_vcpu *, struct orc_counters *out, orc_ns now);
 /* What a policy tick needs, without the copy of every counter: sums, and of which exit reasons there were more than in
  * `seen`, which is brought up to date. Returns how many reasons; `more` has room for all. */
 struct orc_sums {
-	orc_u64 bus_locks, throttled, held[ORC_METERS * ORC_LEVELS];
+	orc_u64 bus_locks, throttled, answers, held[ORC_METERS * ORC_LEVELS];
 };
 struct orc_more {
 	uint32_t reason;

@@ -20,6 +20,8 @@ orc_fleet *orc_fleet_new(void)
 		free(f);
 		return NULL;
 	}
+	pthread_mutex_init(&f->gate.lock, NULL);
+	f->gate.patience = ORC_PATIENCE;
 	return f;
 }
 
@@ -264,6 +266,7 @@ void orc_fleet_free(orc_fleet *f)
 	orc_capper_stop(f->capper);
 	sweep_all(f); /* no vCPU is left but the dead */
 	close(f->eventfd);
+	pthread_mutex_destroy(&f->gate.lock);
 	free(f);
 }
 

@@ -42,8 +42,7 @@ class Given:
             return None  # a VM's vCPUs are taken as alike
         if row.vm is None and row.tenant is None:
             self.knows_host = self.knows_host or meter == Meter.BUS_LOCKS
-            named = {Meter.BUS_LOCKS: self._rules.limit, Meter.EXITS: self._rules.exit_limit}
-            if named.get(Meter(meter)) is not None:
+            if getattr(self._rules, Meter(meter).field) is not None:
                 return None
         elif row.tenant is not None and row.tenant in self._rules.tenants:
             return None

@@ -34,10 +34,6 @@ ENOUGH: Final = 10_000
 """Intervals from which lines are drawn: more don't make them surer, and would have to be read twice."""
 
 
-_TENANTS: Final = {Meter.BUS_LOCKS: "limit", Meter.EXITS: "exit_limit"}
-"""A `Tenant`'s limits, by what they count."""
-
-
 @attrs.frozen
 class Deed:
     """An action that the rules would have led to. `outcome`: "done", "dry-run" or "refused"."""
@@ -106,7 +102,7 @@ def replay(
         progress: told now and then: what is done, how much of it, of how much.
 
     Raises:
-        SpecError: there is nothing in that time.
+        SpecError: there is nothing in that time, or a policy looks at answers, which no journal keeps.
     """
     span = _span(journal, since, until)
     tell = progress or (lambda *_: None)
@@ -160,6 +156,19 @@ def _intervals(journal: JournalReader, span: tuple[int, int]) -> int:
     return int(journal.query("SELECT count(*) FROM hosts WHERE time BETWEEN ? AND ?", span)[0][0])
 
 
+def _check_kept(rules: Rules) -> None:
+    """Raises:
+    SpecError: a policy would be told that there were none of what is not in a journal.
+    """
+    for policy in rules.policies:
+        signals = {one.signal for step in getattr(policy, "steps", ()) for one in step.when}
+        if getattr(policy, "meter", None) is Meter.ANSWERS or Meter.ANSWERS in signals:
+            raise SpecError(
+                f"policy {policy.name!r}: looks at answers, which journals don't keep: it can't be replayed; leave it "
+                "out of the rules to replay, or let it run dry (guard.dry_run) beside a fleet"
+            )
+
+
 @attrs.define(eq=False)
 class _Whole:
     """What all sessions add to."""
@@ -176,11 +185,12 @@ class _Run:
 
     def __init__(self, rules: Rules, first: Tick, whole: _Whole, journal: JournalReader) -> None:
         begun = first.time - round(first.interval * 1e9)
+        _check_kept(rules)
         self.session = first.session
         self._rules = rules
         self._whole = whole
         self._guard = rules.guard or Guard()
-        self._force = InForce(rules.limit, rules.exit_limit, rules.tenants)
+        self._force = InForce(rules.limit, rules.exit_limit, rules.tenants, rules.answer_limit)
         self._seats = [
             _Seat(
                 policy,
@@ -203,9 +213,9 @@ class _Run:
             if limit.vm is not None and limit.launch is not None:
                 self._seen(limit.vm, limit.launch)
             self._force.apply(limit, "")
-            if limit.tenant is not None and limit.meter in _TENANTS:
+            if limit.tenant is not None:
                 tenant = self._tenants.get(limit.tenant) or Tenant(limit.tenant)
-                changed: dict[str, Any] = {_TENANTS[limit.meter]: limit.limit}
+                changed: dict[str, Any] = {limit.meter.field: limit.limit}
                 self._tenants[limit.tenant] = attrs.evolve(tenant, **changed)
         for vm in tick.new:
             self._seen(vm.name, vm.launch)
@@ -278,6 +288,7 @@ class _Run:
             interval=max((now - seat.last) / 1e9, 1e-9),
             limit=self._force.host_limit(Meter.BUS_LOCKS),
             exit_limit=self._force.host_limit(Meter.EXITS),
+            answer_limit=self._force.host_limit(Meter.ANSWERS),
             tenants=self._tenants,
             vms=together(seat.told, set(seat.gone)),
             host=host,
