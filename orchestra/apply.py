@@ -43,7 +43,7 @@ from .native.core import FleetCore
 from .policy import Guard
 from .policy.ledger import Ledger
 from .record import Records
-from .spec import Limit, Meter
+from .spec import ANSWER_LIMIT, Limit, Meter
 from .vm import Vm
 
 __all__ = ["Applier", "Begun", "OnEvict"]
@@ -53,7 +53,8 @@ log: Final = logging.getLogger("orchestra")
 OnEvict = Callable[[Vm, Evict], Awaitable[object]]
 """What moves a VM to another host, or raises why not."""
 
-GIVERS: Final = {"open_fleet": "open_fleet()", "spec": "its spec"}
+GIVERS: Final = {"open_fleet": "open_fleet()", "spec": "its spec", "default": "default (answer_limit)"}
+DEFAULTS: Final = {Meter.ANSWERS: ANSWER_LIMIT}
 
 _Effect = Callable[[], Awaitable[object]]
 
@@ -280,8 +281,9 @@ class Applier:
         now = self._fleet.now()
         for meter, budget in budgets.items():
             if budget.base is not None:
-                reason = f"given by {GIVERS[by]}"
-                given = SetLimit(limit=budget.base, meter=meter, reason=reason, evidence={"given": by}, **where)
+                whose = "default" if budget.base == DEFAULTS.get(meter) else by
+                reason = f"given by {GIVERS[whose]}"
+                given = SetLimit(limit=budget.base, meter=meter, reason=reason, evidence={"given": whose}, **where)
                 self._records.given(now, given)
 
     def check_limit(

@@ -200,6 +200,8 @@ def _ending(hold: Hold, told: Explanation) -> str:
     evidence = row.evidence
     if row.given == "spec":
         return "That limit is in its spec, and stays until somebody sets another."
+    if row.given == "default":
+        return "That limit is what a spec has that says nothing of its own (`answer_limit`); `set_limit` changes it."
     if row.given is not None:
         return "That limit was there from the fleet's beginning, and stays until somebody sets another."
     if row.policy is None or row.kind == "SetLimit":

@@ -141,6 +141,8 @@ def _who(hold: Hold) -> str:
     row = hold.action
     if row.given == "spec":
         return "its spec"
+    if row.given == "default":
+        return "orchestra's default"
     if row.given is not None:
         return "what its fleet was opened with"
     return f"policy {row.policy}" if row.policy else "a caller"

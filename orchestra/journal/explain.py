@@ -173,7 +173,11 @@ def explain(journal: JournalReader, vm: str, at: int | None = None, *, seconds: 
     counted = spans(later, start, stop)
     vcpus = rows[-1].vcpus if rows else _vcpus(journal, vm, life)
     found = causes(rows, states, counted, start, stop, length, vcpus) if length else ()
-    holds = () if ended or over is not None else tuple(sorted(in_force(actions), key=lambda hold: _held(hold, found)))
+    holds: tuple[Hold, ...] = ()
+    if not ended and over is None:
+        some = sorted((_held(hold, found), i, hold) for i, hold in enumerate(in_force(actions)))
+        # A default is everybody's: it is worth a word for those that it held.
+        holds = tuple(hold for held, _, hold in some if held or hold.action.given != "default")
     before = None
     own = [hold.since for hold in holds if hold.where == "vm" and hold.action.given is None]
     if own:

@@ -37,7 +37,7 @@ class ActionRow:
 
     @property
     def given(self) -> str | None:
-        """Of a limit that was there from a beginning on, and that nobody set: "open_fleet" or "spec"."""
+        """Of a limit that was there from a beginning on, and that nobody set: "open_fleet", "spec" or "default"."""
         by = self.evidence.get("given")
         return str(by) if by is not None and self.kind == "SetLimit" and self.policy is None else None
 
