@@ -43,6 +43,7 @@ from .devices.requests import Request
 from .errors import (
     BackendUnavailable,
     BusLockUnsupported,
+    FileError,
     GuestMemoryError,
     KvmError,
     NoSuchBackend,
@@ -158,6 +159,7 @@ __all__ = [
     "Facts",
     "FailEntry",
     "Failed",
+    "FileError",
     "FlatImage",
     "Fleet",
     "FleetStatistics",

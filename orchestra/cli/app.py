@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from cyclopts import App, CycloptsError, Parameter
 
-from ..errors import OrchestraError, SpecError
+from ..errors import FileError, OrchestraError, SpecError
 from ..spec import DebugConsole, DeviceSpec, ExitPort, FlatImage, Limit, Serial, VmSpec
 from .numbers import parse_rate, parse_seconds, parse_size
 from .times import parse_time
@@ -178,7 +178,11 @@ def guilty(
     journal: Annotated[Path, _option("the journal of its fleet", metavar="FILE")],
     symbols: Annotated[
         list[Path] | None,
-        _option("the guest's ELF file or System.map, to name functions; several, one option each", metavar="FILE"),
+        _option(
+            "the guest's ELF file or System.map, to name functions; several, one option each",
+            metavar="FILE",
+            negative=(),
+        ),
     ] = None,
     slide: Annotated[
         int, _option("how much higher the guest has them than the file says", parse_size, "ADDR", show_default=hex)
@@ -303,12 +307,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BaseException as error:
         cause = _cause(error)
         match cause:
+            case FileError(file=file, lines=lines) if lines:
+                print(*lines, sep="\n", file=sys.stderr)
+                return _complain(f"{len(lines)} mistake{'s' * (len(lines) != 1)} in {file}", 1)
+            case FileError():
+                return _complain(str(cause), 1)
             case SpecError():
                 return _complain(str(cause), USAGE)
             case OrchestraError():
                 return _complain(str(cause), 1)
             case KeyboardInterrupt():
                 return INTERRUPTED
+            case SystemExit() if isinstance(cause.__context__, BrokenPipeError):  # how rich ends a program then
+                _give_up_output()
+                return PIPE_CLOSED
             case BrokenPipeError():
                 _give_up_output()
                 return PIPE_CLOSED
