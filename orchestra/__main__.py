@@ -19,6 +19,8 @@ def main() -> int:
             raise
         print(f"orchestra: the command line needs {library}: pip install 'orchestra[cli]'", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     return app.main()
 
 

@@ -16,6 +16,7 @@ from ..journal import ActionRow, StateRow, read_journal
 from ..journal.export import TABLES, Row, plain, rows, write_csv, write_parquet
 from ..journal.schema import upgrade
 from .printable import printable
+from .target import check_target
 from .times import day_and_time
 
 __all__ = ["journal", "line"]
@@ -58,6 +59,9 @@ def journal(
         raise SpecError("--json: leave it out: --csv and --parquet write files")
     if last is not None and last < 1:
         raise SpecError(f"--last {last}: must be 1 or more")
+    for option, target in (("--csv", csv), ("--parquet", parquet)):
+        if target is not None:
+            check_target(option, target)
     with read_journal(path) as reader:
         asked = attrs.asdict(wanted)
         found: Iterable[Row] = rows(reader, asked.pop("table"), **asked)

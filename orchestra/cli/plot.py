@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from ..errors import OrchestraError
+from ..errors import FileError
 from ..figures import Figure, rc_context
 from .account import Act, Result
 from .numbers import shown
@@ -33,7 +33,7 @@ def draw(result: Result, path: Path) -> None:
     """Write an SVG: above, the noisy VMs' events a second and their budgets; below, what the quiet ones got done.
 
     Raises:
-        OrchestraError: the file can't be written.
+        FileError: the file can't be written.
     """
     with rc_context(STYLE):
         figure = Figure(figsize=(8, 5.4), layout="constrained")
@@ -50,7 +50,7 @@ def draw(result: Result, path: Path) -> None:
         try:
             figure.savefig(path, format="svg", metadata={"Date": None})
         except OSError as error:
-            raise OrchestraError(f"--plot {path}: {error.strerror or error}") from None
+            raise FileError(f"{path}: {error.strerror or error}") from None
 
 
 def _title(result: Result) -> str:

@@ -17,6 +17,7 @@ from ..rules import parse_rules
 from .numbers import shown
 from .printable import printable
 from .simulate import audience
+from .target import check_target
 from .times import day_and_time, duration
 
 __all__ = ["document", "lines", "replay"]
@@ -33,7 +34,10 @@ def replay(
     Raises:
         OrchestraError: the rules or the journal can't be; the message says why.
     """
-    draw = None if plot is None else _artist()
+    draw = None
+    if plot is not None:  # what is wrong with it is told now, not when all is done
+        draw = _artist()
+        check_target("--plot", plot, ".svg")
     text = rules.read_bytes()
     parse_rules(text, str(rules))  # what is wrong with them is told before anything else is
     with read_journal(journal) as reader, audience() as watching:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from ..errors import OrchestraError
+from ..errors import FileError
 from ..figures import Figure, rc_context
 from ..journal.explain import Explanation
 from ..journal.series import Bin
@@ -43,12 +43,12 @@ def save(figure: Any, path: Path) -> None:
     """Write an SVG.
 
     Raises:
-        OrchestraError: it can't be written.
+        FileError: it can't be written.
     """
     try:
         figure.savefig(path, format="svg", metadata={"Date": None})
     except OSError as error:
-        raise OrchestraError(f"--plot {path}: {error.strerror or error}") from None
+        raise FileError(f"{path}: {error.strerror or error}") from None
 
 
 def draw(told: Explanation, bins: Sequence[Bin], path: Path) -> None:

@@ -162,6 +162,11 @@ class JournalReader:
         self._state, self._vcpu = Maker(StateRow), Maker(VcpuRow)
         self._aggregate, self._host = _LastMaker(Aggregate), _LastMaker(HostRow)
 
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self._path
+
     def actions(
         self,
         *,
