@@ -19,7 +19,11 @@ EXPECTED = {
     "two_vms": ["bad ended: Shutdown(reason='triple fault'", "good is running", "good counted: some"],
     "bus_lock_budget": ["limit 200/s: ", " bus locks in a second", "limit 50/s: ", "throttled: True"],
     "guilty": ["bus locks, ", "%  refcount_get   lock add dword [0x203E],1", "%  spin_lock ", "web-1;no paging;"],
-    "own_policy": ["strict: more than 500 exits a second", "held: True"],
+    "own_policy": [
+        "held: True",
+        "strict: Throttle, more than 500 exits a second",
+        "strict: Unthrottle, quiet for 0.5 seconds",
+    ],
     "async_port": ["the guest says 42", "Halted()"],
     "afternoon": [
         "quiet-1    quiet-2    noisy-1    noisy-2",
