@@ -111,7 +111,7 @@ def test_the_page_refers_to_nothing_outside_of_itself(text):
 def test_plots_take_their_colours_from_the_page_in_light_and_in_dark(text):
     svg = "".join(re.findall(r"<svg.*?</svg>", text, re.DOTALL))
     assert not re.findall(r"#0[1-4]0[1-4]0\d", svg)
-    assert {"var(--ink)", "var(--muted)", "var(--grid)", "var(--series-1)", "var(--series-2)"} <= set(
+    assert {"var(--ink)", "var(--muted)", "var(--grid)", "var(--with)", "var(--without)", "var(--group-1)"} <= set(
         re.findall(r"var\(--[\w-]+\)", svg)
     )
     assert "#000000" not in svg
