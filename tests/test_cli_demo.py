@@ -470,13 +470,13 @@ def test_the_opening_says_how_bus_locks_are_seen():
 
     assert "Backend for a reason." in said("fault-like", Meter.BUS_LOCKS)
     assert "exit storm" in said(None, Meter.EXITS)
-    assert "of the 1 CPU that they share here" in said(None, Meter.EXITS, cpus=1)
+    assert "as all share 1 CPU here" in said(None, Meter.EXITS, cpus=1)
     assert "before" in said("fault-like", Meter.BUS_LOCKS)
     assert "behind" in said("trap-like", Meter.BUS_LOCKS)
     assert "rehearsal" in said("trap-like", Meter.BUS_LOCKS, "scripted")
     emulated = said("fault-like", Meter.BUS_LOCKS, "emulated", cpus=2, advice="Do it.")
-    assert "none stalls other cores" in emulated
-    assert "CPU time, of the 2 CPUs that they share here." in emulated
+    assert "it stalls no other core" in emulated
+    assert "CPU time from the others, as all share 2 CPUs here." in emulated
     assert emulated.endswith("Do it.")
 
 

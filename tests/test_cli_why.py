@@ -466,7 +466,7 @@ def test_an_empty_table_is_an_empty_document_and_a_line_of_names(afternoon, caps
         (["--outcome", "well"], "must be one of done, dry-run, refused, failed"),
         (["--since", "sometime"], "is not a time such as 14:05"),
         (["--last", "0"], "--last 0: must be 1 or more"),
-        (["--json", "--csv", "x"], "--json: leave it out"),
+        (["--json", "--csv", "x"], "--json can't be combined"),
     ],
 )
 def test_what_cant_be_asked_is_one_line(busy, capsys, arguments, said):

@@ -559,7 +559,7 @@ def test_a_journal_that_does_not_tell_how_victims_answer_says_so(afternoon, rule
         afternoon.second(vm("a", 1, cpu=0.1, run_delay=0.1))
     afternoon.close()
     assert main(["replay", str(afternoon.path), "--policy", rules]) == 0
-    assert "can't be told from this journal: it is taken as it was" in capsys.readouterr().out
+    assert "depends on bus locks: replayed, it is as it was." in capsys.readouterr().out
 
 
 def test_json_and_plot(afternoon, rules, tmp_path, capsys):

@@ -56,7 +56,7 @@ def demo(plan: Plan, *, as_json: bool, plain: bool, plot: Path | None) -> int:
         print()
     if draw and plot and result is not None and result.samples:
         draw(result, plot)
-        print(f"orchestra: drew {plot}", file=sys.stderr)
+        print(f"orchestra: wrote {plot}", file=sys.stderr)
     if number:
         return 128 + number
     return 0 if result is not None and result.complete else 1

@@ -118,7 +118,7 @@ def guilty(
         OrchestraError: it can't be done; the message says why.
     """
     if as_json and as_folded:
-        raise SpecError("--json and --folded: one of them")
+        raise SpecError("--json can't be combined with --folded")
     tables = [Symbols.load(path, slide) for path in symbols]
     with read_journal(journal) as reader:
         profile = profile_of(reader, vm, tables, last)

@@ -32,7 +32,7 @@ def check(path: Path, *, as_json: bool) -> int:
     if as_json:
         print(json.dumps({"file": str(path), "ok": True, "mistakes": [], **document(rules)}))
     else:
-        print(f"{path}: nothing is wrong with it")
+        print(f"{path}: no mistakes")
         print(*(f"  {line}" for line in summary(rules)), sep="\n")
     return 0
 

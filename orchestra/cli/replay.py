@@ -149,11 +149,11 @@ def _columns(rows: list[tuple[str, ...]]) -> Iterator[str]:
 
 def _notes(response: Response, before: World) -> Iterator[str]:
     yield (
-        "What was asked for is what was made and what would have been made in the time that was spent waiting; what a "
-        "VM would have done while it was paused or gone is not known."
+        "Asked for: the locks that a VM made, and those that it would have made in the time that it waited. What a VM "
+        "would have done while it was paused or gone is unknown."
     )
     if before.victims_delay is not None and "run_delay" not in response.lines:
-        yield "How the victims' waiting depends on bus locks can't be told from this journal: it is taken as it was."
+        yield "This journal does not show how the victims' waiting depends on bus locks: replayed, it is as it was."
     for signal, line in response.lines.items():
         yield (
             f"{signal} follows the others' bus locks: r² {line.certainty:.2f} over {line.points} points; it is "

@@ -31,13 +31,13 @@ def opening(plan: Plan, fleet: Fleet, meter: Meter) -> Iterator[str]:
             yield "A rehearsal: scripts stand in for the guests, so there is no work to be seen."
         case "emulated":
             yield (
-                "Every split lock is seen and counted exactly, but in an emulator none stalls other cores: what the "
-                f"noisy VMs take from the others is CPU time{_shared(plan)}."
+                "Every split lock is seen and counted exactly. In an emulator it stalls no other core: the noisy VMs "
+                f"take CPU time from the others{_shared(plan)}."
             )
         case _ if meter is Meter.EXITS:
             yield (
-                "Without bus locks, an exit storm (port writes) held to an exit budget tells the same story: what the "
-                f"noisy VMs take from the others is CPU time{_shared(plan)}."
+                "Without bus locks, an exit storm (port writes) held to an exit budget tells the same story: the noisy "
+                f"VMs take CPU time from the others{_shared(plan)}."
             )
         case _ if fleet.bus_lock_detection == "fault-like":
             yield "Bus locks are reported before the instruction (as AMD does); the count is exact to one or two."
@@ -48,7 +48,7 @@ def opening(plan: Plan, fleet: Fleet, meter: Meter) -> Iterator[str]:
 
 
 def _shared(plan: Plan) -> str:
-    return "" if plan.cpus is None else f", of the {plan.cpus} CPU{'s' * (plan.cpus != 1)} that they share here"
+    return "" if plan.cpus is None else f", as all share {plan.cpus} CPU{'s' * (plan.cpus != 1)} here"
 
 
 def change(gain: float | None) -> str:
