@@ -126,7 +126,8 @@ def run(
     """Run one guest. Its console is your standard output; its end is the exit status.
 
     The exit status is 0 when it halts, what it wrote to the exit port when it did, 1 when it failed, 124 after
-    --timeout, 130 after Ctrl-C. Numbers may be written as 4096, 0x1000 or 4K.
+    --timeout, 130 after Ctrl-C. Numbers may be written as 4096, 0x1000 or 4K. With --backend auto, standard error says
+    which backend runs the guest, and why.
     """
     from .run import GuestRun, read_image, run
 
