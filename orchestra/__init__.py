@@ -1,7 +1,7 @@
 # The map, from the door down; imports point down it and never up (tests/test_layers.py holds them to it).
 #
 #   door      cli, __main__                     a person at a terminal
-#   windows   aio/, doctor, figures, journal/, replay/, rules/, simulate/, testing/, tomlfile   see, steer, test a fleet
+#   windows   aio/, colours, doctor, figures, journal/, replay/, rules/, simulate/, testing/, tomlfile   see, steer it
 #   house     opening, fleet, statistics, governor, activity, dirty, apply, record, subscription, watch   many VMs
 #   machine   vm, counted, guest, vcpu, inbox   one VM: its tasks, its state machine
 #   parts     actuators/, devices/, boot/, budget, profile/, signals/   what a guest sees, may use, and is guilty of
@@ -43,6 +43,7 @@ from .devices.requests import Request
 from .errors import (
     BackendUnavailable,
     BusLockUnsupported,
+    FileError,
     GuestMemoryError,
     KvmError,
     NoSuchBackend,
@@ -158,6 +159,7 @@ __all__ = [
     "Facts",
     "FailEntry",
     "Failed",
+    "FileError",
     "FlatImage",
     "Fleet",
     "FleetStatistics",

@@ -21,6 +21,8 @@ def main() -> int:
             raise
         print(f"orchestra: the command line needs {library}: {install('cli')}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     return app.main()
 
 

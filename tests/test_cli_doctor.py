@@ -14,7 +14,7 @@ from isolation import FORBID, HIDE, other_python, run, without_kvm
 from orchestra.cli.app import main
 from orchestra.cli.doctor import doctor
 from orchestra.cli.render import show_report
-from orchestra.doctor import Finding, Report
+from orchestra.doctor import Finding, Report, examine
 
 FINE = Finding("overcommit", "ok", "6.16", "new enough")
 NOTE = Finding("virtualised", "note", "yes", "exits cost more", "measure on bare metal")
@@ -76,6 +76,14 @@ def test_json_is_one_document_with_findings_and_capabilities(capsys):
     document = json.loads(capsys.readouterr().out)
     assert document["findings"][0]["remedy"] == SLOW.remedy
     assert document["capabilities"] == {"KVM_CAP_A": 3}
+
+
+def test_the_verdict_comes_first_in_three_lines_and_in_json(capsys):
+    verdict = examine().verdict
+    assert main(["doctor"]) in (0, 1)
+    assert capsys.readouterr().out.splitlines()[:4] == [*verdict.lines, ""]
+    assert main(["doctor", "--json"]) in (0, 1)
+    assert json.loads(capsys.readouterr().out)["verdict"] == verdict.as_dict()
 
 
 def test_this_host_is_examined_when_none_is_made_up(capsys):

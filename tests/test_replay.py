@@ -138,13 +138,13 @@ def test_only_the_time_that_is_asked_for_is_gone_through(afternoon):
     lived(afternoon, 400, {"noisy": noisy})
     result = replayed(afternoon, LADDER, since=BEGIN, until=BEGIN + 90 * SECOND)
     assert (result.seconds, result.after.actions) == (90, {})
-    with pytest.raises(orc.SpecError, match="nothing of that time"):
+    with pytest.raises(orc.FileError, match="nothing of that time"):
         replayed(afternoon, LADDER, since=BEGIN + 9999 * SECOND)
 
 
 def test_a_journal_without_intervals_is_told(afternoon):
     afternoon.state("a", "running")
-    with pytest.raises(orc.SpecError, match="no intervals"):
+    with pytest.raises(orc.FileError, match="no intervals"):
         replayed(afternoon, LADDER)
 
 
@@ -669,7 +669,7 @@ def test_a_journal_that_does_not_tell_how_victims_answer_says_so(afternoon, rule
         afternoon.second(vm("a", 1, cpu=0.1, run_delay=0.1))
     afternoon.close()
     assert main(["replay", str(afternoon.path), "--policy", rules]) == 0
-    assert "can't be told from this journal: it is taken as it was" in capsys.readouterr().out
+    assert "depends on bus locks: replayed, it is as it was." in capsys.readouterr().out
 
 
 def test_json_and_plot(afternoon, rules, tmp_path, capsys):
@@ -698,10 +698,10 @@ def test_what_cant_be_is_told_before_the_journal_is_read(afternoon, tmp_path, ca
     bad = tmp_path / "bad.toml"
     bad.write_text("limt = 3\n[[policies]]\nkind = 'laddr'")
     afternoon.close()
-    assert main(["replay", str(afternoon.path), "--policy", str(bad)]) == 2
+    assert main(["replay", str(afternoon.path), "--policy", str(bad)]) == 1
     err = capsys.readouterr().err
-    assert "line 1: limt: no such key" in err
-    assert "line 3: policies[0].kind" in err
+    assert f"{bad}:1: limt: no such key" in err
+    assert f"{bad}:3: policies[0].kind" in err
     assert main(["replay", str(afternoon.path), "--policy", str(tmp_path / "none")]) == 1
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import attrs
 
-from ..errors import BackendUnavailable, NoSuchBackend
+from ..errors import NoSuchBackend
 from ..memory import GuestMemory
 from ..native import lib
 from ..native.core import VcpuCore
@@ -22,6 +22,7 @@ from ..spec import VmSpec
 
 if TYPE_CHECKING:
     from .kvm.dirty import DirtyLog
+    from .picking import Asked
 
 __all__ = ["Backend", "Detection", "Engine", "EntryState", "Machine", "Why", "choose"]
 
@@ -167,12 +168,17 @@ class Backend(Protocol):
     def close(self) -> None: ...
 
 
-def choose(backend: str | Backend) -> Backend:
-    """The backend of that name, opened. "auto" is KVM where /dev/kvm opens, else emulated.
+def choose(backend: str | Backend, asked: Asked | None = None) -> Backend:
+    """The backend of that name, opened; "auto": the best one that can do what is asked for (see `picking`).
+
+    Parameters:
+        backend: a name, or a Backend object, which is given back as it is.
+        asked: what "auto" must be able to do. One that is named is opened whatever is asked for.
 
     Raises:
         NoSuchBackend: no backend has that name.
         BackendUnavailable: it can't work on this host; the message says what to do.
+        BusLockUnsupported: "auto": none that opens sees the bus locks that are asked for.
     """
     if not isinstance(backend, str):
         return backend
@@ -189,20 +195,7 @@ def choose(backend: str | Backend) -> Backend:
 
         return ScriptedBackend()
     if backend == "auto":
-        return _best()
+        from .picking import Asked, open_best
+
+        return open_best(asked or Asked())
     raise NoSuchBackend(f"backend={backend!r}: must be 'auto', 'kvm', 'emulated', 'scripted' or a Backend object")
-
-
-def _best() -> Backend:
-    from .kvm.machine import KvmBackend
-
-    try:
-        return KvmBackend.open(picked=True)
-    except BackendUnavailable as error:
-        no_kvm = error
-    from .emulated.machine import EmulatedBackend
-
-    try:
-        return EmulatedBackend(why=f"emulated, since KVM is not available ({no_kvm})")
-    except BackendUnavailable as error:
-        raise BackendUnavailable(f"backend='auto': {no_kvm}; and {error}") from None

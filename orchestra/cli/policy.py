@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,24 +16,23 @@ __all__ = ["check"]
 
 
 def check(path: Path, *, as_json: bool) -> int:
-    """Check it; the exit status: 1 if anything is wrong with it."""
+    """Check it; the exit status: 1 if anything is wrong with it.
+
+    Raises:
+        TomlError: without `as_json`: what is wrong with it.
+    """
     try:
         rules = load_rules(path)
     except TomlError as error:
-        if as_json:
-            mistakes = [attrs.asdict(mistake) for mistake in error.mistakes]
-            print(json.dumps({"file": str(path), "ok": False, "mistakes": mistakes}))
-        else:
-            for mistake in error.mistakes:  # as compilers write it, so that editors find the place
-                place = f"{path}:{mistake.line}" if mistake.line is not None else str(path)
-                print(f"{place}: {mistake.key + ': ' if mistake.key else ''}{mistake.text}")
-            count = len(error.mistakes)
-            print(f"orchestra: {count} mistake{'s' * (count != 1)} in {path}", file=sys.stderr)
+        if not as_json:
+            raise
+        mistakes = [attrs.asdict(mistake) for mistake in error.mistakes]
+        print(json.dumps({"file": str(path), "ok": False, "mistakes": mistakes}))
         return 1
     if as_json:
         print(json.dumps({"file": str(path), "ok": True, "mistakes": [], **document(rules)}))
     else:
-        print(f"{path}: nothing is wrong with it")
+        print(f"{path}: no mistakes")
         print(*(f"  {line}" for line in summary(rules)), sep="\n")
     return 0
 

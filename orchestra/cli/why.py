@@ -18,6 +18,7 @@ from ..journal.holds import Hold
 from ..journal.series import Bin, series
 from .numbers import shown
 from .printable import printable
+from .target import check_target
 from .times import day_and_time, duration, time_of_day
 from .whyblame import suspicion_document, verdict
 from .whyheld import capital, figure, held, in_force, per_second, unknown, window
@@ -39,7 +40,10 @@ def why(vm: str, journal: Path, *, at: int | None, window: float, as_json: bool,
     Raises:
         OrchestraError: the journal can't be read, or has nothing of that VM.
     """
-    draw = None if plot is None else _artist()  # what is missing is told before anything else is
+    draw = None
+    if plot is not None:  # what is missing is told before anything else is
+        draw = _artist()
+        check_target("--plot", plot, ".svg")
     with read_journal(journal) as reader:
         told = explain(reader, vm, at, seconds=window)
         from_ = max(told.since, told.launched or told.since)

@@ -175,6 +175,11 @@ class JournalReader:
         self._state, self._vcpu = Maker(StateRow), Maker(VcpuRow)
         self._aggregate, self._host = _JsonMaker(Aggregate, 2), _JsonMaker(HostRow, 1)
 
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self._path
+
     def actions(
         self,
         *,

@@ -9,7 +9,7 @@ from typing import Any, Final
 import attrs
 
 from ..actions import Action
-from ..errors import SpecError
+from ..errors import FileError, SpecError
 from ..journal import JournalReader
 from ..policy import Facts, Guard, HostFacts, Policy, VmFacts
 from ..policy.guard import Ruling
@@ -102,7 +102,8 @@ def replay(
         progress: told now and then: what is done, how much of it, of how much.
 
     Raises:
-        SpecError: there is nothing in that time, or a policy looks at answers, which no journal keeps.
+        FileError: there is nothing in that time.
+        SpecError: a policy looks at answers, which no journal keeps.
     """
     span = _span(journal, since, until)
     tell = progress or (lambda *_: None)
@@ -143,11 +144,11 @@ def replay(
 def _span(journal: JournalReader, since: int | None, until: int | None) -> tuple[int, int]:
     span = journal.intervals()
     if span is None:
-        raise SpecError("the journal has no intervals to go through: a fleet writes one each time that it looks")
+        raise FileError(f"{journal.path}: has no intervals to go through: a fleet writes one each time that it looks")
     first = max(span[0], since if since is not None else 0)
     last = min(span[1], until if until is not None else span[1])
     if first >= last:
-        raise SpecError("the journal has nothing of that time")
+        raise FileError(f"{journal.path}: has nothing of that time")
     return first, last
 
 

@@ -108,11 +108,11 @@ class EmulatedBackend:
     blocking = True
     logs_dirty = False
 
-    def __init__(self, *, detection: Detection = "fault-like", why: str = "emulated, as asked for") -> None:
+    def __init__(self, *, detection: Detection = "fault-like") -> None:
         if detection not in ("fault-like", "trap-like"):
             raise SpecError(f'detection={detection!r}: must be "fault-like" (as on AMD) or "trap-like" (as on Intel)')
         self._unicorn = library.load()
-        self.why = why
+        self.why = "emulated, as asked for"
         self._detection = detection
 
     def bus_lock_detection(self) -> Detection | None:
@@ -121,22 +121,26 @@ class EmulatedBackend:
     def now(self) -> int:
         return monotonic_ns()
 
-    def check(self, spec: VmSpec) -> None:
+    def refusal(self, spec: VmSpec) -> tuple[str, str] | None:
+        """Why it can't run that VM, and what can; None: nothing is known to be in the way."""
+        can = "backend='kvm' can"
         if spec.vcpus > 1:
-            raise SpecError(
-                f"vm {spec.name!r}: vcpus={spec.vcpus}: the emulated backend gives a VM one vCPU, as several would not "
-                "see each other's atomic operations; backend='kvm' can"
-            )
+            return (
+                f"vcpus={spec.vcpus}: the emulated backend gives a VM one vCPU, as several would not see each other's "
+                "atomic operations"
+            ), can
         if spec.irqchip:
-            raise SpecError(
-                f"vm {spec.name!r}: irqchip=True: the emulated backend delivers no interrupts; backend='kvm' can"
-            )
-
+            return "irqchip=True: the emulated backend delivers no interrupts", can
         if spec.log_dirty or any(region.log_dirty for region in spec.regions):
-            raise SpecError(
-                f"vm {spec.name!r}: log_dirty=True: the emulated backend does not see which pages a guest writes, as "
-                "asking at each write would make it up to four times as slow; backend='kvm' can"
-            )
+            return (
+                "log_dirty=True: the emulated backend does not see which pages a guest writes, as asking at each write "
+                "would make it up to four times as slow"
+            ), can
+        return None
+
+    def check(self, spec: VmSpec) -> None:
+        if refusal := self.refusal(spec):
+            raise SpecError(f"vm {spec.name!r}: {'; '.join(refusal)}")
 
     def create(
         self,

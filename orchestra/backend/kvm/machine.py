@@ -131,7 +131,7 @@ class KvmBackend:
         self._sync_regs = bool(kvm.extension(lib.KVM_CAP_SYNC_REGS) & lib.KVM_SYNC_X86_REGS)
 
     @classmethod
-    def open(cls, path: str = "/dev/kvm", *, picked: bool = False) -> KvmBackend:
+    def open(cls, path: str = "/dev/kvm") -> KvmBackend:
         """Open the host's KVM.
 
         Raises:
@@ -140,7 +140,7 @@ class KvmBackend:
         """
         install_signal()
         kvm = Kvm.open(path)
-        return cls(kvm, f"kvm, since {path} opens" if picked else "kvm, as asked for")
+        return cls(kvm, "kvm, as asked for")
 
     def bus_lock_detection(self) -> Detection | None:
         if not self.kvm.extension(lib.KVM_CAP_X86_BUS_LOCK_EXIT) & lib.KVM_BUS_LOCK_DETECTION_EXIT:
@@ -182,17 +182,19 @@ class KvmBackend:
     def limits_changed(self) -> None:
         """Nothing: the core wakes threads."""
 
-    def check(self, spec: VmSpec) -> None:
+    def refusal(self, spec: VmSpec) -> tuple[str, str] | None:
+        """Why this host's KVM can't run that VM, and what to do; None: nothing is known to be in the way."""
         if spec.vcpus > self._max_vcpus:
-            raise SpecError(
-                f"vm {spec.name!r}: vcpus={spec.vcpus}: this host's KVM allows at most {self._max_vcpus} in a VM"
-            )
+            return f"vcpus={spec.vcpus}: this host's KVM allows at most {self._max_vcpus} in a VM", "ask for fewer"
         wanted, given = spec.bus_lock_detection, self.bus_lock_detection()
         if wanted is not None and given is not None and wanted != given:
-            raise SpecError(
-                f"vm {spec.name!r}: bus_lock_detection={wanted!r}: this host's CPU reports them {given}; leave it out, "
-                "or choose with backend='emulated'"
-            )
+            what = f"bus_lock_detection={wanted!r}: this host's CPU reports them {given}"
+            return what, "leave it out, or choose with backend='emulated'"
+        return None
+
+    def check(self, spec: VmSpec) -> None:
+        if refusal := self.refusal(spec):
+            raise SpecError(f"vm {spec.name!r}: {'; '.join(refusal)}")
 
     def close(self) -> None:
         self.kvm.close()
