@@ -22,6 +22,7 @@ from . import (
     emulated,
     engine,
     floor,
+    hostile,
     idle,
     launch,
     machine,
@@ -55,6 +56,7 @@ BENCHMARKS: dict[str, Callable[[Options], Awaitable[list[Row]]]] = {
     "replay": replay.replay,
     "profile": profile.profile,
     "dirty": dirty.dirty,
+    "hostile": hostile.hostile,
 }
 RESULTS = Path(__file__).parent / "results"
 

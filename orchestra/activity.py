@@ -45,6 +45,8 @@ class Fleet(Protocol):
     def limit(self) -> Limit | None: ...
     @property
     def exit_limit(self) -> Limit | None: ...
+    @property
+    def answer_limit(self) -> Limit | None: ...
     def now(self) -> int: ...
 
 
@@ -57,6 +59,7 @@ class _Vcpu:
     index: int
     tid: int | None
     bus_locks: int = 0
+    answers: int = 0
     throttled: int = 0
     cpu: int = 0
     run_delay: int = 0
@@ -70,6 +73,7 @@ class _Sum:
 
     exits: dict[int, int] = attrs.field(factory=dict)
     bus_locks: int = 0
+    answers: int = 0
     throttled: int = 0
     cpu: int | None = None
     run_delay: int | None = None
@@ -193,10 +197,11 @@ class Activity:
 
     def _look(self, vcpu: _Vcpu, now: int) -> bool:
         """Whether it is to be looked at the next time, whatever the core says."""
-        exits, locks_so_far, throttled_so_far = vcpu.guest.look(vcpu.index, now)
+        exits, locks_so_far, throttled_so_far, answers_so_far = vcpu.guest.look(vcpu.index, now)
         # Clamped: runner and governor read the clock each for itself, so a wait may end "before" it was looked at.
         bus_locks, throttled = max(0, locks_so_far - vcpu.bus_locks), max(0, throttled_so_far - vcpu.throttled)
-        vcpu.bus_locks, vcpu.throttled = locks_so_far, throttled_so_far
+        answers = max(0, answers_so_far - vcpu.answers)
+        vcpu.bus_locks, vcpu.throttled, vcpu.answers = locks_so_far, throttled_so_far, answers_so_far
         used, waited = self._times(vcpu, now)
         capped = self._capped(vcpu, now)
         if exits or used:
@@ -210,6 +215,7 @@ class Activity:
                 total.exits[reason] = total.exits.get(reason, 0) + count
             total.bus_locks += bus_locks
             total.throttled += throttled
+            total.answers += answers
             if used is not None:
                 total.cpu = (total.cpu or 0) + used
             if waited is not None:
@@ -287,6 +293,7 @@ class Activity:
             interval=max((self._looked - window.since) / 1e9, 1e-9),
             limit=fleet.limit,
             exit_limit=fleet.exit_limit,
+            answer_limit=fleet.answer_limit,
             tenants=self._tenants,
             vms=MappingProxyType(vms),
             host=self.host.facts(window.reading, self._reading, self._absent),
@@ -304,6 +311,7 @@ class Activity:
                 cpu=_seconds(one.cpu),
                 run_delay=_seconds(one.run_delay),
                 capped=_seconds(one.capped),
+                answers=one.answers,
             )
             for index, one in sorted(sums.items())
         )
@@ -320,6 +328,7 @@ class Activity:
             bus_locks=sum(one.bus_locks for one in sums.values()) if seen else None,
             exits=sum(reasons.values()),
             throttled=sum(vcpu.throttled for vcpu in vcpus),
+            answers=sum(vcpu.answers for vcpu in vcpus),
             launch=vm.launch,
             cpu=add_known(vcpu.cpu for vcpu in vcpus),
             run_delay=add_known(vcpu.run_delay for vcpu in vcpus),

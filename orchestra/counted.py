@@ -28,6 +28,7 @@ class VcpuStatistics:
         released: waits that ``max_delay`` ended before the turn came.
         exits: exits by the kernel's name of the reason, lower case ("io", "mmio", "hlt", "x86_bus_lock", ...).
         unclaimed: port accesses that found nobody.
+        answers: accesses that Python answered, a device or a task; by element for string instructions.
         missed: exits whose details were lost because the ring was full; they are counted all the same.
         kicks: times that KVM_RUN was interrupted.
     """
@@ -41,6 +42,7 @@ class VcpuStatistics:
     released: int
     exits: Mapping[str, int]
     unclaimed: int
+    answers: int
     missed: int
     kicks: int
 
@@ -66,11 +68,13 @@ class VmStatistics:
     released: int
     exits: Mapping[str, int]
     unclaimed: int
+    answers: int
     missed: int
     kicks: int
     dirty_pages: int | None
     limit: Limit | None
     exit_limit: Limit | None
+    answer_limit: Limit | None
     bus_lock_detection: Detection | None
     vcpus: tuple[VcpuStatistics, ...]
 
@@ -86,7 +90,7 @@ def add_names(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
 
 def add(a: Counters, b: Counters) -> Counters:
     """What two runs of a vCPU did, `b` being the later one."""
-    fields = ("bus_locks", "capped", "throttled", "waits", "released", "missed", "kicks", "unclaimed")
+    fields = ("bus_locks", "capped", "throttled", "waits", "released", "missed", "kicks", "unclaimed", "answers")
     return Counters(
         exits=add_names([a.exits, b.exits]),
         throttled_since=b.throttled_since,
@@ -104,5 +108,6 @@ ZERO: Final = Counters(
     missed=0,
     kicks=0,
     unclaimed=0,
+    answers=0,
     throttled_since=None,
 )

@@ -22,12 +22,13 @@ from .actuators.bandwidth import CpuCgroup
 from .actuators.placement import Quarantine
 from .apply import Applier, Begun, OnEvict
 from .backend import Backend, Detection
-from .budget import Budgets, make_budgets
+from .budget import Budgets, limits_of, make_budgets
 from .devices.bus import Device
 from .errors import ResourceLimit, SpecError, StateError, UnknownTenant, UnknownVm, VmExists
 from .exits import Exit
 from .governor import Governor, check_policies
 from .guest import Guest
+from .inbox import Inbox
 from .native.core import FleetCore, VcpuCore
 from .policy import Facts, Guard, Policy
 from .record import Recorder, Records
@@ -72,6 +73,7 @@ class Fleet:
         self.bus_locks = detection is not None
         self.quarantine = quarantine
         self.cpu_cgroup = cpu_cgroup
+        self.inbox = Inbox(self.post)
         self.setup_threads = trio.CapacityLimiter(SETUP_THREADS)
         self._activity = Activity(self, host, ThreadTimes() if backend.blocking else None)
         # It may refuse a policy.
@@ -81,8 +83,7 @@ class Fleet:
         self._budgets = budgets
         now = backend.now()
         self._tenants = {
-            name: TenantSeat(tenant, make_budgets(tenant.limit, tenant.exit_limit, now))
-            for name, tenant in tenants.items()
+            name: TenantSeat(tenant, make_budgets(limits_of(tenant), now)) for name, tenant in tenants.items()
         }
         self._nursery = nursery
         self._token = trio.lowlevel.current_trio_token()
@@ -351,11 +352,18 @@ class Fleet:
         return self._budgets[Meter.EXITS].limit
 
     @property
+    def answer_limit(self) -> Limit | None:
+        return self._budgets[Meter.ANSWERS].limit
+
+    @property
     def tenants(self) -> Mapping[str, Tenant]:
         """All tenants, with the limits that were set for them (throttles by actions are not told to policies)."""
         return {
             name: attrs.evolve(
-                seat.tenant, limit=seat.budgets[Meter.BUS_LOCKS].base, exit_limit=seat.budgets[Meter.EXITS].base
+                seat.tenant,
+                limit=seat.budgets[Meter.BUS_LOCKS].base,
+                exit_limit=seat.budgets[Meter.EXITS].base,
+                answer_limit=seat.budgets[Meter.ANSWERS].base,
             )
             for name, seat in self._tenants.items()
         }
@@ -375,6 +383,7 @@ class Fleet:
             missed=self._switchboard.missed(),
             limit=self.limit,
             exit_limit=self.exit_limit,
+            answer_limit=self.answer_limit,
             policies=self._governor.statistics(),
             host=self._governor.host,
             journal=self._records.statistics(),

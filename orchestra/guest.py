@@ -25,6 +25,7 @@ from .devices.console import Console
 from .devices.ports import DebugConsolePort, ExitDevice
 from .devices.serial import Uart16550
 from .errors import ResourceLimit, StateError
+from .inbox import Inbox
 from .memory import GuestMemory
 from .native.core import Command, Counters, FleetCore, VcpuCore
 from .profile import Row, Samples
@@ -48,6 +49,7 @@ class House(Protocol):
     bus_lock_detection: Detection | None
     setup_threads: trio.CapacityLimiter
     quarantine: Quarantine
+    inbox: Inbox
     cpu_cgroup: CpuCgroup | None
     """Where CPU caps are kept; None: in the run loop."""
 
@@ -498,9 +500,9 @@ class Guest:
         now = self.house.backend.now()
         return [core.counters(now) for core in self._cores]
 
-    def look(self, index: int, now: int) -> tuple[dict[int, int], int, int]:
+    def look(self, index: int, now: int) -> tuple[dict[int, int], int, int, int]:
         """As `VcpuCore.look`."""
-        return self._cores[index].look(now) if self.final is None else ({}, 0, 0)
+        return self._cores[index].look(now) if self.final is None else ({}, 0, 0, 0)
 
     def tell(self, mask: int) -> None:
         if self.final is None:

@@ -83,6 +83,7 @@ async def open_fleet(
     backend: str | Backend = "auto",
     limit: Limit | None = None,
     exit_limit: Limit | None = None,
+    answer_limit: Limit | None = None,
     tenants: Mapping[str, Limit | Tenant | None] | Iterable[Tenant] = (),
     policies: Iterable[Policy] = (),
     bus_locks: Literal["require", "auto", "off"] = "auto",
@@ -103,6 +104,7 @@ async def open_fleet(
         backend: "auto" (KVM where /dev/kvm opens, else emulated), "kvm", "emulated", "scripted", or a Backend object.
         limit: the host's: bus locks per second of all VMs together; None: only counted.
         exit_limit: the same for exits of any kind.
+        answer_limit: the same for accesses that Python answers. (Each VM has a limit of its own by default.)
         tenants: by name, each a `Tenant`, a `Limit`, or None; or `Tenant` objects. VMs that name none belong to
             "default", which may be given here as well.
         policies: asked at each of their ticks; see `orchestra.policy`.
@@ -135,6 +137,7 @@ async def open_fleet(
     _check(guard, journal, journal_interval)
     optional_limit("limit", limit)
     optional_limit("exit_limit", exit_limit)
+    optional_limit("answer_limit", answer_limit)
     named = _as_tenants(tenants)
     seats = check_policies(policies)
     cpus = quarantine_cpus(quarantine)
@@ -161,7 +164,9 @@ async def open_fleet(
         if journal is not None:
             await _off_the_loop(journal.begin, opened.now(), opened.name, detection)
             begun = True
-        budgets = make_budgets(limit, exit_limit, opened.now())
+        budgets = make_budgets(
+            {Meter.BUS_LOCKS: limit, Meter.EXITS: exit_limit, Meter.ANSWERS: answer_limit}, opened.now()
+        )
         fleet: Fleet | None = None
         error: BaseException | None = None
         try:

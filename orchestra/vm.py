@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, Final
 
 import attrs
@@ -25,7 +26,7 @@ from .actions import (
     Stop,
     Stopped,
 )
-from .budget import Budgets, make_budgets
+from .budget import Budgets, limits_of, make_budgets
 from .counted import ZERO, VcpuStatistics, VmStatistics, add, add_names
 from .devices.bus import Device, Handler
 from .devices.console import Console
@@ -68,8 +69,8 @@ class Vm:
         self.restarts = 0
         self.launch = house.next_id()
         self.console = Console(house.post)
-        self.budgets = make_budgets(spec.limit, spec.exit_limit, now)
-        self.vcpu_budgets = [make_budgets(spec.vcpu_limit, spec.vcpu_exit_limit, now) for _ in range(spec.vcpus)]
+        self.budgets = make_budgets(limits_of(spec), now)
+        self.vcpu_budgets = [make_budgets(limits_of(spec, "vcpu_"), now) for _ in range(spec.vcpus)]
         self._samples = Samples(spec.sample_every)
         self._house = house
         self._above = above
@@ -361,7 +362,7 @@ class Vm:
         Raises:
             SpecError: no range given, or one that is taken.
         """
-        requests = Requests(self._house.post)
+        requests = Requests(partial(self._house.inbox.put, self.tenant, self.name))
         self._claim(ports, mmio, requests)
         self._requests[requests] = (ports, mmio)
         try:
@@ -438,6 +439,7 @@ class Vm:
                 released=c.released,
                 exits=c.exits,
                 unclaimed=c.unclaimed,
+                answers=c.answers,
                 missed=c.missed,
                 kicks=c.kicks,
             )
@@ -456,11 +458,13 @@ class Vm:
             released=sum(v.released for v in vcpus),
             exits=add_names(c.exits for c in counters),
             unclaimed=sum(v.unclaimed for v in vcpus),
+            answers=sum(v.answers for v in vcpus),
             missed=sum(v.missed for v in vcpus),
             kicks=sum(v.kicks for v in vcpus),
             dirty_pages=self._dirty_pages(),
             limit=self.budgets[Meter.BUS_LOCKS].limit,
             exit_limit=self.budgets[Meter.EXITS].limit,
+            answer_limit=self.budgets[Meter.ANSWERS].limit,
             bus_lock_detection=(self.spec.bus_lock_detection or self._house.bus_lock_detection) if seen else None,
             vcpus=vcpus,
         )

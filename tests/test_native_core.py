@@ -117,10 +117,10 @@ def test_a_look_tells_what_was_new_since_the_last_one_by_reason(vcpu):
         "other": 1,
     }
     assert {reason_name(number): count for number, count in exits.items()} == vcpu.counters(1).exits
-    assert sums == [5, 0]
+    assert sums == [5, 0, 0]
     account(vcpu, "hlt")
-    assert vcpu.look(2) == ({REASON_NUMBERS["hlt"]: 1}, 5, 0)
-    assert vcpu.look(3) == ({}, 5, 0)
+    assert vcpu.look(2) == ({REASON_NUMBERS["hlt"]: 1}, 5, 0, 0)
+    assert vcpu.look(3) == ({}, 5, 0, 0)
 
 
 def test_new_vcpu_has_counted_nothing(vcpu):
@@ -348,7 +348,7 @@ def test_wait_in_progress_counts_up_to_now(vcpu):
     lib.orc_vcpu_wait_begin(vcpu.handle, 100)
     counters = vcpu.counters(150)
     assert (counters.throttled, counters.throttled_since, counters.waits) == (50, 100, 1)
-    assert vcpu.look(160) == ({}, 0, 60)
+    assert vcpu.look(160) == ({}, 0, 60, 0)
     lib.orc_vcpu_wait_end(vcpu.handle, 170, False)
     counters = vcpu.counters(1000)
     assert (counters.throttled, counters.throttled_since) == (70, None)

@@ -142,7 +142,8 @@ def test_every_mistake_is_told_at_once_with_its_line_key_and_remedy():
         "line 1: limit.rate: -5.0: must be more than 0",
         "line 2: exit_limit.bursts: no such key; there are: rate, burst, max_delay; did you mean 'burst'?",
         "line 2: exit_limit.rate: 0.0: must be more than 0",
-        "line 3: lmit: no such key; there are: limit, exit_limit, tenants, guard, policies; did you mean 'limit'?",
+        "line 3: lmit: no such key; there are: limit, exit_limit, answer_limit, tenants, guard, policies; did you mean "
+        "'limit'?",
         "line 6: tenants.acme.weight: -2.0: must be more than 0",
         "line 7: tenants.acme.limit: 'x': must be events a second, or a table such as",
         "line 10: guard.floor: -5.0: must be from",

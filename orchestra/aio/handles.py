@@ -118,6 +118,10 @@ class Fleet(Wrapper[house.Fleet]):
         return self._bridge.sync(lambda: self._inner.exit_limit)
 
     @property
+    def answer_limit(self) -> Limit | None:
+        return self._bridge.sync(lambda: self._inner.answer_limit)
+
+    @property
     def tenants(self) -> Mapping[str, Tenant]:
         return self._bridge.sync(lambda: self._inner.tenants)
 

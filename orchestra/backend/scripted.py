@@ -193,6 +193,9 @@ class ScriptedEngine:
                     continue
                 flags &= ~BUS_LOCK
             self._record = build(step.reason, flags=flags, rip=step.rip, args=step.args, data=step.data)
+            if step.reason in ("io", "mmio"):  # Python answers each, as nothing says which ports are claimed
+                accesses = step.args[2] if step.reason == "io" else 1
+                lib.orc_vcpu_weigh(handle, accesses, accesses)
             lib.orc_vcpu_account(handle, self._record, backend.now())
             return self._why(step)
 

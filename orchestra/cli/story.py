@@ -41,7 +41,7 @@ MOST_VMS: Final = 1000
 
 TENANTS: Final = ("acme", "globex")
 NOISY_TENANT: Final = "initech"
-EVENTS: Final = {Meter.BUS_LOCKS: "bus locks", Meter.EXITS: "exits"}
+EVENTS: Final = {Meter.BUS_LOCKS: "bus locks", Meter.EXITS: "exits", Meter.ANSWERS: "answers"}
 
 
 @attrs.frozen(kw_only=True)

@@ -9,6 +9,7 @@ from cffi import FFI
 HERE = Path(__file__).parent
 SOURCES = [
     "bucket.c",
+    "gate.c",
     "ring.c",
     "vcpu.c",
     "signal.c",

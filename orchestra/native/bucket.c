@@ -23,6 +23,7 @@ struct orc_bucket {
 	_Atomic orc_ns max_delay;     /* < 0: unbounded */
 	_Atomic int64_t most;         /* units of debt that max_delay lets pile up */
 	pthread_mutex_t lock;         /* among writers */
+	struct orc_share share;
 };
 
 struct limit {
@@ -102,6 +103,11 @@ void orc_bucket_free(orc_bucket *b)
 	free(b);
 }
 
+struct orc_share *orc_bucket_share(orc_bucket *b)
+{
+	return &b->share;
+}
+
 bool orc_bucket_limited(const orc_bucket *b)
 {
 	return atomic_load_explicit(&((orc_bucket *)b)->limited, memory_order_relaxed);
@@ -143,6 +149,12 @@ void orc_bucket_set(orc_bucket *b, double rate, double burst, orc_ns max_delay, 
 
 bool orc_bucket_charge(orc_bucket *b, orc_ns now, struct orc_ticket *out)
 {
+	return orc_bucket_charge_many(b, 1, now, out);
+}
+
+bool orc_bucket_charge_many(orc_bucket *b, orc_u64 n, orc_ns now, struct orc_ticket *out)
+{
+	const int64_t events = (int64_t)n * (int64_t)UNIT;
 	struct limit l = read_limit(b);
 	double part;
 	int64_t made = tokens(&l, now, &part), last, debt, kept;
@@ -152,7 +164,7 @@ bool orc_bucket_charge(orc_bucket *b, orc_ns now, struct orc_ticket *out)
 		debt = minus(last, made);
 		if (debt < 0 || debt > DEBT)
 			debt = 0;
-		kept = debt + (int64_t)UNIT;
+		kept = debt + events;
 		/* What max_delay lets go early must not pile up as a debt that others pay for long afterwards. */
 		if (kept > l.most)
 			kept = l.most > debt ? l.most : debt;
@@ -160,9 +172,9 @@ bool orc_bucket_charge(orc_bucket *b, orc_ns now, struct orc_ticket *out)
 			kept = debt + (int64_t)UNIT;
 	} while (!atomic_compare_exchange_weak_explicit(&b->last, &last, plus(made, kept), memory_order_acq_rel,
 							memory_order_relaxed));
-	out->number = plus(made, debt + (int64_t)UNIT);
+	out->number = plus(made, debt + events);
 	out->charged = now;
-	return debt + (int64_t)UNIT > l.tolerance;
+	return debt + events > l.tolerance;
 }
 
 void orc_bucket_turn(const orc_bucket *b, const struct orc_ticket *ticket, orc_ns *by_tokens, orc_ns *by_delay)

@@ -6,7 +6,7 @@ typedef struct orc_bucket orc_bucket;
 typedef struct orc_fleet orc_fleet;
 typedef struct orc_vcpu orc_vcpu;
 typedef struct orc_ports orc_ports;
-enum { ORC_REASONS, ORC_LEVELS, ORC_METERS, ORC_BUS_LOCKS, ORC_EXITS, ORC_TOLD_BUS_LOCK, ... };
+enum { ORC_REASONS, ORC_LEVELS, ORC_METERS, ORC_BUS_LOCKS, ORC_EXITS, ORC_ANSWERS, ORC_TOLD_BUS_LOCK, ... };
 enum { ORC_STOP, ORC_PAUSE, ORC_CALL, ORC_HOLD, ORC_CAP, ... };
 enum orc_why { ORC_EXIT, ORC_IO, ORC_MMIO, ORC_COMMAND, ORC_ERROR, ... };
 #define ORC_NEVER ...
@@ -17,6 +17,7 @@ void orc_bucket_set(orc_bucket *, double rate, double burst, int64_t max_delay, 
 bool orc_bucket_limited(const orc_bucket *);
 struct orc_ticket { int64_t number; int64_t charged; };
 bool orc_bucket_charge(orc_bucket *, int64_t now, struct orc_ticket *out);
+bool orc_bucket_charge_many(orc_bucket *, uint64_t n, int64_t now, struct orc_ticket *out);
 void orc_bucket_turn(const orc_bucket *, const struct orc_ticket *, int64_t *by_tokens, int64_t *by_delay);
 
 struct orc_record {
@@ -44,6 +45,7 @@ void orc_vcpu_set_buckets(orc_vcpu *, orc_bucket *const buckets[]);
 bool orc_vcpu_pending(const orc_vcpu *);
 void orc_vcpu_hold(orc_vcpu *);
 int orc_vcpu_tell(orc_vcpu *, uint64_t mask);
+void orc_vcpu_weigh(orc_vcpu *, uint32_t accesses, uint32_t answers);
 int64_t orc_vcpu_account(orc_vcpu *, struct orc_record *, int64_t now);
 int64_t orc_vcpu_turn(const orc_vcpu *);
 void orc_vcpu_wait_begin(orc_vcpu *, int64_t now);
@@ -59,11 +61,11 @@ void orc_vcpu_detach(orc_vcpu *);
 
 struct orc_counters {
 	uint64_t exits[...];
-	uint64_t bus_locks, capped, throttled, waits, released, missed, kicks, unclaimed;
+	uint64_t bus_locks, capped, throttled, waits, released, missed, kicks, unclaimed, answers;
 	int64_t throttled_since;
 };
 void orc_vcpu_counters(const orc_vcpu *, struct orc_counters *out, int64_t now);
-struct orc_sums { uint64_t bus_locks, throttled; };
+struct orc_sums { uint64_t bus_locks, throttled, answers; };
 struct orc_more { uint32_t reason; uint64_t exits; };
 int orc_vcpu_look(const orc_vcpu *, struct orc_sums *out, uint64_t *seen, struct orc_more *more, int64_t now);
 int64_t orc_now(void);

@@ -4,6 +4,8 @@
 
 #include "orc.h"
 
+enum { ORC_TENANT = 1, ORC_VM = 2 }; /* levels of buckets */
+
 struct orc_ring {
 	/* Producer and consumer index on cache lines of their own, so that neither invalidates the other's. */
 	_Alignas(ORC_CACHE_LINE) _Atomic uint32_t head; /* next to write: runner */
@@ -21,6 +23,23 @@ struct orc_stack {
 	_Alignas(ORC_CACHE_LINE) _Atomic(struct orc_link *) top;
 };
 
+/* What those below a tenant's or a VM's bucket had of the interpreter, for gate.c. */
+struct orc_share {
+	_Atomic int64_t used;  /* ns, and at least what the others had when it came back */
+	_Atomic int64_t below; /* a tenant's: `used` of the VM of it that was let in last */
+};
+struct orc_share *orc_bucket_share(orc_bucket *);
+
+/* The way from the run loop into Python. */
+struct orc_gate {
+	_Alignas(ORC_CACHE_LINE) _Atomic(orc_vcpu *) holder;
+	_Atomic uint32_t waiting; /* how many */
+	_Atomic orc_ns since;     /* when the holder came in */
+	_Atomic int64_t now;      /* virtual time: `used` of the tenant that was let in last */
+	pthread_mutex_t lock;     /* of the list */
+	orc_vcpu *first;          /* those that wait, the last that came first */
+};
+
 struct orc_fleet {
 	struct orc_stack ready;  /* vCPUs with records */
 	struct orc_stack active; /* vCPUs that accounted an exit since the last look */
@@ -33,6 +52,7 @@ struct orc_fleet {
 	_Alignas(ORC_CACHE_LINE) _Atomic uint32_t urgent;
 	_Atomic uint32_t making_way; /* how many do */
 	_Atomic orc_ns urgent_until;
+	struct orc_gate gate;
 	struct orc_capper *capper; /* owner; NULL until the first cap */
 };
 
@@ -54,9 +74,14 @@ struct orc_vcpu {
 	_Alignas(ORC_CACHE_LINE) orc_bucket *bucket[ORC_METERS][ORC_LEVELS];
 	struct orc_ticket ticket[ORC_METERS][ORC_LEVELS];
 	bool charged[ORC_METERS];
+	uint32_t accesses, answers; /* of the exit that is accounted next: orc_vcpu_weigh */
 	bool wait_counted;
 	bool waiting; /* a ticket is out whose turn had not come */
 	bool unfinished; /* the last exit is completed by the next KVM_RUN (I/O, MMIO, MSR, hypercall) */
+	bool gated;          /* it holds the gate, unless it was passed */
+	orc_ns gate_entered;
+	orc_vcpu *gate_next; /* fleet->gate.lock, and what follows */
+	bool gate_given;
 	int fd, error;
 	bool sync_regs;
 	struct kvm_run *run;
@@ -77,7 +102,7 @@ struct orc_vcpu {
 
 	/* Counters: one writer (the runner), so plain load and store, atomic only against torn reads. */
 	_Alignas(ORC_CACHE_LINE) _Atomic orc_u64 exits[ORC_REASONS];
-	_Atomic orc_u64 bus_locks, capped, throttled, waits, released, missed, kicks, unclaimed;
+	_Atomic orc_u64 bus_locks, capped, throttled, waits, released, missed, kicks, unclaimed, answered;
 	_Atomic orc_ns throttled_since;
 	_Atomic uint32_t wait_version; /* odd while the two above move from a wait to the sum */
 };
@@ -123,6 +148,12 @@ static inline void orc_profile_lock(orc_vcpu *v, const struct orc_record *record
 	if (every && (++v->sample_passed >= v->sample_gap || every != v->sample_drawn))
 		orc_profile_take(v, record, every);
 }
+
+/* Runner: before it goes to Python to have an access answered, in its turn; and when it is back in C. */
+void orc_gate_enter(orc_vcpu *);
+void orc_gate_leave(orc_vcpu *); /* nothing if it did not enter */
+/* Until the word is not `seen` any more, or an absolute time; or sooner: the caller looks. */
+void orc_futex_wait_until(_Atomic uint32_t *word, uint32_t seen, orc_ns until);
 
 bool orc_is_claimed(orc_ports *, unsigned port);
 /* `data` into a record, as much of it as there is room. */

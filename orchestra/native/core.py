@@ -30,7 +30,11 @@ __all__ = [
     "reason_name",
 ]
 
-METER_NUMBERS: Final = {Meter.BUS_LOCKS: int(lib.ORC_BUS_LOCKS), Meter.EXITS: int(lib.ORC_EXITS)}
+METER_NUMBERS: Final = {
+    Meter.BUS_LOCKS: int(lib.ORC_BUS_LOCKS),
+    Meter.EXITS: int(lib.ORC_EXITS),
+    Meter.ANSWERS: int(lib.ORC_ANSWERS),
+}
 RING_RECORDS: Final = 4096
 NEVER: Final = int(lib.ORC_NEVER)
 
@@ -179,6 +183,7 @@ class Counters:
     missed: int
     kicks: int
     unclaimed: int
+    answers: int
     throttled_since: int | None
 
 
@@ -225,7 +230,7 @@ class VcpuCore:
         lib.orc_vcpu_set_bucket(self.handle, METER_NUMBERS[meter], level, bucket.handle)
 
     def set_buckets(self, buckets: Sequence[Bucket | None]) -> None:
-        """Before it runs: those of bus locks for host, tenant, VM and vCPU, then those of exits."""
+        """Before it runs: those of the first `Meter` for host, tenant, VM and vCPU, then those of the next."""
         handles = [ffi.NULL if bucket is None else bucket.handle for bucket in buckets]
         lib.orc_vcpu_set_buckets(self.handle, ffi.new("orc_bucket *[]", handles))
 
@@ -291,16 +296,17 @@ class VcpuCore:
             missed=int(raw.missed),
             kicks=int(raw.kicks),
             unclaimed=int(raw.unclaimed),
+            answers=int(raw.answers),
             throttled_since=int(raw.throttled_since) or None,
         )
 
-    def look(self, now: int) -> tuple[dict[int, int], int, int]:
+    def look(self, now: int) -> tuple[dict[int, int], int, int, int]:
         """What a policy tick needs: exits since this was asked last by the kernel's number of the reason (see
-        `REASON_NAMES`), and bus locks and throttled nanoseconds so far."""
+        `REASON_NAMES`); and bus locks, throttled nanoseconds and accesses answered by Python so far."""
         sums, more = self.fleet.sums, self.fleet.more
         changed = lib.orc_vcpu_look(self.handle, sums, self._seen, more, now)
         exits = {int(more[i].reason): int(more[i].exits) for i in range(changed)}
-        return exits, int(sums.bus_locks), int(sums.throttled)
+        return exits, int(sums.bus_locks), int(sums.throttled), int(sums.answers)
 
     def sample(self, every: int) -> None:
         """Sample every so many bus locks, and the first; 0: none. At any time."""

@@ -220,7 +220,7 @@ static enum orc_why raised(struct orc_emulator *e)
 	return orc_exit_exception(e, vector);
 }
 
-enum orc_why orc_emulator_run(orc_vcpu *v)
+static enum orc_why run_guest(orc_vcpu *v)
 {
 	struct orc_emulator *e = v->emulator;
 
@@ -250,4 +250,15 @@ enum orc_why orc_emulator_run(orc_vcpu *v)
 		if (why != ORC_COMMAND)
 			return why;
 	}
+}
+
+enum orc_why orc_emulator_run(orc_vcpu *v)
+{
+	enum orc_why why;
+
+	orc_gate_leave(v);
+	why = run_guest(v);
+	if (why == ORC_IO || why == ORC_MMIO)
+		orc_gate_enter(v);
+	return why;
 }

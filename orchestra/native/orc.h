@@ -48,9 +48,10 @@ typedef int64_t orc_ns; /* nanoseconds on the fleet's clock: CLOCK_MONOTONIC, or
 enum {
 	ORC_REASONS = 64, /* exit reasons counted one by one; the last counter takes every number from it up */
 	ORC_LEVELS = 4,   /* host, tenant, VM, vCPU */
-	ORC_METERS = 2,
+	ORC_METERS = 3,
 	ORC_BUS_LOCKS = 0,
-	ORC_EXITS = 1,
+	ORC_EXITS = 1,   /* accesses: a string instruction's exit is as many as it has elements */
+	ORC_ANSWERS = 2, /* accesses that Python answers */
 	ORC_CACHE_LINE = 64,
 };
 
@@ -91,6 +92,8 @@ struct orc_ticket {
 };
 /* True if its turn has not come: it has to wait. */
 bool orc_bucket_charge(orc_bucket *, orc_ns now, struct orc_ticket *out);
+/* The same for `n` events at once, which have one ticket: that of the last of them. */
+bool orc_bucket_charge_many(orc_bucket *, orc_u64 n, orc_ns now, struct orc_ticket *out);
 /* When the ticket's turn is: by the tokens, and at the latest by max_delay. ORC_NEVER if the bucket has no limit. */
 void orc_bucket_turn(const orc_bucket *, const struct orc_ticket *, orc_ns *by_tokens, orc_ns *by_delay);
 
@@ -141,6 +144,9 @@ int orc_vcpu_tell(orc_vcpu *, orc_u64 mask);
 bool orc_vcpu_pending(const orc_vcpu *); /* it has records that were not drained */
 void orc_vcpu_hold(orc_vcpu *);          /* sets ORC_HOLD, before there is a runner to kick */
 
+/* Runner, before orc_vcpu_account: the exit stands for so many accesses (the elements of a string instruction), of which
+ * Python answers so many. Without this an exit is one access, and Python answers none of it. */
+void orc_vcpu_weigh(orc_vcpu *, uint32_t accesses, uint32_t answers);
 /* Runner: counts one exit, charges the buckets, tells it if somebody listens. Returns when the vCPU may go on
  * (ORC_NEVER: at once). Counts a bus lock by the flag and by nothing else. */
 orc_ns orc_vcpu_account(orc_vcpu *, struct orc_record *, orc_ns now);
@@ -174,13 +180,14 @@ struct orc_counters {
 	orc_u64 missed;
 	orc_u64 kicks;      /* times a kick or signal interrupted KVM_RUN */
 	orc_u64 unclaimed;  /* port accesses that found nobody */
+	orc_u64 answers;    /* accesses that Python answered, by element */
 	orc_ns throttled_since; /* 0: not waiting now */
 };
 void orc_vcpu_counters(const orc_vcpu *, struct orc_counters *out, orc_ns now);
 /* What a policy tick needs, without the copy of every counter: sums, and of which exit reasons there were more than in
  * `seen`, which is brought up to date. Returns how many reasons; `more` has room for all. */
 struct orc_sums {
-	orc_u64 bus_locks, throttled;
+	orc_u64 bus_locks, throttled, answers;
 };
 struct orc_more {
 	uint32_t reason;

@@ -21,6 +21,7 @@ orc_fleet *orc_fleet_new(void)
 		return NULL;
 	}
 	pthread_mutex_init(&f->throttled_lock, NULL);
+	pthread_mutex_init(&f->gate.lock, NULL);
 	return f;
 }
 
@@ -31,6 +32,7 @@ void orc_fleet_free(orc_fleet *f)
 	orc_capper_stop(f->capper);
 	close(f->eventfd);
 	pthread_mutex_destroy(&f->throttled_lock);
+	pthread_mutex_destroy(&f->gate.lock);
 	free(f);
 }
 

@@ -31,6 +31,7 @@ orc_vcpu *orc_vcpu_new(orc_fleet *f, uint32_t id, uint32_t ring_records)
 	v->fleet = f;
 	v->id = id;
 	v->fd = -1;
+	v->accesses = 1;
 	v->ring.mask = ring_records - 1;
 	return v;
 }
@@ -96,8 +97,8 @@ void orc_vcpu_hold(orc_vcpu *v)
 
 /* ---- accounting ----------------------------------------------------------------------------------------------- */
 
-/* Takes a ticket of each limited bucket. *waits is set if one's turn has not come. */
-static bool charge(orc_vcpu *v, int meter, orc_ns now, bool *waits)
+/* Takes a ticket for `n` events of each limited bucket. *waits is set if one's turn has not come. */
+static bool charge(orc_vcpu *v, int meter, orc_u64 n, orc_ns now, bool *waits)
 {
 	bool charged = false;
 
@@ -107,7 +108,7 @@ static bool charge(orc_vcpu *v, int meter, orc_ns now, bool *waits)
 		/* number 0: no ticket. (Numbers wrap, so one real ticket in 2^64 goes free.) */
 		v->ticket[meter][level].number = 0;
 		if (b && orc_bucket_limited(b)) {
-			*waits |= orc_bucket_charge(b, now, &v->ticket[meter][level]);
+			*waits |= orc_bucket_charge_many(b, n, now, &v->ticket[meter][level]);
 			charged = true;
 		}
 	}
@@ -145,6 +146,12 @@ orc_ns orc_vcpu_turn(const orc_vcpu *v)
 	return v->waiting ? turn(v, &by_tokens) : ORC_NEVER;
 }
 
+void orc_vcpu_weigh(orc_vcpu *v, uint32_t accesses, uint32_t answers)
+{
+	v->accesses = accesses;
+	v->answers = answers;
+}
+
 orc_ns orc_vcpu_account(orc_vcpu *v, struct orc_record *record, orc_ns now)
 {
 	unsigned reason = record->reason < ORC_REASONS ? record->reason : ORC_REASONS - 1;
@@ -160,8 +167,12 @@ orc_ns orc_vcpu_account(orc_vcpu *v, struct orc_record *record, orc_ns now)
 			      memory_order_seq_cst);
 	orc_push(&v->fleet->active, &v->active);
 
-	v->charged[ORC_BUS_LOCKS] = bus_lock && charge(v, ORC_BUS_LOCKS, now, &waits);
-	v->charged[ORC_EXITS] = charge(v, ORC_EXITS, now, &waits);
+	v->charged[ORC_BUS_LOCKS] = bus_lock && charge(v, ORC_BUS_LOCKS, 1, now, &waits);
+	v->charged[ORC_EXITS] = charge(v, ORC_EXITS, v->accesses, now, &waits);
+	v->charged[ORC_ANSWERS] = v->answers && charge(v, ORC_ANSWERS, v->answers, now, &waits);
+	if (v->answers)
+		orc_count(&v->answered, v->answers);
+	orc_vcpu_weigh(v, 1, 0);
 	if (waits) {
 		at = turn(v, &by_tokens);
 		waits = at > now;
@@ -231,6 +242,13 @@ static void futex_wait_until(_Atomic uint32_t *word, uint32_t seen, const struct
 	syscall(SYS_futex, word, FUTEX_WAIT_BITSET | FUTEX_PRIVATE_FLAG, seen, until, NULL, FUTEX_BITSET_MATCH_ANY);
 }
 
+void orc_futex_wait_until(_Atomic uint32_t *word, uint32_t seen, orc_ns until)
+{
+	struct timespec time = {.tv_sec = until / 1000000000, .tv_nsec = until % 1000000000};
+
+	futex_wait_until(word, seen, &time);
+}
+
 bool orc_wait_turn(orc_vcpu *v)
 {
 	orc_ns now = orc_now(), at;
@@ -266,8 +284,13 @@ uint32_t orc_vcpu_wakes(const orc_vcpu *v)
 
 void orc_vcpu_sleep(orc_vcpu *v, uint32_t seen)
 {
+	bool gated = v->gated;
+
+	orc_gate_leave(v); /* what it waits for may be another vCPU's doing */
 	while (orc_vcpu_wakes(v) == seen)
 		futex_wait_until(&v->wakes, seen, NULL);
+	if (gated)
+		orc_gate_enter(v);
 }
 
 void orc_vcpu_wake(orc_vcpu *v)
@@ -348,6 +371,7 @@ void orc_vcpu_attach(orc_vcpu *v)
 
 void orc_vcpu_detach(orc_vcpu *v)
 {
+	orc_gate_leave(v);
 	/* A thread that lives on gets its slack back; a late signal to it would only run the empty handler. */
 	atomic_store_explicit(&v->tid, 0, memory_order_seq_cst);
 	prctl(PR_SET_TIMERSLACK, 0, 0, 0, 0);
@@ -387,6 +411,7 @@ void orc_vcpu_counters(const orc_vcpu *v, struct orc_counters *out, orc_ns now)
 	out->missed = get(&v->missed);
 	out->kicks = get(&v->kicks);
 	out->unclaimed = get(&v->unclaimed);
+	out->answers = get(&v->answered);
 }
 
 int orc_vcpu_look(const orc_vcpu *v, struct orc_sums *out, orc_u64 seen[ORC_REASONS], struct orc_more *more, orc_ns now)
@@ -404,6 +429,7 @@ int orc_vcpu_look(const orc_vcpu *v, struct orc_sums *out, orc_u64 seen[ORC_REAS
 	}
 	out->bus_locks = get(&v->bus_locks);
 	out->throttled = throttled(v, now, &since);
+	out->answers = get(&v->answered);
 	return n;
 }
 

@@ -50,6 +50,8 @@ class Asked(Protocol):
     @property
     def exits(self) -> float: ...
     @property
+    def answers(self) -> float: ...
+    @property
     def cpu(self) -> float | None: ...
 
 
@@ -102,7 +104,11 @@ class InForce:
     """Limits, caps, pauses, isolation, and who is gone."""
 
     def __init__(
-        self, limit: Limit | None = None, exit_limit: Limit | None = None, tenants: Mapping[str, Tenant] | None = None
+        self,
+        limit: Limit | None = None,
+        exit_limit: Limit | None = None,
+        tenants: Mapping[str, Tenant] | None = None,
+        answer_limit: Limit | None = None,
     ) -> None:
         self._buckets: dict[Meter, dict[Place, _Bucket]] = {meter: {} for meter in Meter}
         self._caps: dict[str, dict[str, float]] = {}
@@ -111,12 +117,9 @@ class InForce:
         self._gone: set[str] = set()
         self._launches: dict[str, int] = {}
         self._now = 0.0
-        bases = [(HOST, Meter.BUS_LOCKS, limit), (HOST, Meter.EXITS, exit_limit)]
+        bases = [(HOST, Meter.BUS_LOCKS, limit), (HOST, Meter.EXITS, exit_limit), (HOST, Meter.ANSWERS, answer_limit)]
         for name, tenant in (tenants or {}).items():
-            bases += [
-                (("tenant", name), Meter.BUS_LOCKS, tenant.limit),
-                (("tenant", name), Meter.EXITS, tenant.exit_limit),
-            ]
+            bases += [(("tenant", name), meter, getattr(tenant, meter.field)) for meter in Meter]
         for place, meter, base in bases:
             self.set_base(place, meter, base)
 

@@ -173,7 +173,7 @@ class _Run:
         self._rules = rules
         self._whole = whole
         self._guard = rules.guard or Guard()
-        self._force = InForce(rules.limit, rules.exit_limit, rules.tenants)
+        self._force = InForce(rules.limit, rules.exit_limit, rules.tenants, rules.answer_limit)
         self._seats = [
             _Seat(
                 policy,
@@ -257,6 +257,7 @@ class _Run:
             interval=max((now - seat.last) / 1e9, 1e-9),
             limit=self._force.host_limit(Meter.BUS_LOCKS),
             exit_limit=self._force.host_limit(Meter.EXITS),
+            answer_limit=self._force.host_limit(Meter.ANSWERS),
             tenants=self._tenants,
             vms=together(seat.told, set(seat.gone)),
             host=host,

@@ -369,7 +369,26 @@ static void a_reader_sees_one_limit_or_the_other_and_never_a_mixture(void)
 	orc_bucket_free(shared);
 }
 
+static void many_at_once_are_charged_as_so_many_one_by_one(void)
+{
+	orc_bucket *one = orc_bucket_new(), *many = orc_bucket_new();
+	struct orc_ticket last, all;
+	bool waits = false;
+
+	orc_bucket_set(one, 1000, 10, -1, 0);
+	orc_bucket_set(many, 1000, 10, -1, 0);
+	for (orc_ns now = 0; now < 3 * SECOND; now += SECOND / 7) {
+		for (int i = 0; i < 300; i++)
+			waits = orc_bucket_charge(one, now, &last);
+		CHECK(orc_bucket_charge_many(many, 300, now, &all) == waits);
+		CHECK(all.number == last.number && all.charged == last.charged);
+	}
+	orc_bucket_free(one);
+	orc_bucket_free(many);
+}
+
 const struct test bucket_tests[] = {
+	TEST(many_at_once_are_charged_as_so_many_one_by_one),
 	TEST(one_source_never_exceeds_burst_plus_rate_times_t_in_any_window),
 	TEST(a_busy_source_gets_all_of_the_rate),
 	TEST(turns_come_in_the_order_of_the_charges),

@@ -169,6 +169,33 @@ static void of_stacked_buckets_the_slowest_counts(void)
 	orc_fleet_free(f);
 }
 
+static void an_exit_counts_for_its_accesses_and_for_those_that_python_answers(void)
+{
+	orc_fleet *f = orc_fleet_new();
+	orc_vcpu *v = orc_vcpu_new(f, 0, 8);
+	orc_bucket *exits = orc_bucket_new(), *answers = orc_bucket_new();
+	struct orc_record io = {.reason = KVM_EXIT_IO};
+
+	orc_vcpu_set_bucket(v, ORC_EXITS, ORC_VM, exits);
+	orc_vcpu_set_bucket(v, ORC_ANSWERS, ORC_VM, answers);
+	orc_bucket_set(exits, 1000, 1, -1, 0);
+	orc_vcpu_weigh(v, 500, 0);
+	CHECK(orc_vcpu_account(v, &io, 0) / 1000 == SECOND / 2 / 1000, "a string of 500 is no single exit");
+	CHECK(counters(v).answers == 0 && counters(v).exits[KVM_EXIT_IO] == 1);
+
+	orc_bucket_set(exits, 0, 1, -1, 0);
+	orc_bucket_set(answers, 1000, 1, -1, 0);
+	CHECK(orc_vcpu_account(v, &io, 0) == ORC_NEVER, "nobody asked Python");
+	orc_vcpu_weigh(v, 500, 500);
+	CHECK(orc_vcpu_account(v, &io, 0) / 1000 == SECOND / 2 / 1000);
+	CHECK(counters(v).answers == 500 && counters(v).exits[KVM_EXIT_IO] == 3);
+	CHECK(orc_vcpu_account(v, &io, 0) == ORC_NEVER, "a weight is for one exit");
+	orc_vcpu_free(v);
+	orc_bucket_free(exits);
+	orc_bucket_free(answers);
+	orc_fleet_free(f);
+}
+
 /* ---- making way ----------------------------------------------------------------------------------------------- */
 
 static void *make_way_here(void *argument)
@@ -364,6 +391,7 @@ const struct test wait_tests[] = {
 	TEST(a_vcpu_that_is_commanded_does_not_make_way),
 	TEST(nobody_makes_way_for_ever),
 	TEST(of_stacked_buckets_the_slowest_counts),
+	TEST(an_exit_counts_for_its_accesses_and_for_those_that_python_answers),
 	TEST(no_limit_change_is_missed_however_it_races_with_the_start_of_a_wait),
 	TEST(a_wake_up_between_looking_and_sleeping_is_not_lost),
 	TEST(counters_only_grow_and_no_wait_counts_twice),
