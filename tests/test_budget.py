@@ -126,8 +126,11 @@ def turns(levels: dict[int, Limit], meter: Meter, flags: int = 0, answered: bool
     record = build("x86_bus_lock" if flags else "hlt", flags=flags)
 
     def account() -> int:
-        lib.orc_vcpu_weigh(core.handle, 1, int(answered))
-        return int(lib.orc_vcpu_account(core.handle, record, 1))
+        at = int(lib.orc_vcpu_account(core.handle, record, 1))
+        if not answered:
+            return at
+        lib.orc_vcpu_ask(core.handle, 1, 1)
+        return int(lib.orc_vcpu_turn(core.handle))
 
     made = [account() for _ in range(3)]
     core.close()

@@ -193,11 +193,13 @@ class ScriptedEngine:
                     continue
                 flags &= ~BUS_LOCK
             self._record = build(step.reason, flags=flags, rip=step.rip, args=step.args, data=step.data)
-            if step.reason in ("io", "mmio"):  # Python answers each, as nothing says which ports are claimed
-                accesses = step.args[2] if step.reason == "io" else 1
-                lib.orc_vcpu_weigh(handle, accesses, accesses)
+            if step.reason == "io":
+                lib.orc_vcpu_weigh(handle, step.args[2])
             lib.orc_vcpu_account(handle, self._record, backend.now())
-            return self._why(step)
+            why = self._why(step)
+            if why != Why.EXIT:  # whoever answers, it is Python: nothing here says which ports are claimed
+                lib.orc_vcpu_ask(handle, self.access.count, backend.now())
+            return why
 
     async def _wait_turn(self, turn: int, kicked: trio.Event) -> bool:
         handle, backend = self.core.handle, self._backend

@@ -74,7 +74,7 @@ struct orc_vcpu {
 	_Alignas(ORC_CACHE_LINE) orc_bucket *bucket[ORC_METERS][ORC_LEVELS];
 	struct orc_ticket ticket[ORC_METERS][ORC_LEVELS];
 	bool charged[ORC_METERS];
-	uint32_t accesses, answers; /* of the exit that is accounted next: orc_vcpu_weigh */
+	uint32_t accesses; /* of the exit that is accounted next: orc_vcpu_weigh */
 	bool wait_counted;
 	bool waiting; /* a ticket is out whose turn had not come */
 	bool unfinished; /* the last exit is completed by the next KVM_RUN (I/O, MMIO, MSR, hypercall) */
@@ -149,6 +149,9 @@ static inline void orc_profile_lock(orc_vcpu *v, const struct orc_record *record
 		orc_profile_take(v, record, every);
 }
 
+/* Runner: back from Python, and up to it with an access to answer (ORC_IO, ORC_MMIO; all else just goes). */
+void orc_back(orc_vcpu *);
+enum orc_why orc_up(orc_vcpu *, enum orc_why);
 /* Runner: before it goes to Python to have an access answered, in its turn; and when it is back in C. */
 void orc_gate_enter(orc_vcpu *);
 void orc_gate_leave(orc_vcpu *); /* nothing if it did not enter */

@@ -254,11 +254,6 @@ static enum orc_why run_guest(orc_vcpu *v)
 
 enum orc_why orc_emulator_run(orc_vcpu *v)
 {
-	enum orc_why why;
-
-	orc_gate_leave(v);
-	why = run_guest(v);
-	if (why == ORC_IO || why == ORC_MMIO)
-		orc_gate_enter(v);
-	return why;
+	orc_back(v);
+	return orc_up(v, run_guest(v));
 }

@@ -163,7 +163,6 @@ static enum orc_why tell(struct orc_emulator *e, bool write, uint32_t count)
 	orc_vcpu *v = e->v;
 	const struct orc_insn *insn = &e->met.insn;
 	uint32_t port = port_of(e, insn);
-	bool claimed = orc_is_claimed(e->ports, port);
 	struct orc_record *record = orc_exit_blank(e);
 
 	record->arg[0] = port;
@@ -172,9 +171,9 @@ static enum orc_why tell(struct orc_emulator *e, bool write, uint32_t count)
 	record->arg[3] = write;
 	if (write)
 		orc_take_data(record, e->data, insn->size);
-	orc_vcpu_weigh(v, count, claimed ? count : 0);
+	orc_vcpu_weigh(v, count);
 	orc_exit_account(e, KVM_EXIT_IO);
-	if (!claimed) {
+	if (!orc_is_claimed(e->ports, port)) {
 		orc_count(&v->unclaimed, 1);
 		if (!write)
 			memset(e->data, 0xff, (size_t)insn->size * count);

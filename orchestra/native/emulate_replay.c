@@ -29,7 +29,6 @@ static void describe(struct orc_emulator *e, const struct orc_touch *t)
 	memcpy(e->data, &t->value, sizeof t->value);
 	if (t->write)
 		orc_take_data(record, e->data, t->size);
-	orc_vcpu_weigh(e->v, 1, 1);
 	e->v->access = (struct orc_access){.address = t->address, .size = t->size, .count = 1, .write = t->write,
 					   .data = e->data};
 }

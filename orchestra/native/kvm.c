@@ -188,17 +188,6 @@ static bool finishes_on_entry(unsigned reason)
 	       reason == KVM_EXIT_XEN;
 }
 
-/* What an exit is on the meters: KVM has done up to a page of a string instruction's elements when it comes out. */
-static void weigh(orc_vcpu *v)
-{
-	const struct kvm_run *run = v->run;
-
-	if (run->exit_reason == KVM_EXIT_IO)
-		orc_vcpu_weigh(v, run->io.count, orc_is_claimed(v->ports, run->io.port) ? run->io.count : 0);
-	else if (run->exit_reason == KVM_EXIT_MMIO)
-		orc_vcpu_weigh(v, 1, 1);
-}
-
 static enum orc_why port_io(orc_vcpu *v)
 {
 	struct kvm_run *run = v->run;
@@ -272,7 +261,8 @@ static enum orc_why run_guest(orc_vcpu *v)
 			if (run->flags & KVM_RUN_X86_BUS_LOCK)
 				sample_rip(v);
 		}
-		weigh(v);
+		if (reason == KVM_EXIT_IO)
+			orc_vcpu_weigh(v, run->io.count); /* up to a page of a string instruction */
 		orc_vcpu_account(v, &v->record, orc_now());
 		v->unfinished = finishes_on_entry(reason);
 
@@ -299,11 +289,6 @@ static enum orc_why run_guest(orc_vcpu *v)
 
 enum orc_why orc_kvm_run(orc_vcpu *v)
 {
-	enum orc_why why;
-
-	orc_gate_leave(v);
-	why = run_guest(v);
-	if (why == ORC_IO || why == ORC_MMIO)
-		orc_gate_enter(v);
-	return why;
+	orc_back(v);
+	return orc_up(v, run_guest(v));
 }

@@ -144,12 +144,15 @@ int orc_vcpu_tell(orc_vcpu *, orc_u64 mask);
 bool orc_vcpu_pending(const orc_vcpu *); /* it has records that were not drained */
 void orc_vcpu_hold(orc_vcpu *);          /* sets ORC_HOLD, before there is a runner to kick */
 
-/* Runner, before orc_vcpu_account: the exit stands for so many accesses (the elements of a string instruction), of which
- * Python answers so many. Without this an exit is one access, and Python answers none of it. */
-void orc_vcpu_weigh(orc_vcpu *, uint32_t accesses, uint32_t answers);
+/* Runner, before orc_vcpu_account: the exit stands for so many accesses, the elements of a string instruction. Without this
+ * an exit is one. */
+void orc_vcpu_weigh(orc_vcpu *, uint32_t accesses);
 /* Runner: counts one exit, charges the buckets, tells it if somebody listens. Returns when the vCPU may go on
  * (ORC_NEVER: at once). Counts a bus lock by the flag and by nothing else. */
 orc_ns orc_vcpu_account(orc_vcpu *, struct orc_record *, orc_ns now);
+/* Runner, after orc_vcpu_account: Python is to answer so many accesses of this exit. Counts and charges them; they are
+ * answered now, and paid for before the guest goes on. Several times for one exit: each adds to it. */
+void orc_vcpu_ask(orc_vcpu *, uint32_t accesses, orc_ns now);
 /* Runner: when the exit accounted last may go on, by the limits in force now. */
 orc_ns orc_vcpu_turn(const orc_vcpu *);
 /* Runner, for backends that wait by themselves: the wait begins; it ends (served: the turn came, by tokens or delay). */

@@ -146,10 +146,35 @@ orc_ns orc_vcpu_turn(const orc_vcpu *v)
 	return v->waiting ? turn(v, &by_tokens) : ORC_NEVER;
 }
 
-void orc_vcpu_weigh(orc_vcpu *v, uint32_t accesses, uint32_t answers)
+void orc_vcpu_weigh(orc_vcpu *v, uint32_t accesses)
 {
 	v->accesses = accesses;
-	v->answers = answers;
+}
+
+void orc_vcpu_ask(orc_vcpu *v, uint32_t accesses, orc_ns now)
+{
+	bool waits = false;
+	orc_ns by_tokens;
+
+	orc_count(&v->answered, accesses);
+	/* A later ticket of a bucket is behind an earlier one: it stands for both. */
+	v->charged[ORC_ANSWERS] = charge(v, ORC_ANSWERS, accesses, now, &waits);
+	if (waits && turn(v, &by_tokens) > now)
+		v->waiting = true;
+}
+
+void orc_back(orc_vcpu *v)
+{
+	orc_gate_leave(v);
+}
+
+enum orc_why orc_up(orc_vcpu *v, enum orc_why why)
+{
+	if (why == ORC_IO || why == ORC_MMIO) {
+		orc_vcpu_ask(v, v->access.count, orc_now());
+		orc_gate_enter(v);
+	}
+	return why;
 }
 
 orc_ns orc_vcpu_account(orc_vcpu *v, struct orc_record *record, orc_ns now)
@@ -169,10 +194,8 @@ orc_ns orc_vcpu_account(orc_vcpu *v, struct orc_record *record, orc_ns now)
 
 	v->charged[ORC_BUS_LOCKS] = bus_lock && charge(v, ORC_BUS_LOCKS, 1, now, &waits);
 	v->charged[ORC_EXITS] = charge(v, ORC_EXITS, v->accesses, now, &waits);
-	v->charged[ORC_ANSWERS] = v->answers && charge(v, ORC_ANSWERS, v->answers, now, &waits);
-	if (v->answers)
-		orc_count(&v->answered, v->answers);
-	orc_vcpu_weigh(v, 1, 0);
+	v->charged[ORC_ANSWERS] = false; /* who answers is not known yet: orc_vcpu_ask */
+	v->accesses = 1;
 	if (waits) {
 		at = turn(v, &by_tokens);
 		waits = at > now;

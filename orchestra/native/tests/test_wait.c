@@ -179,17 +179,19 @@ static void an_exit_counts_for_its_accesses_and_for_those_that_python_answers(vo
 	orc_vcpu_set_bucket(v, ORC_EXITS, ORC_VM, exits);
 	orc_vcpu_set_bucket(v, ORC_ANSWERS, ORC_VM, answers);
 	orc_bucket_set(exits, 1000, 1, -1, 0);
-	orc_vcpu_weigh(v, 500, 0);
+	orc_vcpu_weigh(v, 500);
 	CHECK(orc_vcpu_account(v, &io, 0) / 1000 == SECOND / 2 / 1000, "a string of 500 is no single exit");
 	CHECK(counters(v).answers == 0 && counters(v).exits[KVM_EXIT_IO] == 1);
 
 	orc_bucket_set(exits, 0, 1, -1, 0);
 	orc_bucket_set(answers, 1000, 1, -1, 0);
-	CHECK(orc_vcpu_account(v, &io, 0) == ORC_NEVER, "nobody asked Python");
-	orc_vcpu_weigh(v, 500, 500);
-	CHECK(orc_vcpu_account(v, &io, 0) / 1000 == SECOND / 2 / 1000);
-	CHECK(counters(v).answers == 500 && counters(v).exits[KVM_EXIT_IO] == 3);
-	CHECK(orc_vcpu_account(v, &io, 0) == ORC_NEVER, "a weight is for one exit");
+	CHECK(orc_vcpu_account(v, &io, 0) == ORC_NEVER && orc_vcpu_turn(v) == ORC_NEVER, "nobody asked Python");
+	orc_vcpu_ask(v, 300, 0);
+	CHECK(orc_vcpu_turn(v) / 1000 == SECOND * 3 / 10 / 1000);
+	orc_vcpu_ask(v, 200, 0);
+	CHECK(orc_vcpu_turn(v) / 1000 == SECOND / 2 / 1000, "the same exit, in two parts");
+	CHECK(counters(v).answers == 500 && counters(v).exits[KVM_EXIT_IO] == 2);
+	CHECK(orc_vcpu_account(v, &io, 0) == ORC_NEVER && orc_vcpu_turn(v) == ORC_NEVER, "the next exit is another one");
 	orc_vcpu_free(v);
 	orc_bucket_free(exits);
 	orc_bucket_free(answers);
