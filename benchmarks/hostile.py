@@ -181,11 +181,12 @@ async def _measure(floods: list[Flood], options: Options) -> tuple[Taken, Taken,
             await window(spinning, spun, seconds)
             await window(flooding, flooded, seconds)
         statistics = [vm.statistics() for vm in flooding]
-        answered = sum(getattr(one, "answers", 0) for one in statistics)
+        answered = sum(one.answers for one in statistics)
     return spun, flooded, answered
 
 
-def _rows(what: str, spun: Taken, flooded: Taken, answered: float) -> list[Row]:
+def judge(what: str, spun: Taken, flooded: Taken, answered: float) -> list[Row]:
+    """The figures of one kind against their bounds."""
     late, kept = percentile(flooded.late, 0.99), median(flooded.rates) / median(spun.rates)
     details = {
         "late_p50_s": median(flooded.late),
@@ -245,5 +246,5 @@ async def hostile(options: Options) -> list[Row]:
     for number in range(options.pick(3, 1)):
         kinds[f"mixed floods {number + 1}"] = lambda: drawn.choices(list(FLOODS.values()), k=GUESTS)
     for what, floods in kinds.items():
-        rows += _rows(what, *await _measure(floods(), options))
+        rows += judge(what, *await _measure(floods(), options))
     return rows

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.hostile import FLOODS, Taken, judge, percentile
 from benchmarks.rate import excess, jain
 from benchmarks.row import Row, table
 
@@ -26,6 +27,24 @@ def test_excess_finds_the_worst_window_and_not_only_the_whole() -> None:
     kept = [0.0, 0.0, 1.0, 2.0, 3.0]  # burst 2, then one a second: exactly the law
     assert excess(kept, rate=1.0, burst=2.0) == pytest.approx(0.0)
     assert excess([*kept, 100.0, 100.0, 100.0, 100.0], rate=1.0, burst=2.0) == pytest.approx(2.0)
+
+
+def test_percentile_is_a_value_that_so_many_do_not_exceed() -> None:
+    assert percentile([3.0, 1.0, 2.0], 0.0) == 1.0
+    assert percentile([float(n) for n in range(1000)], 0.99) == 990.0
+    assert percentile([7.0], 0.99) == 7.0
+
+
+def test_a_flood_is_judged_by_the_loop_and_by_what_the_innocent_keeps() -> None:
+    spun = Taken(rates=[100.0], late=[0.001], stops=[0.001])
+    good = Taken(rates=[90.0], late=[0.005], stops=[0.5])
+    bad = Taken(rates=[89.0], late=[0.0051], stops=[0.001])
+    assert [row.ok for row in judge("good", spun, good, 0)] == [True, True, None]
+    assert [row.ok for row in judge("bad", spun, bad, 0)] == [False, False, None]
+
+
+def test_floods_name_guests_that_there_are() -> None:
+    assert all((ROOT / "benchmarks" / "guests" / f"{flood.guest}.bin").exists() for flood in FLOODS.values())
 
 
 def test_table_lines_up_and_numbers_each_note_once() -> None:
@@ -51,6 +70,18 @@ def test_a_quick_run_prints_its_rows_as_json() -> None:
     assert [row["bound"] for row in result["rows"]] == ["1.05x", "p99 5 ms"]
     assert result["machine"]["kvm"]
     assert result["rows"][0]["details"]["cpu_ns"] > 0
+
+
+@pytest.mark.kvm
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which(os.environ.get("CC", "cc")) is None, reason="the floor needs a C compiler")
+def test_each_kind_of_flood_is_measured() -> None:
+    command = [sys.executable, "-m", "benchmarks", "hostile", "--quick", "--json", "-"]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=300)
+    assert done.returncode in (0, 1)
+    rows = json.loads(done.stdout)["rows"]
+    assert len(rows) == 3 * (len(FLOODS) + 1)
+    assert all(row["ratio"] > 0 for row in rows if row["bound"] == "0.9x at least")
 
 
 @pytest.mark.emulated

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 
 import pytest
 import trio
@@ -11,7 +12,8 @@ from trio.testing import wait_all_tasks_blocked
 import orchestra as orc
 from conftest import Stage, blank, play
 from orchestra.backend.scripted import ScriptedExit, bus_lock, hlt, io_write, mmio_write
-from orchestra.native.core import RING_RECORDS
+from orchestra.native.core import RING_RECORDS, FleetCore
+from orchestra.subscription import LATE, PACE, SLOWEST, Switchboard, next_pace
 
 BUS_LOCK = 2
 FOR_EVER = hlt(after=1e9)
@@ -363,3 +365,41 @@ async def test_many_subscriptions_come_and_go_while_it_runs(autojump_clock):
             for number in range(1, 11):
                 nursery.start_soon(look, number)
         assert fleet.told("guest") == 0
+
+
+# ---- a crowded loop
+
+
+def test_the_pace_slows_down_while_the_loop_is_late_and_comes_back():
+    pace, paces = PACE, []
+    for late in [10 * LATE] * 8 + [0.0] * 8:
+        pace = next_pace(pace, late)
+        paces.append(pace)
+    assert paces[:3] == [2 * PACE, 4 * PACE, 8 * PACE]
+    assert max(paces) == SLOWEST
+    assert paces[-1] == PACE
+
+
+def test_a_loop_that_is_in_time_changes_nothing():
+    assert next_pace(PACE, LATE) == PACE
+
+
+async def test_while_the_loop_is_late_telling_makes_way(monkeypatch):
+    core = FleetCore()
+    board = Switchboard(core, paced=True)
+    delivered = 0
+
+    def deliver() -> int:
+        nonlocal delivered
+        delivered += 1
+        return 1  # there is always more
+
+    monkeypatch.setattr(board, "deliver", deliver)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(board.run)
+        for _ in range(40):  # somebody who keeps the loop for 10 ms in each of its rounds
+            time.sleep(0.01)  # noqa: ASYNC251  # that is what it does
+            await trio.lowlevel.checkpoint()
+        nursery.cancel_scope.cancel()
+    core.close()
+    assert 1 < delivered < 20
