@@ -31,9 +31,9 @@ class Inbox:
         self._called = False
         self._tenants: dict[str, dict[str, deque[Call]]] = {}
 
-    def put(self, tenant: str, vm: str, call: Call) -> None:
+    def put(self, whose: Key, call: Call) -> None:
         """Have it called, in turn. Any thread."""
-        self._arrived.append(((tenant, vm), call))
+        self._arrived.append((whose, call))
         # Looked at after it was put there: `serve` clears it before it looks there. (Twice called is no harm.)
         if not self._called:
             self._called = True
@@ -43,6 +43,9 @@ class Inbox:
         """One round. Fleet's thread."""
         self._called = False
         arrived, tenants = self._arrived, self._tenants
+        if not tenants and len(arrived) == 1:  # nobody to take turns with, as is usual
+            arrived.popleft()[1]()
+            return
         for _ in range(len(arrived)):  # at most one for each vCPU
             (tenant, vm), call = arrived.popleft()
             tenants.setdefault(tenant, {}).setdefault(vm, deque()).append(call)

@@ -362,7 +362,7 @@ class Vm:
         Raises:
             SpecError: no range given, or one that is taken.
         """
-        requests = Requests(partial(self._house.inbox.put, self.tenant, self.name))
+        requests = Requests(partial(self._house.inbox.put, (self.tenant, self.name)))
         self._claim(ports, mmio, requests)
         self._requests[requests] = (ports, mmio)
         try:

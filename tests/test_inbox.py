@@ -20,7 +20,7 @@ class Rounds:
         self.served: list[str] = []
 
     def put(self, tenant: str, vm: str, what: str) -> None:
-        self.inbox.put(tenant, vm, partial(self.served.append, what))
+        self.inbox.put((tenant, vm), partial(self.served.append, what))
 
     def play(self) -> list[str]:
         """What the next round serves."""
@@ -88,7 +88,7 @@ async def test_threads_ask_and_none_is_lost():
 
     def vcpu(number: int) -> None:
         for n in range(200):
-            inbox.put(f"tenant {number % 2}", f"vm {number}", partial(serve, (number, n)))
+            inbox.put((f"tenant {number % 2}", f"vm {number}"), partial(serve, (number, n)))
 
     with trio.fail_after(10):
         async with trio.open_nursery() as nursery:
