@@ -30,12 +30,14 @@ struct orc_share {
 };
 struct orc_share *orc_bucket_share(orc_bucket *);
 
-/* The way from the run loop into Python. */
+/* The way from the run loop into Python. An answer takes some microseconds, a part of a string some tens. */
+enum { ORC_PATIENCE = 1000 * 1000 };
 struct orc_gate {
 	_Alignas(ORC_CACHE_LINE) _Atomic(orc_vcpu *) holder;
 	_Atomic uint32_t waiting; /* how many */
 	_Atomic orc_ns since;     /* when the holder came in */
 	_Atomic int64_t now;      /* virtual time: `used` of the tenant that was let in last */
+	orc_ns patience;          /* how long its holder may stay before it is passed */
 	pthread_mutex_t lock;     /* of the list */
 	orc_vcpu *first;          /* those that wait, the last that came first */
 };

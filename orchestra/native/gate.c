@@ -9,10 +9,8 @@
  * the others are now, and has saved nothing up.
  *
  * What is behind the gate is other people's Python: a device may block. So the gate is no lock that anything relies on:
- * who has been in for longer than PATIENCE is passed, and who is commanded (to stop, to park) does not wait at all. */
+ * who has been in for longer than the gate's patience is passed, and who is commanded (to stop, to park) does not wait at all. */
 #include "core.h"
-
-enum { PATIENCE = 1000 * 1000 }; /* ns; an answer takes some microseconds, a chunk of a string some tens */
 
 static struct orc_share *share(const orc_vcpu *v, int level)
 {
@@ -117,7 +115,7 @@ static bool wait_in_line(struct orc_gate *g, orc_vcpu *v)
 			unlink_waiter(g, v);
 			return false;
 		}
-		until = get(&g->since) + PATIENCE;
+		until = get(&g->since) + g->patience;
 		if ((!holder || now >= until) && next_in_line(g) == v) {
 			if (!take(g, holder, v))
 				continue;
@@ -125,7 +123,7 @@ static bool wait_in_line(struct orc_gate *g, orc_vcpu *v)
 			return true;
 		}
 		if (now >= until) /* somebody else is to pass who is in. The more wait, the less often each looks. */
-			until = now + PATIENCE * (orc_ns)atomic_load_explicit(&g->waiting, memory_order_relaxed);
+			until = now + g->patience * (orc_ns)atomic_load_explicit(&g->waiting, memory_order_relaxed);
 		pthread_mutex_unlock(&g->lock);
 		orc_futex_wait_until(&v->wakes, seen, until);
 		pthread_mutex_lock(&g->lock);

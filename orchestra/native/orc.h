@@ -4,7 +4,8 @@
  *   owner   the fleet's thread (trio): makes and frees everything, drains the ring, sets limits, commands vCPUs
  *   runner  the one thread that runs a vCPU: accounts exits, waits, writes the vCPU's ring
  *
- * Lock order: fleet->throttled_lock, then bucket->lock; nothing is called with either held but futex wake-ups.
+ * Lock order: fleet->throttled_lock, then bucket->lock; fleet->gate.lock by itself. Nothing is called with one of them
+ * held but futex wake-ups.
  */
 #ifndef ORC_H
 #define ORC_H

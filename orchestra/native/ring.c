@@ -22,6 +22,7 @@ orc_fleet *orc_fleet_new(void)
 	}
 	pthread_mutex_init(&f->throttled_lock, NULL);
 	pthread_mutex_init(&f->gate.lock, NULL);
+	f->gate.patience = ORC_PATIENCE;
 	return f;
 }
 
