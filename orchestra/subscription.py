@@ -25,8 +25,11 @@ a few at a time would cost several times as much, and none is later than this un
 LATE: Final = 2 * PACE
 """Seconds. Whoever comes later to its turn on the event loop finds it crowded."""
 
-SLOWEST: Final = 0.05
-"""Seconds between two batches on a crowded loop: 20,000 exits a second, which is some per cent of a core."""
+SLOWEST: Final = 0.016
+"""Seconds between two batches on a crowded loop."""
+
+FEWEST: Final = 64
+"""Exits in a batch on a crowded loop: 4,000 a second at the slowest, one or two per cent of a core."""
 
 
 @attrs.frozen
@@ -178,8 +181,8 @@ class Switchboard:
     """Which exits are wanted by whom; drains the ring and delivers.
 
     How many exits there are to tell is the guests' doing, and what they cost is paid by the event loop, which everybody
-    needs. So in a storm it is the telling that makes way: while the loop is late the pace slows down, to `SLOWEST` at
-    worst. What does not fit into the rings meanwhile is missed, and counted.
+    needs. So in a storm it is the telling that makes way: while the loop is late there are fewer and smaller batches,
+    `FEWEST` each `SLOWEST` seconds at worst. What does not fit into the rings meanwhile is missed, and counted.
     """
 
     def __init__(self, core: FleetCore, paced: bool) -> None:
@@ -236,9 +239,9 @@ class Switchboard:
             self._missed += exits.missed
             self._tell()
 
-    def deliver(self) -> int:
+    def deliver(self, most: int = FleetCore.BATCH) -> int:
         """Deliver one batch; how many exits it had."""
-        batch = self._core.drain()
+        batch = self._core.drain(most)
         if not batch:
             return 0
         listeners = self._listeners
@@ -258,7 +261,8 @@ class Switchboard:
         """The drain task: sleeps on the eventfd, costs nothing while nobody subscribed or nothing happens."""
         last, pace = -PACE, PACE
         while True:
-            if taken := self.deliver():
+            # A slow pace is one of small batches as well: half as often and half as many each time it slows down.
+            if taken := self.deliver(max(FEWEST, int(FleetCore.BATCH * PACE / pace))):
                 begun, last = last, trio.current_time()
                 wait = 0.0
                 if self._paced and (pace > PACE or (last - begun < PACE and taken < FleetCore.BATCH)):

@@ -13,7 +13,7 @@ import orchestra as orc
 from conftest import Stage, blank, play
 from orchestra.backend.scripted import ScriptedExit, bus_lock, hlt, io_write, mmio_write
 from orchestra.native.core import RING_RECORDS, FleetCore
-from orchestra.subscription import LATE, PACE, SLOWEST, Switchboard, next_pace
+from orchestra.subscription import FEWEST, LATE, PACE, SLOWEST, Switchboard, next_pace
 
 BUS_LOCK = 2
 FOR_EVER = hlt(after=1e9)
@@ -167,7 +167,7 @@ async def test_a_full_ring_drops_and_counts_while_the_counters_stay_exact(monkey
     rounds = RING_RECORDS + 1000
     async with play([bus_lock()] * rounds) as fleet:
         # A drain task that never comes round.
-        monkeypatch.setattr(fleet._switchboard, "deliver", lambda: False)
+        monkeypatch.setattr(fleet._switchboard, "deliver", lambda most: False)
         monkeypatch.setattr(fleet.core, "may_sleep", lambda: True)
         async with fleet.exits(orc.BusLock, vm="guest") as exits:
             vm = await fleet.launch(blank())
@@ -387,11 +387,11 @@ def test_a_loop_that_is_in_time_changes_nothing():
 async def test_while_the_loop_is_late_telling_makes_way(monkeypatch):
     core = FleetCore()
     board = Switchboard(core, paced=True)
-    delivered = 0
+    delivered, fewest = 0, FleetCore.BATCH
 
-    def deliver() -> int:
-        nonlocal delivered
-        delivered += 1
+    def deliver(most: int) -> int:
+        nonlocal delivered, fewest
+        delivered, fewest = delivered + 1, min(fewest, most)
         return 1  # there is always more
 
     monkeypatch.setattr(board, "deliver", deliver)
@@ -402,4 +402,5 @@ async def test_while_the_loop_is_late_telling_makes_way(monkeypatch):
             await trio.lowlevel.checkpoint()
         nursery.cancel_scope.cancel()
     core.close()
-    assert 1 < delivered < 20
+    assert 1 < delivered < 30
+    assert fewest == FEWEST

@@ -137,9 +137,9 @@ class FleetCore:
         self.sums: Any = ffi.new("struct orc_sums *")
         self.more: Any = ffi.new("struct orc_more[]", REASONS)
 
-    def drain(self) -> memoryview:
+    def drain(self, most: int = BATCH) -> memoryview:
         """The next batch of records, raw `struct orc_record`; empty if there are none. Valid until the next call."""
-        return self._buffer[: lib.orc_fleet_drain(self.handle, self._records, self.BATCH) * self._record_size]
+        return self._buffer[: lib.orc_fleet_drain(self.handle, self._records, most) * self._record_size]
 
     def may_sleep(self) -> bool:
         """Before waiting for `eventfd`: False if records came meanwhile."""
