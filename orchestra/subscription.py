@@ -239,9 +239,9 @@ class Switchboard:
             self._missed += exits.missed
             self._tell()
 
-    def deliver(self, most: int = FleetCore.BATCH) -> int:
+    def deliver(self, *, most: int = FleetCore.BATCH) -> int:
         """Deliver one batch; how many exits it had."""
-        batch = self._core.drain(most)
+        batch = self._core.drain(most=most)
         if not batch:
             return 0
         listeners = self._listeners
@@ -262,7 +262,7 @@ class Switchboard:
         last, pace = -PACE, PACE
         while True:
             # A slow pace is one of small batches as well: half as often and half as many each time it slows down.
-            if taken := self.deliver(max(FEWEST, int(FleetCore.BATCH * PACE / pace))):
+            if taken := self.deliver(most=max(FEWEST, int(FleetCore.BATCH * PACE / pace))):
                 begun, last = last, trio.current_time()
                 wait = 0.0
                 if self._paced and (pace > PACE or (last - begun < PACE and taken < FleetCore.BATCH)):

@@ -167,7 +167,7 @@ async def test_a_full_ring_drops_and_counts_while_the_counters_stay_exact(monkey
     rounds = RING_RECORDS + 1000
     async with play([bus_lock()] * rounds) as fleet:
         # A drain task that never comes round.
-        monkeypatch.setattr(fleet._switchboard, "deliver", lambda most: False)
+        monkeypatch.setattr(fleet._switchboard, "deliver", lambda **_: False)
         monkeypatch.setattr(fleet.core, "may_sleep", lambda: True)
         async with fleet.exits(orc.BusLock, vm="guest") as exits:
             vm = await fleet.launch(blank())
@@ -389,7 +389,7 @@ async def test_while_the_loop_is_late_telling_makes_way(monkeypatch):
     board = Switchboard(core, paced=True)
     delivered, fewest = 0, FleetCore.BATCH
 
-    def deliver(most: int) -> int:
+    def deliver(*, most: int) -> int:
         nonlocal delivered, fewest
         delivered, fewest = delivered + 1, min(fewest, most)
         return 1  # there is always more

@@ -137,7 +137,7 @@ class FleetCore:
         self.sums: Any = ffi.new("struct orc_sums *")
         self.more: Any = ffi.new("struct orc_more[]", REASONS)
 
-    def drain(self, most: int = BATCH) -> memoryview:
+    def drain(self, *, most: int = BATCH) -> memoryview:
         """The next batch of records, raw `struct orc_record`; empty if there are none. Valid until the next call."""
         return self._buffer[: lib.orc_fleet_drain(self.handle, self._records, most) * self._record_size]
 
