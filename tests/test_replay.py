@@ -237,6 +237,20 @@ def only_with(policy: orc.Policy, guard: orc.Guard | None = None) -> Callable[[]
     return lambda: Rules("x", (PolicyRule(policy.name, "own", {}, policy),), guard)
 
 
+@pytest.mark.parametrize(
+    "policy",
+    [
+        orc.WeightedShare(orc.Limit(rate=100), meter="answers"),
+        orc.Ladder([orc.Step(rung="warn", when=[orc.Condition("answers", 1000)])]),
+    ],
+    ids=["meter", "signal"],
+)
+def test_a_policy_that_looks_at_what_no_journal_keeps_is_refused(afternoon, policy):
+    lived(afternoon, 3, {"a": noisy}, [])
+    with pytest.raises(orc.SpecError, match="answers, which journals don't keep"):
+        replayed(afternoon, only_with(policy))
+
+
 def test_a_policy_that_looks_once_looks_once(afternoon):
     lived(afternoon, 20, {"a": lambda _: 100})
     policy = Once(orc.Throttle(vm="a", limit=orc.Limit(rate=10)), None)

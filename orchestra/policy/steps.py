@@ -37,9 +37,9 @@ class Condition:
     """What is over which threshold.
 
     Parameters:
-        signal: of the VM itself ``bus_locks`` and ``exits`` (a second), ``cpu`` (seconds per second and vCPU),
-            ``share`` (its part of all events of the ladder's meter), ``dirty_pages`` (written a second, of VMs that are
-            logged: `VmSpec.log_dirty`); of the host or the other VMs all that `Adaptive` knows.
+        signal: of the VM itself ``bus_locks``, ``exits`` and ``answers`` (a second), ``cpu`` (seconds per second and
+            vCPU), ``share`` (its part of all events of the ladder's meter), ``dirty_pages`` (written a second, of VMs
+            that are logged: `VmSpec.log_dirty`); of the host or the other VMs all that `Adaptive` knows.
         over: it is bad when the signal is more than this.
         clear: it is in the clear when the signal is no more than this. Default: half-way from the calm to `over`. Give
             it with ``lock_ns`` and ``memory_ns``: in the calm they are more than 0.

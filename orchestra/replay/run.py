@@ -100,7 +100,7 @@ def replay(
         progress: told now and then: what is done, how much of it, of how much.
 
     Raises:
-        SpecError: there is nothing in that time.
+        SpecError: there is nothing in that time, or a policy looks at answers, which no journal keeps.
     """
     span = _span(journal, since, until)
     tell = progress or (lambda *_: None)
@@ -153,6 +153,19 @@ def _intervals(journal: JournalReader, span: tuple[int, int]) -> int:
     return int(journal.query("SELECT count(*) FROM hosts WHERE time BETWEEN ? AND ?", span)[0][0])
 
 
+def _check_kept(rules: Rules) -> None:
+    """Raises:
+    SpecError: a policy would be told that there were none of what is not in a journal.
+    """
+    for policy in rules.policies:
+        signals = {one.signal for step in getattr(policy, "steps", ()) for one in step.when}
+        if getattr(policy, "meter", None) is Meter.ANSWERS or Meter.ANSWERS in signals:
+            raise SpecError(
+                f"policy {policy.name!r}: looks at answers, which journals don't keep: it can't be replayed; leave it "
+                "out of the rules to replay, or let it run dry (guard.dry_run) beside a fleet"
+            )
+
+
 @attrs.define(eq=False)
 class _Whole:
     """What all sessions add to."""
@@ -169,6 +182,7 @@ class _Run:
 
     def __init__(self, rules: Rules, first: Tick, whole: _Whole) -> None:
         begun = first.time - round(first.interval * 1e9)
+        _check_kept(rules)
         self.session = first.session
         self._rules = rules
         self._whole = whole
