@@ -377,6 +377,15 @@ class Counting:
     def write(self, offset: int, size: int, value: int) -> None: ...
 
 
+async def asking(fleet: orc.Fleet, spec: orc.VmSpec, paused: bool = False) -> orc.Vm:
+    """A VM with a device in Python at port 0x500."""
+    vm = await fleet.launch(spec, paused=True)
+    vm.attach(Counting(), ports=range(0x500, 0x501))
+    if not paused:
+        await vm.resume()
+    return vm
+
+
 @pytest.mark.parametrize(
     "backend", [pytest.param(name, marks=getattr(pytest.mark, name)) for name in ("kvm", "emulated")]
 )
@@ -420,10 +429,8 @@ async def test_a_flood_of_string_reads_is_charged_by_its_elements_and_others_are
 async def test_answers_keep_to_their_limit_and_whoever_answers_counts(autojump_clock):
     script = [io_read(0x500) for _ in range(21)]
     async with play(script) as fleet:
-        vm = await fleet.launch(blank(answer_limit=orc.Limit(rate=10, burst=1)), paused=True)
-        vm.attach(Counting(), ports=range(0x500, 0x501))
-        await vm.resume()
         begun = trio.current_time()
+        vm = await asking(fleet, blank(answer_limit=orc.Limit(rate=10, burst=1)))
         await vm.wait()
         assert trio.current_time() - begun == pytest.approx(2.1, abs=0.01)
         assert vm.statistics().answers == fleet.statistics().answers == 21
@@ -437,7 +444,7 @@ async def test_policies_hear_of_answers_and_share_them_out(autojump_clock):
     scripts = dict.fromkeys(("a", "b"), script)
     async with play(scripts, policies=[share]) as fleet, fleet.watch(interval=1.0) as watch:
         for name in scripts:
-            await fleet.launch(blank(name, answer_limit=None))
+            await asking(fleet, blank(name, answer_limit=None))
         first = await anext(watch)
         assert 0 < first.vms["a"].answers == first.vms["a"].exits
         assert first.by_tenant["default"].answers == first.vms["a"].answers + first.vms["b"].answers
@@ -454,7 +461,7 @@ async def test_every_vm_has_a_limit_on_answers_unless_it_says_otherwise(autojump
     async with play(script) as fleet:
         for name, more in (("default", {}), ("none", {"answer_limit": None})):
             begun = trio.current_time()
-            vm = await fleet.launch(blank(name, **more))
+            vm = await asking(fleet, blank(name, **more))
             await vm.wait()
             took[name] = trio.current_time() - begun
         assert "answer_limit=Limit(rate=2000" in repr(fleet.vms["default"].spec)
@@ -466,8 +473,8 @@ async def test_every_vm_has_a_limit_on_answers_unless_it_says_otherwise(autojump
 @pytest.mark.parametrize("where", [{"vm": "guest"}, {"tenant": "default"}, {}])
 async def test_a_throttle_holds_answers_at_each_level_and_goes(autojump_clock, where):
     async with play([io_read(0x500) for _ in range(1000)]) as fleet:
-        vm = await fleet.launch(blank(answer_limit=None), paused=True)
         limit = orc.Limit(rate=1, burst=1, max_delay=None)
+        vm = await asking(fleet, blank(answer_limit=None), paused=True)
         await fleet.apply(orc.Throttle(limit=limit, meter="answers", reason="test", **where))
         await vm.resume()
         await trio.sleep(10.5)

@@ -171,7 +171,7 @@ static enum orc_why tell(struct orc_emulator *e, bool write, uint32_t count)
 	record->arg[3] = write;
 	if (write)
 		orc_take_data(record, e->data, insn->size);
-	orc_vcpu_weigh(v, count);
+	orc_vcpu_weigh(e->v, count);
 	orc_exit_account(e, KVM_EXIT_IO);
 	if (!orc_is_claimed(e->ports, port)) {
 		orc_count(&v->unclaimed, 1);
