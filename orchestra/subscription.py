@@ -172,9 +172,9 @@ class Exits(trio.abc.ReceiveChannel[Exit]):
 
 
 def next_pace(pace: float, late: float) -> float:
-    """Seconds between the next two batches, after a wait that ended `late`: the loop is left to the others as quickly
-    as it is found crowded, and taken back as quickly."""
-    return min(SLOWEST, 2 * pace) if late > LATE else max(PACE, pace / 2)
+    """Seconds between the next two batches, after a wait that ended `late`: the loop is left to the others at once, and
+    taken back little by little, as it is in time because it was left."""
+    return min(SLOWEST, 2 * pace) if late > LATE else max(PACE, 0.9 * pace)
 
 
 class Switchboard:

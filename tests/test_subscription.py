@@ -372,7 +372,7 @@ async def test_many_subscriptions_come_and_go_while_it_runs(autojump_clock):
 
 def test_the_pace_slows_down_while_the_loop_is_late_and_comes_back():
     pace, paces = PACE, []
-    for late in [10 * LATE] * 8 + [0.0] * 8:
+    for late in [10 * LATE] * 8 + [0.0] * 40:
         pace = next_pace(pace, late)
         paces.append(pace)
     assert paces[:3] == [2 * PACE, 4 * PACE, 8 * PACE]
