@@ -4,7 +4,7 @@
 #   windows   aio/, doctor, figures, journal/, replay/, rules/, simulate/, testing/, tomlfile   see, steer, test a fleet
 #   house     opening, fleet, statistics, governor, activity, dirty, apply, record, subscription, watch   many VMs
 #   machine   vm, counted, guest, vcpu          one VM: its tasks, its state machine
-#   parts     actuators/, devices/, boot/, budget, profile/, signals/   what a guest sees, may use, and is guilty of
+#   parts     actuators/, devices/, boot/, budget, contain, profile/, signals/, workers   what a guest sees, uses, did
 #   silicon   backend/ (kvm, emulated, scripted), memory, native/   what executes a guest
 #   words     errors, spec, exits, actions, policy/       plain data and pure functions
 #
