@@ -3,7 +3,7 @@
 #   door      cli, __main__                     a person at a terminal
 #   windows   aio/, doctor, figures, journal/, replay/, rules/, simulate/, testing/, tomlfile   see, steer, test a fleet
 #   house     opening, fleet, statistics, governor, activity, dirty, apply, record, subscription, watch   many VMs
-#   machine   vm, counted, guest, vcpu          one VM: its tasks, its state machine
+#   machine   vm, desired, succession, counted, guest, holding, vcpu   one VM: its tasks, its state machine
 #   parts     actuators/, devices/, boot/, budget, contain, profile/, signals/, workers   what a guest sees, uses, did
 #   silicon   backend/ (kvm, emulated, scripted), memory, native/   what executes a guest
 #   words     errors, spec, exits, actions, policy/       plain data and pure functions
@@ -84,6 +84,7 @@ from .exits import (
     Xen,
 )
 from .fleet import Fleet
+from .holding import PendingIo
 from .opening import open_fleet
 from .policy import (
     CPU_MODELS,
@@ -194,6 +195,7 @@ __all__ = [
     "OtherExit",
     "Outcome",
     "Pause",
+    "PendingIo",
     "Policy",
     "Profile",
     "Rdmsr",

@@ -9,6 +9,7 @@ import attrs
 
 from .actions import Outcome, State
 from .backend import Detection
+from .holding import PendingIo
 from .native.core import Counters
 from .spec import Limit
 
@@ -50,8 +51,10 @@ class VmStatistics:
     """What a VM did since it was launched: sums over its vCPUs (see `VcpuStatistics`), and each of them.
 
     Attributes:
+        resets: how often it started afresh, by itself (`VmSpec.on_reset`) or by `Vm.reset`; not among `restarts`.
         dirty_pages: pages of 4 KiB that it wrote while it was logged (`Vm.log_dirty`), by the readings of the log so
             far: about one a second, and a page counts once in each. None: there was none.
+        pending: while it pauses, or is paused: what keeps it from being quiesced (`Vm.pause`).
     """
 
     name: str
@@ -60,6 +63,7 @@ class VmStatistics:
     throttled: bool
     outcome: Outcome | None
     restarts: int
+    resets: int
     bus_locks: int | None
     throttled_seconds: float
     waits: int
@@ -73,6 +77,7 @@ class VmStatistics:
     exit_limit: Limit | None
     bus_lock_detection: Detection | None
     vcpus: tuple[VcpuStatistics, ...]
+    pending: tuple[PendingIo, ...] = ()
 
 
 def add_names(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:

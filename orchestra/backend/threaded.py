@@ -37,5 +37,8 @@ class ThreadedEngine:
         if self.core.handle != ffi.NULL:  # an answer may come after the VM has ended
             self.core.wake()
 
+    def resumed(self) -> None:
+        """Nothing, unless the guest has a clock that can be told."""
+
     def last_exit(self) -> Fields:
         return unpack(lib.orc_vcpu_record(self._handle))

@@ -21,7 +21,8 @@ class Device(Protocol):
     """Registers that are read and written on the vCPU thread, at once.
 
     The guest is hostile: every offset, size (1, 2, 4, 8) and value must be survived. Calls for one device never
-    overlap. What `read` returns is cut to `size` bytes. An exception fails the VM, and no other.
+    overlap. What `read` returns is cut to `size` bytes. An exception fails the VM, and no other. If there is a method
+    `reset()`, it is called before each run of the VM but the first, on the fleet's thread (`Vm.attach`).
     """
 
     def read(self, offset: int, size: int) -> int:
