@@ -659,7 +659,10 @@ class Vm:
                     outcome = Failed(f"{what}: {type(error).__name__}: {error}")
                     if not started:
                         raise
-                following = await self._follow(outcome, trio.current_time() - begun)
+                try:
+                    following = await self._follow(outcome, trio.current_time() - begun)
+                except Exception as error:
+                    outcome, following = Failed(f"supervision: {type(error).__name__}: {error}"), None
                 if following is None:
                     return
         finally:

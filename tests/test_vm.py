@@ -1225,6 +1225,16 @@ async def test_a_device_whose_reset_fails_fails_its_vm_alone(autojump_clock, mon
         assert other.state == "running"
 
 
+async def test_a_mistake_in_what_follows_a_run_fails_that_vm_alone(autojump_clock, monkeypatch):
+    async with play({"guest": [hlt(after=1)], "other": [FOR_EVER]}) as fleet:
+        other = await fleet.launch(blank("other"))
+        vm = await fleet.launch(blank())
+        monkeypatch.setattr("orchestra.succession.Succession.after", lambda *args: 1 / 0)
+        assert await vm.wait() == orc.Failed("supervision: ZeroDivisionError: division by zero")
+        monkeypatch.undo()
+        assert other.state == "running"
+
+
 # ---- more than one task of each
 
 
