@@ -488,10 +488,7 @@ class Vm:
         guest = self._made()
         index = self._vcpu(vcpu)
         if guest.has_ended(index):
-            registers = guest.vcpus[index].final_registers
-            if registers is None or isinstance(registers, Exception):
-                raise StateError(f"vm {self.name!r}: vCPU {vcpu} ended before its registers could be read: {registers}")
-            return registers
+            return self._final_registers(guest, index)
         if not (self._desired.paused and guest.is_parked(index)):
             raise StateError(f"vm {self.name!r}: vCPU {vcpu} runs: pause() first, or `await vm.inspect({vcpu})`")
         if not guest.is_quiesced(index):
@@ -506,8 +503,14 @@ class Vm:
         index = self._vcpu(vcpu)
         if guest.has_ended(index):
             await trio.lowlevel.checkpoint()
-            return self.registers(vcpu)
+            return self._final_registers(guest, index)  # by now there may be another run
         return await guest.call(index, guest.vcpus[index].engine.registers)
+
+    def _final_registers(self, guest: Guest, index: int) -> Any:
+        registers = guest.vcpus[index].final_registers
+        if registers is None or isinstance(registers, Exception):
+            raise StateError(f"vm {self.name!r}: vCPU {index} ended before its registers could be read: {registers}")
+        return registers
 
     def statistics(self) -> VmStatistics:
         """What it did so far."""

@@ -1144,6 +1144,23 @@ async def test_somebody_outside_may_reset_it(stage: Stage, soon):
             await vm.reset()
 
 
+async def test_inspecting_what_ends_and_starts_again_meanwhile_gets_an_answer(autojump_clock):
+    lives = iter([[FAIL], [FOR_EVER]])
+    async with orc.open_fleet(backend=orc.ScriptedBackend(lambda spec, vcpu: next(lives))) as fleet:
+        vm = await fleet.launch(blank(restart=restart(backoff=5, backoff_max=5)))
+        await trio.sleep(1)
+        ended, inspected = vm.guest, []
+
+        async def inspect() -> None:
+            inspected.append(await vm.inspect())
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(inspect)
+            nursery.start_soon(vm.reset)
+        assert vm.guest is not ended
+        assert inspected[0].rip == 0x1000
+
+
 async def test_many_who_reset_it_at_once_reset_it_once(stage: Stage, soon):
     async with stage.open() as fleet:
         vm = await fleet.launch(stage.spec("spin"))
