@@ -352,7 +352,7 @@ class Vm:
     async def _wait_quiesced(self) -> None:
         quiesced, patience = self._made().holding.quiesced, PATIENCE  # of this pause, whatever comes
         await self.wait_parked()
-        while True:
+        while not quiesced.is_set():
             with trio.move_on_after(patience):
                 await quiesced.wait()
                 return
