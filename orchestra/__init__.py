@@ -3,8 +3,8 @@
 #   door      cli, __main__                     a person at a terminal
 #   windows   aio/, colours, doctor, figures, journal/, replay/, rules/, simulate/, testing/, tomlfile   see, steer it
 #   house     opening, fleet, statistics, governor, activity, dirty, apply, record, subscription, watch   many VMs
-#   machine   vm, counted, guest, vcpu, inbox   one VM: its tasks, its state machine
-#   parts     actuators/, devices/, boot/, budget, profile/, signals/   what a guest sees, may use, and is guilty of
+#   machine   vm, desired, succession, counted, guest, holding, vcpu, inbox   one VM: its tasks, its states
+#   parts     actuators/, devices/, boot/, budget, contain, profile/, signals/, workers   what a guest sees, uses, did
 #   silicon   backend/ (kvm, emulated, scripted), memory, native/   what executes a guest
 #   words     errors, extras, spec, exits, actions, policy/       plain data and pure functions
 #
@@ -85,6 +85,7 @@ from .exits import (
     Xen,
 )
 from .fleet import Fleet
+from .holding import PendingIo
 from .opening import open_fleet
 from .policy import (
     CPU_MODELS,
@@ -196,6 +197,7 @@ __all__ = [
     "OtherExit",
     "Outcome",
     "Pause",
+    "PendingIo",
     "Policy",
     "Profile",
     "Rdmsr",

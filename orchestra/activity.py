@@ -58,7 +58,6 @@ class _Vcpu:
     vm: Vm
     guest: Guest
     index: int
-    tid: int | None
     bus_locks: int = 0
     answers: int = 0
     held: list[int] = attrs.field(factory=lambda: [0] * len(BUCKETS))
@@ -138,12 +137,15 @@ class Activity:
     # ---- who there is
 
     def add(self, id: int, vm: Vm, guest: Guest, index: int) -> None:
-        vcpu = self._vcpus[id] = _Vcpu(vm, guest, index, guest.vcpus[index].tid)
-        if self._threads is not None and vcpu.tid is not None:
-            # What its thread has used so far was for its own start.
-            vcpu.cpu = self._threads.cpu(vcpu.tid) or 0
-            self._turn.append(id)
-            self.host.add_thread(vcpu.tid)
+        vcpu = self._vcpus[id] = _Vcpu(vm, guest, index)
+        if self._threads is None:
+            return
+        with guest.vcpus[index].living() as tid:
+            if tid is not None:
+                # What its thread has used so far was for its own start.
+                vcpu.cpu = self._threads.cpu(tid) or 0
+                self._turn.append(id)
+                self.host.add_thread(tid)
 
     def forget(self, id: int) -> None:
         """A vCPU is gone: what it did last still counts, as its VM may be restarted."""
@@ -233,16 +235,20 @@ class Activity:
 
     def _times(self, vcpu: _Vcpu, now: int) -> tuple[int | None, int | None]:
         """CPU time and run-queue delay since the last look."""
-        if vcpu.tid is None or self._threads is None:
+        if self._threads is None:
             return None, None
-        ran = self._threads.cpu(vcpu.tid)
+        with vcpu.guest.vcpus[vcpu.index].living() as tid:  # or the figures could be another thread's
+            return (None, None) if tid is None else self._times_of(self._threads, tid, vcpu, now)
+
+    def _times_of(self, threads: ThreadTimes, tid: int, vcpu: _Vcpu, now: int) -> tuple[int | None, int | None]:
+        ran = threads.cpu(tid)
         if ran is None:
             return None, None
         used, vcpu.cpu = ran - vcpu.cpu, ran
         if not used:
             return 0, None if "run_delay" in self._absent else 0
         waited = None
-        delay = self._threads.run_delay(vcpu.tid)
+        delay = threads.run_delay(tid)
         if delay is not None:
             waited, vcpu.run_delay = max(0, delay - vcpu.run_delay), delay
         if vcpu.looked < self._looked:

@@ -9,6 +9,7 @@ import attrs
 
 from .actions import Outcome, State
 from .backend import Detection
+from .holding import PendingIo
 from .native.core import BUCKETS, Counters
 from .spec import Limit
 
@@ -52,8 +53,10 @@ class VmStatistics:
     """What a VM did since it was launched: sums over its vCPUs (see `VcpuStatistics`), and each of them.
 
     Attributes:
+        resets: how often it started afresh, by itself (`VmSpec.on_reset`) or by `Vm.reset`; not among `restarts`.
         dirty_pages: pages of 4 KiB that it wrote while it was logged (`Vm.log_dirty`), by the readings of the log so
             far: about one a second, and a page counts once in each. None: there was none.
+        pending: while it pauses, or is paused: what keeps it from being quiesced (`Vm.pause`).
         throttled_by: `throttled_seconds` by the limit whose turn was the last: "vm.exits" is the VM's own on exits; the
             levels are "host", "tenant", "vm" and "vcpu". Those for which it never waited are left out.
     """
@@ -64,6 +67,7 @@ class VmStatistics:
     throttled: bool
     outcome: Outcome | None
     restarts: int
+    resets: int
     bus_locks: int | None
     throttled_seconds: float
     waits: int
@@ -79,6 +83,7 @@ class VmStatistics:
     answer_limit: Limit | None
     bus_lock_detection: Detection | None
     vcpus: tuple[VcpuStatistics, ...]
+    pending: tuple[PendingIo, ...] = ()
     throttled_by: Mapping[str, float] = attrs.field(factory=dict, hash=False)
 
 

@@ -23,6 +23,7 @@ from .actuators.placement import Quarantine
 from .apply import Applier, Begun, OnEvict
 from .backend import Backend, Detection
 from .budget import Budgets, limits_of, make_budgets
+from .contain import contained
 from .devices.bus import Device
 from .errors import ResourceLimit, SpecError, StateError, UnknownTenant, UnknownVm, VmExists
 from .exits import Exit
@@ -38,12 +39,12 @@ from .statistics import FleetStatistics, TenantSeat, summarise
 from .subscription import Exits, Switchboard
 from .vm import Vm, check_device
 from .watch import Watch
+from .workers import Workers
 
 __all__ = ["DEFAULT_TENANT", "Fleet"]
 
 log: Final = logging.getLogger("orchestra")
 DEFAULT_TENANT: Final = "default"
-SETUP_THREADS: Final = 4
 
 
 class Fleet:
@@ -74,7 +75,7 @@ class Fleet:
         self.quarantine = quarantine
         self.cpu_cgroup = cpu_cgroup
         self.inbox = Inbox(self.post)
-        self.setup_threads = trio.CapacityLimiter(SETUP_THREADS)
+        self.workers = Workers(backend.blocking)
         self._activity = Activity(self, host, ThreadTimes() if backend.blocking else None)
         # It may refuse a policy.
         self._governor = Governor(self, policies, activity=self._activity, guard=guard, strict=strict)
@@ -159,7 +160,7 @@ class Fleet:
         self._launched += 1
         if paused and vm.guest is not None:
             try:
-                await vm.guest.parked.wait()
+                await vm.wait_parked()
             except trio.Cancelled:
                 with trio.CancelScope(shield=True):  # a kick and a millisecond
                     await vm.stop("its launch was cancelled")
@@ -172,28 +173,32 @@ class Fleet:
         seat = self._tenants[vm.tenant]
         seat.live += 1
         self._live += 1
-        self.changed(vm, State.CREATED, "launched paused" if paused else "launched")
-        self._applier.given(vm.budgets, "spec", vm=vm.name, launch=vm.launch)
-        for index, budgets in enumerate(vm.vcpu_budgets):
-            self._applier.given(budgets, "spec", vm=vm.name, vcpu=index, launch=vm.launch)
-        if paused:  # before anybody else has a word
-            self.did(Pause(vm=vm.name, reason="launch(paused=True)"))
         try:
+            self.changed(vm, State.CREATED, "launched paused" if paused else "launched")
+            self._applier.given(vm.budgets, "spec", vm=vm.name, launch=vm.launch)
+            for index, budgets in enumerate(vm.vcpu_budgets):
+                self._applier.given(budgets, "spec", vm=vm.name, vcpu=index, launch=vm.launch)
+            if paused:  # before anybody else has a word
+                self.did(Pause(vm=vm.name, reason="launch(paused=True)"))
             await vm.supervise(devices, paused, task_status=task_status)
         finally:
             seat.live -= 1
             self._live -= 1
-            self._activity.ended(vm)
-            if self._vms.get(vm.name) is vm:
-                self._governor.gone(vm.name)
-                self._applier.ledger.forget(vm.name)
-            self._write_profile(vm)
-            if vm.guest is not None:  # a launch that failed may be tried again, and somebody waits for it
-                self._switchboard.vm_ended(vm.name)
+            steps: list[Callable[[Vm], object]] = [self._activity.ended, self._forget, self._write_profile]
+            if vm.guest is not None:  # else: a launch that failed may be tried again, and somebody waits for it
+                steps.append(lambda vm: self._switchboard.vm_ended(vm.name))
             if vm.stopping:
-                vm.release()
+                steps.append(Vm.release)
+            for step in steps:
+                with contained(f"vm {vm.name}: leaving the fleet"):
+                    step(vm)
             if vm.outcome is not None:
                 log.info("vm %s ended: %s", vm.name, vm.outcome)
+
+    def _forget(self, vm: Vm) -> None:
+        if self._vms.get(vm.name) is vm:
+            self._governor.gone(vm.name)
+            self._applier.ledger.forget(vm.name)
 
     def _drop(self, vm: Vm) -> None:
         """An ended VM leaves the fleet; its figures stay in the sums."""
@@ -540,13 +545,14 @@ class Fleet:
         """The block is being left: nothing is launched any more."""
         self._closing = True
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """No task is left."""
         self._closed = True
         self._governor.close()
         self._switchboard.close()
         for vm in list(self._vms.values()):
             self._drop(vm)
+        await self.workers.idle()
         for seat in self._tenants.values():
             for budget in seat.budgets.values():
                 budget.close()

@@ -202,7 +202,8 @@ async def open_fleet(
             error = _merge(group, error)
         finally:
             if fleet is not None:
-                fleet.close()
+                with trio.CancelScope(shield=True):  # the kernel takes memory back
+                    await fleet.close()
             for budget in budgets.values():
                 budget.close()
         if error is not None:

@@ -409,6 +409,9 @@ class VmSpec:
             (`VmFacts.dirty_pages`; see `Vm.log_dirty` for what that costs). The emulated backend can't; a scripted
             guest writes nothing, and none are told.
         restart: a `Restart`, or just "never" or "on-failure".
+        on_reset: what to do when the guest resets itself (a triple fault, a system event). "stop": it ends as
+            `Shutdown`. "reset": it starts afresh from its boot spec, as `Vm.reset` does: at once, 5 times in a row, and
+            then once a second, so that a guest that does nothing else costs its host little.
         labels: free text for your own use.
     """
 
@@ -431,6 +434,7 @@ class VmSpec:
     sample_every: int = 100
     log_dirty: bool = False
     restart: Restart = attrs.field(default=Restart(), converter=_to_restart)
+    on_reset: Literal["stop", "reset"] = "stop"
     labels: Mapping[str, str] = attrs.field(factory=dict, hash=False)
 
     def __attrs_post_init__(self) -> None:
@@ -452,6 +456,8 @@ class VmSpec:
         check_flag("log_dirty", self.log_dirty)
         if not isinstance(self.restart, Restart):
             raise _fail("restart", self.restart, 'must be a Restart, "never" or "on-failure"')
+        if self.on_reset not in ("stop", "reset"):
+            raise _fail("on_reset", self.on_reset, 'must be "stop" or "reset"')
         for field in ("regions", "devices"):
             if not isinstance(getattr(self, field), tuple):
                 raise _fail(field, getattr(self, field), "must be a tuple or list of them")

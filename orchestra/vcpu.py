@@ -7,7 +7,8 @@ it. A worker thread drives it for engines that block, the fleet's thread for tho
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from typing import Any, Final, Protocol
 
 from . import exits
@@ -19,7 +20,8 @@ from .native import ffi
 from .native.core import Command
 from .native.records import decode
 
-__all__ = ["Vcpu"]
+__all__ = ["RESETS", "Vcpu"]
+
 
 RUN: Final = -1
 """What `life` yields to have the engine run; any other number: sleep unless woken since that was read."""
@@ -35,6 +37,9 @@ _GO_ON: Final = (
 )
 NOTIFY_CONTEXT_INVALID: Final = 1
 SYSTEM_EVENTS: Final = {1: "shutdown", 2: "reset", 3: "crash"}
+TRIPLE_FAULT: Final = "triple fault"
+RESETS: Final = (TRIPLE_FAULT, f"system event: {SYSTEM_EVENTS[2]}")
+"""Reasons of a `Shutdown` by which a guest asks to be reset, or for which a CPU would be."""
 _SHOWN: Final = ("rip", "rflags", "rsp", "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp")
 
 
@@ -44,11 +49,19 @@ class Host(Protocol):
     name: str
     ports: Bus
     mmio: Bus
-    pause_number: int
-    """Counts pauses, so that a vCPU that was resumed and paused again says so again."""
+
+    @property
+    def pause_number(self) -> int:
+        """Counts pauses, so that a vCPU that was resumed and paused again says so again."""
 
     def on_parked(self, index: int, number: int) -> None:
-        """The runner is outside the guest for that pause. Runner's thread."""
+        """It runs no guest code for that pause, but is in the middle of an access. Runner's thread."""
+
+    def on_quiesced(self, index: int, number: int) -> None:
+        """The same, and nothing of an access is left to be done. Runner's thread."""
+
+    def now(self) -> int:
+        """Nanoseconds on the fleet's clock. Any thread."""
 
     def on_ended(self, index: int, outcome: Outcome) -> None:
         """The vCPU will never run again. Runner's thread."""
@@ -58,16 +71,28 @@ class Host(Protocol):
 
 
 class Vcpu:
-    """One vCPU of a VM, for its runner."""
+    """One vCPU of a VM, for its runner.
+
+    Attributes:
+        pausing: set by the fleet's thread once it has commanded a pause.
+        using: what a device of the VM's answers just now, and asked: what a task does, since when. Whoever has
+            commanded a pause and then sees one of them knows that no guest code runs until the pause is taken back.
+    """
 
     def __init__(self, host: Host, index: int, engine: Engine) -> None:
         self.host = host
         self.index = index
         self.engine = engine
         self.core = engine.core
-        self.parked_for = 0
+        self.pausing = False
+        self.using: Claim | None = None
+        self.asked: tuple[Bus, Request, int] | None = None
         self.final_registers: Any = None
+        self._parked_for = self._quiesced_for = 0
+        self._was_held = False
         self._thread: threading.Thread | None = None
+        self._tid: int | None = None
+        self._living = threading.Lock()
 
     # ---- drivers
 
@@ -85,8 +110,15 @@ class Vcpu:
             outcome = end.value
         except BaseException as error:  # a device may raise SystemExit: on this thread it ends this VM and no more
             outcome = self._failed(f"{type(error).__name__}: {error}")
-        engine.detach()
-        self._end(outcome)
+        try:
+            engine.detach()
+        except Exception as error:
+            outcome = self._failed(f"{type(error).__name__}: {error}")
+        try:
+            self._end(outcome)
+        finally:
+            with self._living:  # the kernel may give its number to another thread from now on
+                self._tid = None
 
     def spawn(self) -> None:
         """Drive it on a thread of its own, held until told otherwise.
@@ -100,12 +132,19 @@ class Vcpu:
         self.core.hold()
         thread = threading.Thread(target=self.drive, name=f"{self.host.name}/{self.index}", daemon=True)
         thread.start()
-        self._thread = thread
+        self._thread, self._tid = thread, thread.native_id
 
     @property
     def tid(self) -> int | None:
-        """The kernel's number of its thread; None if it has none."""
-        return None if self._thread is None else self._thread.native_id
+        """The kernel's number of its thread; None if it has none, or none any more. It may end at any moment: whoever
+        does something to the thread wants `living`."""
+        return self._tid
+
+    @contextmanager
+    def living(self) -> Iterator[int | None]:
+        """`tid`, which is no other thread's within the block: the thread does not end before that is left."""
+        with self._living:
+            yield self.tid
 
     def join(self) -> None:
         """Its last word was heard: wait the microseconds until its thread is gone."""
@@ -127,6 +166,7 @@ class Vcpu:
         self._end(outcome)
 
     def _end(self, outcome: Outcome) -> None:
+        self.using = self.asked = None
         self.keep_registers()
         self.host.on_ended(self.index, outcome)
 
@@ -141,7 +181,11 @@ class Vcpu:
     # ---- life
 
     def life(self) -> Generator[int, Any, Outcome]:
-        """From the first entry to the end; returns how it ended."""
+        """From the first entry to the end; returns how it ended.
+
+        Where `using` and `asked` are set, the kernel has an access to complete at the next entry; a pause that was
+        commanded by then has it do so and no more (`unfinished` in native/kvm.c).
+        """
         host, access = self.host, self.engine.access
         io, mmio = Why.IO, Why.MMIO
         while True:
@@ -152,8 +196,9 @@ class Vcpu:
                 if claim is None:
                     access.count = 0  # released since it was looked up: the core finds whoever is there now
                 elif claim.device is not None:
-                    if access.count > 1 and self.core.commands() & Command.PAUSE:
-                        self._say_parked()  # it runs no guest code; the rest of a string is answered all the same
+                    self.using = claim
+                    if self.pausing:  # looked at after `using` was set, as whoever pauses does it the other way round
+                        self._say_parked()
                     try:
                         self._use(claim, claim.device)
                     except Exception as error:
@@ -162,8 +207,14 @@ class Vcpu:
                         return self._failed(
                             f"device {name} failed at a {direction} {bus.name} {access.address:#x}: {error!r}"
                         )
+                    self.using = None
+                    if self._was_held:
+                        self._resumed()
                 else:
-                    yield from self._ask(claim)
+                    yield from self._ask(bus, claim)
+                    self.asked = None
+                    if self._was_held:
+                        self._resumed()
             elif why == Why.COMMAND:
                 commands = self.core.commands()
                 if commands & Command.STOP:
@@ -198,7 +249,7 @@ class Vcpu:
                     value = device.read(offset, size) & (1 << 8 * size) - 1
                     ffi.memmove(data + start, value.to_bytes(size, "little"), size)
 
-    def _ask(self, claim: Claim) -> Generator[int, Any, None]:
+    def _ask(self, bus: Bus, claim: Claim) -> Generator[int, Any, None]:
         """Have a task answer, element by element; pauses and stops come through meanwhile.
 
         What it does not answer, as it is stopped or nobody is there any more, goes back to the core.
@@ -211,9 +262,11 @@ class Vcpu:
                 if not claim.live:
                     access.count = index
                     return
+                since = host.now()
                 data = bytes(ffi.buffer(where, size)) if write else b""
                 request = claim.handler.submit(self.index, address, size, write, data, self.engine.wake)  # type: ignore[union-attr]  # not a Device
             assert isinstance(request, Request)
+            self.asked = bus, request, since
             while not (request.answered or request.returned):
                 seen = self.core.wakes()
                 commands = self.core.commands()
@@ -240,19 +293,32 @@ class Vcpu:
             seen = self.core.wakes()
             commands = self.core.commands()
             if not commands & Command.PAUSE or commands & Command.STOP:
+                if self._was_held:
+                    self._resumed()
                 return
             if commands & Command.CALL:
                 for call in self.host.commanded(self.index):
                     call()
                 continue
-            self._say_parked()
+            self._was_held = True
+            number = self.host.pause_number
+            if self._quiesced_for != number:
+                self._quiesced_for = number
+                self.host.on_quiesced(self.index, number)
             yield seen
 
     def _say_parked(self) -> None:
+        self._was_held = True
         number = self.host.pause_number
-        if self.parked_for != number:
-            self.parked_for = number
+        if self._parked_for != number:
+            self._parked_for = number
             self.host.on_parked(self.index, number)
+
+    def _resumed(self) -> None:
+        """Unless it is still paused: it goes on, and its guest is to hear that it was not there for a while."""
+        if not self.core.commands() & (Command.PAUSE | Command.STOP):
+            self._was_held = False
+            self.engine.resumed()
 
     # ---- what exits mean
 
@@ -262,7 +328,7 @@ class Vcpu:
             case exits.Hlt():
                 return Halted()
             case exits.ShutdownExit():
-                return Shutdown(reason="triple fault")
+                return Shutdown(reason=TRIPLE_FAULT)
             case exits.SystemEvent(type=1 | 2 as number):
                 return Shutdown(reason=f"system event: {SYSTEM_EVENTS[number]}")
             case exits.SystemEvent():

@@ -87,6 +87,9 @@ class Engine(Protocol):
     def wake(self) -> None:
         """End `sleep`. Any time, fleet's thread."""
 
+    def resumed(self) -> None:
+        """It was paused, and will be entered again: tell the guest that time has passed, if there is a way to."""
+
     def last_exit(self) -> Fields:
         """The record of the exit that `run` returned with, for `records.decode`."""
 

@@ -266,6 +266,9 @@ class ScriptedEngine:
         if self.core.wake():
             self.kick()
 
+    def resumed(self) -> None:
+        """Nothing: a script has no clock."""
+
     def last_exit(self) -> Fields:
         return unpack(self._record)
 

@@ -36,5 +36,8 @@ class ThreadedEngine:
     def wake(self) -> None:
         self.core.wake()
 
+    def resumed(self) -> None:
+        """Nothing, unless the guest has a clock that can be told."""
+
     def last_exit(self) -> Fields:
         return unpack(lib.orc_vcpu_record(self._handle))

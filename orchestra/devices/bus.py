@@ -24,7 +24,8 @@ class Device(Protocol):
     """Registers that are read and written on the vCPU thread, at once.
 
     The guest is hostile: every offset, size (1, 2, 4, 8) and value must be survived. Calls for one device never
-    overlap. What `read` returns is cut to `size` bytes. An exception fails the VM, and no other.
+    overlap. What `read` returns is cut to `size` bytes. An exception fails the VM, and no other. If there is a method
+    `reset()`, it is called before each run of the VM but the first, on the fleet's thread (`Vm.attach`).
 
     An access that reaches beyond the device's addresses, or whose size is none of these, comes as naturally aligned
     pieces, those that lie on its addresses.

@@ -311,6 +311,7 @@ struct kvm_guest_debug { uint32_t control; struct kvm_guest_debug_arch arch; ...
 
 void *mmap(void *address, size_t length, int protection, int flags, int fd, long offset);
 int munmap(void *address, size_t length);
+int madvise(void *address, size_t length, int advice);
 
 /* ---- build.c (here, as it needs the kernel's structures) ---- */
 

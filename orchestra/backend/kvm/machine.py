@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any, Final
 
-from ...errors import BusLockUnsupported, SpecError
+from ...errors import BusLockUnsupported, OrchestraError, SpecError
 from ...memory import GuestMemory
 from ...native import ffi, lib
 from ...native.core import VcpuCore, install_signal, monotonic_ns
@@ -40,6 +41,12 @@ class KvmEngine(ThreadedEngine):
 
     def run(self) -> int:
         return lib.orc_kvm_run(self._handle)  # type: ignore[no-any-return]  # a Why, without the cost of making one
+
+    def resumed(self) -> None:
+        try:
+            self.vcpu.kvmclock_ctrl()
+        except OrchestraError:
+            pass  # a guest that is not told complains of a lockup at the worst
 
     def error(self) -> str:
         number = int(lib.orc_vcpu_errno(self._handle))
@@ -107,12 +114,13 @@ class KvmMachine:
         return {prefix + name: one.scaled for prefix, all in read for name, one in all.items() if len(one.values) == 1}
 
     def close(self) -> None:
-        if self.dirty is not None:
-            self.dirty.close()
-        for engine in self.engines:
-            engine.close()
-        if self.vm is not None:
-            self.vm.close()
+        with ExitStack() as stack:  # from the last to the first, whatever becomes of one of them
+            if self.vm is not None:
+                stack.callback(self.vm.close)
+            for engine in self.engines:
+                stack.callback(engine.close)
+            if self.dirty is not None:
+                stack.callback(self.dirty.close)
 
 
 class KvmBackend:
