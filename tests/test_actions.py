@@ -97,9 +97,9 @@ def test_meter_may_be_named_by_a_word():
 
 @pytest.mark.parametrize("meter", ["io", None, 5])
 def test_unknown_meter_is_refused_with_the_known_ones(meter):
-    with pytest.raises(SpecError, match=r'meter=.*"bus_locks" or "exits"'):
+    with pytest.raises(SpecError, match=r'meter=.*"bus_locks", "exits" or "answers"'):
         Throttle(limit=LIMIT, meter=meter)
-    with pytest.raises(SpecError, match=r'meter=.*"bus_locks" or "exits"'):
+    with pytest.raises(SpecError, match=r'meter=.*"bus_locks", "exits" or "answers"'):
         Unthrottle(meter=meter)
 
 

@@ -381,7 +381,8 @@ async def test_the_journal_has_actions_states_and_what_was_done_each_second(auto
         await fleet.apply(orc.Throttle(vm="guest", limit=orc.Limit(rate=2, burst=2), reason="by hand"))
         await fleet.vm("guest").stop("enough")
     with read_journal(tmp_path / "fleet.db") as read:
-        given, action, stop = read.actions()
+        given, default, action, stop = read.actions()
+        assert default.given == "default"  # what Python may answer for it
         assert (given.kind, given.given, given.details["limit"]["rate"]) == ("SetLimit", "open_fleet", 100)
         assert (stop.kind, stop.reason, stop.policy) == ("Stop", "enough", None)
         assert (action.kind, action.vm, action.reason, action.outcome) == ("Throttle", "guest", "by hand", "done")
