@@ -180,7 +180,7 @@ class Fleet:
             self._activity.ended(vm)
             if self._vms.get(vm.name) is vm:
                 self._governor.gone(vm.name)
-                self._applier.ledger.forget(vm.name)
+                self._applier.holdings.forget(vm.name)
             self._write_profile(vm)
             if vm.guest is not None:  # a launch that failed may be tried again, and somebody waits for it
                 self._switchboard.vm_ended(vm.name)
@@ -335,7 +335,7 @@ class Fleet:
         for policy in checked:
             if getattr(policy, "meter", None) is Meter.BUS_LOCKS:
                 self._applier.check_seen(Limit(rate=1), f"policy {policy.name!r}")
-        await self._governor.set_policies(checked, guard, self._applier.ledger)
+        await self._governor.set_policies(checked, guard, self._applier.holdings)
         if guard is not None:
             self._applier.guard = guard
 

@@ -14,9 +14,9 @@ import trio
 from .actions import Action, Applied
 from .activity import Activity, Window
 from .apply import Begun
+from .effects import Holdings
 from .errors import SpecError
 from .policy import Facts, Guard, HostFacts, Policy, Ruling, Verdict
-from .policy.ledger import Ledger
 from .policy.rehearsal import Rehearsal
 from .signals import Trigger
 
@@ -208,8 +208,8 @@ class Governor:
     def _rehearsals(self) -> Iterator[Rehearsal]:
         return (seat.rehearsal for seat in self._seats if seat.rehearsal is not None)
 
-    async def set_policies(self, policies: Sequence[Policy], guard: Guard | None, ledger: Ledger) -> None:
-        """As `Fleet.set_policies`. `ledger`: what each policy holds."""
+    async def set_policies(self, policies: Sequence[Policy], guard: Guard | None, holdings: Holdings) -> None:
+        """As `Fleet.set_policies`. `holdings`: what is in force."""
         async with self._lock:  # no tick meanwhile; and from here on no checkpoint, so nobody stops half way
             guard = guard or self._guard
             self._check_rehearsals(policies, guard)
@@ -219,7 +219,7 @@ class Governor:
             for policy in policies:
                 before.pop(id(policy), None)
             for seat in before.values():
-                for action in ledger.held(seat.name):
+                for action in holdings.undo(seat.name):
                     await self._let_go(seat, action)
             guard.succeed(self._guard, [seat.name for seat in self._seats])
             self._guard = guard

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 import attrs
 
-from ..actions import Action, Evict, Kill, Pause, SetLimit, Stop, Throttle
+from ..actions import Action, Pause, SetLimit, Throttle
+from ..effects import EFFECTS
 from ..policy import Guard
 from .arrays import np
 from .holds import Holds
 from .layout import Layout
 
-__all__ = ["LEAVES", "Deed", "Guards"]
-
-LEAVES: Final = (Evict, Stop, Kill)
+__all__ = ["Deed", "Guards"]
 
 
 @attrs.frozen
@@ -59,7 +56,7 @@ class Guards:
             guard.failed(verdict, time)
         elif isinstance(action, Pause):
             self._pausing.add(host)
-        elif isinstance(action, LEAVES):
+        elif EFFECTS[type(action)].ends and action.vm is not None:
             self._left(guard, host, action.vm)
         return Deed(now, host, policy, verdict.action, error)
 

@@ -12,11 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Protocol
 
 from ..actions import Action
+from ..effects import EFFECTS
 from ..errors import SpecError
 from ..policy import Facts, HostFacts, Policy, VmFacts
 from ..spec import Limit
 from .arrays import Bools, Floats, Ints, np
-from .guards import LEAVES, Deed
+from .guards import Deed
 from .layout import Layout
 from .policies import Factory
 
@@ -263,7 +264,7 @@ class Hosts:
         for action in actions:
             deed = self._ask(host, seat.name, seat.order, action, now)
             self.deeds.append(deed)
-            if deed.error is None and isinstance(deed.action, LEAVES):
+            if deed.error is None and EFFECTS[type(deed.action)].ends and deed.action.vm is not None:
                 for other in self._seats:
                     other.gone.setdefault(host, []).append((deed.action.vm, 0))
             if deed.error is not None and (told := getattr(policy, "refused", None)) is not None:
