@@ -109,13 +109,14 @@ class Applier:
         self._on_evict = on_evict
         self._leaving: set[Vm] = set()
 
-    async def apply(self, action: Action, policy: str | None, *, wait: bool = False) -> Applied:
-        """As `Fleet.apply`, but there is a checkpoint only for what `takes_time`.
+    async def apply(self, action: Action, policy: str | None) -> Applied:
+        """As `Fleet.apply`."""
+        return await self.finish(self.begin(action, policy), wait=True)
 
-        Parameters:
-            wait: also until it has taken effect.
-        """
-        return await self.finish(self.begin(action, policy), wait=wait)
+    def apply_nowait(self, action: Action, policy: str | None) -> Applied:
+        """Command and journal what does not `takes_time`. What comes of it is not waited for."""
+        begun = self.begin(action, policy)
+        return self.done(action, policy, begun.error)
 
     def begin(self, action: Action, policy: str | None) -> Begun:
         """Command it, so that what is said later counts more, also of what `takes_time`."""

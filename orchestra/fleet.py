@@ -26,10 +26,11 @@ from .budget import Budgets, make_budgets
 from .devices.bus import Device
 from .errors import ResourceLimit, SpecError, StateError, UnknownTenant, UnknownVm, VmExists
 from .exits import Exit
-from .governor import Governor, check_policies
+from .governor import Governor
 from .guest import Guest
 from .native.core import FleetCore, VcpuCore
 from .policy import Facts, Guard, Policy
+from .policy.state import check_policies
 from .record import Recorder, Records
 from .signals import HostSignals, ThreadTimes
 from .spec import Limit, Meter, Tenant, VmSpec, as_meter, optional_limit
@@ -267,7 +268,7 @@ class Fleet:
         Raises:
             SpecError: not an action.
         """
-        applied = await self._applier.apply(action, policy, wait=True)
+        applied = await self._applier.apply(action, policy)
         await trio.lowlevel.cancel_shielded_checkpoint()
         return applied
 
@@ -423,9 +424,9 @@ class Fleet:
             self._activity.dirty(self._activity.logs.watch(self._vms[guest.name], guest.dirty, self.now()))
             self._governor.wake()
 
-    async def carry_out(self, action: Action, policy: str | None) -> Applied:
-        """As `apply`, but nothing except an eviction is waited for, and there is no checkpoint."""
-        return await self._applier.apply(action, policy)
+    def apply_nowait(self, action: Action, policy: str | None) -> Applied:
+        """As `apply`, of what does not `takes_time`: nothing is waited for, and there is no checkpoint."""
+        return self._applier.apply_nowait(action, policy)
 
     def check_limit(
         self, limit: Limit | None, *, meter: Meter | str = Meter.BUS_LOCKS, tenant: str | None = None

@@ -20,6 +20,7 @@ PURE = {
     "__future__",
     "bisect",
     "collections",
+    "copy",
     "enum",
     "fnmatch",
     "functools",
