@@ -87,7 +87,9 @@ class _Executor:
         self._settle = settle
         self.below = fleet.below
 
-    def do(self, action: Action, policy: str | None, verdict: Verdict | None, state: PolicyState | None) -> Done:
+    def do(
+        self, action: Action, policy: str | None, verdict: Verdict | None, state: PolicyState | None, now: int
+    ) -> Done:
         if not self._fleet.takes_time(action):
             return self._fleet.apply_nowait(action, policy).error
         self._fleet.start_soon(self._finish, self._fleet.begin(action, policy), verdict, state)

@@ -57,12 +57,15 @@ class Executor(Protocol):
     def below(self, action: Action) -> int:
         """How many VMs an action is about."""
 
-    def do(self, action: Action, policy: str | None, verdict: Verdict | None, state: PolicyState | None) -> Done:
+    def do(
+        self, action: Action, policy: str | None, verdict: Verdict | None, state: PolicyState | None, now: int
+    ) -> Done:
         """Carry it out, and keep a record of it.
 
         Parameters:
             policy: whose word it is; None: the engine's own.
             verdict, state: for `settle`, if what comes of it is known later; None: nobody wants to know.
+            now: nanoseconds on the engine's clock.
         """
 
     def record(self, applied: Applied, cause: Exception | None = None) -> object:
@@ -124,13 +127,17 @@ class PolicyEngine:
 
     def tick(self, now: int) -> None:
         """End pauses that last too long, and let those decide that are due."""
-        for resume in self.guard.overdue(now):
-            self._executor.do(resume, None, None, None)
-        for resume in self.guard.overdue(now, dry=True):
-            self._rehearse(resume, None, now, "a dry run")
+        self.end_pauses(now)
         for state in self._states:
             if state.on and state.due <= now:
                 self.decide(state, None, now)
+
+    def end_pauses(self, now: int) -> None:
+        """Let those VMs go on that a policy has held paused for longer than the guard allows."""
+        for resume in self.guard.overdue(now):
+            self._executor.do(resume, None, None, None, now)
+        for resume in self.guard.overdue(now, dry=True):
+            self._rehearse(resume, None, now, "a dry run")
 
     def decide(self, state: PolicyState, facts: Facts | None, now: int) -> None:
         """Let a policy decide. `facts`: None: those of the source."""
@@ -171,7 +178,7 @@ class PolicyEngine:
             self._refuse(verdict, state.name, now)
             _tell_refused(state.policy, action, verdict.reason)
         else:
-            done = self._executor.do(verdict.action, state.name, verdict, state)
+            done = self._executor.do(verdict.action, state.name, verdict, state, now)
             if isinstance(done, str):
                 self.guard.failed(verdict, now)
                 _tell_refused(state.policy, action, done)
@@ -280,7 +287,7 @@ class PolicyEngine:
         verdict = self.guard.judge(action, state.name, now, state.order)
         if verdict.action is None:
             self._refuse(verdict, state.name, now)
-        elif isinstance(self._executor.do(action, state.name, None, None), str):
+        elif isinstance(self._executor.do(action, state.name, None, None, now), str):
             self.guard.failed(verdict, now)
 
 

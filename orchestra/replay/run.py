@@ -266,7 +266,9 @@ class _Run:
         tenant = getattr(action, "tenant", None)
         return len(self._live) if tenant is None else self._of_tenant[tenant]
 
-    def do(self, action: Action, policy: str | None, verdict: Verdict | None, state: PolicyState | None) -> Done:
+    def do(
+        self, action: Action, policy: str | None, verdict: Verdict | None, state: PolicyState | None, now: int
+    ) -> Done:
         self._force.apply(action, policy or "")
         if policy is not None:
             self._tell(policy, action, "done")
