@@ -6,7 +6,7 @@
 #   machine   vm, counted, guest, vcpu          one VM: its tasks, its state machine
 #   parts     actuators/, devices/, boot/, budget, profile/, signals/   what a guest sees, may use, and is guilty of
 #   silicon   backend/ (kvm, emulated, scripted), memory, native/   what executes a guest
-#   words     errors, spec, exits, actions, effects, policy/       plain data and pure functions
+#   words     errors, spec, exits, actions, effects, codec, policy/   plain data and pure functions
 #
 #   spec → VM → exits → policy → actions → fleet → VM
 """Run many KVM virtual machines from one async program, and keep noisy neighbours quiet."""

@@ -18,6 +18,8 @@ CORE_LIBRARIES = {"attr", "attrs", "cffi", "trio"}
 # What pure words may use of the standard library: nothing here knows of time, threads, files or chance.
 PURE = {
     "__future__",
+    "base64",
+    "binascii",
     "bisect",
     "collections",
     "copy",
@@ -29,6 +31,7 @@ PURE = {
     "math",
     "operator",
     "re",
+    "types",
     "typing",
 }
 
