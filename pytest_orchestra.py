@@ -71,8 +71,10 @@ def orchestra_clock(request: pytest.FixtureRequest, orchestra_backend: Backend |
     """
     node, plugins = request.node, request.config.pluginmanager
     if not (plugins.hasplugin("trio") or plugins.hasplugin("pytest_trio.plugin")):
+        from orchestra.extras import install
+
         pytest.fail(
-            "orchestra's fixtures need pytest-trio, which is not there: pip install 'orchestra[testing]'. Without it, "
+            f"orchestra's fixtures need pytest-trio, which is not there: {install('testing')}. Without it, "
             "use orchestra.testing.run() and orchestra.open_fleet(backend=orchestra.testing.backend())",
             pytrace=False,
         )

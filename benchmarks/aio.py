@@ -7,7 +7,6 @@ import ctypes
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
-from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
@@ -15,13 +14,10 @@ import trio
 
 import orchestra as orc
 import orchestra.aio
-from orchestra.native import ffi, lib
-from orchestra.native.core import REASON_NUMBERS, VcpuCore
-from orchestra.native.records import told_mask
 
 from . import floor
+from .played import SETTLE, Tally, compiled, production
 from .row import Options, Row
-from .told import NATIVE, SETTLE, Production, Tally
 
 __all__ = ["aio"]
 
@@ -62,12 +58,12 @@ def _spec() -> orc.VmSpec:
 
 
 async def _under_trio(times: int) -> dict[str, list[float]]:
-    async with orc.open_fleet(bus_locks="off") as fleet:
+    async with orc.open_fleet(backend="kvm", bus_locks="off") as fleet:
         return await _calls(times, await fleet.launch(_spec()), fleet, partial(trio.sleep, 0.001))
 
 
 async def _under_asyncio(times: int, thread: bool) -> dict[str, list[float]]:
-    async with orc.aio.open_fleet(bus_locks="off", thread=thread) as fleet:
+    async with orc.aio.open_fleet(backend="kvm", bus_locks="off", thread=thread) as fleet:
         return await _calls(times, await fleet.launch(_spec()), fleet, partial(asyncio.sleep, 0.001))
 
 
@@ -108,55 +104,33 @@ async def _call_rows(options: Options) -> list[Row]:
     return rows
 
 
-def _address(pointer: Any) -> int:
-    return int(ffi.cast("uintptr_t", pointer))
-
-
 async def _consume(exits: orc.aio.Exits, tally: Tally) -> None:
     async for exit in exits:
         if exit.vm:
             tally.received += 1
 
 
-async def _stream(options: Options, library: Path, thread: bool) -> Row:
+async def _stream(options: Options, produce: Any, thread: bool) -> Row:
     """A C thread that accounts and tells at RATE, as in told.py; the subscriber is an asyncio task."""
-    produce = ctypes.CDLL(str(library)).produce
-    produce.restype = None
     tally, seconds = Tally(), options.pick(5, 1)
-    async with orc.aio.open_fleet(bus_locks="off", thread=thread) as fleet:
-        await fleet.launch(_spec(), paused=True)
-        inner = fleet._inner
-        core = VcpuCore(inner.core, inner.next_id())
-        handles = ffi.new("orc_vcpu *[]", [core.handle])
-        core.tell(told_mask((orc.Io,)))
-        fleet._bridge.sync(inner.register, core, "vm", 0)
-        work = Production(
-            account=_address(ffi.addressof(lib, "orc_vcpu_account")),
-            now=_address(ffi.addressof(lib, "orc_now")),
-            vcpus=_address(handles),
-            vcpu_count=1,
-            rate=RATE,
-            total=RATE * seconds,
-            reason=REASON_NUMBERS["io"],
-        )
-        try:
-            async with fleet.exits(orc.Io) as exits:
-                consumer = asyncio.create_task(_consume(exits, tally))
-                cpu = time.process_time()
-                await asyncio.to_thread(produce, ctypes.byref(work))
-                try:
-                    async with asyncio.timeout(SETTLE):
-                        while tally.received < work.total:  # noqa: ASYNC110  # how soon does not matter
-                            await asyncio.sleep(0.01)
-                except TimeoutError:
-                    pass
-                cpu = time.process_time() - cpu
-                missed = core.counters(fleet.now()).missed + exits.missed
-                consumer.cancel()
-                await asyncio.wait([consumer])
-        finally:
-            fleet._bridge.sync(inner.retire, [core])
-            core.close()
+    async with orc.aio.open_fleet(backend="kvm", bus_locks="off", thread=thread) as fleet:
+        spec = orc.VmSpec(name="played", boot=orc.FlatImage(code=floor.guest("write")))
+        vm = await fleet.launch(spec, paused=True)
+        async with fleet.exits(orc.Io) as exits:
+            work = production(vm, orc.Io, RATE, RATE * seconds)
+            consumer = asyncio.create_task(_consume(exits, tally))
+            cpu = time.process_time()
+            await asyncio.to_thread(produce, ctypes.byref(work))
+            try:
+                async with asyncio.timeout(SETTLE):
+                    while tally.received < work.total:  # noqa: ASYNC110  # how soon does not matter
+                        await asyncio.sleep(0.01)
+            except TimeoutError:
+                pass
+            cpu = time.process_time() - cpu
+            missed = vm.statistics().missed + exits.missed
+            consumer.cancel()
+            await asyncio.wait([consumer])
     rate, share = work.total / work.took * 1e9, cpu / work.took * 1e9
     return Row(
         what=f"aio, {'own thread' if thread else 'guest of the loop'}: exits to an async for, {seconds} s",
@@ -169,8 +143,7 @@ async def _stream(options: Options, library: Path, thread: bool) -> Row:
 
 
 async def aio(options: Options) -> list[Row]:
-    rows = await _call_rows(options)
-    library = floor.compile_c("producer.c", options.build / "producer.so", "-shared", "-fPIC", f"-I{NATIVE}")
+    rows, produce = await _call_rows(options), compiled(options.build)
     for thread in (False, True):
-        rows.append(await trio.to_thread.run_sync(asyncio.run, _stream(options, library, thread)))
+        rows.append(await trio.to_thread.run_sync(asyncio.run, _stream(options, produce, thread)))
     return rows

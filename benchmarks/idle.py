@@ -48,7 +48,7 @@ async def _measure(options: Options, halted: bool) -> list[Row]:
     vms, seconds = options.pick(500, 20), options.pick(10, 1)
     how = "halted" if halted else "paused"
     boot = orc.FlatImage(code=floor.guest("halt" if halted else "write"))
-    async with orc.open_fleet() as fleet:
+    async with orc.open_fleet(backend="kvm") as fleet:
 
         async def launch(name: str) -> orc.Vm:
             return await fleet.launch(orc.VmSpec(name=name, boot=boot, irqchip=halted), paused=not halted)

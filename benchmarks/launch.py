@@ -26,7 +26,7 @@ async def launch_all(vms: int, concurrent: int) -> tuple[float, float]:
     boot = orc.FlatImage(code=floor.guest("write"))
     specs = iter([orc.VmSpec(name=f"vm-{n}", boot=boot, exit_limit=ONE_EXIT) for n in range(vms)])
 
-    async with orc.open_fleet() as fleet:
+    async with orc.open_fleet(backend="kvm") as fleet:
 
         async def launcher(specs: Iterator[orc.VmSpec]) -> None:
             for spec in specs:

@@ -19,7 +19,7 @@ RATE = 0.01  # the first exit waits 100 s, so that more than 10 s lie ahead of e
 
 async def pause(options: Options) -> list[Row]:
     took = []
-    async with orc.open_fleet() as fleet:
+    async with orc.open_fleet(backend="kvm") as fleet:
         limit = orc.Limit(rate=RATE, burst=1, max_delay=None)
         boot = orc.FlatImage(code=floor.guest("write"))
         vm = await fleet.launch(orc.VmSpec(name="slow", boot=boot, exit_limit=limit))

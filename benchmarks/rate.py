@@ -55,7 +55,7 @@ def _second_round(events: list[Event]) -> list[float]:
 async def _measure(options: Options, vms: int, vcpus: int) -> Row:
     seconds, events = options.pick(10, 1), []
     limit = orc.Limit(rate=RATE, burst=BURST, max_delay=None)
-    async with orc.open_fleet(exit_limit=limit) as fleet:
+    async with orc.open_fleet(backend="kvm", exit_limit=limit) as fleet:
         boot = orc.FlatImage(code=floor.guest("write"))
         fleets = [
             await fleet.launch(orc.VmSpec(name=f"vm-{n}", boot=boot, vcpus=vcpus), paused=True) for n in range(vms)

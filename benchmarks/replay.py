@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import random
-import sqlite3
 import tempfile
 import time
 from pathlib import Path
+
+import orchestra as orc
+from orchestra.policy.facts import Facts, HostFacts, VmFacts
 
 from .row import Options, Row
 
 __all__ = ["replay"]
 
 VMS = 1000
+WAITING = 50_000
+"""Rows that wait to be written at most: it drops them from 200,000 on."""
 RULES = """
 [[policies]]
 kind = "weighted-share"
@@ -40,7 +44,7 @@ async def replay(options: Options) -> list[Row]:
                 what=f"replay: {VMS} VMs, {active} of them active",
                 measured=f"{each * 1e6:.1f} us for each active VM and interval",
                 bound="20 us",
-                ok=None if options.quick else each <= 20e-6,
+                ok=each <= 20e-6,
                 note=f"CPU time, with two policies. A day at an interval of 1 s: {cpu / seconds * 1440:.1f} min",
                 details={
                     "seconds": took,
@@ -65,26 +69,22 @@ def _replay(path: Path) -> tuple[float, float]:
 
 
 def _write(path: Path, active: int, seconds: int) -> None:
-    """A journal as a fleet would have written it, in one go."""
+    """A journal as a fleet would have written it, as fast as it takes it."""
     from orchestra.journal import Journal
 
-    empty = Journal(path)
-    empty.begin(0, "benchmark", "trap-like")
-    empty.end(0)
-    chance = random.Random(1)
-    session, begun = 1, 1_760_000_000
-    connection = sqlite3.connect(path)
-    with connection:
-        for second in range(seconds):
-            at = (begun + second) * 1_000_000_000
-            rows = []
-            for n in range(active):
-                noisy = not n % 100 and second // 60 % 2
-                locks = chance.randrange(3000, 9000) if noisy else chance.randrange(3)
-                delay, work = 0.1 * chance.random(), 10 * chance.random()
-                who = (f"vm-{n}", n, f"tenant-{n % 20}", 1.0, 2)
-                rows.append((session, at, 1.0, *who, locks, locks + 50, 0.0, 0.5, delay, None, work, None, "{}"))
-            connection.executemany(f"INSERT INTO aggregates VALUES ({','.join('?' * 17)})", rows)
-            host = (session, at, 1.0, 64, 0.1, 0.0, 0.0, 10.0, 90.0, 20_000.0, None, None, None, None)
-            connection.execute(f"INSERT INTO hosts VALUES ({','.join('?' * 14)})", host)
-    connection.close()
+    journal, chance = Journal(path), random.Random(1)
+    journal.begin(0, "benchmark", "trap-like")
+    for second in range(1, seconds + 1):
+        vms = {}
+        for n in range(active):
+            noisy = not n % 100 and second // 60 % 2
+            locks = chance.randrange(3000, 9000) if noisy else chance.randrange(3)
+            name, delay, work = f"vm-{n}", 0.1 * chance.random(), 10 * chance.random()
+            who = (name, f"tenant-{n % 20}", 1.0, 2)
+            vms[name] = VmFacts(*who, locks, locks + 50, 0.0, launch=n, cpu=0.5, run_delay=delay, work=work)
+        host = HostFacts(64, 0.1, 0.0, 0.0, lock_ns=10.0, memory_ns=90.0)
+        journal.aggregate(Facts(second * 10**9, 1.0, orc.Limit(rate=20_000), None, {}, vms, host))
+        while journal.statistics().waiting > WAITING:
+            time.sleep(0.01)
+    journal.end(seconds * 10**9)
+    assert not journal.statistics().dropped

@@ -4,33 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import time
-from pathlib import Path
 from typing import Any
 
-import attrs
 import trio
 
 import orchestra as orc
-from orchestra.native import ffi, lib
-from orchestra.native.core import REASON_NUMBERS, VcpuCore
-from orchestra.native.records import told_mask
 
 from . import floor
+from .played import SETTLE, Tally, compiled, production
 from .row import Options, Row
 
 __all__ = ["told"]
 
 RATE = 300_000
-SETTLE = 2.0
-NATIVE = Path(orc.__file__).parent / "native"
-
-
-@attrs.define
-class Tally:
-    """What the consumer saw."""
-
-    received: int = 0
-    cpu: float = 0.0
 
 
 async def _consume(exits: orc.Exits, tally: Tally) -> None:
@@ -48,7 +34,7 @@ async def _settle(tally: Tally, expected: int) -> None:
 async def _guests(options: Options) -> Row:
     """Two guests, all of whose exits are told."""
     tally, seconds = Tally(), options.pick(100, 5) / 10
-    async with orc.open_fleet() as fleet:
+    async with orc.open_fleet(backend="kvm") as fleet:
         boot = orc.FlatImage(code=floor.guest("write"))
         vms = [await fleet.launch(orc.VmSpec(name=f"vm-{n}", boot=boot), paused=True) for n in range(2)]
         async with fleet.exits(orc.Io) as exits, trio.open_nursery() as nursery:
@@ -82,64 +68,21 @@ async def _guests(options: Options) -> Row:
     )
 
 
-class Production(ctypes.Structure):
-    """struct production of producer.c."""
-
-    _fields_ = [
-        ("account", ctypes.c_void_p),
-        ("now", ctypes.c_void_p),
-        ("vcpus", ctypes.c_void_p),
-        ("vcpu_count", ctypes.c_int64),
-        ("rate", ctypes.c_double),
-        ("total", ctypes.c_int64),
-        ("reason", ctypes.c_uint16),
-        ("flags", ctypes.c_uint16),
-        ("latest", ctypes.c_int64),
-        ("took", ctypes.c_int64),
-    ]
-
-
-def _address(pointer: Any) -> int:
-    return int(ffi.cast("uintptr_t", pointer))
-
-
-async def _produced(options: Options, library: Path, kind: type[orc.Exit], reason: str, vcpus: int) -> Row:
+async def _produced(options: Options, produce: Any, kind: type[orc.Exit], vcpus: int) -> Row:
     """A C thread that accounts and tells at RATE."""
-    produce = ctypes.CDLL(str(library)).produce
-    produce.restype = None
     tally, seconds = Tally(), options.pick(10, 1)
-    async with orc.open_fleet() as fleet:
-        # The vCPUs that it plays belong to a VM that is there and does not run.
-        boot = orc.FlatImage(code=floor.guest("write"))
-        vm = await fleet.launch(orc.VmSpec(name="played", boot=boot), paused=True)
-        cores = [VcpuCore(fleet.core, fleet.next_id()) for _ in range(vcpus)]
-        handles = ffi.new("orc_vcpu *[]", [core.handle for core in cores])
-        for core in cores:
-            core.tell(told_mask((kind,)))
-            fleet.register(core, vm.name, 0)
-        work = Production(
-            account=_address(ffi.addressof(lib, "orc_vcpu_account")),
-            now=_address(ffi.addressof(lib, "orc_now")),
-            vcpus=_address(handles),
-            vcpu_count=vcpus,
-            rate=RATE,
-            total=RATE * seconds,
-            reason=REASON_NUMBERS[reason],
-            flags=lib.KVM_RUN_X86_BUS_LOCK if kind is orc.BusLock else 0,
-        )
-        try:
-            async with fleet.exits(kind) as exits, trio.open_nursery() as nursery:
-                nursery.start_soon(_consume, exits, tally)
-                cpu = time.thread_time()
-                await trio.to_thread.run_sync(produce, ctypes.byref(work))  # ctypes lets go of the interpreter lock
-                await _settle(tally, work.total)
-                cpu = time.thread_time() - cpu
-                in_ring, in_channel = sum(core.counters(fleet.now()).missed for core in cores), exits.missed
-                nursery.cancel_scope.cancel()
-        finally:
-            fleet.retire(cores)
-            for core in cores:
-                core.close()
+    async with orc.open_fleet(backend="kvm") as fleet:
+        spec = orc.VmSpec(name="played", vcpus=vcpus, boot=orc.FlatImage(code=floor.guest("write")))
+        vm = await fleet.launch(spec, paused=True)
+        async with fleet.exits(kind) as exits, trio.open_nursery() as nursery:
+            nursery.start_soon(_consume, exits, tally)
+            work = production(vm, kind, RATE, RATE * seconds)
+            cpu = time.thread_time()
+            await trio.to_thread.run_sync(produce, ctypes.byref(work))
+            await _settle(tally, work.total)
+            cpu = time.thread_time() - cpu
+            in_ring, in_channel = vm.statistics().missed, exits.missed
+            nursery.cancel_scope.cancel()
     missed = in_ring + in_channel
     rate, share = work.total / work.took * 1e9, cpu / work.took * 1e9
     each = cpu / max(tally.received, 1)
@@ -164,9 +107,9 @@ async def _produced(options: Options, library: Path, kind: type[orc.Exit], reaso
 
 
 async def told(options: Options) -> list[Row]:
-    library = floor.compile_c("producer.c", options.build / "producer.so", "-shared", "-fPIC", f"-I{NATIVE}")
+    produce = compiled(options.build)
     return [
         await _guests(options),
-        await _produced(options, library, orc.BusLock, "x86_bus_lock", 8),
-        await _produced(options, library, orc.Io, "io", 1),
+        await _produced(options, produce, orc.BusLock, 8),
+        await _produced(options, produce, orc.Io, 1),
     ]

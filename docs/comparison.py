@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import attrs
 
+from orchestra import colours
 from orchestra.figures import Figure, inline_svg, rc_context
 from orchestra.simulate import read_scenario, simulate
 from orchestra.simulate.policies import PolicySpec
@@ -37,31 +38,11 @@ POLICIES: Final[Mapping[str, PolicySpec]] = {
 """By what tables call them. 2000 locks a second and VM, and 5 % of the bus: numbers that operators have to pick."""
 
 SERIES: Final = ("slowdown_mean",)
-INK, MUTED, GRID = "#010101", "#020202", "#030303"
-LIGHT: Final = (
-    "#1a1d21",
-    "#5b6470",
-    "#dfe3e8",
-    "#8a8f98",
-    "#d4541c",
-    "#a8831a",
-    "#1668b8",
-    "#c13d78",
-    "#8a4bc4",
-    "#2a8c55",
-)
-DARK: Final = (
-    "#e8eaed",
-    "#9aa4b0",
-    "#333a42",
-    "#8a9099",
-    "#ff8a52",
-    "#d9b64a",
-    "#5fa8ee",
-    "#f07fb0",
-    "#bd8cf0",
-    "#5cc98d",
-)
+DRAWN: Final = (colours.INK, colours.MUTED, colours.GRID, *colours.POLICIES.values())
+LEAST: Final = 0.1
+"""Per cent that victims are slower: less is not told from nothing."""
+SPREAD: Final = 0.11
+"""Between two policies in a row, of the rows' distance."""
 MARKS: Final = ("o", "v", "^", "s", "X", "P", "D")
 
 
@@ -228,21 +209,22 @@ READ: Final = """
 def figures(results: Mapping[str, Any]) -> dict[str, str]:
     """SVG files by name."""
     policies = [FREE, *POLICIES]
-    stand_in = [f"#0505{i:02x}" for i in range(len(policies))]
+    stand_in = [colours.POLICIES[policy].stand_in for policy in policies]
+    ink, muted, grid = (colour.stand_in for colour in (colours.INK, colours.MUTED, colours.GRID))
     shown = [name for name in ("one-splitter", "evader", "crowd") if name in results] or list(results)[:1]
     style: Any = {
         "font.size": 9,
         "font.family": "sans-serif",
-        "axes.edgecolor": GRID,
-        "axes.labelcolor": MUTED,
-        "text.color": INK,
-        "xtick.color": MUTED,
-        "ytick.color": INK,
+        "axes.edgecolor": grid,
+        "axes.labelcolor": muted,
+        "text.color": ink,
+        "xtick.color": muted,
+        "ytick.color": ink,
         "axes.spines.top": False,
         "axes.spines.right": False,
         "axes.spines.left": False,
         "axes.grid": True,
-        "grid.color": GRID,
+        "grid.color": grid,
         "grid.linewidth": 0.6,
         "axes.axisbelow": True,
         "ytick.left": False,
@@ -251,15 +233,20 @@ def figures(results: Mapping[str, Any]) -> dict[str, str]:
         "axes.titlelocation": "left",
     }
     with rc_context(style):
-        dots = Figure(figsize=(8.4, 0.42 * len(results) + 1.2), layout="constrained")
+        dots = Figure(figsize=(8.4, 0.55 * len(results) + 1.2), layout="constrained")
         axes = dots.subplots()
         rows = list(reversed(list(results)))
         for i, policy in enumerate(policies):
-            values = [results[name]["worlds"][policy]["figures"]["slowdown"]["mean"] for name in rows]
-            axes.plot(values, range(len(rows)), MARKS[i], color=stand_in[i], label=policy, markersize=5.5, alpha=0.9)
+            means = [results[name]["worlds"][policy]["figures"]["slowdown"]["mean"] for name in rows]
+            slower = [max(100 * (mean - 1), LEAST) for mean in means]
+            # One below the other in its row: they are close together.
+            places = [row + SPREAD * ((len(policies) - 1) / 2 - i) for row in range(len(rows))]
+            axes.plot(slower, places, MARKS[i], color=stand_in[i], label=policy, markersize=4.5)
         axes.set_yticks(range(len(rows)), rows)
-        axes.set_xlim(left=0.99)
-        axes.set_xlabel("mean slow-down of the innocent (times as long)")
+        axes.set_ylim(-0.5, len(rows) - 0.5)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} %" if value > LEAST else f"{value:g} % or less")
+        axes.set_xlabel("how much slower the innocent are, mean")
         dots.legend(loc="outside upper left", ncols=4, handletextpad=0.2, columnspacing=1.2)
 
         lines = Figure(figsize=(8.4, 1.9 * len(shown) + 0.5), layout="constrained")
@@ -268,15 +255,17 @@ def figures(results: Mapping[str, Any]) -> dict[str, str]:
             for i, policy in enumerate(policies):
                 series = results[name]["worlds"][policy]["series"]
                 label = policy if axes is panels[0] else None
-                axes.plot(series["time"], series["slowdown_mean"], color=stand_in[i], linewidth=1.3, label=label)
+                slower = [100 * (mean - 1) for mean in series["slowdown_mean"]]
+                axes.plot(series["time"], slower, color=stand_in[i], linewidth=1.3, label=label)
             axes.set_title(name)
-            axes.set_ylim(bottom=1)
+            axes.set_yscale("symlog", linthresh=1)
+            axes.set_ylim(0, 150)
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
             axes.set_xlim(0, None)
         panels[-1].set_xlabel("seconds")
-        lines.supylabel("mean slow-down of the innocent", fontsize=9, color=MUTED)
+        lines.supylabel("how much slower the innocent are, mean", fontsize=9, color=muted)
         lines.legend(loc="outside upper left", ncols=4, handlelength=1.4, columnspacing=1.2)
-    names = [INK, MUTED, GRID, *stand_in]
-    variables = {name: f"var(--c{i})" for i, name in enumerate(names)}
+    variables = colours.variables(DRAWN)
     return {
         "comparison-slowdown.svg": _styled(inline_svg(dots, "dots", variables)),
         "comparison-time.svg": _styled(inline_svg(lines, "lines", variables)),
@@ -286,10 +275,7 @@ def figures(results: Mapping[str, Any]) -> dict[str, str]:
 def _styled(svg: str) -> str:
     """With colours for light and dark pages of its own: it stands in a file."""
 
-    def root(colours: Sequence[str]) -> str:
-        return ":root{" + "".join(f"--c{i}:{colour};" for i, colour in enumerate(colours)) + "}"
-
-    style = f"<style>{root(LIGHT)}@media (prefers-color-scheme:dark){{{root(DARK)}}}</style>"
+    style = f"<style>{colours.css(DRAWN)}</style>"
     head, close, rest = svg.partition(">")
     return f"{head}{close}\n{style}{rest}\n"
 

@@ -2,10 +2,12 @@
 
 from importlib.metadata import version as installed_version
 
+from orchestra.extras import DISTRIBUTION
+
 project = "orchestra"
 author = "The orchestra developers"
 copyright = "The orchestra developers"
-release = version = installed_version("orchestra")
+release = version = installed_version(DISTRIBUTION)
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinxcontrib_trio"]
 exclude_patterns = ["_build"]

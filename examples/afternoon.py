@@ -9,6 +9,7 @@ Choose a policy to live it under, and ask the journal afterwards:
 """
 
 import argparse
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -132,6 +133,7 @@ async def live(
     async with orc.open_fleet(
         backend=backend, bus_locks="require", policies=chosen, journal=Journal(journal), journal_interval=0.25
     ) as fleet:
+        print(f"backend {fleet.backend.why}\n")
         async with trio.open_nursery() as nursery:
             clients = {name: Client() for name in NAMES}
             for name, client in clients.items():
@@ -177,20 +179,17 @@ def told(afternoon: Afternoon) -> Iterator[str]:
 
 async def show(arguments: argparse.Namespace) -> None:
     chosen, plan = policies(arguments.noise)[arguments.policy], phases(arguments.noise, arguments.length)
-    try:
-        afternoon = await live(arguments.journal, chosen, plan, arguments.backend)
-    except orc.BusLockUnsupported:
-        print("this host's KVM reports no bus locks: the guests are emulated")
-        afternoon = await live(arguments.journal, chosen, plan, "emulated")
+    journal = arguments.journal or Path(tempfile.mkdtemp(prefix="afternoon-")) / "afternoon.db"
+    afternoon = await live(journal, chosen, plan, arguments.backend)
     print(*told(afternoon), sep="\n")
     when = time.localtime(afternoon.lived[1].end)
-    print(f"\norchestra why noisy-1 --journal {arguments.journal} --at {time.strftime('%H:%M:%S', when)}")
+    print(f"\norchestra why noisy-1 --journal {journal} --at {time.strftime('%H:%M:%S', when)}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="An afternoon with noisy neighbours.")
     parser.add_argument("--policy", choices=list(policies(1000)), default="ladder")
-    parser.add_argument("--journal", type=Path, default=Path("afternoon.db"), help="a file; it may be there already")
+    parser.add_argument("--journal", type=Path, help="a file; it may be there already (default: one in a new folder)")
     parser.add_argument("--noise", type=float, default=2000, help="locks a second that a noisy VM wants")
     parser.add_argument("--length", type=float, default=5, help="seconds of each phase; the recovery has twice that")
     parser.add_argument("--backend", choices=["auto", "kvm", "emulated"], default="auto")

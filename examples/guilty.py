@@ -12,15 +12,7 @@ SYMBOLS = orc.Symbols([(0x1003, 9, "refcount_get"), (0x100C, 5, "spin_lock")])
 
 
 async def main() -> None:
-    try:
-        await show("auto")
-    except orc.BusLockUnsupported:
-        print("this host's KVM reports no bus locks: the guest is emulated")
-        await show("emulated")
-
-
-async def show(backend: str) -> None:
-    async with orc.open_fleet(backend=backend, bus_locks="require") as fleet:
+    async with orc.open_fleet(bus_locks="require") as fleet:
         # One lock of 20, and not of 100, as this is a short run.
         vm = await fleet.launch(orc.VmSpec(name="web-1", boot=orc.FlatImage(code=GUEST), sample_every=20))
         await trio.sleep(1)

@@ -1,12 +1,12 @@
 # The map, from the door down; imports point down it and never up (tests/test_layers.py holds them to it).
 #
 #   door      cli, __main__                     a person at a terminal
-#   windows   aio/, doctor, figures, journal/, replay/, rules/, simulate/, testing/, tomlfile   see, steer, test a fleet
+#   windows   aio/, colours, doctor, figures, journal/, replay/, rules/, simulate/, testing/, tomlfile   see, steer it
 #   house     opening, fleet, statistics, governor, activity, dirty, apply, record, subscription, watch   many VMs
-#   machine   vm, counted, guest, vcpu          one VM: its tasks, its state machine
-#   parts     actuators/, devices/, boot/, budget, profile/, signals/   what a guest sees, may use, and is guilty of
+#   machine   vm, desired, succession, counted, guest, holding, vcpu, inbox   one VM: its tasks, its states
+#   parts     actuators/, devices/, boot/, budget, contain, profile/, signals/, workers   what a guest sees, uses, did
 #   silicon   backend/ (kvm, emulated, scripted), memory, native/   what executes a guest
-#   words     errors, spec, exits, actions, effects, codec, policy/   plain data and pure functions
+#   words     errors, extras, spec, exits, actions, effects, codec, policy/   plain data and pure functions
 #
 #   spec → VM → exits → policy → actions → fleet → VM
 """Run many KVM virtual machines from one async program, and keep noisy neighbours quiet."""
@@ -43,6 +43,7 @@ from .devices.requests import Request
 from .errors import (
     BackendUnavailable,
     BusLockUnsupported,
+    FileError,
     GuestMemoryError,
     KvmError,
     NoSuchBackend,
@@ -84,6 +85,7 @@ from .exits import (
     Xen,
 )
 from .fleet import Fleet
+from .holding import PendingIo
 from .opening import open_fleet
 from .policy import (
     CPU_MODELS,
@@ -158,6 +160,7 @@ __all__ = [
     "Facts",
     "FailEntry",
     "Failed",
+    "FileError",
     "FlatImage",
     "Fleet",
     "FleetStatistics",
@@ -194,6 +197,7 @@ __all__ = [
     "OtherExit",
     "Outcome",
     "Pause",
+    "PendingIo",
     "Policy",
     "Profile",
     "Rdmsr",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from .extras import install
+
 __all__ = ["main"]
 
 EXTRA = ("cyclopts", "rich")
@@ -17,8 +19,10 @@ def main() -> int:
         library = (error.name or "").partition(".")[0]
         if library not in EXTRA:
             raise
-        print(f"orchestra: the command line needs {library}: pip install 'orchestra[cli]'", file=sys.stderr)
+        print(f"orchestra: the command line needs {library}: {install('cli')}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     return app.main()
 
 

@@ -77,7 +77,11 @@ class _OnVm:
 
 @attrs.frozen(kw_only=True)
 class Pause(_OnVm):
-    """Hold a VM's vCPUs outside the guest. Allowed while it runs; done at once if it is paused already."""
+    """Hold a VM's vCPUs outside the guest. Allowed while it runs; done at once if it is paused already.
+
+    It has taken effect when no guest code runs: it waits for no device and no task that has an access to answer. The
+    row of that state in the journal says what is pending, and `Vm.pause` waits for it.
+    """
 
 
 @attrs.frozen(kw_only=True)

@@ -14,9 +14,10 @@ from typing import Final, Protocol
 import attrs
 
 from .backend import Backend
+from .counted import by_bucket
 from .dirty import DirtyLogs, Told
 from .guest import Guest
-from .native.core import FleetCore, reason_name
+from .native.core import BUCKETS, FleetCore, reason_name
 from .policy import Facts, VcpuFacts, VmFacts
 from .policy.facts import add_known
 from .signals import HostReading, HostSignals, ThreadTimes
@@ -45,6 +46,8 @@ class Fleet(Protocol):
     def limit(self) -> Limit | None: ...
     @property
     def exit_limit(self) -> Limit | None: ...
+    @property
+    def answer_limit(self) -> Limit | None: ...
     def now(self) -> int: ...
 
 
@@ -55,9 +58,9 @@ class _Vcpu:
     vm: Vm
     guest: Guest
     index: int
-    tid: int | None
     bus_locks: int = 0
-    throttled: int = 0
+    answers: int = 0
+    held: list[int] = attrs.field(factory=lambda: [0] * len(BUCKETS))
     cpu: int = 0
     run_delay: int = 0
     capped: int = 0
@@ -66,11 +69,13 @@ class _Vcpu:
 
 @attrs.define(eq=False)
 class _Sum:
-    """What a vCPU did since a time; exits by the kernel's number of the reason. None: nobody told."""
+    """What a vCPU did since a time; exits by the kernel's number of the reason, waits for its turn by `BUCKETS`. None:
+    nobody told."""
 
     exits: dict[int, int] = attrs.field(factory=dict)
     bus_locks: int = 0
-    throttled: int = 0
+    answers: int = 0
+    held: list[int] = attrs.field(factory=lambda: [0] * len(BUCKETS))
     cpu: int | None = None
     run_delay: int | None = None
     capped: int | None = None
@@ -132,12 +137,15 @@ class Activity:
     # ---- who there is
 
     def add(self, id: int, vm: Vm, guest: Guest, index: int) -> None:
-        vcpu = self._vcpus[id] = _Vcpu(vm, guest, index, guest.vcpus[index].tid)
-        if self._threads is not None and vcpu.tid is not None:
-            # What its thread has used so far was for its own start.
-            vcpu.cpu = self._threads.cpu(vcpu.tid) or 0
-            self._turn.append(id)
-            self.host.add_thread(vcpu.tid)
+        vcpu = self._vcpus[id] = _Vcpu(vm, guest, index)
+        if self._threads is None:
+            return
+        with guest.vcpus[index].living() as tid:
+            if tid is not None:
+                # What its thread has used so far was for its own start.
+                vcpu.cpu = self._threads.cpu(tid) or 0
+                self._turn.append(id)
+                self.host.add_thread(tid)
 
     def forget(self, id: int) -> None:
         """A vCPU is gone: what it did last still counts, as its VM may be restarted."""
@@ -193,43 +201,54 @@ class Activity:
 
     def _look(self, vcpu: _Vcpu, now: int) -> bool:
         """Whether it is to be looked at the next time, whatever the core says."""
-        exits, locks_so_far, throttled_so_far = vcpu.guest.look(vcpu.index, now)
-        # Clamped: runner and governor read the clock each for itself, so a wait may end "before" it was looked at.
-        bus_locks, throttled = max(0, locks_so_far - vcpu.bus_locks), max(0, throttled_so_far - vcpu.throttled)
-        vcpu.bus_locks, vcpu.throttled = locks_so_far, throttled_so_far
+        exits, locks_so_far, held_so_far, answers_so_far = vcpu.guest.look(vcpu.index, now)
+        bus_locks, vcpu.bus_locks = max(0, locks_so_far - vcpu.bus_locks), locks_so_far
+        answers, vcpu.answers = max(0, answers_so_far - vcpu.answers), answers_so_far
+        held: list[int] | None = None
+        if held_so_far != vcpu.held:
+            # Clamped: runner and governor read the clock each for itself, so a wait may end "before" it was looked at.
+            held = [max(0, far - before) for far, before in zip(held_so_far, vcpu.held, strict=True)]
+            vcpu.held, held = held_so_far, held if any(held) else None
         used, waited = self._times(vcpu, now)
         capped = self._capped(vcpu, now)
         if exits or used:
             self.logs.stir(vcpu.vm, vcpu.looked, now)
         vcpu.looked = now
-        if not (exits or bus_locks or throttled or used or capped):
+        if not (exits or bus_locks or held or used or capped):
             return False
         for window in self._windows:
             total = window.of(vcpu.vm, vcpu.index)
             for reason, count in exits.items():
                 total.exits[reason] = total.exits.get(reason, 0) + count
             total.bus_locks += bus_locks
-            total.throttled += throttled
+            if held is not None:
+                total.held = [sum(both) for both in zip(total.held, held, strict=True)]
+            total.answers += answers
             if used is not None:
                 total.cpu = (total.cpu or 0) + used
             if waited is not None:
                 total.run_delay = (total.run_delay or 0) + waited
             if capped is not None:
                 total.capped = (total.capped or 0) + capped
-        return bool(throttled or used or capped)
+        # Whoever made an exit may just have begun to wait for its turn, and will account nothing until that has come.
+        return bool(exits or held or used or capped)
 
     def _times(self, vcpu: _Vcpu, now: int) -> tuple[int | None, int | None]:
         """CPU time and run-queue delay since the last look."""
-        if vcpu.tid is None or self._threads is None:
+        if self._threads is None:
             return None, None
-        ran = self._threads.cpu(vcpu.tid)
+        with vcpu.guest.vcpus[vcpu.index].living() as tid:  # or the figures could be another thread's
+            return (None, None) if tid is None else self._times_of(self._threads, tid, vcpu, now)
+
+    def _times_of(self, threads: ThreadTimes, tid: int, vcpu: _Vcpu, now: int) -> tuple[int | None, int | None]:
+        ran = threads.cpu(tid)
         if ran is None:
             return None, None
         used, vcpu.cpu = ran - vcpu.cpu, ran
         if not used:
             return 0, None if "run_delay" in self._absent else 0
         waited = None
-        delay = self._threads.run_delay(vcpu.tid)
+        delay = threads.run_delay(tid)
         if delay is not None:
             waited, vcpu.run_delay = max(0, delay - vcpu.run_delay), delay
         if vcpu.looked < self._looked:
@@ -287,6 +306,7 @@ class Activity:
             interval=max((self._looked - window.since) / 1e9, 1e-9),
             limit=fleet.limit,
             exit_limit=fleet.exit_limit,
+            answer_limit=fleet.answer_limit,
             tenants=self._tenants,
             vms=MappingProxyType(vms),
             host=self.host.facts(window.reading, self._reading, self._absent),
@@ -300,10 +320,11 @@ class Activity:
                 index=index,
                 bus_locks=one.bus_locks if seen else None,
                 exits=sum(one.exits.values()),
-                throttled=one.throttled / 1e9,
+                throttled=sum(one.held) / 1e9,
                 cpu=_seconds(one.cpu),
                 run_delay=_seconds(one.run_delay),
                 capped=_seconds(one.capped),
+                answers=one.answers,
             )
             for index, one in sorted(sums.items())
         )
@@ -320,6 +341,7 @@ class Activity:
             bus_locks=sum(one.bus_locks for one in sums.values()) if seen else None,
             exits=sum(reasons.values()),
             throttled=sum(vcpu.throttled for vcpu in vcpus),
+            answers=sum(vcpu.answers for vcpu in vcpus),
             launch=vm.launch,
             cpu=add_known(vcpu.cpu for vcpu in vcpus),
             run_delay=add_known(vcpu.run_delay for vcpu in vcpus),
@@ -329,6 +351,7 @@ class Activity:
             by_vcpu=vcpus,
             dirty_pages=None if dirty is None else dirty.pages,
             dirty_rate=self.logs.rate(vm) if dirty is None else dirty.pages * 1e9 / dirty.time,
+            throttled_by=by_bucket(one.held for one in sums.values()),
         )
 
 

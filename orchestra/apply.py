@@ -43,7 +43,7 @@ from .errors import BusLockUnsupported, OrchestraError, SpecError, StateError
 from .native.core import FleetCore
 from .policy import Guard
 from .record import Records
-from .spec import Limit, Meter
+from .spec import ANSWER_LIMIT, Limit, Meter
 from .vm import Vm
 
 __all__ = ["Applier", "Begun", "OnEvict"]
@@ -52,6 +52,9 @@ log: Final = logging.getLogger("orchestra")
 
 OnEvict = Callable[[Vm, Evict], Awaitable[object]]
 """What moves a VM to another host, or raises why not."""
+
+GIVERS: Final = {"open_fleet": "open_fleet()", "spec": "its spec", "default": "default (answer_limit)"}
+DEFAULTS: Final = {Meter.ANSWERS: ANSWER_LIMIT}
 
 _Effect = Callable[[], Awaitable[object]]
 
@@ -269,6 +272,21 @@ class Applier:
         """As `Fleet.set_limit`, without a word in the journal."""
         budget = self.check_limit(limit, meter, tenant, vm, vcpu)
         self._change(budget, lambda now: budget.set_base(limit, now))
+
+    def given(self, budgets: Budgets, by: str, **where: Any) -> None:
+        """Journal the limits with which a fleet, a tenant, a VM or a vCPU begins, as those that are set later.
+
+        Parameters:
+            by: what gives them: "open_fleet" or "spec".
+            where: as of `SetLimit`.
+        """
+        now = self._fleet.now()
+        for meter, budget in budgets.items():
+            if budget.base is not None:
+                whose = "default" if budget.base == DEFAULTS.get(meter) else by
+                reason = f"given by {GIVERS[whose]}"
+                given = SetLimit(limit=budget.base, meter=meter, reason=reason, evidence={"given": whose}, **where)
+                self._records.given(now, given)
 
     def check_limit(
         self, limit: Limit | None, meter: Meter, tenant: str | None, vm: str | None, vcpu: int | None

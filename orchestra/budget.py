@@ -8,7 +8,7 @@ from typing import TypeAlias
 from .native.core import Bucket, VcpuCore
 from .spec import Limit, Meter, tightest
 
-__all__ = ["HOST", "TENANT", "VCPU", "VM", "Budget", "Budgets", "connect", "make_budgets", "tightest"]
+__all__ = ["HOST", "TENANT", "VCPU", "VM", "Budget", "Budgets", "connect", "limits_of", "make_budgets", "tightest"]
 
 HOST, TENANT, VM, VCPU = range(4)
 """Levels, from the widest bucket to the narrowest."""
@@ -53,8 +53,13 @@ Budgets: TypeAlias = Mapping[Meter, Budget]
 """One level's budgets, by meter."""
 
 
-def make_budgets(limit: Limit | None, exit_limit: Limit | None, now: int) -> Budgets:
-    return {Meter.BUS_LOCKS: Budget(limit, now), Meter.EXITS: Budget(exit_limit, now)}
+def make_budgets(limits: Mapping[Meter, Limit | None], now: int) -> Budgets:
+    return {meter: Budget(limits[meter], now) for meter in Meter}
+
+
+def limits_of(owner: object, prefix: str = "") -> Mapping[Meter, Limit | None]:
+    """Those that a spec or a tenant asks for. `prefix`: of the fields' names."""
+    return {meter: getattr(owner, prefix + meter.field) for meter in Meter}
 
 
 def connect(core: VcpuCore, levels: tuple[Budgets, Budgets, Budgets, Budgets]) -> None:

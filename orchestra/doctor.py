@@ -17,12 +17,13 @@ import attrs
 from .actuators.delegation import own_cgroup, why_not
 from .backend.emulated import library
 from .backend.kvm.system import Kvm
-from .backend.picking import Seen, pick
+from .backend.picking import DETECTION, Asked, Found, Pick, pick
 from .errors import OrchestraError
+from .extras import install
 from .native import lib
 from .spec import GiB, MiB
 
-__all__ = ["Finding", "Report", "examine"]
+__all__ = ["Finding", "Report", "Verdict", "examine"]
 
 Status: TypeAlias = Literal["ok", "note", "problem"]
 
@@ -42,6 +43,9 @@ _EXTRAS = {
     "simulate": ("numpy", "cattrs"),
     "testing": ("pytest", "pytest_trio"),
 }
+AUTO = 'backend="auto"'
+"""The check that is a problem where no guest can run at all."""
+BUS_LOCKS = Asked("bus_locks='require'")
 _BUS_LOCK_FLAGS = ("split_lock_detect", "bus_lock_detect", "bus_lock_threshold")
 
 
@@ -65,11 +69,47 @@ class Finding:
 
 
 @attrs.frozen
+class Verdict:
+    """The findings in three sentences.
+
+    Attributes:
+        can: what this host can do.
+        auto: what `backend="auto"` takes where nobody needs bus locks, and why.
+        auto_bus_locks: what it takes where somebody does.
+        todo: the one most important thing to do.
+    """
+
+    can: str
+    auto: Pick
+    auto_bus_locks: Pick
+    todo: str
+
+    @property
+    def lines(self) -> tuple[str, str, str]:
+        """For a person."""
+        plain, locks = self.auto, self.auto_bus_locks
+        if plain.name is None:
+            takes = f"takes none: {plain.why}"
+        elif plain.name == locks.name:
+            takes = f"takes {locks.why}"
+        elif locks.name is None:
+            takes = f"takes {plain.why}; where bus locks are needed, it takes none"
+        else:
+            takes = f"takes {plain.name}, and where bus locks are needed {locks.why}"
+        return f"{self.can}.", f'backend="auto" {takes}.', f"{self.todo}."
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**attrs.asdict(self), "lines": list(self.lines)}
+
+
+@attrs.frozen
 class Report:
     """What `examine` found; `capabilities` has KVM's by the kernel's names (empty without /dev/kvm)."""
 
     findings: tuple[Finding, ...]
     capabilities: dict[str, int]
+    verdict: Verdict | None = None
 
     @property
     def problems(self) -> tuple[Finding, ...]:
@@ -78,6 +118,7 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {
+            "verdict": None if self.verdict is None else self.verdict.as_dict(),
             "findings": [attrs.asdict(finding) for finding in self.findings],
             "capabilities": dict(self.capabilities),
         }
@@ -106,7 +147,31 @@ def examine(
         except Exception as error:  # a broken check must not hide what the others found
             name = check.__name__.strip("_").replace("_", " ")
             findings.append(Finding(name, "note", "unknown", f"could not be looked at: {error!r}"))
-    return Report(tuple(findings), host.capabilities)
+    return Report(tuple(findings), host.capabilities, _verdict(host, findings))
+
+
+def _verdict(host: _Host, findings: list[Finding]) -> Verdict:
+    kvm, unicorn = host.found
+    auto, locks = pick(host.found), pick(host.found, BUS_LOCKS)
+    names = [name for name, one in (("on KVM", kvm), ("on the emulated backend", unicorn)) if one.opens]
+    if not names:
+        can = "This host can run no guest: neither KVM nor the emulated backend works"
+    else:
+        sees = "on both" if len(names) == 2 and kvm.bus_locks else "there" if len(names) == 1 else f"only {names[-1]}"
+        seen = f"bus locks are seen {sees}" if locks.name else "bus locks can't be seen, exits can be limited"
+        can = f"This host can run guests {' and '.join(names)}; {seen}"
+    return Verdict(can, auto, locks, _todo(kvm, findings))
+
+
+def _todo(kvm: Found, findings: list[Finding]) -> str:
+    """The worst that has a remedy: what keeps all guests from running, the other problems, a KVM without bus locks."""
+    first = [finding for finding in findings if finding.check == AUTO]
+    for finding in (*first, *findings):
+        if finding.status == "problem" and finding.remedy:
+            return f"First of all, {finding.check}: {finding.remedy}"
+    if not kvm.bus_locks:
+        return f"Nothing has to be done. To see bus locks on KVM, {DETECTION}"
+    return "Nothing has to be done"
 
 
 class _Host:
@@ -127,6 +192,15 @@ class _Host:
         self.bus_lock_bits: int | None = None
         self.no_kvm: str | None = "not looked at"
         self.no_unicorn: str | None = "not looked at"
+
+    @property
+    def found(self) -> tuple[Found, Found]:
+        """The backends, for `pick`."""
+        seen = bool((self.bus_lock_bits or 0) & lib.KVM_BUS_LOCK_DETECTION_EXIT)
+        return (
+            Found("kvm", bus_locks=seen) if self.no_kvm is None else Found.closed("kvm", self.no_kvm),
+            Found("emulated") if self.no_unicorn is None else Found.closed("emulated", self.no_unicorn),
+        )
 
     def read(self, path: str) -> str:
         try:
@@ -256,18 +330,20 @@ def _unicorn(host: _Host) -> Iterator[Finding]:
 
 
 def _picked(host: _Host) -> Iterator[Finding]:
-    """What runs if nobody chooses."""
-    programs, check = "programs that don't choose run on it", 'backend="auto"'
-    best = pick(Seen(host.no_kvm, bool((host.bus_lock_bits or 0) & lib.KVM_BUS_LOCK_DETECTION_EXIT), host.no_unicorn))
-    remedy = f"`{best.remedy}`" if best.remedy else ""
-    if host.no_kvm is None:
-        yield Finding(check, "ok", "kvm", f"/dev/kvm opens: {programs}")
-    elif host.no_unicorn is None:
-        yield Finding(check, "ok", "emulated", f"{programs}, since KVM is not available")
+    """What runs if nobody chooses: where nobody needs bus locks, and where somebody does."""
+    plain, locks = pick(host.found), pick(host.found, BUS_LOCKS)
+    if plain.name is None:
+        _, unicorn = host.found
+        meaning = "neither KVM nor unicorn can be used: no guest can run here"
+        yield Finding(AUTO, "problem", "none", meaning, unicorn.remedy)
+        return
+    yield Finding(AUTO, "ok", plain.name, plain.why.partition(": ")[2])
+    check = f"{AUTO}, bus locks"
+    if locks.name is None:
+        remedy = host.found[1].remedy
+        yield Finding(check, "note", "none", f"{locks.why}; orchestra demo shows an exit storm instead", remedy)
     else:
-        yield Finding(check, "problem", "none", "neither KVM nor unicorn can be used: no guest can run here", remedy)
-    status: Status = "ok" if best.name and not best.remedy else "note"
-    yield Finding("orchestra demo", status, best.name or "none", best.why.partition(": ")[2], remedy)
+        yield Finding(check, "ok", locks.name, locks.why.partition(": ")[2])
 
 
 def _kernel(host: _Host) -> Iterator[Finding]:
@@ -316,8 +392,8 @@ def _bus_lock_exits(host: _Host) -> Iterator[Finding]:
             check,
             "note",
             str(bits),
-            'bus locks can\'t be seen here: bus_locks="require" refuses to start, "auto" runs without seeing them; '
-            "exits can be limited",
+            'KVM can\'t see bus locks here: with backend="kvm", bus_locks="require" refuses to start and "auto" runs '
+            "without seeing them; exits can be limited",
             "use an Intel CPU with bus-lock detection (Linux 5.12) or an AMD CPU with Bus Lock Threshold (Linux 6.16); "
             'in a virtual machine, its host must pass the feature on; backend="emulated" sees them on any host',
         )
@@ -536,7 +612,7 @@ def _extras(host: _Host) -> Iterator[Finding]:
     for extra, modules in _EXTRAS.items():
         missing = [name for name in modules if not host.importable(name)]
         if missing:
-            remedy = f"`pip install orchestra[{extra}]`"
+            remedy = f"`{install(extra)}`"
             yield Finding(
                 f"extra {extra}", "note", f"{', '.join(missing)} missing", "that part is not available", remedy
             )

@@ -8,6 +8,7 @@ from __future__ import annotations
 __all__ = [
     "BackendUnavailable",
     "BusLockUnsupported",
+    "FileError",
     "GuestMemoryError",
     "KvmError",
     "NoSuchBackend",
@@ -27,6 +28,18 @@ class OrchestraError(Exception):
 
 class SpecError(OrchestraError, ValueError):
     """Your spec, limit or argument can't be: the message names the field, the value and the remedy."""
+
+
+class FileError(OrchestraError, ValueError):
+    """A file that you named can't be read or written, or holds what can't be; the message begins with the file.
+
+    Attributes:
+        file: its name, where `lines` has more than one message could say.
+        lines: all that is wrong with it, as compilers write it: "FILE:LINE: KEY: what". Empty where one message does.
+    """
+
+    file: str = ""
+    lines: tuple[str, ...] = ()
 
 
 class NoSuchBackend(SpecError):

@@ -53,7 +53,8 @@ class Exit:
         time: nanoseconds on CLOCK_MONOTONIC (scripted backend: on trio's clock), when KVM_RUN returned.
         rip: the instruction pointer, or None where it was not sampled. For a bus lock: on the locking instruction on
             AMD (fault-like), behind it on Intel (trap-like).
-        wait: nanoseconds that the guest has to wait for this exit before it goes on, by the limits then in force.
+        wait: nanoseconds that the guest has to wait for this exit before it goes on, by the limits then in force on bus
+            locks and on exits.
         bus_lock: the exit reports a bus lock (KVM_RUN_X86_BUS_LOCK), whatever its reason.
         guest_mode: it was a guest of the guest that exited (KVM_RUN_X86_GUEST_MODE).
         smm: the vCPU was in system management mode (KVM_RUN_X86_SMM).

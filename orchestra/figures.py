@@ -3,18 +3,43 @@
 from __future__ import annotations
 
 import io
+import math
 import re
+from collections.abc import Iterable
+from typing import Any, Final
 
 from .errors import OrchestraError
+from .extras import install
 
 try:
     # mypy may well be run where this extra is not installed.
     from matplotlib import rc_context  # type: ignore[import-not-found,unused-ignore]
     from matplotlib.figure import Figure  # type: ignore[import-not-found,unused-ignore]
 except ImportError as error:
-    raise OrchestraError(f"plots need matplotlib ({error}): pip install 'orchestra[plot]'") from None
+    raise OrchestraError(f"plots need matplotlib ({error}): {install('plot')}") from None
 
-__all__ = ["Figure", "inline_svg", "rc_context"]
+__all__ = ["Figure", "fit_scale", "inline_svg", "rc_context"]
+
+WIDE: Final = 100.0
+"""Where the largest value is so many times the smallest, the smallest can't be told from nothing on a linear axis: it
+is lower than a line is thick."""
+
+
+def fit_scale(axes: Any, *series: Iterable[float | None], least: float = 0.0) -> None:
+    """Make the y axis logarithmic, down to zero, if what is drawn on it has a wide range. Call it when all is drawn.
+
+    Parameters:
+        least: what is less than that makes no difference to anybody: there the axis is linear.
+    """
+    known = sorted(value for one in series for value in one if value is not None and 0 < value < math.inf)
+    if not known:
+        return
+    low, high = max(known[len(known) // 20], least), known[-1]  # a few strays do not make a range
+    if high / low < WIDE:
+        return
+    bottom, top = axes.get_ylim()
+    axes.set_yscale("symlog", linthresh=10.0 ** math.floor(math.log10(low)))
+    axes.set_ylim(bottom, max(top, high * 1.5))
 
 
 def inline_svg(figure: Figure, salt: str, colours: dict[str, str]) -> str:

@@ -22,12 +22,14 @@ from .actuators.bandwidth import CpuCgroup
 from .actuators.placement import Quarantine
 from .apply import Applier, Begun, OnEvict
 from .backend import Backend, Detection
-from .budget import Budgets, make_budgets
+from .budget import Budgets, limits_of, make_budgets
+from .contain import contained
 from .devices.bus import Device
 from .errors import ResourceLimit, SpecError, StateError, UnknownTenant, UnknownVm, VmExists
 from .exits import Exit
 from .governor import Governor
 from .guest import Guest
+from .inbox import Inbox
 from .native.core import FleetCore, VcpuCore
 from .policy import Facts, Guard, Policy
 from .policy.state import check_policies
@@ -38,12 +40,12 @@ from .statistics import FleetStatistics, TenantSeat, summarise
 from .subscription import Exits, Switchboard
 from .vm import Vm, check_device
 from .watch import Watch
+from .workers import Workers
 
 __all__ = ["DEFAULT_TENANT", "Fleet"]
 
 log: Final = logging.getLogger("orchestra")
 DEFAULT_TENANT: Final = "default"
-SETUP_THREADS: Final = 4
 
 
 class Fleet:
@@ -73,7 +75,8 @@ class Fleet:
         self.bus_locks = detection is not None
         self.quarantine = quarantine
         self.cpu_cgroup = cpu_cgroup
-        self.setup_threads = trio.CapacityLimiter(SETUP_THREADS)
+        self.inbox = Inbox(self.post)
+        self.workers = Workers(backend.blocking)
         self._activity = Activity(self, host, ThreadTimes() if backend.blocking else None)
         # It may refuse a policy.
         self._governor = Governor(self, policies, activity=self._activity, guard=guard, strict=strict)
@@ -82,8 +85,7 @@ class Fleet:
         self._budgets = budgets
         now = backend.now()
         self._tenants = {
-            name: TenantSeat(tenant, make_budgets(tenant.limit, tenant.exit_limit, now))
-            for name, tenant in tenants.items()
+            name: TenantSeat(tenant, make_budgets(limits_of(tenant), now)) for name, tenant in tenants.items()
         }
         self._nursery = nursery
         self._token = trio.lowlevel.current_trio_token()
@@ -93,6 +95,8 @@ class Fleet:
         self._closing = self._closed = False
         self._switchboard = Switchboard(core, paced=backend.blocking)
         self._switchboard.on_change(self._retell)
+        self._switchboard.on_talk(self._talked)
+        self._guests: dict[int, Guest] = {}  # by the ids of their cores
 
     # ---- VMs
 
@@ -157,7 +161,7 @@ class Fleet:
         self._launched += 1
         if paused and vm.guest is not None:
             try:
-                await vm.guest.parked.wait()
+                await vm.wait_parked()
             except trio.Cancelled:
                 with trio.CancelScope(shield=True):  # a kick and a millisecond
                     await vm.stop("its launch was cancelled")
@@ -170,25 +174,32 @@ class Fleet:
         seat = self._tenants[vm.tenant]
         seat.live += 1
         self._live += 1
-        self.changed(vm, State.CREATED, "launched paused" if paused else "launched")
-        if paused:  # before anybody else has a word
-            self.did(Pause(vm=vm.name, reason="launch(paused=True)"))
         try:
+            self.changed(vm, State.CREATED, "launched paused" if paused else "launched")
+            self._applier.given(vm.budgets, "spec", vm=vm.name, launch=vm.launch)
+            for index, budgets in enumerate(vm.vcpu_budgets):
+                self._applier.given(budgets, "spec", vm=vm.name, vcpu=index, launch=vm.launch)
+            if paused:  # before anybody else has a word
+                self.did(Pause(vm=vm.name, reason="launch(paused=True)"))
             await vm.supervise(devices, paused, task_status=task_status)
         finally:
             seat.live -= 1
             self._live -= 1
-            self._activity.ended(vm)
-            if self._vms.get(vm.name) is vm:
-                self._governor.gone(vm.name)
-                self._applier.holdings.forget(vm.name)
-            self._write_profile(vm)
-            if vm.guest is not None:  # a launch that failed may be tried again, and somebody waits for it
-                self._switchboard.vm_ended(vm.name)
+            steps: list[Callable[[Vm], object]] = [self._activity.ended, self._forget, self._write_profile]
+            if vm.guest is not None:  # else: a launch that failed may be tried again, and somebody waits for it
+                steps.append(lambda vm: self._switchboard.vm_ended(vm.name))
             if vm.stopping:
-                vm.release()
+                steps.append(Vm.release)
+            for step in steps:
+                with contained(f"vm {vm.name}: leaving the fleet"):
+                    step(vm)
             if vm.outcome is not None:
                 log.info("vm %s ended: %s", vm.name, vm.outcome)
+
+    def _forget(self, vm: Vm) -> None:
+        if self._vms.get(vm.name) is vm:
+            self._governor.gone(vm.name)
+            self._applier.holdings.forget(vm.name)
 
     def _drop(self, vm: Vm) -> None:
         """An ended VM leaves the fleet; its figures stay in the sums."""
@@ -273,7 +284,8 @@ class Fleet:
         return applied
 
     def actions(self) -> tuple[Applied, ...]:
-        """The last 10,000 actions, oldest first, with reason, evidence and outcome."""
+        """The last 10,000 actions, oldest first, with reason, evidence and outcome. The limits that the fleet, its
+        tenants and its VMs began with are none, though the journal has them."""
         return self._records.actions()
 
     async def set_limit(
@@ -352,11 +364,18 @@ class Fleet:
         return self._budgets[Meter.EXITS].limit
 
     @property
+    def answer_limit(self) -> Limit | None:
+        return self._budgets[Meter.ANSWERS].limit
+
+    @property
     def tenants(self) -> Mapping[str, Tenant]:
         """All tenants, with the limits that were set for them (throttles by actions are not told to policies)."""
         return {
             name: attrs.evolve(
-                seat.tenant, limit=seat.budgets[Meter.BUS_LOCKS].base, exit_limit=seat.budgets[Meter.EXITS].base
+                seat.tenant,
+                limit=seat.budgets[Meter.BUS_LOCKS].base,
+                exit_limit=seat.budgets[Meter.EXITS].base,
+                answer_limit=seat.budgets[Meter.ANSWERS].base,
             )
             for name, seat in self._tenants.items()
         }
@@ -376,6 +395,7 @@ class Fleet:
             missed=self._switchboard.missed(),
             limit=self.limit,
             exit_limit=self.exit_limit,
+            answer_limit=self.answer_limit,
             policies=self._governor.statistics(),
             host=self._governor.host,
             journal=self._records.statistics(),
@@ -396,6 +416,7 @@ class Fleet:
         return self._switchboard.told(vm)
 
     def register(self, core: VcpuCore, guest: Guest, index: int) -> None:
+        self._guests[core.id] = guest
         self._switchboard.reader.add(core.id, guest.name, index)
         self._activity.add(core.id, self._vms[guest.name], guest, index)
 
@@ -403,7 +424,12 @@ class Fleet:
         cores = list(cores)
         self._switchboard.retire(cores)
         for core in cores:
+            self._guests.pop(core.id, None)
             self._activity.forget(core.id)
+
+    def _talked(self, id: int) -> None:
+        if (guest := self._guests.get(id)) is not None:
+            guest.talked()
 
     def released(self, vm: Vm) -> None:
         """The VM was stopped by its user: it leaves the fleet."""
@@ -495,6 +521,9 @@ class Fleet:
 
     def start(self, observed: float | None) -> None:
         """Start its own tasks. `observed`: seconds between two aggregates; None: nobody wants them."""
+        self._applier.given(self._budgets, "open_fleet")
+        for name, seat in self._tenants.items():
+            self._applier.given(seat.budgets, "open_fleet", tenant=name)
         if observed is not None:
             self._governor.observe(self._write_down, observed)
         self._nursery.start_soon(self._switchboard.run)
@@ -517,13 +546,14 @@ class Fleet:
         """The block is being left: nothing is launched any more."""
         self._closing = True
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """No task is left."""
         self._closed = True
         self._governor.close()
         self._switchboard.close()
         for vm in list(self._vms.values()):
             self._drop(vm)
+        await self.workers.idle()
         for seat in self._tenants.values():
             for budget in seat.budgets.values():
                 budget.close()

@@ -6,13 +6,16 @@ A `Vm` is the handle that lives on; a restart gives it a new `Guest`.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterable, Sequence
-from threading import Lock
-from typing import Any, Protocol
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from threading import Lock, RLock
+from typing import Any, Final, Protocol, cast
 
+import attrs
 import trio
 
-from .actions import Action, Halted, Outcome, Shutdown, State, Stopped
+from .actions import Action, Failed, Halted, Outcome, Shutdown, State, Stopped
 from .actuators.bandwidth import CpuCgroup
 from .actuators.caps import Caps, CgroupCaps, RunLoopCaps
 from .actuators.placement import Quarantine
@@ -20,18 +23,26 @@ from .backend import Backend, Detection, Machine
 from .backend.kvm.dirty import DirtyLog, read_logs
 from .boot import flat
 from .budget import Budgets, connect
+from .contain import contained
+from .counted import ZERO
+from .desired import Desired
 from .devices.bus import Bus, Handler
 from .devices.console import Console
 from .devices.ports import DebugConsolePort, ExitDevice
 from .devices.serial import Uart16550
-from .errors import ResourceLimit, StateError
+from .errors import OrchestraError, ResourceLimit, StateError
+from .holding import Holding, Level, PendingIo
+from .inbox import Inbox
 from .memory import GuestMemory
-from .native.core import Command, Counters, FleetCore, VcpuCore
+from .native.core import BUCKETS, Command, Counters, FleetCore, VcpuCore
 from .profile import Row, Samples
 from .spec import DebugConsole, ExitPort, Limit, Meter, Serial, VmSpec
 from .vcpu import Vcpu
+from .workers import Workers
 
 __all__ = ["Guest", "House"]
+
+log: Final = logging.getLogger("orchestra")
 
 PORTS = 1 << 16
 PHYSICAL = 1 << 52
@@ -46,8 +57,9 @@ class House(Protocol):
     core: FleetCore
     bus_locks: bool
     bus_lock_detection: Detection | None
-    setup_threads: trio.CapacityLimiter
+    workers: Workers
     quarantine: Quarantine
+    inbox: Inbox
     cpu_cgroup: CpuCgroup | None
     """Where CPU caps are kept; None: in the run loop."""
 
@@ -83,49 +95,58 @@ class House(Protocol):
 
 
 class Guest:
-    """Made by `Guest.start`, run by `Guest.run` in the VM's task, released by `Guest.close`."""
+    """Started by `Guest.start`, run by `Guest.run` in the VM's task, which also gives back what it holds. Its memory
+    stays readable until somebody closes it (`Workers.discard`).
+
+    Attributes:
+        reached: told of how far it is held when that changes.
+        cap_failed: told that a cap could not be put into force after all.
+    """
 
     def __init__(
-        self, house: House, spec: VmSpec, levels: Sequence[tuple[Budgets, Budgets, Budgets, Budgets]], console: Console
+        self,
+        house: House,
+        spec: VmSpec,
+        levels: Sequence[tuple[Budgets, Budgets, Budgets, Budgets]],
+        console: Console,
+        desired: Desired,
     ) -> None:
         self.house = house
         self.spec = spec
         self.name = spec.name
         self.ports = Bus("ports", PORTS)
         self.mmio = Bus("mmio", PHYSICAL)
-        self.pause_number = 0
+        self.now = house.backend.now
         self.final: list[Counters] | None = None
-        self.parked = trio.Event()
         self.ended = trio.Event()
-        self.all_parked: Callable[[], object] = lambda: None
+        self.reached: Callable[[Level], object] = lambda level: None
         self.cap_failed: Callable[[ResourceLimit], object] = lambda error: None
         self.vcpus: list[Vcpu] = []
         self.memory: GuestMemory
-        self.samples = Samples(spec.sample_every)  # a Vm puts its own there, as it lives on over restarts
+        self.samples = Samples()  # a Vm puts its own there, as it lives on over restarts
+        self.holding = Holding(spec.vcpus, lambda level: self.reached(level))
         self._machine: Machine
         self._console = console
         self._levels = levels
+        self._desired = desired
         self._cores: list[VcpuCore] = []
         self._lock = Lock()
         self._outcome: Outcome | None = None
-        self._parked: set[int] = set()
+        self._pause_began = 0
         self._gone: set[int] = set()
         self._calls: dict[int, list[Callable[[], None]]] = {}
         self._done: list[trio.Event] = []
         self._caps: Caps = RunLoopCaps(self._cores)
         if house.cpu_cgroup is not None:
-            self._caps = CgroupCaps(house.cpu_cgroup, spec.name, self._ask, house.post, self._on_cap_failed)
+            self._caps = CgroupCaps(house.cpu_cgroup, spec.name, self._ask, self._post, self._on_cap_failed)
 
     # ---- set-up
 
-    async def start(
-        self,
-        devices: Callable[[], Iterable[tuple[range | None, range | None, Handler]]],
-        paused: Callable[[], bool],
-    ) -> None:
-        """Set everything up. If it fails or is cancelled, all of it is given back.
+    async def start(self, devices: Callable[[], Iterable[tuple[range | None, range | None, Handler]]]) -> None:
+        """Set everything up, as it is desired. If it fails or is cancelled, all of it is given back.
 
-        `devices` and `paused` are asked once the machine is made, as both may change while that is waited for.
+        `devices` is asked once the machine is made, and what is desired is looked at then, as both may change while
+        that is waited for.
 
         Raises:
             OrchestraError: the host can't give it what it needs.
@@ -133,7 +154,7 @@ class Guest:
         house = self.house
         if house.backend.blocking:
             try:
-                await trio.to_thread.run_sync(self._build, limiter=house.setup_threads)
+                await trio.to_thread.run_sync(self._build, limiter=house.workers.setup)
             except RuntimeError as error:
                 if NO_THREAD not in str(error):
                     raise
@@ -149,19 +170,35 @@ class Guest:
             told = house.told(self.name)
             for index, core in enumerate(self._cores):
                 core.tell(told)
-                core.sample(self.samples.every if house.bus_locks else 0)
+                core.sample(self._desired.sample_every if house.bus_locks else 0)
                 house.register(core, self, index)
             if self.dirty is not None and self.dirty.on:
                 house.logged(self)
-            if paused():
-                self.pause_number = 1
-                self._caps.hurry(True)
-                for core in self._cores:
-                    core.command(set=Command.PAUSE)
+            self._apply()
         except BaseException:
-            self._teardown()
-            self.memory.close()
+            with trio.CancelScope(shield=True):
+                self._join()
+                await self._give_back()
+                await house.workers.discard(self.memory).wait()
             raise
+
+    def _apply(self) -> None:
+        """Put what is desired into force, before it runs."""
+        desired = self._desired
+        if desired.paused:
+            self.pause()
+        try:
+            if desired.cap is not None:
+                self.cap_cpu(desired.cap)
+        except OrchestraError as error:
+            desired.caps = {}
+            log.error("vm %s is not capped any more: %s", self.name, error)
+        try:
+            if desired.isolated:
+                self.isolate(True)
+        except OrchestraError as error:
+            desired.isolated = False
+            log.error("vm %s is not isolated any more: %s", self.name, error)
 
     def _build(self) -> None:
         """May run on a worker thread: ioctls that create VMs take from 0.3 to 30 ms."""
@@ -172,6 +209,7 @@ class Guest:
                 core = VcpuCore(house.core, house.next_id())
                 self._cores.append(core)
                 connect(core, self._levels[index])
+                core.set_buses(self.ports.handle, self.mmio.handle)
             states = flat.load(spec, self.memory)
             self._machine = house.backend.create(spec, self._cores, self.memory, states, bus_locks=house.bus_locks)
             try:
@@ -199,23 +237,19 @@ class Guest:
     def _plug(self, device: object) -> None:
         match device:
             case DebugConsole(port=port):
-                self.claim(range(port, port + 1), None, DebugConsolePort(port, self._console.write))
+                self.claim(range(port, port + 1), None, DebugConsolePort(port, self._console))
             case ExitPort(port=port):
                 self.claim(range(port, port + 4), None, ExitDevice(lambda code: self.end(Shutdown(code=code))))
             case Serial(port=port, irq=irq):
                 wired = irq is not None and self.spec.irqchip
-
-                def interrupt(level: bool) -> None:
-                    if wired and irq is not None:
-                        self._machine.irq_line(irq, level)
-
-                self.claim(range(port, port + 8), None, Uart16550(self._console.write, interrupt))
+                interrupts = self._machine.interrupts if wired else None
+                self.claim(range(port, port + 8), None, Uart16550(self._console, interrupts, irq or 0))
 
     def claim(self, ports: range | None, mmio: range | None, handler: Handler) -> None:
         """Give ranges of the buses to a handler; all of them or, with an error, none."""
         # A device's calls never overlap, wherever they come from: one lock for all its claims.
         held = [*self.ports.claims(), *self.mmio.claims()]
-        lock = next((claim.lock for claim in held if claim.handler is handler), None) or Lock()
+        lock = next((claim.lock for claim in held if claim.handler is handler), None) or RLock()
         claimed = self.ports.claim(ports, handler, lock) if ports is not None else None
         if mmio is not None:
             try:
@@ -224,60 +258,73 @@ class Guest:
                 if claimed is not None:
                     self.ports.release(claimed)
                 raise
-        if ports is not None and self.final is None:
-            self._machine.claim_ports(ports, True)
 
     def release(self, handler: Handler) -> None:
-        """Take back whatever the handler claimed."""
+        """Take back whatever the handler claimed: when it returns, nobody calls it."""
         for bus in (self.ports, self.mmio):
             for claim in bus.claims():
                 if claim.handler is handler:
                     bus.release(claim)
-                    if bus is self.ports and self.final is None:
-                        self._machine.claim_ports(claim.span, False)
+
+    def talked(self) -> None:
+        """A vCPU wrote to the console, and somebody waits for that."""
+        self._console.wake()
 
     # ---- life
 
-    async def run(self) -> Outcome:
-        """Run all vCPUs until the last has ended, and take the machine down. Cancelling stops them first."""
+    async def run(self, ready: Callable[[], Awaitable[object]] = trio.lowlevel.checkpoint) -> Outcome:
+        """Run all vCPUs until the last has ended, and take the machine down. Cancelling stops them first.
+
+        Whatever goes wrong here is the end of this VM (`Failed`), and of no other.
+
+        Parameters:
+            ready: awaited before the guest runs its first instruction.
+        """
         try:
             async with trio.open_nursery() as nursery:
                 for vcpu in self.vcpus:
                     nursery.start_soon(self._run_vcpu, vcpu)
-                self.command(clear=Command.HOLD)
                 try:
+                    await ready()
+                    self.command(clear=Command.HOLD)
                     await self.ended.wait()
+                except Exception as error:
+                    self._fail("run", error)
                 finally:
                     self.end(Stopped("the fleet was closed"))
         finally:
-            self._finish()
             with trio.CancelScope(shield=True):  # closing a VM's descriptors takes about a millisecond, no more
-                try:
-                    if self.house.backend.blocking:
-                        await trio.to_thread.run_sync(self._give_back, limiter=self.house.setup_threads)
-                    else:
-                        self._give_back()
-                except RuntimeError as error:
-                    if NO_THREAD not in str(error):
-                        raise
-                    self._give_back()
+                await self._give_back()
         assert self._outcome is not None
         return self._outcome
 
-    def _give_back(self) -> None:
-        """May run on a worker thread: closing takes a millisecond, unmapping 0.1 ms for each MiB that was touched."""
-        self._machine.close()
-        self._caps.close()  # KVM may have had a thread there
-        if isinstance(self._outcome, Stopped):  # nobody will look at its memory
-            self.memory.close()
-
     async def _run_vcpu(self, vcpu: Vcpu) -> None:
-        if vcpu.engine.threaded:
-            with trio.CancelScope(shield=True):  # `run` tells all vCPUs to stop first, and then waits for each
-                await self._done[vcpu.index].wait()
-            vcpu.join()
-        else:
-            await vcpu.drive_async()
+        try:
+            if vcpu.engine.threaded:
+                with trio.CancelScope(shield=True):  # `run` tells all vCPUs to stop first, and then waits for each
+                    await self._done[vcpu.index].wait()
+                vcpu.join()
+            else:
+                await vcpu.drive_async()
+        except Exception as error:
+            self._fail(f"vCPU {vcpu.index}", error)
+            self._on_ended(vcpu.index)
+
+    def _fail(self, what: str, error: Exception) -> None:
+        """A mistake in orchestra, or the host's: it ends this VM. Any thread."""
+        log.error("vm %s: %s failed", self.name, what, exc_info=error)
+        self.end(Failed(f"{what}: {type(error).__name__}: {error}"))
+
+    def _post(self, function: Callable[..., object], *args: object) -> None:
+        """Run it soon on the fleet's thread, where what it raises would end everything. Any thread."""
+
+        def run() -> None:
+            try:
+                function(*args)
+            except Exception as error:
+                self._fail(getattr(function, "__name__", "a call"), error)
+
+        self.house.post(run)
 
     def end(self, outcome: Outcome) -> None:
         """End the VM with that outcome, unless it has one. Any thread, while the guest is not finished."""
@@ -296,33 +343,61 @@ class Guest:
             vcpu.engine.kick()
 
     def pause(self) -> None:
-        """Ask all vCPUs to park; `parked` is set when they have."""
+        """Ask all vCPUs to park: `holding` tells how far that is."""
         if self.final is not None:
             return  # none of them runs
-        self.pause_number += 1
-        self._parked.clear()
-        self.parked = trio.Event()
+        self.holding.begin()
+        self._pause_began = self.now()
         self.command(set=Command.PAUSE)
+        for vcpu in self.vcpus:
+            vcpu.pausing = True
+            if vcpu.using is not None:  # seen after the command, so it runs no guest code any more
+                self.holding.come(vcpu.index, self.holding.number, Level.PAUSED)
         self._caps.hurry(True)
 
     def resume(self) -> None:
         if self.final is not None:
             return
-        self.parked.set()  # whoever waits for a pause that is taken back goes on
-        self.parked = trio.Event()
-        self._parked.clear()
+        self.holding.end()
+        for vcpu in self.vcpus:
+            vcpu.pausing = False
         self._caps.hurry(False)
         self.command(clear=Command.PAUSE)
+
+    @property
+    def pause_number(self) -> int:
+        return self.holding.number
+
+    def pending(self) -> tuple[PendingIo, ...]:
+        """What keeps it from being quiesced, while it is told to pause: accesses that were not answered."""
+        return tuple(found for vcpu in self.vcpus if (found := self._pending(vcpu)) is not None)
+
+    def _pending(self, vcpu: Vcpu) -> PendingIo | None:
+        index, using, asked = vcpu.index, vcpu.using, vcpu.asked
+        if self.final is not None or not vcpu.pausing or index in self._gone or self.is_quiesced(index):
+            return None
+        if asked is not None:
+            bus, request, since = asked
+            name, waits_for = bus.name, "a task"
+            address, size, write = request.address, request.size, request.write
+        elif using is not None:
+            access, since = vcpu.engine.access, self._pause_began
+            name, waits_for = "mmio" if using in self.mmio.claims() else "ports", type(using.handler).__name__
+            address, size, write = int(access.address), int(access.size), bool(access.write)
+        else:
+            return None
+        return PendingIo(index, cast(Any, name), address, size, write, waits_for, since)
 
     def cap_cpu(self, share: float | None) -> None:
         """Let each vCPU's thread use that part of a CPU from now on; None: all of it.
 
         Raises:
-            StateError: it has no threads, or has ended.
+            StateError: it has no threads.
             ResourceLimit: the host has nothing left for it, or refuses it.
         """
-        threads = self._threads("cap the CPU of")
-        self._caps.put(share, {index: tid for index, tid in enumerate(threads) if index not in self._gone})
+        with self._threads("cap the CPU of") as threads:
+            if self.final is None:
+                self._caps.put(share, threads)
 
     def _on_cap_failed(self, error: ResourceLimit) -> None:
         self.cap_failed(error)
@@ -343,14 +418,14 @@ class Guest:
         """Have the vCPUs' threads run on the quarantine CPUs only, or wherever the others do.
 
         Raises:
-            StateError: it has no threads, or has ended.
+            StateError: it has no threads.
             ResourceLimit: this host has no CPU to spare.
         """
-        threads = self._threads("isolate" if on else "let in")
-        if on:
-            self.house.quarantine.confine(threads)
-        else:
-            self.house.quarantine.free(threads)
+        with self._threads("isolate" if on else "let in") as threads:
+            if on:
+                self.house.quarantine.confine(threads.values())
+            else:
+                self.house.quarantine.free(threads.values())
 
     @property
     def dirty(self) -> DirtyLog | None:
@@ -367,26 +442,25 @@ class Guest:
         dirty, name = self.dirty, self.house.backend.name
         if dirty is None:
             raise StateError(f"can't log the memory of vm {self.name!r}: not supported by this backend ({name})")
-        try:  # on a worker thread, as the kernel goes through its page tables: milliseconds for gigabytes
-            await trio.to_thread.run_sync(dirty.log, on, limiter=self.house.setup_threads)
-        except RuntimeError as error:
-            if NO_THREAD not in str(error):
-                raise
-            dirty.log(on)
+        if self.final is not None:
+            return
+        # The kernel goes through its page tables: milliseconds for gigabytes.
+        await self.house.workers.run(lambda: dirty.log(on), self.house.workers.dirty)
         if self.final is None:
             self.house.logged(self)
 
-    def _threads(self, verb: str) -> list[int]:
-        """The kernel's numbers of its vCPUs' threads."""
-        if self.final is not None:
-            raise StateError(f"can't {verb} vm {self.name!r}: it has ended")
-        threads = [vcpu.tid for vcpu in self.vcpus]
-        if None in threads:
+    @contextmanager
+    def _threads(self, verb: str) -> Iterator[dict[int, int]]:
+        """The kernel's numbers of its vCPUs' threads, by vCPU; of those that have not ended. None of them ends within
+        the block, or its number could be a stranger's by the time it is used."""
+        if not all(vcpu.engine.threaded for vcpu in self.vcpus):
             name = self.house.backend.name
             raise StateError(
                 f"can't {verb} vm {self.name!r}: not supported by this backend ({name}), it has no threads"
             )
-        return [tid for tid in threads if tid is not None]
+        with ExitStack() as stack:
+            numbers = {vcpu.index: stack.enter_context(vcpu.living()) for vcpu in self.vcpus}
+            yield {index: tid for index, tid in numbers.items() if tid is not None}
 
     def kernel_statistics(self) -> dict[str, float]:
         """What the kernel counts of it, by names that differ from kernel to kernel.
@@ -449,45 +523,53 @@ class Guest:
             call()
 
     def on_parked(self, index: int, number: int) -> None:
-        self.house.post(self._on_parked, index, number)
+        self._post(self.holding.come, index, number, Level.PAUSED)
+
+    def on_quiesced(self, index: int, number: int) -> None:
+        self._post(self.holding.come, index, number, Level.QUIESCED)
 
     def on_ended(self, index: int, outcome: Outcome) -> None:
-        if not isinstance(outcome, Halted):
-            self.end(outcome)
-        for call in self.commanded(index):
-            call()
-        if self.dirty is not None and self.dirty.on:
-            read_logs([self.dirty])  # here, as it waits for the kernel: what it wrote last counts as well
-        self._caps.leave(index)  # its end is waited for
-        self.house.post(self._on_ended, index)
-
-    def _on_parked(self, index: int, number: int) -> None:
-        if number == self.pause_number:
-            self._parked.add(index)
-            self._check_parked()
+        try:
+            if not isinstance(outcome, Halted):
+                self.end(outcome)
+            for call in self.commanded(index):
+                call()
+            if self.dirty is not None and self.dirty.on:
+                read_logs([self.dirty])  # here, as it waits for the kernel: what it wrote last counts as well
+            self._caps.leave(index)  # its end is waited for
+        except Exception as error:
+            self._fail(f"the end of vCPU {index}", error)
+        finally:
+            self._post(self._on_ended, index)
 
     def _on_ended(self, index: int) -> None:
         self._done[index].set()
         self._gone.add(index)
-        if self.final is None:
-            self._serve_late_calls(index)
-        self._check_parked()
-        if len(self._gone) == len(self.vcpus):
-            with self._lock:
-                if self._outcome is None:
-                    self._outcome = Halted()
-            self.ended.set()
-
-    def _check_parked(self) -> None:
-        if len(self._parked | self._gone) == len(self.vcpus) and not self.parked.is_set():
-            self.parked.set()
-            if self._parked:
-                self.all_parked()
+        try:
+            if self.final is None:
+                self._serve_late_calls(index)
+            self.holding.gone(index)
+        finally:
+            if len(self._gone) == len(self.vcpus):
+                with self._lock:
+                    if self._outcome is None:
+                        self._outcome = Halted()
+                self.ended.set()
 
     # ---- end
 
     def is_parked(self, index: int) -> bool:
-        return index in self._parked
+        """It runs no guest code, as it is paused."""
+        return self.holding.level(index) >= Level.PAUSED
+
+    def is_quiesced(self, index: int) -> bool:
+        """And nothing of an access is left to be done."""
+        return self.holding.level(index) is Level.QUIESCED
+
+    @property
+    def parked(self) -> trio.Event:
+        """Set when none of its vCPUs runs guest code."""
+        return self.holding.paused
 
     def has_ended(self, index: int) -> bool:
         return index in self._gone or self.final is not None
@@ -498,9 +580,9 @@ class Guest:
         now = self.house.backend.now()
         return [core.counters(now) for core in self._cores]
 
-    def look(self, index: int, now: int) -> tuple[dict[int, int], int, int]:
+    def look(self, index: int, now: int) -> tuple[dict[int, int], int, list[int], int]:
         """As `VcpuCore.look`."""
-        return self._cores[index].look(now) if self.final is None else ({}, 0, 0)
+        return self._cores[index].look(now) if self.final is None else ({}, 0, [0] * len(BUCKETS), 0)
 
     def tell(self, mask: int) -> None:
         if self.final is None:
@@ -528,26 +610,44 @@ class Guest:
         """
         return self.gather().rows()
 
-    def _finish(self) -> None:
-        """No runner is left: keep the last figures, deliver the last records, free the cores."""
-        final = self.counters()
-        self.gather()
-        self.house.retire(self._cores)  # before `final`, as policies are told what is new in these cores
+    async def _give_back(self) -> None:
+        """No runner is left. All but the memory is given back; what goes wrong with one thing keeps no other."""
+        problems: list[str] = []
+        self._finish(problems)
+        await self.house.workers.run(lambda: self._close(problems), self.house.workers.teardown)
+        for core in self._cores:  # here, as the fleet's thread looks for those that have something to tell
+            with contained(f"vm {self.name}: core", problems):
+                core.close()
+        self.talked()  # if one of them had something to say, nobody is told of it any more
+        if problems:
+            self._outcome = Failed(f"giving back: {'; '.join(problems)}")
+
+    def _finish(self, problems: list[str]) -> None:
+        """Keep the last figures, deliver the last records, and have nobody look at the cores any more."""
+        final = [attrs.evolve(ZERO) for _ in self._cores]
+        with contained(f"vm {self.name}: counters", problems):
+            final = self.counters()
+        with contained(f"vm {self.name}: samples", problems):
+            self.gather()
+        # Before `final` is set, as policies are told what is new in these cores.
+        with contained(f"vm {self.name}: last exits", problems):
+            self.house.retire(self._cores)
         self.final = final
+        self.memory.on_write = None  # nobody executes it any more
         self.ended.set()
-        self.parked.set()
+        with contained(f"vm {self.name}: pauses", problems):
+            self.holding.close()
         for vcpu in self.vcpus:
-            self._serve_late_calls(vcpu.index)
+            with contained(f"vm {self.name}: calls", problems):
+                self._serve_late_calls(vcpu.index)
             vcpu.keep_registers()
-            vcpu.engine.close()
-        for core in self._cores:
-            core.close()
 
-    def _teardown(self) -> None:
-        self._join()
-        self._finish()
-        self._machine.close()
-
-    def close(self) -> None:
-        """Unmap the memory, which stays readable until then."""
-        self.memory.close()
+    def _close(self, problems: list[str]) -> None:
+        """May run on a worker thread: it takes the kernel a millisecond."""
+        for vcpu in self.vcpus:
+            with contained(f"vm {self.name}: vCPU {vcpu.index}", problems):
+                vcpu.engine.close()
+        with contained(f"vm {self.name}: machine", problems):
+            self._machine.close()
+        with contained(f"vm {self.name}: caps", problems):
+            self._caps.close()  # KVM may have had a thread there

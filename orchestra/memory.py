@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final
 
 import attrs
 
 from .errors import GuestMemoryError, ResourceLimit
-from .native import ffi
+from .native import ffi, lib
 from .spec import MemoryRegion, VmSpec
 
-__all__ = ["GuestMemory", "Region"]
+__all__ = ["GuestMemory", "Region", "unmap"]
 
 # mmap.MAP_NORESERVE has no name in Python before 3.13; the value is x86-64's (asm-generic/mman-common.h: 0x4000).
 _FLAGS: Final = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+
+ZAPPED: Final = 4 << 20
+"""Bytes that are given back in one call, half a millisecond of work. While the kernel unmaps, whoever maps something in
+this process waits, as KVM_CREATE_VM and every launch do, and then whoever touches a page: between two calls they get
+their turn."""
 
 
 @attrs.define(eq=False)
@@ -119,8 +124,21 @@ class GuestMemory:
     def released(self) -> bool:
         return not self.regions
 
+    def detach(self) -> list[Region]:
+        """No access is possible from now on. What is left to `unmap`, on any thread."""
+        regions, self.regions = self.regions, []
+        return regions
+
     def close(self) -> None:
-        while self.regions:
-            region = self.regions.pop()
-            ffi.release(region.view)
-            region.mapping.close()
+        """Unmap it here: 0.1 ms for each MiB that was touched."""
+        unmap(self.detach())
+
+
+def unmap(regions: Sequence[Region]) -> None:
+    """Unmap regions that were detached. Any thread; gives up the interpreter lock meanwhile."""
+    for region in regions:
+        size = len(region.span)
+        for start in range(0, size, ZAPPED):
+            lib.madvise(region.view + start, min(ZAPPED, size - start), mmap.MADV_DONTNEED)
+        ffi.release(region.view)
+        region.mapping.close()

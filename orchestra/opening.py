@@ -15,6 +15,7 @@ from .actuators.placement import Quarantine, quarantine_cpus
 from .actuators.resources import ControlGroup
 from .apply import OnEvict
 from .backend import Backend, Detection, choose
+from .backend.picking import Asked
 from .budget import make_budgets
 from .errors import BusLockUnsupported, SpecError
 from .fleet import DEFAULT_TENANT, Fleet
@@ -53,24 +54,20 @@ def _as_tenants(tenants: Mapping[str, Limit | Tenant | None] | Iterable[Tenant])
     return made
 
 
-def _detection(backend: Backend, bus_locks: str, asked: str | None) -> Detection | None:
-    """How bus locks are seen in this fleet; None: not at all. Design rule 3: asked for and impossible is an error.
+def _detection(backend: Backend, needed: str) -> Detection | None:
+    """How this backend sees bus locks; None: not at all. Design rule 3: needed and impossible is an error.
 
-    `asked`: the first of the arguments that limits them, if one does.
+    `needed`: which argument needs them; empty: none does.
     """
-    if bus_locks == "off":
-        if asked:
-            raise SpecError(f"{asked} limits bus locks, but bus_locks='off': leave one of them out")
-        return None
     detection = backend.bus_lock_detection()
     if detection is not None:
         return detection
-    if bus_locks == "require" or asked:
+    if needed:
         raise BusLockUnsupported(
-            f"{asked or 'bus_locks=require'}: this host's KVM can't report bus locks "
+            f"{needed}: this host's KVM can't report bus locks "
             "(KVM_CAP_X86_BUS_LOCK_EXIT lacks KVM_BUS_LOCK_DETECTION_EXIT). They need an Intel CPU with bus-lock "
             "detection and Linux 5.12, or an AMD one with Bus Lock Threshold and Linux 6.16; see `orchestra doctor`. "
-            "backend='emulated' sees them on any host. "
+            "backend='emulated' sees them on any host, and backend='auto' takes it where they are needed. "
             'Without limits on bus locks, bus_locks="auto" runs and only can\'t see them; exit_limit works anywhere'
         )
     log.warning("bus locks can't be seen on this host (backend %s); everything else works", backend.name)
@@ -83,6 +80,7 @@ async def open_fleet(
     backend: str | Backend = "auto",
     limit: Limit | None = None,
     exit_limit: Limit | None = None,
+    answer_limit: Limit | None = None,
     tenants: Mapping[str, Limit | Tenant | None] | Iterable[Tenant] = (),
     policies: Iterable[Policy] = (),
     bus_locks: Literal["require", "auto", "off"] = "auto",
@@ -100,9 +98,12 @@ async def open_fleet(
     """Open a fleet; leaving the block stops its VMs and leaves no thread, descriptor or mapping behind.
 
     Parameters:
-        backend: "auto" (KVM where /dev/kvm opens, else emulated), "kvm", "emulated", "scripted", or a Backend object.
+        backend: "auto", "kvm", "emulated", "scripted", or a Backend object. "auto" is KVM where /dev/kvm opens, else
+            emulated. Where these arguments need bus locks to be seen (a limit on them, a policy for them,
+            bus_locks="require") and KVM reports none, it is emulated as well. `Fleet.backend.why` says which and why.
         limit: the host's: bus locks per second of all VMs together; None: only counted.
         exit_limit: the same for exits of any kind.
+        answer_limit: the same for accesses that Python answers. (Each VM has a limit of its own by default.)
         tenants: by name, each a `Tenant`, a `Limit`, or None; or `Tenant` objects. VMs that name none belong to
             "default", which may be given here as well.
         policies: asked at each of their ticks; see `orchestra.policy`.
@@ -135,19 +136,25 @@ async def open_fleet(
     _check(guard, journal, journal_interval)
     optional_limit("limit", limit)
     optional_limit("exit_limit", exit_limit)
+    optional_limit("answer_limit", answer_limit)
     named = _as_tenants(tenants)
     seats = check_policies(policies)
+    limits = {"limit": limit, **{f"tenants[{name!r}]": tenant.limit for name, tenant in named.items()}}
+    asking = [what for what, given in limits.items() if given is not None]
+    asking += [f"policy {p.name!r}" for p in seats if getattr(p, "meter", None) is Meter.BUS_LOCKS]
+    asked = next(iter(asking), "")
     cpus = quarantine_cpus(quarantine)
 
-    opened = choose(backend)
+    if bus_locks == "off" and asked:
+        raise SpecError(f"{asked} limits bus locks, but bus_locks='off': leave one of them out")
+    needed = asked or ("bus_locks='require'" if bus_locks == "require" else "")
+    opened = choose(backend, Asked(needed))
+    log.info("backend %s", opened.why)
     core: FleetCore | None = None
     host: HostSignals | None = None
     begun = False
     try:
-        limits = {"limit": limit, **{f"tenants[{name!r}]": tenant.limit for name, tenant in named.items()}}
-        asked = [what for what, given in limits.items() if given is not None]
-        asked += [f"policy {p.name!r}" for p in seats if getattr(p, "meter", None) is Meter.BUS_LOCKS]
-        detection = _detection(opened, bus_locks, next(iter(asked), None))
+        detection = None if bus_locks == "off" else _detection(opened, needed)
         folder = None if cgroup is None else Path(cgroup)
         cpu_cgroup = isolated = None
         if opened.blocking:  # scripts have no threads
@@ -161,7 +168,9 @@ async def open_fleet(
         if journal is not None:
             await _off_the_loop(journal.begin, opened.now(), opened.name, detection)
             begun = True
-        budgets = make_budgets(limit, exit_limit, opened.now())
+        budgets = make_budgets(
+            {Meter.BUS_LOCKS: limit, Meter.EXITS: exit_limit, Meter.ANSWERS: answer_limit}, opened.now()
+        )
         fleet: Fleet | None = None
         error: BaseException | None = None
         try:
@@ -193,7 +202,8 @@ async def open_fleet(
             error = _merge(group, error)
         finally:
             if fleet is not None:
-                fleet.close()
+                with trio.CancelScope(shield=True):  # the kernel takes memory back
+                    await fleet.close()
             for budget in budgets.values():
                 budget.close()
         if error is not None:

@@ -8,7 +8,7 @@ from typing import Final, Protocol, runtime_checkable
 
 import attrs
 
-from .actions import Applied
+from .actions import Applied, SetLimit
 from .policy import Facts
 from .profile import Row
 
@@ -46,7 +46,10 @@ class Recorder(Protocol):
     def begin(self, now: int, backend: str, detection: str | None) -> None:
         """A fleet opens. What it raises comes out of `open_fleet`."""
 
-    def action(self, applied: Applied) -> None: ...
+    def action(self, applied: Applied) -> None:
+        """What was done, or tried. A limit with which a fleet or a VM begins comes as a `SetLimit` that has `given` in
+        its evidence."""
+
     def state(self, now: int, vm: str, launch: int, tenant: str, state: str, reason: str) -> None: ...
     def aggregate(self, facts: Facts) -> None:
         """What the VMs that did something did since the last time, those that have ended meanwhile included."""
@@ -70,6 +73,11 @@ class Records:
         if self.recorder is not None:
             self.recorder.action(applied)
         return applied
+
+    def given(self, now: int, limit: SetLimit) -> None:
+        """A limit that is in force from a beginning on. It is written down like one that is set, but nobody did it."""
+        if self.recorder is not None:
+            self.recorder.action(Applied(time=now, action=limit))
 
     def actions(self) -> tuple[Applied, ...]:
         """The last of them, oldest first."""

@@ -55,6 +55,14 @@ class Meter(StrEnum):
 
     BUS_LOCKS = "bus_locks"
     EXITS = "exits"
+    """Accesses that leave the guest: an exit is one, that of a string instruction as many as it has elements."""
+    ANSWERS = "answers"
+    """Accesses that Python answers, a device or a task; by element."""
+
+    @property
+    def field(self) -> str:
+        """What a spec, a tenant, a fleet and a file of rules call a limit on it."""
+        return {Meter.BUS_LOCKS: "limit", Meter.EXITS: "exit_limit", Meter.ANSWERS: "answer_limit"}[self]
 
 
 def _fail(field: str, value: object, remedy: str) -> SpecError:
@@ -96,15 +104,19 @@ def as_meter(value: object) -> Meter:
     try:
         return Meter(value)  # type: ignore[arg-type]  # it looks the value up, whatever it is
     except ValueError:
-        raise _fail("meter", value, 'must be "bus_locks" or "exits"') from None
+        raise _fail("meter", value, 'must be "bus_locks", "exits" or "answers"') from None
 
 
 @attrs.frozen
 class Limit:
     """A token-bucket limit (GCRA, ITU-T I.371): in any window of *t* seconds at most ``burst + rate * t`` events.
 
+    Changing it, or taking it off and setting it again, gives no new burst: what was left is kept, and without a limit
+    it grows at the old rate up to the old burst.
+
     Parameters:
-        rate: events per second (bus locks, or exits for an ``exit_limit``); more than 0, at most 1e9.
+        rate: events per second (bus locks; accesses for an ``exit_limit`` or ``answer_limit``, see `Meter`); more than
+            0, at most 1e9.
         burst: events that may come at once after a rest; at least 1. Default: what `rate` gives in 50 ms, at least 1.
         max_delay: seconds. The longest that one event may be delayed: a guest slows and never hangs. An event let go
             by it although its turn had not come is counted as *released*. ``None``: no bound (a Linux guest reports
@@ -135,6 +147,15 @@ class Limit:
     def tokens(self) -> float:
         """The burst in force: as given, or the default for the rate."""
         return max(1.0, self.rate * 0.05) if self.burst is None else self.burst
+
+
+ANSWER_LIMIT: Final = Limit(rate=2_000, burst=2_000)
+"""What a VM's accesses that Python answers are limited to unless its spec says otherwise.
+
+All VMs of a fleet share one interpreter. An access takes it for about 6 us, most of that to get in: at this rate eight
+guests that do nothing else take a tenth of it, and the others keep the rest. A driver that sets a device up makes some
+hundred accesses, and one that works with it some hundred a second.
+"""
 
 
 def optional_limit(field: str, value: object) -> Limit | None:
@@ -172,18 +193,20 @@ class Tenant:
         weight: the share of the host's budget relative to the other tenants', for the sharing policies; more than 0.
         limit: bus locks per second of all its VMs together; None: only counted.
         exit_limit: the same for exits of any kind.
+        answer_limit: the same for accesses that Python answers.
     """
 
     name: str
     weight: float = 1.0
     limit: Limit | None = None
     exit_limit: Limit | None = None
+    answer_limit: Limit | None = None
 
     def __attrs_post_init__(self) -> None:
         _check_name("tenant", self.name)
         _check_weight(self.weight)
-        optional_limit("limit", self.limit)
-        optional_limit("exit_limit", self.exit_limit)
+        for meter in Meter:
+            optional_limit(meter.field, getattr(self, meter.field))
 
 
 def _check_weight(value: object) -> None:
@@ -369,8 +392,11 @@ class VmSpec:
         tenant: a tenant that the fleet was opened with; None: the tenant "default".
         weight: this VM's share relative to its tenant's other VMs.
         limit: bus locks per second; None: only counted.
-        exit_limit: exits of any kind per second.
-        vcpu_limit, vcpu_exit_limit: the same for each vCPU by itself.
+        exit_limit: exits of any kind per second; a string instruction counts by its elements.
+        answer_limit: accesses per second that Python answers: `Vm.attach`, `Vm.requests`, and devices of `devices` that
+            are Python. All VMs share the interpreter, so there is a limit unless you say otherwise (None): 2,000 a
+            second, and as many at once after a rest.
+        vcpu_limit, vcpu_exit_limit, vcpu_answer_limit: the same for each vCPU by itself.
         regions: memory beside the RAM.
         devices: what the guest finds at which port.
         irqchip: give it in-kernel interrupt controllers and a timer (PIC, I/O APIC, local APICs, PIT). Then HLT waits
@@ -383,6 +409,9 @@ class VmSpec:
             (`VmFacts.dirty_pages`; see `Vm.log_dirty` for what that costs). The emulated backend can't; a scripted
             guest writes nothing, and none are told.
         restart: a `Restart`, or just "never" or "on-failure".
+        on_reset: what to do when the guest resets itself (a triple fault, a system event). "stop": it ends as
+            `Shutdown`. "reset": it starts afresh from its boot spec, as `Vm.reset` does: at once, 5 times in a row, and
+            then once a second, so that a guest that does nothing else costs its host little.
         labels: free text for your own use.
     """
 
@@ -396,6 +425,8 @@ class VmSpec:
     exit_limit: Limit | None = None
     vcpu_limit: Limit | None = None
     vcpu_exit_limit: Limit | None = None
+    answer_limit: Limit | None = ANSWER_LIMIT
+    vcpu_answer_limit: Limit | None = None
     regions: tuple[MemoryRegion, ...] = attrs.field(default=(), converter=_to_tuple)
     devices: tuple[DeviceSpec, ...] = attrs.field(default=(), converter=_to_tuple)
     irqchip: bool = False
@@ -403,6 +434,7 @@ class VmSpec:
     sample_every: int = 100
     log_dirty: bool = False
     restart: Restart = attrs.field(default=Restart(), converter=_to_restart)
+    on_reset: Literal["stop", "reset"] = "stop"
     labels: Mapping[str, str] = attrs.field(factory=dict, hash=False)
 
     def __attrs_post_init__(self) -> None:
@@ -416,7 +448,7 @@ class VmSpec:
         if self.tenant is not None:
             _check_name("tenant", self.tenant)
         _check_weight(self.weight)
-        for field in ("limit", "exit_limit", "vcpu_limit", "vcpu_exit_limit"):
+        for field in (field for meter in Meter for field in (meter.field, f"vcpu_{meter.field}")):
             optional_limit(field, getattr(self, field))
         if self.bus_lock_detection not in (None, "fault-like", "trap-like"):
             raise _fail("bus_lock_detection", self.bus_lock_detection, 'must be "fault-like", "trap-like" or None')
@@ -424,6 +456,8 @@ class VmSpec:
         check_flag("log_dirty", self.log_dirty)
         if not isinstance(self.restart, Restart):
             raise _fail("restart", self.restart, 'must be a Restart, "never" or "on-failure"')
+        if self.on_reset not in ("stop", "reset"):
+            raise _fail("on_reset", self.on_reset, 'must be "stop" or "reset"')
         for field in ("regions", "devices"):
             if not isinstance(getattr(self, field), tuple):
                 raise _fail(field, getattr(self, field), "must be a tuple or list of them")

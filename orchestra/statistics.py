@@ -30,6 +30,8 @@ class TenantStatistics:
     released: int
     limit: Limit | None
     exit_limit: Limit | None
+    answers: int
+    answer_limit: Limit | None
 
 
 @attrs.frozen
@@ -43,6 +45,7 @@ class FleetStatistics:
         vms, vcpus: that have not ended.
         launched: VMs, ever. states: how many of `Fleet.vms` are in each state.
         released: waits that ``max_delay`` ended before the turn came.
+        answers: accesses that Python answered.
         missed: exits whose details were lost in a full ring or channel; they are counted in everything else.
         host: as the last tick saw it, if there are policies, a journal or a probe.
         journal: how it keeps up with the fleet, and what is lost; None: there is none.
@@ -63,6 +66,8 @@ class FleetStatistics:
     missed: int
     limit: Limit | None
     exit_limit: Limit | None
+    answers: int
+    answer_limit: Limit | None
     tenants: Mapping[str, TenantStatistics]
     policies: tuple[PolicyStatus, ...]
     host: HostFacts
@@ -78,6 +83,7 @@ class Totals:
     waits: int = 0
     released: int = 0
     missed: int = 0
+    answers: int = 0
     exits: dict[str, int] = attrs.field(factory=dict)
 
     def add(self, statistics: VmStatistics) -> None:
@@ -86,6 +92,7 @@ class Totals:
         self.waits += statistics.waits
         self.released += statistics.released
         self.missed += statistics.missed
+        self.answers += statistics.answers
         for name, count in statistics.exits.items():
             self.exits[name] = self.exits.get(name, 0) + count
 
@@ -95,6 +102,7 @@ class Totals:
         self.waits += other.waits
         self.released += other.released
         self.missed += other.missed
+        self.answers += other.answers
         for name, count in other.exits.items():
             self.exits[name] = self.exits.get(name, 0) + count
 
@@ -126,6 +134,7 @@ def summarise(
     missed: int,
     limit: Limit | None,
     exit_limit: Limit | None,
+    answer_limit: Limit | None,
     policies: tuple[PolicyStatus, ...],
     host: HostFacts,
     journal: JournalStatistics | None = None,
@@ -162,6 +171,8 @@ def summarise(
         missed=total.missed + missed,
         limit=limit,
         exit_limit=exit_limit,
+        answers=total.answers,
+        answer_limit=answer_limit,
         tenants={
             name: TenantStatistics(
                 name=name,
@@ -173,6 +184,8 @@ def summarise(
                 released=sums[name].released,
                 limit=seat.limit(Meter.BUS_LOCKS),
                 exit_limit=seat.limit(Meter.EXITS),
+                answers=sums[name].answers,
+                answer_limit=seat.limit(Meter.ANSWERS),
             )
             for name, seat in seats.items()
         },

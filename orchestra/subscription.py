@@ -20,7 +20,16 @@ ITEMS_PER_CHECKPOINT: Final = 64
 RETIRED: Final = 10_000
 PACE: Final = 0.001
 """Seconds between two batches while exits keep coming. The first after a rest is delivered at once; in a storm, taking
-a few at a time would cost several times as much, and none is later than this."""
+a few at a time would cost several times as much, and none is later than this unless the event loop is."""
+
+LATE: Final = 2 * PACE
+"""Seconds. Whoever comes later to its turn on the event loop finds it crowded."""
+
+SLOWEST: Final = 0.016
+"""Seconds between two batches on a crowded loop."""
+
+FEWEST: Final = 64
+"""Exits in a batch on a crowded loop: 4,000 a second at the slowest, one or two per cent of a core."""
 
 
 @attrs.frozen
@@ -162,18 +171,35 @@ class Exits(trio.abc.ReceiveChannel[Exit]):
         await trio.lowlevel.checkpoint()
 
 
+def next_pace(pace: float, late: float) -> float:
+    """Seconds between the next two batches, after a wait that ended `late`: the loop is left to the others at once, and
+    taken back little by little, as it is in time because it was left."""
+    return min(SLOWEST, 2 * pace) if late > LATE else max(PACE, 0.9 * pace)
+
+
 class Switchboard:
-    """Which exits are wanted by whom; drains the ring and delivers."""
+    """Which exits are wanted by whom; drains the ring and delivers.
+
+    How many exits there are to tell is the guests' doing, and what they cost is paid by the event loop, which everybody
+    needs. So in a storm it is the telling that makes way: while the loop is late there are fewer and smaller batches,
+    `FEWEST` each `SLOWEST` seconds at worst. What does not fit into the rings meanwhile is missed, and counted.
+    """
 
     def __init__(self, core: FleetCore, paced: bool) -> None:
         self._paced = paced  # not where time is scripted
         self.reader = RecordReader()
         self._core = core
         self._subscribers: list[Exits] = []
+        self._listeners: dict[str, list[Exits]] = {}  # of these, by VM; made as they are needed
         self._missed = 0  # by channels that are closed
         self._retired: list[int] = []  # ids whose records may still wait in a channel
         self._closed = False
         self._tell: Callable[[], None] = lambda: None
+        self._talked: Callable[[int], None] = lambda id: None
+
+    def on_talk(self, talked: Callable[[int], None]) -> None:
+        """`talked` is called with the id of a vCPU whose console has output that somebody waits for."""
+        self._talked = talked
 
     def on_change(self, tell: Callable[[], None]) -> None:
         """`tell` is called when the masks of `told` changed."""
@@ -202,51 +228,74 @@ class Switchboard:
             exits.end()
             return exits
         self._subscribers.append(exits)
+        self._listeners.clear()
         try:
             self._tell()
         except BaseException:
             self._subscribers.remove(exits)
+            self._listeners.clear()
             raise
         return exits
 
     def _leave(self, exits: Exits) -> None:
         if exits in self._subscribers:
             self._subscribers.remove(exits)
+            self._listeners.clear()
             self._missed += exits.missed
             self._tell()
 
-    def deliver(self) -> int:
-        """Deliver one batch; how many exits it had."""
-        batch = self._core.drain()
+    def deliver(self, core: VcpuCore | None = None, *, most: int = FleetCore.BATCH) -> int:
+        """Deliver one batch, of all or of one; how many exits it had."""
+        batch = self._core.drain(core, most=most)
         if not batch:
             return 0
-        subscribers = self._subscribers
+        listeners = self._listeners
         for record, vm, reason, flags in self.reader.split(batch):
-            for subscriber in subscribers:
-                if (subscriber.vm is None or subscriber.vm == vm) and wants(subscriber.mask, reason, flags):
+            for subscriber in listeners[vm] if vm in listeners else self._listen(vm):
+                if wants(subscriber.mask, reason, flags):
                     subscriber.put(record)
-        for subscriber in subscribers:
+        for subscriber in self._subscribers:
             subscriber.wake()
         return len(batch) // RECORD_SIZE
 
+    def hear(self) -> int:
+        """Wake those who wait for output of a console; how many vCPUs had some."""
+        ids = self._core.talking()
+        for id in ids:
+            self._talked(id)
+        return len(ids)
+
+    def _listen(self, vm: str) -> list[Exits]:
+        self._listeners[vm] = [one for one in self._subscribers if one.vm is None or one.vm == vm]
+        return self._listeners[vm]
+
     async def run(self) -> None:
         """The drain task: sleeps on the eventfd, costs nothing while nobody subscribed or nothing happens."""
-        last = -PACE
+        last, pace = -PACE, PACE
         while True:
-            if taken := self.deliver():
+            # A slow pace is one of small batches as well: half as often and half as many each time it slows down.
+            heard, taken = self.hear(), self.deliver(most=max(FEWEST, int(FleetCore.BATCH * PACE / pace)))
+            if heard or taken:
                 begun, last = last, trio.current_time()
-                if self._paced and last - begun < PACE and taken < FleetCore.BATCH:
-                    await trio.sleep(PACE)
-                else:
-                    await trio.lowlevel.checkpoint()
+                wait = 0.0
+                if self._paced and (pace > PACE or (last - begun < PACE and taken < FleetCore.BATCH)):
+                    wait = pace
+                await trio.sleep(wait)
+                if self._paced:
+                    pace = next_pace(pace, trio.current_time() - last - wait)
             elif self._core.may_sleep():
                 await trio.lowlevel.wait_readable(self._core.eventfd)
+                pace = PACE
+            else:
+                await trio.lowlevel.checkpoint()
 
     def retire(self, cores: Iterable[VcpuCore]) -> None:
-        """Deliver what is left of these cores, which run no more, before they go. (Others may never pause.)"""
+        """Deliver what is left of these cores, which run no more, before they go. Others have to wait: they may never
+        pause."""
         cores = list(cores)
-        while any(core.pending() for core in cores) and self.deliver():
-            pass
+        for core in cores:
+            while self.deliver(core):
+                pass
         self._retired += [core.id for core in cores]
         # Their names are needed until the last of their records was received. Someone who never receives must not make
         # a fleet that launches and stops for years grow: then the oldest go, with what waits of them.

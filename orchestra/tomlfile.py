@@ -17,7 +17,8 @@ from typing import Any, TypeAlias, TypeVar
 
 import attrs
 
-from .errors import OrchestraError, SpecError
+from .errors import FileError, OrchestraError, SpecError
+from .extras import install
 
 try:
     # mypy may well be run where this extra is not installed.
@@ -30,7 +31,7 @@ try:
         IterableValidationNote,
     )
 except ImportError as error:
-    raise OrchestraError(f"TOML files need cattrs ({error}): pip install 'orchestra[rules]'") from None
+    raise OrchestraError(f"TOML files need cattrs ({error}): {install('rules')}") from None
 
 __all__ = ["Inside", "Mistake", "Mistaken", "TomlError", "converter", "meant", "read", "shown", "structure"]
 
@@ -48,15 +49,24 @@ class Mistake:
 
     def __str__(self) -> str:
         where = f"line {self.line}: " if self.line is not None else ""
-        return f"{where}{self.key}: {self.text}" if self.key else f"{where}{self.text}"
+        return f"{where}{self._said}"
+
+    def at(self, file: str) -> str:
+        """As compilers write it, so that editors find the place: FILE:LINE: KEY: what."""
+        return f"{file}:{self.line}: {self._said}" if self.line is not None else f"{file}: {self._said}"
+
+    @property
+    def _said(self) -> str:
+        return f"{self.key}: {self.text}" if self.key else self.text
 
 
-class TomlError(SpecError):
-    """Your file says what can't be: `mistakes` has all of it."""
+class TomlError(FileError, SpecError):
+    """Your file says what can't be: `mistakes` has all of it, and `lines` as compilers write it."""
 
     def __init__(self, file: str, mistakes: Sequence[Mistake]) -> None:
         self.file = file
         self.mistakes = tuple(mistakes)
+        self.lines = tuple(mistake.at(file) for mistake in mistakes)
         count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
         super().__init__(f"{file}: {count}\n" + "\n".join(f"  {mistake}" for mistake in mistakes))
 
@@ -172,10 +182,9 @@ def _walk(error: BaseException, at: Path_) -> Iterator[tuple[Path_, str]]:
         yield from _walk(error.error, (*at, *error.at))
     elif isinstance(error, Mistaken):
         yield (*at, *error.at), str(error)
-    elif isinstance(error, KeyError) and at:
-        yield (*at, str(error.args[0])), "is missing"
     elif isinstance(error, KeyError):
-        yield (str(error.args[0]),), "is missing"
+        key = str(error.args[0])
+        yield (at if at[-1:] == (key,) else (*at, key)), "is missing"  # cattrs notes the key of some as well
     elif isinstance(error, SpecError):
         # Specs name their field first; the key does already.
         text = str(error)

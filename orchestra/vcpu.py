@@ -7,19 +7,21 @@ it. A worker thread drives it for engines that block, the fleet's thread for tho
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from typing import Any, Final, Protocol
 
 from . import exits
 from .actions import Failed, Halted, Outcome, Shutdown, Stopped
 from .backend import Engine, Why
-from .devices.bus import Bus, Claim
+from .devices.bus import Bus, Claim, Device
 from .devices.requests import Request
 from .native import ffi
 from .native.core import Command
 from .native.records import decode
 
-__all__ = ["Vcpu"]
+__all__ = ["RESETS", "Vcpu"]
+
 
 RUN: Final = -1
 """What `life` yields to have the engine run; any other number: sleep unless woken since that was read."""
@@ -35,6 +37,9 @@ _GO_ON: Final = (
 )
 NOTIFY_CONTEXT_INVALID: Final = 1
 SYSTEM_EVENTS: Final = {1: "shutdown", 2: "reset", 3: "crash"}
+TRIPLE_FAULT: Final = "triple fault"
+RESETS: Final = (TRIPLE_FAULT, f"system event: {SYSTEM_EVENTS[2]}")
+"""Reasons of a `Shutdown` by which a guest asks to be reset, or for which a CPU would be."""
 _SHOWN: Final = ("rip", "rflags", "rsp", "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp")
 
 
@@ -44,11 +49,19 @@ class Host(Protocol):
     name: str
     ports: Bus
     mmio: Bus
-    pause_number: int
-    """Counts pauses, so that a vCPU that was resumed and paused again says so again."""
+
+    @property
+    def pause_number(self) -> int:
+        """Counts pauses, so that a vCPU that was resumed and paused again says so again."""
 
     def on_parked(self, index: int, number: int) -> None:
-        """The runner is outside the guest for that pause. Runner's thread."""
+        """It runs no guest code for that pause, but is in the middle of an access. Runner's thread."""
+
+    def on_quiesced(self, index: int, number: int) -> None:
+        """The same, and nothing of an access is left to be done. Runner's thread."""
+
+    def now(self) -> int:
+        """Nanoseconds on the fleet's clock. Any thread."""
 
     def on_ended(self, index: int, outcome: Outcome) -> None:
         """The vCPU will never run again. Runner's thread."""
@@ -58,16 +71,28 @@ class Host(Protocol):
 
 
 class Vcpu:
-    """One vCPU of a VM, for its runner."""
+    """One vCPU of a VM, for its runner.
+
+    Attributes:
+        pausing: set by the fleet's thread once it has commanded a pause.
+        using: what a device of the VM's answers just now, and asked: what a task does, since when. Whoever has
+            commanded a pause and then sees one of them knows that no guest code runs until the pause is taken back.
+    """
 
     def __init__(self, host: Host, index: int, engine: Engine) -> None:
         self.host = host
         self.index = index
         self.engine = engine
         self.core = engine.core
-        self.parked_for = 0
+        self.pausing = False
+        self.using: Claim | None = None
+        self.asked: tuple[Bus, Request, int] | None = None
         self.final_registers: Any = None
+        self._parked_for = self._quiesced_for = 0
+        self._was_held = False
         self._thread: threading.Thread | None = None
+        self._tid: int | None = None
+        self._living = threading.Lock()
 
     # ---- drivers
 
@@ -85,8 +110,15 @@ class Vcpu:
             outcome = end.value
         except BaseException as error:  # a device may raise SystemExit: on this thread it ends this VM and no more
             outcome = self._failed(f"{type(error).__name__}: {error}")
-        engine.detach()
-        self._end(outcome)
+        try:
+            engine.detach()
+        except Exception as error:
+            outcome = self._failed(f"{type(error).__name__}: {error}")
+        try:
+            self._end(outcome)
+        finally:
+            with self._living:  # the kernel may give its number to another thread from now on
+                self._tid = None
 
     def spawn(self) -> None:
         """Drive it on a thread of its own, held until told otherwise.
@@ -100,12 +132,19 @@ class Vcpu:
         self.core.hold()
         thread = threading.Thread(target=self.drive, name=f"{self.host.name}/{self.index}", daemon=True)
         thread.start()
-        self._thread = thread
+        self._thread, self._tid = thread, thread.native_id
 
     @property
     def tid(self) -> int | None:
-        """The kernel's number of its thread; None if it has none."""
-        return None if self._thread is None else self._thread.native_id
+        """The kernel's number of its thread; None if it has none, or none any more. It may end at any moment: whoever
+        does something to the thread wants `living`."""
+        return self._tid
+
+    @contextmanager
+    def living(self) -> Iterator[int | None]:
+        """`tid`, which is no other thread's within the block: the thread does not end before that is left."""
+        with self._living:
+            yield self.tid
 
     def join(self) -> None:
         """Its last word was heard: wait the microseconds until its thread is gone."""
@@ -127,6 +166,7 @@ class Vcpu:
         self._end(outcome)
 
     def _end(self, outcome: Outcome) -> None:
+        self.using = self.asked = None
         self.keep_registers()
         self.host.on_ended(self.index, outcome)
 
@@ -141,27 +181,40 @@ class Vcpu:
     # ---- life
 
     def life(self) -> Generator[int, Any, Outcome]:
-        """From the first entry to the end; returns how it ended."""
+        """From the first entry to the end; returns how it ended.
+
+        Where `using` and `asked` are set, the kernel has an access to complete at the next entry; a pause that was
+        commanded by then has it do so and no more (`unfinished` in native/kvm.c).
+        """
         host, access = self.host, self.engine.access
         io, mmio = Why.IO, Why.MMIO
         while True:
             why = yield RUN
             if why in (io, mmio):
                 bus = host.ports if why == io else host.mmio
-                address, size = access.address, access.size
-                claim = bus.find(address, size)
+                claim = bus.claimed.get(access.claim)
                 if claim is None:
-                    if not access.write:
-                        ffi.memmove(access.data, b"\xff" * (size * access.count), size * access.count)
+                    access.count = 0  # released since it was looked up: the core finds whoever is there now
                 elif claim.device is not None:
+                    self.using = claim
+                    if self.pausing:  # looked at after `using` was set, as whoever pauses does it the other way round
+                        self._say_parked()
                     try:
-                        self._use(claim, address, size)
+                        self._use(claim, claim.device)
                     except Exception as error:
                         direction = "write to" if access.write else "read of"
                         name = type(claim.handler).__name__
-                        return self._failed(f"device {name} failed at a {direction} {bus.name} {address:#x}: {error!r}")
+                        return self._failed(
+                            f"device {name} failed at a {direction} {bus.name} {access.address:#x}: {error!r}"
+                        )
+                    self.using = None
+                    if self._was_held:
+                        self._resumed()
                 else:
-                    yield from self._ask(bus, claim, address, size)
+                    yield from self._ask(bus, claim)
+                    self.asked = None
+                    if self._was_held:
+                        self._resumed()
             elif why == Why.COMMAND:
                 commands = self.core.commands()
                 if commands & Command.STOP:
@@ -178,14 +231,16 @@ class Vcpu:
             else:
                 return self._failed(self.engine.error())
 
-    def _use(self, claim: Claim, address: int, size: int) -> None:
-        """Let a device answer, element by element for a string instruction."""
-        access, device, offset = self.engine.access, claim.device, address - claim.span.start
-        assert device is not None
-        data = access.data
+    def _use(self, claim: Claim, device: Device) -> None:
+        """Let a device answer a chunk of the guest's access: several elements, if it is of a string instruction."""
+        access = self.engine.access
+        data, offset, size, write = access.data, access.offset, access.size, access.write
         with claim.lock:
             for start in range(0, size * access.count, size):
-                if access.write:
+                if not claim.live:  # also if the device itself released it, in the element before
+                    access.count = start // size
+                    return
+                if write:
                     value = data[start] if size == 1 else int.from_bytes(ffi.buffer(data + start, size), "little")
                     device.write(offset, size, value)
                 elif size == 1:
@@ -194,53 +249,76 @@ class Vcpu:
                     value = device.read(offset, size) & (1 << 8 * size) - 1
                     ffi.memmove(data + start, value.to_bytes(size, "little"), size)
 
-    def _ask(self, bus: Bus, claim: Claim | None, address: int, size: int) -> Generator[int, Any, None]:
-        """Have a task answer, element by element; pauses and stops come through meanwhile."""
+    def _ask(self, bus: Bus, claim: Claim) -> Generator[int, Any, None]:
+        """Have a task answer, element by element; pauses and stops come through meanwhile.
+
+        What it does not answer, as it is stopped or nobody is there any more, goes back to the core.
+        """
         host, access = self.host, self.engine.access
-        for start in range(0, size * access.count, size):
-            value = (1 << 8 * size) - 1  # nobody there any more: the bus reads as ones
-            while claim is not None and claim.device is None:
-                data = bytes(ffi.buffer(access.data + start, size)) if access.write else b""
-                request = claim.handler.submit(self.index, address, size, bool(access.write), data, self.engine.wake)  # type: ignore[union-attr]  # not a Device
-                assert isinstance(request, Request)
-                while not (request.answered or request.returned):
-                    seen = self.core.wakes()
-                    commands = self.core.commands()
-                    if commands & Command.STOP:
-                        return
-                    if commands & Command.CALL:
-                        for call in host.commanded(self.index):
-                            call()
-                        continue
-                    if commands & Command.PAUSE:
-                        self._say_parked()
-                    if not (request.answered or request.returned):
-                        yield seen
-                if request.answered:
-                    value = request.value
-                    break
-                claim = bus.find(address, size)
-            if not access.write:
-                ffi.memmove(access.data + start, value.to_bytes(size, "little"), size)
+        address, size, write = access.address, access.size, bool(access.write)
+        for index in range(access.count):
+            where = access.data + index * size
+            with claim.lock:
+                if not claim.live:
+                    access.count = index
+                    return
+                since = host.now()
+                data = bytes(ffi.buffer(where, size)) if write else b""
+                request = claim.handler.submit(self.index, address, size, write, data, self.engine.wake)  # type: ignore[union-attr]  # not a Device
+            assert isinstance(request, Request)
+            self.asked = bus, request, since
+            while not (request.answered or request.returned):
+                seen = self.core.wakes()
+                commands = self.core.commands()
+                if commands & Command.STOP:
+                    access.count = index
+                    return
+                if commands & Command.CALL:
+                    for call in host.commanded(self.index):
+                        call()
+                    continue
+                if commands & Command.PAUSE:
+                    self._say_parked()
+                if not (request.answered or request.returned):
+                    yield seen
+            if not request.answered and not claim.live:
+                access.count = index
+                return
+            if not write:  # by one who keeps the claim and answers no more, ones, or it would be asked for ever
+                value = request.value if request.answered else (1 << 8 * size) - 1
+                ffi.memmove(where, value.to_bytes(size, "little"), size)
 
     def _park(self) -> Generator[int, Any, None]:
         while True:
             seen = self.core.wakes()
             commands = self.core.commands()
             if not commands & Command.PAUSE or commands & Command.STOP:
+                if self._was_held:
+                    self._resumed()
                 return
             if commands & Command.CALL:
                 for call in self.host.commanded(self.index):
                     call()
                 continue
-            self._say_parked()
+            self._was_held = True
+            number = self.host.pause_number
+            if self._quiesced_for != number:
+                self._quiesced_for = number
+                self.host.on_quiesced(self.index, number)
             yield seen
 
     def _say_parked(self) -> None:
+        self._was_held = True
         number = self.host.pause_number
-        if self.parked_for != number:
-            self.parked_for = number
+        if self._parked_for != number:
+            self._parked_for = number
             self.host.on_parked(self.index, number)
+
+    def _resumed(self) -> None:
+        """Unless it is still paused: it goes on, and its guest is to hear that it was not there for a while."""
+        if not self.core.commands() & (Command.PAUSE | Command.STOP):
+            self._was_held = False
+            self.engine.resumed()
 
     # ---- what exits mean
 
@@ -250,7 +328,7 @@ class Vcpu:
             case exits.Hlt():
                 return Halted()
             case exits.ShutdownExit():
-                return Shutdown(reason="triple fault")
+                return Shutdown(reason=TRIPLE_FAULT)
             case exits.SystemEvent(type=1 | 2 as number):
                 return Shutdown(reason=f"system event: {SYSTEM_EVENTS[number]}")
             case exits.SystemEvent():

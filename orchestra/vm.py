@@ -6,9 +6,9 @@ import logging
 import math
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, Final
 
-import attrs
 import trio
 
 from .actions import (
@@ -25,20 +25,27 @@ from .actions import (
     Stop,
     Stopped,
 )
-from .budget import Budgets, make_budgets
-from .counted import ZERO, VcpuStatistics, VmStatistics, add, add_names
+from .budget import Budgets, limits_of, make_budgets
+from .contain import contained
+from .counted import VcpuStatistics, VmStatistics, add, add_names, by_bucket
+from .desired import Desired
 from .devices.bus import Device, Handler
 from .devices.console import Console
 from .devices.requests import Requests
-from .errors import BusLockUnsupported, OrchestraError, ResourceLimit, SpecError, StateError
+from .errors import BusLockUnsupported, ResourceLimit, SpecError, StateError
 from .guest import Guest, House
+from .holding import Level, PendingIo
 from .native.core import Counters
 from .profile import Profile, Samples, Symbols, make_profile
 from .spec import Limit, Meter, VmSpec, check_flag, check_sampling
+from .succession import Next, Succession
 
 __all__ = ["VcpuStatistics", "Vm", "VmStatistics"]
 
 log: Final = logging.getLogger("orchestra")
+
+PATIENCE: Final = 5.0
+"""Seconds until a pause that waits for a device or a task is logged, and then again after twice that."""
 
 
 def _check_ranges(ports: range | None, mmio: range | None) -> None:
@@ -65,27 +72,28 @@ class Vm:
         self.spec = spec
         self.name = spec.name
         self.tenant = tenant
-        self.restarts = 0
         self.launch = house.next_id()
         self.console = Console(house.post)
-        self.budgets = make_budgets(spec.limit, spec.exit_limit, now)
-        self.vcpu_budgets = [make_budgets(spec.vcpu_limit, spec.vcpu_exit_limit, now) for _ in range(spec.vcpus)]
-        self._samples = Samples(spec.sample_every)
+        self.budgets = make_budgets(limits_of(spec), now)
+        self.vcpu_budgets = [make_budgets(limits_of(spec, "vcpu_"), now) for _ in range(spec.vcpus)]
+        self.was_capped = False
+        self._desired = Desired(sample_every=spec.sample_every)
+        self._succession = Succession(spec, now)
+        self._samples = Samples()
         self._house = house
         self._above = above
         self._guest: Guest | None = None
-        self._retired: list[Counters] | None = None
-        self._outcome: Outcome | None = None
-        self._paused = False
-        self._released = False
-        self._caps: dict[str | None, float] = {}
-        self._isolated = False
-        self.was_capped = False
-        self._log_dirty: bool | None = None  # None: as the spec says
-        self._logging = trio.Lock()
+        self._retired: list[Counters] | None = None  # what former runs counted
         self._dirty_before: int | None = None  # pages, in former runs
+        self._outcome: Outcome | None = None
+        self._released = False
+        self._unmapped: trio.Event | None = None
+        self._logging = trio.Lock()
         self._stop_reason: Stopped | None = None
-        self._kick_restart = trio.Event()
+        self._reset_reason: str | None = None
+        self._why = ""  # its run has started; until that is journaled
+        self._nudged = trio.Event()  # somebody wants something while the VM waits for its next run
+        self._renewed = trio.Event()  # another run has started, or none will
         self._ended = trio.Event()
         self._devices: list[tuple[range | None, range | None, Device]] = []
         self._requests: dict[Requests, tuple[range | None, range | None]] = {}
@@ -99,12 +107,34 @@ class Vm:
 
     @property
     def state(self) -> State:
-        """Created (being set up), running, paused, stopped or failed."""
+        """Created (being set up), running, paused (also between two runs, while it waits for a restart's back-off or a
+        reset's turn), stopped or failed. Whether a paused one's state may be read and saved is `quiesced`."""
         if self._outcome is not None:
             return State.FAILED if isinstance(self._outcome, Failed) else State.STOPPED
         if self._guest is None:
             return State.CREATED
-        return State.PAUSED if self._paused and self._guest.parked.is_set() else State.RUNNING
+        return State.PAUSED if self._desired.paused and self._guest.holding.paused.is_set() else State.RUNNING
+
+    @property
+    def restarts(self) -> int:
+        """How often it was restarted (`VmSpec.restart`)."""
+        return self._succession.restarts
+
+    @property
+    def resets(self) -> int:
+        """How often it was reset, by itself (`VmSpec.on_reset`) or by `reset`."""
+        return self._succession.resets
+
+    @property
+    def quiesced(self) -> bool:
+        """It is paused, and nothing of an access is left to be done: registers and memory stay as they are."""
+        return self.state is State.PAUSED and self._made().holding.quiesced.is_set()
+
+    @property
+    def pending(self) -> tuple[PendingIo, ...]:
+        """What keeps it from being quiesced while it pauses, or is paused: accesses that no device or task has answered
+        yet. Empty while it runs."""
+        return self._guest.pending() if self._guest is not None and self._outcome is None else ()
 
     @property
     def throttled(self) -> bool:
@@ -122,17 +152,26 @@ class Vm:
         assert self._outcome is not None
         return self._outcome
 
-    async def pause(self) -> None:
-        """Hold it: returns when every vCPU is outside the guest, and not waiting for its turn either.
+    async def pause(self, *, quiesce: bool = True) -> None:
+        """Hold it: returns when every vCPU is outside the guest, not waiting for its turn either, and all accesses of
+        the guest's are completed, so that its registers and memory may be read and saved.
 
-        Cancelled, the VM pauses all the same, as the journal says; call `resume`.
+        An access that a device, or a task (`requests`), has yet to answer keeps it from that: `pending` has what it
+        waits for, and after 5 s the log. So the task that answers requests must not wait for a pause in between.
+
+        Parameters:
+            quiesce: False: return once no guest code runs, whatever is pending. An answer that comes then is completed
+                without running the guest, and changes registers and memory.
+
+        Returns as well if the pause is taken back meanwhile, or the VM ends. Cancelled, the VM pauses all the same, as
+        the journal says; call `resume`.
 
         Raises:
             StateError: it has ended.
         """
         self.hold()
         self._house.did(Pause(vm=self.name, reason="pause()"))
-        await self.wait_parked()
+        await (self._wait_quiesced() if quiesce else self.wait_parked())
 
     async def resume(self) -> None:
         """Let it go on. What it still had to wait for its turn, it waits.
@@ -143,6 +182,30 @@ class Vm:
         self.let_go()
         self._house.did(Resume(vm=self.name, reason="resume()"))
         await trio.lowlevel.checkpoint()
+
+    async def reset(self, reason: str = "reset()") -> None:
+        """Start it afresh from its boot spec, as the reset button does: what it has in memory and registers is lost.
+        Returns when it has started.
+
+        It stays the same VM: name, console, claims and devices, limits, caps, a pause and statistics carry on. Devices
+        of your own that have a method `reset()` are told. A VM is reset 5 times in a row and then once a second,
+        whoever asks, guests included (`VmSpec.on_reset`): this waits for its turn. In a restart's back-off it starts
+        without waiting for the rest of that.
+
+        Cancelled, it is reset all the same.
+
+        Raises:
+            StateError: it has ended, also meanwhile.
+        """
+        self._alive("reset")
+        renewed = self._renewed
+        self._reset_reason = self._reset_reason or reason
+        self._nudge()
+        assert self._guest is not None
+        self._guest.end(Stopped(reason))
+        await renewed.wait()
+        if self._outcome is not None:
+            raise StateError(f"vm {self.name!r} has ended before it was reset: {_told(self._outcome)}")
 
     async def stop(self, reason: str = "stop()") -> Outcome:
         """End it, wait until nothing of it is left, and return how it ended. Stopping what has ended is no error.
@@ -194,8 +257,9 @@ class Vm:
 
     @property
     def cpu_cap(self) -> float | None:
-        """The cap in force: the part of a CPU that each of its vCPUs may use. None: none."""
-        return min(self._caps.values(), default=None)
+        """The cap in force, or to be in force when its next run starts: the part of a CPU that each of its vCPUs may
+        use. None: none."""
+        return self._desired.cap
 
     def cap_cpu(self, share: float | None) -> None:
         """Let each of its vCPUs use at most this part of a CPU, by CPU time over periods of 50 ms. At once.
@@ -216,8 +280,8 @@ class Vm:
 
     @property
     def isolated(self) -> bool:
-        """Its vCPUs run on the quarantine CPUs."""
-        return self._isolated
+        """Its vCPUs run on the quarantine CPUs, or will when its next run starts."""
+        return self._desired.isolated
 
     def isolate(self, isolated: bool = True) -> None:
         """Have its vCPUs run on the fleet's quarantine CPUs only, or (False) wherever the others do.
@@ -234,7 +298,9 @@ class Vm:
     def logs_dirty(self) -> bool:
         """The pages that its guest writes are logged and counted, all of them or some (`MemoryRegion.log_dirty`)."""
         dirty = None if self._guest is None or self._outcome is not None else self._guest.dirty
-        return dirty is not None and dirty.on
+        if dirty is None or self._guest is None:
+            return False
+        return dirty.on if self._guest.final is None else self._desired.logs_dirty(self.spec)
 
     async def log_dirty(self, on: bool = True) -> None:
         """Have KVM log which pages of 4 KiB the guest writes, in all memory that it may write; or (False) in none. It
@@ -256,7 +322,7 @@ class Vm:
         check_flag("on", on)
         async with self._logging:
             await self._alive("log the memory of").log_dirty(on)
-            self._log_dirty = on
+            self._desired.log_dirty = on
 
     def report_work(self, units: float) -> None:
         """Tell how much the guest got done since this was called last, by its own account: requests served, rounds of
@@ -273,22 +339,33 @@ class Vm:
     # ---- actions, for those who journal them: each is commanded at once, and what is to come of it may be waited for
 
     def hold(self) -> None:
-        """As `pause`. Each vCPU is held when it leaves the guest or its device; another command may come meanwhile."""
+        """As `pause`. Each vCPU is held when it leaves the guest; another command may come meanwhile."""
         guest = self._alive("pause")
-        if not self._paused:
-            self._paused = True
+        if not self._desired.paused:
+            self._desired.paused = True
             guest.pause()
 
     async def wait_parked(self) -> None:
-        """After `hold`: until every vCPU is outside the guest, or the pause is taken back, or it has ended."""
+        """After `hold`: until no guest code runs, or the pause is taken back, or it has ended."""
         with self._house.core.urgently():
-            await self._made().parked.wait()
+            await self._made().holding.paused.wait()
+
+    async def _wait_quiesced(self) -> None:
+        quiesced, patience = self._made().holding.quiesced, PATIENCE  # of this pause, whatever comes
+        await self.wait_parked()
+        while not quiesced.is_set():
+            with trio.move_on_after(patience):
+                await quiesced.wait()
+                return
+            what = "; ".join(map(str, self.pending)) or "a vCPU completes an access"
+            log.warning("vm %s: a pause has waited for %.0f s or more: %s", self.name, patience, what)
+            patience *= 2
 
     def let_go(self) -> None:
         """As `resume`."""
         guest = self._alive("resume")
-        if self._paused:
-            self._paused = False
+        if self._desired.paused:
+            self._desired.paused = False
             guest.resume()
             self._house.changed(self, State.RUNNING, "resumed")
 
@@ -297,28 +374,33 @@ class Vm:
         with self._house.core.urgently():
             await self._ended.wait()
         self.release()  # its task does so too, but one that had ended by itself has none left
+        if self._unmapped is not None:
+            await self._unmapped.wait()
         assert self._outcome is not None
         return self._outcome
 
     def end(self, outcome: Stopped) -> None:
         """As `stop`."""
         self._stop_reason = self._stop_reason or outcome
-        self._kick_restart.set()
+        self._nudge()
         if self._guest is not None and self._outcome is None:
             self._guest.end(self._stop_reason)
 
+    def _nudge(self) -> None:
+        self._nudged.set()
+        self._nudged = trio.Event()
+
     def put_cap(self, by: str | None, share: float | None) -> None:
         """As `cap_cpu`, of whoever asks (a policy's name; None: a caller)."""
-        caps = {**self._caps, by: share}
-        wanted = {name: cap for name, cap in caps.items() if cap is not None}
-        if wanted != self._caps:
+        wanted = self._desired.caps_with(by, share)
+        if wanted != self._desired.caps:
             self._alive("cap the CPU of").cap_cpu(min(wanted.values(), default=None))
-            self._caps = wanted
+            self._desired.caps = wanted
             self.was_capped = True
 
     def cap_of(self, by: str | None) -> float | None:
         """What one of those who cap it asked for last."""
-        return self._caps.get(by)
+        return self._desired.caps.get(by)
 
     async def cap_settled(self) -> None:
         """Wait until what was put is in force; no checkpoint if it is.
@@ -331,19 +413,21 @@ class Vm:
 
     def _on_cap_failed(self, error: ResourceLimit) -> None:
         log.error("vm %s is not capped: %s", self.name, error.strerror)
-        self._caps = {}
+        self._desired.caps = {}
 
     def place(self, on: bool) -> None:
         """As `isolate`."""
         guest = self._alive("isolate" if on else "let in")
-        if on != self._isolated:
+        if on != self._desired.isolated:
             guest.isolate(on)
-            self._isolated = on
+            self._desired.isolated = on
 
     # ---- devices and requests
 
     def attach(self, device: Device, *, ports: range | None = None, mmio: range | None = None) -> None:
-        """Add a device of your own. It is called on vCPU threads, one call at a time; it stays over restarts.
+        """Add a device of your own. It is called on vCPU threads, one call at a time; it stays over restarts and
+        resets. If it has a method `reset()`, that is called before each run but the first, on the fleet's thread: the
+        device is to be as it was at power-on.
 
         Raises:
             SpecError: no range given, or one that is taken, or not a device.
@@ -361,7 +445,7 @@ class Vm:
         Raises:
             SpecError: no range given, or one that is taken.
         """
-        requests = Requests(self._house.post)
+        requests = Requests(partial(self._house.inbox.put, (self.tenant, self.name)))
         self._claim(ports, mmio, requests)
         self._requests[requests] = (ports, mmio)
         try:
@@ -396,30 +480,38 @@ class Vm:
         self._made().memory.write(address, data)
 
     def registers(self, vcpu: int = 0) -> Any:
-        """A vCPU's general registers (.rax ... .r15, .rip, .rflags), while it is paused or after it ended.
+        """A vCPU's general registers (.rax ... .r15, .rip, .rflags), while it is quiesced or after it ended.
 
         Raises:
-            StateError: it runs: `pause` it first, or use `inspect`.
+            StateError: it runs: `pause` it first, or use `inspect`. Or it is paused in the middle of an access, so that
+                its registers change when that is answered (`pending`).
         """
         guest = self._made()
         index = self._vcpu(vcpu)
         if guest.has_ended(index):
-            registers = guest.vcpus[index].final_registers
-            if registers is None or isinstance(registers, Exception):
-                raise StateError(f"vm {self.name!r}: vCPU {vcpu} ended before its registers could be read: {registers}")
-            return registers
-        if not (self._paused and guest.is_parked(index)):
+            return self._final_registers(guest, index)
+        if not (self._desired.paused and guest.is_parked(index)):
             raise StateError(f"vm {self.name!r}: vCPU {vcpu} runs: pause() first, or `await vm.inspect({vcpu})`")
+        if not guest.is_quiesced(index):
+            what = next((str(access) for access in guest.pending() if access.vcpu == vcpu), f"vCPU {vcpu} is busy")
+            raise StateError(f"vm {self.name!r}: {what}: its registers change then; `pause()` waits for that")
         return guest.vcpus[index].engine.registers()
 
     async def inspect(self, vcpu: int = 0) -> Any:
-        """A running vCPU's general registers, taken between two entries of the guest; it is not paused for it."""
+        """A running vCPU's general registers, taken between two entries of the guest; it is not paused for it. In the
+        middle of an access that waits for an answer, they are those before the answer."""
         guest = self._made()
         index = self._vcpu(vcpu)
         if guest.has_ended(index):
             await trio.lowlevel.checkpoint()
-            return self.registers(vcpu)
+            return self._final_registers(guest, index)  # by now there may be another run
         return await guest.call(index, guest.vcpus[index].engine.registers)
+
+    def _final_registers(self, guest: Guest, index: int) -> Any:
+        registers = guest.vcpus[index].final_registers
+        if registers is None or isinstance(registers, Exception):
+            raise StateError(f"vm {self.name!r}: vCPU {index} ended before its registers could be read: {registers}")
+        return registers
 
     def statistics(self) -> VmStatistics:
         """What it did so far."""
@@ -438,6 +530,7 @@ class Vm:
                 released=c.released,
                 exits=c.exits,
                 unclaimed=c.unclaimed,
+                answers=c.answers,
                 missed=c.missed,
                 kicks=c.kicks,
             )
@@ -450,19 +543,24 @@ class Vm:
             throttled=any(v.throttled for v in vcpus),
             outcome=self._outcome,
             restarts=self.restarts,
+            resets=self.resets,
             bus_locks=sum(c.bus_locks for c in counters) if seen else None,
             throttled_seconds=sum(v.throttled_seconds for v in vcpus),
             waits=sum(v.waits for v in vcpus),
             released=sum(v.released for v in vcpus),
             exits=add_names(c.exits for c in counters),
             unclaimed=sum(v.unclaimed for v in vcpus),
+            answers=sum(v.answers for v in vcpus),
             missed=sum(v.missed for v in vcpus),
             kicks=sum(v.kicks for v in vcpus),
             dirty_pages=self._dirty_pages(),
+            pending=self.pending,
             limit=self.budgets[Meter.BUS_LOCKS].limit,
             exit_limit=self.budgets[Meter.EXITS].limit,
+            answer_limit=self.budgets[Meter.ANSWERS].limit,
             bus_lock_detection=(self.spec.bus_lock_detection or self._house.bus_lock_detection) if seen else None,
             vcpus=vcpus,
+            throttled_by=by_bucket(c.held for c in counters),
         )
 
     def _dirty_pages(self) -> int | None:
@@ -495,15 +593,15 @@ class Vm:
         check_sampling("every", every)
         if every and not self._house.bus_locks:
             raise BusLockUnsupported(f"vm {self.name!r}: this fleet does not see bus locks: there is nothing to sample")
-        self._samples.every = every
+        self._desired.sample_every = every
         if self._guest is not None:
             self._guest.sample(every)
 
     def profile(self, symbols: Iterable[Symbols] = ()) -> Profile:
         """Which of its instructions locked the bus since it was launched, restarts included; see `Profile`.
 
-        Disassembled if iced-x86 is installed (``pip install 'orchestra[profile]'``). Takes a tenth of a millisecond or
-        so for each instruction.
+        Disassembled if iced-x86 is installed (``pip install 'orchestra-kvm[profile]'``). Takes a tenth of a millisecond
+        or so for each instruction.
 
         Parameters:
             symbols: functions of the guest; the first that knows an address names it.
@@ -515,14 +613,14 @@ class Vm:
             symbols=symbols,
             bus_locks=self.statistics().bus_locks,
             unplaced=samples.unplaced,
-            every=samples.every if self._house.bus_locks else 0,
+            every=self._desired.sample_every if self._house.bus_locks else 0,
         )
 
     def _vcpu_state(self, index: int) -> State:
         guest = self._guest
         if guest is not None and self._outcome is None and guest.has_ended(index):
             return State.STOPPED
-        if guest is not None and self._outcome is None and self._paused and guest.is_parked(index):
+        if guest is not None and self._outcome is None and self._desired.paused and guest.is_parked(index):
             return State.PAUSED
         return self.state
 
@@ -550,107 +648,127 @@ class Vm:
     async def supervise(
         self, devices: Iterable[tuple[range | None, range | None, Device]], paused: bool, *, task_status: Any
     ) -> None:
-        """The VM's task: run it, restart it as its spec says, and leave nothing behind."""
+        """The VM's task: run it, and again as its spec says or somebody asks, and leave nothing behind."""
         self._devices = list(devices)
-        self._paused = paused
-        restart, delay, in_a_row, started = self.spec.restart, self.spec.restart.backoff, 0, False
+        self._desired.paused = paused
+        started, following = False, None
         outcome: Outcome = Stopped("the fleet was closed")
         try:
             while True:
                 begun = trio.current_time()
                 try:
-                    guest = await self._start_guest()
-                except Exception as error:  # whatever it is, it is the end of this VM and of no other
-                    outcome = Failed(f"{'restart' if started else 'launch'}: {type(error).__name__}: {error}")
-                    if not started:
-                        raise
-                else:
+                    guest = await self._start_guest(following)
                     if not started:
                         started = True
                         task_status.started()
-                    if not self._paused:  # else it says so once it is
-                        self._house.changed(self, State.RUNNING, self._how_often())
-                    outcome = await guest.run()
-                    self._retire(guest)
-                if self._stop_reason is not None:
-                    outcome = self._stop_reason if isinstance(outcome, Stopped) else outcome
+                    outcome = await guest.run(self._old_is_unmapped)
+                except Exception as error:  # whatever it is, it is the end of this VM and of no other
+                    what = "launch" if following is None else following.kind
+                    outcome = Failed(f"{what}: {type(error).__name__}: {error}")
+                    if not started:
+                        raise
+                try:
+                    following = await self._follow(outcome, trio.current_time() - begun)
+                except Exception as error:
+                    outcome, following = Failed(f"supervision: {type(error).__name__}: {error}"), None
+                if following is None:
                     return
-                if restart.when == "never" or not isinstance(outcome, Failed):
-                    return
-                if trio.current_time() - begun > restart.backoff_max:
-                    delay, in_a_row = restart.backoff, 0
-                in_a_row += 1
-                if restart.most is not None and in_a_row > restart.most:
-                    return
-                with trio.move_on_after(delay):
-                    await self._kick_restart.wait()
-                    return  # stopped while it waited to be restarted
-                delay = min(delay * 2, restart.backoff_max)
-                self.restarts += 1
         finally:
+            if isinstance(outcome, Stopped) or self._succession.is_reset(outcome):  # another run was to come
+                outcome = self._stop_reason or Stopped("the fleet was closed")
             self._outcome = outcome
-            self._house.changed(self, self.state, _told(outcome))
-            self.console.close()
-            for requests in self._requests:
-                requests.end()
+            with contained(f"vm {self.name}: the journal"):
+                self._house.changed(self, self.state, _told(outcome))
+            for end in (self.console.close, *(requests.end for requests in self._requests)):
+                with contained(f"vm {self.name}: its readers"):
+                    end()
+            self._renewed.set()
             self._ended.set()
 
-    async def _start_guest(self) -> Guest:
+    async def _follow(self, outcome: Outcome, ran: float) -> Next | None:
+        """Wait until the next run may start; None: none does."""
+        asked, self._reset_reason = self._reset_reason, None
+        following = None
+        if self._stop_reason is None:
+            following = self._succession.after(outcome, ran, self._house.backend.now(), asked)
+        if following is None:
+            return None
+        due = trio.current_time() + following.delay
+        if following.kind == "reset" and following.delay > 0:
+            with contained(f"vm {self.name}: the journal"):
+                self._house.changed(self, self.state, f"waits {following.delay:.1f} s to be reset: {following.why}")
+        while True:
+            with trio.move_on_at(due):
+                await self._nudged.wait()
+            if self._stop_reason is not None:
+                return None
+            asked, self._reset_reason = self._reset_reason, None
+            if asked is not None and following.kind == "restart":
+                again = self._succession.after(outcome, ran, self._house.backend.now(), asked)
+                assert again is not None
+                following, due = again, trio.current_time() + again.delay
+            elif trio.current_time() >= due:
+                return following
+
+    async def _start_guest(self, following: Next | None) -> Guest:
         levels = [(*self._above, self.budgets, vcpu) for vcpu in self.vcpu_budgets]
+        if following is not None:
+            for device in {id(device): device for _, _, device in self._devices}.values():
+                if callable(reset := getattr(device, "reset", None)):
+                    reset()
         async with self._logging:  # by now, or in the guest that there will be
-            guest = Guest(self._house, self._spec_now(), levels, self.console)
+            guest = Guest(self._house, self._desired.spec(self.spec), levels, self.console, self._desired)
             guest.samples = self._samples
-            guest.all_parked = self._on_parked
+            guest.reached = self._on_held
             guest.cap_failed = self._on_cap_failed
-            await guest.start(self._claims, lambda: self._paused)
+            await guest.start(self._claims)
             if self._guest is not None:
-                self._dirty_before = self._dirty_pages()
-                self._guest.close()
+                with contained(f"vm {self.name}: the run before"):
+                    self._retire(self._guest)
             self._guest = guest
-        try:  # a restart changes nothing of what it is held to
-            if self._caps:
-                guest.cap_cpu(self.cpu_cap)
-            if self._isolated:
-                guest.isolate(True)
-        except OrchestraError as error:
-            log.error("vm %s was restarted: %s", self.name, error)
+        self._reset_reason = None  # whoever asked until now has this run
+        self._why = "" if following is None else self._succession.begin(following)
         if self._stop_reason is not None:
             guest.end(self._stop_reason)
+        if not self._desired.paused:  # else it says so once it is
+            with contained(f"vm {self.name}: the journal"):
+                self._say(State.RUNNING)
+        if following is not None:
+            self._renewed.set()
+            self._renewed = trio.Event()
         return guest
 
-    def _spec_now(self) -> VmSpec:
-        """The spec, with what was changed since."""
-        if self._log_dirty is None:
-            return self.spec
-        regions = [attrs.evolve(region, log_dirty=False) for region in self.spec.regions]
-        return attrs.evolve(self.spec, log_dirty=self._log_dirty, regions=regions)
+    async def _old_is_unmapped(self) -> None:
+        """Before another run begins, or a guest that is reset all the time would have ever more memory."""
+        await trio.lowlevel.checkpoint()
+        if self._unmapped is not None:
+            await self._unmapped.wait()
 
-    def _how_often(self) -> str:
-        return f"restart {self.restarts}" if self.restarts else ""
+    def _on_held(self, level: Level) -> None:
+        if self._desired.paused and self._outcome is None:
+            self._say(State.PAUSED, "; ".join(map(str, self.pending)) if level is Level.PAUSED else "")
 
-    def _on_parked(self) -> None:
-        if self._paused and self._outcome is None:
-            self._house.changed(self, State.PAUSED, "")
+    def _say(self, state: State, pending: str = "") -> None:
+        why, self._why = self._why, ""
+        self._house.changed(self, state, "; ".join(filter(None, (why, pending))))
 
     def _claims(self) -> list[tuple[range | None, range | None, Handler]]:
         claimed = [(ports, mmio, requests) for requests, (ports, mmio) in self._requests.items()]
         return [*self._devices, *claimed]
 
     def _retire(self, guest: Guest) -> None:
-        """Keep an ended guest's figures if another will follow it."""
-        assert guest.final is not None
-        if self.spec.restart.when != "never":
-            previous = self._retired
-            self._retired = (
-                guest.final if previous is None else [add(a, b) for a, b in zip(previous, guest.final, strict=True)]
-            )
-            guest.final = [attrs.evolve(ZERO) for _ in guest.final]
+        """Another run has taken its place: keep its figures, and give its memory back."""
+        self._dirty_before = self._dirty_pages()
+        final, previous = guest.counters(), self._retired
+        self._retired = final if previous is None else [add(a, b) for a, b in zip(previous, final, strict=True)]
+        self._unmapped = self._house.workers.discard(guest.memory)
 
     def close(self) -> None:
         """It left the fleet: give its memory back, and free its buckets."""
         self._released = True
         if self._guest is not None:
-            self._guest.close()
+            self._unmapped = self._house.workers.discard(self._guest.memory)
+        self._succession.close()
         for budgets in (self.budgets, *self.vcpu_budgets):
             for budget in budgets.values():
                 budget.close()

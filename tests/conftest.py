@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
+import signal
 import struct
 import sys
 import weakref
@@ -18,7 +20,15 @@ import pytest
 from orchestra import ExitPort, FlatImage, Fleet, KvmError, OrchestraError, ScriptedBackend, VmSpec, open_fleet
 from orchestra.backend.emulated import library
 from orchestra.backend.kvm.system import Kvm
-from orchestra.backend.scripted import ScriptedExit, hlt, io_read, io_write, triple_fault
+from orchestra.backend.scripted import (
+    ScriptedExit,
+    hlt,
+    io_read,
+    io_write,
+    mmio_read,
+    mmio_write,
+    triple_fault,
+)
 from orchestra.memory import GuestMemory
 from orchestra.native import lib
 from orchestra.vcpu import Vcpu
@@ -70,6 +80,12 @@ def bus_lock_problem() -> str | None:
     return "this host's KVM reports no bus locks (KVM_CAP_X86_BUS_LOCK_EXIT)"
 
 
+def pytest_configure() -> None:
+    """What a shell runs in the background ignores Ctrl-C, and tests that interrupt themselves would wait for ever."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     problems = {"kvm": kvm_problem(), "emulated": emulated_problem(), "buslock": bus_lock_problem()}
     for item in items:
@@ -83,17 +99,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """What was collected stays to the end: the garbage collector need not look through it again and again."""
     gc.freeze()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_vm_stays() -> Iterator[None]:
-    """KVM switches the CPU's virtualisation on with the first VM and off after the last. One that stays keeps that from
-    happening hundreds of times."""
-    if kvm_problem() is not None:
-        yield
-        return
-    with Kvm.open() as kvm, kvm.create_vm():
-        yield
 
 
 _memories: weakref.WeakSet[GuestMemory] = weakref.WeakSet()
@@ -153,10 +158,17 @@ def nothing_left() -> Iterator[Callable[[], None]]:
     check()
 
 
+def _string(port: int, data: bytes) -> list[ScriptedExit]:
+    """OUTS: as many bytes at a time as KVM has room for."""
+    pieces = [data[at : at + 1024] for at in range(0, len(data), 1024)]
+    return [ScriptedExit("io", args=(port, 1, len(piece), 1), data=piece) for piece in pieces]
+
+
 SCRIPTS: dict[str, Callable[[int], Iterable[ScriptedExit]]] = {
     "halt": lambda vcpu: [hlt()],
     "spin": lambda vcpu: [hlt(after=1e9)],
     "registers": lambda vcpu: [hlt(after=1e9)],
+    "storm": lambda vcpu: itertools.repeat(io_write(0x80, b"\0", after=1e-4)),
     "first_spins": lambda vcpu: [hlt(after=0 if vcpu else 1e9)],
     "exit_port": lambda vcpu: [io_write(0xF4, b"\x2a")],
     "triple_fault": lambda vcpu: [triple_fault()],
@@ -165,6 +177,30 @@ SCRIPTS: dict[str, Callable[[int], Iterable[ScriptedExit]]] = {
         *(io_read(0x500, size) for size in (1, 2, 4)),
         *(io_write(0x500, bytes.fromhex("11223344")[:size]) for size in (1, 2, 4)),
     ],
+    "prints": lambda vcpu: [*_string(0x3F8, bytes(range(256)) * 16), *_string(0xE9, bytes(range(256)) * 16)],
+    "reads_string": lambda vcpu: [ScriptedExit("io", args=(0x500, 1, 1024, 0))],
+    "hangs_over_64": lambda vcpu: [
+        mmio_read(0xD0000FFD, 3),
+        mmio_read(0xD0001000, 5),
+        mmio_write(0xD0000FFD, bytes.fromhex("112233")),
+        mmio_write(0xD0001000, bytes.fromhex("4455667788")),
+        io_read(0x503, 4),
+        io_write(0x503, bytes.fromhex("11223344")),
+    ],
+    "floods_64": lambda vcpu: (
+        [
+            mmio_read(0xD0000000, 8),
+            mmio_write(0xD0000000, b"\xff" * 4),
+            io_read(0x80),
+            io_write(0x80, b"\xff"),
+            io_read(0x3FD),
+            io_write(0x3F8, b"\x60"),
+            io_write(0xE9, b"\x60"),
+            io_read(0xE9),
+            io_read(0xF4, 4),
+        ]
+        * 500
+    ),
 }
 """What some of the guests do, for the scripted backend."""
 

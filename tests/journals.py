@@ -77,12 +77,21 @@ def lived(
         did, facts = {}, []
         for name, want in wants.items():
             held = min([rate for (of, _), rate in limits.items() if of == name], default=float("inf"))
-            did[name] = (min(want(second), held), want(second))
+            wanted = want(second)  # once: it may be drawn by lot
+            did[name] = (min(wanted, held), wanted)
         for name, (got, wanted) in did.items():
             others = sum(other for of, (other, _) in did.items() if of != name)
             waited = 1 - got / wanted if wanted else 0.0
             facts.append(
-                vm(name, got, throttled=waited, cpu=0.5 * (1 - waited), run_delay=0.01 + 1e-4 * others, capped=0.0)
+                vm(
+                    name,
+                    got,
+                    throttled=waited,
+                    throttled_by={"vm.bus_locks": waited} if waited else {},
+                    cpu=0.5 * (1 - waited),
+                    run_delay=0.01 + 1e-4 * others,
+                    capped=0.0,
+                )
             )
         total = sum(got for got, _ in did.values())
         probe = {} if lock_ns is None else {"lock_ns": lock_ns + 0.01 * total}

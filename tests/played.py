@@ -139,6 +139,7 @@ def play(
     spec = VmSpec(name="guest", boot=boot, memory=memory, regions=tuple(regions), bus_lock_detection=detection)
     guest_memory, fleet = GuestMemory(spec), FleetCore()
     core, host = VcpuCore(fleet, 1), _Host()
+    core.set_buses(host.ports.handle, host.mmio.handle)
     states = flat.load(spec, guest_memory)
     for address, content in data:
         guest_memory.write(address, content)
@@ -147,10 +148,9 @@ def play(
     claims = [(PORTS, None, _Device("port", log)), *((None, span, _Device("mmio", log)) for span in mmio), *devices]
     for ports, addresses, device in claims:
         if ports is not None:
-            host.ports.claim(ports, device, threading.Lock())
-            machine.claim_ports(ports, True)
+            host.ports.claim(ports, device)
         if addresses is not None:
-            host.mmio.claim(addresses, device, threading.Lock())
+            host.mmio.claim(addresses, device)
     core.tell(told_mask((exits.Exit,)))
     engine: Any = machine.engines[0]
     if debug is not None:

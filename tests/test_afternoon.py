@@ -221,7 +221,10 @@ def the_journal_has_all_of_it(told: Told, reader: JournalReader) -> None:
 def why_answers(told: Told, name: str) -> None:
     loud = told.why("noisy-1", 2)
     if name == "none":
-        assert "Nothing held it." in loud
+        # All that held it was its launch, paused, a moment long.
+        assert "a caller held it paused: launch(paused=True)" in loud
+        assert "held it to" not in loud
+        assert "waited for its turn" not in loud
     else:
         assert f"policy {POLICIES[name]} has held it to" in loud
         assert "waited for its turn" in loud
@@ -232,7 +235,7 @@ def why_answers(told: Told, name: str) -> None:
     assert "waited for its turn" not in before
     if name in ("share", "adaptive", "ladder"):
         over = told.why("noisy-1", 3, 1.0)
-        assert "Nothing held it." in over
+        assert "By then nothing was in force any more." in over
         assert f"Unthrottle by {POLICIES[name]}" in over
 
 

@@ -72,10 +72,16 @@ def test_a_real_guest_is_steered_and_read(nothing_left, door):
             async with vm.requests(ports=range(0x500, 0x501)) as requests:
                 await vm.resume()
                 async for request in requests:
-                    await vm.pause()  # while it waits for the answer
-                    assert vm.state == "paused"
-                    await vm.resume()
+                    await vm.pause(quiesce=False)  # while it waits for the answer
+                    assert (vm.state, vm.quiesced) == ("paused", False)
+                    assert [access.address for access in vm.pending] == [0x500]
                     request.answer(b"\x07" * request.size)
+                    await vm.pause()
+                    assert (vm.quiesced, vm.pending) == (True, ())
+                    await vm.reset()
+                    assert (vm.resets, vm.restarts, vm.outcome) == (1, 0, None)
+                    await vm.pause()
+                    assert vm.registers().rip == 0x1000
                     break
             assert await vm.stop("enough") == vm.outcome
             assert vm.stopping

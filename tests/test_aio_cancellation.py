@@ -488,10 +488,10 @@ def test_an_interrupt_never_comes_in_the_middle_of_trio(nothing_left):
 
     class Impatient:
         name, interval = "impatient", 0.001
-        survived = 0
+        survived, armed = 0, False
 
         def decide(self, facts: orc.Facts) -> list[orc.Action]:
-            if self.survived < 2:
+            if self.armed and self.survived < 2:
                 interrupt()
                 self.survived += 1
             return []
@@ -501,6 +501,7 @@ def test_an_interrupt_never_comes_in_the_middle_of_trio(nothing_left):
     async def main() -> None:
         async with Door(False).open(policies=[impatient]) as fleet:
             await fleet.launch(blank())
+            impatient.armed = True
             try:
                 await asyncio.Event().wait()
             except asyncio.CancelledError:

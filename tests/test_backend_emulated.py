@@ -12,9 +12,10 @@ import pytest
 
 from orchestra import FlatImage, Halted, Limit, MemoryRegion, Shutdown, VmSpec, exits, open_fleet
 from orchestra.backend.emulated.machine import EmulatedBackend
+from orchestra.boot import flat
 from orchestra.memory import GuestMemory
 from orchestra.native import lib
-from orchestra.native.core import Command, VcpuCore
+from orchestra.native.core import Command, FleetCore, VcpuCore
 from played import Access, Detection, Played, play
 from x86 import Mode, load, lock_program
 
@@ -289,6 +290,29 @@ def test_code_that_another_thread_writes_is_seen_by_a_guest_that_spins_on_it(emu
     for _ in range(30):
         played = play(emulated, code("40 90 eb fe  ; inc eax; nop; jmp $"), prepare=later)
         assert played.outcome == Halted()
+
+
+def test_memory_that_is_written_when_its_engine_is_closed_already_touches_nothing_of_that(
+    emulated: EmulatedBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Library:
+        """The core, but nobody is told that memory was written."""
+
+        def __getattr__(self, name: str) -> Any:
+            assert name != "orc_emulator_written"
+            return getattr(lib, name)
+
+    spec = VmSpec(name="guest", boot=FlatImage(code=HLT))
+    memory, fleet = GuestMemory(spec), FleetCore()
+    core = VcpuCore(fleet, 1)
+    machine = emulated.create(spec, [core], memory, flat.load(spec, memory), bus_locks=True)
+    machine.engines[0].close()
+    monkeypatch.setattr("orchestra.backend.emulated.machine.lib", Library())
+    memory.write(0x1000, HLT)
+    machine.close()
+    core.close()
+    fleet.close()
+    memory.close()
 
 
 @pytest.mark.parametrize("detection", BOTH)

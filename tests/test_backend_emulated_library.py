@@ -12,7 +12,7 @@ import pytest
 from isolation import other_python, run, site_packages
 from orchestra.backend.emulated import library
 
-INSTALL = "`pip install 'orchestra[emulated]'`"
+INSTALL = "`pip install 'orchestra-kvm[emulated]'`"
 UPGRADE = "`pip install --upgrade unicorn`"
 REINSTALL = "`pip install --force-reinstall unicorn==2.1.4`"
 LOAD = """

@@ -6,6 +6,7 @@ import errno
 import mmap
 import os
 import resource
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -393,6 +394,39 @@ def test_irqs_need_an_irqchip(vm, eventfd):
         vm.irqfd(eventfd, 4)
     with pytest.raises(KvmError, match="KVM_CREATE_PIT2"):
         vm.create_pit()
+
+
+@pytest.mark.kvm
+def test_a_line_that_a_thread_sets_while_the_vm_is_closed_reaches_no_other_descriptor():
+    with Kvm.open() as kvm:
+        for _ in range(20):
+            vm = kvm.create_vm()
+            vm.create_irqchip()
+            begun, failed = threading.Event(), []
+
+            def set_lines(vm: KvmVm = vm, begun: threading.Event = begun, failed: list[object] = failed) -> None:
+                try:
+                    for i in range(2000):
+                        vm.irq_line(4, bool(i & 1))
+                        begun.set()
+                except KvmError as error:  # of a descriptor that is closed, or somebody else's by now
+                    failed.append(error)
+
+            thread = threading.Thread(target=set_lines)
+            thread.start()
+            assert begun.wait(20)
+            vm.close()
+            reused = [os.eventfd(0, os.EFD_CLOEXEC) for _ in range(3)]
+            thread.join()
+            for fd in reused:
+                os.close(fd)
+            assert failed == []
+
+
+@pytest.mark.kvm
+def test_a_line_has_a_number(vm):
+    with pytest.raises(SpecError, match="gsi=-1"):
+        vm.irq_line(-1, True)
 
 
 @pytest.mark.kvm

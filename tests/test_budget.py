@@ -111,20 +111,28 @@ def test_budget_without_a_limit_leaves_its_bucket_unlimited():
     assert made.bucket.handle == ffi.NULL
 
 
-def turns(levels: dict[int, Limit], meter: Meter, flags: int) -> list[int]:
+NO_LIMITS = dict.fromkeys(Meter)
+
+
+def turns(levels: dict[int, Limit], meter: Meter, flags: int = 0, answered: bool = False) -> list[int]:
     """When a vCPU with those limits at the levels may go on after each of three exits at time 0.
 
     With a burst of 1 each exit is paid for before the guest goes on.
     """
     fleet = FleetCore()
     core = VcpuCore(fleet, 1)
-    stack = [
-        make_budgets(levels.get(i), None, 0) if meter is Meter.BUS_LOCKS else make_budgets(None, levels.get(i), 0)
-        for i in (HOST, TENANT, VM, VCPU)
-    ]
+    stack = [make_budgets({**NO_LIMITS, meter: levels.get(i)}, 0) for i in (HOST, TENANT, VM, VCPU)]
     connect(core, (stack[0], stack[1], stack[2], stack[3]))
     record = build("x86_bus_lock" if flags else "hlt", flags=flags)
-    made = [int(lib.orc_vcpu_account(core.handle, record, 1)) for _ in range(3)]
+
+    def account() -> int:
+        at = int(lib.orc_vcpu_account(core.handle, record, 1))
+        if not answered:
+            return at
+        lib.orc_vcpu_answered(core.handle, 1, 1)
+        return int(lib.orc_vcpu_turn(core.handle))
+
+    made = [account() for _ in range(3)]
     core.close()
     for budgets in stack:
         for each in budgets.values():
@@ -134,9 +142,12 @@ def turns(levels: dict[int, Limit], meter: Meter, flags: int) -> list[int]:
 
 
 @pytest.mark.parametrize("level", [HOST, TENANT, VM, VCPU])
-@pytest.mark.parametrize(("meter", "flags"), [(Meter.BUS_LOCKS, BUS_LOCK), (Meter.EXITS, 0)])
-def test_a_limit_holds_at_every_level_on_its_meter(level, meter, flags):
-    assert turns({level: SLOW}, meter, flags) == pytest.approx([SECOND, 2 * SECOND, 3 * SECOND], abs=1e5)
+@pytest.mark.parametrize(
+    ("meter", "flags", "answered"),
+    [(Meter.BUS_LOCKS, BUS_LOCK, False), (Meter.EXITS, 0, False), (Meter.ANSWERS, 0, True)],
+)
+def test_a_limit_holds_at_every_level_on_its_meter(level, meter, flags, answered):
+    assert turns({level: SLOW}, meter, flags, answered) == pytest.approx([SECOND, 2 * SECOND, 3 * SECOND], abs=1e5)
 
 
 def test_a_vcpu_waits_for_the_slowest_of_its_levels():

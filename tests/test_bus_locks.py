@@ -194,9 +194,8 @@ async def test_max_delay_lets_a_guest_go_on_and_counts_it(ground: Ground):
         assert vm.statistics().released >= 8
 
 
+@pytest.mark.smp
 async def test_eight_vcpus_of_one_vm_are_counted_each(ground: Ground):
-    if ground.emulated:
-        pytest.skip("the emulated backend gives a VM one vCPU")
     if ground.intel:
         pytest.skip("one CPU with virtual time: eight vCPUs of one VM are for the AMD host")
     async with ground.open() as fleet:

@@ -60,7 +60,7 @@ def test_without_the_extra_one_line_says_which_command_installs_it(library, monk
     assert program.main() == 1
     out, err = capsys.readouterr()
     assert out == ""
-    assert err == f"orchestra: the command line needs {library}: pip install 'orchestra[cli]'\n"
+    assert err == f"orchestra: the command line needs {library}: pip install 'orchestra-kvm[cli]'\n"
 
 
 @pytest.mark.parametrize(("library", "module"), [("cyclopts", "app"), ("rich", "render")])

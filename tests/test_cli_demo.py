@@ -183,6 +183,87 @@ async def test_a_cancelled_story_has_a_result_of_what_was_played(seconds, autoju
     json.dumps(document(result))
 
 
+@pytest.fixture
+def works(monkeypatch):
+    """As if each VM did so much of its own work a second, by the act: scripts do none."""
+    speed, done, seen = {1: 100, 2: 150, 3: 50}, {}, {}
+
+    def mark(self, vm):
+        was = original(self, vm)
+        begun = seen.setdefault(vm.name, was.time)
+        done[vm.name] = done.get(vm.name, 0.0) + (was.time - begun) * speed[max(len(self._acts), 1)] / 1e9
+        seen[vm.name] = was.time
+        return attrs.evolve(was, work=round(done[vm.name]))
+
+    original = Story._mark
+    monkeypatch.setattr(Story, "_mark", mark)
+
+
+NO_LIMIT, HELD = "bus locks/s in act 1 without a limit", "bus locks/s in act 2 with a budget of 50/s"
+MORE_HELD = "bus locks/s in act 3 with a budget of 200/s"
+NEVER = "The quiet VMs never waited for a limit."
+RELIEF, BOTH = "they got 50% more done in act 2, compared with", "50% more done in act 2 and 50% less done in act 3"
+ALL = {NO_LIMIT, HELD, MORE_HELD, NEVER, RELIEF, BOTH, "BROKE", "It kept to its budget.", "budget in both acts"}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "ending", "said"),
+    [
+        (1.0, "in act 1, after 1.0 s of it", {NO_LIMIT}),
+        (3.2, "in act 2, after 0.2 s of it", {NO_LIMIT, HELD, NEVER, "It kept to its budget."}),  # too short for work
+        (5.0, "in act 2, after 2.0 s of it", {NO_LIMIT, HELD, NEVER, "It kept to its budget.", RELIEF}),
+        (7.2, "in act 3, after 0.2 s of it", {NO_LIMIT, HELD, MORE_HELD, NEVER, "budget in both acts", RELIEF}),
+        (9.0, "in act 3, after 2.0 s of it", {NO_LIMIT, HELD, MORE_HELD, NEVER, "budget in both acts", BOTH}),
+        (20.0, "", {NO_LIMIT, HELD, MORE_HELD, NEVER, "budget in both acts", BOTH}),
+    ],
+)
+async def test_the_verdict_speaks_of_what_was_seen_and_of_nothing_else(seconds, ending, said, works, autojump_clock):
+    story = Story(plan(seconds=10.0), Listener())
+    with trio.move_on_after(seconds):
+        await story.tell()
+    text = "\n".join(words.verdict(story.result))
+    assert text.startswith(f"The run ended early, {ending}: it was interrupted.") == bool(ending)
+    assert ("ended early" in text) == bool(ending)
+    assert {phrase for phrase in ALL if phrase in text} == said
+
+
+@pytest.mark.parametrize("act", [1, 2, 3])
+async def test_interrupted_between_two_acts_it_says_nothing_of_the_next(act, works, autojump_clock):
+    class Interrupter(Listener):
+        def act(self, told, time):
+            super().act(told, time)
+            if told.number == act:
+                scope.cancel()
+
+    story = Story(plan(seconds=10.0), Interrupter())
+    with trio.CancelScope() as scope:
+        await story.tell()
+    text = "\n".join(words.verdict(story.result))
+    assert f"budget of {50 if act == 2 else 200}/s" not in text
+    assert f"/s in act {act} with" not in text
+    assert f"done in act {act}" not in text
+    assert text.startswith(f"The run ended early, before act {act} began: it was interrupted.")
+
+
+async def test_a_budget_that_a_released_wait_went_over_is_not_called_broken(autojump_clock):
+    result = await told(plan(limit=0.5, seconds=20.0))
+    text = "\n".join(words.verdict(result))
+    assert "It went over its budget in act 2, as no wait may be longer than 1 s." in text
+    assert "BROKE" not in text
+
+
+async def test_a_budget_that_was_broken_is_called_so_in_whichever_act_it_was(autojump_clock):
+    result = await told(plan())
+    first = result.noisy[0]
+    spans = (*first.spans[:2], attrs.evolve(first.spans[2], count=10**6))
+    result = attrs.evolve(result, vms=(attrs.evolve(first, spans=spans),))
+    assert any("It BROKE its budget in act 3." in line for line in words.verdict(result))
+
+
+async def test_when_every_vm_has_ended_the_verdict_says_so(autojump_clock):
+    assert "every VM had ended" in next(iter(words.verdict(await told(plan(ScriptedBackend({}))))))
+
+
 async def test_only_noisy_ones_are_a_story_too(autojump_clock):
     result = await told(plan(vms=1, noisy=1))
     assert result.relief is None
@@ -216,7 +297,8 @@ async def test_relief_is_what_the_quiet_got_done_more(autojump_clock):
     )
     result = attrs.evolve(result, vms=(attrs.evolve(quiet, spans=spans), *result.noisy))
     assert result.relief == pytest.approx(0.5, abs=0.01)
-    assert any("50% more of their own work" in line for line in words.verdict(result))
+    said = "they got 50% more done in act 2 and 91% less done in act 3, compared with act 1."
+    assert any(said in line for line in words.verdict(result))
 
 
 async def test_what_no_busy_host_can_tell_from_nothing_is_as_much(autojump_clock):
@@ -224,34 +306,22 @@ async def test_what_no_busy_host_can_tell_from_nothing_is_as_much(autojump_clock
     quiet = result.quiet[0]
     spans = tuple(
         attrs.evolve(span, work=round(span.seconds * rate))
-        for span, rate in zip(quiet.spans, (1000, 1010, 0), strict=True)
+        for span, rate in zip(quiet.spans, (1000, 1010, 990), strict=True)
     )
     result = attrs.evolve(result, vms=(attrs.evolve(quiet, spans=spans), *result.noisy))
-    assert any("got as much of their own work" in line for line in words.verdict(result))
+    assert any("as much done in act 2 and as much done in act 3" in line for line in words.verdict(result))
 
 
 async def test_cpu_time_that_others_took_is_told(autojump_clock):
     result = attrs.evolve(await told(plan(vms=6, noisy=2)), cpus=2)
-    shares = [((2.0, 1.9, 0.1), False), ((2.0, 1.0, 2.0), True), ((1.0,), True), ((), False)]  # act 3 tells no relief
+    shares = [((2.0, 1.9, 1.9), False), ((2.0, 1.0, 2.0), True), ((2.0, 2.0, 1.0), True), ((1.0,), True), ((), False)]
     for used, said in shares:
         lines = words.verdict(attrs.evolve(result, cpus_used=used))
         assert any("took up to 50% of the CPU time" in line for line in lines) == said
     assert attrs.evolve(result, cpus=None, cpus_used=(0.0, 0.0)).taken == 0
 
 
-async def test_work_is_compared_with_act_1_from_act_2_on(autojump_clock, monkeypatch):
-    done = {"quiet-1": 0, "noisy-1": 0}
-    speed = {1: 100, 2: 150, 3: 50}
-
-    def mark(self, vm):
-        """As if each VM did so much work a second, by the act."""
-        was = original(self, vm)
-        done[vm.name] += (was.time - seen.setdefault(vm.name, was.time)) * speed[max(len(self._acts), 1)] / 1e9
-        seen[vm.name] = was.time
-        return attrs.evolve(was, work=round(done[vm.name]))
-
-    original, seen = Story._mark, {}
-    monkeypatch.setattr(Story, "_mark", mark)
+async def test_work_is_compared_with_act_1_from_act_2_on(works, autojump_clock):
     result = await told(plan(vms=2, noisy=1, seconds=10.0))
     gains = {act: [sample.gain for sample in result.samples if sample.act == act] for act in (1, 2, 3)}
     assert set(gains[1]) == {None}
@@ -400,13 +470,13 @@ def test_the_opening_says_how_bus_locks_are_seen():
 
     assert "Backend for a reason." in said("fault-like", Meter.BUS_LOCKS)
     assert "exit storm" in said(None, Meter.EXITS)
-    assert "of the 1 CPU that they share here" in said(None, Meter.EXITS, cpus=1)
+    assert "as all share 1 CPU here" in said(None, Meter.EXITS, cpus=1)
     assert "before" in said("fault-like", Meter.BUS_LOCKS)
     assert "behind" in said("trap-like", Meter.BUS_LOCKS)
     assert "rehearsal" in said("trap-like", Meter.BUS_LOCKS, "scripted")
     emulated = said("fault-like", Meter.BUS_LOCKS, "emulated", cpus=2, advice="Do it.")
-    assert "none stalls other cores" in emulated
-    assert "CPU time, of the 2 CPUs that they share here." in emulated
+    assert "it stalls no other core" in emulated
+    assert "CPU time from the others, as all share 2 CPUs here." in emulated
     assert emulated.endswith("Do it.")
 
 
@@ -439,13 +509,16 @@ def test_the_plot_is_an_svg(tmp_path, capsys):
     assert str(path) in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("path", ["run.png", "nowhere/run.svg"])
-def test_a_plot_that_can_not_be_written_is_told_before_the_play(path, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("path", "status", "said"),
+    [("run.png", 2, "must end in .svg"), ("nowhere/run.svg", 1, "No such file or directory")],
+)
+def test_a_plot_that_can_not_be_written_is_told_before_the_play(path, status, said, tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    assert main(["demo", "--plot", str(tmp_path / path)]) == 2
+    assert main(["demo", "--plot", str(tmp_path / path)]) == status
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith("orchestra: --plot")
+    assert f"{path}: {said}" in err
 
 
 def test_without_matplotlib_a_plot_is_refused_with_the_command_that_installs_it(monkeypatch, capsys):
@@ -453,7 +526,7 @@ def test_without_matplotlib_a_plot_is_refused_with_the_command_that_installs_it(
         monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["demo", "--plot", "x.svg"]) == 1
-    assert "pip install 'orchestra[plot]'" in capsys.readouterr().err
+    assert "pip install 'orchestra-kvm[plot]'" in capsys.readouterr().err
 
 
 # ---- on real guests
@@ -549,8 +622,8 @@ def same_story(text: str) -> bool:
     return bool(
         [int(number) for number in re.findall(r"^Act (\d)", text, re.MULTILINE)] == [1, 2, 3]
         and re.search(r"noisy-1 held to \S+ bus locks/s: it made", text)
-        and re.search(r"noisy-1: from \S+ to \S+ bus locks/s; it kept to its budget", text)
-        and "The quiet VMs never waited for a limit, and got" in text
+        and re.search(r"noisy-1: \S+ bus locks/s in act 1 .*; \S+ bus locks/s in act 3 .* It kept to its budget", text)
+        and "The quiet VMs never waited for a limit. Of their own work they got" in text
     )
 
 
@@ -576,7 +649,10 @@ def test_without_a_kvm_that_opens_the_emulator_tells_the_same_story(how, why, tm
 def test_without_bus_locks_the_emulator_tells_the_same_story():
     done = run([sys.executable, *DEMO])
     assert (done.returncode, done.stderr) == (0, "")
-    assert "Backend emulated: /dev/kvm opens, but this host's KVM reports no bus locks.\n" in done.stdout
+    assert (
+        "Backend emulated: /dev/kvm opens, but this host's KVM reports no bus locks, and the demo needs them.\n"
+        in done.stdout
+    )
     assert same_story(done.stdout)
 
 
@@ -586,9 +662,9 @@ def test_without_bus_locks_and_unicorn_kvm_tells_it_of_exits_and_says_how_to_get
     python, environment = other_python(tmp_path, without=["unicorn"])
     done = run([*python, *DEMO], environment)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "Backend kvm: /dev/kvm opens; it reports no bus locks here, but unicorn is not installed.\n" in done.stdout
-    assert "With real split locks: `pip install 'orchestra[emulated]'`, then once more.\n" in done.stdout
-    assert "noisy-1: from" in done.stdout
+    assert "Backend kvm: /dev/kvm opens; this host's KVM reports no bus locks.\n" in done.stdout
+    assert "With real split locks: `pip install 'orchestra-kvm[emulated]'`, then once more.\n" in done.stdout
+    assert re.search(r"noisy-1: \S+ exits/s in act 1 ", done.stdout)
 
 
 def test_without_kvm_and_unicorn_one_line_says_which_command_helps(tmp_path):
@@ -597,9 +673,10 @@ def test_without_kvm_and_unicorn_one_line_says_which_command_helps(tmp_path):
     python, environment = other_python(tmp_path / "packages", without=["unicorn"])
     done = run(without_kvm([*python, *DEMO], tmp_path / "dev"), environment)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == (
-        "orchestra: no guest can run here: /dev/kvm does not exist or has no driver; and unicorn is not installed: "
-        "`pip install 'orchestra[emulated]'`\n"
+    assert re.fullmatch(
+        r"orchestra: no backend here can do what the demo asks for: kvm: /dev/kvm does not exist or has no driver "
+        r"\(load the kernel module .*\); emulated: unicorn is not installed \(`pip install .*`\)\n",
+        done.stderr,
     )
 
 

@@ -14,7 +14,7 @@ from isolation import FORBID, HIDE, other_python, run, without_kvm
 from orchestra.cli.app import main
 from orchestra.cli.doctor import doctor
 from orchestra.cli.render import show_report
-from orchestra.doctor import Finding, Report
+from orchestra.doctor import Finding, Report, examine
 
 FINE = Finding("overcommit", "ok", "6.16", "new enough")
 NOTE = Finding("virtualised", "note", "yes", "exits cost more", "measure on bare metal")
@@ -78,6 +78,14 @@ def test_json_is_one_document_with_findings_and_capabilities(capsys):
     assert document["capabilities"] == {"KVM_CAP_A": 3}
 
 
+def test_the_verdict_comes_first_in_three_lines_and_in_json(capsys):
+    verdict = examine().verdict
+    assert main(["doctor"]) in (0, 1)
+    assert capsys.readouterr().out.splitlines()[:4] == [*verdict.lines, ""]
+    assert main(["doctor", "--json"]) in (0, 1)
+    assert json.loads(capsys.readouterr().out)["verdict"] == verdict.as_dict()
+
+
 def test_this_host_is_examined_when_none_is_made_up(capsys):
     assert main(["doctor", "--json"]) in (0, 1)
     assert {finding["check"] for finding in json.loads(capsys.readouterr().out)["findings"]} >= {
@@ -103,4 +111,4 @@ def test_without_kvm_and_unicorn_the_status_is_1_and_the_remedy_is_shown(tmp_pat
     done = run(without_kvm([*python, "-m", "orchestra", "doctor"], tmp_path / "dev"), environment)
     assert (done.returncode, done.stderr) == (1, "")
     assert re.search(r'^problem +backend="auto" +none: ', done.stdout, re.MULTILINE)
-    assert "`pip install 'orchestra[emulated]'`" in " ".join(done.stdout.split())
+    assert "`pip install 'orchestra-kvm[emulated]'`" in " ".join(done.stdout.split())

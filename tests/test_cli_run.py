@@ -7,6 +7,7 @@ import fcntl
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,10 +19,13 @@ import trio
 
 from conftest import bus_lock_problem
 from orchestra import DebugConsole, ExitPort, Failed, FlatImage, Halted, ScriptedBackend, Shutdown, Stopped, VmSpec
+from orchestra.backend import choose
+from orchestra.backend.picking import Asked
 from orchestra.backend.scripted import ScriptedExit, failed_run, hlt, io_write, triple_fault
 from orchestra.cli import run as module
 from orchestra.cli.app import main
 from orchestra.cli.run import GuestRun, run, status
+from orchestra.errors import BackendUnavailable
 
 HELLO = b"".join(b"\xb0%c\xe6\xe9" % byte for byte in b"hi\n") + b"\xf4"  # mov al, X; out 0xe9, al; hlt
 EXIT_7 = b"\xb0\x07\xe6\xf4\xeb\xfe"  # mov al, 7; out 0xf4, al; jmp $
@@ -250,6 +254,38 @@ def test_the_registers_of_what_ran_until_the_timeout_are_not_needed(capfd):
 # ---- mistakes
 
 
+def test_the_scripted_backend_is_refused_as_it_runs_no_guest(guest, capfd):
+    assert main(["run", guest(HELLO), "--backend", "scripted"]) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert "use auto, kvm or emulated" in err
+
+
+def test_auto_takes_what_can_run_the_guest_and_says_in_one_line_which_and_why(guest, capfd):
+    try:
+        expected = choose("auto", Asked("limit"))
+    except BackendUnavailable as error:
+        pytest.skip(str(error))
+    expected.close()
+    assert main(["run", guest(HELLO), "--limit", "5"]) == 0
+    assert capfd.readouterr() == ("hi\n", f"orchestra: backend {expected.why}\n")
+    assert main(["run", guest(HELLO), "--limit", "5", "--json"]) == 0
+    document = json.loads(capfd.readouterr().out)
+    assert (document["backend"], document["why"]) == (expected.name, expected.why)
+
+
+@pytest.mark.kvm
+@pytest.mark.skipif(bus_lock_problem() is None, reason="this host's KVM reports bus locks")
+def test_where_nothing_can_run_it_one_line_names_each_backend_and_its_reason(guest, capfd):
+    assert main(["run", guest(HELLO), "--limit", "5", "--vcpus", "2"]) == 1
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert re.fullmatch(
+        "orchestra: no backend here can run vm 'guest': kvm: this host's KVM reports no .*; emulated: .*\n", err
+    )
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -283,36 +319,36 @@ def test_a_bad_option_is_one_line_and_2(options, guest, capfd):
 
 @pytest.mark.parametrize("options", [["--console-port", "0x10000"], ["--console-port", "0xf4"]], ids="=".join)
 def test_a_port_that_can_not_be_had_is_one_line_and_2(options, guest, capfd):
-    assert main(["run", guest(HELLO), "--backend", "scripted", *options]) == 2
+    assert main(["run", guest(HELLO), *options]) == 2
     assert capfd.readouterr().err.startswith("orchestra: port")
 
 
 def test_a_missing_file_is_named(tmp_path, capfd):
-    assert main(["run", str(tmp_path / "nowhere.bin")]) == 2
+    assert main(["run", str(tmp_path / "nowhere.bin")]) == 1
     assert "nowhere.bin: No such file" in capfd.readouterr().err
 
 
 def test_an_empty_file_is_refused(guest, capfd):
-    assert main(["run", guest(b"")]) == 2
+    assert main(["run", guest(b"")]) == 1
     assert "is empty" in capfd.readouterr().err
 
 
 def test_a_directory_is_refused(tmp_path, capfd):
-    assert main(["run", str(tmp_path)]) == 2
+    assert main(["run", str(tmp_path)]) == 1
     assert "directory" in capfd.readouterr().err
 
 
 def test_an_image_larger_than_the_memory_is_refused(guest, capfd):
-    assert main(["run", guest(bytes(70_000)), "--memory", "64K"]) == 2
+    assert main(["run", guest(bytes(70_000)), "--memory", "64K"]) == 1
     assert "more --memory" in capfd.readouterr().err
 
 
 def test_a_file_without_an_end_is_not_read_for_ever(capfd):
-    assert main(["run", "/dev/zero"]) == 2
+    assert main(["run", "/dev/zero"]) == 1
     assert "larger" in capfd.readouterr().err
 
 
 def test_no_image_may_be_larger_than_there_is_sense_in(monkeypatch, capfd):
     monkeypatch.setattr(module, "MOST_CODE", 1 << 20)
-    assert main(["run", "/dev/zero", "--memory", "1G"]) == 2
+    assert main(["run", "/dev/zero", "--memory", "1G"]) == 1
     assert "larger than 1 MiB" in capfd.readouterr().err

@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+import threading
+from typing import Any
+
 import pytest
 from hypothesis import given, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from orchestra.devices.bus import Device
+from orchestra.devices.console import Console
 from orchestra.devices.serial import Uart16550
+from orchestra.native import ffi, lib
 
 DATA, IER, IIR, FCR, LCR, MCR, LSR, MSR, SCR = 0, 1, 2, 2, 3, 4, 5, 6, 7
 RX, THRE, LINE, MODEM = 1, 2, 4, 8  # IER
 DLAB, LOOP, FIFOS, CLEAR_RX = 0x80, 0x10, 1, 2
 NONE = 1  # IIR: no interrupt is pending
+
+
+class Uart(Uart16550):
+    """One whose output and interrupt line can be looked at."""
+
+    def __init__(self, output: bytearray, line: list[bool]) -> None:
+        def say(to: object, by: object, data: Any, size: int) -> None:
+            assert size
+            output.extend(ffi.buffer(data, size))
+
+        self._say = ffi.callback("orc_uart_output", say)
+        self._interrupt = ffi.callback("orc_uart_interrupt", lambda _, level: line.append(bool(level)))
+        self._adopt(lib.orc_uart_new(self._say, ffi.NULL, self._interrupt, ffi.NULL))
 
 
 class Rig:
@@ -21,7 +39,13 @@ class Rig:
     def __init__(self) -> None:
         self.output = bytearray()
         self.line: list[bool] = []
-        self.uart = Uart16550(self.output.extend, self.line.append)
+        self.uart = Uart(self.output, self.line)
+
+    def string(self, register: int, size: int, count: int, data: bytes | None = None) -> bytes:
+        """What a string instruction does: all of its elements in one call."""
+        buffer = ffi.new("uint8_t[]", data or size * count)
+        assert lib.orc_device_answer(self.uart.native, register, size, count, data is not None, buffer)
+        return bytes(ffi.buffer(buffer, size * count))
 
     def read(self, register: int, size: int = 1) -> int:
         return self.uart.read(register, size)
@@ -352,6 +376,100 @@ def test_line_status_comes_before_data_before_transmitter_before_modem(rig):
     assert rig.line == [True, False]
 
 
+# ---- string instructions
+
+
+def test_a_string_is_transmitted_in_one_piece(rig):
+    rig.write(IER, THRE)
+    rig.interrupt()
+    text = bytes(range(256)) * 4
+    rig.string(DATA, 1, len(text), text)
+    assert rig.output == text
+    assert rig.interrupt() == 2
+
+
+def test_a_string_read_takes_what_was_received_and_then_zeros(rig):
+    rig.write(FCR, FIFOS)
+    rig.uart.receive(b"abc")
+    assert rig.string(DATA, 1, 5) == b"abc\0\0"
+
+
+STRINGS = st.tuples(st.integers(0, 8), st.sampled_from([1, 2, 4]), st.binary(min_size=1, max_size=48))
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 7), st.integers(0, 255)), max_size=8), st.binary(max_size=20), st.lists(STRINGS)
+)
+def test_a_string_does_what_its_elements_do_one_after_the_other(registers, received, strings):
+    whole, single = Rig(), Rig()
+    for rig in (whole, single):
+        for register, value in registers:
+            rig.write(register, value)
+        rig.uart.receive(received)
+    for register, size, data in strings:
+        data = data[: len(data) // size * size]
+        count = len(data) // size
+        if not count:
+            continue
+        whole.string(register, size, count, data)
+        for at in range(0, len(data), size):
+            single.write(register, int.from_bytes(data[at : at + size], "little"), size)
+        assert whole.string(register, size, count) == b"".join(
+            single.read(register, size).to_bytes(size, "little") for _ in range(count)
+        )
+    assert (whole.output, whole.level) == (single.output, single.level)
+
+
+# ---- on a console
+
+
+def test_what_it_transmits_is_on_the_console():
+    console = Console(lambda wake: wake())
+    uart = Uart16550(console)
+    for byte in b"hello":
+        uart.write(DATA, 1, byte)
+    assert console.output == b"hello"
+
+
+def test_an_interrupt_that_is_wired_to_nothing_is_none():
+    uart = Uart16550(Console(lambda wake: wake()))
+    uart.write(IER, 1, THRE)
+    assert uart.read(IIR, 1) == 2
+
+
+def test_interrupt_lines_of_a_vm_that_was_closed_are_set_nowhere():
+    interrupts = ffi.gc(lib.orc_interrupts_new(1 << 20), lib.orc_interrupts_free)  # no such descriptor
+    uart = Uart16550(Console(lambda wake: wake()), interrupts, 4)
+    assert lib.orc_interrupts_set(interrupts, 4, True) < 0
+    lib.orc_interrupts_close(interrupts)
+    assert lib.orc_interrupts_set(interrupts, 4, True) == 0
+    uart.write(IER, 1, RX)
+    uart.receive(b"x")
+
+
+def test_bytes_received_while_the_guest_accesses_it_keep_the_order_and_the_line(rig):
+    sent, got, ended = bytes(range(256)) * 8, bytearray(), threading.Event()
+    rig.write(FCR, FIFOS)
+    rig.write(IER, RX)
+
+    def send() -> None:
+        at = 0
+        while at < len(sent) and not ended.is_set():
+            at += rig.uart.receive(sent[at : at + 5])
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    try:
+        while len(got) < len(sent):
+            if rig.read(LSR) & 1:
+                got.append(rig.read(DATA))
+    finally:
+        ended.set()
+        thread.join()
+    assert got == sent
+    assert rig.line == [i % 2 == 0 for i in range(len(rig.line))]
+
+
 # ---- whatever a guest does
 
 
@@ -374,6 +492,7 @@ class AnyAccess(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.rig = Rig()
+        self.written = 0  # bytes
 
     @rule(access=ACCESSES)
     def access(self, access):
@@ -382,14 +501,28 @@ class AnyAccess(RuleBasedStateMachine):
             assert 0 <= self.rig.read(register, size) < 1 << 8 * size
         else:
             self.rig.write(register, value, size)
+            self.written += size
 
     @rule(register=st.integers(0, 7), value=st.integers(0, 255))
     def write_byte(self, register, value):
         self.rig.write(register, value)
+        self.written += 1
+
+    @rule(
+        register=st.integers(0, 8), size=st.sampled_from([1, 2, 4]), count=st.integers(1, 40), byte=st.integers(-1, 255)
+    )
+    def string(self, register, size, count, byte):
+        data = None if byte < 0 else bytes([byte]) * size * count
+        assert len(self.rig.string(register, size, count, data)) == size * count
+        self.written += size * count if data else 0
 
     @rule(data=st.binary(max_size=20))
     def receive(self, data):
         assert 0 <= self.rig.uart.receive(data) <= min(len(data), 16)
+
+    @invariant()
+    def nothing_comes_out_that_was_not_written(self):
+        assert len(self.rig.output) <= self.written
 
     @invariant()
     def line_changes_only_when_its_level_does(self):

@@ -15,7 +15,7 @@ from orchestra import doctor
 from orchestra.backend import choose
 from orchestra.backend.emulated import library
 from orchestra.backend.kvm.system import Kvm
-from orchestra.backend.picking import open_best
+from orchestra.backend.picking import Asked, Pick
 from orchestra.doctor import Finding, Report, examine
 from orchestra.errors import BackendUnavailable, ResourceLimit
 
@@ -246,46 +246,94 @@ def test_unicorn_that_does_not_load_is_noted_with_its_remedy(find):
 
 
 @pytest.mark.parametrize(
-    ("kvm", "unicorn", "auto", "demo"),
+    ("kvm", "unicorn", "auto", "locks"),
     [
         (FakeKvm(3), None, ("ok", "kvm"), ("ok", "kvm", "/dev/kvm opens, and this host's KVM reports bus locks")),
         (FakeKvm(3), NO_UNICORN, ("ok", "kvm"), ("ok", "kvm", "reports bus locks")),
+        (FakeKvm(0), None, ("ok", "kvm"), ("ok", "emulated", "but this host's KVM reports no bus locks")),
+        (FakeKvm(0), NO_UNICORN, ("ok", "kvm"), ("note", "none", "reports no bus locks (use an Intel CPU")),
+        (NO_KVM, None, ("ok", "emulated"), ("ok", "emulated", "/dev/kvm does not exist")),
+    ],
+)
+def test_what_runs_if_nobody_chooses_is_told_with_the_reason(find, kvm, unicorn, auto, locks):
+    finding = find('backend="auto"', kvm=kvm, unicorn=unicorn)
+    assert (finding.status, finding.value) == auto
+    finding = find('backend="auto", bus locks', kvm=kvm, unicorn=unicorn)
+    assert (finding.status, finding.value) == locks[:2]
+    assert locks[2] in finding.meaning
+    assert finding.remedy == ("`pip install it`" if finding.status == "note" else "")
+
+
+def test_where_no_guest_can_run_that_is_the_problem(find):
+    finding = find('backend="auto"', kvm=NO_KVM, unicorn=NO_UNICORN)
+    assert (finding.status, finding.value, finding.remedy) == ("problem", "none", "`pip install it`")
+
+
+@pytest.mark.parametrize(
+    ("kvm", "unicorn", "can", "auto", "todo"),
+    [
+        (
+            FakeKvm(3),
+            None,
+            "KVM and on the emulated backend; bus locks are seen on both.",
+            "takes kvm: ",
+            "Nothing has",
+        ),
+        (FakeKvm(3), NO_UNICORN, "guests on KVM; bus locks are seen there.", "takes kvm: ", "Nothing has to be done."),
         (
             FakeKvm(0),
             None,
-            ("ok", "kvm"),
-            ("ok", "emulated", "but this host's KVM reports no bus locks"),
+            "bus locks are seen only on the emulated backend.",
+            "takes kvm, and where bus locks are needed emulated: /dev/kvm opens, but",
+            "To see bus locks on KVM, use an Intel CPU",
         ),
-        (FakeKvm(0), NO_UNICORN, ("ok", "kvm"), ("note", "kvm", "it reports no bus locks here, but unicorn 1.0")),
-        (NO_KVM, None, ("ok", "emulated"), ("ok", "emulated", "/dev/kvm does not exist")),
-        (NO_KVM, NO_UNICORN, ("problem", "none"), ("note", "none", "/dev/kvm does not exist; and unicorn 1.0")),
+        (
+            FakeKvm(0),
+            NO_UNICORN,
+            "guests on KVM; bus locks can't be seen, exits can be limited.",
+            "where bus locks are needed, it takes none.",
+            "To see bus locks on KVM, use an Intel CPU",
+        ),
+        (
+            NO_KVM,
+            None,
+            "guests on the emulated backend; bus locks are seen there.",
+            "takes emulated: /dev/kvm does not exist.",
+            "First of all, /dev/kvm: load the module.",
+        ),
+        (
+            NO_KVM,
+            NO_UNICORN,
+            "This host can run no guest",
+            "takes none: no backend here can run guests: kvm: /dev/kvm does not exist (load the module); emulated: ",
+            'First of all, backend="auto": `pip install it`.',
+        ),
     ],
 )
-def test_what_runs_if_nobody_chooses_is_told_with_the_reason(find, kvm, unicorn, auto, demo):
-    finding = find('backend="auto"', kvm=kvm, unicorn=unicorn)
-    assert (finding.status, finding.value) == auto
-    finding = find("orchestra demo", kvm=kvm, unicorn=unicorn)
-    assert (finding.status, finding.value) == demo[:2]
-    assert demo[2] in finding.meaning
-    assert finding.remedy == ("`pip install it`" if finding.status == "note" else "")
+def test_the_verdict_is_three_lines_what_it_can_what_auto_takes_and_what_to_do(look, kvm, unicorn, can, auto, todo):
+    verdict = look(kvm=kvm, unicorn=unicorn).verdict
+    first, second, third = verdict.lines
+    assert can in first
+    assert auto in second
+    assert todo in third
+    assert all("\n" not in line and line.endswith(".") and not line.endswith("..") for line in verdict.lines)
 
 
 def test_what_the_doctor_says_is_what_is_picked_here(find):
     found = {finding.check: finding.value for finding in examine().findings}
-    try:
-        backend, _ = open_best()
-    except BackendUnavailable:
-        assert found["orchestra demo"] == "none"
-    else:
-        assert found["orchestra demo"] == backend.name
-        backend.close()
-    try:
-        backend = choose("auto")
-    except BackendUnavailable:
-        assert found['backend="auto"'] == "none"
-    else:
-        assert found['backend="auto"'] == backend.name
-        backend.close()
+    verdict = examine().verdict
+    for check, asked, told in (
+        ('backend="auto"', Asked(), verdict.auto),
+        ('backend="auto", bus locks', Asked("bus_locks='require'"), verdict.auto_bus_locks),
+    ):
+        try:
+            backend = choose("auto", asked)
+            backend.close()
+            picked = Pick(backend.name, backend.why)
+        except BackendUnavailable as error:
+            picked = Pick(None, str(error))
+        assert told == picked
+        assert found.get(check, "none") == (picked.name or "none")
 
 
 @pytest.mark.parametrize(
@@ -551,7 +599,11 @@ def test_headers_that_cannot_build_orchestra_are_noted(find, text, value):
 
 def test_extras_that_are_not_installed_are_noted_with_the_command(find):
     finding = find("extra cli", importable=lambda name: name != "rich")
-    assert (finding.status, finding.value, finding.remedy) == ("note", "rich missing", "`pip install orchestra[cli]`")
+    assert (finding.status, finding.value, finding.remedy) == (
+        "note",
+        "rich missing",
+        "`pip install 'orchestra-kvm[cli]'`",
+    )
 
 
 def test_extras_that_are_installed_are_looked_up_where_python_looks(tmp_path):

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import itertools
 import os
+import subprocess
+import sys
 
 import pytest
 import trio
 
 import orchestra as orc
 from conftest import Stage, blank, play
+from orchestra.backend.kvm.vcpu import KvmVcpu
 from orchestra.backend.scripted import bus_lock
 from orchestra.journal import Journal, read_journal
+from orchestra.native.core import VcpuCore
 
 
 class Decides:
@@ -289,6 +293,74 @@ async def test_a_capped_guest_is_held_and_goes_on_when_the_cap_is_gone(real):
         await vm.resume()
 
 
+NO_QUEUE = """
+import resource, signal, sys, threading, trio
+import orchestra as orc
+
+resource.setrlimit(resource.RLIMIT_SIGPENDING, (0, 0))
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGRTMIN + 5})
+try:
+    signal.pthread_kill(threading.get_ident(), signal.SIGRTMIN + 5)
+except BlockingIOError:
+    pass
+else:
+    sys.exit("a real-time signal could be queued all the same")
+
+
+async def main():
+    async with orc.open_fleet(backend=sys.argv[1], bus_locks="off") as fleet:
+        boot = orc.FlatImage(code=b"\\xeb\\xfe")
+        vms = [await fleet.launch(orc.VmSpec(name=f"vm{i}", boot=boot)) for i in range(3)]
+        for vm in vms:
+            await vm.pause()
+            await vm.resume()
+            assert (await vm.inspect()).rip == 0x1000
+        await vms[0].stop()
+        await vms[1].pause()
+    assert [vm.outcome for vm in vms[1:]] == [orc.Stopped("the fleet was closed")] * 2
+
+
+trio.run(main)
+print("all came out")
+"""
+
+
+@pytest.mark.parametrize(
+    "backend", [pytest.param("emulated", marks=pytest.mark.emulated), pytest.param("kvm", marks=pytest.mark.kvm)]
+)
+def test_busy_guests_come_out_when_no_signal_can_be_queued(backend):
+    """RLIMIT_SIGPENDING is the user's: another of his processes may have used it up."""
+    command = [sys.executable, "-c", NO_QUEUE, backend]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "all came out\n"), done.stderr
+
+
+@pytest.mark.kvm
+async def test_a_vcpu_is_unmapped_once_the_capper_has_let_go_of_it(monkeypatch, nothing_left):
+    """The capper kicks vCPUs on a thread of its own, and writes to what the engine has mapped when it does."""
+    done: list[str] = []
+    unbind, close = VcpuCore.unbind, KvmVcpu.close
+
+    def let_go(core: VcpuCore) -> None:
+        done.append("let go")
+        unbind(core)
+
+    def unmap(vcpu: KvmVcpu) -> None:
+        if vcpu.fd >= 0:
+            done.append("unmap")
+        close(vcpu)
+
+    monkeypatch.setattr(VcpuCore, "unbind", let_go)
+    monkeypatch.setattr(KvmVcpu, "close", unmap)
+    stage = Stage("kvm")
+    async with stage.open() as fleet:
+        vm = await fleet.launch(stage.spec("spin", vcpus=2))
+        vm.cap_cpu(0.5)
+        await vm.stop()
+    assert [what for what in done if what == "unmap"] == ["unmap"] * 2
+    assert done[:4] == ["let go", "unmap"] * 2
+
+
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="this process may run on one CPU only")
 async def test_an_isolated_guest_runs_on_the_quarantine_cpus(real):
     cpus = os.sched_getaffinity(0)
@@ -309,7 +381,8 @@ async def test_the_journal_has_actions_states_and_what_was_done_each_second(auto
         await fleet.apply(orc.Throttle(vm="guest", limit=orc.Limit(rate=2, burst=2), reason="by hand"))
         await fleet.vm("guest").stop("enough")
     with read_journal(tmp_path / "fleet.db") as read:
-        action, stop = read.actions()
+        given, action, stop = read.actions()
+        assert (given.kind, given.given, given.details["limit"]["rate"]) == ("SetLimit", "open_fleet", 100)
         assert (stop.kind, stop.reason, stop.policy) == ("Stop", "enough", None)
         assert (action.kind, action.vm, action.reason, action.outcome) == ("Throttle", "guest", "by hand", "done")
         assert [row.state for row in read.states()] == ["created", "running", "stopped"]

@@ -13,6 +13,7 @@ from orchestra.errors import KvmError, OrchestraError, ResourceLimit, UnknownTen
 BUILTIN = {
     "BackendUnavailable": RuntimeError,
     "BusLockUnsupported": RuntimeError,
+    "FileError": ValueError,
     "GuestMemoryError": IndexError,
     "KvmError": OSError,
     "NoSuchBackend": ValueError,

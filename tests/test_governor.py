@@ -15,7 +15,7 @@ import orchestra as orc
 from conftest import Stage, blank, play
 from orchestra.activity import IN_TURN, Activity
 from orchestra.backend.scripted import ScriptedExit, bus_lock, hlt, io_write
-from orchestra.testing import wait_state, wait_until
+from orchestra.testing import wait_until
 from orchestra.vcpu import Vcpu
 
 FOR_EVER = hlt(after=1e9)
@@ -821,9 +821,12 @@ async def test_a_vm_that_takes_long_to_pause_keeps_no_policy_waiting(slow):
         slow.wants = [orc.Pause(vm="guest")]
         await slow.ticks()
         assert outcomes(fleet) == [("Pause", "asks", "done")]
-        assert vm.state == "running"
+        assert vm.state == "paused"  # no guest code runs, but it is in the middle of an access
+        assert [access.waits_for for access in vm.pending] == [type(slow.device).__name__]
+        assert not vm.quiesced
         slow.device.release.set()
-        await wait_state(vm, "paused")
+        await vm.pause()
+        assert (vm.quiesced, vm.pending) == (True, ())
 
 
 async def test_a_vm_that_takes_long_to_stop_keeps_no_policy_waiting(slow):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
-from contextlib import AsyncExitStack
+import threading
+import time
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,21 @@ import trio
 
 import orchestra as orc
 from conftest import GUESTS, Stage, blank, guest, play, word
+from orchestra import workers
+from orchestra.activity import Activity
+from orchestra.actuators.caps import RunLoopCaps
+from orchestra.backend.kvm.dirty import DirtyLog
+from orchestra.backend.kvm.machine import KvmBackend, KvmEngine, KvmMachine
+from orchestra.backend.kvm.vcpu import KvmVcpu
+from orchestra.backend.kvm.vm import KvmVm
 from orchestra.backend.scripted import hlt
+from orchestra.devices.console import Console
+from orchestra.fleet import Fleet
+from orchestra.guest import Guest
+from orchestra.holding import Holding
+from orchestra.memory import Region
+from orchestra.native.core import VcpuCore
+from orchestra.subscription import Switchboard
 
 pytestmark = [pytest.mark.kvm, pytest.mark.usefixtures("nothing_left")]
 KVM = Stage("kvm")
@@ -166,6 +183,21 @@ async def test_devices_that_claim_the_same_port_roll_the_launch_back():
         assert await (await fleet.launch(KVM.spec("halt"))).wait() == orc.Halted()
 
 
+async def test_a_launch_whose_cpuid_another_took_first_makes_one_of_its_own():
+    """VMs are set up on several threads at once: between a look at what is there and the taking, it may go."""
+
+    class TakenMeanwhile(list):
+        def __len__(self) -> int:
+            return 1
+
+    backend = KvmBackend.open()
+    backend._cpuids = TakenMeanwhile()
+    async with orc.open_fleet(backend=backend) as fleet:
+        vm = await fleet.launch(KVM.spec("halt"))
+        assert await vm.wait() == orc.Halted()
+    backend.close()
+
+
 async def test_vms_do_not_see_each_others_memory_or_devices():
     one, two = Recorder(), Recorder()
     async with KVM.open() as fleet:
@@ -246,3 +278,257 @@ async def test_more_vcpus_than_trio_has_threads_run_at_once_and_take_none_of_the
             request.answer(bytes(4))
         with trio.fail_after(60):
             assert [await vm.wait() for vm in fleet.vms.values()] == [orc.Halted()] * 25
+
+
+# ---- a pause, and the guest's clock
+
+
+@pytest.mark.buslock  # on a real KVM: the software one takes the ioctl and leaves the page as it is
+async def test_a_guest_is_told_that_it_was_paused_before_it_goes_on():
+    """KVM sets a flag in the page of the guest's clock (PVCLOCK_GUEST_STOPPED), or its watchdog reports a lockup."""
+    new_system_time, page, flags, stopped = 0x4B564D01, 0x9000, 29, 2  # MSR_KVM_SYSTEM_TIME_NEW; pvclock-abi.h
+    async with KVM.open() as fleet:
+        vm = await fleet.launch(KVM.spec("spin"), paused=True)
+        kvm_vcpu = vm.guest.vcpus[0].engine.vcpu
+        kvm_vcpu.set_msrs({new_system_time: page | 1})
+        await vm.resume()
+        await vm.pause()
+        vm.write_memory(page + flags, bytes([vm.read_memory(page + flags, 1)[0] & ~stopped]))
+        await vm.resume()
+        await vm.pause()
+        assert vm.read_memory(page + flags, 1)[0] & stopped
+
+
+async def test_each_vcpu_that_was_paused_is_told_once_and_no_other(monkeypatch):
+    told: list[KvmVcpu] = []
+    monkeypatch.setattr(KvmVcpu, "kvmclock_ctrl", lambda self: told.append(self))
+    async with KVM.open() as fleet:
+        vm = await fleet.launch(KVM.spec("first_spins", vcpus=2))
+        while not vm.guest.has_ended(1):
+            await trio.lowlevel.checkpoint()
+        assert told == []
+        for pauses in range(1, 4):
+            await vm.pause()
+            assert len(told) == pauses - 1
+            await vm.resume()
+            await vm.inspect()  # it has gone on
+            assert told == [vm.guest.vcpus[0].engine.vcpu] * pauses
+        await vm.pause()
+        await vm.stop()
+        assert len(told) == 3
+
+
+async def test_one_that_was_paused_in_an_access_is_told_as_well(monkeypatch):
+    told: list[KvmVcpu] = []
+    monkeypatch.setattr(KvmVcpu, "kvmclock_ctrl", lambda self: told.append(self))
+    async with KVM.open() as fleet:
+        vm = await fleet.launch(KVM.spec("ask_twice"), paused=True)
+        async with vm.requests(ports=range(0x500, 0x508)) as requests:
+            await vm.resume()
+            request = await anext(requests)
+            before = len(told)
+            await vm.pause(quiesce=False)
+            await vm.resume()
+            request.answer(bytes(4))
+            await vm.wait()
+        assert len(told) == before + 1
+
+
+async def test_a_kernel_that_wont_tell_it_is_no_error(monkeypatch):
+    def refuse(self: KvmVcpu) -> bool:
+        raise orc.KvmError(5, "KVM_KVMCLOCK_CTRL: Input/output error")
+
+    monkeypatch.setattr(KvmVcpu, "kvmclock_ctrl", refuse)
+    async with KVM.open() as fleet:
+        vm = await fleet.launch(KVM.spec("spin"), paused=True)
+        await vm.resume()
+        await vm.inspect()
+        assert vm.state == "running"
+
+
+# ---- threads whose numbers may be another's by now
+
+
+async def test_only_threads_that_have_not_ended_are_touched(monkeypatch):
+    """A number that the kernel gave to another thread since would be a stranger's."""
+    moved: list[int] = []
+    monkeypatch.setattr(os, "sched_setaffinity", lambda tid, cpus: moved.append(tid))
+    async with KVM.open(quarantine=[max(os.sched_getaffinity(0))]) as fleet:
+        vm = await fleet.launch(KVM.spec("first_spins", vcpus=2))
+        while vm.guest.vcpus[1].tid is not None:  # it halts at once; nothing tells when its thread is gone
+            await trio.lowlevel.checkpoint()
+        vm.isolate()
+        assert moved == [vm.guest.vcpus[0].tid]
+        moved.clear()
+        vm.isolate(False)
+        assert moved == [vm.guest.vcpus[0].tid]
+    assert vm.guest.vcpus[0].tid is None
+
+
+async def test_a_thread_does_not_end_while_somebody_does_something_to_it():
+    async with KVM.open() as fleet:
+        vm = await fleet.launch(KVM.spec("spin"))
+        vcpu = vm.guest.vcpus[0]
+        with vcpu.living() as tid:
+            vm.stop_soon(orc.Stopped("x"))
+            while vcpu.final_registers is None:  # what it does last before it goes
+                time.sleep(0.001)  # noqa: ASYNC251  # nobody may await anything here
+            assert str(vcpu.tid) in os.listdir("/proc/self/task")
+            assert vcpu.tid == tid
+        await vm.wait()
+        assert vcpu.tid is None
+
+
+# ---- what goes wrong ends one VM
+
+STEPS = [
+    (Guest, "counters"),
+    (Guest, "gather"),
+    (Guest, "_serve_late_calls"),
+    (Guest, "_on_ended"),
+    (VcpuCore, "counters"),
+    (VcpuCore, "cap"),
+    (RunLoopCaps, "leave"),
+    (RunLoopCaps, "close"),
+    (KvmEngine, "detach"),
+    (KvmEngine, "close"),
+    (KvmEngine, "registers"),
+    (KvmVcpu, "close"),
+    (KvmMachine, "close"),
+    (KvmVm, "close"),
+    (DirtyLog, "close"),
+    (Fleet, "retire"),
+    (Fleet, "released"),
+    (Fleet, "changed"),
+    (Fleet, "_write_profile"),
+    (Activity, "ended"),
+    (Activity, "forget"),
+    (Switchboard, "retire"),
+    (Switchboard, "vm_ended"),
+    (Console, "close"),
+    (Holding, "gone"),
+    (Holding, "close"),
+]
+
+
+@pytest.mark.parametrize("how", ["by itself", "stop"])
+@pytest.mark.parametrize(("owner", "step"), STEPS, ids=lambda what: getattr(what, "__name__", what))
+async def test_whatever_fails_at_an_end_is_that_vms_alone(owner, step, how, monkeypatch):
+    """Each step of an end raises once, when it has done its work; the fleet goes on, and nothing is left of the VM."""
+    real = getattr(owner, step)
+    failed: list[BaseException] = []
+
+    def fails(*args: object, **more: object) -> object:
+        result = real(*args, **more)
+        if not failed:
+            failed.append(ZeroDivisionError("injected"))
+            raise failed[0]
+        return result
+
+    with trio.fail_after(20):
+        async with KVM.open() as fleet:
+            other = await fleet.launch(KVM.spec("spin", "other"))
+            vm = await fleet.launch(KVM.spec("exit_port" if how == "by itself" else "spin"), paused=True)
+            monkeypatch.setattr(owner, step, fails)
+            if how == "by itself":
+                with suppress(ZeroDivisionError):  # whoever resumes it hears of what goes wrong with that
+                    await vm.resume()
+                await vm.wait()
+            else:
+                try:
+                    await vm.stop()
+                except ZeroDivisionError:  # a stop that can't be done says so to whoever asked for it
+                    assert step in ("released", "changed")
+            assert vm.outcome is not None
+            monkeypatch.undo()
+            assert other.state == "running"
+            assert await (await fleet.launch(KVM.spec("exit_port", "third"))).wait() == orc.Shutdown("exit port", 42)
+            await other.pause()
+            assert other.quiesced
+
+
+async def test_a_mistake_in_the_middle_of_a_run_ends_that_vm_as_failed():
+    with trio.fail_after(20):
+        async with KVM.open() as fleet:
+            other = await fleet.launch(KVM.spec("spin", "other"))
+            vm = await fleet.launch(KVM.spec("spin"))
+
+            def fails() -> None:
+                raise ZeroDivisionError("injected")
+
+            vm.guest._post(fails)
+            outcome = await vm.wait()
+            assert isinstance(outcome, orc.Failed)
+            assert "injected" in outcome.reason
+            assert other.state == "running"
+
+
+async def test_a_run_that_cant_begin_fails_and_gives_all_back(monkeypatch, nothing_left):
+    with trio.fail_after(20):
+        async with KVM.open() as fleet:
+            vm = await fleet.launch(KVM.spec("spin"), paused=True)
+            real, calls = Guest.command, []
+
+            def command(self: Guest, set: int = 0, clear: int = 0) -> None:
+                if clear and not calls:
+                    calls.append(clear)
+                    raise ZeroDivisionError("injected")
+                real(self, set, clear)
+
+            monkeypatch.setattr(Guest, "command", command)
+            again = await fleet.launch(KVM.spec("spin", "again"))
+            outcome = await again.wait()
+            assert isinstance(outcome, orc.Failed)
+            assert outcome.reason == "run: ZeroDivisionError: injected"
+            assert vm.outcome is None
+
+
+# ---- memory is given back off the event loop
+
+
+async def test_memory_of_what_ended_or_starts_again_is_unmapped_on_other_threads(monkeypatch):
+    threads: list[int] = []
+    real = workers.unmap
+
+    def unmap(regions: list[Region]) -> None:
+        if regions:
+            threads.append(threading.get_ident())
+        real(regions)
+
+    monkeypatch.setattr(workers, "unmap", unmap)
+    async with KVM.open() as fleet:
+        vm = await fleet.launch(KVM.spec("exit_port"))
+        await vm.wait()
+        await vm.stop()  # of one that has ended
+        assert len(threads) == 1
+        again = await fleet.launch(KVM.spec("exit_port"))
+        await again.wait()
+        await fleet.launch(KVM.spec("spin"))  # under the same name
+        await fleet.vm("guest").reset()
+        await fleet.vm("guest").stop()
+        assert len(threads) == 4
+        await (await fleet.launch(KVM.spec("exit_port"))).wait()
+    assert len(threads) == 5  # at the fleet's end
+    assert threading.get_ident() not in threads
+
+
+async def test_the_next_run_waits_until_the_memory_of_the_last_is_unmapped(monkeypatch):
+    """Or a guest that resets itself all the time would have ever more."""
+    go_on, real = threading.Event(), workers.unmap
+
+    def unmap(regions: list[Region]) -> None:
+        assert go_on.wait(20)
+        real(regions)
+
+    async with KVM.open() as fleet:
+        vm = await fleet.launch(KVM.spec("spin"))
+        monkeypatch.setattr(workers, "unmap", unmap)
+        await vm.reset()
+        assert vm.read_memory(0x1000, 1) != b"\0"
+        for _ in range(20):
+            await trio.sleep(0.001)
+        assert word(vm, 0x8000) == 0  # it does not run yet
+        go_on.set()
+        with trio.fail_after(20):
+            while word(vm, 0x8000) == 0:  # noqa: ASYNC110  # the guest tells nobody
+                await trio.sleep(0.001)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import select
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 
@@ -15,6 +17,7 @@ from orchestra.errors import ResourceLimit
 from orchestra.exits import OtherExit
 from orchestra.native import core as core_module, ffi, lib
 from orchestra.native.core import (
+    BUCKETS,
     NEVER,
     REASON_NAMES,
     REASON_NUMBERS,
@@ -43,15 +46,15 @@ def fleet() -> Iterator[FleetCore]:
 
 
 @pytest.fixture
-def vcpu(fleet: FleetCore) -> Iterator[VcpuCore]:
-    made = VcpuCore(fleet, 7)
+def bucket() -> Iterator[Bucket]:
+    made = Bucket()
     yield made
     made.close()
 
 
 @pytest.fixture
-def bucket() -> Iterator[Bucket]:
-    made = Bucket()
+def vcpu(fleet: FleetCore, bucket: Bucket) -> Iterator[VcpuCore]:
+    made = VcpuCore(fleet, 7)  # gone before the bucket that it may hold tickets of
     yield made
     made.close()
 
@@ -117,10 +120,10 @@ def test_a_look_tells_what_was_new_since_the_last_one_by_reason(vcpu):
         "other": 1,
     }
     assert {reason_name(number): count for number, count in exits.items()} == vcpu.counters(1).exits
-    assert sums == [5, 0]
+    assert sums == [5, [0] * len(BUCKETS), 0]
     account(vcpu, "hlt")
-    assert vcpu.look(2) == ({REASON_NUMBERS["hlt"]: 1}, 5, 0)
-    assert vcpu.look(3) == ({}, 5, 0)
+    assert vcpu.look(2) == ({REASON_NUMBERS["hlt"]: 1}, 5, [0] * len(BUCKETS), 0)
+    assert vcpu.look(3) == ({}, 5, [0] * len(BUCKETS), 0)
 
 
 def test_new_vcpu_has_counted_nothing(vcpu):
@@ -248,6 +251,47 @@ def test_active_lists_more_vcpus_than_one_batch(fleet):
         vcpu.close()
 
 
+def test_a_look_ends_although_vcpus_become_active_again_meanwhile(fleet, monkeypatch):
+    vcpus = [VcpuCore(fleet, id) for id in range(3)]
+    for vcpu in vcpus:
+        account(vcpu)
+    take, taken = lib.orc_fleet_active, []
+
+    class Busy:
+        """Whoever is told makes an exit before the next question."""
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(lib, name)
+
+        def orc_fleet_active(self, *args: object) -> int:
+            taken.append(n := take(*args))
+            assert len(taken) < 10, "the vCPUs decide when it ends"
+            for vcpu in vcpus:
+                account(vcpu)
+            return int(n)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(core_module, "lib", Busy())
+        assert sorted(fleet.active()) == [0, 1, 2]
+    assert sorted(fleet.active()) == [0, 1, 2]
+    for vcpu in vcpus:
+        vcpu.close()
+
+
+def test_records_of_one_vcpu_can_be_drained_alone(fleet):
+    vcpus = [VcpuCore(fleet, id) for id in range(3)]
+    for vcpu in vcpus:
+        vcpu.tell(EVERYTHING)
+        for time in (1, 2, 3):
+            account(vcpu, now=time)
+    records = ffi.from_buffer("struct orc_record[]", fleet.drain(vcpus[1]))
+    assert [(record.id, record.time) for record in records] == [(1, 1), (1, 2), (1, 3)]
+    assert not fleet.drain(vcpus[1])
+    assert sorted(record[ID] for record in drained(fleet)) == [0, 0, 0, 2, 2, 2]
+    for vcpu in vcpus:
+        vcpu.close()
+
+
 @pytest.mark.parametrize("dying", range(3))
 def test_vcpu_that_goes_takes_its_records_along_and_nobody_elses(fleet, dying):
     vcpus = [VcpuCore(fleet, id) for id in range(3)]
@@ -348,7 +392,7 @@ def test_wait_in_progress_counts_up_to_now(vcpu):
     lib.orc_vcpu_wait_begin(vcpu.handle, 100)
     counters = vcpu.counters(150)
     assert (counters.throttled, counters.throttled_since, counters.waits) == (50, 100, 1)
-    assert vcpu.look(160) == ({}, 0, 60)
+    assert vcpu.look(160) == ({}, 0, [60] + [0] * (len(BUCKETS) - 1), 0)
     lib.orc_vcpu_wait_end(vcpu.handle, 170, False)
     counters = vcpu.counters(1000)
     assert (counters.throttled, counters.throttled_since) == (70, None)
@@ -397,6 +441,115 @@ def test_one_vcpu_keeps_to_burst_and_rate_in_every_window(rate, burst, pauses):
     fleet.close()
 
 
+# Without a max_delay, which lets go early.
+LIMITS = st.builds(Limit, rate=st.floats(1e-3, 1e4), burst=st.floats(1, 4), max_delay=st.none())
+PAUSES = (0, 0, 0, 1, SECOND // 100, 10 * SECOND)
+STEPS = ("ask", "ask", "ask", "ask", "look", "look at all", "none", "set", "off and on", "off and on")
+CHANGES = st.lists(st.tuples(st.integers(0, len(PAUSES) - 1), st.sampled_from(STEPS), LIMITS), min_size=20, max_size=80)
+
+
+class Waiters:
+    """What `vcpus` of one bucket do, as the core has them do it: each asks, waits for its turn, and goes."""
+
+    def __init__(self, vcpus: int) -> None:
+        self.fleet, self.bucket = FleetCore(), Bucket()
+        self.vcpus = [VcpuCore(self.fleet, id) for id in range(vcpus)]
+        for vcpu in self.vcpus:
+            vcpu.set_bucket(Meter.EXITS, 0, self.bucket)
+        self.waiting: list[VcpuCore] = []  # in the order in which they asked
+        self.went: list[tuple[int, float]] = []  # when somebody went under a limit, and its burst
+
+    def ask(self, index: int, now: int) -> None:
+        vcpu = self.vcpus[index % len(self.vcpus)]
+        if vcpu in self.waiting:
+            return
+        if account(vcpu, now=now) != NEVER:
+            self.waiting.append(vcpu)
+        elif self.bucket.limit is not None:
+            self.went.append((now, self.bucket.limit.tokens))
+
+    def turns(self) -> list[int]:
+        return [int(lib.orc_vcpu_turn(vcpu.handle)) for vcpu in self.waiting]
+
+    def look(self, index: int, now: int) -> None:
+        """One that waits goes, if its turn has come."""
+        if not self.waiting:
+            return
+        vcpu = self.waiting[index % len(self.waiting)]
+        if lib.orc_vcpu_turn(vcpu.handle) <= now:
+            self.waiting.remove(vcpu)
+            lib.orc_vcpu_wait_begin(vcpu.handle, now)
+            lib.orc_vcpu_wait_end(vcpu.handle, now, True)
+            if self.bucket.limit is not None:
+                self.went.append((now, self.bucket.limit.tokens))
+
+    def close(self) -> None:
+        for vcpu in self.vcpus:
+            vcpu.close()
+        self.bucket.close()
+        self.fleet.close()
+
+
+@settings(deadline=None)
+@given(st.integers(1, 4), LIMITS, CHANGES)
+def test_whatever_limits_come_and_go_no_window_has_more_than_burst_and_rate_and_nobody_overtakes(vcpus, first, changes):
+    waiters = Waiters(vcpus)
+    now, rate = 1, first.rate
+    waiters.bucket.set(first, now)
+    made = [(now, 0.0)]  # tokens that the rates in force made so far; the last one goes on where there is none
+    for index, what, limit in changes:
+        now += PAUSES[index]
+        made.append((now, made[-1][1] + rate * (now - made[-1][0]) / 1e9))
+        if what == "ask":
+            waiters.ask(index, now)
+        elif what == "look":
+            waiters.look(index, now)
+        elif what == "look at all":
+            for _ in range(vcpus):
+                waiters.look(0, now)
+        elif what == "none":
+            waiters.bucket.set(None, now)
+        elif what == "off and on":
+            same = waiters.bucket.limit
+            waiters.bucket.set(None, now)
+            waiters.bucket.set(same, now)
+        else:
+            waiters.bucket.set(limit, now)
+            rate = limit.rate
+        turns = [max(turn, now) for turn in waiters.turns()]
+        assert turns == sorted(turns), "somebody who asked later goes first"
+    tokens = dict(made)
+    # Each of several may look late and then go with the next; and one that waits on may go earlier by one, for one that
+    # went while there was no limit.
+    early = vcpus - 1
+    for index, (begun, burst) in enumerate(waiters.went):
+        for count, (ended, _) in enumerate(waiters.went[index:], 1):
+            assert count <= (burst + tokens[ended] - tokens[begun]) * (1 + 1e-6) + 1e-3 + early
+    waiters.close()
+
+
+@given(
+    st.lists(st.tuples(st.floats(1e-3, 1e3), st.floats(0, 0.02), st.booleans()), min_size=1, max_size=45),
+    st.floats(1e-3, 1e3),
+)
+def test_no_part_of_a_token_is_lost_however_often_the_rate_changes(changes, first):
+    """What a slow limit makes between two changes is less than the core's smallest unit of a token."""
+    waiters = Waiters(1)
+    limits = [first, *(rate for rate, _, _ in changes)]
+    waiters.bucket.set(Limit(rate=first, burst=1, max_delay=None), 1)
+    waiters.ask(0, 1)
+    now, made = 1, 0.0
+    for before, (rate, part, off) in zip(limits, changes, strict=False):
+        pause = round(part / before * 1e9)
+        now, made = now + pause, made + before * pause / 1e9
+        if off:
+            waiters.bucket.set(None, now)
+        waiters.bucket.set(Limit(rate=rate, burst=1, max_delay=None), now)
+    (turn,) = waiters.turns()
+    assert turn == pytest.approx(now + (1 - made) / limits[-1] * 1e9, abs=2 + 1e-7 / limits[-1] * 1e9)
+    waiters.close()
+
+
 # ---- commands, sleep and wake
 
 
@@ -436,6 +589,24 @@ def test_wake_up_before_the_sleep_is_not_lost(vcpu):
     vcpu.wake()
     lib.orc_vcpu_sleep(vcpu.handle, seen)  # returns at once
     assert vcpu.wakes() == seen + 1
+
+
+def test_a_wake_up_that_comes_after_the_end_does_nothing(fleet):
+    vcpu = VcpuCore(fleet, 1)
+    assert vcpu.wake()
+    vcpu.close()
+    assert not vcpu.wake()
+
+
+def test_wake_ups_may_come_from_other_threads_as_it_is_closed(fleet):
+    for id in range(200):
+        vcpu = VcpuCore(fleet, id)
+        threads = [threading.Thread(target=lambda v=vcpu: [v.wake() for _ in range(20)]) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        vcpu.close()
+        for thread in threads:
+            thread.join()
 
 
 def test_changed_limit_wakes_those_that_wait_for_a_turn_and_no_others(fleet):
@@ -491,6 +662,35 @@ def test_clock_does_not_run_backwards():
 def test_the_kicks_signal_may_be_installed_again_and_again():
     install_signal()
     install_signal()
+
+
+@pytest.mark.parametrize(("number", "message"), [(errno.EBUSY, "another handler"), (errno.EPERM, "seccomp")])
+def test_a_kick_that_cant_be_is_said_by_name(monkeypatch, number, message):
+    class Refuses:
+        orc_signal_number = staticmethod(lib.orc_signal_number)
+        orc_signal_install = staticmethod(lambda: -number)
+
+    monkeypatch.setattr(core_module, "lib", Refuses())
+    with pytest.raises(ResourceLimit, match=f"SIGURG.*{message}") as caught:
+        install_signal()
+    assert caught.value.errno == number
+
+
+@pytest.mark.parametrize(
+    ("handler", "problem"),
+    [("lambda *_: None", "SIGURG has another handler"), ("signal.SIG_IGN", ""), ("signal.SIG_DFL", "")],
+)
+def test_the_kicks_signal_is_taken_from_nobody_who_handles_it(handler, problem):
+    program = f"""
+import signal
+from orchestra.native.core import install_signal
+
+signal.signal(signal.SIGURG, {handler})
+install_signal()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode == 0) == (not problem)
+    assert problem in done.stderr
 
 
 def test_close_gives_the_eventfd_and_the_ring_back():

@@ -299,6 +299,14 @@ def test_each_hosts_guard_judges_as_live():
     assert (facts["total"], facts["refused"], facts["kinds"]["Evict"]) == (8, 4, 2)
 
 
+def test_what_was_refused_to_one_that_decides_once_is_asked_for_again_on_its_host():
+    asked = fleet(Steady(rate=1000), hosts=2, duration=80, guard=orc.Guard(limits_per_minute=1))
+    world = play(asked, lambda cpu: StaticLimits(tenants={"*": Limit(rate=500)}, host=Limit(rate=900)))
+    told = [(deed.host, deed.action.tenant, deed.error is None) for deed in world.tally.deeds]
+    for host in range(2):
+        assert [done for on, _, done in told if on == host] == [True, *[False] * 6, True]
+
+
 def test_a_pause_ends_after_the_most_it_may_last():
     policy = Scripted({3: [orc.Pause(vm="n0-0")]})
     world = play(fleet(Steady(rate=1000), duration=30, guard=orc.Guard(max_pause=10)), policy)

@@ -68,7 +68,7 @@ BAD: list[tuple[Callable[[], object], str, str, str]] = [
     (lambda: Limit(rate=1, max_delay=-1), "max_delay", "-1", "more than 0"),
     (lambda: Limit(rate=1, max_delay=2e6), "max_delay", "2000000.0", "1e6 seconds"),
     (lambda: optional_limit("limit", 100), "limit", "100", "Limit(rate=100)"),
-    (lambda: as_meter("io"), "meter", "'io'", '"bus_locks" or "exits"'),
+    (lambda: as_meter("io"), "meter", "'io'", '"bus_locks", "exits" or "answers"'),
     (lambda: Tenant(""), "tenant", "''", "letters"),
     (lambda: Tenant("a b"), "tenant", "'a b'", "letters"),
     (lambda: Tenant("a", weight=0), "weight", "0", "more than 0"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 
 import pytest
 import trio
@@ -11,7 +12,10 @@ from trio.testing import wait_all_tasks_blocked
 import orchestra as orc
 from conftest import Stage, blank, play
 from orchestra.backend.scripted import ScriptedExit, bus_lock, hlt, io_write, mmio_write
-from orchestra.native.core import RING_RECORDS
+from orchestra.native import lib
+from orchestra.native.core import RING_RECORDS, FleetCore, VcpuCore
+from orchestra.native.records import build
+from orchestra.subscription import FEWEST, LATE, PACE, SLOWEST, Switchboard, next_pace
 
 BUS_LOCK = 2
 FOR_EVER = hlt(after=1e9)
@@ -165,7 +169,7 @@ async def test_a_full_ring_drops_and_counts_while_the_counters_stay_exact(monkey
     rounds = RING_RECORDS + 1000
     async with play([bus_lock()] * rounds) as fleet:
         # A drain task that never comes round.
-        monkeypatch.setattr(fleet._switchboard, "deliver", lambda: False)
+        monkeypatch.setattr(fleet._switchboard, "deliver", lambda core=None, **_: False)
         monkeypatch.setattr(fleet.core, "may_sleep", lambda: True)
         async with fleet.exits(orc.BusLock, vm="guest") as exits:
             vm = await fleet.launch(blank())
@@ -173,6 +177,36 @@ async def test_a_full_ring_drops_and_counts_while_the_counters_stay_exact(monkey
             assert vm.statistics().bus_locks == rounds
             assert vm.statistics().missed == fleet.statistics().missed == 1000
             assert [exit async for exit in exits] == []
+
+
+async def test_retiring_a_vcpu_delivers_its_records_and_leaves_the_others_alone():
+    """Whoever stops one VM does not pay for what the others do meanwhile, which may be without end."""
+    core = FleetCore()
+    switchboard = Switchboard(core, paced=True)
+    vcpus = [VcpuCore(core, id) for id in range(1, 33)]
+    everything = switchboard.subscribe((), None, 100_000, "oldest")
+    for vcpu in vcpus:
+        switchboard.reader.add(vcpu.id, f"vm{vcpu.id}", 0)
+        vcpu.tell((1 << 64) - 1)
+        for when in range(1, 3 * FleetCore.BATCH + 1):
+            lib.orc_vcpu_account(vcpu.handle, build("hlt"), when)
+    taken = switchboard.deliver()  # of some vCPU this batch was taken before: what is left of it comes in order
+    dying, *others = vcpus
+    switchboard.retire([dying])
+    assert taken == FleetCore.BATCH
+    of_dying = 3 * FleetCore.BATCH
+    assert everything.statistics().received in (of_dying, of_dying + taken)
+    dying.close()
+    seen: dict[str, list[int]] = {}
+    while switchboard.deliver():
+        pass
+    while everything.statistics().waiting:
+        exit = everything.receive_nowait()
+        seen.setdefault(exit.vm, []).append(exit.time)
+    assert seen == {f"vm{id}": list(range(1, of_dying + 1)) for id in range(1, 33)}
+    for vcpu in others:
+        vcpu.close()
+    core.close()
 
 
 async def test_a_subscriber_that_keeps_up_misses_nothing(autojump_clock):
@@ -363,3 +397,42 @@ async def test_many_subscriptions_come_and_go_while_it_runs(autojump_clock):
             for number in range(1, 11):
                 nursery.start_soon(look, number)
         assert fleet.told("guest") == 0
+
+
+# ---- a crowded loop
+
+
+def test_the_pace_slows_down_while_the_loop_is_late_and_comes_back():
+    pace, paces = PACE, []
+    for late in [10 * LATE] * 8 + [0.0] * 40:
+        pace = next_pace(pace, late)
+        paces.append(pace)
+    assert paces[:3] == [2 * PACE, 4 * PACE, 8 * PACE]
+    assert max(paces) == SLOWEST
+    assert paces[-1] == PACE
+
+
+def test_a_loop_that_is_in_time_changes_nothing():
+    assert next_pace(PACE, LATE) == PACE
+
+
+async def test_while_the_loop_is_late_telling_makes_way(monkeypatch):
+    core = FleetCore()
+    board = Switchboard(core, paced=True)
+    delivered, fewest = 0, FleetCore.BATCH
+
+    def deliver(*, most: int) -> int:
+        nonlocal delivered, fewest
+        delivered, fewest = delivered + 1, min(fewest, most)
+        return 1  # there is always more
+
+    monkeypatch.setattr(board, "deliver", deliver)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(board.run)
+        for _ in range(40):  # somebody who keeps the loop for 10 ms in each of its rounds
+            time.sleep(0.01)  # noqa: ASYNC251  # that is what it does
+            await trio.lowlevel.checkpoint()
+        nursery.cancel_scope.cancel()
+    core.close()
+    assert 1 < delivered < 30
+    assert fewest == FEWEST

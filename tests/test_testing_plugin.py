@@ -269,7 +269,7 @@ def test_of_another_kind():
 """
     result = suite(module, "-p", "no:trio", ini=STRICT_INI)
     result.assert_outcomes(passed=1, errors=1)
-    result.stdout.fnmatch_lines(["*need pytest-trio*pip install 'orchestra[[]testing]'*"])
+    result.stdout.fnmatch_lines(["*need pytest-trio*pip install 'orchestra-kvm[[]testing]'*"])
 
 
 @pytest.mark.parametrize("prefix", ["async ", ""])

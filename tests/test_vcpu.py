@@ -263,14 +263,22 @@ async def test_what_a_device_reads_as_is_cut_to_the_access(value, size, read):
         assert backend.machines["guest"].engines[0].answers == [(0x500, read)]
 
 
-async def test_an_access_that_reaches_beyond_a_claim_finds_nobody():
-    backend = orc.ScriptedBackend({"guest": [io_read(0x503, 2), io_write(0x503, b"xx")]})
+async def test_an_access_that_reaches_beyond_a_claim_finds_nobody_there_and_the_device_before():
+    backend = orc.ScriptedBackend({"guest": [io_read(0x503, 2), io_write(0x503, b"xy")]})
     device = Constant(0)
     async with orc.open_fleet(backend=backend) as fleet:
         vm = await fleet.launch(blank(), devices=[(range(0x500, 0x504), None, device)])
         await vm.wait()
-        assert backend.machines["guest"].engines[0].answers == [(0x503, b"\xff\xff")]
-        assert device.written == []
+        assert backend.machines["guest"].engines[0].answers == [(0x503, b"\0\xff")]
+        assert device.written == [(3, 1, ord("x"))]
+        assert vm.statistics().unclaimed == 2
+
+
+async def test_a_wide_write_to_a_device_of_one_port_reaches_it():
+    async with play([io_write(0xE9, b"hi"), hlt()]) as fleet:
+        vm = await fleet.launch(blank(devices=[orc.DebugConsole()]))
+        await vm.wait()
+        assert vm.console.output == b"h"
 
 
 # ---- several vCPUs
@@ -351,3 +359,135 @@ async def test_a_vcpu_that_gets_no_thread_fails_its_launch_and_all_of_it_is_roll
         assert other.state == "running"
         again = await fleet.launch(stage.spec("spin", vcpus=2))
         assert again.state == "running"
+
+
+# ---- floods: what Python answers has a budget
+
+STRING_READS = bytes.fromhex("fc ba0005 bf0040 b90002 f36c ebf6")
+"""Reads port 0x500 by REP INSB, 512 bytes at a time, for ever."""
+NEVER_AGAIN = orc.Limit(rate=0.001, burst=2, max_delay=None)
+
+
+class Counting:
+    """Counts what it is asked, and says when it is asked first."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.first = trio.Event()
+        self._token = trio.lowlevel.current_trio_token()
+
+    def read(self, offset: int, size: int) -> int:
+        self.asked += 1
+        if self.asked == 1:
+            self._token.run_sync_soon(self.first.set)
+        return 0x2A
+
+    def write(self, offset: int, size: int, value: int) -> None: ...
+
+
+async def asking(fleet: orc.Fleet, spec: orc.VmSpec, paused: bool = False) -> orc.Vm:
+    """A VM with a device in Python at port 0x500."""
+    vm = await fleet.launch(spec, paused=True)
+    vm.attach(Counting(), ports=range(0x500, 0x501))
+    if not paused:
+        await vm.resume()
+    return vm
+
+
+@pytest.mark.parametrize(
+    "backend", [pytest.param(name, marks=getattr(pytest.mark, name)) for name in ("kvm", "emulated")]
+)
+async def test_a_flood_of_string_reads_is_charged_by_its_elements_and_others_are_answered_meanwhile(
+    backend, nothing_left
+):
+    def spec(name: str, code: bytes, **more: object) -> orc.VmSpec:
+        return orc.VmSpec(name=name, boot=orc.FlatImage(code=code), **more)  # type: ignore[arg-type]
+
+    with trio.fail_after(20):
+        async with orc.open_fleet(
+            backend=backend, tenants=dict.fromkeys(["hostile", "innocent"]), bus_locks="off"
+        ) as fleet:
+            flood = await fleet.launch(
+                spec("flood", STRING_READS, tenant="hostile", answer_limit=NEVER_AGAIN), paused=True
+            )
+            device = Counting()
+            flood.attach(device, ports=range(0x500, 0x501))
+            other = await fleet.launch(spec("other", b"\xe4\x80\xeb\xfc", tenant="innocent"), paused=True)
+            async with other.requests(ports=range(0x80, 0x81)) as requests:
+                await flood.resume()
+                await device.first.wait()
+                await other.resume()
+                for _ in range(100):
+                    (await anext(requests)).answer(b"\1")
+            await flood.pause()
+            seen = flood.statistics()
+            # One exit, which is more than the burst: the next has to wait for minutes.
+            assert seen.exits["io"] == 1
+            assert seen.answers == device.asked > 2
+            assert seen.throttled_seconds > 0
+            assert seen.answer_limit == NEVER_AGAIN
+            assert other.statistics().answers >= 100
+
+            await flood.set_limit(None, meter="answers")
+            await flood.resume()
+            while device.asked < 5000:
+                await trio.lowlevel.checkpoint()
+
+
+async def test_answers_keep_to_their_limit_and_whoever_answers_counts(autojump_clock):
+    script = [io_read(0x500) for _ in range(21)]
+    async with play(script) as fleet:
+        begun = trio.current_time()
+        vm = await asking(fleet, blank(answer_limit=orc.Limit(rate=10, burst=1)))
+        await vm.wait()
+        assert trio.current_time() - begun == pytest.approx(2.1, abs=0.01)
+        assert vm.statistics().answers == fleet.statistics().answers == 21
+        assert fleet.statistics().tenants["default"].answers == 21
+
+
+async def test_policies_hear_of_answers_and_share_them_out(autojump_clock):
+    """Two VMs of a tenant that each ask 1,000 times a second, and a policy that shares 1,000 a second."""
+    script = [io_read(0x500, after=0.001) for _ in range(100_000)]
+    share = orc.WeightedShare(orc.Limit(rate=1000), meter="answers")
+    scripts = dict.fromkeys(("a", "b"), script)
+    async with play(scripts, policies=[share]) as fleet, fleet.watch(interval=1.0) as watch:
+        for name in scripts:
+            await asking(fleet, blank(name, answer_limit=None))
+        first = await anext(watch)
+        assert 0 < first.vms["a"].answers == first.vms["a"].exits
+        assert first.by_tenant["default"].answers == first.vms["a"].answers + first.vms["b"].answers
+        await trio.sleep(20)
+        before = {name: fleet.vms[name].statistics().answers for name in scripts}
+        await trio.sleep(10)
+        for name in scripts:
+            assert fleet.vms[name].statistics().answers - before[name] == pytest.approx(5000, rel=0.1)
+
+
+async def test_every_vm_has_a_limit_on_answers_unless_it_says_otherwise(autojump_clock):
+    script = [io_read(0x500) for _ in range(6001)]
+    took = {}
+    async with play(script) as fleet:
+        for name, more in (("default", {}), ("none", {"answer_limit": None})):
+            begun = trio.current_time()
+            vm = await asking(fleet, blank(name, **more))
+            await vm.wait()
+            took[name] = trio.current_time() - begun
+        assert "answer_limit=Limit(rate=2000" in repr(fleet.vms["default"].spec)
+        assert fleet.vms["default"].statistics().answer_limit == orc.Limit(rate=2000, burst=2000)
+    assert took["none"] == 0
+    assert took["default"] == pytest.approx(2.0, abs=0.01)
+
+
+@pytest.mark.parametrize("where", [{"vm": "guest"}, {"tenant": "default"}, {}])
+async def test_a_throttle_holds_answers_at_each_level_and_goes(autojump_clock, where):
+    async with play([io_read(0x500) for _ in range(1000)]) as fleet:
+        limit = orc.Limit(rate=1, burst=1, max_delay=None)
+        vm = await asking(fleet, blank(answer_limit=None), paused=True)
+        await fleet.apply(orc.Throttle(limit=limit, meter="answers", reason="test", **where))
+        await vm.resume()
+        await trio.sleep(10.5)
+        assert vm.statistics().answers == pytest.approx(11, abs=1)
+        assert vm.state == "throttled" or vm.statistics().throttled
+        await fleet.apply(orc.Unthrottle(meter="answers", reason="test", **where))
+        with trio.fail_after(1):
+            assert await vm.wait() == orc.Halted()

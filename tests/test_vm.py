@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections import Counter
 from collections.abc import Callable
 
@@ -13,7 +14,8 @@ from trio.testing import wait_all_tasks_blocked
 
 import orchestra as orc
 from conftest import Stage, blank, play, word
-from orchestra.backend.scripted import ScriptedExit, bus_lock, hlt, io_read, io_write, mmio_read
+from orchestra.backend.scripted import ScriptedExit, bus_lock, hlt, io_read, io_write, mmio_read, triple_fault
+from test_fleet import Kept
 
 FAIL = ScriptedExit("debug", args=(1, 0, 0, 0))
 FOR_EVER = hlt(after=1e9)
@@ -151,6 +153,16 @@ async def test_pause_and_stop_end_a_long_wait_on_a_thread_at_once(nothing_left, 
         assert vm.statistics().exits["io"] == count
         await vm.stop()
         assert vm.statistics().exits["io"] == count
+
+
+async def test_statistics_tell_by_whose_limit_it_was_held(stage):
+    async with stage.open(exit_limit=orc.Limit(rate=1e6)) as fleet:
+        vm = await fleet.launch(stage.spec("storm", exit_limit=orc.Limit(rate=0.01, burst=1, max_delay=None)))
+        while vm.statistics().throttled_seconds < 0.01:  # nothing tells: the wait is in C
+            await trio.lowlevel.checkpoint()
+        await vm.stop()
+        told = vm.statistics()
+        assert told.throttled_by == {"vm.exits": pytest.approx(told.throttled_seconds)}
 
 
 async def test_what_was_left_of_a_wait_is_waited_after_a_pause(autojump_clock):
@@ -440,17 +452,190 @@ async def test_pause_holds_while_a_request_is_unanswered(stage: Stage, soon):
         async with vm.requests(ports=range(0x500, 0x508)) as requests:
             await vm.resume()
             request = await requests.__anext__()
-            await vm.pause()
+            await vm.pause(quiesce=False)
             assert vm.state == "paused"
-            assert vm.registers().rip in range(0x1000, 0x1020)
             request.answer(b"\1\2\3\4")
-            await vm.inspect()
+            await vm.pause()
+            assert vm.registers().rip in range(0x1000, 0x1020)
             assert vm.state == "paused"
             assert vm.outcome is None
             await vm.resume()
             assert await vm.wait() == orc.Halted()
         if stage.executes:
             assert word(vm, 0x8000) == 0x04030201
+
+
+async def test_paused_is_not_quiesced_while_a_request_is_unanswered(stage: Stage, soon):
+    async with stage.open() as fleet:
+        vm = await fleet.launch(stage.spec("ask_twice"), paused=True)
+        assert (vm.quiesced, vm.pending) == (True, ())
+        async with vm.requests(ports=range(0x500, 0x508)) as requests:
+            await vm.resume()
+            request = await anext(requests)
+            assert (vm.quiesced, vm.pending) == (False, ())  # nothing is to wait for, as nobody pauses it
+            before = fleet.now()
+            await vm.pause(quiesce=False)
+            assert (vm.state, vm.quiesced) == ("paused", False)
+            (access,) = vm.pending
+            assert (access.vcpu, access.bus, access.address, access.size) == (0, "ports", 0x500, 4)
+            assert (access.write, access.waits_for) == (False, "a task")
+            assert 0 < access.since <= before
+            assert vm.statistics().pending == (access,)
+            with pytest.raises(orc.StateError, match="a read of 4 bytes at ports 0x500 waits for a task"):
+                vm.registers()
+            paused = []
+
+            async def pause() -> None:
+                await vm.pause()
+                paused.append(vm.registers())
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(pause)
+                await vm.inspect()  # the runner has had its turn
+                await vm.inspect()
+                assert paused == []
+                request.answer(b"\1\2\3\4")
+            assert (vm.state, vm.quiesced, vm.pending) == ("paused", True, ())
+            before = paused[0]
+            for _ in range(3):
+                await vm.inspect()
+                assert vm.registers() == before
+            if stage.executes:
+                assert before.rax & 0xFFFFFFFF == 0x04030201  # the kernel completed it, and the guest did no more
+                assert word(vm, 0x8000) == 0
+            await vm.resume()
+            assert await vm.wait() == orc.Halted()
+
+
+async def test_a_pause_that_waits_for_an_answer_ends_with_the_pause(stage: Stage, soon):
+    async with stage.open() as fleet:
+        vm = await fleet.launch(stage.spec("ask_twice"), paused=True)
+        async with vm.requests(ports=range(0x500, 0x508)) as requests:
+            await vm.resume()
+            request = await anext(requests)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(vm.pause)
+                await wait_all_tasks_blocked()
+                await vm.resume()
+            assert (vm.state, vm.pending) == ("running", ())
+            request.answer(bytes(4))
+            assert await vm.wait() == orc.Halted()
+
+
+async def test_stop_ends_a_pause_that_waits_for_an_answer(stage: Stage, soon):
+    async with stage.open() as fleet:
+        vm = await fleet.launch(stage.spec("ask_twice"), paused=True)
+        async with vm.requests(ports=range(0x500, 0x508)) as requests:
+            await vm.resume()
+            await anext(requests)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(vm.pause)
+                await wait_all_tasks_blocked()
+                assert await vm.stop() == orc.Stopped("stop()")
+            assert vm.pending == ()
+
+
+async def test_a_cancelled_wait_for_an_answer_leaves_it_paused(stage: Stage, soon):
+    async with stage.open() as fleet:
+        vm = await fleet.launch(stage.spec("ask_twice"), paused=True)
+        async with vm.requests(ports=range(0x500, 0x508)) as requests:
+            await vm.resume()
+            request = await anext(requests)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(vm.pause)
+                await vm.pause(quiesce=False)
+                nursery.cancel_scope.cancel()
+            assert (vm.state, vm.quiesced) == ("paused", False)
+            request.answer(bytes(4))
+            await vm.pause()
+            assert vm.quiesced
+            assert vm.outcome is None
+
+
+async def test_a_pause_that_waits_long_says_in_the_log_for_what(autojump_clock, caplog):
+    async with play([io_read(0x500, 2)]) as fleet:
+        vm = await fleet.launch(blank(), paused=True)
+        async with vm.requests(ports=range(0x500, 0x502)) as requests:
+            await vm.resume()
+            request = await anext(requests)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(vm.pause)
+                await trio.sleep(4)
+                assert caplog.messages == []
+                await trio.sleep(12)
+                assert [message.split(":")[0] for message in caplog.messages] == ["vm guest"] * 2
+                assert "a read of 2 bytes at ports 0x500 waits for a task" in caplog.messages[0]
+                request.answer(b"ab")
+
+
+async def test_an_action_that_pauses_does_not_wait_for_an_answer_and_the_journal_says_so(autojump_clock):
+    async with play([io_read(0x500, 2)], journal=(kept := Kept())) as fleet:
+        vm = await fleet.launch(blank(), paused=True)
+        async with vm.requests(ports=range(0x500, 0x502)) as requests:
+            await vm.resume()
+            request = await anext(requests)
+            assert (await fleet.apply(orc.Pause(vm="guest"))).outcome == "done"
+            assert (vm.state, vm.quiesced) == ("paused", False)
+            request.answer(b"ab")
+            await vm.pause()
+    paused = [reason for _, state, reason in kept.states if state == "paused"]
+    assert paused == ["", "vCPU 0: a read of 2 bytes at ports 0x500 waits for a task", ""]
+
+
+class Slow:
+    """A device that answers when it is let go."""
+
+    def __init__(self) -> None:
+        self.asked, self.release = threading.Event(), threading.Event()
+
+    def read(self, offset: int, size: int) -> int:
+        self.asked.set()
+        assert self.release.wait(20)
+        return 0x04030201
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """Nothing: it is only read."""
+
+
+@pytest.mark.parametrize("backend", [pytest.param(b, marks=getattr(pytest.mark, b)) for b in ("emulated", "kvm")])
+async def test_a_device_that_takes_its_time_holds_up_the_second_level_alone(backend, nothing_left, soon):
+    stage, device = Stage(backend), Slow()
+    async with stage.open() as fleet:
+        vm = await fleet.launch(stage.spec("ask_twice"), devices=[(range(0x500, 0x508), None, device)])
+        try:
+            await trio.to_thread.run_sync(device.asked.wait)
+            await vm.pause(quiesce=False)
+            assert (vm.state, vm.quiesced) == ("paused", False)
+            (access,) = vm.pending
+            assert (access.address, access.size, access.waits_for) == (0x500, 4, "Slow")
+            with pytest.raises(orc.StateError, match="waits for Slow"):
+                vm.registers()
+        finally:
+            device.release.set()
+        await vm.pause()
+        assert vm.registers().rax & 0xFFFFFFFF == 0x04030201
+        assert word(vm, 0x8000) == 0
+
+
+@pytest.mark.smp
+async def test_a_vm_is_as_far_as_its_last_vcpu(stage: Stage, soon):
+    async with stage.open() as fleet:
+        vm = await fleet.launch(stage.spec("ask_twice", vcpus=2), paused=True)
+        async with vm.requests(ports=range(0x500, 0x508)) as requests:
+            await vm.resume()
+            asked = {request.vcpu: request for request in [await anext(requests), await anext(requests)]}
+            await vm.pause(quiesce=False)
+            assert [access.vcpu for access in vm.pending] == [0, 1]
+            asked[0].answer(bytes(4))
+            while not vm.guest.is_quiesced(0):  # an inner state that nothing tells
+                await trio.lowlevel.checkpoint()
+            assert (vm.quiesced, [access.vcpu for access in vm.pending]) == (False, [1])
+            vm.registers(0)
+            with pytest.raises(orc.StateError, match="vCPU 1"):
+                vm.registers(1)
+            asked[1].answer(bytes(4))
+            await vm.pause()
+            assert vm.quiesced
 
 
 async def test_stop_ends_while_a_request_is_unanswered(stage: Stage, soon):
@@ -499,7 +684,7 @@ async def test_an_access_left_outstanding_goes_to_whoever_claims_the_range_next(
         async with vm.requests(ports=range(0x500, 0x502)) as requests:
             await vm.resume()
             await requests.__anext__()
-            await vm.pause()  # it is asked again only when it goes on
+            await vm.pause(quiesce=False)  # it is asked again only when it goes on
         vm.attach(Tape(), ports=range(0x500, 0x502))
         await vm.resume()
         await vm.wait()
@@ -720,11 +905,16 @@ async def test_what_is_attached_during_the_back_off_is_there_after_it(stage: Sta
 
 
 class Breaks:
+    broken = True
+
     def read(self, offset: int, size: int) -> int:
-        raise ValueError("broken")
+        if self.broken:
+            raise ValueError("broken")
+        return 0
 
     def write(self, offset: int, size: int, value: int) -> None:
-        raise ValueError("broken")
+        if self.broken:
+            raise ValueError("broken")
 
 
 async def test_stop_ends_the_back_off(autojump_clock):
@@ -803,6 +993,273 @@ async def test_a_restart_that_the_host_refuses_counts_as_a_failure_of_that_vm(no
         assert "restart" in outcome.reason
         assert other.state == "running"
         assert vm.statistics().exits == {"io": 1}
+
+
+@pytest.mark.parametrize("backend", [pytest.param(b, marks=getattr(pytest.mark, b)) for b in ("emulated", "kvm")])
+async def test_what_is_desired_changes_in_the_back_off_and_comes_into_force_with_the_restart(
+    backend, nothing_left, soon, monkeypatch
+):
+    told: list[tuple[str, object]] = []
+    stage = Stage(backend)
+    async with stage.open() as fleet:
+        vm = await fleet.launch(
+            stage.spec("ports", restart=restart(backoff=0.2, backoff_max=0.2, most=1)),
+            devices=[(range(0x500, 0x504), None, breaks := Breaks())],
+        )
+        first = vm.guest
+        while first.final is None:  # an inner state that nothing tells
+            await trio.lowlevel.checkpoint()
+        for action in (orc.CapCpu(vm="guest", share=0.5), orc.CapCpu(vm="guest", share=0.2)):
+            assert (await fleet.apply(action, policy="a")).error is None
+        vm.cap_cpu(0.4)
+        assert (await fleet.apply(orc.CapCpu(vm="guest", share=None), policy="a")).error is None
+        assert vm.cpu_cap == 0.4
+        monkeypatch.setattr("orchestra.guest.Guest.isolate", lambda guest, on: told.append(("isolate", on)))
+        for action in (orc.Isolate, orc.Rejoin, orc.Isolate):
+            assert (await fleet.apply(action(vm="guest"))).error is None
+        await vm.pause()
+        assert (vm.state, vm.isolated, vm.quiesced) == ("paused", True, True)
+        capped = []
+        monkeypatch.setattr("orchestra.guest.Guest.cap_cpu", lambda guest, share: capped.append(share))
+        told.clear()
+        breaks.broken = False
+        while vm.guest is first:  # noqa: ASYNC110  # an inner state that nothing tells
+            await trio.sleep(0.01)
+        await vm.pause()
+        assert (vm.state, vm.restarts) == ("paused", 1)
+        assert (capped, told) == ([0.4], [("isolate", True)])
+
+
+@pytest.mark.kvm
+async def test_a_cap_taken_off_in_the_back_off_does_not_come_back(nothing_left, soon, monkeypatch):
+    stage = Stage("kvm")
+    async with stage.open() as fleet:
+        vm = await fleet.launch(
+            stage.spec("ports", restart=restart(backoff=0.1, backoff_max=0.1, most=1)),
+            paused=True,
+            devices=[(range(0x500, 0x504), None, breaks := Breaks())],
+        )
+        vm.cap_cpu(0.1)
+        await vm.resume()
+        first = vm.guest
+        while first.final is None:  # an inner state that nothing tells
+            await trio.lowlevel.checkpoint()
+        vm.cap_cpu(None)
+        put: list[float | None] = []
+        monkeypatch.setattr("orchestra.guest.Guest.cap_cpu", lambda guest, share: put.append(share))
+        breaks.broken = False
+        while vm.guest is first:  # noqa: ASYNC110  # an inner state that nothing tells
+            await trio.sleep(0.01)
+        assert (vm.cpu_cap, vm.restarts, put) == (None, 1, [])
+
+
+async def test_what_a_restart_cant_put_into_force_is_logged_and_not_said_to_be(autojump_clock, monkeypatch, caplog):
+    lives = iter([[attrs.evolve(FAIL, after=5)], [FOR_EVER]])
+    with monkeypatch.context() as patch:
+        for name in ("cap_cpu", "isolate"):
+            patch.setattr(f"orchestra.guest.Guest.{name}", lambda *args: None)
+        backend = orc.ScriptedBackend(lambda spec, vcpu: next(lives))
+        async with orc.open_fleet(backend=backend) as fleet:
+            vm = await fleet.launch(blank(restart=restart(backoff=1)))
+            vm.cap_cpu(0.1)
+            vm.isolate()
+
+            def refuse(*args: object) -> None:
+                raise orc.ResourceLimit(1, "no room")
+
+            for name in ("cap_cpu", "isolate"):
+                patch.setattr(f"orchestra.guest.Guest.{name}", refuse)
+            await trio.sleep(10)
+            assert (vm.restarts, vm.state, vm.cpu_cap, vm.isolated) == (1, "running", None, False)
+    assert [message.count("no room") for message in caplog.messages] == [1, 1]
+
+
+# ---- reset
+
+
+async def test_a_guest_that_resets_itself_starts_afresh_where_its_spec_wants_that(stage: Stage, soon):
+    async with stage.open() as fleet:
+        vm = await fleet.launch(stage.spec("triple_fault", mode=32, on_reset="reset"), paused=True)
+        launch = vm.launch
+        vm.write_memory(0x8000, b"gone")
+        await vm.resume()
+        while vm.resets < 3:  # noqa: ASYNC110  # the guest tells nobody
+            await trio.sleep(0.001)
+        assert (vm.outcome, vm.restarts, vm.launch) == (None, 0, launch)
+        assert fleet.vms["guest"] is vm
+        assert vm.statistics().exits["shutdown"] >= 3  # those before count
+        assert vm.statistics().resets == vm.resets
+        assert await vm.stop() == orc.Stopped("stop()")
+
+
+async def test_it_ends_otherwise(stage: Stage, soon):
+    async with stage.open() as fleet:
+        vm = await fleet.launch(stage.spec("triple_fault", mode=32))
+        assert await vm.wait() == orc.Shutdown("triple fault")
+        assert vm.resets == 0
+
+
+async def test_a_guest_that_does_nothing_but_reset_keeps_to_one_a_second(autojump_clock):
+    kept = Kept()
+    async with play([triple_fault()], journal=kept) as fleet:
+        vm = await fleet.launch(blank(on_reset="reset"))
+        await trio.sleep(0.5)
+        assert vm.resets == 5
+        await trio.sleep(60)
+        assert 60 <= vm.resets <= 66
+        assert vm.restarts == 0
+        begun = trio.current_time()
+        await vm.pause()  # while it waits for its turn
+        assert vm.state == "paused"
+        resets = vm.resets
+        await trio.sleep(10)
+        assert (vm.state, vm.resets) == ("paused", resets + 1)
+        assert trio.current_time() == begun + 10
+        await vm.resume()
+        await trio.sleep(10)
+        assert vm.resets > resets + 1
+        begun = trio.current_time()
+        assert await vm.stop() == orc.Stopped("stop()")
+        assert trio.current_time() == begun
+    reasons = [reason for _, _, reason in kept.states]
+    assert "reset 1: triple fault" in reasons
+    assert any(reason.startswith("waits 1.0 s to be reset") for reason in reasons)
+    assert "reset 7: triple fault" in reasons
+
+
+async def test_the_fleets_end_does_not_wait_for_a_resets_turn(autojump_clock):
+    async with play([triple_fault()]) as fleet:
+        vm = await fleet.launch(blank(on_reset="reset"))
+        await trio.sleep(5.5)
+        begun = trio.current_time()
+    assert trio.current_time() == begun
+    assert vm.outcome == orc.Stopped("the fleet was closed")
+
+
+async def test_somebody_outside_may_reset_it(stage: Stage, soon):
+    async with stage.open() as fleet:
+        vm = await fleet.launch(stage.spec("spin", vcpus=stage.vcpus))
+        first = vm.guest
+        await vm.reset()
+        assert vm.guest is not first
+        assert (vm.state, vm.resets, vm.restarts, vm.outcome) == ("running", 1, 0, None)
+        await vm.pause()
+        await vm.reset("again")
+        await vm.pause()
+        assert (vm.state, vm.resets) == ("paused", 2)
+        assert vm.registers().rip == 0x1000  # as its boot spec says
+        await vm.resume()
+        await vm.stop()
+        with pytest.raises(orc.StateError, match="stopped"):
+            await vm.reset()
+
+
+async def test_inspecting_what_ends_and_starts_again_meanwhile_gets_an_answer(autojump_clock):
+    lives = iter([[FAIL], [FOR_EVER]])
+    async with orc.open_fleet(backend=orc.ScriptedBackend(lambda spec, vcpu: next(lives))) as fleet:
+        vm = await fleet.launch(blank(restart=restart(backoff=5, backoff_max=5)))
+        await trio.sleep(1)
+        ended, inspected = vm.guest, []
+
+        async def inspect() -> None:
+            inspected.append(await vm.inspect())
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(inspect)
+            nursery.start_soon(vm.reset)
+        assert vm.guest is not ended
+        assert inspected[0].rip == 0x1000
+
+
+async def test_many_who_reset_it_at_once_reset_it_once(stage: Stage, soon):
+    async with stage.open() as fleet:
+        vm = await fleet.launch(stage.spec("spin"))
+        async with trio.open_nursery() as nursery:
+            for _ in range(5):
+                nursery.start_soon(vm.reset)
+        assert vm.resets == 1
+        await vm.pause()
+        assert vm.state == "paused"
+
+
+async def test_a_reset_ends_the_back_off_and_what_was_asked_is_done_once(autojump_clock):
+    lives = iter([[FAIL], [attrs.evolve(FAIL, after=5)], [FOR_EVER]])
+    async with orc.open_fleet(backend=orc.ScriptedBackend(lambda spec, vcpu: next(lives))) as fleet:
+        vm = await fleet.launch(blank(restart=restart(backoff=10, backoff_max=20)))
+        await trio.sleep(3)
+        await vm.reset()
+        assert (vm.resets, vm.restarts) == (1, 0)
+        await trio.sleep(6)
+        assert (vm.resets, vm.restarts) == (1, 0)
+        await trio.sleep(20)
+        assert (vm.resets, vm.restarts, vm.state) == (1, 1, "running")
+
+
+async def test_a_cancelled_reset_is_done_all_the_same(autojump_clock):
+    async with play([FOR_EVER]) as fleet:
+        vm = await fleet.launch(blank())
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await vm.reset()
+        await trio.sleep(1)
+        assert (vm.resets, vm.state) == (1, "running")
+
+
+async def test_whoever_waits_for_a_reset_of_what_ends_meanwhile_is_told(autojump_clock):
+    async with play([FOR_EVER]) as fleet:
+        vm = await fleet.launch(blank())
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(vm.stop)
+            with pytest.raises(orc.StateError, match="ended before it was reset"):
+                await vm.reset()
+
+
+class Counts(Tape):
+    """A device that has a state, and a reset."""
+
+    resets = 0
+
+    def reset(self) -> None:
+        self.resets += 1
+        self.written.clear()
+
+
+async def test_devices_and_claims_and_console_stay_over_a_reset_and_devices_are_told(stage: Stage, soon):
+    device = Counts()
+    async with stage.open() as fleet:
+        vm = await fleet.launch(stage.spec("ports"), paused=True)
+        vm.attach(device, ports=range(0x500, 0x504), mmio=range(0xD0000000, 0xD0000004))
+        console = vm.console
+        async with vm.requests(ports=range(0x510, 0x514)):
+            await vm.reset()
+            await vm.pause()
+            assert (device.resets, vm.console) == (1, console)
+            await vm.resume()
+            assert await vm.wait() == orc.Halted()
+        assert len(device.written) == 3
+
+
+async def test_a_device_whose_reset_fails_fails_its_vm_alone(autojump_clock, monkeypatch):
+    device = Counts()
+    monkeypatch.setattr(Counts, "reset", lambda self: 1 / 0)
+    async with play({"guest": [FOR_EVER], "other": [FOR_EVER]}) as fleet:
+        other = await fleet.launch(blank("other"))
+        vm = await fleet.launch(blank(), devices=[(range(0x500, 0x504), None, device)])
+        with pytest.raises(orc.StateError, match="division by zero"):
+            await vm.reset()
+        assert isinstance(vm.outcome, orc.Failed)
+        assert vm.outcome.reason.startswith("reset: ")
+        assert other.state == "running"
+
+
+async def test_a_mistake_in_what_follows_a_run_fails_that_vm_alone(autojump_clock, monkeypatch):
+    async with play({"guest": [hlt(after=1)], "other": [FOR_EVER]}) as fleet:
+        other = await fleet.launch(blank("other"))
+        vm = await fleet.launch(blank())
+        monkeypatch.setattr("orchestra.succession.Succession.after", lambda *args: 1 / 0)
+        assert await vm.wait() == orc.Failed("supervision: ZeroDivisionError: division by zero")
+        monkeypatch.undo()
+        assert other.state == "running"
 
 
 # ---- more than one task of each

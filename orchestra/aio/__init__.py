@@ -45,6 +45,7 @@ async def open_fleet(
     backend: str | Backend = "auto",
     limit: Limit | None = None,
     exit_limit: Limit | None = None,
+    answer_limit: Limit | None = None,
     tenants: Mapping[str, Limit | Tenant | None] | Iterable[Tenant] = (),
     policies: Iterable[Policy] = (),
     bus_locks: Literal["require", "auto", "off"] = "auto",
@@ -70,7 +71,7 @@ async def open_fleet(
             way, or that are blocked for long. Calls that do not wait then take a hop as well. Without it, all fleets of
             a loop share one trio run.
         on_evict: as `orchestra.open_fleet`, and an asyncio function.
-        backend, limit, exit_limit, tenants, policies, bus_locks, strict: as `orchestra.open_fleet`.
+        backend, limit, exit_limit, answer_limit, tenants, policies, bus_locks, strict: as `orchestra.open_fleet`.
         guard, journal, journal_interval, probe, cgroup, cap_by: as `orchestra.open_fleet`.
         quarantine, quarantine_class: as `orchestra.open_fleet`.
 
@@ -90,6 +91,7 @@ async def open_fleet(
             backend=backend,
             limit=limit,
             exit_limit=exit_limit,
+            answer_limit=answer_limit,
             tenants=tenants,
             policies=policies,
             bus_locks=bus_locks,

@@ -15,6 +15,7 @@ from ..actions import Action, Applied, Outcome, State, Stopped
 from ..backend import Backend, Detection
 from ..devices.bus import Device
 from ..exits import Exit
+from ..holding import PendingIo
 from ..policy import Guard, Policy
 from ..profile import Profile, Symbols
 from ..spec import Limit, Meter, Tenant, VmSpec
@@ -118,6 +119,10 @@ class Fleet(Wrapper[house.Fleet]):
         return self._bridge.sync(lambda: self._inner.exit_limit)
 
     @property
+    def answer_limit(self) -> Limit | None:
+        return self._bridge.sync(lambda: self._inner.answer_limit)
+
+    @property
     def tenants(self) -> Mapping[str, Tenant]:
         return self._bridge.sync(lambda: self._inner.tenants)
 
@@ -180,6 +185,18 @@ class Vm(Wrapper[machine.Vm]):
         return self._inner.restarts
 
     @property
+    def resets(self) -> int:
+        return self._inner.resets
+
+    @property
+    def quiesced(self) -> bool:
+        return self._bridge.sync(lambda: self._inner.quiesced)
+
+    @property
+    def pending(self) -> tuple[PendingIo, ...]:
+        return self._bridge.sync(lambda: self._inner.pending)
+
+    @property
     def console(self) -> Console:
         return wrapped(Console, self._bridge, self._inner.console)
 
@@ -202,11 +219,14 @@ class Vm(Wrapper[machine.Vm]):
     async def wait(self) -> Outcome:
         return await self._bridge.call(self._inner.wait)
 
-    async def pause(self) -> None:
-        await self._bridge.call(self._inner.pause)
+    async def pause(self, *, quiesce: bool = True) -> None:
+        await self._bridge.call(partial(self._inner.pause, quiesce=quiesce))
 
     async def resume(self) -> None:
         await self._bridge.call(self._inner.resume)
+
+    async def reset(self, reason: str = "reset()") -> None:
+        await self._bridge.call(self._inner.reset, reason)
 
     async def stop(self, reason: str = "stop()") -> Outcome:
         return await self._bridge.call(self._inner.stop, reason)

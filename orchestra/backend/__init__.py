@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import attrs
 
-from ..errors import BackendUnavailable, NoSuchBackend
+from ..errors import NoSuchBackend
 from ..memory import GuestMemory
 from ..native import lib
 from ..native.core import VcpuCore
@@ -22,6 +22,7 @@ from ..spec import VmSpec
 
 if TYPE_CHECKING:
     from .kvm.dirty import DirtyLog
+    from .picking import Asked
 
 __all__ = ["Backend", "Detection", "Engine", "EntryState", "Machine", "Why", "choose"]
 
@@ -34,6 +35,8 @@ class Why(IntEnum):
     MMIO = int(lib.ORC_MMIO)
     COMMAND = int(lib.ORC_COMMAND)
     ERROR = int(lib.ORC_ERROR)
+    ANSWERED = int(lib.ORC_ANSWERED)
+    """Of an access: the core needs nobody for it. No engine comes back with it."""
 
 
 Detection = Literal["fault-like", "trap-like", "unknown"]
@@ -68,7 +71,7 @@ class Engine(Protocol):
 
     @property
     def access(self) -> Any:
-        """`struct orc_access *`: what to answer after `Why.IO` and `Why.MMIO`."""
+        """`struct orc_access *`: what to answer after `Why.IO` and `Why.MMIO`, before the next `run`."""
 
     def run(self) -> Any:
         """Execute until something needs a decision: a `Why`, or an awaitable of one if not threaded."""
@@ -83,6 +86,9 @@ class Engine(Protocol):
 
     def wake(self) -> None:
         """End `sleep`. Any time, fleet's thread."""
+
+    def resumed(self) -> None:
+        """It was paused, and will be entered again: tell the guest that time has passed, if there is a way to."""
 
     def last_exit(self) -> Fields:
         """The record of the exit that `run` returned with, for `records.decode`."""
@@ -109,11 +115,10 @@ class Machine(Protocol):
     def dirty(self) -> DirtyLog | None:
         """Counts the pages that the guest writes; None where nobody can tell (`Backend.logs_dirty`)."""
 
-    def claim_ports(self, ports: range, claimed: bool) -> None:
-        """Accesses to claimed ports come back as `Why.IO`; others read as ones and are only counted."""
-
-    def irq_line(self, gsi: int, level: bool) -> None:
-        """Set an interrupt line of the irqchip. Any thread."""
+    @property
+    def interrupts(self) -> Any:
+        """The lines of its irqchip for devices of the core: ``orc_interrupts *``, which outlives the machine. None: it
+        has no irqchip."""
 
     def close(self) -> None:
         """Release everything but the memory, which its owner closes."""
@@ -166,12 +171,17 @@ class Backend(Protocol):
     def close(self) -> None: ...
 
 
-def choose(backend: str | Backend) -> Backend:
-    """The backend of that name, opened. "auto" is KVM where /dev/kvm opens, else emulated.
+def choose(backend: str | Backend, asked: Asked | None = None) -> Backend:
+    """The backend of that name, opened; "auto": the best one that can do what is asked for (see `picking`).
+
+    Parameters:
+        backend: a name, or a Backend object, which is given back as it is.
+        asked: what "auto" must be able to do. One that is named is opened whatever is asked for.
 
     Raises:
         NoSuchBackend: no backend has that name.
         BackendUnavailable: it can't work on this host; the message says what to do.
+        BusLockUnsupported: "auto": none that opens sees the bus locks that are asked for.
     """
     if not isinstance(backend, str):
         return backend
@@ -188,20 +198,7 @@ def choose(backend: str | Backend) -> Backend:
 
         return ScriptedBackend()
     if backend == "auto":
-        return _best()
+        from .picking import Asked, open_best
+
+        return open_best(asked or Asked())
     raise NoSuchBackend(f"backend={backend!r}: must be 'auto', 'kvm', 'emulated', 'scripted' or a Backend object")
-
-
-def _best() -> Backend:
-    from .kvm.machine import KvmBackend
-
-    try:
-        return KvmBackend.open(picked=True)
-    except BackendUnavailable as error:
-        no_kvm = error
-    from .emulated.machine import EmulatedBackend
-
-    try:
-        return EmulatedBackend(why=f"emulated, since KVM is not available ({no_kvm})")
-    except BackendUnavailable as error:
-        raise BackendUnavailable(f"backend='auto': {no_kvm}; and {error}") from None

@@ -21,7 +21,7 @@ import trio
 from ..errors import SpecError
 from ..memory import GuestMemory
 from ..native import ffi, lib
-from ..native.core import NEVER, REASON_NUMBERS, VcpuCore
+from ..native.core import NEVER, REASON_NUMBERS, Command, VcpuCore
 from ..native.records import BUS_LOCK, Fields, build, unpack
 from ..spec import VmSpec
 from . import Detection, EntryState, Why
@@ -84,10 +84,11 @@ class ScriptedExit:
                 what = "(port, size, count, write)" if reason == "io" else "(address, size, write)"
                 raise SpecError(f"args={args!r}: {reason!r} takes {what}")
             size, count, write = args[1], args[2] if reason == "io" else 1, args[-1]
-            if size not in (1, 2, 4, 8) or not 1 <= count <= ACCESS_BYTES // size or write not in (0, 1):
+            sizes = (1, 2, 4, 8) if reason == "io" else range(1, 9)
+            if size not in sizes or not 1 <= count <= ACCESS_BYTES // size or write not in (0, 1):
                 raise SpecError(
-                    f"args={args!r}: an access has a size of 1, 2, 4 or 8 bytes, up to {ACCESS_BYTES} bytes in all, "
-                    "and is a write (1) or a read (0)"
+                    f"args={args!r}: an access has a size of 1, 2, 4 or 8 bytes (mmio: 1 to 8, as KVM makes two of one "
+                    f"over a page's end), up to {ACCESS_BYTES} bytes in all, and is a write (1) or a read (0)"
                 )
             if len(data) != (size * count if write else 0):
                 raise SpecError(f"data={data!r}: a write has size * count bytes of data, a read none")
@@ -147,7 +148,7 @@ class ScriptedEngine:
     ) -> None:
         self.core = core
         self.answers: list[tuple[int, bytes]] = []
-        self.access = ffi.new("struct orc_access *")
+        self.access: Any = lib.orc_vcpu_access(core.handle)
         self._data = ffi.new("uint8_t[]", ACCESS_BYTES)
         self._script: Iterator[ScriptedExit] = iter(script)
         self._next: ScriptedExit | None = None
@@ -162,11 +163,24 @@ class ScriptedEngine:
 
     async def run(self) -> Why:
         await trio.lowlevel.checkpoint()
-        self._finish_read()
         handle, backend = self.core.handle, self._backend
+        if self.access.count:  # so many were answered since it came back last
+            lib.orc_vcpu_answered(handle, self.access.count, backend.now())
         while True:
             kicked = self._kicked
-            if self.core.commands():
+            commands = self.core.commands()
+            if lib.orc_access_next(handle):
+                if commands & Command.STOP:
+                    lib.orc_access_abandon(handle)
+                    continue
+                turn = lib.orc_vcpu_turn(handle)
+                # Other commands come when all of it is answered, as in orc_access_resume.
+                if commands or turn == NEVER or await self._wait_turn(turn, kicked):
+                    return Why(lib.orc_access_up(handle))
+                self.access.count = 0  # not asked after all: somebody else may be there by now
+                continue
+            self._finish_read()
+            if commands:
                 return Why.COMMAND
             if (turn := lib.orc_vcpu_turn(handle)) != NEVER and not await self._wait_turn(turn, kicked):
                 continue
@@ -193,8 +207,14 @@ class ScriptedEngine:
                     continue
                 flags &= ~BUS_LOCK
             self._record = build(step.reason, flags=flags, rip=step.rip, args=step.args, data=step.data)
+            if step.reason == "io":
+                lib.orc_vcpu_weigh(handle, step.args[2])
             lib.orc_vcpu_account(handle, self._record, backend.now())
-            return self._why(step)
+            if step.reason not in ACCESS_ARGUMENTS or step.errno:
+                return Why.EXIT
+            if (why := self._access(step)) != Why.ANSWERED:
+                return why
+            await trio.lowlevel.checkpoint()  # an endless script of them can still be cancelled
 
     async def _wait_turn(self, turn: int, kicked: trio.Event) -> bool:
         handle, backend = self.core.handle, self._backend
@@ -211,19 +231,14 @@ class ScriptedEngine:
             lib.orc_vcpu_wait_end(handle, max(backend.now(), turn) if served else backend.now(), served)
         return served
 
-    def _why(self, step: ScriptedExit) -> Why:
-        if step.reason not in ("io", "mmio"):
-            return Why.EXIT
-        access = self.access
-        if step.reason == "io":
-            access.address, access.size, access.count, access.write = step.args
-        else:
-            access.address, access.size, access.write = step.args
-            access.count = 1
+    def _access(self, step: ScriptedExit) -> Why:
+        """Make the access; `Why.ANSWERED` if it needs nobody."""
+        address, size, *rest = step.args
+        count, write = rest if step.reason == "io" else (1, *rest)
         ffi.memmove(self._data, step.data, len(step.data))
-        access.data = self._data
-        self._read = None if access.write else (access.address, access.size * access.count)
-        return Why.IO if step.reason == "io" else Why.MMIO
+        self._read = None if write else (address, size * count)
+        bus = Why.IO if step.reason == "io" else Why.MMIO
+        return Why(lib.orc_access_begin(self.core.handle, bus, address, size, count, bool(write), self._data))
 
     def _finish_read(self) -> None:
         if self._read is not None:
@@ -248,9 +263,11 @@ class ScriptedEngine:
         self._kicked = trio.Event()
 
     def wake(self) -> None:
-        if self.core.handle != ffi.NULL:
-            self.core.wake()
+        if self.core.wake():
             self.kick()
+
+    def resumed(self) -> None:
+        """Nothing: a script has no clock."""
 
     def last_exit(self) -> Fields:
         return unpack(self._record)
@@ -270,19 +287,14 @@ class ScriptedEngine:
 
 
 class ScriptedMachine:
-    """One scripted VM. It has guest memory like any other."""
+    """One scripted VM. It has guest memory like any other, and takes no interrupts."""
 
     dirty = None
+    interrupts = None
 
     def __init__(self, engines: Sequence[ScriptedEngine], memory: GuestMemory) -> None:
         self.engines = engines
         self.memory = memory
-
-    def claim_ports(self, ports: range, claimed: bool) -> None:
-        """Nothing: every access comes back."""
-
-    def irq_line(self, gsi: int, level: bool) -> None:
-        """Nothing: a script takes no interrupts."""
 
     def close(self) -> None:
         """Nothing is held."""

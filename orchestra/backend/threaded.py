@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..native import ffi, lib
+from ..native import lib
 from ..native.core import VcpuCore
 from ..native.records import Fields, unpack
 
@@ -34,8 +34,10 @@ class ThreadedEngine:
         """Nothing: the core kicks threads."""
 
     def wake(self) -> None:
-        if self.core.handle != ffi.NULL:  # an answer may come after the VM has ended
-            self.core.wake()
+        self.core.wake()
+
+    def resumed(self) -> None:
+        """Nothing, unless the guest has a clock that can be told."""
 
     def last_exit(self) -> Fields:
         return unpack(lib.orc_vcpu_record(self._handle))

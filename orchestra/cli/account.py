@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 import attrs
 
@@ -11,6 +11,10 @@ from ..actions import Applied, Outcome
 from ..spec import Limit, Meter
 
 __all__ = ["Act", "Result", "Row", "Sample", "Span", "VmSummary", "document"]
+
+
+ENOUGH: Final = 1.0
+"""Seconds of an act that was cut short which can be compared with others: four looks."""
 
 
 @attrs.frozen
@@ -54,7 +58,10 @@ class Sample:
 
 @attrs.frozen
 class Span:
-    """One VM in one act: what it did in how many seconds, and the limit it had."""
+    """One VM in one act: what it did in how many seconds, and the limit it had.
+
+    `cut`: the act was cut short. `released`: waits that `Limit.max_delay` ended before their turn.
+    """
 
     act: int
     seconds: float
@@ -62,6 +69,8 @@ class Span:
     work: int
     throttled_seconds: float
     limit: Limit | None
+    cut: bool = False
+    released: int = 0
 
     @property
     def rate(self) -> float:
@@ -128,25 +137,41 @@ class Result:
     def quiet(self) -> tuple[VmSummary, ...]:
         return tuple(vm for vm in self.vms if not vm.noisy)
 
+    @property
+    def cut(self) -> Span | None:
+        """A VM's part in the act that was cut short; None: every act that began was played to its end."""
+        return next((span for vm in self.vms for span in vm.spans if span.cut), None)
+
+    def compares(self, act: int) -> bool:
+        """That act was played, to its end or for long enough to be compared."""
+        spans = [span for vm in self.vms for span in vm.spans if span.act == act]
+        return bool(spans) and all(not span.cut or span.seconds >= ENOUGH for span in spans)
+
     def work_rate(self, act: int) -> float | None:
         """Work per second of all quiet VMs together in that act; None if it was not played, or there are none."""
         rates = [span.work_rate for vm in self.quiet for span in vm.spans if span.act == act]
         return sum(rates) if rates else None
 
+    def relief_in(self, act: int) -> float | None:
+        """By how much the quiet VMs' own work grew from act 1 to that one: 0.5 is half as much again; None: there is
+        nothing to compare."""
+        before, after = self.work_rate(1), self.work_rate(act)
+        return after / before - 1 if self.compares(act) and before and after is not None else None
+
     @property
     def relief(self) -> float | None:
-        """By how much the quiet VMs' own work grew from act 1 to act 2: 0.5 is half as much again."""
-        before, after = self.work_rate(1), self.work_rate(2)
-        return after / before - 1 if before and after is not None else None
+        """The same from act 1 to act 2, when the limits go on."""
+        return self.relief_in(2)
 
     @property
     def taken(self) -> float:
-        """The part of the CPUs' time that was not to be had in acts 1 and 2: other programs took it, or a quota.
+        """The part of the CPUs' time that was not to be had in an act: other programs took it, or a quota.
 
         The quiet VMs alone would keep so many CPUs busy.
         """
         wanted = min(self.cpus or 0, len(self.quiet))
-        return max(1 - used / wanted for used in self.cpus_used[:2]) if wanted and self.cpus_used else 0.0
+        used = [used for act, used in enumerate(self.cpus_used, 1) if self.compares(act)]
+        return max(1 - one / wanted for one in used) if wanted and used else 0.0
 
     def time(self, applied: Applied) -> float:
         """When that was, in seconds since the VMs were let go."""

@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from cyclopts import App, CycloptsError, Parameter
 
-from ..errors import OrchestraError, SpecError
+from ..errors import FileError, OrchestraError, SpecError
+from ..extras import DISTRIBUTION
 from ..spec import DebugConsole, DeviceSpec, ExitPort, FlatImage, Limit, Serial, VmSpec
 from .numbers import parse_rate, parse_seconds, parse_size
 from .times import parse_time
@@ -41,13 +42,16 @@ def _flag(help: str) -> Parameter:
 
 
 Rate: TypeAlias = float
-Backend = Annotated[Literal["auto", "kvm", "emulated", "scripted"], _option("what executes the guests")]
+Backend = Annotated[
+    Literal["auto", "kvm", "emulated", "scripted"],
+    _option("what executes the guests; auto: the best one that can do what is asked for"),
+]
 Json = Annotated[bool, _flag("write one JSON document to standard output, and nothing else")]
 
 
 def _version() -> str:
     try:
-        return f"orchestra {version('orchestra')}"
+        return f"orchestra {version(DISTRIBUTION)}"
     except PackageNotFoundError:
         return "orchestra, from a source tree that is not installed"
 
@@ -62,23 +66,26 @@ app = App(
 @app.command
 def demo(
     *,
-    vms: Annotated[int, _option("how many VMs, the noisy ones among them")] = 6,
-    noisy: Annotated[int, _option("how many of them are noisy neighbours")] = 2,
+    vms: Annotated[int, _option("number of VMs, including the noisy ones")] = 6,
+    noisy: Annotated[int, _option("number of noisy VMs among them")] = 2,
     limit: Annotated[
         Rate | None,
         _option(
-            "what a noisy VM may do a second once limits are on (default: 5 % of what it did, 1000 at most)",
+            "events per second that a noisy VM may make under its limit (default: 5 % of what it made, 1000 at most)",
             parse_rate,
             "RATE",
         ),
     ] = None,
-    seconds: Annotated[float, _option("how long the three acts take together", parse_seconds, "S")] = 12.0,
+    seconds: Annotated[float, _option("duration of the three acts together", parse_seconds, "S")] = 12.0,
     backend: Backend = "auto",
     json: Json = False,
     plain: Annotated[bool, _flag("plain lines, also on a terminal")] = False,
-    plot: Annotated[Path | None, _option("draw the run", metavar="FILE.svg")] = None,
+    plot: Annotated[Path | None, _option("draw a picture of the run", metavar="FILE.svg")] = None,
 ) -> int:
-    """Show it: quiet tenants, noisy neighbours, limits, relief, and what was done and why."""
+    """Demonstrate limits on noisy neighbours: run quiet and noisy VMs, limit the noisy ones, and show what that does.
+
+    The exit status is 0 if all acts were played, 1 if every VM ended before that, 130 after Ctrl-C.
+    """
     from .demo import demo
     from .story import Plan
 
@@ -98,17 +105,20 @@ def run(
         int, _option("bytes of memory: 65536, 0x10000, 64K, 16M, 1G", parse_size, "SIZE", show_default=lambda _: "16M")
     ] = 16 << 20,
     vcpus: Annotated[int, _option("virtual CPUs, each with its number in (E/R)DI", parse_size, "N")] = 1,
-    limit: Annotated[Rate | None, _option("bus locks a second that it may make", parse_rate, "RATE")] = None,
-    exit_limit: Annotated[Rate | None, _option("exits a second that it may make", parse_rate, "RATE")] = None,
+    limit: Annotated[Rate | None, _option("limit on its bus locks, per second", parse_rate, "RATE")] = None,
+    exit_limit: Annotated[Rate | None, _option("limit on its exits, per second", parse_rate, "RATE")] = None,
     console_port: Annotated[
         int, _option("bytes written there go to standard output", parse_size, "PORT", show_default=hex)
     ] = 0xE9,
     exit_port: Annotated[
-        int, _option("a write there ends the guest with the value as its status", parse_size, "PORT", show_default=hex)
+        int,
+        _option(
+            "a write there ends the guest, with the value as the exit status", parse_size, "PORT", show_default=hex
+        ),
     ] = 0xF4,
     serial: Annotated[bool, _flag("a 16550 serial port at 0x3f8 that writes to standard output as well")] = False,
     irqchip: Annotated[bool, _flag("interrupt controllers and a timer; HLT then waits for an interrupt")] = False,
-    timeout: Annotated[float | None, _option("stop it after so long", parse_seconds, "SECONDS")] = None,
+    timeout: Annotated[float | None, _option("stop the guest after so many seconds", parse_seconds, "SECONDS")] = None,
     backend: Backend = "auto",
     json: Annotated[
         bool, _flag("write one JSON document to standard output; the guest's console goes to standard error")
@@ -117,7 +127,8 @@ def run(
     """Run one guest. Its console is your standard output; its end is the exit status.
 
     The exit status is 0 when it halts, what it wrote to the exit port when it did, 1 when it failed, 124 after
-    --timeout, 130 after Ctrl-C. Numbers may be written as 4096, 0x1000 or 4K.
+    --timeout, 130 after Ctrl-C. Numbers may be written as 4096, 0x1000 or 4K. With --backend auto, standard error says
+    which backend runs the guest, and why.
     """
     from .run import GuestRun, read_image, run
 
@@ -143,7 +154,7 @@ def doctor(
     json: Json = False,
     capabilities: Annotated[bool, _flag("list all of KVM's capabilities, by the kernel's names")] = False,
 ) -> int:
-    """Say what this host can do for orchestra, and what to do about the rest.
+    """Report what this host can do for orchestra, which backend runs guests and why, and how to mend the rest.
 
     The exit status is 1 if no guest can run here at all.
     """
@@ -154,14 +165,14 @@ def doctor(
 
 @app.command
 def simulate(
-    scenario: Annotated[Path, _option("what to simulate", metavar="SCENARIO.toml")],
+    scenario: Annotated[Path, _option("the scenario to simulate", metavar="SCENARIO.toml")],
     /,
     *,
-    seed: Annotated[int | None, _option("in the place of the scenario's; the same seed gives the same run")] = None,
-    html: Annotated[Path | None, _option("write the report with its plots there", metavar="FILE.html")] = None,
+    seed: Annotated[int | None, _option("replaces the scenario's seed; the same seed gives the same run")] = None,
+    html: Annotated[Path | None, _option("write a report with plots to this file", metavar="FILE.html")] = None,
     json: Json = False,
 ) -> int:
-    """Rehearse policies on a simulated fleet of up to a million VMs, with and without them, and compare.
+    """Simulate a fleet of up to a million VMs, with and without policies, and compare the two.
 
     The policies are the objects that run live. The exit status is 1 if one of them raised.
     """
@@ -178,16 +189,23 @@ def guilty(
     journal: Annotated[Path, _option("the journal of its fleet", metavar="FILE")],
     symbols: Annotated[
         list[Path] | None,
-        _option("the guest's ELF file or System.map, to name functions; several, one option each", metavar="FILE"),
+        _option(
+            "the guest's ELF file or System.map, to name functions; several, one option each",
+            metavar="FILE",
+            negative=(),
+        ),
     ] = None,
     slide: Annotated[
         int, _option("how much higher the guest has them than the file says", parse_size, "ADDR", show_default=hex)
     ] = 0,
-    last: Annotated[float | None, _option("only the journal's last so many seconds", parse_seconds, "S")] = None,
+    last: Annotated[float | None, _option("only the last S seconds of the journal", parse_seconds, "S")] = None,
     json: Json = False,
     folded: Annotated[bool, _flag("folded stacks, for flamegraph.pl, inferno or speedscope.app")] = False,
 ) -> int:
-    """Name the instructions of a VM that lock the bus: address, disassembly, count and share."""
+    """Name the instructions of a VM that lock the bus: address, disassembly, count and share.
+
+    The exit status is 1 if the VM's bus locks were not seen.
+    """
     from .guilty import guilty
 
     tables = symbols or []
@@ -206,7 +224,7 @@ def why(
     ] = None,
     window: Annotated[float, _option("seconds to look back", parse_seconds, "S")] = 3600.0,
     json: Json = False,
-    plot: Annotated[Path | None, _option("draw it", metavar="FILE.svg")] = None,
+    plot: Annotated[Path | None, _option("draw a picture of it", metavar="FILE.svg")] = None,
 ) -> int:
     """Say why a VM was slow: what held it, by which policy and why, how it fared, and what would end it."""
     from .why import why
@@ -220,24 +238,26 @@ def journal(
     /,
     *,
     table: Annotated[
-        Literal["actions", "states", "aggregates", "vcpus", "hosts", "profiles"], _option("what of it")
+        Literal["actions", "states", "aggregates", "vcpus", "hosts", "profiles"], _option("which table of it")
     ] = "actions",
-    vm: Annotated[str | None, _option("only of this VM", metavar="VM")] = None,
-    tenant: Annotated[str | None, _option("only of this tenant", metavar="TENANT")] = None,
-    policy: Annotated[str | None, _option("only what this policy asked for", metavar="POLICY")] = None,
+    vm: Annotated[str | None, _option("only rows of this VM", metavar="VM")] = None,
+    tenant: Annotated[str | None, _option("only rows of this tenant", metavar="TENANT")] = None,
+    policy: Annotated[str | None, _option("only actions that this policy asked for", metavar="POLICY")] = None,
     kind: Annotated[str | None, _option("only actions of this kind, such as throttle", metavar="KIND")] = None,
-    outcome: Annotated[str | None, _option("done, dry-run, refused or failed", metavar="OUTCOME")] = None,
+    outcome: Annotated[
+        str | None, _option("only actions with this outcome: done, dry-run, refused or failed", metavar="OUTCOME")
+    ] = None,
     since: Annotated[
         int | None, _option("from then on: 14:05, 'yesterday 14:05', 2h (ago), ...", parse_time, "TIME")
     ] = None,
     until: Annotated[int | None, _option("up to then", parse_time, "TIME")] = None,
-    last: Annotated[int | None, _option("only the last so many", metavar="N")] = None,
+    last: Annotated[int | None, _option("only the last N rows", metavar="N")] = None,
     json: Json = False,
-    csv: Annotated[Path | None, _option("write them there as CSV", metavar="FILE.csv")] = None,
-    parquet: Annotated[Path | None, _option("write them there as Parquet", metavar="FILE.parquet")] = None,
-    upgrade: Annotated[bool, _flag("bring a journal of an older version to this one's")] = False,
+    csv: Annotated[Path | None, _option("write the rows to this file, as CSV", metavar="FILE.csv")] = None,
+    parquet: Annotated[Path | None, _option("write the rows to this file, as Parquet", metavar="FILE.parquet")] = None,
+    upgrade: Annotated[bool, _flag("upgrade a journal that an older orchestra wrote")] = False,
 ) -> int:
-    """Show what was seen and done: actions with reason, evidence and outcome, states, and figures of VMs and host."""
+    """Show a journal: actions with reason, evidence and outcome; states of VMs; figures of VMs and host."""
     from .journal import Wanted, journal
 
     wanted = Wanted(table, vm, tenant, policy, kind, outcome, since, until)
@@ -255,9 +275,9 @@ def replay(
     ] = None,
     until: Annotated[int | None, _option("up to then", parse_time, "TIME")] = None,
     json: Json = False,
-    plot: Annotated[Path | None, _option("draw it", metavar="FILE.svg")] = None,
+    plot: Annotated[Path | None, _option("draw a picture of it", metavar="FILE.svg")] = None,
 ) -> int:
-    """Have other rules decide on what a journal saw: actions, waits and fairness, beside what was really done.
+    """Replay a journal under other rules, and compare actions, waits and fairness with what really happened.
 
     The policies are the objects that run live. The exit status is 1 if one of them raised.
     """
@@ -266,7 +286,7 @@ def replay(
     return replay(file, policy, since=since, until=until, as_json=json, plot=plot)
 
 
-policy = App(name="policy", help="Files of policies: see docs/rules.md.")
+policy = App(name="policy", help="Check files of policies (docs/rules.md).")
 app.command(policy)
 
 
@@ -277,9 +297,9 @@ def check(
     *,
     json: Json = False,
 ) -> int:
-    """Check a file of policies, and tell all that is wrong with it at once, each mistake with its line and key.
+    """Check a file of policies, and report all mistakes at once, each with its line and key.
 
-    The exit status is 1 if anything is.
+    The exit status is 1 if there are any.
     """
     from .policy import check
 
@@ -303,12 +323,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BaseException as error:
         cause = _cause(error)
         match cause:
+            case FileError(file=file, lines=lines) if lines:
+                print(*lines, sep="\n", file=sys.stderr)
+                return _complain(f"{len(lines)} mistake{'s' * (len(lines) != 1)} in {file}", 1)
+            case FileError():
+                return _complain(str(cause), 1)
             case SpecError():
                 return _complain(str(cause), USAGE)
             case OrchestraError():
                 return _complain(str(cause), 1)
             case KeyboardInterrupt():
                 return INTERRUPTED
+            case SystemExit() if isinstance(cause.__context__, BrokenPipeError):  # how rich ends a program then
+                _give_up_output()
+                return PIPE_CLOSED
             case BrokenPipeError():
                 _give_up_output()
                 return PIPE_CLOSED

@@ -14,13 +14,14 @@ import attrs
 import trio
 
 from ..backend import Backend, choose
-from ..backend.picking import open_best
+from ..backend.picking import Asked, look
 from ..backend.scripted import ScriptedBackend
-from ..errors import SpecError
+from ..errors import BusLockUnsupported
 from .account import Result, document
 from .plain import Plain
 from .signals import until_interrupted
 from .story import Plan, Story
+from .target import check_target
 
 __all__ = ["demo"]
 
@@ -37,10 +38,7 @@ def demo(plan: Plan, *, as_json: bool, plain: bool, plot: Path | None) -> int:
     draw: Callable[[Result, Path], None] | None = None
     if plot is not None:  # what is wrong with it is told now, not after the last act
         draw = _artist()
-        if plot.suffix != ".svg":
-            raise SpecError(f"--plot {plot}: must end in .svg")
-        if not os.access(plot.parent, os.W_OK) or plot.is_dir():
-            raise SpecError(f"--plot {plot}: can't be written; name a file in a directory that you may write to")
+        check_target("--plot", plot, ".svg")
     with _staged(plan) as staged:
         audience: Any = Plain(sys.stderr) if as_json else Plain(sys.stdout)
         if not (as_json or plain) and sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb":
@@ -58,7 +56,7 @@ def demo(plan: Plan, *, as_json: bool, plain: bool, plot: Path | None) -> int:
         print()
     if draw and plot and result is not None and result.samples:
         draw(result, plot)
-        print(f"orchestra: drew {plot}", file=sys.stderr)
+        print(f"orchestra: wrote {plot}", file=sys.stderr)
     if number:
         return 128 + number
     return 0 if result is not None and result.complete else 1
@@ -81,14 +79,16 @@ def _staged(plan: Plan) -> Iterator[Plan]:
 
 
 def _opened(backend: str | Backend) -> tuple[Backend, str]:
-    if backend == "auto":
-        best, picked = open_best()
-        return best, f"With real split locks: `{picked.remedy}`, then once more." if picked.remedy else ""
+    """The backend, and what would make the demonstration better."""
     if backend == "scripted":
         from .rehearsal import scripts
 
         return ScriptedBackend(scripts), ""
-    return choose(backend), ""
+    try:
+        return choose(backend, Asked("the demo")), ""
+    except BusLockUnsupported:  # only "auto" asks whether they are seen: exits tell the same story
+        unicorn = next(found for found in look() if found.name == "emulated")
+        return choose(backend), f"With real split locks: {unicorn.remedy}, then once more."
 
 
 def _artist() -> Callable[[Result, Path], None]:

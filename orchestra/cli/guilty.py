@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ..errors import SpecError, UnknownVm
-from ..journal import JournalReader, read_journal
+from ..errors import OrchestraError, SpecError, UnknownVm
+from ..journal import Aggregate, JournalReader, read_journal
 from ..profile import Profile, Symbols, disassembly, from_rows, make_profile
 from ..profile.folded import folded
 from .printable import printable
+from .times import duration
 
-__all__ = ["guilty", "lines", "profile_of"]
+__all__ = ["NotSeen", "guilty", "lines", "profile_of"]
 
 RINGS = {0: "kernel", 3: "user"}
 MOST = 20
+
+
+class NotSeen(OrchestraError):
+    """The fleet did not see the VM's bus locks, or the journal has nothing of it: nobody can say which it made."""
 
 
 def profile_of(journal: JournalReader, vm: str, symbols: Sequence[Symbols] = (), last: float | None = None) -> Profile:
@@ -26,17 +32,42 @@ def profile_of(journal: JournalReader, vm: str, symbols: Sequence[Symbols] = (),
 
     Raises:
         UnknownVm: the journal knows of no such VM.
+        NotSeen: its bus locks were not seen.
     """
-    span = journal.span()
-    since = None if last is None or span is None else span[1] - round(last * 1e9)
+    since = _since(journal, last)
     rows = [
         (row.rip, row.mode, row.cpl, row.space, row.samples, row.weight, row.code)
         for row in journal.profiles(vm=vm, since=since)
     ]
     if not rows and vm not in journal.vms():
         raise UnknownVm(f"vm={vm!r}: the journal knows none of that name; there are: {journal.some_vms()}")
-    counted = [row.bus_locks for row in journal.aggregates(vm=vm, since=since) if row.bus_locks is not None]
+    counts = [row.bus_locks for row in journal.aggregates(vm=vm, since=since)]
+    counted = [count for count in counts if count is not None]
+    if not (rows or counted):
+        raise NotSeen(f"vm={vm!r}: {_unseen(journal, vm, last, intervals=bool(counts))}")
     return make_profile(vm, from_rows(rows), symbols=symbols, bus_locks=sum(counted) if counted else None)
+
+
+def _since(journal: JournalReader, last: float | None) -> int | None:
+    span = journal.span()
+    return None if last is None or span is None else span[1] - round(last * 1e9)
+
+
+def _unseen(journal: JournalReader, vm: str, last: float | None, *, intervals: bool) -> str:
+    """Why nothing is known of its bus locks."""
+    query = (
+        "SELECT count(*) FROM sessions WHERE detection IS NOT NULL AND id IN (SELECT session FROM states WHERE vm = ?)"
+    )
+    if intervals or not journal.query(query, (vm,))[0][0]:
+        return (
+            "its bus locks were not seen: the fleet ran on a host or a backend that reports none, so whether it made "
+            "any is not known; `orchestra doctor` says what can see them here"
+        )
+    return f"the journal has nothing of it in its last {last:g} s" if last else "the journal has no interval of it"
+
+
+def _blind(row: Aggregate) -> bool:
+    return row.bus_locks is None
 
 
 def lines(profile: Profile) -> Iterator[str]:
@@ -81,14 +112,22 @@ def guilty(
     as_json: bool = False,
     as_folded: bool = False,
 ) -> int:
-    """Show it; the exit status."""
+    """Show it; the exit status: 1 if its bus locks were not seen.
+
+    Raises:
+        OrchestraError: it can't be done; the message says why.
+    """
     if as_json and as_folded:
-        raise SpecError("--json and --folded: one of them")
+        raise SpecError("--json can't be combined with --folded")
     tables = [Symbols.load(path, slide) for path in symbols]
     with read_journal(journal) as reader:
         profile = profile_of(reader, vm, tables, last)
+        unseen = sum(row.interval for row in reader.aggregates(vm=vm, since=_since(reader, last)) if _blind(row))
+    if unseen and not as_json:
+        about = f"orchestra: for {duration(unseen)} of that time the bus locks of {printable(vm)} were not seen"
+        print(about, file=sys.stderr)
     if as_json:
-        print(json.dumps(profile.as_dict(), indent=2))
+        print(json.dumps({**profile.as_dict(), "unseen_seconds": unseen}, indent=2))
     else:
         for line in folded(profile) if as_folded else lines(profile):
             print(printable(line))

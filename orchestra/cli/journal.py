@@ -16,6 +16,7 @@ from ..journal import ActionRow, StateRow, read_journal
 from ..journal.export import TABLES, Row, plain, rows, write_csv, write_parquet
 from ..journal.schema import upgrade
 from .printable import printable
+from .target import check_target
 from .times import day_and_time
 
 __all__ = ["journal", "line"]
@@ -55,9 +56,12 @@ def journal(
         print(f"{path}: of version {after}" + ("" if before == after else f", and was of {before}"))
         return 0
     if as_json and (csv or parquet):
-        raise SpecError("--json: leave it out: --csv and --parquet write files")
+        raise SpecError("--json can't be combined with --csv or --parquet: they write files")
     if last is not None and last < 1:
         raise SpecError(f"--last {last}: must be 1 or more")
+    for option, target in (("--csv", csv), ("--parquet", parquet)):
+        if target is not None:
+            check_target(option, target)
     with read_journal(path) as reader:
         asked = attrs.asdict(wanted)
         found: Iterable[Row] = rows(reader, asked.pop("table"), **asked)
@@ -96,7 +100,7 @@ def _lines(found: Iterable[Row]) -> None:
         print(printable(line(row)))
         count += 1
     if not count:
-        print("orchestra: nothing in the journal fits", file=sys.stderr)
+        print("orchestra: no row of the journal matches", file=sys.stderr)
 
 
 def line(row: Row) -> str:
@@ -111,10 +115,13 @@ def line(row: Row) -> str:
 
 def _action(row: ActionRow) -> str:
     where = row.vm or (f"tenant {row.tenant}" if row.tenant else "host")
+    where += "" if row.details.get("vcpu") is None else f" vCPU {row.details['vcpu']}"
     what = row.kind
     details = row.details
     if details.get("limit") is not None:
         what += f" {details['limit']['rate']:g} {details.get('meter', '')}/s"
+    elif row.kind == "SetLimit":
+        what += f" none on {details.get('meter', '')}"
     elif details.get("share") is not None:
         what += f" {details['share']:.0%}"
     by = f" by {row.policy}" if row.policy else ""

@@ -4,40 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-from ..errors import OrchestraError
+from ..colours import EVENT, LIMIT, NOISY, QUIET
 from ..figures import Figure, rc_context
 from .account import Act, Result
 from .numbers import shown
 from .story import EVENTS
+from .svg import LEGEND, STYLE, heading, save
 from .words import change
 
 __all__ = ["draw"]
-
-NOISY: Final = ("#b3261e", "#e0701a", "#8a3ffc", "#c2185b")
-QUIET: Final = "#1f6f8b"
-STYLE: Final[Any] = {
-    "svg.hashsalt": "orchestra",
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "savefig.facecolor": "white",  # readable on a dark page as well
-}
-LEGEND: Final[Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1), "frameon": False, "ncols": 5, "borderpad": 0}
 
 
 def draw(result: Result, path: Path) -> None:
     """Write an SVG: above, the noisy VMs' events a second and their budgets; below, what the quiet ones got done.
 
     Raises:
-        OrchestraError: the file can't be written.
+        FileError: the file can't be written.
     """
     with rc_context(STYLE):
         figure = Figure(figsize=(8, 5.4), layout="constrained")
-        figure.suptitle(_title(result), x=0.01, ha="left", fontsize=8, color="#555555")
+        heading(figure, _title(result))
         above, below = figure.subplots(2, 1, sharex=True)
         _acts(result, above, below)
         _noisy(result, above)
@@ -47,10 +35,7 @@ def draw(result: Result, path: Path) -> None:
         for axes in (above, below):
             axes.yaxis.set_major_formatter(lambda value, _: shown(value) if value >= 0 else "")
             axes.yaxis.set_minor_formatter(lambda _, __: "")
-        try:
-            figure.savefig(path, format="svg", metadata={"Date": None})
-        except OSError as error:
-            raise OrchestraError(f"--plot {path}: {error.strerror or error}") from None
+        save(figure, path)
 
 
 def _title(result: Result) -> str:
@@ -64,7 +49,7 @@ def _acts(result: Result, above: Any, below: Any) -> None:
         _write(above, begin, f"{act.number}: {act.title}")
         if begin:
             for axes in (above, below):
-                axes.axvline(begin, color="#bbbbbb", linewidth=0.8)
+                axes.axvline(begin, color=EVENT, linewidth=0.8)
 
 
 def _played(result: Result) -> Iterator[tuple[Act, tuple[float, float]]]:
@@ -88,7 +73,7 @@ def _noisy(result: Result, axes: Any) -> None:
         axes.plot(times, [max(row.rate, 0.1) for row in rows], color=NOISY[i], linewidth=1.8, label=vm.name)
         budgets = [float("nan") if row.budget is None else row.budget for row in rows]
         label = "budgets" if vm is drawn[-1] else None
-        axes.plot(times, budgets, color="black", linestyle=":", linewidth=1, drawstyle="steps-pre", label=label)
+        axes.plot(times, budgets, color=LIMIT, linestyle=":", linewidth=1, drawstyle="steps-pre", label=label)
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     axes.set_ylim(low / 2, high * (high / low) ** 0.2)  # room for the acts' names
@@ -112,7 +97,7 @@ def _quiet(result: Result, axes: Any) -> None:
         total = result.work_rate(act.number)
         if total and free:
             mean = total / len(result.quiet)
-            axes.hlines(mean, begin, end, color="black", linewidth=1, linestyle="--", zorder=3)
+            axes.hlines(mean, begin, end, color=LIMIT, linewidth=1, linestyle="--", zorder=3)
             text = f"{shown(mean)}/s each" + (f", {change(total / free - 1)}" if act.number > 1 else "")
             _write(axes, begin, text, fontweight="bold")
     if any(map(any, each)):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,30 +10,29 @@ from typing import Any
 import attrs
 
 from ..rules import Rules, TomlError, load_rules
-from ..spec import Limit
+from ..spec import Meter, Tenant
 
 __all__ = ["check"]
 
 
 def check(path: Path, *, as_json: bool) -> int:
-    """Check it; the exit status: 1 if anything is wrong with it."""
+    """Check it; the exit status: 1 if anything is wrong with it.
+
+    Raises:
+        TomlError: without `as_json`: what is wrong with it.
+    """
     try:
         rules = load_rules(path)
     except TomlError as error:
-        if as_json:
-            mistakes = [attrs.asdict(mistake) for mistake in error.mistakes]
-            print(json.dumps({"file": str(path), "ok": False, "mistakes": mistakes}))
-        else:
-            for mistake in error.mistakes:  # as compilers write it, so that editors find the place
-                place = f"{path}:{mistake.line}" if mistake.line is not None else str(path)
-                print(f"{place}: {mistake.key + ': ' if mistake.key else ''}{mistake.text}")
-            count = len(error.mistakes)
-            print(f"orchestra: {count} mistake{'s' * (count != 1)} in {path}", file=sys.stderr)
+        if not as_json:
+            raise
+        mistakes = [attrs.asdict(mistake) for mistake in error.mistakes]
+        print(json.dumps({"file": str(path), "ok": False, "mistakes": mistakes}))
         return 1
     if as_json:
         print(json.dumps({"file": str(path), "ok": True, "mistakes": [], **document(rules)}))
     else:
-        print(f"{path}: nothing is wrong with it")
+        print(f"{path}: no mistakes")
         print(*(f"  {line}" for line in summary(rules)), sep="\n")
     return 0
 
@@ -47,8 +45,10 @@ def document(rules: Rules) -> dict[str, Any]:
             field.name: getattr(rules.guard, field.name) for field in attrs.fields(type(rules.guard)) if field.init
         }
     return {
-        "limit": None if rules.limit is None else attrs.asdict(rules.limit),
-        "exit_limit": None if rules.exit_limit is None else attrs.asdict(rules.exit_limit),
+        **{
+            meter.field: None if (limit := getattr(rules, meter.field)) is None else attrs.asdict(limit)
+            for meter in Meter
+        },
         "tenants": {name: attrs.asdict(tenant) for name, tenant in rules.tenants.items()},
         "guard": guard,
         "policies": [
@@ -59,11 +59,11 @@ def document(rules: Rules) -> dict[str, Any]:
 
 def summary(rules: Rules) -> Iterator[str]:
     """What they ask for, a line each."""
-    limits = _limits(rules.limit, rules.exit_limit)
+    limits = _limits(rules)
     if limits:
         yield f"host: {limits}"
     for name, tenant in rules.tenants.items():
-        yield f"tenant {name}: weight {tenant.weight:g}{_limits(tenant.limit, tenant.exit_limit, ', ')}"
+        yield f"tenant {name}: weight {tenant.weight:g}{_limits(tenant, ', ')}"
     guard = rules.guard
     for i, entry in enumerate(rules.entries, 1):
         every = entry.policy.interval
@@ -79,6 +79,8 @@ def summary(rules: Rules) -> Iterator[str]:
         )
 
 
-def _limits(limit: Limit | None, exit_limit: Limit | None, before: str = "") -> str:
-    parts = [f"{one.rate:g} {what}/s" for one, what in ((limit, "locks"), (exit_limit, "exits")) if one is not None]
+def _limits(of: Rules | Tenant, before: str = "") -> str:
+    nouns = {Meter.BUS_LOCKS: "locks", Meter.EXITS: "exits", Meter.ANSWERS: "answers"}
+    known = ((getattr(of, meter.field), noun) for meter, noun in nouns.items())
+    parts = [f"{limit.rate:g} {noun}/s" for limit, noun in known if limit is not None]
     return before + ", ".join(parts) if parts else ""

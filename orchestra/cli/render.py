@@ -231,8 +231,12 @@ MARKS = {"problem": ("problem", "bold red"), "note": ("note", "yellow"), "ok": (
 
 
 def show_report(report: Report, capabilities: bool, console: Console | None = None) -> None:
-    """The doctor's findings, problems first; and KVM's capabilities by the kernel's names."""
+    """The doctor's verdict; the findings, problems first; and KVM's capabilities by the kernel's names."""
     console = console or Console(file=sys.stdout, highlight=False)
+    if report.verdict is not None:
+        for line in report.verdict.lines:
+            console.print(Text(line, style="bold"), soft_wrap=not console.is_terminal)
+        console.print()
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("", no_wrap=True)
     table.add_column("looked at", overflow="fold", max_width=26)

@@ -17,6 +17,7 @@ from ..rules import parse_rules
 from .numbers import shown
 from .printable import printable
 from .simulate import audience
+from .target import check_target
 from .times import day_and_time, duration
 
 __all__ = ["document", "lines", "replay"]
@@ -33,7 +34,10 @@ def replay(
     Raises:
         OrchestraError: the rules or the journal can't be; the message says why.
     """
-    draw = None if plot is None else _artist()
+    draw = None
+    if plot is not None:  # what is wrong with it is told now, not when all is done
+        draw = _artist()
+        check_target("--plot", plot, ".svg")
     text = rules.read_bytes()
     parse_rules(text, str(rules))  # what is wrong with them is told before anything else is
     with read_journal(journal) as reader, audience() as watching:
@@ -145,11 +149,12 @@ def _columns(rows: list[tuple[str, ...]]) -> Iterator[str]:
 
 def _notes(response: Response, before: World) -> Iterator[str]:
     yield (
-        "What was asked for is what was made and what would have been made in the time that was spent waiting; what a "
-        "VM would have done while it was paused or gone is not known."
+        "Asked for: the locks that a VM made, and those that it would have made in the time that it waited. What a VM "
+        "would have done while it was paused or gone is unknown."
+        + (" How long VMs were held, as it was, is without pauses." if before.paused is None else "")
     )
     if before.victims_delay is not None and "run_delay" not in response.lines:
-        yield "How the victims' waiting depends on bus locks can't be told from this journal: it is taken as it was."
+        yield "This journal does not show how the victims' waiting depends on bus locks: replayed, it is as it was."
     for signal, line in response.lines.items():
         yield (
             f"{signal} follows the others' bus locks: r² {line.certainty:.2f} over {line.points} points; it is "

@@ -15,8 +15,9 @@ import attrs
 import trio
 
 from ..actions import Failed, Outcome, Shutdown
-from ..backend import Backend
-from ..errors import SpecError, StateError
+from ..backend import Backend, choose
+from ..backend.picking import Asked
+from ..errors import FileError, SpecError, StateError
 from ..opening import open_fleet
 from ..spec import VmSpec
 from ..vm import Vm, VmStatistics
@@ -38,7 +39,8 @@ def read_image(path: Path, memory: int, load: int) -> bytes:
     """The file's bytes, if they fit between `load` and the end of `memory`.
 
     Raises:
-        SpecError: it can't be read, is empty or larger.
+        SpecError: `load` is beyond the memory.
+        FileError: it can't be read, is empty or larger.
     """
     room = memory - load
     if room <= 0:
@@ -50,13 +52,13 @@ def read_image(path: Path, memory: int, load: int) -> bytes:
             while len(code) <= min(room, MOST_CODE) and (piece := file.read(PIECE)):
                 code += piece
     except OSError as error:
-        raise SpecError(f"{path}: {error.strerror or error}") from None
+        raise FileError(f"{path}: {error.strerror or error}") from None
     if not code:
-        raise SpecError(f"{path}: is empty; it must hold the guest's code")
+        raise FileError(f"{path}: is empty; it must hold the guest's code")
     if len(code) > room:
-        raise SpecError(f"{path}: is larger than the {room:#x} bytes of memory above --load; give it more --memory")
+        raise FileError(f"{path}: is larger than the {room:#x} bytes of memory above --load; give it more --memory")
     if len(code) > MOST_CODE:
-        raise SpecError(f"{path}: is larger than {MOST_CODE >> 20} MiB, which no flat image should be")
+        raise FileError(f"{path}: is larger than {MOST_CODE >> 20} MiB, which no flat image should be")
     return bytes(code)
 
 
@@ -72,6 +74,8 @@ class GuestRun:
 
 @attrs.define
 class _Seen:
+    backend: str = ""
+    why: str = ""
     outcome: Outcome | None = None
     statistics: VmStatistics | None = None
     registers: Any = None
@@ -85,12 +89,22 @@ def run(plan: GuestRun, *, as_json: bool) -> int:
     Raises:
         OrchestraError: it could not be started.
     """
+    if plan.backend == "scripted":
+        raise SpecError(
+            "--backend scripted: plays a list of exits and runs no guest: use auto, kvm or emulated "
+            "(ScriptedBackend is for tests of Python programs, and `orchestra demo --backend scripted` rehearses)"
+        )
     seen = _Seen()
+    opened = choose(plan.backend, Asked.by(plan.spec))
 
     async def tell() -> None:
-        await _run(plan, seen)
+        await _run(attrs.evolve(plan, backend=opened), seen, says_why=plan.backend == "auto" and not as_json)
 
-    number = trio.run(until_interrupted, tell)
+    try:
+        number = trio.run(until_interrupted, tell)
+    finally:
+        if opened is not plan.backend:
+            opened.close()
     if as_json:
         print(json.dumps(_document(seen, number)))
     for line in _complaints(seen, plan):
@@ -112,9 +126,12 @@ def status(outcome: Outcome | None) -> int:
     return 0
 
 
-async def _run(plan: GuestRun, seen: _Seen) -> None:
+async def _run(plan: GuestRun, seen: _Seen, *, says_why: bool = False) -> None:
     async with open_fleet(backend=plan.backend, bus_locks="auto") as fleet:
+        seen.backend, seen.why = fleet.backend.name, fleet.backend.why
         vm = await fleet.launch(plan.spec, paused=True)
+        if says_why:
+            print(f"orchestra: backend {seen.why}", file=sys.stderr)
         try:
             with trio.move_on_after(plan.timeout or float("inf")) as patience:
                 async with trio.open_nursery() as nursery:
@@ -187,6 +204,8 @@ def _complaints(seen: _Seen, plan: GuestRun) -> list[str]:
 def _document(seen: _Seen, number: int) -> dict[str, Any]:
     outcome, statistics = seen.outcome, seen.statistics
     return {
+        "backend": seen.backend,
+        "why": seen.why,
         "outcome": None if outcome is None else {"kind": type(outcome).__name__, **attrs.asdict(outcome)},
         "timed_out": seen.timed_out,
         "interrupted": bool(number),

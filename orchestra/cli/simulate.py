@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from ..errors import SpecError
+from .target import check_target
 
 __all__ = ["audience", "simulate"]
 
@@ -50,8 +51,7 @@ def simulate(scenario: Path, *, seed: int | None, html: Path | None, as_json: bo
     """
     draw: Callable[[Any], str] | None = None
     if html is not None:  # what is wrong with it is told now, not when all is done
-        if html.is_dir() or not os.access(html.parent, os.W_OK):
-            raise SpecError(f"--html {html}: can't be written; name a file in a directory that you may write to")
+        check_target("--html", html, ".html", ".htm")
         draw = _artist()
     if seed is not None and seed < 0:
         raise SpecError(f"--seed {seed}: must be 0 or more")

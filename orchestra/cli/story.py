@@ -37,11 +37,13 @@ SHARE: Final = 0.05
 MOST: Final = 1000
 """... but no more a second: what an operator may think of, and few enough that waiting itself costs next to no CPU."""
 MORE: Final = 4
+MOST_DELAY: Final = 1.0
+"""Seconds of the longest wait: a VM with the smallest budget still shows that it lives."""
 MOST_VMS: Final = 1000
 
 TENANTS: Final = ("acme", "globex")
 NOISY_TENANT: Final = "initech"
-EVENTS: Final = {Meter.BUS_LOCKS: "bus locks", Meter.EXITS: "exits"}
+EVENTS: Final = {Meter.BUS_LOCKS: "bus locks", Meter.EXITS: "exits", Meter.ANSWERS: "answers"}
 
 
 @attrs.frozen(kw_only=True)
@@ -95,6 +97,7 @@ class _Mark:
     count: int
     work: int
     throttled: float
+    released: int
 
 
 class Story:
@@ -112,7 +115,7 @@ class Story:
         self._spans: dict[str, list[Span]] = {}
         self._began: dict[str, _Mark] = {}
         self._used: list[float] = []
-        self._cpu_time = 0.0
+        self._cpu_time = self._since = 0.0
         self._window: deque[dict[str, _Mark]] = deque(maxlen=3)
         self._complete = False
         self._fleet: Fleet
@@ -120,18 +123,37 @@ class Story:
         self._start = 0
 
     async def tell(self) -> None:
-        """Play all acts. Cancelling it ends the fleet at once and leaves a result of what was played."""
+        """Play all acts. Cancelling it ends the play at once, then the fleet, and leaves a result of what was played.
+
+        A fleet that was cancelled together with the play could be gone before anybody looked at what its guests did.
+        """
+        play = trio.CancelScope()
+
+        async def end_the_play() -> None:
+            try:
+                await trio.sleep_forever()
+            finally:
+                play.cancel()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(end_the_play)
+            with trio.CancelScope(shield=True):
+                await self._tell(play)
+            nursery.cancel_scope.cancel()
+
+    async def _tell(self, play: trio.CancelScope) -> None:
         tenants = dict.fromkeys((*TENANTS, NOISY_TENANT))
         async with open_fleet(backend=self.plan.backend, bus_locks="auto", tenants=tenants) as fleet:
             self._fleet = fleet
             self._meter = Meter.BUS_LOCKS if fleet.bus_locks else Meter.EXITS
             self._audience.opened(self.plan, fleet, self._meter)
-            await self._launch()
-            self._start = fleet.now()
-            try:
-                await self._play()
-            finally:
-                self._finish()
+            with play:
+                await self._launch()
+                self._start = fleet.now()
+                try:
+                    await self._play()
+                finally:
+                    self._finish()
 
     # ---- the play
 
@@ -183,6 +205,7 @@ class Story:
 
     async def _run(self, share: float) -> None:
         self._window.clear()
+        self._since = self._time()
         self._began = self._look()
         self._cpu_time = process_time()
         self._window.append(self._began)
@@ -216,7 +239,7 @@ class Story:
         await self._apply(*actions)
 
     def _throttle(self, vm: str | None, limit: Limit, reason: str, evidence: Mapping[str, Any]) -> Throttle:
-        limit = attrs.evolve(limit, max_delay=1.0)
+        limit = attrs.evolve(limit, max_delay=MOST_DELAY)
         return Throttle(vm=vm, limit=limit, meter=self._meter, reason=reason, evidence=evidence)
 
     async def _apply(self, *actions: Throttle) -> None:
@@ -244,7 +267,7 @@ class Story:
         count = statistics.bus_locks if self._meter is Meter.BUS_LOCKS else sum(statistics.exits.values())
         work = guests.work_done(self._work.get(vm.name, 0), vm.read_memory(guests.WORK, 4))
         self._work[vm.name] = work
-        return _Mark(self._fleet.now(), count or 0, work, statistics.throttled_seconds)
+        return _Mark(self._fleet.now(), count or 0, work, statistics.throttled_seconds, statistics.released)
 
     def _look(self) -> dict[str, _Mark]:
         return {vm.name: self._mark(vm) for vm in self._vms}
@@ -283,7 +306,7 @@ class Story:
         free = sum(spans[0].work_rate for name, spans in self._spans.items() if name in names)
         return work_rate / free - 1 if free else None
 
-    def _end_act(self) -> None:
+    def _end_act(self, *, cut: bool = False) -> None:
         used, first = process_time() - self._cpu_time, self._began[self._vms[0].name]
         self._used.append(used * 1e9 / max(self._fleet.now() - first.time, 1))
         for vm in self._vms:
@@ -295,13 +318,16 @@ class Story:
                 work=end.work - begin.work,
                 throttled_seconds=end.throttled - begin.throttled,
                 limit=self._limit_of(vm),
+                cut=cut,
+                released=end.released - begin.released,
             )
             self._spans.setdefault(vm.name, []).append(span)
         self._began = {}
 
     def _finish(self) -> None:
-        if self._began:  # ended in the middle of an act
-            self._end_act()
+        # Ended in the middle of an act; of one that had only just begun, nothing was seen.
+        if self._began and self._time() - self._since > self._tick / 4:
+            self._end_act(cut=True)
         self.result = Result(
             complete=self._complete,
             meter=self._meter,

@@ -18,8 +18,10 @@ from ..journal.holds import Hold
 from ..journal.series import Bin, series
 from .numbers import shown
 from .printable import printable
+from .target import check_target
 from .times import day_and_time, duration, time_of_day
 from .whyblame import suspicion_document, verdict
+from .whyheld import capital, figure, held, in_force, per_second, unknown, window
 
 __all__ = ["sentences", "sparklines", "why"]
 
@@ -38,13 +40,19 @@ def why(vm: str, journal: Path, *, at: int | None, window: float, as_json: bool,
     Raises:
         OrchestraError: the journal can't be read, or has nothing of that VM.
     """
-    draw = None if plot is None else _artist()  # what is missing is told before anything else is
+    draw = None
+    if plot is not None:  # what is missing is told before anything else is
+        draw = _artist()
+        check_target("--plot", plot, ".svg")
     with read_journal(journal) as reader:
         told = explain(reader, vm, at, seconds=window)
         from_ = max(told.since, told.launched or told.since)
         if (span := reader.span()) is not None:
             from_ = max(from_, span[0])
-        until = max(told.at, from_ + WIDE)
+        # Of one that is gone nothing is idle; its last interval ends a moment after it has.
+        end = min(told.at, max(told.until, told.covered.end)) if told.gone else told.at
+        from_ = min(from_, end)
+        until = max(end, from_ + WIDE)
         bins = series(reader, vm, from_, until, WIDE)
         if plot is not None and draw is not None:
             draw(told, series(reader, vm, from_, until, 300), plot)
@@ -55,7 +63,7 @@ def why(vm: str, journal: Path, *, at: int | None, window: float, as_json: bool,
     print(textwrap.fill(printable(" ".join(sentences(told))), 100))
     print()
     blocks = (sys.stdout.encoding or "").lower().startswith("utf")
-    print(*sparklines(bins, from_, told.at, BARS if blocks else PLAIN), sep="\n")
+    print(*sparklines(bins, from_, end, BARS if blocks else PLAIN), sep="\n")
     return 0
 
 
@@ -71,8 +79,10 @@ def document(told: Explanation, bins: Sequence[Bin]) -> dict[str, Any]:
     def plain(_: object, __: object, value: Any) -> Any:
         return dict(value) if hasattr(value, "keys") else value
 
+    known = attrs.asdict(told, value_serializer=plain)
+    known["covered"].pop("hosts")  # what they say is in `host`
     return {
-        **attrs.asdict(told, value_serializer=plain),
+        **known,
         "suspicion": suspicion_document(told.suspicion),
         "text": " ".join(sentences(told)),
         "time": iso(told.at),
@@ -84,23 +94,33 @@ def document(told: Explanation, bins: Sequence[Bin]) -> dict[str, Any]:
 
 
 def sentences(told: Explanation) -> Iterator[str]:
-    """The answer."""
+    """The answer: first what held it, by the counters; what can only be inferred comes after that, or not at all."""
     yield from _state(told)
-    if told.holds:
-        for hold in told.holds:
-            yield _hold(hold, told.at)
-    elif not _is_gone(told):
+    yield from unknown(told)
+    yield from held(told)
+    if told.seconds and not told.causes:
         dry = [row for row in told.done if row.outcome == "dry-run"]
-        yield f"Nothing held it{', and nothing was done to it' if not told.done else ''}." + (
-            " What was decided about it was a dry run." if dry and len(dry) == len(told.done) else ""
-        )
+        if not told.holds or told.gone:
+            yield f"Nothing held it{', and nothing was done to it' if not told.done else ''}{_when_partial(told)}." + (
+                " What was decided about it was a dry run." if dry and len(dry) == len(told.done) else ""
+            )
+        elif all(hold.rate is not None for hold in told.holds):
+            yield f"Nothing held it{_when_partial(told)}."
+    yield from in_force(told)
     yield from _fared(told)
     yield from _host(told)
-    for hold in told.holds:
-        yield _ending(hold, told)
+    waits = [one.hold for cause in told.causes for one in cause.setters]
+    for hold in told.holds if told.ends is None else ():
+        if hold.rate is None or hold in waits:
+            yield _ending(hold, told)
     yield from _done(told)
-    if not told.holds:
+    if told.seconds and not any(hold.rate is None for hold in told.holds):
         yield from verdict(told)
+
+
+def _when_partial(told: Explanation) -> str:
+    when = window(told)
+    return "" if when.startswith("in its last") else f" {when}"
 
 
 def _state(told: Explanation) -> Iterator[str]:
@@ -108,83 +128,49 @@ def _state(told: Explanation) -> Iterator[str]:
     when = day_and_time(told.at)
     state = told.state
     if state is None:
-        yield f"{of} at {when}:"
+        if told.begins is None:
+            yield f"{of} at {when}:"
     elif told.over is not None:
-        yield f"{of} was {state.state} before {when}; its fleet had gone by then, at {time_of_day(told.over, told.at)}."
+        latest = " at the latest" if told.until < told.over else ""  # it was killed, and another one has begun
+        over = f"at {time_of_day(told.over, told.at)}{latest}"
+        yield f"{of} was {state.state} before {when}; its fleet had gone by then, {over}."
     elif state.state in ENDED:
         why = f": {state.reason}" if state.reason else ""
         yield f"{of} had ended at {when}: it {state.state} at {time_of_day(state.time, told.at)}{why}."
+    elif told.ends is not None:
+        since = time_of_day(state.time, told.at)
+        yield f"{of} was {state.state} since {since} when the journal told of it last; of {when} it does not tell."
     else:
         yield f"{of} was {state.state} at {when}, since {time_of_day(state.time, told.at)}."
-
-
-def _is_gone(told: Explanation) -> bool:
-    return told.over is not None or (told.state is not None and told.state.state in ENDED)
-
-
-def _events(row: ActionRow) -> str:
-    return "exits" if row.details.get("meter") == "exits" else "bus locks"
-
-
-def _hold(hold: Hold, at: int) -> str:
-    row = hold.action
-    who = f"policy {row.policy}" if row.policy else "a caller"
-    since = f"For {duration((at - hold.since) / SECOND)}, since {time_of_day(hold.since, at)},"
-    whose = {"vm": "it", "tenant": f"its tenant {row.tenant}", "host": "the whole host"}[hold.where]
-    match row.kind:
-        case "CapCpu":
-            does = f"has let it run for at most {float(row.details['share']):.0%} of the time"
-        case "Pause":
-            does = "has held it paused"
-        case "Isolate":
-            does = "has kept it on the quarantine CPUs"
-        case _:
-            does = f"has held {whose} to {shown(hold.rate or 0.0)} {_events(row)}/s"
-    later = f", as it is since {time_of_day(row.time, at)}" if row.time != hold.since else ""
-    return f"{since} {who} {does}{later}{_reason(row)}."
-
-
-def _reason(row: ActionRow) -> str:
-    reason = f": {row.reason}" if row.reason else ""
-    facts = [
-        f"{name.replace('_', ' ')} {_figure(value)}"
-        for name, value in row.evidence.items()
-        if name not in ("interval", "launch", "source") and value is not None and str(_figure(value)) not in row.reason
-    ]
-    return reason + (f" (evidence: {', '.join(facts)})" if facts else "")
-
-
-def _figure(value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
-    return f"{value:,.6g}"
 
 
 def _fared(told: Explanation) -> Iterator[str]:
     fared = told.fared
     if fared is None:
-        if not _is_gone(told):
-            yield "In the minute before, it did nothing that is counted."
+        if told.seconds:
+            yield f"{capital(window(told))}, it did nothing that is counted."
         return
     parts = [
         f"{_rate(fared)} and used {_known(fared.cpu)} s of CPU a second" if fared.cpu is not None else _rate(fared)
     ]
     if fared.work is not None:
-        parts.append(f"got {shown(fared.work)} of its own work done a second")
+        parts.append(f"got {per_second(fared.work)} of its own work done a second")
     if fared.throttled >= 0.005:
         parts.append(f"waited for its turn {fared.throttled:.0%} of its vCPUs' time")
     if fared.capped is not None and fared.capped >= 0.005:
         parts.append(f"was held by its CPU cap {fared.capped:.0%} of it")
     if fared.delayed is not None:
         parts.append(f"had to wait for a CPU {fared.delayed:.0%} of the time that it could have run")
-    yield f"In its last minute it {', '.join(parts[:-1]) + ', and ' + parts[-1] if len(parts) > 1 else parts[0]}."
+    yield f"{capital(window(told))} it {', '.join(parts[:-1]) + ', and ' + parts[-1] if len(parts) > 1 else parts[0]}."
     if told.before is not None and told.before.bus_locks is not None and fared.bus_locks is not None:
-        yield f"Before it was held it did up to {shown(told.before.bus_locks)} bus locks/s."
+        yield f"Before it was held it did up to {per_second(told.before.bus_locks)} bus locks/s."
 
 
 def _rate(fared: Fared) -> str:
-    exits = f"{shown(fared.exits)} exits/s"
-    locks = "an unknown number of bus locks" if fared.bus_locks is None else f"{shown(fared.bus_locks)} bus locks/s"
+    exits = f"{per_second(fared.exits)} exits/s"
+    locks = (
+        "an unknown number of bus locks" if fared.bus_locks is None else f"{per_second(fared.bus_locks)} bus locks/s"
+    )
     return f"did {locks} and {exits}"
 
 
@@ -195,15 +181,14 @@ def _known(value: float) -> str:
 def _host(told: Explanation) -> Iterator[str]:
     host = told.host
     if host is None:
-        yield "How the host was then is not in the journal."
         return
     parts = []
     if host.bus_locks:
         share = f", {host.share:.0%} of them by {told.vm}" if host.share is not None else ""
         loudest = ""
         if host.loudest is not None and host.loudest[0] != told.vm:
-            loudest = f", most by {host.loudest[0]} ({shown(host.loudest[1])}/s)"
-        parts.append(f"all its VMs together made {shown(host.bus_locks)} bus locks/s{share}{loudest}")
+            loudest = f", most by {host.loudest[0]} ({per_second(host.loudest[1])}/s)"
+        parts.append(f"all its VMs together made {per_second(host.bus_locks)} bus locks/s{share}{loudest}")
     if host.lock_ns is not None:
         times = f", {host.lock_times:.2g} times what it takes in the calm" if host.lock_times is not None else ""
         parts.append(f"a locked operation of its own took {host.lock_ns:.3g} ns{times}")
@@ -217,6 +202,12 @@ def _ending(hold: Hold, told: Explanation) -> str:
     """What would end it, as far as the evidence tells how the policy thinks."""
     row, what = hold.action, {"Pause": "pause", "CapCpu": "cap", "Isolate": "isolation"}.get(hold.action.kind, "limit")
     evidence = row.evidence
+    if row.given == "spec":
+        return "That limit is in its spec, and stays until somebody sets another."
+    if row.given == "default":
+        return "That limit is what a spec has that says nothing of its own (`answer_limit`); `set_limit` changes it."
+    if row.given is not None:
+        return "That limit was there from the fleet's beginning, and stays until somebody sets another."
     if row.policy is None or row.kind == "SetLimit":
         return f"That {what} stays until somebody takes it away."
     if "step" in evidence:
@@ -226,16 +217,14 @@ def _ending(hold: Hold, told: Explanation) -> str:
         )
     if "level" in evidence:
         hurts = (
-            f"{evidence['hurts']} is well below {_figure(evidence['threshold'])}"
+            f"{evidence['hurts']} is well below {figure(evidence['threshold'])}"
             if "hurts" in evidence
             else "it is calm"
         )
-        return (
-            f"That {what} rises while {hurts}, and ends when the level is back at {_figure(evidence.get('start'))}/s."
-        )
+        return f"That {what} rises while {hurts}, and ends when the level is back at {figure(evidence.get('start'))}/s."
     if "baseline" in evidence:
         return (
-            f"It may do more again when it has saved credits, by doing less than {_figure(evidence['baseline'])}/s: "
+            f"It may do more again when it has saved credits, by doing less than {figure(evidence['baseline'])}/s: "
             "what it leaves of that comes back to its balance."
         )
     if "budget" in evidence or "weight" in evidence:

@@ -38,7 +38,9 @@ def suspicion_document(told: Suspicion) -> dict[str, Any]:
 
 
 def verdict(told: Explanation) -> Iterator[str]:
-    """Of one that nothing holds: whether something else slows it, and who."""
+    """Of one that nothing held for long, by the counters: whether something else slows it, and who."""
+    if sum(cause.share for cause in told.causes) >= MUCH:
+        return
     fared, host = told.fared, told.host
     signals = ["work"]
     if fared is not None and fared.delayed is not None and fared.delayed >= MUCH:
@@ -52,7 +54,7 @@ def verdict(told: Explanation) -> Iterator[str]:
         yield _blame(told, signal)
     if not named and len(signals) > 1:
         yield _no_blame(told)
-    elif not named and fared is not None:
+    elif not named and fared is not None and not told.causes:
         unknown = _unknown(fared, host)
         but = f" ({unknown} not known here)" if unknown else ""
         yield f"Nothing that is known here slows it{but}: if it is slow, look inside the guest."

@@ -1,55 +1,58 @@
-"""Where a guest's output goes: a bounded buffer that tasks can follow."""
+"""Where a guest's output goes: a bounded buffer of the core that tasks can follow."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable
-from threading import Lock
+from typing import Any, Final
 
 import trio
 
+from ..native import ffi, lib
+
 __all__ = ["Console"]
 
-KEPT = 64 * 1024
+KEPT: Final = int(lib.ORC_CONSOLE_KEPT)
 
 
 class Console:
     """What the guest wrote to its debug console and serial port.
 
-    Bytes come from vCPU threads; the last 64 KiB are kept. `notify` is how a thread gets `_wake` run on the fleet's.
+    Bytes come from vCPU threads, without Python (`handle` is the core's ``orc_console *``), or from `write`; the last
+    64 KiB are kept. Whoever follows is woken once for however much was written until it looks again: `notify` is how
+    `write` gets `wake` run on the fleet's thread, and the fleet's drain task calls it for vCPUs.
     """
 
     def __init__(self, notify: Callable[[Callable[[], None]], None]) -> None:
+        self.handle: Any = ffi.gc(lib.orc_console_new(), lib.orc_console_free)
+        if self.handle == ffi.NULL:
+            raise MemoryError("orc_console_new")
         self._notify = notify
-        self._lock = Lock()
-        self._kept = bytearray()
-        self._total = 0
-        self._announced = False
         self._closed = False
         self._changed = trio.Event()
 
     def write(self, data: bytes) -> None:
-        """Any thread."""
-        with self._lock:
-            self._kept += data
-            self._total += len(data)
-            if len(self._kept) > 2 * KEPT:  # cut seldom, as cutting copies
-                del self._kept[:-KEPT]
-            announce = not self._announced
-            self._announced = True
-        if announce:  # one wake-up for however much is written until it is served
-            self._notify(self._wake)
+        """Add output. Any thread."""
+        if lib.orc_console_put(self.handle, ffi.from_buffer(data), len(data)):
+            self._notify(self.wake)
 
-    def _wake(self) -> None:
-        with self._lock:
-            self._announced = False
+    def wake(self) -> None:
+        """There is new output. Fleet's thread."""
         self._changed.set()
         self._changed = trio.Event()
+
+    def _since(self, position: int) -> tuple[bytes, int]:
+        """What is kept of the output from a position on, and where it ends."""
+        room = min(self.total - position, KEPT)
+        if not room:
+            return b"", position
+        at, data = ffi.new("uint64_t *", position), ffi.new("uint8_t[]", room)
+        size = lib.orc_console_copy(self.handle, at, data, room)
+        return bytes(ffi.buffer(data, size)), int(at[0])
 
     @property
     def output(self) -> bytes:
         """The last 64 KiB of output."""
-        with self._lock:
-            return bytes(self._kept[-KEPT:])
+        return self._since(max(self.total - KEPT, 0))[0]
 
     @property
     def text(self) -> str:
@@ -59,7 +62,7 @@ class Console:
     @property
     def total(self) -> int:
         """How many bytes were ever written."""
-        return self._total
+        return int(lib.orc_console_total(self.handle))
 
     async def follow(self) -> AsyncGenerator[bytes, None]:
         """All output from the kept beginning on, as it comes, until the VM has ended.
@@ -68,22 +71,17 @@ class Console:
         """
         position = 0
         while True:
-            changed = self._changed
-            with self._lock:
-                missing = self._total - position
-                chunk = bytes(self._kept[-missing:]) if missing else b""
-                position = self._total
-                closed = self._closed
+            changed, closed = self._changed, self._closed
+            chunk, position = self._since(position)
             if chunk:
                 await trio.lowlevel.checkpoint()  # a guest that never stops talking must not keep the loop to itself
                 yield chunk
             elif closed:
                 return
-            else:
+            elif lib.orc_console_want(self.handle, position):
                 await changed.wait()
 
     def close(self) -> None:
         """No more output will come. Fleet's thread."""
-        with self._lock:
-            self._closed = True
-        self._wake()
+        self._closed = True
+        self.wake()

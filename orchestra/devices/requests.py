@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import trio
@@ -24,7 +25,7 @@ class Request:
         data: what it writes; empty for a read.
     """
 
-    __slots__ = ("_value", "_wake", "address", "answered", "data", "returned", "size", "vcpu", "write")
+    __slots__ = ("_among", "_value", "_wake", "address", "answered", "data", "returned", "size", "vcpu", "write")
 
     def __init__(self, vcpu: int, address: int, size: int, write: bool, data: bytes, wake: Callable[[], None]) -> None:
         self.vcpu = vcpu
@@ -34,6 +35,7 @@ class Request:
         self.data = data
         self.answered = False
         self.returned = False  # nobody will answer it: it goes back to the bus
+        self._among: set[Request] | None = None  # those that are not answered
         self._value = b""
         self._wake = wake
 
@@ -56,7 +58,14 @@ class Request:
             raise StateError(f"the {'write' if self.write else 'read'} at {self.address:#x} is answered already")
         self._value = b"" if data is None else bytes(data)
         self.answered = True
+        if self._among is not None:
+            self._among.discard(self)
         self._wake()
+
+    def put_among(self, outstanding: set[Request]) -> None:
+        """It takes itself out when it is answered."""
+        self._among = outstanding
+        outstanding.add(self)
 
     @property
     def value(self) -> int:
@@ -75,10 +84,11 @@ class Request:
 class Requests:
     """The claimed range's accesses, in order: ``async for request in requests``. One task at a time.
 
-    It can't overflow: each vCPU has at most one access outstanding. `post` runs a function on the fleet's thread.
+    It can't overflow: each vCPU has at most one access outstanding. `post` has a function run on the fleet's thread, in
+    its turn (`orchestra.inbox`).
     """
 
-    def __init__(self, post: Callable[..., None]) -> None:
+    def __init__(self, post: Callable[[Callable[[], None]], None]) -> None:
         self._post = post
         self._queue: deque[Request] = deque()
         self._outstanding: set[Request] = set()
@@ -89,15 +99,14 @@ class Requests:
     def submit(self, vcpu: int, address: int, size: int, write: bool, data: bytes, wake: Any) -> Request:
         """vCPU thread: ask. The caller waits until the request is `answered` or `returned`."""
         request = Request(vcpu, address, size, write, data, wake)
-        self._post(self._deliver, request)
+        self._post(partial(self._deliver, request))
         return request
 
     def _deliver(self, request: Request) -> None:
         if self._closed:
             request.give_back()
             return
-        self._outstanding = {other for other in self._outstanding if not other.answered}
-        self._outstanding.add(request)
+        request.put_among(self._outstanding)
         self._queue.append(request)
         self._wake_reader()
 
@@ -140,8 +149,7 @@ class Requests:
         """Nobody answers any more: what is outstanding goes back to the bus."""
         self._closed = True
         self._ended = True
-        for request in self._outstanding:
-            request.give_back()
-        self._outstanding.clear()
+        while self._outstanding:
+            self._outstanding.pop().give_back()
         self._queue.clear()
         self._wake_reader()

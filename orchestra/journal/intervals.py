@@ -15,16 +15,19 @@ SHORT: Final = 0.1
 """Part of the interval before it: what is shorter is added to that."""
 
 
-KEYS: Final = ("session", "time", "interval", "vm", "launch", "tenant", "weight", "vcpus", "by_reason")
+PARTS: Final = ("by_reason", "throttled_by")
+KEYS: Final = ("session", "time", "interval", "vm", "launch", "tenant", "weight", "vcpus", *PARTS)
 SUMS: Final = tuple(field.name for field in attrs.fields(Aggregate) if field.name not in KEYS)
 
 
 def join(one: Aggregate, other: Aggregate) -> Aggregate:
     """What a VM did in two intervals, the second of which ends later."""
     sums: dict[str, Any] = {name: _sum(getattr(one, name), getattr(other, name)) for name in SUMS}
-    reasons = [row.by_reason for row in (one, other) if row.by_reason is not None]
-    by_reason = {name: sum(each.get(name, 0) for each in reasons) for each in reasons for name in each}
-    return attrs.evolve(other, interval=one.interval + other.interval, by_reason=by_reason if reasons else None, **sums)
+    for part in PARTS:
+        known = [getattr(row, part) for row in (one, other) if getattr(row, part) is not None]
+        names = {name: sum(each.get(name, 0) for each in known) for each in known for name in each}
+        sums[part] = names if known else None
+    return attrs.evolve(other, interval=one.interval + other.interval, **sums)
 
 
 def _sum(one: float | None, other: float | None) -> float | None:

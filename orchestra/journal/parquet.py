@@ -12,13 +12,14 @@ from typing import Any, Final
 import attrs
 
 from ..errors import OrchestraError
+from ..extras import install
 
 try:
     # mypy may well be run where this extra is not installed.
     import pyarrow  # type: ignore[import-not-found,import-untyped,unused-ignore]
     from pyarrow import parquet  # type: ignore[import-not-found,import-untyped,unused-ignore]
 except ImportError as error:
-    raise OrchestraError(f"Parquet needs pyarrow ({error}): pip install 'orchestra[parquet]'") from None
+    raise OrchestraError(f"Parquet needs pyarrow ({error}): {install('parquet')}") from None
 
 __all__ = ["write"]
 

@@ -35,6 +35,12 @@ class ActionRow:
     evidence: Mapping[str, Any]
     details: Mapping[str, Any]
 
+    @property
+    def given(self) -> str | None:
+        """Of a limit that was there from a beginning on, and that nobody set: "open_fleet", "spec" or "default"."""
+        by = self.evidence.get("given")
+        return str(by) if by is not None and self.kind == "SetLimit" and self.policy is None else None
+
 
 @attrs.frozen
 class StateRow:
@@ -51,7 +57,8 @@ class StateRow:
 
 @attrs.frozen
 class Aggregate:
-    """What a VM did in the `interval` seconds before `time`; as `VmFacts`."""
+    """What a VM did in the `interval` seconds before `time`; as `VmFacts`. `throttled_by` is None in what an older
+    orchestra wrote."""
 
     session: int
     time: int
@@ -70,6 +77,7 @@ class Aggregate:
     work: float | None
     dirty_pages: int | None
     by_reason: Mapping[str, Any] | None
+    throttled_by: Mapping[str, Any] | None
 
 
 @attrs.frozen
@@ -136,11 +144,16 @@ class _ActionMaker(Maker[ActionRow]):
         return ActionRow(*values[:-2], *(mapping(text) for text in values[-2:]))
 
 
-class _LastMaker(Maker[T]):
-    """Of rows whose last value is JSON, if there is one."""
+class _JsonMaker(Maker[T]):
+    """Of rows whose last values are JSON, where there are any."""
+
+    def __init__(self, kind: type[T], last: int) -> None:
+        super().__init__(kind)
+        self._last = last
 
     def _made(self, values: tuple[Any, ...]) -> T:
-        return super()._made(values if values[-1] is None else (*values[:-1], mapping(values[-1])))
+        parts = (None if text is None else mapping(text) for text in values[-self._last :])
+        return super()._made((*values[: -self._last], *parts))
 
 
 class _ProfileMaker(Maker[ProfileRow]):
@@ -160,7 +173,12 @@ class JournalReader:
         self._path = path
         self._action, self._profile = _ActionMaker(ActionRow), _ProfileMaker(ProfileRow)
         self._state, self._vcpu = Maker(StateRow), Maker(VcpuRow)
-        self._aggregate, self._host = _LastMaker(Aggregate), _LastMaker(HostRow)
+        self._aggregate, self._host = _JsonMaker(Aggregate, 2), _JsonMaker(HostRow, 1)
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self._path
 
     def actions(
         self,
@@ -233,6 +251,20 @@ class JournalReader:
                 raise self._unreadable(ValueError(f"time={time!r:.80}"))
         return (round(min(known)), round(max(known))) if known else None
 
+    def interval_after(self, session: int, time: int) -> HostRow | None:
+        """The first interval of a fleet that ends after a time."""
+        query = "SELECT * FROM hosts WHERE session = ? AND time > ? ORDER BY time, rowid LIMIT 1"
+        return next(self._made(query, (session, time), self._host), None)
+
+    def last_interval(self, session: int) -> int | None:
+        """When the last interval of a fleet ended."""
+        time = self.query("SELECT max(time) FROM hosts WHERE session = ?", (session,))[0][0]
+        return None if time is None else int(time)
+
+    def removed(self) -> int:
+        """Until when rows of intervals were removed to keep the file within its bounds; 0: none were."""
+        return int(self.query("SELECT max(until) FROM removed WHERE name IN ('aggregates', 'hosts')")[0][0] or 0)
+
     def shared_limits(self, session: int, tenant: str | None, until: int) -> Iterator[ActionRow]:
         """What was done to limits of the host, and of a tenant if one is named, while one fleet was open."""
         query = (
@@ -282,6 +314,18 @@ class JournalReader:
         most = (1 << 63) - 1
         values = (-1 if since is None else since, most if until is None else until)
         return self._made(query, values, self._state)
+
+    def lives(self, session: int) -> Iterator[StateRow]:
+        """The states of all VMs of one fleet, in the order of their time."""
+        return self._made("SELECT * FROM states WHERE session = ? ORDER BY time, rowid", (session,), self._state)
+
+    def limits_set(self, session: int) -> Iterator[ActionRow]:
+        """The limits that one fleet and its VMs began with, and those that callers set."""
+        query = (
+            f"SELECT {ACTION_COLUMNS} FROM actions WHERE session = ? AND kind = 'SetLimit' AND outcome = 'done' "
+            "AND policy IS NULL ORDER BY time, id"
+        )
+        return self._made(query, (session,), self._action)
 
     def moments(self, *, since: int | None = None, until: int | None = None) -> Iterator[tuple[int, int, float]]:
         """Session, time and interval of the aggregates, each once, in the order of their time."""

@@ -6,6 +6,7 @@ nothing else (https://www.sqlite.org/wal.html). All times are nanoseconds since 
 
 from __future__ import annotations
 
+import errno
 import os
 import sqlite3
 from collections.abc import Callable, Sequence
@@ -72,9 +73,15 @@ CREATE INDEX vcpus_by_time ON vcpus (time);
 CREATE INDEX vcpus_by_vm ON vcpus (vm, time);
 """
 
+_THIRD: Final = """
+ALTER TABLE aggregates ADD COLUMN throttled_by TEXT;
+CREATE TABLE removed (name TEXT PRIMARY KEY, until INTEGER NOT NULL);
+"""
+
 _MIGRATIONS: Final[Sequence[Callable[[sqlite3.Connection], object]]] = (
     lambda connection: _run(connection, _FIRST),
     lambda connection: _run(connection, _SECOND),
+    lambda connection: _run(connection, _THIRD),
 )
 """What makes version n + 1 of version n. Append, never change: files of every version are out there."""
 
@@ -88,10 +95,13 @@ def _run(connection: sqlite3.Connection, script: str) -> None:
 
 
 def _mode(path: Path) -> str:
-    """How to open a file to read it. Readers of a file in WAL mode share memory in a file beside it; where that can't
-    be made, one that was put away in good order is opened as a file that nobody writes."""
-    log = path.with_name(f"{path.name}-wal")
-    return "mode=ro" if os.access(path.parent, os.W_OK) or log.exists() else "mode=ro&immutable=1"
+    """How to open a file to read it. Readers of a file in WAL mode share memory in files beside it, which the last one
+    to close the file removes if it may write; a reader that may not would leave them. So one that may opens the file as
+    if to write (and `connect` forbids that it does); else a file that was put away in good order is opened as one that
+    nobody writes, which needs no files beside it."""
+    if os.access(path, os.W_OK) and os.access(path.parent, os.W_OK):
+        return "mode=rw"
+    return "mode=ro" if path.with_name(f"{path.name}-wal").exists() else "mode=ro&immutable=1"
 
 
 def connect(path: str | Path, *, readonly: bool) -> sqlite3.Connection:
@@ -106,6 +116,8 @@ def connect(path: str | Path, *, readonly: bool) -> sqlite3.Connection:
             raise JournalError(
                 f"{path}: no such journal; a fleet writes one if it is opened with journal=Journal({str(path)!r})"
             )
+        if path.is_dir():
+            raise JournalError(f"{path}: {os.strerror(errno.EISDIR)}")
         uri = f"{path.resolve().as_uri()}?{_mode(path.resolve()) if readonly else 'mode=rwc'}"
         connection = sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
     except (sqlite3.Error, OSError) as error:
@@ -114,7 +126,10 @@ def connect(path: str | Path, *, readonly: bool) -> sqlite3.Connection:
         raise JournalError(f"{path}: can't be opened ({error}); is its folder there, and may it be written?") from error
     connection.row_factory = sqlite3.Row
     try:
+        if readonly:
+            connection.execute("PRAGMA query_only = ON")
         version = int(connection.execute("PRAGMA user_version").fetchone()[0])
+        tables = int(connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0])
         application = int(connection.execute("PRAGMA application_id").fetchone()[0])
     except sqlite3.Error as error:
         connection.close()
@@ -124,7 +139,7 @@ def connect(path: str | Path, *, readonly: bool) -> sqlite3.Connection:
                 "folder can't be written: copy both files to one that can"
             ) from error
         raise JournalError(f"{path}: no journal ({error}); choose another file") from error
-    if version and application != APPLICATION:
+    if (version or tables) and application != APPLICATION:
         connection.close()
         raise JournalError(f"{path}: a database, but no journal of orchestra's; choose another file")
     if version > VERSION:
@@ -154,6 +169,8 @@ def upgrade(path: str | Path) -> tuple[int, int]:
     connection = connect(path, readonly=False)
     try:
         before = int(connection.execute("PRAGMA user_version").fetchone()[0])
+        if not before:
+            raise JournalError(f"{path}: empty: no fleet has written to it yet")
         prepare(connection)
     except sqlite3.Error as error:
         raise JournalError(f"{path}: can't be upgraded ({error})") from error
@@ -166,9 +183,6 @@ def prepare(connection: sqlite3.Connection) -> None:
     """Bring a file that may be written to the version of today, in one transaction."""
     version = int(connection.execute("PRAGMA user_version").fetchone()[0])
     if not version:
-        tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-        if tables:
-            raise JournalError("a database, but no journal of orchestra's; choose another file")
         connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # only before the first table; pruning gives pages back
     connection.execute("PRAGMA journal_mode = WAL")
     # A commit is safe against the death of the process; against that of the host up to the last checkpoint.

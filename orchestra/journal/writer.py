@@ -48,7 +48,7 @@ _INSERTS: Final = {
     "actions": "INSERT INTO actions (session, time, kind, vm, tenant, policy, outcome, error, reason, evidence, "
     "details) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
     "states": "INSERT INTO states VALUES (?, ?, ?, ?, ?, ?, ?)",
-    "aggregates": "INSERT INTO aggregates VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+    "aggregates": "INSERT INTO aggregates VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
     "vcpus": "INSERT INTO vcpus VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
     "hosts": "INSERT INTO hosts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
     "profiles": "INSERT INTO profiles VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -179,32 +179,31 @@ class Journal:
         self._put("states", (self._session, now + self._offset, vm, launch, tenant, state, reason))
 
     def aggregate(self, facts: Facts) -> None:
-        """What the VMs did in an interval, and how the host was."""
+        """What the VMs did in an interval, and how the host was: all of it is kept or, where too much waits, nothing.
+        Half of it would read as if the other half of the VMs had done nothing."""
         time = facts.time + self._offset
+        rows: list[tuple[str, tuple[Any, ...]]] = []
         for vm in facts.vms.values():
             row = (vm.name, vm.launch, vm.tenant, vm.weight, vm.vcpus, vm.bus_locks, vm.exits, vm.throttled)
             absent = (vm.cpu, vm.run_delay, vm.capped, vm.work, vm.dirty_pages)  # what may be
-            self._put("aggregates", (self._session, time, facts.interval, *row, *absent, _json(vm.by_reason)))
+            parts = (_json(vm.by_reason), _json(vm.throttled_by))
+            rows.append(("aggregates", (self._session, time, facts.interval, *row, *absent, *parts)))
             if vm.vcpus > 1:
                 for vcpu in vm.by_vcpu:
                     what = (vcpu.index, vcpu.bus_locks, vcpu.exits, vcpu.throttled, vcpu.cpu, vcpu.run_delay)
-                    self._put("vcpus", (self._session, time, facts.interval, vm.name, vm.launch, *what, vcpu.capped))
+                    of = (self._session, time, facts.interval, vm.name, vm.launch)
+                    rows.append(("vcpus", (*of, *what, vcpu.capped)))
         host = facts.host
         pressures = (host.cpu_pressure, host.memory_pressure, host.io_pressure)
         rate, exit_rate = (None if limit is None else limit.rate for limit in (facts.limit, facts.exit_limit))
-        told, self._absent = self._absent, dict(host.absent)
-        self._put(
-            "hosts",
-            (
-                *(self._session, time, facts.interval, host.cpus, *pressures, host.lock_ns, host.memory_ns, rate),
-                *(
-                    exit_rate,
-                    host.llc_bytes,
-                    host.memory_bandwidth,
-                    None if self._absent == told else _json(host.absent),
-                ),
-            ),
-        )
+        was = (self._session, time, facts.interval, host.cpus, *pressures, host.lock_ns, host.memory_ns)
+        missing = None if dict(host.absent) == self._absent else _json(host.absent)
+        rows.append(("hosts", (*was, rate, exit_rate, host.llc_bytes, host.memory_bandwidth, missing)))
+        if len(self._queue) + len(rows) > QUEUE:
+            self._dropped += len(rows)
+            return
+        self._absent = dict(host.absent)
+        self._queue += rows
 
     def profile(self, now: int, vm: str, launch: int, rows: Iterable[Sample]) -> None:
         """Bus locks that were sampled."""
@@ -334,9 +333,25 @@ class Journal:
     def _forget(self, connection: sqlite3.Connection) -> None:
         """Remove what is too old."""
         oldest = time.time_ns() - self._keep_ns
-        removed = [connection.execute(f"DELETE FROM {table} WHERE time < ?", (oldest,)).rowcount for table in _INSERTS]
+        removed = [self._remove(connection, table, "time <= ?", oldest, oldest) for table in _INSERTS]
         if any(removed):
             self._give_back(connection)
+
+    def _remove(self, connection: sqlite3.Connection, table: str, which: str, value: int, until: int) -> int:
+        """Remove rows, the last of which is of the time `until`, and note that: else it would look as if there had been
+        none. How many there were."""
+        connection.execute("BEGIN")
+        try:
+            count = connection.execute(f"DELETE FROM {table} WHERE {which}", (value,)).rowcount
+            if count:
+                note = "INSERT INTO removed VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET until = max(until, ?)"
+                connection.execute(note, (table, until, until))
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+        return count
 
     def _shrink(self, connection: sqlite3.Connection) -> None:
         """While the file is too large, remove the oldest of what there is most of."""
@@ -355,9 +370,9 @@ class Journal:
             if counts[table] < 2:
                 break
             going = min(PRUNED_ROWS, counts[table] // 2)
-            connection.execute(
-                f"DELETE FROM {table} WHERE rowid IN (SELECT rowid FROM {table} ORDER BY time LIMIT ?)", (going,)
-            )
+            order = f"FROM {table} ORDER BY time LIMIT"
+            last = int(connection.execute(f"SELECT time {order} 1 OFFSET ?", (going - 1,)).fetchone()[0])
+            self._remove(connection, table, f"rowid IN (SELECT rowid {order} ?)", going, last)
             removed = True
         if removed or pages * page > most:
             self._give_back(connection)

@@ -9,9 +9,16 @@ from cffi import FFI
 HERE = Path(__file__).parent
 SOURCES = [
     "bucket.c",
+    "gate.c",
     "ring.c",
     "vcpu.c",
     "signal.c",
+    "bus.c",
+    "access.c",
+    "console.c",
+    "interrupts.c",
+    "ports.c",
+    "uart.c",
     "kvm.c",
     "build.c",
     "cap.c",

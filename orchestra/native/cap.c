@@ -133,49 +133,52 @@ static struct orc_capper *start(void)
 	return capper;
 }
 
-static struct orc_cap **find(struct orc_capper *capper, const orc_vcpu *v)
+static void lift(struct orc_capper *capper, struct orc_cap *c)
 {
 	struct orc_cap **at = &capper->caps;
 
-	while (*at && (*at)->v != v)
+	while (*at != c)
 		at = &(*at)->next;
-	return at;
+	*at = c->next;
+	if (c->held)
+		orc_vcpu_command(c->v, 0, ORC_CAP);
+	c->v->cap = NULL;
+	free(c);
+}
+
+static struct orc_cap *add(struct orc_capper *capper, orc_vcpu *v, double share)
+{
+	struct orc_cap *c = calloc(1, sizeof *c);
+
+	if (!c)
+		return NULL;
+	c->v = v;
+	c->used = cpu_time(v);
+	c->used = c->used < 0 ? 0 : c->used;
+	c->quota = (orc_ns)(share * PERIOD);
+	c->next = capper->caps;
+	capper->caps = c;
+	v->cap = c;
+	return c;
 }
 
 int orc_vcpu_cap(orc_vcpu *v, double share)
 {
 	orc_fleet *f = v->fleet;
-	struct orc_cap **at, *c;
 	int rc = 0;
 
-	if (!f->capper && share >= 1)
+	/* By what is the vCPU's own: one whose set-up fails is freed by whoever made it, while the owner may start the capper. */
+	if (share >= 1 && !v->cap)
 		return 0;
 	if (!f->capper && !(f->capper = start()))
 		return -EAGAIN;
 	pthread_mutex_lock(&f->capper->lock);
-	at = find(f->capper, v);
-	c = *at;
-	if (share >= 1) {
-		if (c) {
-			*at = c->next;
-			if (c->held)
-				orc_vcpu_command(v, 0, ORC_CAP);
-			free(c);
-		}
-	} else {
-		if (!c && (c = calloc(1, sizeof *c))) {
-			c->v = v;
-			c->used = cpu_time(v);
-			c->used = c->used < 0 ? 0 : c->used;
-			c->next = f->capper->caps;
-			f->capper->caps = c;
-			c->quota = (orc_ns)(share * PERIOD);
-		}
-		if (c)
-			c->share = share;
-		else
-			rc = -ENOMEM;
-	}
+	if (share >= 1)
+		lift(f->capper, v->cap);
+	else if (v->cap || add(f->capper, v, share))
+		v->cap->share = share;
+	else
+		rc = -ENOMEM;
 	pthread_cond_signal(&f->capper->more);
 	pthread_mutex_unlock(&f->capper->lock);
 	return rc;

@@ -5,18 +5,21 @@
 typedef struct orc_bucket orc_bucket;
 typedef struct orc_fleet orc_fleet;
 typedef struct orc_vcpu orc_vcpu;
-typedef struct orc_ports orc_ports;
-enum { ORC_REASONS, ORC_LEVELS, ORC_METERS, ORC_BUS_LOCKS, ORC_EXITS, ORC_TOLD_BUS_LOCK, ... };
+typedef struct orc_bus orc_bus;
+typedef struct orc_device orc_device;
+enum { ORC_REASONS, ORC_LEVELS, ORC_METERS, ORC_BUS_LOCKS, ORC_EXITS, ORC_ANSWERS, ORC_TOLD_BUS_LOCK, ... };
 enum { ORC_STOP, ORC_PAUSE, ORC_CALL, ORC_HOLD, ORC_CAP, ... };
-enum orc_why { ORC_EXIT, ORC_IO, ORC_MMIO, ORC_COMMAND, ORC_ERROR, ... };
+enum orc_why { ORC_EXIT, ORC_IO, ORC_MMIO, ORC_COMMAND, ORC_ERROR, ORC_ANSWERED, ... };
 #define ORC_NEVER ...
 
 orc_bucket *orc_bucket_new(void);
 void orc_bucket_free(orc_bucket *);
 void orc_bucket_set(orc_bucket *, double rate, double burst, int64_t max_delay, int64_t now);
 bool orc_bucket_limited(const orc_bucket *);
-struct orc_ticket { int64_t number; int64_t charged; };
+struct orc_ticket { int64_t number; int64_t charged; int64_t waits; };
 bool orc_bucket_charge(orc_bucket *, int64_t now, struct orc_ticket *out);
+bool orc_bucket_charge_many(orc_bucket *, uint64_t n, int64_t now, struct orc_ticket *out);
+void orc_bucket_leave(orc_bucket *, struct orc_ticket *);
 void orc_bucket_turn(const orc_bucket *, const struct orc_ticket *, int64_t *by_tokens, int64_t *by_delay);
 
 struct orc_record {
@@ -33,17 +36,21 @@ void orc_fleet_free(orc_fleet *);
 int orc_fleet_eventfd(const orc_fleet *);
 bool orc_fleet_sleep(orc_fleet *);
 size_t orc_fleet_drain(orc_fleet *, struct orc_record *out, size_t most);
+size_t orc_vcpu_drain(orc_vcpu *, struct orc_record *out, size_t most);
+void orc_fleet_look(orc_fleet *);
 size_t orc_fleet_active(orc_fleet *, uint32_t *out, size_t most);
 void orc_fleet_limits_changed(orc_fleet *);
 void orc_fleet_urgent(orc_fleet *, bool begins);
 
 orc_vcpu *orc_vcpu_new(orc_fleet *, uint32_t id, uint32_t ring_records);
 void orc_vcpu_free(orc_vcpu *);
+void orc_vcpu_unbind(orc_vcpu *);
 void orc_vcpu_set_bucket(orc_vcpu *, int meter, int level, orc_bucket *);
 void orc_vcpu_set_buckets(orc_vcpu *, orc_bucket *const buckets[]);
-bool orc_vcpu_pending(const orc_vcpu *);
 void orc_vcpu_hold(orc_vcpu *);
 int orc_vcpu_tell(orc_vcpu *, uint64_t mask);
+void orc_vcpu_weigh(orc_vcpu *, uint32_t accesses);
+void orc_vcpu_answered(orc_vcpu *, uint32_t accesses, int64_t now);
 int64_t orc_vcpu_account(orc_vcpu *, struct orc_record *, int64_t now);
 int64_t orc_vcpu_turn(const orc_vcpu *);
 void orc_vcpu_wait_begin(orc_vcpu *, int64_t now);
@@ -59,11 +66,12 @@ void orc_vcpu_detach(orc_vcpu *);
 
 struct orc_counters {
 	uint64_t exits[...];
-	uint64_t bus_locks, capped, throttled, waits, released, missed, kicks, unclaimed;
+	uint64_t bus_locks, capped, throttled, waits, released, missed, kicks, unclaimed, answers;
+	uint64_t held[...];
 	int64_t throttled_since;
 };
 void orc_vcpu_counters(const orc_vcpu *, struct orc_counters *out, int64_t now);
-struct orc_sums { uint64_t bus_locks, throttled; };
+struct orc_sums { uint64_t bus_locks, throttled, answers; uint64_t held[...]; };
 struct orc_more { uint32_t reason; uint64_t exits; };
 int orc_vcpu_look(const orc_vcpu *, struct orc_sums *out, uint64_t *seen, struct orc_more *more, int64_t now);
 int64_t orc_now(void);
@@ -82,13 +90,49 @@ int orc_vcpu_cap(orc_vcpu *, double share);
 int orc_signal_install(void);
 int orc_signal_number(void);
 
-orc_ports *orc_ports_new(void);
-void orc_ports_free(orc_ports *);
-void orc_ports_claim(orc_ports *, uint32_t first, uint32_t count, bool claimed);
-struct orc_access { uint64_t address; uint32_t size, count, write; uint8_t *data; };
-void orc_vcpu_bind_kvm(orc_vcpu *, int fd, struct kvm_run *, orc_ports *, bool sync_regs);
-enum orc_why orc_kvm_run(orc_vcpu *);
+enum { ORC_CHUNK, ... };
+struct orc_access { uint64_t address, offset, claim; uint32_t size, count, write; uint8_t *data; };
+bool orc_device_answer(orc_device *, uint64_t offset, uint32_t size, uint32_t count, bool write, void *data);
+void orc_device_free(orc_device *);
+struct orc_claim { uint64_t start, last, version; orc_device *device; };
+orc_bus *orc_bus_new(void);
+void orc_bus_free(orc_bus *);
+int orc_bus_replace(orc_bus *, const struct orc_claim *, size_t n);
+uint64_t orc_bus_find(orc_bus *, uint64_t address);
+size_t orc_bus_tables(orc_bus *);
+void orc_vcpu_set_buses(orc_vcpu *, orc_bus *ports, orc_bus *mmio);
+enum orc_why orc_access_begin(orc_vcpu *, enum orc_why bus, uint64_t address, uint32_t size, uint32_t count, bool write, void *data);
 struct orc_access *orc_vcpu_access(orc_vcpu *);
+bool orc_access_next(orc_vcpu *);
+enum orc_why orc_access_up(orc_vcpu *);
+void orc_access_abandon(orc_vcpu *);
+
+enum { ORC_CONSOLE_KEPT, ... };
+typedef struct orc_console orc_console;
+orc_console *orc_console_new(void);
+void orc_console_free(orc_console *);
+bool orc_console_put(orc_console *, const uint8_t *, size_t);
+uint64_t orc_console_total(orc_console *);
+size_t orc_console_copy(orc_console *, uint64_t *position, uint8_t *out, size_t room);
+bool orc_console_want(orc_console *, uint64_t position);
+size_t orc_fleet_talking(orc_fleet *, uint32_t *out, size_t most);
+orc_device *orc_debug_console_new(orc_console *, uint8_t detected);
+orc_device *orc_exit_port_new(void);
+typedef struct orc_interrupts orc_interrupts;
+orc_interrupts *orc_interrupts_new(int vm);
+void orc_interrupts_free(orc_interrupts *);
+int orc_interrupts_set(orc_interrupts *, uint32_t gsi, bool level);
+void orc_interrupts_close(orc_interrupts *);
+typedef struct orc_uart orc_uart;
+typedef void (*orc_uart_output)(void *to, orc_vcpu *by, const uint8_t *, size_t);
+typedef void (*orc_uart_interrupt)(void *line, bool level);
+orc_uart *orc_uart_new(orc_uart_output, void *to, orc_uart_interrupt, void *line);
+orc_uart *orc_serial_new(orc_console *, orc_interrupts *, uint32_t gsi);
+orc_device *orc_uart_device(orc_uart *);
+size_t orc_uart_receive(orc_uart *, const uint8_t *, size_t);
+
+void orc_vcpu_bind_kvm(orc_vcpu *, int fd, struct kvm_run *, bool sync_regs);
+enum orc_why orc_kvm_run(orc_vcpu *);
 struct orc_record *orc_vcpu_record(orc_vcpu *);
 int orc_vcpu_errno(const orc_vcpu *);
 
@@ -267,6 +311,7 @@ struct kvm_guest_debug { uint32_t control; struct kvm_guest_debug_arch arch; ...
 
 void *mmap(void *address, size_t length, int protection, int flags, int fd, long offset);
 int munmap(void *address, size_t length);
+int madvise(void *address, size_t length, int advice);
 
 /* ---- build.c (here, as it needs the kernel's structures) ---- */
 
@@ -315,7 +360,7 @@ orc_unicorn *orc_unicorn_load(const char *path, const struct orc_unicorn_numbers
 void orc_unicorn_free(orc_unicorn *);
 orc_emulator *orc_emulator_new(const orc_unicorn *, const struct kvm_userspace_memory_region *, size_t regions, const struct orc_entry *, const char **failed);
 void orc_emulator_free(orc_emulator *);
-void orc_vcpu_bind_emulator(orc_vcpu *, orc_emulator *, orc_ports *, bool trap_like, bool bus_locks);
+void orc_vcpu_bind_emulator(orc_vcpu *, orc_emulator *, bool trap_like, bool bus_locks);
 enum orc_why orc_emulator_run(orc_vcpu *);
 const char *orc_emulator_failed(const orc_emulator *);
 void orc_emulator_registers(orc_emulator *, struct kvm_regs *);

@@ -4,6 +4,8 @@
 
 #include "orc.h"
 
+enum { ORC_TENANT = 1, ORC_VM = 2 }; /* levels of buckets */
+
 struct orc_ring {
 	/* Producer and consumer index on cache lines of their own, so that neither invalidates the other's. */
 	_Alignas(ORC_CACHE_LINE) _Atomic uint32_t head; /* next to write: runner */
@@ -21,27 +23,75 @@ struct orc_stack {
 	_Alignas(ORC_CACHE_LINE) _Atomic(struct orc_link *) top;
 };
 
+/* What those below a tenant's or a VM's bucket had of the interpreter, for gate.c. */
+struct orc_share {
+	_Atomic int64_t used;  /* ns, and at least what the others had when it came back */
+	_Atomic int64_t below; /* a tenant's: `used` of the VM of it that was let in last */
+};
+struct orc_share *orc_bucket_share(orc_bucket *);
+
+/* The way from the run loop into Python. An answer takes some microseconds, a part of a string some tens. */
+enum { ORC_PATIENCE = 1000 * 1000 };
+struct orc_gate {
+	_Alignas(ORC_CACHE_LINE) _Atomic(orc_vcpu *) holder;
+	_Atomic uint32_t waiting; /* how many */
+	_Atomic orc_ns since;     /* when the holder came in */
+	_Atomic int64_t now;      /* virtual time: `used` of the tenant that was let in last */
+	orc_ns patience;          /* how long its holder may stay before it is passed */
+	pthread_mutex_t lock;     /* of the list */
+	orc_vcpu *first;          /* those that wait, the last that came first */
+};
+
 struct orc_fleet {
 	struct orc_stack ready;  /* vCPUs with records */
 	struct orc_stack active; /* vCPUs that accounted an exit since the last look */
+	struct orc_stack talking; /* vCPUs that wrote to a console which somebody follows */
+	struct orc_stack throttled; /* vCPUs that wait for a turn, or have since the limits changed */
 	_Alignas(ORC_CACHE_LINE) _Atomic bool asleep;
 	int eventfd;
-	struct orc_link *draining, *activating; /* owner: taken from the stacks, not yet looked at */
-	pthread_mutex_t throttled_lock;
-	orc_vcpu *throttled; /* list of those that wait for a turn */
+	struct orc_link *draining, *activating, *hearing; /* owner: taken from the stacks, not yet looked at */
+	uint32_t dead; /* owner: vCPUs that were freed and are still on a list */
+	_Atomic uint32_t vcpus; /* that were not freed; any thread makes them */
 	/* Somebody waits for a vCPU to come out: emulated guests make way, until then at most. */
 	_Alignas(ORC_CACHE_LINE) _Atomic uint32_t urgent;
 	_Atomic uint32_t making_way; /* how many do */
 	_Atomic orc_ns urgent_until;
+	struct orc_gate gate;
 	struct orc_capper *capper; /* owner; NULL until the first cap */
+};
+
+/* One who looks up on a bus without a lock. */
+struct orc_reader {
+	orc_bus *bus;
+	struct orc_reader *next;                   /* bus->lock */
+	_Atomic(const struct orc_table *) reading; /* the runner's: not to be freed meanwhile */
+};
+
+/* The access that the guest waits for, as it made it; v->access is the piece of it that Python is to answer. Runner. */
+struct orc_io {
+	enum orc_why why; /* which bus: ORC_IO or ORC_MMIO */
+	bool open;        /* it is not answered yet */
+	bool write, nobody; /* a part of it found nobody */
+	orc_u64 address;
+	uint32_t size, count;
+	uint32_t done, byte; /* elements that are answered, and bytes of the next one */
+	uint8_t *data;
+};
+
+/* How long it has waited for turns, and since when it does now. */
+struct orc_wait {
+	_Atomic orc_u64 held[ORC_METERS * ORC_LEVELS]; /* ns, by the bucket whose turn was the last */
+	_Atomic orc_ns since;     /* since when it waits for the same bucket; 0: it does not */
+	_Atomic unsigned slowest; /* that bucket */
 };
 
 struct orc_vcpu {
 	orc_fleet *fleet;
 	uint32_t id;
-	struct orc_link ready, active;
+	struct orc_link ready, active, talking, throttled;
 	struct orc_ring ring;
-	orc_vcpu *throttled_next, **throttled_link; /* fleet->throttled_lock */
+	bool dead; /* owner */
+	struct orc_cap *cap; /* owner; NULL: it has none */
 
 	/* Set by the owner, read by the runner. */
 	_Alignas(ORC_CACHE_LINE) _Atomic uint32_t wakes; /* futex */
@@ -54,14 +104,20 @@ struct orc_vcpu {
 	_Alignas(ORC_CACHE_LINE) orc_bucket *bucket[ORC_METERS][ORC_LEVELS];
 	struct orc_ticket ticket[ORC_METERS][ORC_LEVELS];
 	bool charged[ORC_METERS];
+	uint32_t accesses; /* of the exit that is accounted next: orc_vcpu_weigh */
 	bool wait_counted;
 	bool waiting; /* a ticket is out whose turn had not come */
 	bool unfinished; /* the last exit is completed by the next KVM_RUN (I/O, MMIO, MSR, hypercall) */
+	bool gated;          /* it holds the gate, unless it was passed */
+	orc_ns gate_entered;
+	orc_vcpu *gate_next; /* fleet->gate.lock, and what follows */
+	bool gate_given;
 	int fd, error;
 	bool sync_regs;
 	struct kvm_run *run;
-	orc_ports *ports;
 	orc_emulator *emulator;
+	struct orc_reader on_ports, on_mmio;
+	struct orc_io io;
 	struct orc_access access;
 	struct orc_record record;
 
@@ -77,12 +133,21 @@ struct orc_vcpu {
 
 	/* Counters: one writer (the runner), so plain load and store, atomic only against torn reads. */
 	_Alignas(ORC_CACHE_LINE) _Atomic orc_u64 exits[ORC_REASONS];
-	_Atomic orc_u64 bus_locks, capped, throttled, waits, released, missed, kicks, unclaimed;
-	_Atomic orc_ns throttled_since;
-	_Atomic uint32_t wait_version; /* odd while the two above move from a wait to the sum */
+	_Atomic orc_u64 bus_locks, capped, waits, released, missed, kicks, unclaimed, answered;
+	struct orc_wait wait[2];
+	_Atomic uint32_t wait_version; /* the last bit says which of the two is in force */
 };
 
 #define ORC_CONTAINER(pointer, type, member) ((type *)((char *)(pointer) - offsetof(type, member)))
+
+/* It is on one of the fleet's lists: the owner's question about one whose runner has ended. */
+static inline bool orc_is_listed(orc_vcpu *v)
+{
+	return atomic_load_explicit(&v->ready.queued, memory_order_acquire) ||
+	       atomic_load_explicit(&v->active.queued, memory_order_acquire) ||
+	       atomic_load_explicit(&v->talking.queued, memory_order_acquire) ||
+	       atomic_load_explicit(&v->throttled.queued, memory_order_acquire);
+}
 
 static inline void orc_count(_Atomic orc_u64 *counter, orc_u64 n)
 {
@@ -124,12 +189,40 @@ static inline void orc_profile_lock(orc_vcpu *v, const struct orc_record *record
 		orc_profile_take(v, record, every);
 }
 
-bool orc_is_claimed(orc_ports *, unsigned port);
+/* Owner: the vCPU looks up no more. */
+void orc_leave_buses(orc_vcpu *);
+/* Runner: the table of its bus, which is not freed, nor are its devices, until it is let go. */
+const struct orc_table *orc_table_hold(struct orc_reader *);
+void orc_table_let_go(struct orc_reader *);
+/* Who claims an address. NULL: nobody. *last: where that ends, the last address of it. */
+const struct orc_claim *orc_table_find(const struct orc_table *, orc_u64 address, orc_u64 *last);
+/* Before the guest is entered: goes on with the access at hand, once its turn has come. As orc_access_begin. */
+enum orc_why orc_access_resume(orc_vcpu *);
+/* Runner, in a device: somebody waits for what was just written to the console of its VM. */
+void orc_talk(orc_vcpu *);
+/* Output of a device: kept, and announced if somebody waits for it. */
+void orc_console_say(orc_console *, orc_vcpu *by, const uint8_t *data, size_t size);
+int orc_signal_send(int thread); /* one of this process; 0 or a negative errno */
+/* As orc_vcpu_account. `tells`: what orc_tells said of this exit, asked once and before it was described: a subscription that
+ * comes in between would otherwise have a record told that describes another exit. */
+orc_ns orc_account(orc_vcpu *, struct orc_record *, orc_ns now, bool tells);
+/* Runner: back from Python, and up to it with an access to answer (ORC_IO, ORC_MMIO; all else just goes). */
+void orc_back(orc_vcpu *);
+enum orc_why orc_up(orc_vcpu *, enum orc_why);
+/* Runner: before it goes to Python to have an access answered, in its turn; and when it is back in C. */
+void orc_gate_enter(orc_vcpu *);
+void orc_gate_leave(orc_vcpu *); /* nothing if it did not enter */
+/* Until the word is not `seen` any more, or an absolute time; or sooner: the caller looks. */
+void orc_futex_wait_until(_Atomic uint32_t *word, uint32_t seen, orc_ns until);
+
 /* `data` into a record, as much of it as there is room. */
 void orc_take_data(struct orc_record *, const void *data, size_t size);
 void orc_ring_put(orc_vcpu *, const struct orc_record *);
 void orc_push(struct orc_stack *, struct orc_link *);
-void orc_forget(orc_fleet *, orc_vcpu *); /* owner: takes it off every list of the fleet */
+/* Owner: frees its memory, now or when it comes off the fleet's lists. All else of it is given back. */
+void orc_retire(orc_vcpu *);
+/* It waits for its turn. Of one that begins or ends to just now, either. */
+bool orc_vcpu_waits(orc_vcpu *);
 /* Runner: waits until its turn. False: a command or a kick ended the wait, and the tickets stay valid. */
 bool orc_wait_turn(orc_vcpu *);
 /* Runner, between two entries: waits for a cap; whether there is a command of another kind. */

@@ -6,10 +6,13 @@ and their fleet. All methods are for the fleet's thread unless they say otherwis
 
 from __future__ import annotations
 
+import errno
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntFlag
+from threading import Lock
 from typing import Any, Final
 
 import attrs
@@ -19,6 +22,7 @@ from ..spec import Limit, Meter
 from . import ffi, lib
 
 __all__ = [
+    "BUCKETS",
     "Bucket",
     "Command",
     "Counters",
@@ -30,7 +34,17 @@ __all__ = [
     "reason_name",
 ]
 
-METER_NUMBERS: Final = {Meter.BUS_LOCKS: int(lib.ORC_BUS_LOCKS), Meter.EXITS: int(lib.ORC_EXITS)}
+METER_NUMBERS: Final = {
+    Meter.BUS_LOCKS: int(lib.ORC_BUS_LOCKS),
+    Meter.EXITS: int(lib.ORC_EXITS),
+    Meter.ANSWERS: int(lib.ORC_ANSWERS),
+}
+LEVELS: Final = ("host", "tenant", "vm", "vcpu")
+BUCKETS: Final = tuple(
+    f"{level}.{meter}" for meter in sorted(METER_NUMBERS, key=METER_NUMBERS.__getitem__) for level in LEVELS
+)
+"""What a vCPU may wait for, in the core's order: "host.bus_locks", ..., "vm.exits", ..."""
+
 RING_RECORDS: Final = 4096
 NEVER: Final = int(lib.ORC_NEVER)
 
@@ -62,17 +76,21 @@ def monotonic_ns() -> int:
 
 
 def install_signal() -> None:
-    """Install the empty handler of the kick's signal, the one thing that is global to the process.
+    """Install the empty handler of the kick's signal (SIGURG), the one thing that is global to the process.
 
     Raises:
-        ResourceLimit: the program already uses that signal.
+        ResourceLimit: the program already uses that signal, or may not send it.
     """
     result = lib.orc_signal_install()
     if result:
+        name = signal.Signals(lib.orc_signal_number()).name
         raise ResourceLimit(
             -result,
-            f"signal {lib.orc_signal_number()} (SIGRTMIN+5) has another handler in this process; orchestra kicks vCPU "
-            "threads with it: free it before the fleet is opened",
+            f"{name} has another handler in this process; orchestra kicks vCPU threads with it: free it before the "
+            "fleet is opened"
+            if result == -errno.EBUSY
+            else f"{name} can't be sent to a thread of this process: {os.strerror(-result)}: does a seccomp filter "
+            "forbid tgkill? orchestra kicks vCPU threads with it",
         )
 
 
@@ -108,6 +126,14 @@ class Bucket:
             delay = -1 if limit.max_delay is None else round(limit.max_delay * 1e9)
             lib.orc_bucket_set(self.handle, float(limit.rate), float(limit.tokens), delay, now)
 
+    def take(self, now: int) -> int:
+        """Take a token, in the order of those who come. When its turn is: `now` or before it, if that is at once."""
+        ticket, by_tokens, by_delay = ffi.new("struct orc_ticket *"), ffi.new("int64_t *"), ffi.new("int64_t *")
+        if not lib.orc_bucket_charge(self.handle, now, ticket):
+            return now
+        lib.orc_bucket_turn(self.handle, ticket, by_tokens, by_delay)
+        return int(min(by_tokens[0], by_delay[0]))
+
     def close(self) -> None:
         lib.orc_bucket_free(self.handle)
         self.handle = ffi.NULL
@@ -133,20 +159,33 @@ class FleetCore:
         self.sums: Any = ffi.new("struct orc_sums *")
         self.more: Any = ffi.new("struct orc_more[]", REASONS)
 
-    def drain(self) -> memoryview:
-        """The next batch of records, raw `struct orc_record`; empty if there are none. Valid until the next call."""
-        return self._buffer[: lib.orc_fleet_drain(self.handle, self._records, self.BATCH) * self._record_size]
+    def drain(self, core: VcpuCore | None = None, *, most: int = BATCH) -> memoryview:
+        """The next batch of records, raw `struct orc_record`; empty if there are none. Valid until the next call.
+
+        `core`: only its, whoever else has some; in the order in which it told them. `most`: so many at most.
+        """
+        if core is None:
+            count = lib.orc_fleet_drain(self.handle, self._records, most)
+        else:
+            count = lib.orc_vcpu_drain(core.handle, self._records, most)
+        return self._buffer[: count * self._record_size]
 
     def may_sleep(self) -> bool:
         """Before waiting for `eventfd`: False if records came meanwhile."""
         return bool(lib.orc_fleet_sleep(self.handle))
 
     def active(self) -> list[int]:
-        """Ids of the vCPUs that accounted an exit since the last call."""
+        """Ids of the vCPUs that accounted an exit since the last call, and before this one."""
         ids: list[int] = []
+        lib.orc_fleet_look(self.handle)
         while n := lib.orc_fleet_active(self.handle, self._ids, self.BATCH):
             ids += ffi.unpack(self._ids, n)
         return ids
+
+    def talking(self) -> list[int]:
+        """Ids of the vCPUs on whose console there is output that somebody waits for, at most `BATCH` of them."""
+        n = lib.orc_fleet_talking(self.handle, self._ids, self.BATCH)
+        return ffi.unpack(self._ids, n) if n else []
 
     def limits_changed(self) -> None:
         """Let whoever waits for a turn ask again."""
@@ -168,7 +207,8 @@ class FleetCore:
 
 @attrs.frozen
 class Counters:
-    """What a vCPU counted. Times in nanoseconds; `throttled_since` is None unless it waits for its turn now."""
+    """What a vCPU counted. Times in nanoseconds; `throttled_since` is None unless it waits for its turn now. `held`:
+    `throttled` by the bucket whose turn was the last, as `BUCKETS` has them."""
 
     exits: dict[str, int]
     bus_locks: int
@@ -179,7 +219,9 @@ class Counters:
     missed: int
     kicks: int
     unclaimed: int
+    answers: int
     throttled_since: int | None
+    held: tuple[int, ...]
 
 
 @attrs.frozen
@@ -210,12 +252,14 @@ class Sampled:
 class VcpuCore:
     """A vCPU as the core knows it: counters, tickets, commands, its part of the ring. The same for all backends."""
 
-    __slots__ = ("_seen", "fleet", "handle", "id")
+    __slots__ = ("_buses", "_open", "_seen", "fleet", "handle", "id")
 
     def __init__(self, fleet: FleetCore, id: int) -> None:
         self.fleet = fleet
         self.id = id
         self._seen: Any = ffi.new("uint64_t[]", REASONS)
+        self._buses: tuple[object, ...] = ()
+        self._open = Lock()  # against a wake that comes as it is closed
         self.handle: Any = lib.orc_vcpu_new(fleet.handle, id, RING_RECORDS)
         if self.handle == ffi.NULL:
             raise MemoryError("orc_vcpu_new")
@@ -225,9 +269,14 @@ class VcpuCore:
         lib.orc_vcpu_set_bucket(self.handle, METER_NUMBERS[meter], level, bucket.handle)
 
     def set_buckets(self, buckets: Sequence[Bucket | None]) -> None:
-        """Before it runs: those of bus locks for host, tenant, VM and vCPU, then those of exits."""
+        """Before it runs: those of the first `Meter` for host, tenant, VM and vCPU, then those of the next."""
         handles = [ffi.NULL if bucket is None else bucket.handle for bucket in buckets]
         lib.orc_vcpu_set_buckets(self.handle, ffi.new("orc_bucket *[]", handles))
+
+    def set_buses(self, ports: Any, mmio: Any) -> None:
+        """Before it runs: the core's tables of who answers its accesses (``orc_bus *``). On none, nobody does."""
+        self._buses = (ports, mmio)  # they must outlive it
+        lib.orc_vcpu_set_buses(self.handle, ports, mmio)
 
     def tell(self, mask: int) -> None:
         """Which exit reasons go to the ring. The first that does has it mapped.
@@ -240,10 +289,6 @@ class VcpuCore:
             raise ResourceLimit(
                 -result, f"ring of a vCPU: {os.strerror(-result)}: vm.max_map_count or memory is used up"
             )
-
-    def pending(self) -> bool:
-        """It has records that were not drained."""
-        return bool(lib.orc_vcpu_pending(self.handle))
 
     def hold(self) -> None:
         """Before it has a runner: `attach` will wait."""
@@ -273,9 +318,21 @@ class VcpuCore:
         """What to hand to an engine's `sleep`: read it before looking at what would make sleeping wrong. Any thread."""
         return int(lib.orc_vcpu_wakes(self.handle))
 
-    def wake(self) -> None:
-        """End `orc_vcpu_sleep` in the runner. Any thread."""
-        lib.orc_vcpu_wake(self.handle)
+    def wake(self) -> bool:
+        """End `orc_vcpu_sleep` in the runner. Any thread, also once it is closed: then it does nothing and is False."""
+        with self._open:
+            if self.handle == ffi.NULL:
+                return False
+            lib.orc_vcpu_wake(self.handle)
+            return True
+
+    def unbind(self) -> None:
+        """The runner has ended: let go of what an engine bound to it, which may then be unmapped, closed and freed.
+
+        Nothing looks at it from then on, the thread that caps CPUs included.
+        """
+        if self.handle != ffi.NULL:
+            lib.orc_vcpu_unbind(self.handle)
 
     def counters(self, now: int) -> Counters:
         raw = ffi.new("struct orc_counters *")
@@ -291,16 +348,19 @@ class VcpuCore:
             missed=int(raw.missed),
             kicks=int(raw.kicks),
             unclaimed=int(raw.unclaimed),
+            answers=int(raw.answers),
             throttled_since=int(raw.throttled_since) or None,
+            held=tuple(ffi.unpack(raw.held, len(BUCKETS))),
         )
 
-    def look(self, now: int) -> tuple[dict[int, int], int, int]:
+    def look(self, now: int) -> tuple[dict[int, int], int, list[int], int]:
         """What a policy tick needs: exits since this was asked last by the kernel's number of the reason (see
-        `REASON_NAMES`), and bus locks and throttled nanoseconds so far."""
+        `REASON_NAMES`), bus locks so far, the throttled nanoseconds so far by `BUCKETS`, and accesses answered by
+        Python so far."""
         sums, more = self.fleet.sums, self.fleet.more
         changed = lib.orc_vcpu_look(self.handle, sums, self._seen, more, now)
         exits = {int(more[i].reason): int(more[i].exits) for i in range(changed)}
-        return exits, int(sums.bus_locks), int(sums.throttled)
+        return exits, int(sums.bus_locks), ffi.unpack(sums.held, len(BUCKETS)), int(sums.answers)
 
     def sample(self, every: int) -> None:
         """Sample every so many bus locks, and the first; 0: none. At any time."""
@@ -333,5 +393,7 @@ class VcpuCore:
 
     def close(self) -> None:
         """The runner has ended."""
-        lib.orc_vcpu_free(self.handle)
-        self.handle = ffi.NULL
+        with self._open:
+            handle, self.handle = self.handle, ffi.NULL
+        lib.orc_vcpu_free(handle)
+        self._buses = ()

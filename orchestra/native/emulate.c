@@ -27,12 +27,11 @@
  */
 #include "emulate.h"
 
-void orc_vcpu_bind_emulator(orc_vcpu *v, orc_emulator *e, orc_ports *ports, bool trap_like, bool bus_locks)
+void orc_vcpu_bind_emulator(orc_vcpu *v, orc_emulator *e, bool trap_like, bool bus_locks)
 {
 	v->emulator = e;
 	v->witness = &orc_emulator_witness;
 	e->v = v;
-	e->ports = ports;
 	e->trap_like = trap_like;
 	e->bus_locks = bus_locks;
 }
@@ -220,13 +219,15 @@ static enum orc_why raised(struct orc_emulator *e)
 	return orc_exit_exception(e, vector);
 }
 
-enum orc_why orc_emulator_run(orc_vcpu *v)
+static enum orc_why run_guest(orc_vcpu *v)
 {
 	struct orc_emulator *e = v->emulator;
 
 	for (;;) {
 		enum orc_why (*pending)(struct orc_emulator *) = e->pending, why;
 
+		if (v->io.open && (why = orc_access_resume(v)) != ORC_ANSWERED)
+			return why;
 		if (!pending)
 			orc_lock_settle(e);
 		if (atomic_load_explicit(&v->commands, memory_order_seq_cst)) {
@@ -250,4 +251,10 @@ enum orc_why orc_emulator_run(orc_vcpu *v)
 		if (why != ORC_COMMAND)
 			return why;
 	}
+}
+
+enum orc_why orc_emulator_run(orc_vcpu *v)
+{
+	orc_back(v);
+	return orc_up(v, run_guest(v));
 }

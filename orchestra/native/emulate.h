@@ -125,7 +125,6 @@ struct orc_emulator {
 	const struct orc_unicorn *u;
 	uc_engine *uc;
 	orc_vcpu *v;
-	orc_ports *ports;
 	bool trap_like, bus_locks;
 	void *context;  /* the CPU's state when it was looked at last */
 	void *rollback; /* and one to go back to */
@@ -304,6 +303,9 @@ enum orc_why orc_replay_touched(struct orc_emulator *);
 struct orc_record *orc_exit_blank(struct orc_emulator *);
 void orc_exit_account(struct orc_emulator *, unsigned reason);
 void orc_exit_account_lock(struct orc_emulator *, unsigned reason, uint64_t rip);
+/* Answers an access that was accounted, to or from `data`. ORC_COMMAND: all of it, and the guest need not stop. */
+enum orc_why orc_exit_answer(struct orc_emulator *, enum orc_why bus, uint64_t address, uint32_t size, uint32_t count,
+			     bool write);
 /* Each accounts an exit, and gives back that it is one. */
 enum orc_why orc_exit_halted(struct orc_emulator *);
 enum orc_why orc_exit_stepped(struct orc_emulator *);

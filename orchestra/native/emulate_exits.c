@@ -33,6 +33,14 @@ void orc_exit_account_lock(struct orc_emulator *e, unsigned reason, uint64_t rip
 	account(e, reason, KVM_RUN_X86_BUS_LOCK, rip, true);
 }
 
+enum orc_why orc_exit_answer(struct orc_emulator *e, enum orc_why bus, uint64_t address, uint32_t size, uint32_t count,
+			     bool write)
+{
+	enum orc_why why = orc_access_begin(e->v, bus, address, size, count, write, e->data);
+
+	return why == ORC_ANSWERED ? ORC_COMMAND : why;
+}
+
 static enum orc_why tell(struct orc_emulator *e, unsigned reason)
 {
 	orc_exit_account(e, reason);

@@ -157,10 +157,9 @@ static enum orc_why finish_ins(struct orc_emulator *e)
 	return ORC_COMMAND;
 }
 
-/* Tells of the access. Nobody claimed the port: the guest need not stop. */
+/* Tells of the access. Unless Python is to answer, the guest need not stop. */
 static enum orc_why tell(struct orc_emulator *e, bool write, uint32_t count)
 {
-	orc_vcpu *v = e->v;
 	const struct orc_insn *insn = &e->met.insn;
 	uint32_t port = port_of(e, insn);
 	struct orc_record *record = orc_exit_blank(e);
@@ -171,15 +170,9 @@ static enum orc_why tell(struct orc_emulator *e, bool write, uint32_t count)
 	record->arg[3] = write;
 	if (write)
 		orc_take_data(record, e->data, insn->size);
+	orc_vcpu_weigh(e->v, count);
 	orc_exit_account(e, KVM_EXIT_IO);
-	if (!orc_is_claimed(e->ports, port)) {
-		orc_count(&v->unclaimed, 1);
-		if (!write)
-			memset(e->data, 0xff, (size_t)insn->size * count);
-		return ORC_COMMAND;
-	}
-	v->access = (struct orc_access){.address = port, .size = insn->size, .count = count, .write = write, .data = e->data};
-	return ORC_IO;
+	return orc_exit_answer(e, ORC_IO, port, insn->size, count, write);
 }
 
 enum orc_why orc_port_io(struct orc_emulator *e)

@@ -18,7 +18,7 @@ static void settle(struct orc_emulator *e)
 	orc_attempt_end(e);
 }
 
-/* The record and the access; the caller accounts it. */
+/* The record, and the data of the access; the caller accounts it. */
 static void describe(struct orc_emulator *e, const struct orc_touch *t)
 {
 	struct orc_record *record = orc_exit_blank(e);
@@ -29,8 +29,11 @@ static void describe(struct orc_emulator *e, const struct orc_touch *t)
 	memcpy(e->data, &t->value, sizeof t->value);
 	if (t->write)
 		orc_take_data(record, e->data, t->size);
-	e->v->access = (struct orc_access){.address = t->address, .size = t->size, .count = 1, .write = t->write,
-					   .data = e->data};
+}
+
+static enum orc_why answer(struct orc_emulator *e, const struct orc_touch *t)
+{
+	return orc_exit_answer(e, ORC_MMIO, t->address, t->size, 1, t->write);
 }
 
 static enum orc_why ask(struct orc_emulator *e)
@@ -45,7 +48,7 @@ static enum orc_why ask(struct orc_emulator *e)
 	describe(e, &r->answers[r->answered]);
 	orc_exit_account(e, KVM_EXIT_MMIO);
 	e->pending = take_answer;
-	return ORC_MMIO;
+	return answer(e, &r->answers[r->answered]);
 }
 
 /* The next write of the instruction, or the end of it. */
@@ -61,7 +64,7 @@ static enum orc_why deliver(struct orc_emulator *e)
 		else
 			orc_exit_account(e, KVM_EXIT_MMIO);
 		e->pending = deliver;
-		return ORC_MMIO;
+		return answer(e, &e->attempt.writes[n]);
 	}
 	if (lock != NOWHERE)
 		orc_lock_count(e, lock);

@@ -5,39 +5,6 @@
 
 #include "core.h"
 
-/* ---- claimed ports -------------------------------------------------------------------------------------------- */
-
-struct orc_ports {
-	_Atomic uint8_t claimed[65536 / 8]; /* changed by the owner while runners read */
-};
-
-orc_ports *orc_ports_new(void)
-{
-	return calloc(1, sizeof(orc_ports));
-}
-
-void orc_ports_free(orc_ports *p)
-{
-	free(p);
-}
-
-void orc_ports_claim(orc_ports *p, uint32_t first, uint32_t count, bool claimed)
-{
-	for (uint32_t port = first; port < first + count && port < 65536; port++) {
-		uint8_t bit = (uint8_t)(1u << (port & 7));
-
-		if (claimed)
-			atomic_fetch_or(&p->claimed[port >> 3], bit);
-		else
-			atomic_fetch_and(&p->claimed[port >> 3], (uint8_t)~bit);
-	}
-}
-
-bool orc_is_claimed(orc_ports *p, unsigned port)
-{
-	return atomic_load_explicit(&p->claimed[port >> 3], memory_order_relaxed) & (1u << (port & 7));
-}
-
 /* ---- ioctls --------------------------------------------------------------------------------------------------- */
 
 long orc_ioctl(int fd, unsigned long request, void *argument)
@@ -58,11 +25,10 @@ long orc_ioctl_value(int fd, unsigned long request, unsigned long argument)
 
 /* ---- the run loop --------------------------------------------------------------------------------------------- */
 
-void orc_vcpu_bind_kvm(orc_vcpu *v, int fd, struct kvm_run *run, orc_ports *ports, bool sync_regs)
+void orc_vcpu_bind_kvm(orc_vcpu *v, int fd, struct kvm_run *run, bool sync_regs)
 {
 	v->fd = fd;
 	v->run = run;
-	v->ports = ports;
 	v->sync_regs = sync_regs;
 	v->witness = &orc_kvm_witness;
 }
@@ -188,33 +154,30 @@ static bool finishes_on_entry(unsigned reason)
 	       reason == KVM_EXIT_XEN;
 }
 
-static enum orc_why port_io(orc_vcpu *v)
+/* The guest's access, if this exit is one. ORC_ANSWERED: it may go on. */
+static enum orc_why answer(orc_vcpu *v)
 {
 	struct kvm_run *run = v->run;
-	uint8_t *data = (uint8_t *)run + run->io.data_offset;
 
-	if (!orc_is_claimed(v->ports, run->io.port)) {
-		orc_count(&v->unclaimed, 1);
-		/* Nobody drives the bus: it reads as ones. */
-		if (run->io.direction == KVM_EXIT_IO_IN)
-			memset(data, 0xff, (size_t)run->io.size * run->io.count);
-		return ORC_EXIT;
-	}
-	v->access = (struct orc_access){.address = run->io.port, .size = run->io.size, .count = run->io.count,
-					.write = run->io.direction == KVM_EXIT_IO_OUT, .data = data};
-	return ORC_IO;
+	if (run->exit_reason == KVM_EXIT_IO)
+		return orc_access_begin(v, ORC_IO, run->io.port, run->io.size, run->io.count,
+					run->io.direction == KVM_EXIT_IO_OUT, (char *)run + run->io.data_offset);
+	return orc_access_begin(v, ORC_MMIO, run->mmio.phys_addr, run->mmio.len, 1, run->mmio.is_write, run->mmio.data);
 }
 
-enum orc_why orc_kvm_run(orc_vcpu *v)
+static enum orc_why run_guest(orc_vcpu *v)
 {
 	struct kvm_run *run = v->run;
 
 	for (;;) {
+		enum orc_why why;
 		orc_u64 told;
 		unsigned reason;
-		bool described;
+		bool tells;
 		int rc;
 
+		if (v->io.open && (why = orc_access_resume(v)) != ORC_ANSWERED)
+			return why;
 		if (atomic_load_explicit(&v->commands, memory_order_seq_cst)) {
 			if (!v->unfinished) {
 				if (orc_commanded(v))
@@ -249,19 +212,21 @@ enum orc_why orc_kvm_run(orc_vcpu *v)
 				return ORC_ERROR;
 			name(&v->record, run, 0);
 			describe(&v->record, run);
-			orc_vcpu_account(v, &v->record, orc_now());
+			orc_vcpu_account(v, &v->record, orc_now()); /* described whoever listens */
 			return ORC_EXIT;
 		}
 
 		reason = run->exit_reason;
 		name(&v->record, run, run->flags);
-		described = orc_tells(v, reason, run->flags);
-		if (described) {
+		tells = orc_tells(v, reason, run->flags);
+		if (tells) {
 			describe(&v->record, run);
 			if (run->flags & KVM_RUN_X86_BUS_LOCK)
 				sample_rip(v);
 		}
-		orc_vcpu_account(v, &v->record, orc_now());
+		if (reason == KVM_EXIT_IO)
+			orc_vcpu_weigh(v, run->io.count); /* up to a page of a string instruction */
+		orc_account(v, &v->record, orc_now(), tells);
 		v->unfinished = finishes_on_entry(reason);
 
 		switch (reason) {
@@ -270,17 +235,21 @@ enum orc_why orc_kvm_run(orc_vcpu *v)
 		case KVM_EXIT_IRQ_WINDOW_OPEN:
 			break;
 		case KVM_EXIT_IO:
-			if (port_io(v) == ORC_IO)
-				return ORC_IO;
-			break;
 		case KVM_EXIT_MMIO:
-			v->access = (struct orc_access){.address = run->mmio.phys_addr, .size = run->mmio.len, .count = 1,
-							.write = run->mmio.is_write, .data = run->mmio.data};
-			return ORC_MMIO;
+			why = answer(v);
+			if (why != ORC_ANSWERED)
+				return why;
+			break;
 		default:
-			if (!described)
+			if (!tells)
 				describe(&v->record, run);
 			return ORC_EXIT;
 		}
 	}
+}
+
+enum orc_why orc_kvm_run(orc_vcpu *v)
+{
+	orc_back(v);
+	return orc_up(v, run_guest(v));
 }

@@ -1,10 +1,30 @@
 /* The core's one header: what must not wait for the interpreter lock.
  *
  * Who calls what, from which thread:
- *   owner   the fleet's thread (trio): makes and frees everything, drains the ring, sets limits, commands vCPUs
- *   runner  the one thread that runs a vCPU: accounts exits, waits, writes the vCPU's ring
+ *   owner    the fleet's thread (trio): frees everything, drains the rings, sets limits and caps, commands vCPUs
+ *   maker    a worker thread that sets a VM up: makes vCPUs, and frees those that never ran, if that fails
+ *   runner   the one thread that runs a vCPU: accounts exits, waits, writes the vCPU's ring
+ *   capper   the fleet's, while there are caps: commands and kicks the vCPUs that have one
+ *   reader   a worker thread that reads dirty logs
+ * Where nothing is said, a function is the owner's.
  *
- * Lock order: fleet->throttled_lock, then bucket->lock; nothing is called with either held but futex wake-ups.
+ * Locks: bucket->lock (among writers of its limit), capper->lock, orc_dirty's two, bus->lock (among owners), fleet->gate.lock, those of
+ * devices: uart->lock, then console->lock or interrupts->lock. Of the others none is held while another is taken, but
+ * dirty->lock before its sums_lock; under capper->lock vCPUs are commanded and kicked, which takes none. A runner takes
+ * none but devices' (and dirty->lock, when it reads the log at its end), so that nobody waits until one has its CPU back:
+ * what runners write is written for readers that do not wait.
+ *
+ * Lifetimes. What a thread may touch outlives that thread's last look at it:
+ *   runner   ends first; it was joined, or (where there is none) its task has ended. It then waits for no turn, pushes
+ *            nothing and takes no ticket. From then on its vCPU is only the owner's and the capper's.
+ *   what bind_* and profile_memory were given (kvm_run, descriptor, emulator, memory slots)
+ *            orc_vcpu_unbind first: it takes the cap off, and waits for the capper if it is at this vCPU. Then they may be
+ *            unmapped, closed and freed, on any thread.
+ *   orc_vcpu orc_vcpu_free, after that and after all who might wake it (an answer that comes late) know that it is gone;
+ *            its memory stays while a list of the fleet has it.
+ *   bucket   after all vCPUs that it was given to.
+ *   fleet    after all vCPUs; its capper is joined here.
+ *   orc_dirty's VM: orc_dirty_close, which waits for a reading, before its descriptor is closed; its slots after orc_dirty.
  */
 #ifndef ORC_H
 #define ORC_H
@@ -48,9 +68,10 @@ typedef int64_t orc_ns; /* nanoseconds on the fleet's clock: CLOCK_MONOTONIC, or
 enum {
 	ORC_REASONS = 64, /* exit reasons counted one by one; the last counter takes every number from it up */
 	ORC_LEVELS = 4,   /* host, tenant, VM, vCPU */
-	ORC_METERS = 2,
+	ORC_METERS = 3,
 	ORC_BUS_LOCKS = 0,
-	ORC_EXITS = 1,
+	ORC_EXITS = 1,   /* accesses: a string instruction's exit is as many as it has elements */
+	ORC_ANSWERS = 2, /* accesses that Python answers */
 	ORC_CACHE_LINE = 64,
 };
 
@@ -60,10 +81,11 @@ enum {
 /* What orc_kvm_run returns for: the runner must look at something. */
 enum orc_why {
 	ORC_EXIT = 0,     /* an exit that Python decides about; orc_vcpu_record has it */
-	ORC_IO = 1,       /* port I/O on a claimed port: answer it */
-	ORC_MMIO = 2,     /* answer it */
+	ORC_IO = 1,       /* port I/O that Python is to answer: orc_vcpu_access */
+	ORC_MMIO = 2,     /* likewise, of memory that nobody backs */
 	ORC_COMMAND = 3,  /* commands are pending */
 	ORC_ERROR = 4,    /* KVM_RUN failed: orc_vcpu_errno */
+	ORC_ANSWERED = 5, /* of an access: it needs Python no more. No run returns with it */
 };
 
 /* ---- bucket.c ------------------------------------------------------------------------------------------------- */
@@ -73,6 +95,12 @@ enum orc_why {
  * turn is when  tokens(t) >= ticket - (burst - 1).  Tickets are served in order and outlive a change of limit: whoever
  * waits asks again when its turn is.
  *
+ * A limit that is taken off and set again: meanwhile nobody is charged or waits, and the bucket goes on at the old rate up
+ * to the old burst. So what may go under limits, in any window, is one burst and what the rates in force made, the old one
+ * where there was none, however often that happens. What is owed for those who went free is forgiven, in favour of those
+ * who still wait, each of whom may go that much earlier; nobody who comes later goes before them. Only a bucket's first
+ * limit starts with all of its burst.
+ *
  * Events are charged when they are seen, and what waits is the vCPU that caused them, so with one vCPU the events
  * themselves keep to burst + rate * t; with several, each may have one event more in flight at the very start. */
 typedef struct orc_bucket orc_bucket;
@@ -81,16 +109,21 @@ typedef struct orc_vcpu orc_vcpu;
 
 orc_bucket *orc_bucket_new(void);
 void orc_bucket_free(orc_bucket *);
-/* Sets the limit; rate <= 0: none. max_delay < 0: unbounded. */
+/* Sets the limit; rate <= 0: none. max_delay < 0: unbounded. Owner. */
 void orc_bucket_set(orc_bucket *, double rate, double burst, orc_ns max_delay, orc_ns now);
 bool orc_bucket_limited(const orc_bucket *);
 
 struct orc_ticket {
 	int64_t number;  /* in 1/65536 tokens */
 	orc_ns charged;  /* when */
+	int64_t waits;   /* what of it was charged, if its turn had not come; 0 once it is left */
 };
-/* True if its turn has not come: it has to wait. */
+/* True if its turn has not come: it has to wait, and orc_bucket_leave is owed. */
 bool orc_bucket_charge(orc_bucket *, orc_ns now, struct orc_ticket *out);
+/* The same for `n` events at once, which have one ticket: that of the last of them. */
+bool orc_bucket_charge_many(orc_bucket *, orc_u64 n, orc_ns now, struct orc_ticket *out);
+/* Whoever held the ticket has gone, or will never go. Nothing for one that did not have to wait. */
+void orc_bucket_leave(orc_bucket *, struct orc_ticket *);
 /* When the ticket's turn is: by the tokens, and at the latest by max_delay. ORC_NEVER if the bucket has no limit. */
 void orc_bucket_turn(const orc_bucket *, const struct orc_ticket *, orc_ns *by_tokens, orc_ns *by_delay);
 
@@ -117,11 +150,15 @@ void orc_fleet_free(orc_fleet *);
 int orc_fleet_eventfd(const orc_fleet *);
 /* Before the consumer waits for the eventfd: true if it may, false if records came meanwhile. */
 bool orc_fleet_sleep(orc_fleet *);
-/* Takes up to `most` records; costs O(vCPUs that have some). */
+/* Takes up to `most` records of those that were there when it was called; costs O(vCPUs that have some). */
 size_t orc_fleet_drain(orc_fleet *, struct orc_record *out, size_t most);
-/* Takes up to `most` ids of vCPUs that accounted an exit since the last call. */
+/* The same of one vCPU, whoever else has some. */
+size_t orc_vcpu_drain(orc_vcpu *, struct orc_record *out, size_t most);
+/* Begins a look at who did something, once the last one's are taken: vCPUs that accounted an exit since. */
+void orc_fleet_look(orc_fleet *);
+/* Takes up to `most` of their ids; 0: there are no more. */
 size_t orc_fleet_active(orc_fleet *, uint32_t *out, size_t most);
-/* A limit changed: whoever waits for a turn asks again. */
+/* A limit changed: whoever waits for a turn asks again. Costs O(vCPUs that wait, or have since the last time). */
 void orc_fleet_limits_changed(orc_fleet *);
 /* Somebody waits for a vCPU to come out; or does not any more. An emulated guest sees a command at its next block, once it
  * has a core: with more busy guests than cores that takes the scheduler 4 ms for each guest before it. So those that
@@ -131,19 +168,28 @@ void orc_fleet_urgent(orc_fleet *, bool begins);
 /* ---- vcpu.c --------------------------------------------------------------------------------------------------- */
 
 orc_vcpu *orc_vcpu_new(orc_fleet *, uint32_t id, uint32_t ring_records /* a power of two */);
-/* Owner; the runner has ended. */
+/* The runner has ended. Nobody touches any more what it was bound to, or looks at its memory through it: that may go. On any
+ * thread, if the owner leaves the vCPU alone meanwhile. May be called again. */
+void orc_vcpu_unbind(orc_vcpu *);
+/* Owner; the runner has ended. Its memory goes once no list of the fleet has it, so that it costs the same whatever the
+ * others do. Unbinds it. */
 void orc_vcpu_free(orc_vcpu *);
 /* Before the runner starts: one of its buckets, or all, by meter and then by level. */
 void orc_vcpu_set_bucket(orc_vcpu *, int meter, int level, orc_bucket *);
 void orc_vcpu_set_buckets(orc_vcpu *, orc_bucket *const buckets[ORC_METERS * ORC_LEVELS]);
 /* Which reasons go to the ring, a bit each. 0, or a negative errno: no memory for the ring. */
 int orc_vcpu_tell(orc_vcpu *, orc_u64 mask);
-bool orc_vcpu_pending(const orc_vcpu *); /* it has records that were not drained */
 void orc_vcpu_hold(orc_vcpu *);          /* sets ORC_HOLD, before there is a runner to kick */
 
+/* Runner, before orc_vcpu_account: the exit stands for so many accesses, the elements of a string instruction. Without this
+ * an exit is one. */
+void orc_vcpu_weigh(orc_vcpu *, uint32_t accesses);
 /* Runner: counts one exit, charges the buckets, tells it if somebody listens. Returns when the vCPU may go on
  * (ORC_NEVER: at once). Counts a bus lock by the flag and by nothing else. */
 orc_ns orc_vcpu_account(orc_vcpu *, struct orc_record *, orc_ns now);
+/* Runner, after orc_vcpu_account: Python has answered so many accesses of this exit. Counts and charges them; they are paid
+ * for before the guest goes on, or Python is asked for more of them. Several times for one exit: each adds to it. */
+void orc_vcpu_answered(orc_vcpu *, uint32_t accesses, orc_ns now);
 /* Runner: when the exit accounted last may go on, by the limits in force now. */
 orc_ns orc_vcpu_turn(const orc_vcpu *);
 /* Runner, for backends that wait by themselves: the wait begins; it ends (served: the turn came, by tokens or delay). */
@@ -169,18 +215,20 @@ struct orc_counters {
 	orc_u64 bus_locks;
 	orc_u64 capped;    /* ns that a CPU cap held it */
 	orc_u64 throttled; /* ns, a wait in progress included up to `now` */
+	orc_u64 held[ORC_METERS * ORC_LEVELS]; /* of these, by the bucket whose turn was the last: by meter, then by level */
 	orc_u64 waits;
 	orc_u64 released;
 	orc_u64 missed;
 	orc_u64 kicks;      /* times a kick or signal interrupted KVM_RUN */
-	orc_u64 unclaimed;  /* port accesses that found nobody */
-	orc_ns throttled_since; /* 0: not waiting now */
+	orc_u64 unclaimed;  /* accesses that found nobody, or of which a part did */
+	orc_u64 answers;    /* accesses that Python answered, by element */
+	orc_ns throttled_since; /* since when it waits for the same bucket; 0: not waiting now */
 };
 void orc_vcpu_counters(const orc_vcpu *, struct orc_counters *out, orc_ns now);
 /* What a policy tick needs, without the copy of every counter: sums, and of which exit reasons there were more than in
  * `seen`, which is brought up to date. Returns how many reasons; `more` has room for all. */
 struct orc_sums {
-	orc_u64 bus_locks, throttled;
+	orc_u64 bus_locks, throttled, answers, held[ORC_METERS * ORC_LEVELS];
 };
 struct orc_more {
 	uint32_t reason;
@@ -222,29 +270,113 @@ int orc_vcpu_cap(orc_vcpu *, double share);
 
 /* ---- signal.c ------------------------------------------------------------------------------------------------- */
 
-/* Installs the one signal handler (an empty function). 0, or -EBUSY if the program uses that signal otherwise. */
+/* Installs the one signal handler (an empty function), and sends the caller one. 0; -EBUSY if the program uses that signal
+ * otherwise; another negative errno: it can't be sent. */
 int orc_signal_install(void);
 int orc_signal_number(void);
 
-/* ---- kvm.c ---------------------------------------------------------------------------------------------------- */
+/* ---- access.c ------------------------------------------------------------------------------------------------- */
 
-typedef struct orc_ports orc_ports; /* which ports are claimed: unclaimed ones never leave the C loop */
-orc_ports *orc_ports_new(void);
-void orc_ports_free(orc_ports *);
-void orc_ports_claim(orc_ports *, uint32_t first, uint32_t count, bool claimed);
-
-/* An access to answer. `data` points into kvm_run. */
+/* What Python is to answer: `count` accesses of `size` bytes (1, 2, 4 or 8) at `address`, one after the other, whose bytes
+ * lie in a row at `data`. Whoever answers fewer says so in `count`: the others are looked up once more. */
 struct orc_access {
-	orc_u64 address;
-	uint32_t size, count;
-	uint32_t write;
+	orc_u64 address, offset; /* the latter from the claim's start */
+	orc_u64 claim;           /* its version */
+	uint32_t size, count, write;
 	uint8_t *data;
 };
+/* Elements of a string instruction that Python answers before it gives up the interpreter lock and sees commands: a device
+ * that takes a microsecond for each holds it for no longer than a fleet's thread can wait for it. */
+enum { ORC_CHUNK = 64 };
 
-void orc_vcpu_bind_kvm(orc_vcpu *, int fd, struct kvm_run *, orc_ports *, bool sync_regs);
+/* A device in C. `answer`: all of these accesses, or false and nothing of them: Python is to. Any thread; `by` is the vCPU,
+ * or NULL. Its own lock, if it needs one, is locked last: nothing of this header is called within but what is said to be. */
+typedef struct orc_device orc_device;
+struct orc_device {
+	bool (*answer)(orc_device *, orc_vcpu *by, const struct orc_access *);
+	void (*free)(orc_device *);
+};
+bool orc_device_answer(orc_device *, orc_u64 offset, uint32_t size, uint32_t count, bool write, void *data);
+void orc_device_free(orc_device *); /* no bus has it */
+
+/* ---- bus.c ---------------------------------------------------------------------------------------------------- */
+
+/* Who answers at these addresses. A claim that moves gets another version. */
+struct orc_claim {
+	orc_u64 start, last; /* first and last address */
+	orc_u64 version;     /* not 0, and no two claims have the same */
+	orc_device *device;  /* NULL: Python answers */
+};
+typedef struct orc_bus orc_bus;
+orc_bus *orc_bus_new(void);
+void orc_bus_free(orc_bus *); /* no vCPU is on it */
+/* These are the claims from now on, in the order of their addresses. Runners see the old ones or the new ones. When it
+ * returns, no device that is not among them is called any more. 0, -EINVAL (overlap, order) or -ENOMEM: nothing changed.
+ * Owner; not from a device. */
+int orc_bus_replace(orc_bus *, const struct orc_claim *, size_t n);
+orc_u64 orc_bus_find(orc_bus *, orc_u64 address); /* the version of the claim there; 0: nobody's */
+size_t orc_bus_tables(orc_bus *); /* how many it keeps: one, and those that a runner reads at this moment */
+/* Before the runner starts. The buses outlive the vCPU; on none, nobody answers. */
+void orc_vcpu_set_buses(orc_vcpu *, orc_bus *ports, orc_bus *mmio);
+
+/* ---- access.c, with buses --------------------------------------------------------------------------------------- */
+
+/* Runner. An access is taken to pieces: a claim has all of it if it has all of its addresses and its size is a device's;
+ * else each has the naturally aligned pieces on its addresses, as hardware would transfer them, and where nobody is it
+ * reads as ones. What needs no Python is answered at once.
+ *
+ * The guest made one, on the bus ORC_IO or ORC_MMIO. ORC_ANSWERED, or that: Python is to answer orc_vcpu_access. */
+enum orc_why orc_access_begin(orc_vcpu *, enum orc_why bus, orc_u64 address, uint32_t size, uint32_t count, bool write,
+			      void *data);
+struct orc_access *orc_vcpu_access(orc_vcpu *);
+/* Python answered `count` of these, or nothing (0): whether there is more for it to answer. */
+bool orc_access_next(orc_vcpu *);
+/* The one place where an access goes up to Python: orc_vcpu_access, `count` elements. */
+enum orc_why orc_access_up(orc_vcpu *);
+void orc_access_abandon(orc_vcpu *); /* nobody answers what is left of it: ones */
+
+/* ---- console.c, ports.c, interrupts.c, uart.c: devices --------------------------------------------------------- */
+
+/* A VM's output: the last of it, and how much there was. Any thread. */
+enum { ORC_CONSOLE_KEPT = 64 * 1024 };
+typedef struct orc_console orc_console;
+orc_console *orc_console_new(void);
+void orc_console_free(orc_console *);
+bool orc_console_put(orc_console *, const uint8_t *, size_t); /* whether the one who waits for output is to be told */
+orc_u64 orc_console_total(orc_console *);
+/* Output from *position on, or the oldest that is kept, as much as there is room for; *position goes on with it. */
+size_t orc_console_copy(orc_console *, orc_u64 *position, uint8_t *out, size_t room);
+/* Wait for output beyond `position`: the next `put` will say so, once. False: there is some. */
+bool orc_console_want(orc_console *, orc_u64 position);
+/* Owner: takes up to `most` ids of vCPUs on whose console there is output that somebody waits for. */
+size_t orc_fleet_talking(orc_fleet *, uint32_t *out, size_t most);
+
+orc_device *orc_debug_console_new(orc_console *, uint8_t detected /* what a read gives */);
+orc_device *orc_exit_port_new(void); /* reads as 0; a write is Python's */
+
+/* The lines of a VM's irqchip, which outlive the VM. Any thread. */
+typedef struct orc_interrupts orc_interrupts;
+orc_interrupts *orc_interrupts_new(int vm);
+void orc_interrupts_free(orc_interrupts *);
+int orc_interrupts_set(orc_interrupts *, uint32_t gsi, bool level); /* 0, also when closed, or a negative errno */
+void orc_interrupts_close(orc_interrupts *); /* before the VM's descriptor is: waits for whoever sets one */
+
+/* A 16550A. `output` takes what it transmits, `interrupt` the level of its line; both are called with its lock held, on the
+ * thread that accesses it. */
+typedef struct orc_uart orc_uart;
+typedef void (*orc_uart_output)(void *to, orc_vcpu *by, const uint8_t *, size_t);
+typedef void (*orc_uart_interrupt)(void *line, bool level);
+orc_uart *orc_uart_new(orc_uart_output, void *to, orc_uart_interrupt, void *line);
+orc_uart *orc_serial_new(orc_console *, orc_interrupts *, uint32_t gsi); /* on these; interrupts NULL: not wired */
+orc_device *orc_uart_device(orc_uart *);
+/* Bytes from the other side: how many fitted. Any thread. */
+size_t orc_uart_receive(orc_uart *, const uint8_t *, size_t);
+
+/* ---- kvm.c ---------------------------------------------------------------------------------------------------- */
+
+void orc_vcpu_bind_kvm(orc_vcpu *, int fd, struct kvm_run *, bool sync_regs);
 /* Runner: enters the guest again and again until something needs Python. Waits for its turn first. */
 enum orc_why orc_kvm_run(orc_vcpu *);
-struct orc_access *orc_vcpu_access(orc_vcpu *);
 struct orc_record *orc_vcpu_record(orc_vcpu *);
 int orc_vcpu_errno(const orc_vcpu *);
 
@@ -336,7 +468,7 @@ orc_emulator *orc_emulator_new(const orc_unicorn *, const struct kvm_userspace_m
 			       const struct orc_entry *, const char **failed);
 void orc_emulator_free(orc_emulator *);
 /* Where a bus lock is reported: behind the instruction (trap_like) or before it; or not at all. */
-void orc_vcpu_bind_emulator(orc_vcpu *, orc_emulator *, orc_ports *, bool trap_like, bool bus_locks);
+void orc_vcpu_bind_emulator(orc_vcpu *, orc_emulator *, bool trap_like, bool bus_locks);
 /* Runner: as orc_kvm_run. */
 enum orc_why orc_emulator_run(orc_vcpu *);
 const char *orc_emulator_failed(const orc_emulator *); /* after ORC_ERROR */

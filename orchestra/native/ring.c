@@ -20,18 +20,9 @@ orc_fleet *orc_fleet_new(void)
 		free(f);
 		return NULL;
 	}
-	pthread_mutex_init(&f->throttled_lock, NULL);
+	pthread_mutex_init(&f->gate.lock, NULL);
+	f->gate.patience = ORC_PATIENCE;
 	return f;
-}
-
-void orc_fleet_free(orc_fleet *f)
-{
-	if (!f)
-		return;
-	orc_capper_stop(f->capper);
-	close(f->eventfd);
-	pthread_mutex_destroy(&f->throttled_lock);
-	free(f);
 }
 
 int orc_fleet_eventfd(const orc_fleet *f)
@@ -55,14 +46,19 @@ void orc_push(struct orc_stack *s, struct orc_link *link)
 	while (!atomic_compare_exchange_weak_explicit(&s->top, &top, link, memory_order_seq_cst, memory_order_relaxed));
 }
 
-/* The owner's next link: what it took before, or all that is on the stack now. Links taken are the owner's until it
- * clears `queued`. */
-static struct orc_link *take(struct orc_stack *s, struct orc_link **taken)
+/* The owner takes the stack, once it has done with what it took before. What is pushed from now on is for the next time: if it
+ * took again until nothing is left, those who push would decide when that is. */
+static void gather(struct orc_stack *s, struct orc_link **taken)
+{
+	if (!*taken)
+		*taken = atomic_exchange_explicit(&s->top, NULL, memory_order_acq_rel);
+}
+
+/* The owner's next link. Links are the owner's until it clears `queued`. */
+static struct orc_link *take(struct orc_link **taken)
 {
 	struct orc_link *link = *taken;
 
-	if (!link)
-		link = atomic_exchange_explicit(&s->top, NULL, memory_order_acq_rel);
 	if (!link)
 		return NULL;
 	*taken = atomic_load_explicit(&link->next, memory_order_relaxed);
@@ -70,12 +66,34 @@ static struct orc_link *take(struct orc_stack *s, struct orc_link **taken)
 	return link;
 }
 
+/* Something was pushed: before `asleep` is read, as the owner sets `asleep` before it looks at the stacks. */
+static void wake_owner(orc_fleet *f)
+{
+	uint64_t one = 1;
+
+	if (atomic_load_explicit(&f->asleep, memory_order_seq_cst) &&
+	    atomic_exchange_explicit(&f->asleep, false, memory_order_acq_rel))
+		while (write(f->eventfd, &one, sizeof one) < 0 && errno == EINTR)
+			;
+}
+
+/* Whether that vCPU was freed while it was on a list; its memory goes with its last link. */
+static bool is_dead(orc_vcpu *v)
+{
+	if (!v->dead)
+		return false;
+	if (!orc_is_listed(v)) {
+		v->fleet->dead--;
+		free(v);
+	}
+	return true;
+}
+
 void orc_ring_put(orc_vcpu *v, const struct orc_record *record)
 {
 	struct orc_ring *r = &v->ring;
 	orc_fleet *f = v->fleet;
 	uint32_t head = atomic_load_explicit(&r->head, memory_order_relaxed);
-	uint64_t one = 1;
 
 	/* Acquire: the slot's old contents were copied out before tail moved past them. */
 	if (head - atomic_load_explicit(&r->tail, memory_order_acquire) > r->mask) {
@@ -87,11 +105,13 @@ void orc_ring_put(orc_vcpu *v, const struct orc_record *record)
 	 * `queued` before it reads head. One of the two sees the other. */
 	atomic_store_explicit(&r->head, head + 1, memory_order_seq_cst);
 	orc_push(&f->ready, &v->ready);
-	/* Likewise: pushed before `asleep` is read, as the consumer sets `asleep` before it looks at the stack. */
-	if (atomic_load_explicit(&f->asleep, memory_order_seq_cst) &&
-	    atomic_exchange_explicit(&f->asleep, false, memory_order_acq_rel))
-		while (write(f->eventfd, &one, sizeof one) < 0 && errno == EINTR)
-			;
+	wake_owner(f);
+}
+
+void orc_talk(orc_vcpu *v)
+{
+	orc_push(&v->fleet->talking, &v->talking);
+	wake_owner(v->fleet);
 }
 
 bool orc_fleet_sleep(orc_fleet *f)
@@ -101,7 +121,8 @@ bool orc_fleet_sleep(orc_fleet *f)
 	while (read(f->eventfd, &count, sizeof count) < 0 && errno == EINTR)
 		;
 	atomic_store_explicit(&f->asleep, true, memory_order_seq_cst);
-	if (!f->draining && !atomic_load_explicit(&f->ready.top, memory_order_seq_cst))
+	if (!f->draining && !atomic_load_explicit(&f->ready.top, memory_order_seq_cst) && !f->hearing &&
+	    !atomic_load_explicit(&f->talking.top, memory_order_seq_cst))
 		return true;
 	atomic_store_explicit(&f->asleep, false, memory_order_relaxed);
 	return false;
@@ -124,19 +145,35 @@ static size_t drain_one(orc_vcpu *v, struct orc_record *out, size_t most)
 	return n;
 }
 
+size_t orc_vcpu_drain(orc_vcpu *v, struct orc_record *out, size_t most)
+{
+	return v->ring.records ? drain_one(v, out, most) : 0;
+}
+
 size_t orc_fleet_drain(orc_fleet *f, struct orc_record *out, size_t most)
 {
 	struct orc_link *link;
 	size_t n = 0;
 
-	while (n < most && (link = take(&f->ready, &f->draining))) {
-		orc_vcpu *v = ORC_CONTAINER(link, orc_vcpu, ready);
+	/* What was left of the last time, and then the stack; and not again, however much is pushed meanwhile. */
+	for (int round = 0; round < 2 && n < most; round++) {
+		gather(&f->ready, &f->draining);
+		while (n < most && (link = take(&f->draining))) {
+			orc_vcpu *v = ORC_CONTAINER(link, orc_vcpu, ready);
 
-		n += drain_one(v, out + n, most - n);
-		if (n == most)
-			orc_push(&f->ready, link); /* it may have more: its turn comes again after the others */
+			if (is_dead(v))
+				continue;
+			n += drain_one(v, out + n, most - n);
+			if (n == most)
+				orc_push(&f->ready, link); /* it may have more: its turn comes again after the others */
+		}
 	}
 	return n;
+}
+
+void orc_fleet_look(orc_fleet *f)
+{
+	gather(&f->active, &f->activating);
 }
 
 size_t orc_fleet_active(orc_fleet *f, uint32_t *out, size_t most)
@@ -144,49 +181,111 @@ size_t orc_fleet_active(orc_fleet *f, uint32_t *out, size_t most)
 	struct orc_link *link;
 	size_t n = 0;
 
-	while (n < most && (link = take(&f->active, &f->activating)))
-		out[n++] = ORC_CONTAINER(link, orc_vcpu, active)->id;
+	while (n < most && (link = take(&f->activating))) {
+		orc_vcpu *v = ORC_CONTAINER(link, orc_vcpu, active);
+
+		if (!is_dead(v))
+			out[n++] = v->id;
+	}
 	return n;
 }
 
-/* Keeps a dying vCPU's link from being found again: everything is taken, and the others are put back. */
-static void forget(struct orc_stack *s, struct orc_link **taken, struct orc_link *dying)
+size_t orc_fleet_talking(orc_fleet *f, uint32_t *out, size_t most)
 {
-	struct orc_link *link, *keep = NULL, *next;
+	struct orc_link *link;
+	size_t n = 0;
 
-	while ((link = take(s, taken))) {
-		if (link == dying)
-			continue;
-		/* Linked privately only while `queued` is ours: another push of it meanwhile is fine, it is on the stack
-		 * then and needs no keeping. */
-		if (!atomic_exchange_explicit(&link->queued, true, memory_order_acq_rel)) {
-			atomic_store_explicit(&link->next, keep, memory_order_relaxed);
-			keep = link;
-		}
+	gather(&f->talking, &f->hearing);
+	while (n < most && (link = take(&f->hearing))) {
+		orc_vcpu *v = ORC_CONTAINER(link, orc_vcpu, talking);
+
+		if (!is_dead(v))
+			out[n++] = v->id;
 	}
-	for (; keep; keep = next) {
-		next = atomic_load_explicit(&keep->next, memory_order_relaxed);
-		atomic_store_explicit(&keep->next, *taken, memory_order_relaxed);
-		*taken = keep;
+	return n;
+}
+
+/* Takes the dead off a list and off its stack; `member`: where in a vCPU the list's links are. */
+static void sweep(struct orc_stack *s, struct orc_link **taken, size_t member)
+{
+	struct orc_link *lists[] = {*taken, atomic_exchange_explicit(&s->top, NULL, memory_order_acq_rel)}, *next;
+
+	*taken = NULL;
+	for (int i = 0; i < 2; i++) {
+		for (struct orc_link *link = lists[i]; link; link = next) {
+			orc_vcpu *v = (orc_vcpu *)((char *)link - member);
+
+			next = atomic_load_explicit(&link->next, memory_order_relaxed);
+			if (v->dead) {
+				atomic_store_explicit(&link->queued, false, memory_order_relaxed);
+				is_dead(v);
+			} else {
+				atomic_store_explicit(&link->next, *taken, memory_order_relaxed);
+				*taken = link;
+			}
+		}
 	}
 }
 
-void orc_forget(orc_fleet *f, orc_vcpu *v)
+static void sweep_all(orc_fleet *f)
 {
-	if (atomic_load_explicit(&v->ready.queued, memory_order_acquire))
-		forget(&f->ready, &f->draining, &v->ready);
-	if (atomic_load_explicit(&v->active.queued, memory_order_acquire))
-		forget(&f->active, &f->activating, &v->active);
+	struct orc_link *waited = NULL, *next;
+
+	sweep(&f->ready, &f->draining, offsetof(orc_vcpu, ready));
+	sweep(&f->active, &f->activating, offsetof(orc_vcpu, active));
+	sweep(&f->talking, &f->hearing, offsetof(orc_vcpu, talking));
+	sweep(&f->throttled, &waited, offsetof(orc_vcpu, throttled));
+	for (; waited; waited = next) { /* of this one the owner keeps no part */
+		next = atomic_load_explicit(&waited->next, memory_order_relaxed);
+		atomic_store_explicit(&waited->queued, false, memory_order_seq_cst);
+		orc_push(&f->throttled, waited);
+	}
+}
+
+void orc_retire(orc_vcpu *v)
+{
+	enum { FEW = 64 };
+	orc_fleet *f = v->fleet;
+	uint32_t left = atomic_fetch_sub_explicit(&f->vcpus, 1, memory_order_relaxed) - 1;
+
+	if (!orc_is_listed(v)) {
+		free(v);
+		return;
+	}
+	/* In the middle of a stack, which has no way back: it stays until the owner comes to it, or until as many as live have
+	 * gathered there, which nobody may look at. So freeing one costs the same however busy the others are. */
+	v->dead = true;
+	if (++f->dead > (left > FEW ? left : FEW))
+		sweep_all(f);
+}
+
+void orc_fleet_free(orc_fleet *f)
+{
+	if (!f)
+		return;
+	orc_capper_stop(f->capper);
+	sweep_all(f); /* no vCPU is left but the dead */
+	close(f->eventfd);
+	pthread_mutex_destroy(&f->gate.lock);
+	free(f);
 }
 
 void orc_fleet_limits_changed(orc_fleet *f)
 {
-	orc_vcpu *v;
+	struct orc_link *link = atomic_exchange_explicit(&f->throttled.top, NULL, memory_order_acq_rel), *next;
 
-	pthread_mutex_lock(&f->throttled_lock);
-	for (v = f->throttled; v; v = v->throttled_next)
+	/* Whoever begins to wait pushes itself, and then reads the limit: either we find it here, or it finds the new limit, as
+	 * its push comes after our exchange. It takes itself off no list: it does not wait any more when we come to it. */
+	for (; link; link = next) {
+		orc_vcpu *v = ORC_CONTAINER(link, orc_vcpu, throttled);
+
+		next = atomic_load_explicit(&link->next, memory_order_relaxed);
+		atomic_exchange_explicit(&link->queued, false, memory_order_seq_cst);
+		if (is_dead(v) || !orc_vcpu_waits(v))
+			continue;
+		orc_push(&f->throttled, link);
 		orc_vcpu_wake(v);
-	pthread_mutex_unlock(&f->throttled_lock);
+	}
 }
 
 void orc_fleet_urgent(orc_fleet *f, bool begins)

@@ -31,8 +31,20 @@ orc_vcpu *orc_vcpu_new(orc_fleet *f, uint32_t id, uint32_t ring_records)
 	v->fleet = f;
 	v->id = id;
 	v->fd = -1;
+	v->accesses = 1;
 	v->ring.mask = ring_records - 1;
+	atomic_fetch_add_explicit(&f->vcpus, 1, memory_order_relaxed);
 	return v;
+}
+
+/* It waits no more for what it holds tickets of. */
+static void leave(orc_vcpu *v)
+{
+	for (int meter = 0; meter < ORC_METERS; meter++)
+		for (int level = 0; level < ORC_LEVELS; level++)
+			if (v->ticket[meter][level].waits)
+				orc_bucket_leave(v->bucket[meter][level], &v->ticket[meter][level]);
+	v->waiting = false;
 }
 
 static size_t ring_size(const orc_vcpu *v)
@@ -44,12 +56,24 @@ void orc_vcpu_free(orc_vcpu *v)
 {
 	if (!v)
 		return;
-	orc_vcpu_cap(v, 1);
-	orc_forget(v->fleet, v);
+	orc_vcpu_unbind(v);
+	orc_leave_buses(v);
+	leave(v);
 	orc_profile_free(v);
 	if (v->ring.records)
 		munmap(v->ring.records, ring_size(v));
-	free(v);
+	orc_retire(v);
+}
+
+void orc_vcpu_unbind(orc_vcpu *v)
+{
+	orc_vcpu_cap(v, 1); /* first: until then the capper may be about to kick it */
+	v->run = NULL;
+	v->fd = -1;
+	v->emulator = NULL;
+	v->witness = NULL;
+	v->slot = NULL;
+	v->slots = 0;
 }
 
 void orc_vcpu_set_bucket(orc_vcpu *v, int meter, int level, orc_bucket *b)
@@ -81,14 +105,6 @@ int orc_vcpu_tell(orc_vcpu *v, orc_u64 mask)
 	return 0;
 }
 
-bool orc_vcpu_pending(const orc_vcpu *v)
-{
-	struct orc_ring *r = &((orc_vcpu *)v)->ring;
-
-	return atomic_load_explicit(&r->head, memory_order_acquire) !=
-	       atomic_load_explicit(&r->tail, memory_order_relaxed);
-}
-
 void orc_vcpu_hold(orc_vcpu *v)
 {
 	atomic_fetch_or_explicit(&v->commands, ORC_HOLD, memory_order_seq_cst);
@@ -96,8 +112,8 @@ void orc_vcpu_hold(orc_vcpu *v)
 
 /* ---- accounting ----------------------------------------------------------------------------------------------- */
 
-/* Takes a ticket of each limited bucket. *waits is set if one's turn has not come. */
-static bool charge(orc_vcpu *v, int meter, orc_ns now, bool *waits)
+/* Takes a ticket for `n` events of each limited bucket. *waits is set if one's turn has not come. */
+static bool charge(orc_vcpu *v, int meter, orc_u64 n, orc_ns now, bool *waits)
 {
 	bool charged = false;
 
@@ -107,19 +123,20 @@ static bool charge(orc_vcpu *v, int meter, orc_ns now, bool *waits)
 		/* number 0: no ticket. (Numbers wrap, so one real ticket in 2^64 goes free.) */
 		v->ticket[meter][level].number = 0;
 		if (b && orc_bucket_limited(b)) {
-			*waits |= orc_bucket_charge(b, now, &v->ticket[meter][level]);
+			*waits |= orc_bucket_charge_many(b, n, now, &v->ticket[meter][level]);
 			charged = true;
 		}
 	}
 	return charged;
 }
 
-/* The slowest bucket's turn; *by_tokens: had there been no max_delay. */
-static orc_ns turn(const orc_vcpu *v, orc_ns *by_tokens)
+/* The slowest bucket's turn, and which bucket that is; *by_tokens: had there been no max_delay. */
+static orc_ns turn(const orc_vcpu *v, orc_ns *by_tokens, unsigned *slowest)
 {
 	orc_ns at = ORC_NEVER;
 
 	*by_tokens = ORC_NEVER;
+	*slowest = 0;
 	for (int meter = 0; meter < ORC_METERS; meter++) {
 		if (!v->charged[meter])
 			continue;
@@ -131,8 +148,10 @@ static orc_ns turn(const orc_vcpu *v, orc_ns *by_tokens)
 			orc_bucket_turn(v->bucket[meter][level], &v->ticket[meter][level], &tokens, &delay);
 			if (tokens > *by_tokens)
 				*by_tokens = tokens;
-			if ((tokens < delay ? tokens : delay) > at)
+			if ((tokens < delay ? tokens : delay) > at) {
 				at = tokens < delay ? tokens : delay;
+				*slowest = (unsigned)(meter * ORC_LEVELS + level);
+			}
 		}
 	}
 	return at;
@@ -141,15 +160,59 @@ static orc_ns turn(const orc_vcpu *v, orc_ns *by_tokens)
 orc_ns orc_vcpu_turn(const orc_vcpu *v)
 {
 	orc_ns by_tokens;
+	unsigned slowest;
 
-	return v->waiting ? turn(v, &by_tokens) : ORC_NEVER;
+	return v->waiting ? turn(v, &by_tokens, &slowest) : ORC_NEVER;
+}
+
+void orc_vcpu_weigh(orc_vcpu *v, uint32_t accesses)
+{
+	v->accesses = accesses;
+}
+
+void orc_vcpu_answered(orc_vcpu *v, uint32_t accesses, orc_ns now)
+{
+	bool waits = false;
+	orc_ns by_tokens;
+	unsigned slowest;
+
+	orc_count(&v->answered, accesses);
+	/* A later ticket of a bucket is behind an earlier one: it stands for both. */
+	for (int level = 0; level < ORC_LEVELS; level++)
+		if (v->ticket[ORC_ANSWERS][level].waits)
+			orc_bucket_leave(v->bucket[ORC_ANSWERS][level], &v->ticket[ORC_ANSWERS][level]);
+	v->charged[ORC_ANSWERS] = charge(v, ORC_ANSWERS, accesses, now, &waits);
+	if (waits && turn(v, &by_tokens, &slowest) > now)
+		v->waiting = true;
+	else if (!v->waiting)
+		leave(v);
+}
+
+void orc_back(orc_vcpu *v)
+{
+	orc_gate_leave(v);
+	if (v->access.count) /* so many were answered, which may be fewer than Python was asked for */
+		orc_vcpu_answered(v, v->access.count, orc_now());
+}
+
+enum orc_why orc_up(orc_vcpu *v, enum orc_why why)
+{
+	if (why == ORC_IO || why == ORC_MMIO)
+		orc_gate_enter(v);
+	return why;
 }
 
 orc_ns orc_vcpu_account(orc_vcpu *v, struct orc_record *record, orc_ns now)
 {
+	return orc_account(v, record, now, orc_tells(v, record->reason, record->flags));
+}
+
+orc_ns orc_account(orc_vcpu *v, struct orc_record *record, orc_ns now, bool tells)
+{
 	unsigned reason = record->reason < ORC_REASONS ? record->reason : ORC_REASONS - 1;
 	bool bus_lock = record->flags & KVM_RUN_X86_BUS_LOCK, waits = false;
 	orc_ns at = ORC_NEVER, by_tokens;
+	unsigned slowest;
 
 	if (bus_lock) {
 		orc_count(&v->bus_locks, 1);
@@ -160,18 +223,24 @@ orc_ns orc_vcpu_account(orc_vcpu *v, struct orc_record *record, orc_ns now)
 			      memory_order_seq_cst);
 	orc_push(&v->fleet->active, &v->active);
 
-	v->charged[ORC_BUS_LOCKS] = bus_lock && charge(v, ORC_BUS_LOCKS, now, &waits);
-	v->charged[ORC_EXITS] = charge(v, ORC_EXITS, now, &waits);
+	if (v->waiting) /* the turn it waited for is another's now: what completed its last access was an exit as well */
+		leave(v);
+	v->charged[ORC_BUS_LOCKS] = bus_lock && charge(v, ORC_BUS_LOCKS, 1, now, &waits);
+	v->charged[ORC_EXITS] = charge(v, ORC_EXITS, v->accesses, now, &waits);
+	v->charged[ORC_ANSWERS] = false; /* who answers is not known yet: orc_vcpu_answered */
+	v->accesses = 1;
 	if (waits) {
-		at = turn(v, &by_tokens);
+		at = turn(v, &by_tokens, &slowest);
 		waits = at > now;
 		if (!waits)
 			at = ORC_NEVER;
 	}
 	v->waiting = waits;
+	if (!waits)
+		leave(v);
 	v->wait_counted = false;
 
-	if (orc_tells(v, record->reason, record->flags)) {
+	if (tells) {
 		record->time = (orc_u64)now;
 		record->wait = at == ORC_NEVER ? 0 : (orc_u64)(at - now);
 		record->id = v->id;
@@ -182,47 +251,68 @@ orc_ns orc_vcpu_account(orc_vcpu *v, struct orc_record *record, orc_ns now)
 
 /* ---- waiting -------------------------------------------------------------------------------------------------- */
 
+/* The runner's own view. */
+static struct orc_wait *wait_in_force(orc_vcpu *v)
+{
+	return &v->wait[atomic_load_explicit(&v->wait_version, memory_order_relaxed) & 1];
+}
+
+/* What was waited since the last such step was for the bucket that was the slowest then; from `since` on it is for this one
+ * (0: no wait). Tickets stay as they are, so which bucket is the slowest changes with limits only.
+ *
+ * All or nothing: a reader that saw the sum with a wait in it and that wait still on would count it twice. It writes what
+ * no reader looks at, and then says that this is in force: a runner that loses its CPU in between (a guest can be capped,
+ * and have used up its part) keeps nobody waiting, as it would with one copy and a version that is odd meanwhile. */
+static void wait_step(orc_vcpu *v, orc_ns now, orc_ns since, unsigned slowest)
+{
+	uint32_t version = atomic_load_explicit(&v->wait_version, memory_order_relaxed) + 1;
+	struct orc_wait *next = &v->wait[version & 1], *past = wait_in_force(v);
+	orc_ns before = atomic_load_explicit(&past->since, memory_order_relaxed);
+	unsigned whose = atomic_load_explicit(&past->slowest, memory_order_relaxed);
+
+	/* Release: a reader that sees one of them also sees the version before this one, and so that its copy is changing. */
+	for (unsigned i = 0; i < ORC_METERS * ORC_LEVELS; i++)
+		atomic_store_explicit(&next->held[i], atomic_load_explicit(&past->held[i], memory_order_relaxed) +
+				      (before && i == whose ? (orc_u64)(now - before) : 0), memory_order_release);
+	atomic_store_explicit(&next->slowest, slowest, memory_order_release);
+	atomic_store_explicit(&next->since, since, memory_order_release);
+	/* seq_cst: it waits before orc_push reads `queued`, as the owner clears `queued` before it asks whether it does. */
+	atomic_store_explicit(&v->wait_version, version, memory_order_seq_cst);
+}
+
+bool orc_vcpu_waits(orc_vcpu *v)
+{
+	uint32_t version = atomic_load_explicit(&v->wait_version, memory_order_seq_cst);
+
+	return atomic_load_explicit(&v->wait[version & 1].since, memory_order_relaxed);
+}
+
 void orc_vcpu_wait_begin(orc_vcpu *v, orc_ns now)
 {
-	orc_fleet *f = v->fleet;
+	orc_ns by_tokens;
+	unsigned slowest;
 
 	if (!v->wait_counted) /* one wait, however often it is interrupted */
 		orc_count(&v->waits, 1);
 	v->wait_counted = true;
 
-	atomic_store_explicit(&v->throttled_since, now, memory_order_relaxed);
-	pthread_mutex_lock(&f->throttled_lock);
-	v->throttled_next = f->throttled;
-	v->throttled_link = &f->throttled;
-	if (f->throttled)
-		f->throttled->throttled_link = &v->throttled_next;
-	f->throttled = v;
-	pthread_mutex_unlock(&f->throttled_lock);
+	turn(v, &by_tokens, &slowest);
+	wait_step(v, now, now, slowest);
+	orc_push(&v->fleet->throttled, &v->throttled);
 }
 
 void orc_vcpu_wait_end(orc_vcpu *v, orc_ns now, bool served)
 {
-	orc_fleet *f = v->fleet;
 	orc_ns by_tokens;
+	unsigned slowest;
 
-	pthread_mutex_lock(&f->throttled_lock);
-	*v->throttled_link = v->throttled_next;
-	if (v->throttled_next)
-		v->throttled_next->throttled_link = v->throttled_link;
-	pthread_mutex_unlock(&f->throttled_lock);
-	/* Both or neither: a reader that saw the sum with this wait in it and the wait still on would count it twice. */
-	atomic_fetch_add_explicit(&v->wait_version, 1, memory_order_acq_rel);
-	atomic_store_explicit(&v->throttled, atomic_load_explicit(&v->throttled, memory_order_relaxed) +
-			      (orc_u64)(now - atomic_load_explicit(&v->throttled_since, memory_order_relaxed)),
-			      memory_order_release);
-	atomic_store_explicit(&v->throttled_since, 0, memory_order_release);
-	atomic_fetch_add_explicit(&v->wait_version, 1, memory_order_release);
+	wait_step(v, now, 0, 0);
 	if (!served)
 		return;
-	turn(v, &by_tokens);
+	turn(v, &by_tokens, &slowest);
 	if (by_tokens > now)
 		orc_count(&v->released, 1);
-	v->waiting = false;
+	leave(v);
 }
 
 static void futex_wait_until(_Atomic uint32_t *word, uint32_t seen, const struct timespec *until)
@@ -231,9 +321,17 @@ static void futex_wait_until(_Atomic uint32_t *word, uint32_t seen, const struct
 	syscall(SYS_futex, word, FUTEX_WAIT_BITSET | FUTEX_PRIVATE_FLAG, seen, until, NULL, FUTEX_BITSET_MATCH_ANY);
 }
 
+void orc_futex_wait_until(_Atomic uint32_t *word, uint32_t seen, orc_ns until)
+{
+	struct timespec time = {.tv_sec = until / 1000000000, .tv_nsec = until % 1000000000};
+
+	futex_wait_until(word, seen, &time);
+}
+
 bool orc_wait_turn(orc_vcpu *v)
 {
-	orc_ns now = orc_now(), at;
+	orc_ns now = orc_now(), at, by_tokens;
+	unsigned slowest;
 	bool served;
 
 	orc_vcpu_wait_begin(v, now);
@@ -246,11 +344,13 @@ bool orc_wait_turn(orc_vcpu *v)
 			served = false;
 			break;
 		}
-		at = orc_vcpu_turn(v);
+		at = turn(v, &by_tokens, &slowest);
 		if (at <= now) {
 			served = true;
 			break;
 		}
+		if (slowest != atomic_load_explicit(&wait_in_force(v)->slowest, memory_order_relaxed)) /* a limit changed */
+			wait_step(v, now, now, slowest);
 		until = (struct timespec){.tv_sec = at / 1000000000, .tv_nsec = at % 1000000000};
 		futex_wait_until(&v->wakes, seen, &until);
 		now = orc_now();
@@ -266,8 +366,13 @@ uint32_t orc_vcpu_wakes(const orc_vcpu *v)
 
 void orc_vcpu_sleep(orc_vcpu *v, uint32_t seen)
 {
+	bool gated = v->gated;
+
+	orc_gate_leave(v); /* what it waits for may be another vCPU's doing */
 	while (orc_vcpu_wakes(v) == seen)
 		futex_wait_until(&v->wakes, seen, NULL);
+	if (gated)
+		orc_gate_enter(v);
 }
 
 void orc_vcpu_wake(orc_vcpu *v)
@@ -321,8 +426,10 @@ void orc_vcpu_kick(orc_vcpu *v)
 	 * KVM_RUN is entered is not lost, as KVM looks at the flag on entry. The runner clears it. */
 	if (v->run)
 		__atomic_store_n(&v->run->immediate_exit, 1, __ATOMIC_SEQ_CST);
+	/* It can't fail but for a thread that is gone, and so not in a guest: orc_signal_install has tried it, and a standard
+	 * signal needs no memory. */
 	if (atomic_load_explicit(&v->in_guest, memory_order_seq_cst))
-		syscall(SYS_tgkill, getpid(), atomic_load_explicit(&v->tid, memory_order_seq_cst), orc_signal_number());
+		orc_signal_send(atomic_load_explicit(&v->tid, memory_order_seq_cst));
 	orc_vcpu_wake(v);
 }
 
@@ -348,6 +455,7 @@ void orc_vcpu_attach(orc_vcpu *v)
 
 void orc_vcpu_detach(orc_vcpu *v)
 {
+	orc_gate_leave(v);
 	/* A thread that lives on gets its slack back; a late signal to it would only run the empty handler. */
 	atomic_store_explicit(&v->tid, 0, memory_order_seq_cst);
 	prctl(PR_SET_TIMERSLACK, 0, 0, 0, 0);
@@ -360,19 +468,26 @@ static orc_u64 get(const _Atomic orc_u64 *counter)
 	return atomic_load_explicit((_Atomic orc_u64 *)counter, memory_order_relaxed);
 }
 
-static orc_u64 throttled(const orc_vcpu *constant, orc_ns now, orc_ns *since)
+/* By bucket, and the sum. */
+static orc_u64 throttled(const orc_vcpu *constant, orc_ns now, orc_u64 held[ORC_METERS * ORC_LEVELS], orc_ns *since)
 {
 	orc_vcpu *v = (orc_vcpu *)constant;
-	uint32_t before, after;
-	orc_u64 sum;
+	uint32_t version;
+	unsigned slowest;
+	orc_u64 sum = 0;
 
-	do {
-		before = atomic_load_explicit(&v->wait_version, memory_order_acquire);
-		*since = atomic_load_explicit(&v->throttled_since, memory_order_acquire);
-		sum = atomic_load_explicit(&v->throttled, memory_order_acquire);
-		after = atomic_load_explicit(&v->wait_version, memory_order_relaxed);
-	} while ((before & 1) || before != after);
-	return sum + (*since && now > *since ? (orc_u64)(now - *since) : 0);
+	do { /* again only if a whole wait began or ended meanwhile */
+		version = atomic_load_explicit(&v->wait_version, memory_order_acquire);
+		*since = atomic_load_explicit(&v->wait[version & 1].since, memory_order_acquire);
+		slowest = atomic_load_explicit(&v->wait[version & 1].slowest, memory_order_acquire);
+		for (int i = 0; i < ORC_METERS * ORC_LEVELS; i++)
+			held[i] = atomic_load_explicit(&v->wait[version & 1].held[i], memory_order_acquire);
+	} while (version != atomic_load_explicit(&v->wait_version, memory_order_relaxed));
+	if (*since && now > *since)
+		held[slowest] += (orc_u64)(now - *since);
+	for (int i = 0; i < ORC_METERS * ORC_LEVELS; i++)
+		sum += held[i];
+	return sum;
 }
 
 void orc_vcpu_counters(const orc_vcpu *v, struct orc_counters *out, orc_ns now)
@@ -380,13 +495,14 @@ void orc_vcpu_counters(const orc_vcpu *v, struct orc_counters *out, orc_ns now)
 	for (int i = 0; i < ORC_REASONS; i++)
 		out->exits[i] = get(&v->exits[i]);
 	out->bus_locks = get(&v->bus_locks);
-	out->throttled = throttled(v, now, &out->throttled_since);
+	out->throttled = throttled(v, now, out->held, &out->throttled_since);
 	out->capped = get(&v->capped);
 	out->waits = get(&v->waits);
 	out->released = get(&v->released);
 	out->missed = get(&v->missed);
 	out->kicks = get(&v->kicks);
 	out->unclaimed = get(&v->unclaimed);
+	out->answers = get(&v->answered);
 }
 
 int orc_vcpu_look(const orc_vcpu *v, struct orc_sums *out, orc_u64 seen[ORC_REASONS], struct orc_more *more, orc_ns now)
@@ -403,7 +519,8 @@ int orc_vcpu_look(const orc_vcpu *v, struct orc_sums *out, orc_u64 seen[ORC_REAS
 		}
 	}
 	out->bus_locks = get(&v->bus_locks);
-	out->throttled = throttled(v, now, &since);
+	out->throttled = throttled(v, now, out->held, &since);
+	out->answers = get(&v->answered);
 	return n;
 }
 

@@ -17,7 +17,7 @@ import attrs
 from ..actions import Throttle, Unthrottle
 from ..errors import SpecError
 from ..spec import Limit, Meter, as_meter
-from .facts import Facts, VmFacts
+from .facts import Facts, VmFacts, count_of
 from .maxmin import max_min
 from .ranges import above, within
 from .signals import HARM, Signals, calm, check_signal
@@ -219,7 +219,7 @@ class Adaptive:
                 vm.asked.append(0.0)
 
     def _count(self, vm: VmFacts) -> int | None:
-        return vm.bus_locks if self._meter is Meter.BUS_LOCKS else vm.exits
+        return count_of(vm, self._meter)
 
     def _waited(self, vm: _Vm, told: VmFacts, interval: float) -> bool:
         return vm.limit is not None and told.throttled > WAITED * interval

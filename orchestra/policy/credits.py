@@ -19,7 +19,7 @@ import attrs
 
 from ..actions import Action, Throttle
 from ..spec import Limit, Meter, as_meter
-from .facts import Facts, VmFacts
+from .facts import Facts, VmFacts, count_of
 from .once import Once
 from .ranges import within
 
@@ -127,7 +127,7 @@ class BurstCredits:
 
     def _actions(self, facts: Facts) -> Iterator[Throttle]:
         for vm in facts.vms.values():
-            used = vm.bus_locks if self._meter is Meter.BUS_LOCKS else vm.exits
+            used = count_of(vm, self._meter)
             if used is None:
                 continue
             account = self._accounts.get(vm.name)

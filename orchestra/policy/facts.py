@@ -9,9 +9,9 @@ from typing import Protocol, TypeVar, runtime_checkable
 import attrs
 
 from ..actions import Action
-from ..spec import Limit, Tenant
+from ..spec import Limit, Meter, Tenant
 
-__all__ = ["Facts", "HostFacts", "Policy", "TenantFacts", "VcpuFacts", "VmFacts", "add_known"]
+__all__ = ["Facts", "HostFacts", "Policy", "TenantFacts", "VcpuFacts", "VmFacts", "add_known", "count_of"]
 
 N = TypeVar("N", int, float)
 
@@ -27,6 +27,7 @@ class VcpuFacts:
     cpu: float | None = None
     run_delay: float | None = None
     capped: float | None = None
+    answers: int = 0
 
 
 @attrs.frozen
@@ -36,6 +37,7 @@ class VmFacts:
     Attributes:
         name, tenant, weight, vcpus: as in its spec.
         bus_locks, exits: how many since the last tick. `bus_locks` is None where the host reports none.
+        answers: accesses that Python answered, a device or a task.
         throttled: seconds that its vCPUs waited for their turn since the last tick, summed over the vCPUs.
         launch: a number of its own for each launch: another VM of the same name has another.
         cpu: seconds of CPU time that its vCPU threads used since the last tick, summed over them.
@@ -51,6 +53,9 @@ class VmFacts:
             since.
         by_reason: its exits by the kernel's name of the reason ("io", "mmio", "x86_bus_lock", ...).
         by_vcpu: the vCPUs that did something, by index.
+        throttled_by: the seconds of `throttled` by the limit whose turn was the last: "vm.exits" is the VM's own on
+            exits; the levels are "host", "tenant", "vm" and "vcpu". Of what was really so: what a dry run would have
+            held is not in it, and a replay has none.
 
     `cpu`, `run_delay`, `capped`, `work` and the pages are None where this host, or this guest, does not tell: never 0
     for "unknown".
@@ -72,6 +77,8 @@ class VmFacts:
     dirty_rate: float | None = None
     by_reason: Mapping[str, int] = attrs.field(factory=dict, hash=False)
     by_vcpu: tuple[VcpuFacts, ...] = ()
+    answers: int = 0
+    throttled_by: Mapping[str, float] = attrs.field(factory=dict, hash=False)
 
 
 @attrs.frozen
@@ -86,6 +93,7 @@ class TenantFacts:
     cpu: float | None
     run_delay: float | None
     capped: float | None
+    answers: int = 0
 
 
 @attrs.frozen
@@ -121,7 +129,7 @@ class Facts:
     Attributes:
         time: nanoseconds on the fleet's clock.
         interval: seconds since the last tick (as it was, not as it was planned); more than 0.
-        limit, exit_limit: the host's.
+        limit, exit_limit, answer_limit: the host's.
         tenants: all of them, by name.
         vms: by name, those that did something since the last tick. A VM that is not here was idle or is gone.
         host: signals of the host as a whole.
@@ -139,6 +147,7 @@ class Facts:
     host: HostFacts = HostFacts()
     gone: tuple[tuple[str, int], ...] = ()
     others: Mapping[str, VmFacts] = attrs.field(factory=dict)
+    answer_limit: Limit | None = None
 
     @property
     def heard(self) -> Mapping[str, VmFacts]:
@@ -164,7 +173,14 @@ def _tenant(name: str, vms: Sequence[VmFacts]) -> TenantFacts:
         cpu=add_known(vm.cpu for vm in vms),
         run_delay=add_known(vm.run_delay for vm in vms),
         capped=add_known(vm.capped for vm in vms),
+        answers=sum(vm.answers for vm in vms),
     )
+
+
+def count_of(vm: VmFacts, meter: Meter) -> int | None:
+    """A meter's events; None where the host does not tell."""
+    count: int | None = getattr(vm, meter.value)
+    return count
 
 
 def add_known(values: Iterable[N | None]) -> N | None:

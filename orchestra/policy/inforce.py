@@ -38,6 +38,8 @@ class Asked(Protocol):
     @property
     def exits(self) -> float: ...
     @property
+    def answers(self) -> float: ...
+    @property
     def cpu(self) -> float | None: ...
 
 
@@ -56,18 +58,21 @@ FREE: Final = Passed(1.0)
 
 @attrs.define(eq=False)
 class _Bucket:
-    """`tokens` are those of the time `at`, in seconds of the model's clock."""
+    """`tokens` are those of the time `at`, in seconds of the model's clock; made by `last`, the limit in force or the
+    one that was taken off, at whose rate it goes on (orchestra/native/orc.h)."""
 
     base: Limit | None = None
     limit: Limit | None = None
+    last: Limit | None = None
     tokens: float = 0.0
     at: float = 0.0
 
     def set(self, throttles: Iterable[Limit], now: float) -> None:
         self._settle(now)
-        old, self.limit = self.limit, tightest(self.base, throttles)
+        self.limit = tightest(self.base, throttles)
         if self.limit is not None:  # a new bucket is full; one that grows later fills up as time goes
-            self.tokens = self.limit.tokens if old is None else min(self.tokens, self.limit.tokens)
+            self.tokens = self.limit.tokens if self.last is None else min(self.tokens, self.limit.tokens)
+            self.last = self.limit
 
     def room(self, now: float, seconds: float) -> float:
         assert self.limit is not None
@@ -80,8 +85,8 @@ class _Bucket:
         self.at = now + seconds
 
     def _settle(self, now: float) -> None:
-        if self.limit is not None and now > self.at:
-            self.tokens = min(self.limit.tokens, self.tokens + self.limit.rate * (now - self.at))
+        if self.last is not None and now > self.at:
+            self.tokens = min(self.last.tokens, self.tokens + self.last.rate * (now - self.at))
         self.at = now
 
 
@@ -89,21 +94,23 @@ class InForce:
     """Limits, caps, pauses, isolation, and who is gone."""
 
     def __init__(
-        self, limit: Limit | None = None, exit_limit: Limit | None = None, tenants: Mapping[str, Tenant] | None = None
+        self,
+        limit: Limit | None = None,
+        exit_limit: Limit | None = None,
+        tenants: Mapping[str, Tenant] | None = None,
+        answer_limit: Limit | None = None,
     ) -> None:
         self._buckets: dict[Meter, dict[Place, _Bucket]] = {meter: {} for meter in Meter}
+        self._off: dict[Meter, dict[Place, _Bucket]] = {meter: {} for meter in Meter}  # whose limit was taken off
         self._holdings = Holdings()
         self._caps: dict[str, float] = {}  # these two follow from it
         self._paused: set[str] = set()
         self._gone: set[str] = set()
         self._launches: dict[str, int] = {}
         self._now = 0.0
-        bases = [(HOST, Meter.BUS_LOCKS, limit), (HOST, Meter.EXITS, exit_limit)]
+        bases = [(HOST, Meter.BUS_LOCKS, limit), (HOST, Meter.EXITS, exit_limit), (HOST, Meter.ANSWERS, answer_limit)]
         for name, tenant in (tenants or {}).items():
-            bases += [
-                (("tenant", name), Meter.BUS_LOCKS, tenant.limit),
-                (("tenant", name), Meter.EXITS, tenant.exit_limit),
-            ]
+            bases += [(("tenant", name), meter, getattr(tenant, meter.field)) for meter in Meter]
         for place, meter, base in bases:
             self.set_base(place, meter, base)
 
@@ -116,7 +123,7 @@ class InForce:
         bucket = self._buckets[meter].get(place)
         if (None if bucket is None else bucket.base) == limit:
             return
-        bucket = bucket or self._buckets[meter].setdefault(place, _Bucket())
+        bucket = self._bucket(meter, place)
         bucket.base = limit
         self._set(meter, place, bucket)
 
@@ -164,7 +171,8 @@ class InForce:
             self._free(action.vm or "")
             self._gone.add(action.vm or "")
         elif isinstance(action, SetLimit):
-            self.set_base(_place(action.vm, action.tenant), action.meter, action.limit)
+            if action.vcpu is None:  # one vCPU's is none of the VM's
+                self.set_base(_place(action.vm, action.tenant), action.meter, action.limit)
         else:
             self._holdings.note(action, policy)
             key = key_of(action)
@@ -182,7 +190,7 @@ class InForce:
         match key.what:
             case What.THROTTLE:
                 meter, place = Meter(key.meter), _place(key.vm, key.tenant)
-                self._set(meter, place, self._buckets[meter].setdefault(place, _Bucket()))
+                self._set(meter, place, self._bucket(meter, place))
             case What.CAP:
                 shares = [one.action.share for one in held if isinstance(one.action, CapCpu)]
                 self._caps[vm] = min((share for share in shares if share is not None), default=1.0)
@@ -191,16 +199,23 @@ class InForce:
             case What.PAUSE:
                 (self._paused.add if held else self._paused.discard)(vm)
 
+    def _bucket(self, meter: Meter, place: Place) -> _Bucket:
+        """The one that is there, limited or not; else a new one."""
+        buckets = self._buckets[meter]
+        if place not in buckets:
+            buckets[place] = self._off[meter].pop(place) if place in self._off[meter] else _Bucket()
+        return buckets[place]
+
     def _set(self, meter: Meter, place: Place, bucket: _Bucket) -> None:
         vm, tenant = (place[1] if place[0] == kind else None for kind in ("vm", "tenant"))
         held = self._holdings.at(Key(What.THROTTLE, meter.value, vm, tenant, None)).values()
         bucket.set([one.action.limit for one in held if isinstance(one.action, Throttle)], self._now)
         if bucket.limit is None:
-            del self._buckets[meter][place]
+            self._off[meter][place] = self._buckets[meter].pop(place)
 
     def _free(self, vm: str) -> None:
         self._holdings.forget(vm)
-        for buckets in self._buckets.values():
+        for buckets in (*self._buckets.values(), *self._off.values()):
             buckets.pop(("vm", vm), None)
         self._caps.pop(vm, None)
         self._paused.discard(vm)

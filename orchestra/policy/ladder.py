@@ -13,7 +13,7 @@ import attrs
 
 from ..actions import Action, CapCpu, Evict, Isolate, Pause, Rejoin, Resume, Stop, Throttle, Unthrottle, Warn
 from ..spec import Limit, Meter, as_meter
-from .facts import Facts, VmFacts
+from .facts import Facts, VmFacts, count_of
 from .ranges import within
 from .signals import HARM, OWN, Signals
 from .steps import Condition, Rung, Step, check_steps, default_steps
@@ -214,7 +214,7 @@ class Ladder:
         if vm is None:
             return throttle is None or climber.absent > _longest_wait(throttle, climber.vcpus)
         if throttle is not None and vm.throttled > WAITED * facts.interval:
-            rate = reading.own("bus_locks" if self._meter is Meter.BUS_LOCKS else "exits", vm) or 0.0
+            rate = reading.own(self._meter, vm) or 0.0
             # Two events more or less in a tick say nothing about a rate. What waits at a lower rate waits for others.
             if rate + 2 / facts.interval >= throttle.rate / 2:
                 return False
@@ -289,7 +289,7 @@ class _Reading:
 
     @functools.cached_property
     def _total(self) -> float:
-        counts = (vm.bus_locks if self._meter is Meter.BUS_LOCKS else vm.exits for vm in self._facts.vms.values())
+        counts = (count_of(vm, self._meter) for vm in self._facts.vms.values())
         return sum(count for count in counts if count is not None)
 
     @functools.cached_property
@@ -306,14 +306,14 @@ class _Reading:
         match signal:
             case "bus_locks":
                 return None if vm.bus_locks is None else vm.bus_locks / seconds
-            case "exits":
-                return vm.exits / seconds
+            case "exits" | "answers":
+                return float(getattr(vm, signal)) / seconds
             case "cpu":
                 return None if vm.cpu is None else vm.cpu / seconds / vm.vcpus
             case "dirty_pages":
                 return vm.dirty_rate
         # "share"
-        count = vm.bus_locks if self._meter is Meter.BUS_LOCKS else vm.exits
+        count = count_of(vm, self._meter)
         return None if count is None else count / self._total if self._total else 0.0
 
     def value(self, signal: str, vm: VmFacts) -> float | None:

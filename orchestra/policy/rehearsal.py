@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import attrs
 
 from ..actions import Action
@@ -57,14 +59,12 @@ class Rehearsal:
                 del vms[name]
             else:
                 vms[name] = _shown(vms[name], came, facts.interval)
-        limit, exit_limit = (
-            known if decided is None else tightest(known, [decided])
-            for known, decided in (
-                (facts.limit, self._force.host_limit(Meter.BUS_LOCKS)),
-                (facts.exit_limit, self._force.host_limit(Meter.EXITS)),
-            )
-        )
-        return attrs.evolve(facts, vms=vms, limit=limit, exit_limit=exit_limit)
+        limits: dict[str, Any] = {}
+        for meter in Meter:
+            decided = self._force.host_limit(meter)
+            if decided is not None:
+                limits[meter.field] = tightest(getattr(facts, meter.field), [decided])
+        return attrs.evolve(facts, vms=vms, **limits)
 
 
 def _shown(vm: VmFacts, came: Passed, interval: float) -> VmFacts:
@@ -75,6 +75,7 @@ def _shown(vm: VmFacts, came: Passed, interval: float) -> VmFacts:
         vm,
         bus_locks=None if vm.bus_locks is None else round(vm.bus_locks * part),
         exits=round(vm.exits * part),
+        answers=round(vm.answers * part),
         throttled=min(seconds, vm.throttled + came.throttled),
         cpu=None if vm.cpu is None else vm.cpu * part,
         run_delay=None if vm.run_delay is None else vm.run_delay * part,
@@ -88,6 +89,7 @@ def _shown(vm: VmFacts, came: Passed, interval: float) -> VmFacts:
                 vcpu,
                 bus_locks=None if vcpu.bus_locks is None else round(vcpu.bus_locks * part),
                 exits=round(vcpu.exits * part),
+                answers=round(vcpu.answers * part),
                 cpu=None if vcpu.cpu is None else vcpu.cpu * part,
                 run_delay=None if vcpu.run_delay is None else vcpu.run_delay * part,
             )

@@ -11,7 +11,7 @@ import attrs
 
 from ..actions import Throttle, Unthrottle
 from ..spec import Limit, Meter, as_meter, optional_limit
-from .facts import Facts
+from .facts import Facts, count_of
 from .maxmin import max_min
 from .pace import paced
 from .ranges import within
@@ -118,7 +118,7 @@ class WeightedShare:
         return self._interval
 
     def decide(self, facts: Facts) -> list[Throttle | Unthrottle]:
-        host = self._limit or (facts.limit if self._meter is Meter.BUS_LOCKS else facts.exit_limit)
+        host = self._limit or getattr(facts, self._meter.field)
         budget = math.inf if host is None else host.rate
         for name, launch in facts.gone:
             if name in self._vms and self._vms[name].launch == launch:
@@ -135,18 +135,18 @@ class WeightedShare:
 
     def _cap(self, facts: Facts, tenant: str) -> float:
         known = facts.tenants.get(tenant)
-        limit = None if known is None else known.limit if self._meter is Meter.BUS_LOCKS else known.exit_limit
+        limit = None if known is None else getattr(known, self._meter.field)
         return math.inf if limit is None else limit.rate
 
     def _look(self, facts: Facts, budget: float) -> None:
         """Runs for each active VM in each tick: it does no more than it has to."""
         self._tick += 1
-        interval, locks, vms = facts.interval, self._meter is Meter.BUS_LOCKS, self._vms
+        interval, meter, vms = facts.interval, self._meter, self._vms
         total = 0.0
         by_tenant: dict[str, float] = {}
         waited: list[_Vm] = []
         for told in facts.vms.values():
-            count = told.bus_locks if locks else told.exits
+            count = count_of(told, meter)
             if count is None:
                 continue
             rate = count / interval

@@ -24,7 +24,7 @@ import attrs
 
 from ..errors import SpecError
 from ..spec import Meter
-from .facts import Facts, VmFacts
+from .facts import Facts, VmFacts, count_of
 
 __all__ = ["HARM", "OWN", "Signals", "calm", "check_signal"]
 
@@ -35,8 +35,8 @@ VICTIMS: Final = ("run_delay", "work_drop")
 HARM: Final = (*HOST, *SLOWDOWN, *VICTIMS)
 """What somebody suffers: the host's own signals, then those relative to what is usual, then those of the other VMs."""
 
-OWN: Final = ("bus_locks", "exits", "cpu", "share", "dirty_pages")
-"""What one VM does: events a second of either meter, CPU seconds a second and vCPU, its part of the meter's events,
+OWN: Final = (*(meter.value for meter in Meter), "cpu", "share", "dirty_pages")
+"""What one VM does: events a second of each meter, CPU seconds a second and vCPU, its part of the meter's events,
 pages written a second."""
 
 LEAST: Final = 0.01
@@ -212,7 +212,7 @@ class Signals:
 
     def _quiet(self, facts: Facts) -> bool:
         """Nobody was noisy, nor in the tick before: what is measured may be as late as that."""
-        counts = ((vm.bus_locks if self._meter is Meter.BUS_LOCKS else vm.exits, vm) for vm in facts.heard.values())
+        counts = ((count_of(vm, self._meter), vm) for vm in facts.heard.values())
         most = self._floor * facts.interval
         now = all(count is None or count <= most + AHEAD * vm.vcpus for count, vm in counts)
         quiet = now and self._was_quiet

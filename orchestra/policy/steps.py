@@ -37,9 +37,9 @@ class Condition:
     """What is over which threshold.
 
     Parameters:
-        signal: of the VM itself ``bus_locks`` and ``exits`` (a second), ``cpu`` (seconds per second and vCPU),
-            ``share`` (its part of all events of the ladder's meter), ``dirty_pages`` (written a second, of VMs that are
-            logged: `VmSpec.log_dirty`); of the host or the other VMs all that `Adaptive` knows.
+        signal: of the VM itself ``bus_locks``, ``exits`` and ``answers`` (a second), ``cpu`` (seconds per second and
+            vCPU), ``share`` (its part of all events of the ladder's meter), ``dirty_pages`` (written a second, of VMs
+            that are logged: `VmSpec.log_dirty`); of the host or the other VMs all that `Adaptive` knows.
         over: it is bad when the signal is more than this.
         clear: it is in the clear when the signal is no more than this. Default: half-way from the calm to `over`. Give
             it with ``lock_ns`` and ``memory_ns``: in the calm they are more than 0.
@@ -125,7 +125,7 @@ def default_steps(
     paused for 30 s; when that is the third time, it is to leave this host. `highest` says where to end; stopping a VM
     that was to leave twice and is still here has to be asked for.
     """
-    bad = Condition("bus_locks" if as_meter(meter) is Meter.BUS_LOCKS else "exits", over)
+    bad = Condition(as_meter(meter).value, over)
     steps = (
         Step(rung=Rung.WARN, when=bad),
         Step(rung=Rung.THROTTLE, when=bad, dwell=1, limit=unfelt(Limit(rate=over / 2, max_delay=1.0))),
@@ -153,7 +153,7 @@ def check_steps(steps: tuple[Step, ...], meter: Meter, interval: float) -> None:
     limit: Limit | None = None
     for below, step in zip((None, *steps), steps, strict=False):
         for condition in step.when:
-            if condition.signal in ("bus_locks", "exits") and condition.over * interval < FEWEST:
+            if condition.signal in {*Meter} and condition.over * interval < FEWEST:
                 raise SpecError(
                     f"{step.rung}: {condition.signal} over {condition.over:g}: must be {FEWEST} events in a tick of "
                     f"{interval:g} s or more; make the ladder's interval longer"

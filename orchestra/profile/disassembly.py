@@ -8,11 +8,12 @@ from typing import Any, Final
 
 import attrs
 
+from ..extras import install
 from .samples import Where
 
 __all__ = ["INSTALL", "Found", "available", "find"]
 
-INSTALL: Final = "pip install 'orchestra[profile]'"
+INSTALL: Final = install("profile")
 LONGEST: Final = 15
 
 

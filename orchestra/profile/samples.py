@@ -49,10 +49,9 @@ class Sum:
 
 
 class Samples:
-    """Adds up what the vCPUs' tables held when they were emptied. `every`: one lock of so many is sampled now."""
+    """Adds up what the vCPUs' tables held when they were emptied."""
 
-    def __init__(self, every: int = 0) -> None:
-        self.every = every
+    def __init__(self) -> None:
         self.places: dict[Place, Sum] = {}
         self.unplaced = 0
         self._new: dict[Place, Sum] = {}

@@ -13,11 +13,12 @@ from typing import Any, Final
 
 import attrs
 
-from ..errors import OrchestraError
+from ..errors import FileError
+from ..extras import install
 
 __all__ = ["SymbolError", "Symbols"]
 
-INSTALL: Final = "pip install 'orchestra[profile]'"
+INSTALL: Final = install("profile")
 FARTHEST: Final = 1 << 16
 """Bytes that a symbol without a size, and with none behind it, is taken to go on for."""
 NESTED: Final = 16
@@ -25,7 +26,7 @@ NESTED: Final = 16
 CODE_TYPES: Final = "TtWw"  # of System.map, as nm has them: in the text section, and weak ones
 
 
-class SymbolError(OrchestraError, ValueError):
+class SymbolError(FileError):
     """A file holds no symbols that can be read; the message says what was expected."""
 
 
@@ -63,7 +64,7 @@ class Symbols:
         try:
             data = path.read_bytes()
         except OSError as error:
-            raise SymbolError(f"{path}: can't be read ({error.strerror or error})") from error
+            raise SymbolError(f"{path}: {error.strerror or error}") from error
         found = _elf(path) if data.startswith(b"\x7fELF") else _system_map(path, data)
         if not found:
             raise SymbolError(f"{path}: names no function (was it stripped?)")

@@ -107,6 +107,7 @@ def _sum(one: VmFacts, other: VmFacts) -> VmFacts:
         add_known((one.work, other.work)),
         add_known((one.dirty_pages, other.dirty_pages)),
         one.dirty_rate if other.dirty_rate is None else other.dirty_rate,
+        answers=one.answers + other.answers,
     )
 
 
@@ -159,7 +160,7 @@ class Want:
 
     Attributes:
         seen: what it did.
-        bus_locks, exits: what it would have done; bus locks are None where they were not seen.
+        bus_locks, exits, answers: what it would have done; bus locks are None where they were not seen.
         ran: the part of the time that nothing held it, 0.01 to 1: what was seen was done in this part.
     """
 
@@ -167,6 +168,7 @@ class Want:
     bus_locks: float | None
     exits: float
     ran: float
+    answers: float = 0.0
 
     @property
     def tenant(self) -> str:
@@ -237,4 +239,5 @@ class Demands:
             None if locks is None else wanted(locks, None if free is None else free.bus_locks),
             wanted(seen.exits, None if free is None else free.exits),
             ran,
+            wanted(seen.answers, None if free is None else free.answers),
         )

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import attrs
 
 from ..actions import Action, Applied
-from ..errors import SpecError
+from ..errors import FileError, SpecError
 from ..journal import JournalReader
 from ..policy import Facts, Guard, HostFacts, Verdict, VmFacts
 from ..policy.engine import Done, PolicyEngine
@@ -20,6 +19,8 @@ from ..policy.state import PolicyState
 from ..rules import Rules
 from ..spec import Limit, Meter, Tenant
 from .demand import Demands, Tick, Want, ticks, together
+from .given import Given
+from .living import Living
 from .response import Response, fit
 from .tally import Tally, World
 
@@ -98,7 +99,8 @@ def replay(
         progress: told now and then: what is done, how much of it, of how much.
 
     Raises:
-        SpecError: there is nothing in that time.
+        FileError: there is nothing in that time.
+        SpecError: a policy looks at answers, which no journal keeps.
     """
     span = _span(journal, since, until)
     tell = progress or (lambda *_: None)
@@ -115,11 +117,12 @@ def replay(
     whole = _Whole(Tally(*span, response))
     for tick in told("replay"):
         if run is None or run.session != tick.session:
-            run = _Run(make(), tick, whole)
+            run = _Run(make(), tick, whole, journal)
             whole.sessions += 1
         run.step(tick)
     for row in journal.actions(since=span[0], until=span[1]):
-        whole.tally.did(row.kind, row.outcome, row.vm)
+        if row.given is None:  # else nobody did it
+            whole.tally.did(row.kind, row.outcome, row.vm)
     before, after = whole.tally.worlds()
     return Replay(
         since=span[0],
@@ -138,17 +141,30 @@ def replay(
 def _span(journal: JournalReader, since: int | None, until: int | None) -> tuple[int, int]:
     span = journal.intervals()
     if span is None:
-        raise SpecError("the journal has no intervals to go through: a fleet writes one each time that it looks")
+        raise FileError(f"{journal.path}: has no intervals to go through: a fleet writes one each time that it looks")
     first = max(span[0], since if since is not None else 0)
     last = min(span[1], until if until is not None else span[1])
     if first >= last:
-        raise SpecError("the journal has nothing of that time")
+        raise FileError(f"{journal.path}: has nothing of that time")
     return first, last
 
 
 def _intervals(journal: JournalReader, span: tuple[int, int]) -> int:
     """About how many there are. The host's row is there in each."""
     return int(journal.query("SELECT count(*) FROM hosts WHERE time BETWEEN ? AND ?", span)[0][0])
+
+
+def _check_kept(rules: Rules) -> None:
+    """Raises:
+    SpecError: a policy would be told that there were none of what is not in a journal.
+    """
+    for policy in rules.policies:
+        signals = {one.signal for step in getattr(policy, "steps", ()) for one in step.when}
+        if getattr(policy, "meter", None) is Meter.ANSWERS or Meter.ANSWERS in signals:
+            raise SpecError(
+                f"policy {policy.name!r}: looks at answers, which journals don't keep: it can't be replayed; leave it "
+                "out of the rules to replay, or let it run dry (guard.dry_run) beside a fleet"
+            )
 
 
 @attrs.define(eq=False)
@@ -165,24 +181,39 @@ class _Whole:
 class _Run:
     """One session under the rules: the engine's source of facts and its executor."""
 
-    def __init__(self, rules: Rules, first: Tick, whole: _Whole) -> None:
+    def __init__(self, rules: Rules, first: Tick, whole: _Whole, journal: JournalReader) -> None:
+        _check_kept(rules)
         self.session = first.session
         self._rules = rules
         self._whole = whole
-        self._force = InForce(rules.limit, rules.exit_limit, rules.tenants)
+        self._force = InForce(rules.limit, rules.exit_limit, rules.tenants, rules.answer_limit)
         self._demands = Demands()
         self._tenants: dict[str, Tenant] = dict(rules.tenants)
-        self._live: dict[str, str] = {}  # tenants of the VMs that there are
-        self._of_tenant: Counter[str] = Counter()
+        self._living = Living(journal, first.session)
+        self._given = Given(journal, first.session, rules)
+        self.below = self._living.below
         self._windows: set[_Window] = set()
         self._time = first.time - round(first.interval * 1e9)
         self._host = HostFacts()
         self._engine = PolicyEngine(rules.policies, rules.guard or Guard(), now=self._time, executor=self, source=self)
 
     def step(self, tick: Tick) -> None:
+        self._living.until(tick.time)
+        for limit in self._given.until(tick.time):
+            if limit.vm is not None and limit.launch is not None:
+                self._seen(limit.vm, limit.launch)
+            self._force.apply(limit, "")
+            if limit.tenant is not None:
+                tenant = self._tenants.get(limit.tenant) or Tenant(limit.tenant)
+                changed: dict[str, Any] = {limit.meter.field: limit.limit}
+                self._tenants[limit.tenant] = attrs.evolve(tenant, **changed)
         for vm in tick.new:
-            self._new(vm)
-        if self._rules.limit is None and tick.host is not None:  # the rules say nothing: as it was
+            self._seen(vm.name, vm.launch)
+            self._living.seen(vm)
+            if vm.tenant not in self._tenants:
+                self._tenants[vm.tenant] = Tenant(vm.tenant)
+        if self._rules.limit is None and tick.host is not None and not self._given.knows_host:
+            # An older journal, and the rules say nothing: as it was.
             rate = tick.host.rate
             base = None if rate is None else Limit(rate=rate)
             self._force.set_base(("host", ""), Meter.BUS_LOCKS, base)
@@ -191,6 +222,7 @@ class _Run:
         passed = self._force.let_through(wants, tick.interval)
         told = self._whole.tally.add(tick, held, passed, self._fair(wants, tick.interval))
         for name, launch in tick.gone:
+            self._living.gone(name, launch)
             if not self._force.is_another(name, launch):
                 self._gone(name)
         for window in self._windows:
@@ -200,23 +232,16 @@ class _Run:
         self._time, self._host = tick.time, told.host
         self._engine.tick(tick.time)
 
-    def _new(self, vm: VmFacts) -> None:
-        """A VM that was not seen before; nothing holds it, whatever held another of its name."""
-        if self._force.seen(vm.name, vm.launch):
-            self._gone(vm.name)
-            self._force.seen(vm.name, vm.launch)
-        if vm.tenant not in self._tenants:
-            self._tenants[vm.tenant] = Tenant(vm.tenant)
-        if vm.name not in self._live:
-            self._live[vm.name] = vm.tenant
-            self._of_tenant[vm.tenant] += 1
+    def _seen(self, vm: str, launch: int) -> None:
+        """Maybe a VM that was not seen before; then nothing holds it, whatever held another of its name."""
+        if self._force.seen(vm, launch):
+            self._gone(vm)
+            self._force.seen(vm, launch)
 
     def _gone(self, vm: str) -> None:
         self._engine.gone(vm)
         self._force.forget(vm)
         self._demands.forget(vm)
-        if (tenant := self._live.pop(vm, None)) is not None:
-            self._of_tenant[tenant] -= 1
 
     def _fair(self, wants: Mapping[str, Want | VmFacts], interval: float) -> dict[str, float] | None:
         """Each VM's weighted max-min share of the budget, in bus locks; None: all can have what they ask for."""
@@ -251,6 +276,7 @@ class _Run:
             interval=max((self._time - window.since) / 1e9, 1e-9),
             limit=self._force.host_limit(Meter.BUS_LOCKS),
             exit_limit=self._force.host_limit(Meter.EXITS),
+            answer_limit=self._force.host_limit(Meter.ANSWERS),
             tenants=self._tenants,
             vms=together(window.told, set(window.gone)),
             host=self._host,
@@ -258,13 +284,6 @@ class _Run:
         )
 
     # ---- what the engine wants done
-
-    def below(self, action: Action) -> int:
-        """How many VMs an action is about, of those that were ever seen to do something."""
-        if action.vm is not None:
-            return 1
-        tenant = getattr(action, "tenant", None)
-        return len(self._live) if tenant is None else self._of_tenant[tenant]
 
     def do(
         self, action: Action, policy: str | None, verdict: Verdict | None, state: PolicyState | None, now: int

@@ -287,6 +287,7 @@ class Tally:
             vcpus=seen.vcpus,
             bus_locks=None if want.bus_locks is None else round(want.bus_locks * came.part),
             exits=round(want.exits * came.part),
+            answers=round(want.answers * came.part),
             throttled=came.throttled,
             launch=seen.launch,
             cpu=None if seen.cpu is None else seen.cpu * scale,

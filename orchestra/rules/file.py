@@ -13,7 +13,7 @@ import attrs
 from .. import tomlfile
 from ..errors import SpecError
 from ..policy import Guard, Policy, only
-from ..spec import Limit, Tenant
+from ..spec import Limit, Meter, Tenant
 from ..tomlfile import Inside, Mistaken, meant, shown
 from .kinds import build, make_policy, rules_converter, table
 
@@ -47,7 +47,7 @@ class Rules:
         file: its name.
         entries: the policies, in the order in which their words count.
         guard: None: the file says nothing about it.
-        limit, exit_limit, tenants: as `open_fleet` takes them.
+        limit, exit_limit, answer_limit, tenants: as `open_fleet` takes them.
         stamp: what the file was when it was read (see `stamp_of`); None: it was no file.
     """
 
@@ -59,6 +59,7 @@ class Rules:
     tenants: Mapping[str, Tenant] = attrs.field(factory=dict, hash=False)
     guard_says: Mapping[str, Any] = attrs.field(factory=dict, hash=False, repr=False)
     stamp: Stamp | None = attrs.field(default=None, eq=False, repr=False)
+    answer_limit: Limit | None = None
 
     @property
     def policies(self) -> tuple[Policy, ...]:
@@ -94,7 +95,7 @@ def parse_rules(text: str | bytes, file: str = "rules") -> Rules:
     return tomlfile.structure(text, Rules, file, made)
 
 
-_KEYS = ("limit", "exit_limit", "tenants", "guard", "policies")
+_KEYS = (*(meter.field for meter in Meter), "tenants", "guard", "policies")
 
 
 def _rules(made: Any, said: Mapping[str, Any], file: str) -> Rules:
@@ -104,7 +105,7 @@ def _rules(made: Any, said: Mapping[str, Any], file: str) -> Rules:
         if key not in _KEYS
     ]
     found: dict[str, Any] = {}
-    for key in ("limit", "exit_limit"):
+    for key in (meter.field for meter in Meter):
         if key in said:
             try:
                 found[key] = made.structure(said[key], Limit)

@@ -101,19 +101,15 @@ def compare(old: Rules, new: Rules) -> Change:
     }
     became |= {name: "gone" for name in before if name not in after}
     limits: list[tuple[Meter, str | None, Limit | None]] = []
-    for meter, was, now in (
-        (Meter.BUS_LOCKS, old.limit, new.limit),
-        (Meter.EXITS, old.exit_limit, new.exit_limit),
-    ):
-        if was != now:
+    for meter in Meter:
+        if getattr(old, meter.field) != (now := getattr(new, meter.field)):
             limits.append((meter, None, now))
     later = [f"tenant {name}" for name in sorted({*old.tenants} ^ {*new.tenants})]
     for name in sorted({*old.tenants} & {*new.tenants}):
         one, other = old.tenants[name], new.tenants[name]
-        if one.limit != other.limit:
-            limits.append((Meter.BUS_LOCKS, name, other.limit))
-        if one.exit_limit != other.exit_limit:
-            limits.append((Meter.EXITS, name, other.exit_limit))
+        for meter in Meter:
+            if getattr(one, meter.field) != (now := getattr(other, meter.field)):
+                limits.append((meter, name, now))
         if one.weight != other.weight:
             later.append(f"weight of tenant {name}")
     return Change(

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import TypeAlias
 
 from ..errors import OrchestraError
+from ..extras import install
 
 try:
     import numpy as np
     from numpy.typing import NDArray
 except ImportError as error:
-    raise OrchestraError(f"the simulator needs numpy ({error}): pip install 'orchestra[simulate]'") from None
+    raise OrchestraError(f"the simulator needs numpy ({error}): {install('simulate')}") from None
 
 __all__ = ["Bools", "Floats", "Generator", "Ints", "generator", "np", "totals"]
 

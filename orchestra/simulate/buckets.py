@@ -26,18 +26,25 @@ class Buckets:
         self.rate = np.full(size, np.inf)
         self.burst = np.zeros(size)
         self.delay = np.full(size, np.inf)
+        self._kept = np.full(size, np.nan)  # the rate of a limit that was taken off; nan: there was none
         self._tokens = np.zeros(size)
         self._at = np.zeros(size)
         self.limited = 0
 
     def set(self, index: int, limit: Limit | None, now: float) -> None:
-        """Put a limit in force. As in the core: a new one starts full, a changed one keeps what was left."""
+        """Put a limit in force. As in the core: the first starts full, a changed one keeps what was left, and one that
+        is set again what there would be if the old one had gone on unused."""
         was = math.isfinite(self.rate[index])
         if limit is None:
+            if was:
+                self._kept[index] = self.rate[index]
             self.rate[index], self.delay[index] = np.inf, np.inf
             self.limited -= was
             return
-        left = self._left(np.array([index]), now)[0] if was else limit.tokens
+        left = limit.tokens
+        if was or not math.isnan(self._kept[index]):
+            self.rate[index] = self.rate[index] if was else self._kept[index]
+            left = self._left(np.array([index]), now)[0]
         self.rate[index], self.burst[index] = limit.rate, limit.tokens
         self.delay[index] = np.inf if limit.max_delay is None else limit.max_delay
         self._tokens[index], self._at[index] = min(left, limit.tokens), now

@@ -6,21 +6,17 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
-from ..figures import Figure, inline_svg, rc_context
+from .. import colours
+from ..figures import Figure, fit_scale, inline_svg, rc_context
 from .run import Result, WorldResult
 from .tally import EDGES
 
-__all__ = ["SERIES", "drawings"]
+__all__ = ["drawings"]
 
-INK, MUTED, GRID = "#010101", "#020202", "#030303"
-SERIES: Final = tuple(f"#04040{i}" for i in range(1, 7))
-"""Stand-ins that become the page's colours."""
-COLOURS: Final = {
-    INK: "var(--ink)",
-    MUTED: "var(--muted)",
-    GRID: "var(--grid)",
-    **{name: f"var(--series-{i})" for i, name in enumerate(SERIES, 1)},
-}
+INK, MUTED, GRID = (colour.stand_in for colour in (colours.INK, colours.MUTED, colours.GRID))
+WITH, WITHOUT = colours.WITH.stand_in, colours.WITHOUT.stand_in
+GROUPS: Final = tuple(colour.stand_in for colour in colours.GROUPS)
+COLOURS: Final = colours.variables(colours.PAGE)
 STYLE: Final[Any] = {
     "font.size": 10,
     "font.family": "sans-serif",
@@ -43,8 +39,7 @@ STYLE: Final[Any] = {
     "lines.solid_joinstyle": "round",
 }
 WIDTH, HEIGHT = 6.6, 2.7
-WITH, WITHOUT = SERIES[0], SERIES[1]
-MOST_GROUPS: Final = len(SERIES)
+MOST_GROUPS: Final = len(GROUPS)
 
 
 def drawings(result: Result) -> Iterator[tuple[str, str, str]]:
@@ -75,6 +70,8 @@ def drawings(result: Result) -> Iterator[tuple[str, str, str]]:
             tail = world.series["slowdown_p99"]
             axes.plot(time, tail, color=colour, linewidth=0.9, linestyle=(0, (4, 2)))
         axes.set_ylim(bottom=1)
+        keys = ("slowdown_mean", "slowdown_p99")
+        fit_scale(axes, *(world.series[key] for world, _ in _coloured(result) for key in keys), least=1.0)
 
     yield (
         "Victims' slow-down",
@@ -171,11 +168,11 @@ def _short(value: float, _: object = None) -> str:
 
 
 def _rates(axes: Any, world: WorldResult, vms: Sequence[Any], groups: Sequence[int], time: Sequence[float]) -> None:
-    for i, colour in zip(groups, SERIES, strict=False):
+    for i, colour in zip(groups, GROUPS, strict=False):
         axes.plot(time, world.series["done"][i], color=colour, label=vms[i].name)
         axes.plot(time, world.series["wanted"][i], color=colour, linewidth=0.9, linestyle=":")
-    axes.set_yscale("symlog", linthresh=100)
     axes.set_ylim(bottom=0)
+    fit_scale(axes, *(world.series[key][i] for i in groups for key in ("done", "wanted")), least=1.0)
     axes.yaxis.set_major_formatter(_short)
 
 
@@ -184,20 +181,22 @@ def _shares(axes: Any, world: WorldResult, vms: Sequence[Any], groups: Sequence[
     total = [max(sum(values), 1e-300) for values in zip(*done, strict=True)]
     parts = [[value / all_ for value, all_ in zip(values, total, strict=True)] for values in done]
     names = [vms[i].name for i in groups]
-    axes.stackplot(time, parts, colors=SERIES[: len(groups)], labels=names, linewidth=0, alpha=0.85)
+    axes.stackplot(time, parts, colors=GROUPS[: len(groups)], labels=names, linewidth=0, alpha=0.85)
     axes.set_ylim(0, 1)
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
 
 
 def _waits(axes: Any, world: WorldResult, vms: Sequence[Any], groups: Sequence[int], time: Sequence[float]) -> None:
-    for i, colour in zip(groups, SERIES, strict=False):
+    for i, colour in zip(groups, GROUPS, strict=False):
         axes.plot(time, world.series["waited"][i], color=colour, label=vms[i].name)
     axes.set_ylim(bottom=0)
+    fit_scale(axes, *(world.series["waited"][i] for i in groups))
+    axes.yaxis.set_major_formatter(_short)
 
 
 def _actions(axes: Any, world: WorldResult, time: Sequence[float]) -> None:
     width = time[1] - time[0] if len(time) > 1 else 1.0
-    axes.bar(time, world.series["actions"], width=width * 0.9, color=WITH, label="actions")
+    axes.bar(time, world.series["actions"], width=width * 0.9, color=WITH, label="with policies")
     axes.yaxis.get_major_locator().set_params(integer=True)
 
 

@@ -7,21 +7,20 @@ from collections.abc import Iterator, Mapping
 from html import escape
 from typing import Any, Final
 
+from ..colours import PAGE, css
 from .drawings import drawings
 from .report import ROWS, action_row, document, kind_of, percent, seconds, times
 from .run import Result
 
 __all__ = ["page"]
 
-STYLE: Final = """
-:root { color-scheme: light dark;
-  --page: #f6f7f9; --card: #ffffff; --ink: #1a1d21; --muted: #5b6470; --grid: #dfe3e8; --good: #12733f; --bad: #b3261e;
-  --series-1: #1668b8; --series-2: #d4541c; --series-3: #2a8c55; --series-4: #8a4bc4; --series-5: #a8831a;
-  --series-6: #c13d78; }
-@media (prefers-color-scheme: dark) { :root {
-  --page: #14171a; --card: #1c2025; --ink: #e8eaed; --muted: #9aa4b0; --grid: #333a42; --good: #5fcf92; --bad: #ff8a80;
-  --series-1: #5fa8ee; --series-2: #ff8a52; --series-3: #5cc98d; --series-4: #bd8cf0; --series-5: #d9b64a;
-  --series-6: #f07fb0; } }
+# What is no drawing's: the page's own.
+LIGHT: Final = "--page: #f6f7f9; --card: #ffffff; --good: #12733f; --bad: #b3261e;"
+DARK: Final = "--page: #14171a; --card: #1c2025; --good: #5fcf92; --bad: #ff8a80;"
+STYLE: Final = (
+    f"{css(PAGE, light=LIGHT, dark=DARK)}\n"
+    + """
+:root { color-scheme: light dark; }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
 main { max-width: 1180px; margin: 0 auto; padding: 32px 20px 64px; }
@@ -42,6 +41,7 @@ th:first-child, td:first-child, td.text, th.text { text-align: left; } td.text {
 summary { cursor: pointer; font-weight: 650; } pre { overflow-x: auto; font-size: 0.83rem; }
 .bad { color: var(--bad); }
 """
+)
 
 LISTED: Final = 100
 

@@ -65,6 +65,7 @@ class World:
         self.tally = Tally(layout, self.holds)
         self._witness_speed = np.array([vms.vcpus * vms.cpu for vms in groups])
         self.hosts.open()
+        self.tally.did(self.engines.take())
 
     def step(self) -> None:
         """One tick."""

@@ -14,11 +14,12 @@ from struct import unpack_from
 from typing import Any, Final
 
 from ...errors import BackendUnavailable
+from ...extras import install
 from ...native import ffi, lib
 
 __all__ = ["load", "version"]
 
-INSTALL: Final = "pip install 'orchestra[emulated]'"
+INSTALL: Final = install("emulated")
 # Of unicorn alone: with those options, pip would fetch orchestra and all that it needs anew.
 UPGRADE: Final = "pip install --upgrade unicorn"
 REINSTALL: Final = "pip install --force-reinstall unicorn==2.1.4"  # of what is known to work

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from threading import Lock
 from typing import Any
 
 from ...errors import BackendUnavailable, SpecError
@@ -22,10 +23,11 @@ __all__ = ["EmulatedBackend", "EmulatedEngine", "EmulatedMachine"]
 class EmulatedEngine(ThreadedEngine):
     """One vCPU on unicorn."""
 
-    def __init__(self, core: VcpuCore, emulator: Any, ports: Any, detection: Detection, bus_locks: bool) -> None:
+    def __init__(self, core: VcpuCore, emulator: Any, detection: Detection, bus_locks: bool) -> None:
         super().__init__(core)
         self._emulator = emulator
-        lib.orc_vcpu_bind_emulator(core.handle, emulator, ports, detection == "trap-like", bus_locks)
+        self._lock = Lock()  # memory outlives its CPU, and may be written while that is closed
+        lib.orc_vcpu_bind_emulator(core.handle, emulator, detection == "trap-like", bus_locks)
 
     def run(self) -> int:
         return lib.orc_emulator_run(self._handle)  # type: ignore[no-any-return]  # a Why, without the cost of making one
@@ -51,15 +53,24 @@ class EmulatedEngine(ThreadedEngine):
         debug = ffi.new("struct kvm_guest_debug *", {"control": control, "arch": {"debugreg": tuple(debugreg)}})
         lib.orc_emulator_debug(self._emulator, debug)
 
+    def written(self, address: int, size: int) -> None:
+        """The host wrote guest memory. Any thread, at any time."""
+        with self._lock:
+            if self._emulator != ffi.NULL:
+                lib.orc_emulator_written(self._emulator, address, size)
+
     def close(self) -> None:
-        lib.orc_emulator_free(self._emulator)
-        self._emulator = ffi.NULL
+        self.core.unbind()
+        with self._lock:
+            lib.orc_emulator_free(self._emulator)
+            self._emulator = ffi.NULL
 
 
 class EmulatedMachine:
     """One VM on unicorn."""
 
     dirty = None
+    interrupts = None
 
     def __init__(
         self, unicorn: Any, memory: GuestMemory, core: VcpuCore, state: EntryState, how: tuple[Detection, bool]
@@ -67,35 +78,20 @@ class EmulatedMachine:
         self.memory = memory
         self._unicorn = unicorn  # it must outlive its CPUs
         self.engines: list[EmulatedEngine] = []
-        self._ports = lib.orc_ports_new()
-        if self._ports == ffi.NULL:
-            raise MemoryError("orc_ports_new")
         slots, entry = memory_slots(memory), ffi.new("struct orc_entry *", entry_fields(state))
         failed = ffi.new("char const **")
-        self._emulator = lib.orc_emulator_new(unicorn, slots, len(slots), entry, failed)
-        if self._emulator == ffi.NULL:
-            lib.orc_ports_free(self._ports)
+        emulator = lib.orc_emulator_new(unicorn, slots, len(slots), entry, failed)
+        if emulator == ffi.NULL:
             raise BackendUnavailable(
                 f"unicorn can't make a CPU: {ffi.string(failed[0]).decode()}; each takes 3 MiB and up: launch fewer"
             )
-        self.engines.append(EmulatedEngine(core, self._emulator, self._ports, *how))
-        memory.on_write = self._written
-
-    def _written(self, address: int, size: int) -> None:
-        lib.orc_emulator_written(self._emulator, address, size)
-
-    def claim_ports(self, ports: range, claimed: bool) -> None:
-        lib.orc_ports_claim(self._ports, ports.start, len(ports), claimed)
-
-    def irq_line(self, gsi: int, level: bool) -> None:
-        """Nothing: there is no interrupt controller, which `EmulatedBackend.check` says."""
+        self.engines.append(EmulatedEngine(core, emulator, *how))
+        memory.on_write = self.engines[0].written
 
     def close(self) -> None:
         self.memory.on_write = None
         for engine in self.engines:
             engine.close()
-        lib.orc_ports_free(self._ports)
-        self._ports = ffi.NULL
 
 
 class EmulatedBackend:
@@ -112,11 +108,11 @@ class EmulatedBackend:
     blocking = True
     logs_dirty = False
 
-    def __init__(self, *, detection: Detection = "fault-like", why: str = "emulated, as asked for") -> None:
+    def __init__(self, *, detection: Detection = "fault-like") -> None:
         if detection not in ("fault-like", "trap-like"):
             raise SpecError(f'detection={detection!r}: must be "fault-like" (as on AMD) or "trap-like" (as on Intel)')
         self._unicorn = library.load()
-        self.why = why
+        self.why = "emulated, as asked for"
         self._detection = detection
 
     def bus_lock_detection(self) -> Detection | None:
@@ -125,22 +121,26 @@ class EmulatedBackend:
     def now(self) -> int:
         return monotonic_ns()
 
-    def check(self, spec: VmSpec) -> None:
+    def refusal(self, spec: VmSpec) -> tuple[str, str] | None:
+        """Why it can't run that VM, and what can; None: nothing is known to be in the way."""
+        can = "backend='kvm' can"
         if spec.vcpus > 1:
-            raise SpecError(
-                f"vm {spec.name!r}: vcpus={spec.vcpus}: the emulated backend gives a VM one vCPU, as several would not "
-                "see each other's atomic operations; backend='kvm' can"
-            )
+            return (
+                f"vcpus={spec.vcpus}: the emulated backend gives a VM one vCPU, as several would not see each other's "
+                "atomic operations"
+            ), can
         if spec.irqchip:
-            raise SpecError(
-                f"vm {spec.name!r}: irqchip=True: the emulated backend delivers no interrupts; backend='kvm' can"
-            )
-
+            return "irqchip=True: the emulated backend delivers no interrupts", can
         if spec.log_dirty or any(region.log_dirty for region in spec.regions):
-            raise SpecError(
-                f"vm {spec.name!r}: log_dirty=True: the emulated backend does not see which pages a guest writes, as "
-                "asking at each write would make it up to four times as slow; backend='kvm' can"
-            )
+            return (
+                "log_dirty=True: the emulated backend does not see which pages a guest writes, as asking at each write "
+                "would make it up to four times as slow"
+            ), can
+        return None
+
+    def check(self, spec: VmSpec) -> None:
+        if refusal := self.refusal(spec):
+            raise SpecError(f"vm {spec.name!r}: {'; '.join(refusal)}")
 
     def create(
         self,

@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any, Final
 
-from ...errors import BusLockUnsupported, SpecError
+from ...errors import BusLockUnsupported, OrchestraError, SpecError
 from ...memory import GuestMemory
 from ...native import ffi, lib
 from ...native.core import VcpuCore, install_signal, monotonic_ns
@@ -33,13 +34,19 @@ IDENTITY_MAP_ADDRESS: Final = 0xFFFB_C000
 class KvmEngine(ThreadedEngine):
     """One vCPU on KVM."""
 
-    def __init__(self, core: VcpuCore, vcpu: KvmVcpu, ports: Any, sync_regs: bool) -> None:
+    def __init__(self, core: VcpuCore, vcpu: KvmVcpu, sync_regs: bool) -> None:
         super().__init__(core)
         self.vcpu = vcpu
-        lib.orc_vcpu_bind_kvm(core.handle, vcpu.fd, vcpu.run, ports, sync_regs)
+        lib.orc_vcpu_bind_kvm(core.handle, vcpu.fd, vcpu.run, sync_regs)
 
     def run(self) -> int:
         return lib.orc_kvm_run(self._handle)  # type: ignore[no-any-return]  # a Why, without the cost of making one
+
+    def resumed(self) -> None:
+        try:
+            self.vcpu.kvmclock_ctrl()
+        except OrchestraError:
+            pass  # a guest that is not told complains of a lockup at the worst
 
     def error(self) -> str:
         number = int(lib.orc_vcpu_errno(self._handle))
@@ -52,6 +59,7 @@ class KvmEngine(ThreadedEngine):
         return self.vcpu.special_registers()
 
     def close(self) -> None:
+        self.core.unbind()
         self.vcpu.close()
 
 
@@ -63,10 +71,8 @@ class KvmMachine:
         self.engines: list[KvmEngine] = []
         self.vm: KvmVm | None = None
         self.dirty: DirtyLog | None = None
+        self.interrupts: Any = None
         self._slots: Any = None
-        self._ports = lib.orc_ports_new()
-        if self._ports == ffi.NULL:
-            raise MemoryError("orc_ports_new")
 
     def build(
         self, kvm: Kvm, spec: VmSpec, cores: Sequence[VcpuCore], states: Sequence[EntryState], cpuid: Cpuid, **how: bool
@@ -84,9 +90,10 @@ class KvmMachine:
         result = lib.orc_kvm_build(plan)
         if plan.vm >= 0:
             self.vm = KvmVm.adopt(plan.vm, kvm.vcpu_mmap_size, self.memory, bus_lock_exits=how["bus_locks"])
+            self.interrupts = self.vm.interrupts if spec.irqchip else None
             for index in range(plan.vcpus_made):
                 vcpu = KvmVcpu(self.vm, fds[index], runs[index], kvm.vcpu_mmap_size)
-                self.engines.append(KvmEngine(cores[index], vcpu, self._ports, how["sync_regs"]))
+                self.engines.append(KvmEngine(cores[index], vcpu, how["sync_regs"]))
                 lib.orc_vcpu_profile_memory(cores[index].handle, slots, len(slots))
             self._slots = slots  # as long as the vCPUs that read code through it
             self.dirty = DirtyLog(plan.vm, slots)
@@ -94,13 +101,6 @@ class KvmMachine:
             raise BusLockUnsupported(f"vm {spec.name!r}: this host's KVM can't report its bus locks")
         if result:
             raise failure(-result, ffi.string(plan.step).decode())
-
-    def claim_ports(self, ports: range, claimed: bool) -> None:
-        lib.orc_ports_claim(self._ports, ports.start, len(ports), claimed)
-
-    def irq_line(self, gsi: int, level: bool) -> None:
-        if self.vm is not None:
-            self.vm.irq_line(gsi, level)
 
     def statistics(self) -> dict[str, float]:
         """KVM's own figures, in whole units, of the VM and ("vcpu0.exits") of each vCPU; without histograms.
@@ -114,14 +114,13 @@ class KvmMachine:
         return {prefix + name: one.scaled for prefix, all in read for name, one in all.items() if len(one.values) == 1}
 
     def close(self) -> None:
-        if self.dirty is not None:
-            self.dirty.close()
-        for engine in self.engines:
-            engine.close()
-        if self.vm is not None:
-            self.vm.close()
-        lib.orc_ports_free(self._ports)
-        self._ports = ffi.NULL
+        with ExitStack() as stack:  # from the last to the first, whatever becomes of one of them
+            if self.vm is not None:
+                stack.callback(self.vm.close)
+            for engine in self.engines:
+                stack.callback(engine.close)
+            if self.dirty is not None:
+                stack.callback(self.dirty.close)
 
 
 class KvmBackend:
@@ -140,7 +139,7 @@ class KvmBackend:
         self._sync_regs = bool(kvm.extension(lib.KVM_CAP_SYNC_REGS) & lib.KVM_SYNC_X86_REGS)
 
     @classmethod
-    def open(cls, path: str = "/dev/kvm", *, picked: bool = False) -> KvmBackend:
+    def open(cls, path: str = "/dev/kvm") -> KvmBackend:
         """Open the host's KVM.
 
         Raises:
@@ -149,7 +148,7 @@ class KvmBackend:
         """
         install_signal()
         kvm = Kvm.open(path)
-        return cls(kvm, f"kvm, since {path} opens" if picked else "kvm, as asked for")
+        return cls(kvm, "kvm, as asked for")
 
     def bus_lock_detection(self) -> Detection | None:
         if not self.kvm.extension(lib.KVM_CAP_X86_BUS_LOCK_EXIT) & lib.KVM_BUS_LOCK_DETECTION_EXIT:
@@ -175,7 +174,10 @@ class KvmBackend:
     ) -> KvmMachine:
         machine = KvmMachine(memory)
         # A table belongs to one thread at a time, and making one takes as long as the rest.
-        cpuid = self._cpuids.pop() if self._cpuids else self.kvm.supported_cpuid()
+        try:
+            cpuid = self._cpuids.pop()
+        except IndexError:
+            cpuid = self.kvm.supported_cpuid()
         try:
             machine.build(self.kvm, spec, cores, states, cpuid, bus_locks=bus_locks, sync_regs=self._sync_regs)
         except BaseException:
@@ -188,17 +190,19 @@ class KvmBackend:
     def limits_changed(self) -> None:
         """Nothing: the core wakes threads."""
 
-    def check(self, spec: VmSpec) -> None:
+    def refusal(self, spec: VmSpec) -> tuple[str, str] | None:
+        """Why this host's KVM can't run that VM, and what to do; None: nothing is known to be in the way."""
         if spec.vcpus > self._max_vcpus:
-            raise SpecError(
-                f"vm {spec.name!r}: vcpus={spec.vcpus}: this host's KVM allows at most {self._max_vcpus} in a VM"
-            )
+            return f"vcpus={spec.vcpus}: this host's KVM allows at most {self._max_vcpus} in a VM", "ask for fewer"
         wanted, given = spec.bus_lock_detection, self.bus_lock_detection()
         if wanted is not None and given is not None and wanted != given:
-            raise SpecError(
-                f"vm {spec.name!r}: bus_lock_detection={wanted!r}: this host's CPU reports them {given}; leave it out, "
-                "or choose with backend='emulated'"
-            )
+            what = f"bus_lock_detection={wanted!r}: this host's CPU reports them {given}"
+            return what, "leave it out, or choose with backend='emulated'"
+        return None
+
+    def check(self, spec: VmSpec) -> None:
+        if refusal := self.refusal(spec):
+            raise SpecError(f"vm {spec.name!r}: {'; '.join(refusal)}")
 
     def close(self) -> None:
         self.kvm.close()

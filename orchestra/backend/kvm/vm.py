@@ -10,7 +10,7 @@ from ...memory import GuestMemory
 from ...native import ffi, lib
 from ..plan import slot_flags
 from ..registers import new_struct
-from .ioctl import call
+from .ioctl import call, failure
 from .statistics import Statistic, StatisticsReader
 from .vcpu import KvmVcpu, map_run
 
@@ -29,12 +29,25 @@ class KvmVm:
     Attributes:
         fd: the file descriptor; -1 once closed.
         bus_lock_exits: they were enabled (the kernel has no way to ask).
+        interrupts: its interrupt lines for devices of the core (``orc_interrupts *``), which outlive it.
     """
 
-    __slots__ = ("_has_vcpus", "_pages", "_statistics", "_vcpu_mmap_size", "_xsave_size", "bus_lock_exits", "fd")
+    __slots__ = (
+        "_has_vcpus",
+        "_pages",
+        "_statistics",
+        "_vcpu_mmap_size",
+        "_xsave_size",
+        "bus_lock_exits",
+        "fd",
+        "interrupts",
+    )
 
     def __init__(self, fd: int, vcpu_mmap_size: int) -> None:
         self.fd = fd
+        self.interrupts: Any = ffi.gc(lib.orc_interrupts_new(fd), lib.orc_interrupts_free)
+        if self.interrupts == ffi.NULL:
+            raise MemoryError("orc_interrupts_new")
         self.bus_lock_exits = False
         self._vcpu_mmap_size = vcpu_mmap_size
         self._has_vcpus = False
@@ -200,9 +213,16 @@ class KvmVm:
         call(self.fd, "KVM_CREATE_PIT2", ffi.new("struct kvm_pit_config *", {"flags": lib.KVM_PIT_SPEAKER_DUMMY}))
 
     def irq_line(self, gsi: int, level: bool) -> None:
-        """Set an interrupt line (KVM_IRQ_LINE). Raises KvmError (ENXIO without an irqchip)."""
-        line = new_struct("struct kvm_irq_level *", {"irq": gsi, "level": int(level)})
-        call(self.fd, "KVM_IRQ_LINE", line)
+        """Set an interrupt line (KVM_IRQ_LINE). Any thread; nothing once it is closed, or while it is being closed.
+
+        Raises KvmError (ENXIO without an irqchip), SpecError (no unsigned 32-bit number).
+        """
+        try:
+            result = lib.orc_interrupts_set(self.interrupts, gsi, level)
+        except OverflowError:
+            raise SpecError(f"gsi={gsi!r}: must be an unsigned 32-bit number") from None
+        if result:
+            raise failure(-result, "KVM_IRQ_LINE")
 
     def irqfd(self, fd: int, gsi: int, *, resample_fd: int | None = None, deassign: bool = False) -> None:
         """Have writes to the eventfd `fd` raise the interrupt `gsi` (KVM_IRQFD).
@@ -281,6 +301,7 @@ class KvmVm:
         if self._statistics is not None:
             self._statistics.close()
             self._statistics = None
+        lib.orc_interrupts_close(self.interrupts)
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)

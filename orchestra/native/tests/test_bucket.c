@@ -182,11 +182,13 @@ static void random_changes_of_the_limit_keep_the_order(void)
 	}
 }
 
-static void without_a_limit_nobody_waits_and_a_new_limit_starts_without_debts(void)
+static void without_a_limit_nobody_waits_and_the_bucket_goes_on_at_the_old_rate(void)
 {
 	orc_bucket *b = orc_bucket_new();
 	struct orc_ticket old;
 
+	CHECK(!orc_bucket_limited(b));
+	orc_bucket_set(b, 0, 1, -1, 0); /* none after none is none */
 	CHECK(!orc_bucket_limited(b));
 	orc_bucket_set(b, 1, 1, -1, 0);
 	CHECK(orc_bucket_limited(b));
@@ -196,9 +198,108 @@ static void without_a_limit_nobody_waits_and_a_new_limit_starts_without_debts(vo
 	orc_bucket_set(b, 0, 1, -1, SECOND);
 	CHECK(!orc_bucket_limited(b));
 	CHECK(by_tokens(b, old) == ORC_NEVER);
-	orc_bucket_set(b, 1, 1, -1, 2 * SECOND);
-	CHECK(near(by_tokens(b, charge(b, 2 * SECOND)), 3 * SECOND));
+	orc_bucket_set(b, 2, 1, -1, 11 * SECOND); /* 11 of 100 are made: the other 89 come at the new rate */
+	CHECK(near(by_tokens(b, old), 11 * SECOND + 89 * SECOND / 2));
 	orc_bucket_free(b);
+}
+
+static void a_limit_taken_off_and_set_again_makes_no_tokens(void)
+{
+	orc_bucket *b = limited(1, 100, -1);
+	struct orc_ticket ticket;
+
+	for (int i = 0; i < 50; i++)
+		charge(b, 0);
+	for (int i = 0; i < 1000; i++) {
+		orc_bucket_set(b, 0, 1, -1, 0);
+		orc_bucket_set(b, 1, 100, -1, 0);
+	}
+	for (int i = 0; i < 49; i++)
+		ticket = charge(b, 0);
+	CHECK(!ticket.waits);
+	CHECK(near(by_tokens(b, charge(b, 0)), SECOND), "50 were used, 50 were left");
+	for (int i = 0; i < 100; i++) { /* 10 s in all, most of it without a limit */
+		orc_bucket_set(b, 0, 1, -1, i * SECOND / 10);
+		orc_bucket_set(b, 1, 100, -1, i * SECOND / 10 + 99 * SECOND / 1000);
+	}
+	for (int i = 0; i < 9; i++)
+		ticket = charge(b, 10 * SECOND);
+	CHECK(!ticket.waits);
+	CHECK(charge(b, 10 * SECOND).waits);
+	/* And no more than the burst, however long it was off. */
+	orc_bucket_set(b, 0, 1, -1, 10 * SECOND);
+	orc_bucket_set(b, 1, 100, -1, 10000 * SECOND);
+	for (int i = 0; i < 99; i++)
+		ticket = charge(b, 10000 * SECOND);
+	CHECK(!ticket.waits);
+	CHECK(charge(b, 10000 * SECOND).waits);
+	orc_bucket_free(b);
+}
+
+static void who_waits_stays_before_newcomers_if_it_does_not_look_while_there_is_no_limit(void)
+{
+	orc_bucket *b = limited(1, 1, -1);
+	struct orc_ticket waits[50], newcomer;
+
+	for (int i = 0; i < 50; i++)
+		waits[i] = charge(b, 0);
+	orc_bucket_set(b, 0, 1, -1, SECOND);
+	orc_bucket_set(b, 1, 1, -1, SECOND);
+	newcomer = charge(b, SECOND);
+	CHECK(by_tokens(b, waits[0]) <= SECOND);
+	for (int i = 1; i < 50; i++)
+		CHECK(near(by_tokens(b, waits[i]), (i + 1) * SECOND));
+	CHECK(near(by_tokens(b, newcomer), 51 * SECOND), "%lld", (long long)by_tokens(b, newcomer));
+	orc_bucket_free(b);
+}
+
+static void who_went_free_leaves_no_debt_to_the_others(void)
+{
+	orc_bucket *b = limited(1, 1, -1);
+	struct orc_ticket waits[8];
+
+	for (int round = 0; round < 1000; round++) {
+		for (int i = 0; i < 8; i++)
+			waits[i] = charge(b, 0);
+		CHECK(near(by_tokens(b, waits[7]), 8 * SECOND), "round %d: %lld", round,
+		      (long long)by_tokens(b, waits[7]));
+		orc_bucket_set(b, 0, 1, -1, 0);
+		for (int i = 0; i < 8; i++)
+			orc_bucket_leave(b, &waits[i]);
+		orc_bucket_set(b, 1, 1, -1, 0);
+	}
+	for (int i = 0; i < 8; i++)
+		waits[i] = charge(b, 0);
+	orc_bucket_set(b, 0, 1, -1, 0);
+	for (int i = 0; i < 7; i++) /* one does not look, and waits on */
+		orc_bucket_leave(b, &waits[i]);
+	orc_bucket_set(b, 1, 1, -1, 0);
+	CHECK(near(by_tokens(b, waits[7]), SECOND));
+	CHECK(near(by_tokens(b, charge(b, 0)), 2 * SECOND));
+	orc_bucket_free(b);
+}
+
+static void a_slow_limit_that_is_changed_often_makes_all_of_its_tokens(void)
+{
+	const double rates[] = {1e-6, 1e-3, 0.7, 13};
+
+	for (int i = 0; i < 4; i++) {
+		orc_bucket *b = limited(rates[i], 1, -1);
+		struct orc_ticket ticket = charge(b, 0), again;
+		double due = 1e9 / rates[i];
+		orc_ns now = 0;
+
+		for (int change = 1; change <= 100000; change++) {
+			now = (orc_ns)(due * 2 / 100000 * change);
+			orc_bucket_set(b, change % 3 ? rates[i] : 0, 1, change % 2 ? -1 : SECOND, now);
+		}
+		orc_bucket_set(b, rates[i], 1, -1, now);
+		again = charge(b, now);
+		CHECK(by_tokens(b, ticket) <= now);
+		CHECK(fabs((double)by_tokens(b, again) - (double)now - due) < due / 1e4 + 3, "%g: %g", rates[i],
+		      (double)(by_tokens(b, again) - now) / due);
+		orc_bucket_free(b);
+	}
 }
 
 static void max_delay_bounds_each_wait(void)
@@ -369,7 +470,26 @@ static void a_reader_sees_one_limit_or_the_other_and_never_a_mixture(void)
 	orc_bucket_free(shared);
 }
 
+static void many_at_once_are_charged_as_so_many_one_by_one(void)
+{
+	orc_bucket *one = orc_bucket_new(), *many = orc_bucket_new();
+	struct orc_ticket last, all;
+	bool waits = false;
+
+	orc_bucket_set(one, 1000, 10, -1, 0);
+	orc_bucket_set(many, 1000, 10, -1, 0);
+	for (orc_ns now = 0; now < 3 * SECOND; now += SECOND / 7) {
+		for (int i = 0; i < 300; i++)
+			waits = orc_bucket_charge(one, now, &last);
+		CHECK(orc_bucket_charge_many(many, 300, now, &all) == waits);
+		CHECK(all.number == last.number && all.charged == last.charged);
+	}
+	orc_bucket_free(one);
+	orc_bucket_free(many);
+}
+
 const struct test bucket_tests[] = {
+	TEST(many_at_once_are_charged_as_so_many_one_by_one),
 	TEST(one_source_never_exceeds_burst_plus_rate_times_t_in_any_window),
 	TEST(a_busy_source_gets_all_of_the_rate),
 	TEST(turns_come_in_the_order_of_the_charges),
@@ -377,7 +497,11 @@ const struct test bucket_tests[] = {
 	TEST(a_used_burst_is_no_debt_when_the_limit_is_lowered),
 	TEST(changing_the_burst_to_and_fro_makes_no_tokens),
 	TEST(random_changes_of_the_limit_keep_the_order),
-	TEST(without_a_limit_nobody_waits_and_a_new_limit_starts_without_debts),
+	TEST(without_a_limit_nobody_waits_and_the_bucket_goes_on_at_the_old_rate),
+	TEST(a_limit_taken_off_and_set_again_makes_no_tokens),
+	TEST(who_waits_stays_before_newcomers_if_it_does_not_look_while_there_is_no_limit),
+	TEST(who_went_free_leaves_no_debt_to_the_others),
+	TEST(a_slow_limit_that_is_changed_often_makes_all_of_its_tokens),
 	TEST(max_delay_bounds_each_wait),
 	TEST(max_delay_leaves_no_debt_larger_than_itself),
 	TEST(a_max_delay_shorter_than_a_token_still_charges),

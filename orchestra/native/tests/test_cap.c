@@ -1,6 +1,25 @@
+#include <sys/mman.h>
 #include <time.h>
 
 #include "check.h"
+
+/* Clocks are read through here, so that a test can hold the capper right after it has looked at a thread's. */
+static _Atomic bool looks_are_held;
+static _Atomic int looking; /* it has looked, and waits */
+int __real_clock_gettime(clockid_t clock, struct timespec *t);
+int __wrap_clock_gettime(clockid_t clock, struct timespec *t);
+
+int __wrap_clock_gettime(clockid_t clock, struct timespec *t)
+{
+	int rc = __real_clock_gettime(clock, t);
+
+	if (clock < 0 && !rc && atomic_load(&looks_are_held)) { /* another thread's CPU clock */
+		atomic_store(&looking, 1);
+		while (atomic_load(&looks_are_held))
+			nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
+	}
+	return rc;
+}
 
 /* Guests that only compute, as far as a cap can tell: runners that use their CPU between two looks for commands. */
 enum { RUNNERS = 3 };
@@ -147,10 +166,52 @@ static void caps_come_and_go_while_runners_do(void)
 	orc_fleet_free(fleet);
 }
 
+static _Atomic bool gone;
+
+static void *give_back(void *argument)
+{
+	orc_vcpu *v = argument;
+	struct kvm_run *run = v->run;
+
+	orc_vcpu_unbind(v);
+	munmap(run, sizeof *run);
+	atomic_store(&gone, true);
+	return NULL;
+}
+
+static void what_a_vcpu_was_bound_to_may_go_only_once_the_capper_has_done_with_it(void)
+{
+	orc_fleet *fleet = orc_fleet_new();
+	pthread_t giving;
+	struct runner r;
+
+	runner_start(&r, fleet, 0);
+	orc_vcpu_bind_kvm(r.vcpu, -1, mmap(NULL, sizeof(struct kvm_run), PROT_READ | PROT_WRITE,
+					   MAP_PRIVATE | MAP_ANONYMOUS, -1, 0), false);
+	CHECK(!orc_vcpu_cap(r.vcpu, 1e-9)); /* whatever it has used is too much: it is kicked at the next look */
+	atomic_store(&looking, 0);
+	atomic_store(&looks_are_held, true);
+	for (orc_ns until = orc_now() + PATIENCE; !atomic_load(&looking);)
+		CHECK(orc_now() < until);
+	orc_vcpu_command(r.vcpu, ORC_STOP, 0);
+	join(r.thread);
+	giving = start(give_back, r.vcpu);
+	nap(SECOND / 50); /* time enough to do it wrong */
+	CHECK(!atomic_load(&gone), "its kvm_run was unmapped while the capper was about to kick it");
+	atomic_store(&looks_are_held, false);
+	join(giving);
+	CHECK(!r.vcpu->run && !r.vcpu->cap);
+	CHECK(!orc_vcpu_cap(r.vcpu, 1)); /* nothing is left to lift */
+	orc_vcpu_kick(r.vcpu);
+	orc_vcpu_free(r.vcpu);
+	orc_fleet_free(fleet);
+}
+
 const struct test cap_tests[] = {
 	TEST(a_capped_runner_uses_no_more_than_its_part),
 	TEST(a_cap_that_is_taken_away_holds_nobody),
 	TEST(a_stop_ends_what_a_cap_holds),
 	TEST(caps_come_and_go_while_runners_do),
+	TEST(what_a_vcpu_was_bound_to_may_go_only_once_the_capper_has_done_with_it),
 	{NULL, NULL},
 };

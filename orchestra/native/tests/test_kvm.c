@@ -35,7 +35,7 @@ struct guest {
 	size_t run_size;
 	orc_fleet *fleet;
 	orc_vcpu *vcpu;
-	orc_ports *ports;
+	orc_bus *ports, *mmio;
 };
 
 static bool guest_new(struct guest *g, const uint8_t *code, const uint8_t *end)
@@ -69,21 +69,43 @@ static bool guest_new(struct guest *g, const uint8_t *code, const uint8_t *end)
 	memcpy(g->memory + LOAD, code, (size_t)(end - code));
 	g->fleet = orc_fleet_new();
 	g->vcpu = orc_vcpu_new(g->fleet, 0, 64);
-	g->ports = orc_ports_new();
-	orc_vcpu_bind_kvm(g->vcpu, g->fd, g->run, g->ports, false);
+	g->ports = orc_bus_new();
+	g->mmio = orc_bus_new();
+	orc_vcpu_set_buses(g->vcpu, g->ports, g->mmio);
+	orc_vcpu_bind_kvm(g->vcpu, g->fd, g->run, false);
 	return true;
 }
 
 static void guest_free(struct guest *g)
 {
 	orc_vcpu_free(g->vcpu);
-	orc_ports_free(g->ports);
+	orc_bus_free(g->ports);
+	orc_bus_free(g->mmio);
 	orc_fleet_free(g->fleet);
 	munmap(g->run, g->run_size);
 	close(g->fd);
 	close(g->vm);
 	munmap(g->memory, SIZE);
 	close(g->kvm);
+}
+
+/* Python answers there, and nowhere else. */
+static void claim(orc_bus *bus, orc_u64 start, orc_u64 count)
+{
+	const struct orc_claim claim = {.start = start, .last = start + count - 1, .version = 1};
+
+	CHECK(!orc_bus_replace(bus, &claim, 1));
+}
+
+/* ---- a kernel that a test plays ------------------------------------------------------------------------------- */
+
+static int (*played)(unsigned long request, void *argument);
+int __real_ioctl(int fd, unsigned long request, ...);
+int __wrap_ioctl(int fd, unsigned long request, void *argument);
+
+int __wrap_ioctl(int fd, unsigned long request, void *argument)
+{
+	return played ? played(request, argument) : __real_ioctl(fd, request, argument);
 }
 
 static struct orc_counters counters(const orc_vcpu *v)
@@ -103,7 +125,7 @@ static void accesses_to_claimed_ports_come_out_and_others_stay_in_the_loop(void)
 	if (!guest_new(&g, ports, ports_end))
 		return;
 	orc_vcpu_attach(g.vcpu);
-	orc_ports_claim(g.ports, PORT, 1, true);
+	claim(g.ports, PORT, 2);
 	access = orc_vcpu_access(g.vcpu);
 
 	CHECK(orc_kvm_run(g.vcpu) == ORC_IO);
@@ -138,8 +160,8 @@ static void string_instructions_on_ports_move_every_byte(void)
 	memcpy(g.memory + 0x2000, "hello", 5);
 	memset(g.memory + 0x3000, 0, 16);
 	orc_vcpu_attach(g.vcpu);
-	orc_ports_claim(g.ports, PORT - 1, 3, true);
-	orc_ports_claim(g.ports, PORT - 1, 1, false);
+	claim(g.ports, PORT - 1, 3);
+	claim(g.ports, PORT, 2);
 	access = orc_vcpu_access(g.vcpu);
 	/* A host may split a string instruction into several exits. */
 	while ((why = orc_kvm_run(g.vcpu)) == ORC_IO) {
@@ -169,7 +191,7 @@ static void a_command_during_an_answer_comes_after_the_access_is_finished(void)
 	if (!guest_new(&g, ports, ports_end))
 		return;
 	orc_vcpu_attach(g.vcpu);
-	orc_ports_claim(g.ports, PORT, 1, true);
+	claim(g.ports, PORT, 2);
 	CHECK(orc_kvm_run(g.vcpu) == ORC_IO);
 	CHECK(orc_kvm_run(g.vcpu) == ORC_IO);
 	memcpy(orc_vcpu_access(g.vcpu)->data, "\x34\x12", 2);
@@ -486,6 +508,63 @@ static void a_log_may_be_read_switched_and_closed_by_several_threads_at_once(voi
 	guest_free(&g);
 }
 
+/* ---- who subscribes between an exit and its record ------------------------------------------------------------ */
+
+static union {
+	struct kvm_run run;
+	uint8_t page[8192];
+} shared;
+static orc_vcpu *subscribed;
+static int entries;
+
+static int three_locked_outs(unsigned long request, void *argument)
+{
+	(void)argument;
+	if (request != KVM_RUN)
+		return 0;
+	shared.run.exit_reason = entries < 3 ? KVM_EXIT_IO : KVM_EXIT_HLT;
+	shared.run.flags = entries < 3 ? KVM_RUN_X86_BUS_LOCK : 0;
+	shared.run.io.direction = KVM_EXIT_IO_OUT;
+	shared.run.io.size = 1;
+	shared.run.io.count = 1;
+	shared.run.io.port = (uint16_t)(NOBODY + entries);
+	shared.run.io.data_offset = 4096;
+	shared.page[4096] = (uint8_t)entries;
+	entries++;
+	return 0;
+}
+
+/* Asked while an exit is accounted: that is when somebody subscribes. */
+static bool subscribe(orc_vcpu *v, const struct orc_record *record, struct orc_site *site)
+{
+	(void)record, (void)site;
+	if (entries == 2)
+		orc_vcpu_tell(v, UINT64_MAX);
+	return false;
+}
+
+static void a_subscription_in_the_middle_of_an_exit_is_told_the_next_and_nothing_stale(void)
+{
+	static const struct orc_witness witness = {.registers = subscribe};
+	orc_fleet *f = orc_fleet_new();
+	struct orc_record out[8];
+
+	subscribed = orc_vcpu_new(f, 0, 64);
+	orc_vcpu_bind_kvm(subscribed, -1, &shared.run, false);
+	subscribed->witness = &witness;
+	orc_vcpu_sample(subscribed, 1);
+	entries = 0;
+	played = three_locked_outs;
+	CHECK(orc_kvm_run(subscribed) == ORC_EXIT);
+	played = NULL;
+	/* Of the second nobody had asked when it was described. */
+	CHECK(orc_fleet_drain(f, out, 8) == 2);
+	CHECK(out[0].reason == KVM_EXIT_IO && out[0].arg[0] == NOBODY + 2, "%#llx", (unsigned long long)out[0].arg[0]);
+	CHECK(out[0].data_size == 1 && out[0].data[0] == 2 && out[1].reason == KVM_EXIT_HLT);
+	orc_vcpu_free(subscribed);
+	orc_fleet_free(f);
+}
+
 static void the_signal_may_be_installed_again(void)
 {
 	CHECK(!orc_signal_install());
@@ -494,6 +573,7 @@ static void the_signal_may_be_installed_again(void)
 
 const struct test kvm_tests[] = {
 	TEST(the_signal_may_be_installed_again),
+	TEST(a_subscription_in_the_middle_of_an_exit_is_told_the_next_and_nothing_stale),
 	TEST(accesses_to_claimed_ports_come_out_and_others_stay_in_the_loop),
 	TEST(string_instructions_on_ports_move_every_byte),
 	TEST(a_command_during_an_answer_comes_after_the_access_is_finished),

@@ -21,6 +21,12 @@ static void put(orc_vcpu *v, uint64_t number)
 	orc_ring_put(v, &record);
 }
 
+static size_t look(orc_fleet *f, uint32_t *out, size_t most)
+{
+	orc_fleet_look(f);
+	return orc_fleet_active(f, out, most);
+}
+
 static orc_u64 missed(const orc_vcpu *v)
 {
 	struct orc_counters counters;
@@ -136,14 +142,14 @@ static void a_vcpu_freed_while_it_is_queued_takes_nothing_with_it(void)
 			for (int i = 0; i < before; i++) {
 				CHECK(orc_fleet_drain(f, out, 1) == 1);
 				drained += out[0].id != (uint32_t)dying;
-				CHECK(orc_fleet_active(f, ids, 1) == 1);
+				CHECK(look(f, ids, 1) == 1);
 				active += ids[0] != (uint32_t)dying;
 			}
 			orc_vcpu_free(v[dying]);
 			for (size_t got; (got = orc_fleet_drain(f, out, 16));)
 				for (size_t i = 0; i < got; i++, drained++)
 					CHECK(out[i].id != (uint32_t)dying);
-			for (size_t got; (got = orc_fleet_active(f, ids, 8));)
+			for (size_t got; (got = look(f, ids, 8));)
 				for (size_t i = 0; i < got; i++, active++)
 					CHECK(ids[i] != (uint32_t)dying);
 			CHECK(drained == 6 && active == 3, "%d %d", drained, active);
@@ -153,6 +159,112 @@ static void a_vcpu_freed_while_it_is_queued_takes_nothing_with_it(void)
 			orc_fleet_free(f);
 		}
 	}
+}
+
+static void one_vcpus_records_come_out_alone_and_in_order(void)
+{
+	orc_fleet *f = orc_fleet_new();
+	orc_vcpu *v[3], *silent = orc_vcpu_new(f, 9, 8);
+	struct orc_record out[16];
+
+	CHECK(!orc_vcpu_drain(silent, out, 16), "nobody ever listened to it");
+	for (uint32_t i = 0; i < 3; i++) {
+		v[i] = listened_to(f, i, 8);
+		for (int k = 0; k < 8; k++)
+			put(v[i], (uint64_t)k);
+	}
+	CHECK(orc_fleet_drain(f, out, 3) == 3); /* of one of them, some are out already */
+	for (uint32_t i = 0; i < 3; i++) {
+		uint64_t next = out[0].id == i ? 3 : 0;
+		struct orc_record mine[16];
+		size_t n;
+
+		while ((n = orc_vcpu_drain(v[i], mine, 2)))
+			for (size_t k = 0; k < n; k++)
+				CHECK(mine[k].id == i && mine[k].arg[0] == next++);
+		CHECK(next == 8);
+		orc_vcpu_free(v[i]);
+	}
+	CHECK(!orc_fleet_drain(f, out, 16));
+	CHECK(orc_fleet_sleep(f));
+	orc_vcpu_free(silent);
+	orc_fleet_free(f);
+}
+
+static void freeing_one_does_not_touch_the_others_lists(void)
+{
+	orc_fleet *f = orc_fleet_new();
+	orc_vcpu *v[100];
+	struct orc_record told = {.reason = PORT_IO}, out[128];
+	uint32_t ids[128];
+	struct orc_link *ready, *active;
+
+	for (uint32_t i = 0; i < 100; i++) {
+		v[i] = listened_to(f, i, 8);
+		orc_vcpu_tell(v[i], 1ull << PORT_IO);
+		orc_vcpu_account(v[i], &told, 1);
+	}
+	ready = atomic_load(&f->ready.top), active = atomic_load(&f->active.top);
+	for (int i = 0; i < 50; i++)
+		orc_vcpu_free(v[i]);
+	CHECK(atomic_load(&f->ready.top) == ready && atomic_load(&f->active.top) == active);
+	CHECK(!f->draining && !f->activating);
+	CHECK(orc_fleet_drain(f, out, 128) == 50 && look(f, ids, 128) == 50);
+	CHECK(!f->dead, "their memory went with their last links");
+	for (int i = 50; i < 100; i++)
+		orc_vcpu_free(v[i]);
+	orc_fleet_free(f);
+}
+
+static void the_dead_do_not_gather_where_nobody_looks(void)
+{
+	orc_fleet *f = orc_fleet_new();
+	orc_vcpu *v[300], *passing;
+	struct orc_record told = {.reason = PORT_IO}, out[512];
+	uint32_t ids[512];
+
+	for (uint32_t i = 0; i < 300; i++) {
+		v[i] = listened_to(f, i, 8);
+		orc_vcpu_tell(v[i], 1ull << PORT_IO);
+		orc_vcpu_account(v[i], &told, 1);
+	}
+	for (uint32_t i = 300; i < 10000; i++) {
+		passing = listened_to(f, i, 8);
+		orc_vcpu_tell(passing, 1ull << PORT_IO);
+		orc_vcpu_account(passing, &told, 1);
+		orc_vcpu_free(passing);
+		CHECK(f->dead <= 301);
+	}
+	CHECK(orc_fleet_drain(f, out, 512) == 300 && look(f, ids, 512) == 300);
+	for (int i = 0; i < 300; i++)
+		orc_vcpu_free(v[i]);
+	orc_fleet_free(f);
+}
+
+static void a_look_ends_however_much_is_pushed_meanwhile(void)
+{
+	orc_fleet *f = orc_fleet_new();
+	orc_vcpu *v[4];
+	struct orc_record told = {.reason = PORT_IO};
+	uint32_t id;
+	int n = 0;
+
+	for (uint32_t i = 0; i < 4; i++) {
+		v[i] = listened_to(f, i, 8);
+		orc_vcpu_account(v[i], &told, 1);
+	}
+	for (orc_fleet_look(f); orc_fleet_active(f, &id, 1); n++) {
+		CHECK(n < 4, "those who push decide when it ends");
+		orc_vcpu_account(v[id], &told, 1);
+	}
+	CHECK(n == 4);
+	n = 0;
+	for (orc_fleet_look(f); orc_fleet_active(f, &id, 1); n++)
+		;
+	CHECK(n == 4, "what came meanwhile is told the next time");
+	for (int i = 0; i < 4; i++)
+		orc_vcpu_free(v[i]);
+	orc_fleet_free(f);
 }
 
 static void a_record_is_told_by_reason_or_for_its_bus_lock(void)
@@ -268,7 +380,7 @@ static void whoever_asks_which_vcpus_were_active_sees_all_their_exits(void)
 	thread = start(accounting, v);
 	while (again) {
 		again = atomic_load(&producing); /* one more look after the end */
-		while (orc_fleet_active(f, &id, 1)) {
+		while (look(f, &id, 1)) {
 			int n = orc_vcpu_look(v, &sums, seen, more, 0);
 
 			CHECK(id == 5 && n <= 1);
@@ -315,7 +427,7 @@ static void vcpus_come_and_go_while_others_tell(void)
 			for (size_t n = orc_fleet_drain(f, out, 1 + i % 64); n--;)
 				read += out[n].id == 0;
 		if (i % 5 == 0)
-			orc_fleet_active(f, ids, 1 + i % 4);
+			look(f, ids, 1 + i % 4);
 		orc_vcpu_free(passing);
 	}
 	atomic_store(&stopping, true);
@@ -335,6 +447,10 @@ const struct test ring_tests[] = {
 	TEST(draining_a_few_at_a_time_gets_all_and_starves_nobody),
 	TEST(the_consumer_may_sleep_only_if_nothing_is_there),
 	TEST(a_vcpu_freed_while_it_is_queued_takes_nothing_with_it),
+	TEST(one_vcpus_records_come_out_alone_and_in_order),
+	TEST(freeing_one_does_not_touch_the_others_lists),
+	TEST(the_dead_do_not_gather_where_nobody_looks),
+	TEST(a_look_ends_however_much_is_pushed_meanwhile),
 	TEST(a_record_is_told_by_reason_or_for_its_bus_lock),
 	TEST(two_producers_and_a_sleeping_consumer_lose_no_wake_up_and_no_count),
 	TEST(whoever_asks_which_vcpus_were_active_sees_all_their_exits),

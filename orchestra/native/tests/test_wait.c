@@ -25,7 +25,7 @@ static struct scene scene_new(double rate, orc_ns max_delay)
 
 static void scene_free(struct scene *s)
 {
-	CHECK(!s->fleet->throttled, "nobody is left on the list of those who wait");
+	CHECK(!orc_vcpu_waits(s->vcpu));
 	orc_vcpu_free(s->vcpu);
 	orc_bucket_free(s->bucket);
 	orc_fleet_free(s->fleet);
@@ -140,19 +140,36 @@ static void max_delay_ends_a_wait_and_counts_a_release(void)
 	scene_free(&s);
 }
 
-static void of_stacked_buckets_the_slowest_counts(void)
+/* A vCPU under a bucket of its own at each place, none of them limited. */
+static orc_vcpu *new_stack(orc_fleet *f, orc_bucket *b[ORC_METERS][ORC_LEVELS])
 {
-	orc_fleet *f = orc_fleet_new();
 	orc_vcpu *v = orc_vcpu_new(f, 0, 8);
-	orc_bucket *b[ORC_METERS][ORC_LEVELS];
-	struct orc_record locked = {.reason = KVM_EXIT_X86_BUS_LOCK, .flags = KVM_RUN_X86_BUS_LOCK},
-			  plain = {.reason = KVM_EXIT_HLT};
 
 	for (int meter = 0; meter < ORC_METERS; meter++)
 		for (int level = 0; level < ORC_LEVELS; level++) {
 			b[meter][level] = orc_bucket_new();
 			orc_vcpu_set_bucket(v, meter, level, b[meter][level]);
 		}
+	return v;
+}
+
+static void free_stack(orc_vcpu *v, orc_fleet *f, orc_bucket *b[ORC_METERS][ORC_LEVELS])
+{
+	orc_vcpu_free(v); /* it may wait, and so be counted in its buckets */
+	for (int meter = 0; meter < ORC_METERS; meter++)
+		for (int level = 0; level < ORC_LEVELS; level++)
+			orc_bucket_free(b[meter][level]);
+	orc_fleet_free(f);
+}
+
+static void of_stacked_buckets_the_slowest_counts(void)
+{
+	orc_bucket *b[ORC_METERS][ORC_LEVELS];
+	orc_fleet *f = orc_fleet_new();
+	orc_vcpu *v = new_stack(f, b);
+	struct orc_record locked = {.reason = KVM_EXIT_X86_BUS_LOCK, .flags = KVM_RUN_X86_BUS_LOCK},
+			  plain = {.reason = KVM_EXIT_HLT};
+
 	CHECK(orc_vcpu_account(v, &locked, 0) == ORC_NEVER);
 	for (int level = 0; level < ORC_LEVELS; level++)
 		orc_bucket_set(b[ORC_BUS_LOCKS][level], level == 2 ? 1 : 1000, 1, -1, 0);
@@ -162,10 +179,98 @@ static void of_stacked_buckets_the_slowest_counts(void)
 	orc_bucket_set(b[ORC_BUS_LOCKS][2], 0, 1, -1, 0);
 	CHECK(orc_vcpu_turn(v) / 1000 == SECOND / 10000, "then the exits' bucket is the slowest");
 	CHECK(orc_vcpu_account(v, &plain, SECOND) / 1000 == SECOND * 11 / 10000);
-	for (int meter = 0; meter < ORC_METERS; meter++)
-		for (int level = 0; level < ORC_LEVELS; level++)
-			orc_bucket_free(b[meter][level]);
+	free_stack(v, f, b);
+}
+
+static unsigned of(int meter, int level)
+{
+	return (unsigned)(meter * ORC_LEVELS + level);
+}
+
+static void a_wait_counts_for_the_bucket_that_was_the_slowest(void)
+{
+	orc_bucket *b[ORC_METERS][ORC_LEVELS];
+	orc_fleet *f = orc_fleet_new();
+	orc_vcpu *v = new_stack(f, b);
+	struct orc_record locked = {.reason = KVM_EXIT_X86_BUS_LOCK, .flags = KVM_RUN_X86_BUS_LOCK};
+	struct orc_counters out;
+	struct orc_sums sums;
+	struct orc_more more[ORC_REASONS];
+	orc_u64 seen[ORC_REASONS] = {0}, sum = 0;
+
+	orc_bucket_set(b[ORC_BUS_LOCKS][2], 1, 1, -1, 0);
+	orc_bucket_set(b[ORC_EXITS][1], 10, 1, -1, 0);
+	orc_vcpu_account(v, &locked, 0);
+	orc_vcpu_account(v, &locked, 1);
+	orc_vcpu_wait_begin(v, 100);
+	orc_vcpu_counters(v, &out, 150);
+	CHECK(out.held[of(ORC_BUS_LOCKS, 2)] == 50, "a wait in progress counts");
+	orc_vcpu_wait_end(v, 200, false);
+	orc_bucket_set(b[ORC_BUS_LOCKS][2], 0, 1, -1, 200);
+	orc_vcpu_wait_begin(v, 300);
+	orc_vcpu_wait_end(v, 330, true);
+	orc_vcpu_counters(v, &out, 1000);
+	orc_vcpu_look(v, &sums, seen, more, 1000);
+	CHECK(out.held[of(ORC_BUS_LOCKS, 2)] == 100 && out.held[of(ORC_EXITS, 1)] == 30);
+	for (unsigned i = 0; i < ORC_METERS * ORC_LEVELS; i++) {
+		CHECK(sums.held[i] == out.held[i]);
+		sum += out.held[i];
+	}
+	CHECK(sum == 130 && out.throttled == 130 && sums.throttled == 130);
+	free_stack(v, f, b);
+}
+
+static void a_limit_that_changes_in_a_wait_ends_what_counts_for_its_bucket(void)
+{
+	struct scene s = scene_new(0.1, -1);
+	orc_bucket *other = orc_bucket_new();
+	orc_ns deadline = orc_now() + PATIENCE;
+	struct orc_counters out;
+
+	orc_bucket_set(other, 0.2, 1, -1, orc_now());
+	orc_vcpu_set_bucket(s.vcpu, ORC_EXITS, 2, other);
+	start_waiting(&s);
+	orc_bucket_set(s.bucket, 0, 1, -1, orc_now());
+	orc_fleet_limits_changed(s.fleet);
+	do {
+		CHECK(orc_now() < deadline);
+		out = counters(s.vcpu);
+	} while (!out.held[of(ORC_EXITS, 2)]);
+	/* The first bucket has what came before, if the runner had looked by then. */
+	CHECK(out.held[of(ORC_EXITS, HOST)] + out.held[of(ORC_EXITS, 2)] == out.throttled && out.waits == 1);
+	orc_vcpu_command(s.vcpu, STOP, 0);
+	join(s.thread);
+	CHECK(counters(s.vcpu).held[of(ORC_EXITS, HOST)] == out.held[of(ORC_EXITS, HOST)]);
+	scene_free(&s);
+	orc_bucket_free(other);
+}
+
+static void an_exit_counts_for_its_accesses_and_for_those_that_python_answers(void)
+{
+	orc_fleet *f = orc_fleet_new();
+	orc_vcpu *v = orc_vcpu_new(f, 0, 8);
+	orc_bucket *exits = orc_bucket_new(), *answers = orc_bucket_new();
+	struct orc_record io = {.reason = KVM_EXIT_IO};
+
+	orc_vcpu_set_bucket(v, ORC_EXITS, ORC_VM, exits);
+	orc_vcpu_set_bucket(v, ORC_ANSWERS, ORC_VM, answers);
+	orc_bucket_set(exits, 1000, 1, -1, 0);
+	orc_vcpu_weigh(v, 500);
+	CHECK(orc_vcpu_account(v, &io, 0) / 1000 == SECOND / 2 / 1000, "a string of 500 is no single exit");
+	CHECK(counters(v).answers == 0 && counters(v).exits[KVM_EXIT_IO] == 1);
+
+	orc_bucket_set(exits, 0, 1, -1, 0);
+	orc_bucket_set(answers, 1000, 1, -1, 0);
+	CHECK(orc_vcpu_account(v, &io, 0) == ORC_NEVER && orc_vcpu_turn(v) == ORC_NEVER, "nobody asked Python");
+	orc_vcpu_answered(v, 300, 0);
+	CHECK(orc_vcpu_turn(v) / 1000 == SECOND * 3 / 10 / 1000);
+	orc_vcpu_answered(v, 200, 0);
+	CHECK(orc_vcpu_turn(v) / 1000 == SECOND / 2 / 1000, "the same exit, in two parts");
+	CHECK(counters(v).answers == 500 && counters(v).exits[KVM_EXIT_IO] == 2);
+	CHECK(orc_vcpu_account(v, &io, 0) == ORC_NEVER && orc_vcpu_turn(v) == ORC_NEVER, "the next exit is another one");
 	orc_vcpu_free(v);
+	orc_bucket_free(exits);
+	orc_bucket_free(answers);
 	orc_fleet_free(f);
 }
 
@@ -350,8 +455,35 @@ static void counters_only_grow_and_no_wait_counts_twice(void)
 	join(thread);
 	orc_vcpu_counters(v, &out, now);
 	CHECK(out.bus_locks == 200000 && out.exits[KVM_EXIT_MMIO] == 200000 && out.waits == 200000);
-	CHECK(out.throttled == 2000000 && !out.throttled_since);
+	CHECK(out.throttled == 2000000 && out.held[0] == 2000000 && !out.throttled_since);
 	orc_vcpu_free(v);
+	orc_fleet_free(f);
+}
+
+static void who_waited_and_is_gone_is_not_woken_and_takes_nobody_along(void)
+{
+	orc_fleet *f = orc_fleet_new();
+	orc_vcpu *v[4];
+	uint32_t before[4];
+
+	for (uint32_t i = 0; i < 4; i++) {
+		v[i] = orc_vcpu_new(f, i, 8);
+		orc_vcpu_wait_begin(v[i], 1);
+	}
+	orc_vcpu_wait_end(v[1], 2, false); /* it only waited */
+	orc_vcpu_wait_end(v[2], 2, false); /* it is gone */
+	orc_vcpu_free(v[2]);
+	for (int round = 0; round < 2; round++) {
+		for (int i = 0; i < 4; i++)
+			before[i] = i == 2 ? 0 : orc_vcpu_wakes(v[i]);
+		orc_fleet_limits_changed(f);
+		for (int i = 0; i < 4; i++)
+			CHECK(i == 2 || orc_vcpu_wakes(v[i]) == before[i] + (i != 1));
+		CHECK(!f->dead);
+	}
+	for (int i = 0; i < 4; i++)
+		if (i != 2)
+			orc_vcpu_free(v[i]); /* two in the middle of their waits, as no runner of ours would leave them */
 	orc_fleet_free(f);
 }
 
@@ -364,8 +496,12 @@ const struct test wait_tests[] = {
 	TEST(a_vcpu_that_is_commanded_does_not_make_way),
 	TEST(nobody_makes_way_for_ever),
 	TEST(of_stacked_buckets_the_slowest_counts),
+	TEST(a_wait_counts_for_the_bucket_that_was_the_slowest),
+	TEST(a_limit_that_changes_in_a_wait_ends_what_counts_for_its_bucket),
+	TEST(an_exit_counts_for_its_accesses_and_for_those_that_python_answers),
 	TEST(no_limit_change_is_missed_however_it_races_with_the_start_of_a_wait),
 	TEST(a_wake_up_between_looking_and_sleeping_is_not_lost),
 	TEST(counters_only_grow_and_no_wait_counts_twice),
+	TEST(who_waited_and_is_gone_is_not_woken_and_takes_nobody_along),
 	{NULL, NULL},
 };

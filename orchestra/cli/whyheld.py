@@ -1,0 +1,227 @@
+"""What ``orchestra why`` says of what held a VM, and of the time that its answer is about."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Final
+
+from ..journal import ActionRow
+from ..journal.causes import Cause, Setter
+from ..journal.explain import LATELY, Explanation
+from ..journal.holds import Hold
+from .numbers import shown
+from .times import day_and_time, duration, time_of_day
+
+__all__ = ["capital", "figure", "held", "in_force", "per_second", "unknown", "window"]
+
+SECOND: Final = 1_000_000_000
+
+EVENTS: Final = {"bus_locks": "bus locks"}
+"""What a meter counts, where that is not its own name."""
+
+
+def capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+# ---- what is known -----------------------------------------------------------------------------------------------
+
+
+def window(told: Explanation) -> str:
+    """The time that the figures are of."""
+    until = told.until if told.gone else told.at
+    if abs(told.end - until) < SECOND and not inner_gaps(told):
+        whole = abs(told.seconds * SECOND - LATELY) < 1.5 * SECOND
+        return f"in its last {'minute' if whole else duration(told.seconds)}"
+    return f"from {_from_to(told)}"
+
+
+def _from_to(told: Explanation) -> str:
+    known = f", of which {duration(told.seconds)} are known," if inner_gaps(told) else ""
+    return f"{time_of_day(told.begin, told.at)} to {time_of_day(told.end, told.at)}{known}"
+
+
+def inner_gaps(told: Explanation) -> list[tuple[int, int]]:
+    """Those between two times that are known."""
+    return [(begin, end) for begin, end in told.covered.gaps if begin > told.begin and end < told.end]
+
+
+def unknown(told: Explanation) -> Iterator[str]:
+    """What of the time in question is not in the journal: nothing is said about it."""
+    at = time_of_day(told.at)
+    if told.begins is not None:
+        begins = day_and_time(told.begins)
+        yield f"Of {told.vm} the journal begins at {begins}: it has nothing of it at {day_and_time(told.at)}."
+        return
+    if told.state is None and not told.covered.hosts:
+        yield "By then the journal has no state and no interval of it: what held it is not known."
+        return
+    if told.ends is not None:
+        if not told.seconds:
+            rest = f": it has nothing of the minute before {at}"
+        elif told.at - told.ends >= SECOND:
+            rest = f": of the minute before {at} it has that from {_from_to(told)}"
+        else:
+            rest = ""
+        yield f"The journal ends at {day_and_time(told.ends)}{rest}."
+    elif told.gone and told.over is not None and told.until < told.over:
+        yield f"The journal of that fleet ends at {day_and_time(told.until)}, without a word of its end."
+    begin, end = told.covered.asked
+    for since, until in told.covered.gaps:
+        first, last = time_of_day(since, told.at), time_of_day(until, told.at)
+        if until == end and told.ends is not None:
+            continue  # that has been said
+        if since == begin and until == end:
+            yield f"The journal has no interval of the time from {first} to {last}: what held it then is not known."
+        elif since == begin:
+            yield f"Of the minute in question, the journal's intervals begin at {last}."
+        elif until == end:
+            yield f"Of the minute in question, the journal's intervals end at {first}."
+        else:
+            yield f"The journal has a gap from {first} to {last}."
+
+
+# ---- what held it -------------------------------------------------------------------------------------------------
+
+
+def held(told: Explanation) -> Iterator[str]:
+    """What held it, what did for longest first."""
+    for cause in told.causes:
+        made_wait = f"{_part(cause.share)} of its vCPUs' time {window(told)}"
+        if cause.where is None and cause.kind == "limit":
+            there = _several([_limit(one.hold) for one in cause.setters])
+            there = f"; those that are in the journal: {there}" if there else ""
+            yield f"It waited for its turn {made_wait}; by which limit, the journal does not tell{there}."
+        elif not cause.setters:
+            yield f"{_nobodys(cause)} {made_wait}; who did that is not in the journal."
+        else:
+            yield _by(cause, cause.setters[0], told, made_wait)
+
+
+def _by(cause: Cause, first: Setter, told: Explanation, made_wait: str) -> str:
+    row, until = first.hold.action, max(told.until, told.end)
+    over = first.until if first.until is not None else told.until if told.gone or told.ends is not None else None
+    if over is None:
+        since = f"For {duration(max(0, until - first.since) / SECOND)}, since {time_of_day(first.since, told.at)},"
+        has = "has "
+    else:
+        since = f"From {time_of_day(first.since, told.at)} to {time_of_day(over, told.at)},"
+        if cause.kind == "pause" and over - first.since < 10 * SECOND:  # a moment, and of no length in whole seconds
+            long = duration((over - first.since) / SECOND)
+            since = f"For {long if long != '0 s' else 'less than 0.1 s'}, from {time_of_day(first.since, told.at)} on,"
+        has = ""
+    later = f", as it is since {time_of_day(row.time, told.at)}" if row.time != first.since and over is None else ""
+    waits = {"limit": f"; it waited for that {made_wait}", "cap": f"; that held it {made_wait}"}.get(cause.kind, "")
+    others = [one for one in cause.setters[1:] if one.seconds > 0]
+    also = f"; and in part of that time {_several([_other(one) for one in others])}" if others else ""
+    return f"{since} {_who(first.hold)} {has}{_does(first.hold, first.rates)}{later}{_reason(row)}{waits}{also}."
+
+
+def _part(share: float) -> str:
+    if 0 < share < 0.005:
+        return "less than 1%"
+    return "more than 99%" if 0.995 <= share < 1 - 1e-9 else f"{share:.0%}"
+
+
+def per_second(rate: float) -> str:
+    """As `shown`, but what is little is not nothing."""
+    return f"{rate:.3g}" if rate < 9.95 else shown(rate)
+
+
+def _nobodys(cause: Cause) -> str:
+    if cause.kind == "limit":
+        return f"A limit on {_events(cause.meter)} of {_WHOSE[cause.where or '']} held it"
+    return "It was paused" if cause.kind == "pause" else "A CPU cap held it"
+
+
+_WHOSE: Final = {"vcpu": "one of its vCPUs", "vm": "its own", "tenant": "its tenant", "host": "the whole host"}
+
+
+def _who(hold: Hold) -> str:
+    row = hold.action
+    if row.given == "spec":
+        return "its spec"
+    if row.given == "default":
+        return "orchestra's default"
+    if row.given is not None:
+        return "what its fleet was opened with"
+    return f"policy {row.policy}" if row.policy else "a caller"
+
+
+def _does(hold: Hold, rates: tuple[float, float] | None = None) -> str:
+    row = hold.action
+    match row.kind:
+        case "CapCpu":
+            return f"let it run for at most {float(row.details['share']):.0%} of the time"
+        case "Pause":
+            return "held it paused"
+        case "Isolate":
+            return "kept it on the quarantine CPUs"
+    lowest, highest = rates or (hold.rate or 0.0, hold.rate or 0.0)
+    rate = per_second(highest) if lowest == highest else f"between {per_second(lowest)} and {per_second(highest)}"
+    return f"held {_whom(hold)} to {rate} {_events(row.details.get('meter'))}/s"
+
+
+def _whom(hold: Hold) -> str:
+    row = hold.action
+    if hold.where == "vcpu":
+        return f"its vCPU {row.details.get('vcpu')}"
+    return {"vm": "it", "tenant": f"its tenant {row.tenant}", "host": "the whole host"}[hold.where]
+
+
+def _other(setter: Setter) -> str:
+    return f"{_who(setter.hold)} {_does(setter.hold, setter.rates)}"
+
+
+def _events(meter: Any) -> str:
+    return EVENTS.get(str(meter), str(meter))
+
+
+def _limit(hold: Hold) -> str:
+    return (
+        f"{per_second(hold.rate or 0.0)} {_events(hold.action.details.get('meter'))}/s for {_whom(hold)} ({_who(hold)})"
+    )
+
+
+def _several(texts: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(texts))
+
+
+def in_force(told: Explanation) -> Iterator[str]:
+    """What was in force, and is not what held it, as far as is known."""
+    if told.ends is not None and not told.seconds:
+        return  # how it is now nobody knows
+    waits = [one.hold for cause in told.causes for one in cause.setters]
+    if waits and not told.holds and not told.gone and told.ends is None:
+        yield "By then nothing was in force any more."
+    idle = [hold for hold in told.holds if hold.rate is not None and hold not in waits]
+    if idle:
+        when = f"; by the counters it did not wait for {'that' if len(idle) == 1 else 'these'} {window(told)}"
+        yield f"In force: {_several([_limit(hold) for hold in idle])}{when if told.seconds else ''}."
+    for hold in told.holds:
+        if hold.rate is None and hold not in waits:
+            row, known = hold.action, told.ends is None
+            since = (
+                f"For {duration(max(0, told.until - hold.since) / SECOND)}, since {time_of_day(hold.since, told.at)},"
+            )
+            since = since if known else f"Since {time_of_day(hold.since, told.at)}, until the journal ends,"
+            later = f", as it is since {time_of_day(row.time, told.at)}" if row.time != hold.since else ""
+            yield f"{since} {_who(hold)} has {_does(hold)}{later}{_reason(row)}."
+
+
+def _reason(row: ActionRow) -> str:
+    if row.given is not None:
+        return ""
+    reason = f": {row.reason}" if row.reason else ""
+    facts = [
+        f"{name.replace('_', ' ')} {figure(value)}"
+        for name, value in row.evidence.items()
+        if name not in ("interval", "launch", "source") and value is not None and str(figure(value)) not in row.reason
+    ]
+    return reason + (f" (evidence: {', '.join(facts)})" if facts else "")
+
+
+def figure(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,.6g}"

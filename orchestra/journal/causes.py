@@ -1,0 +1,140 @@
+"""What held a VM, and for how long, by the core's counters: what was done says only what could have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Final, Literal, TypeAlias
+
+import attrs
+
+from .holds import Hold, Span
+from .reader import Aggregate, StateRow
+
+__all__ = ["Cause", "Setter", "causes"]
+
+SECOND: Final = 1_000_000_000
+
+Kind: TypeAlias = Literal["limit", "cap", "pause"]
+
+
+@attrs.frozen
+class Setter:
+    """Who had put in force what held the VM.
+
+    Attributes:
+        hold: as it was last, in the time looked at.
+        since, until: when it began to be what counts there, and when that was over; None: it was not.
+        rates: of a limit, the lowest and the highest in that time.
+        seconds: for how long it counted in intervals in which the VM was held.
+    """
+
+    hold: Hold
+    since: int
+    until: int | None
+    rates: tuple[float, float] | None
+    seconds: float
+
+
+@attrs.frozen
+class Cause:
+    """Something that held the VM.
+
+    Attributes:
+        kind: "limit", "cap" or "pause".
+        where, meter: which limit: of "vcpu", "vm", "tenant" or "host", and what it counts. None: the journal does not
+            tell.
+        seconds: for how long, summed over its vCPUs. Of limits and caps by the counters, of pauses by its states.
+        share: the part of its vCPUs' time.
+        setters: who had put it there, by the journal, the one that counted for longest first. None: it has nobody.
+    """
+
+    kind: Kind
+    where: str | None
+    meter: str | None
+    seconds: float
+    share: float
+    setters: tuple[Setter, ...]
+
+
+def causes(
+    rows: Sequence[Aggregate],
+    states: Sequence[StateRow],
+    counted: Mapping[str, list[Span]],
+    begin: int,
+    end: int,
+    seconds: float,
+    vcpus: int,
+) -> tuple[Cause, ...]:
+    """All that held a VM between two times, what did for longest first.
+
+    Parameters:
+        rows: what it did there.
+        states: all of its, up to `end`.
+        counted: what counted when, as `spans` has it.
+        seconds: how many of that time the journal's intervals are of.
+        vcpus: that it has.
+    """
+    held: dict[tuple[Kind, str], float] = {}
+    when: dict[tuple[Kind, str], list[tuple[int, int]]] = {}
+
+    def add(kind: Kind, name: str, much: float, since: int, until: int) -> None:
+        held[kind, name] = held.get((kind, name), 0.0) + much
+        when.setdefault((kind, name), []).append((since, until))
+
+    for row in rows:
+        since = row.time - round(row.interval * SECOND)
+        known = 0.0
+        for name, much in (row.throttled_by or {}).items():
+            known += much
+            if much > 0:
+                add("limit", name, much, since, row.time)
+        if row.throttled - known > 1e-6:  # floats add up
+            add("limit", "", row.throttled - known, since, row.time)
+        if row.capped:
+            add("cap", "", row.capped, since, row.time)
+    for since, until in _paused(states, begin, end):
+        add("pause", "", (until - since) / SECOND * vcpus, since, until)
+    whole = max(seconds, 1e-9) * vcpus
+    found = []
+    for (kind, name), much in held.items():
+        where, _, meter = name.partition(".")
+        there = [span for of in counted.values() for span in of if span.hold.rate is not None]
+        there = counted.get(name if kind == "limit" else kind, []) if name or kind != "limit" else there
+        setters = _setters(there, when[kind, name], end)
+        found.append(Cause(kind, where or None, meter or None, much, min(1.0, much / whole), setters))
+    return tuple(sorted(found, key=lambda cause: -cause.seconds))
+
+
+def _paused(states: Sequence[StateRow], begin: int, end: int) -> list[tuple[int, int]]:
+    found = []
+    for i, row in enumerate(states):
+        if row.state == "paused":
+            until = min(end, states[i + 1].time) if i + 1 < len(states) else end
+            if until > max(begin, row.time):
+                found.append((max(begin, row.time), until))
+    return found
+
+
+def _setters(counted: Sequence[Span], when: Sequence[tuple[int, int]], end: int) -> tuple[Setter, ...]:
+    """Those of these that counted in some of these times."""
+    by: dict[tuple[object, ...], list[tuple[Span, float]]] = {}
+    for span in counted:
+        much = sum(max(0, min(span.end, until) - max(span.begin, since)) for since, until in when) / SECOND
+        if much > 0:
+            row = span.hold.action
+            key = (span.hold.bucket, row.policy, row.given, row.kind, row.details.get("vcpu"))
+            by.setdefault(key, []).append((span, much))
+    made = []
+    for of in by.values():
+        last = of[-1][0]
+        rates = [span.hold.rate for span, _ in of if span.hold.rate is not None]
+        made.append(
+            Setter(
+                hold=last.hold,
+                since=min(last.hold.since, of[0][0].hold.since),
+                until=None if last.end >= end else last.end,
+                rates=(min(rates), max(rates)) if rates else None,
+                seconds=sum(much for _, much in of),
+            )
+        )
+    return tuple(sorted(made, key=lambda one: -one.seconds))

@@ -1,0 +1,157 @@
+/* The 16550 under threads and under whatever a guest does. What its registers do: tests/test_devices_serial.py. */
+#include <sched.h>
+#include <string.h>
+
+#include "check.h"
+
+enum { DATA, IER, IIR_FCR, LSR = 5, FIFOS = 1, RX = 1 };
+
+struct line {
+	bool level;
+	_Atomic int changes;
+	size_t output;
+};
+
+static void count_output(void *to, orc_vcpu *by, const uint8_t *data, size_t size)
+{
+	struct line *l = to;
+
+	(void)by, (void)data;
+	l->output += size;
+}
+
+static void set_line(void *line, bool level)
+{
+	struct line *l = line;
+
+	CHECK(level != l->level, "told without a change");
+	l->level = level;
+	atomic_fetch_add(&l->changes, 1);
+}
+
+static uint64_t get(orc_uart *u, orc_u64 offset, uint32_t size)
+{
+	uint64_t value = 0;
+
+	CHECK(orc_device_answer(orc_uart_device(u), offset, size, 1, false, &value));
+	return value;
+}
+
+static void put(orc_uart *u, orc_u64 offset, uint32_t size, uint64_t value)
+{
+	CHECK(orc_device_answer(orc_uart_device(u), offset, size, 1, true, &value));
+}
+
+static void any_accesses_leave_the_line_at_the_level_that_iir_tells(void)
+{
+	struct line line = {0};
+	orc_uart *u = orc_uart_new(count_output, &line, set_line, &line);
+	uint64_t seed = 7;
+	size_t written = 0;
+
+	for (int i = 0; i < 200000; i++) {
+		uint64_t n = random_number(&seed);
+		uint32_t size = 1u << (n & 3);
+		orc_u64 offset = n >> 2 & 1 ? n >> 8 & 7 : n & (1 << 20) ? UINT64_MAX - (n >> 21 & 15) : n >> 8;
+		uint8_t bytes[40];
+		bool level;
+
+		memset(bytes, (int)n, sizeof bytes);
+		switch (n >> 4 & 3) {
+		case 0:
+			put(u, offset, size, random_number(&seed));
+			written += size;
+			break;
+		case 1:
+			get(u, offset, size);
+			break;
+		case 2:
+			CHECK(orc_uart_receive(u, bytes, n >> 32 & 31) <= 16);
+			break;
+		default:
+			CHECK(orc_device_answer(orc_uart_device(u), n >> 8 & 7, 1, 40, true, bytes));
+			written += 40;
+		}
+		level = line.level;
+		CHECK(!(get(u, IIR_FCR, 1) & 1) == level); /* which may end the transmitter's interrupt */
+	}
+	CHECK(line.output <= written && line.output > 0);
+	orc_device_free(orc_uart_device(u));
+}
+
+static orc_uart *shared;
+enum { BYTES = 5000 };
+
+static void *send_bytes(void *unused)
+{
+	for (int sent = 0; sent < BYTES;) {
+		uint8_t bytes[7];
+
+		for (int i = 0; i < 7; i++)
+			bytes[i] = (uint8_t)(sent + i);
+		sent += (int)orc_uart_receive(shared, bytes, BYTES - sent < 7 ? (size_t)(BYTES - sent) : 7);
+	}
+	return unused;
+}
+
+static void bytes_that_another_thread_sends_are_read_in_order_and_each_is_once(void)
+{
+	struct line line = {0};
+	pthread_t thread;
+	orc_ns deadline = orc_now() + PATIENCE;
+
+	shared = orc_uart_new(count_output, &line, set_line, &line);
+	put(shared, IIR_FCR, 1, FIFOS);
+	put(shared, IER, 1, RX);
+	thread = start(send_bytes, NULL);
+	for (int got = 0; got < BYTES;) {
+		CHECK(orc_now() < deadline);
+		if (get(shared, LSR, 1) & 1) {
+			CHECK(get(shared, DATA, 1) == (uint8_t)got);
+			got++;
+		} else {
+			sched_yield(); /* who polls without a pause keeps the lock from the other */
+		}
+	}
+	join(thread);
+	CHECK(!line.level && line.changes % 2 == 0);
+	orc_device_free(orc_uart_device(shared));
+}
+
+static orc_console *console;
+
+static void *print(void *uart)
+{
+	for (int i = 0; i < 500; i++) {
+		uint8_t text[64];
+
+		memset(text, 'x', sizeof text);
+		CHECK(orc_device_answer(orc_uart_device(uart), DATA, 1, sizeof text, true, text));
+	}
+	return NULL;
+}
+
+static void several_serial_ports_write_to_one_console_and_lose_nothing(void)
+{
+	orc_uart *uarts[3];
+	pthread_t threads[3];
+
+	console = orc_console_new();
+	for (int i = 0; i < 3; i++) {
+		uarts[i] = orc_serial_new(console, NULL, 0);
+		threads[i] = start(print, uarts[i]);
+	}
+	for (int i = 0; i < 3; i++)
+		join(threads[i]);
+	CHECK(orc_console_total(console) == 3 * 500 * 64);
+	for (int i = 0; i < 3; i++)
+		orc_device_free(orc_uart_device(uarts[i]));
+	orc_console_free(console);
+}
+
+const struct test uart_tests[] = {
+	TEST(any_accesses_leave_the_line_at_the_level_that_iir_tells),
+	TEST(bytes_that_another_thread_sends_are_read_in_order_and_each_is_once),
+	TEST(several_serial_ports_write_to_one_console_and_lose_nothing),
+	{0},
+};

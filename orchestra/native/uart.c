@@ -1,0 +1,302 @@
+/* A 16550A UART.
+ *
+ * Source: National Semiconductor PC16550D data sheet. The line is infinitely fast: the transmitter is always empty, so a
+ * THR-empty interrupt is pending whenever it is enabled, until the guest reads IIR or writes THR. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "core.h"
+
+enum {
+	IER_RX = 1, IER_THRE = 2, IER_LINE = 4, IER_MODEM = 8,
+	IIR_NONE = 1, IIR_THRE = 2, IIR_RX = 4, IIR_LINE = 6, IIR_MODEM = 0, IIR_FIFO = 0xc0,
+	FCR_ENABLE = 1, FCR_CLEAR_RX = 2,
+	LCR_DLAB = 0x80,
+	MCR_DTR = 1, MCR_RTS = 2, MCR_OUT1 = 4, MCR_OUT2 = 8, MCR_LOOP = 16,
+	LSR_DATA = 1, LSR_OVERRUN = 2, LSR_THRE = 0x20, LSR_IDLE = 0x40,
+	MSR_CTS = 0x10, MSR_DSR = 0x20, MSR_RI = 0x40, MSR_DCD = 0x80,
+	MSR_CHANGED = 4, /* each line's bit says four bits lower that it changed */
+	FIFO = 16,
+};
+
+struct orc_uart {
+	orc_device device;
+	orc_uart_output output;
+	orc_uart_interrupt interrupt;
+	void *to, *line;
+	/* What follows, by any thread. Held while `output` and `interrupt` are called: the locks of a console and of the
+	 * interrupt lines come behind it. */
+	pthread_mutex_t lock;
+	uint8_t received[FIFO], first, waiting; /* a ring; from where, and how many */
+	uint8_t ier, lcr, mcr, scratch, fcr;
+	uint16_t divisor;
+	uint8_t line_errors, modem_changes;
+	bool thre_pending, level;
+};
+
+/* ---- what follows from the registers -------------------------------------------------------------------------- */
+
+static uint8_t depth(const orc_uart *u)
+{
+	return u->fcr & FCR_ENABLE ? FIFO : 1;
+}
+
+static uint8_t modem_lines(const orc_uart *u)
+{
+	if (!(u->mcr & MCR_LOOP))
+		return MSR_CTS | MSR_DSR | MSR_DCD;
+	return (u->mcr & MCR_RTS ? MSR_CTS : 0) | (u->mcr & MCR_DTR ? MSR_DSR : 0) | (u->mcr & MCR_OUT1 ? MSR_RI : 0) |
+	       (u->mcr & MCR_OUT2 ? MSR_DCD : 0);
+}
+
+static uint8_t cause(const orc_uart *u)
+{
+	if (u->ier & IER_LINE && u->line_errors)
+		return IIR_LINE;
+	if (u->ier & IER_RX && u->waiting)
+		return IIR_RX;
+	if (u->ier & IER_THRE && u->thre_pending)
+		return IIR_THRE;
+	if (u->ier & IER_MODEM && u->modem_changes)
+		return IIR_MODEM;
+	return IIR_NONE;
+}
+
+static void update(orc_uart *u)
+{
+	bool level = cause(u) != IIR_NONE;
+
+	if (level == u->level)
+		return;
+	u->level = level;
+	u->interrupt(u->line, level);
+}
+
+/* ---- data ----------------------------------------------------------------------------------------------------- */
+
+static void put(orc_uart *u, uint8_t byte)
+{
+	u->received[(u->first + u->waiting++) % FIFO] = byte;
+}
+
+static uint8_t take(orc_uart *u)
+{
+	uint8_t byte;
+
+	if (!u->waiting)
+		return 0;
+	byte = u->received[u->first];
+	u->first = (u->first + 1) % FIFO;
+	u->waiting--;
+	return byte;
+}
+
+static void transmit(orc_uart *u, orc_vcpu *by, const uint8_t *data, size_t n)
+{
+	if (!(u->mcr & MCR_LOOP)) {
+		u->output(u->to, by, data, n);
+		return;
+	}
+	for (size_t i = 0; i < n; i++) {
+		if (u->waiting < depth(u)) {
+			put(u, data[i]);
+			continue;
+		}
+		u->line_errors |= LSR_OVERRUN;
+		if (!(u->fcr & FCR_ENABLE)) /* without a FIFO the new byte takes the old one's place, with one it is lost */
+			u->received[u->first] = data[i];
+	}
+}
+
+/* ---- registers ------------------------------------------------------------------------------------------------ */
+
+static uint8_t read_register(orc_uart *u, orc_u64 number)
+{
+	uint8_t value;
+
+	if (u->lcr & LCR_DLAB && number < 2)
+		return (uint8_t)(number ? u->divisor >> 8 : u->divisor);
+	switch (number) {
+	case 0:
+		value = take(u);
+		break;
+	case 1:
+		return u->ier;
+	case 2:
+		value = cause(u);
+		if (value == IIR_THRE)
+			u->thre_pending = false;
+		value |= u->fcr & FCR_ENABLE ? IIR_FIFO : 0;
+		break;
+	case 3:
+		return u->lcr;
+	case 4:
+		return u->mcr;
+	case 5:
+		value = LSR_THRE | LSR_IDLE | u->line_errors | (u->waiting ? LSR_DATA : 0);
+		u->line_errors = 0;
+		break;
+	case 6:
+		value = modem_lines(u) | u->modem_changes;
+		u->modem_changes = 0;
+		break;
+	case 7:
+		return u->scratch;
+	default: /* nobody is there */
+		return 0xff;
+	}
+	update(u);
+	return value;
+}
+
+static void write_register(orc_uart *u, orc_vcpu *by, orc_u64 number, uint8_t value)
+{
+	uint8_t before;
+
+	if (u->lcr & LCR_DLAB && number < 2) {
+		u->divisor = number ? (uint16_t)((u->divisor & 0xff) | value << 8) : (uint16_t)((u->divisor & 0xff00) | value);
+		return;
+	}
+	switch (number) {
+	case 0:
+		transmit(u, by, &value, 1);
+		u->thre_pending = true;
+		break;
+	case 1:
+		if (value & IER_THRE && !(u->ier & IER_THRE))
+			u->thre_pending = true;
+		u->ier = value & 0x0f;
+		break;
+	case 2:
+		/* A change of FIFO mode clears the FIFOs; without the enable bit the others are not programmed. */
+		if ((value ^ u->fcr) & FCR_ENABLE || (value & FCR_ENABLE && value & FCR_CLEAR_RX))
+			u->waiting = 0;
+		u->fcr = value & FCR_ENABLE ? value : 0;
+		break;
+	case 3:
+		u->lcr = value;
+		break;
+	case 4:
+		before = modem_lines(u);
+		u->mcr = value & 0x1f;
+		/* The ring indicator tells its trailing edge only, the others any change. */
+		u->modem_changes |= ((before ^ modem_lines(u)) & ~(MSR_RI & modem_lines(u))) >> MSR_CHANGED;
+		break;
+	case 7:
+		u->scratch = value;
+		break;
+	default:
+		return;
+	}
+	update(u);
+}
+
+/* ---- the device ----------------------------------------------------------------------------------------------- */
+
+/* Wider accesses than a byte reach one register after the other, as on the 8-bit bus it sits on. */
+static void access_registers(orc_uart *u, orc_vcpu *by, const struct orc_access *a, uint8_t *data)
+{
+	for (uint32_t i = 0; i < a->size; i++) {
+		if (a->write)
+			write_register(u, by, a->offset + i, data[i]);
+		else
+			data[i] = read_register(u, a->offset + i);
+	}
+}
+
+static bool answer(orc_device *d, orc_vcpu *by, const struct orc_access *a)
+{
+	orc_uart *u = (orc_uart *)d;
+
+	pthread_mutex_lock(&u->lock);
+	if (a->write && a->size == 1 && a->offset == 0 && !(u->lcr & LCR_DLAB)) { /* a string is transmitted as a whole */
+		transmit(u, by, a->data, a->count);
+		u->thre_pending = true;
+		update(u);
+	} else {
+		for (uint32_t i = 0; i < a->count; i++)
+			access_registers(u, by, a, a->data + (size_t)i * a->size);
+	}
+	pthread_mutex_unlock(&u->lock);
+	return true;
+}
+
+static void free_uart(orc_device *d)
+{
+	orc_uart *u = (orc_uart *)d;
+
+	pthread_mutex_destroy(&u->lock);
+	free(u);
+}
+
+static void set_up(orc_uart *u, orc_uart_output output, void *to, orc_uart_interrupt interrupt, void *line)
+{
+	memset(u, 0, sizeof *u);
+	u->device = (orc_device){answer, free_uart};
+	u->output = output;
+	u->to = to;
+	u->interrupt = interrupt;
+	u->line = line;
+	u->divisor = 12; /* 9600 baud, as firmware leaves it */
+	pthread_mutex_init(&u->lock, NULL);
+}
+
+orc_uart *orc_uart_new(orc_uart_output output, void *to, orc_uart_interrupt interrupt, void *line)
+{
+	orc_uart *u = malloc(sizeof *u);
+
+	if (u)
+		set_up(u, output, to, interrupt, line);
+	return u;
+}
+
+orc_device *orc_uart_device(orc_uart *u)
+{
+	return &u->device;
+}
+
+size_t orc_uart_receive(orc_uart *u, const uint8_t *data, size_t n)
+{
+	size_t taken = 0;
+
+	pthread_mutex_lock(&u->lock);
+	/* In loopback the input is cut off. */
+	for (; taken < n && !(u->mcr & MCR_LOOP) && u->waiting < depth(u); taken++)
+		put(u, data[taken]);
+	update(u);
+	pthread_mutex_unlock(&u->lock);
+	return taken;
+}
+
+/* ---- on a console and an interrupt line ----------------------------------------------------------------------- */
+
+struct serial {
+	orc_uart uart;
+	orc_interrupts *interrupts;
+	uint32_t gsi;
+};
+
+static void say(void *to, orc_vcpu *by, const uint8_t *data, size_t size)
+{
+	orc_console_say(to, by, data, size);
+}
+
+static void raise_or_lower(void *line, bool level)
+{
+	struct serial *s = line;
+
+	if (s->interrupts)
+		orc_interrupts_set(s->interrupts, s->gsi, level); /* the spec's number was checked; nobody could be told here */
+}
+
+orc_uart *orc_serial_new(orc_console *console, orc_interrupts *interrupts, uint32_t gsi)
+{
+	struct serial *s = malloc(sizeof *s);
+
+	if (!s)
+		return NULL;
+	set_up(&s->uart, say, console, raise_or_lower, s);
+	s->interrupts = interrupts;
+	s->gsi = gsi;
+	return &s->uart;
+}

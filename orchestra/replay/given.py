@@ -1,0 +1,53 @@
+"""The limits that no policy had set: those that a fleet, its tenants and its VMs began with, and those that callers
+set. They are there in a replay as they were, but for those that its rules name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..actions import SetLimit
+from ..errors import SpecError
+from ..journal import ActionRow, JournalReader
+from ..journal.schema import JournalError
+from ..rules import Rules
+from ..spec import Limit, Meter
+
+__all__ = ["Given"]
+
+
+class Given:
+    """Reads along in the limits of one fleet.
+
+    Attributes:
+        knows_host: one of them, so far, was a limit of the host on bus locks.
+    """
+
+    def __init__(self, journal: JournalReader, session: int, rules: Rules) -> None:
+        self.knows_host = False
+        self._rules = rules
+        self._rows = journal.limits_set(session)
+        self._next = next(self._rows, None)
+
+    def until(self, time: int) -> Iterator[SetLimit]:
+        """Those that came into force by then, since this was asked last."""
+        while self._next is not None and self._next.time <= time:
+            row, self._next = self._next, next(self._rows, None)
+            if (limit := self._limit(row)) is not None:
+                yield limit
+
+    def _limit(self, row: ActionRow) -> SetLimit | None:
+        details = row.details
+        meter, limit = details.get("meter"), details.get("limit")
+        if meter not in {str(one) for one in Meter} or details.get("vcpu") is not None:
+            return None  # a VM's vCPUs are taken as alike
+        if row.vm is None and row.tenant is None:
+            self.knows_host = self.knows_host or meter == Meter.BUS_LOCKS
+            if getattr(self._rules, Meter(meter).field) is not None:
+                return None
+        elif row.tenant is not None and row.tenant in self._rules.tenants:
+            return None
+        try:
+            base = None if limit is None else Limit(**limit)
+            return SetLimit(limit=base, vm=row.vm, tenant=row.tenant, meter=meter, launch=details.get("launch"))
+        except (TypeError, SpecError) as error:
+            raise JournalError(f"a limit in the journal can't be: {error}") from None

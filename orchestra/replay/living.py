@@ -1,0 +1,53 @@
+"""Which VMs a fleet had at a time: those that do nothing as well, of which the intervals say nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from ..actions import Action, SetLimit, Throttle, Unthrottle
+from ..journal import JournalReader
+from ..policy import VmFacts
+
+__all__ = ["Living"]
+
+ENDED = ("stopped", "failed")
+
+
+class Living:
+    """Reads along in the states of one fleet's VMs."""
+
+    def __init__(self, journal: JournalReader, session: int) -> None:
+        self._rows = journal.lives(session)
+        self._next = next(self._rows, None)
+        self._tenants: dict[tuple[str, int], str] = {}
+        self._of: Counter[str] = Counter()
+
+    def until(self, time: int) -> None:
+        """Go on to that time."""
+        while self._next is not None and self._next.time <= time:
+            row, self._next = self._next, next(self._rows, None)
+            if row.state in ENDED:
+                self.gone(row.vm, row.launch)
+            else:
+                self._add(row.vm, row.launch, row.tenant)
+
+    def seen(self, vm: VmFacts) -> None:
+        """One that did something: its states may have been removed from the journal."""
+        self._add(vm.name, vm.launch, vm.tenant)
+
+    def _add(self, vm: str, launch: int, tenant: str) -> None:
+        if (vm, launch) not in self._tenants:
+            self._tenants[vm, launch] = tenant
+            self._of[tenant] += 1
+
+    def gone(self, vm: str, launch: int) -> None:
+        tenant = self._tenants.pop((vm, launch), None)
+        if tenant is not None:
+            self._of[tenant] -= 1
+
+    def below(self, action: Action) -> int:
+        """How many VMs an action is about; as `Fleet.below`."""
+        if action.vm is not None:
+            return 1
+        tenant = action.tenant if isinstance(action, Throttle | Unthrottle | SetLimit) else None
+        return len(self._tenants) if tenant is None else self._of[tenant]
