@@ -29,7 +29,7 @@ import attrs
 from . import actions, exits, spec
 from .errors import SpecError
 
-__all__ = ["VERSION", "decode", "encode", "from_document", "to_document"]
+__all__ = ["KIND", "TAGGED", "VERSION", "decode", "encode", "from_document", "to_document"]
 
 T = TypeVar("T")
 
