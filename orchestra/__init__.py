@@ -6,7 +6,7 @@
 #   machine   vm, desired, succession, counted, guest, holding, vcpu, inbox   one VM: its tasks, its states
 #   parts     actuators/, devices/, boot/, budget, contain, profile/, signals/, workers   what a guest sees, uses, did
 #   silicon   backend/ (kvm, emulated, scripted), memory, native/   what executes a guest
-#   words     errors, extras, spec, exits, actions, policy/       plain data and pure functions
+#   words     errors, extras, spec, exits, actions, effects, codec, policy/   plain data and pure functions
 #
 #   spec → VM → exits → policy → actions → fleet → VM
 """Run many KVM virtual machines from one async program, and keep noisy neighbours quiet."""

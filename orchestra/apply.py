@@ -2,7 +2,7 @@
 
 What an action can't do is told as its outcome and never raised: a policy goes on.
 
-Guarantees: an action is commanded, journaled, and known to guard and ledger without a checkpoint between, so all of
+Guarantees: an action is commanded, journaled, and known to guard and holdings without a checkpoint between, so all of
 them have the same order, and nobody who is cancelled leaves an action that is not in the books. A VM that was told to
 pause or to stop may need time for it; waiting for that is the affair of a caller who wants to. Only an eviction is
 journaled when it is over, as nobody knows before what comes of it.
@@ -38,10 +38,10 @@ from .actions import (
 from .actuators.bandwidth import CpuCgroup
 from .backend import Backend
 from .budget import Budget, Budgets
+from .effects import Holdings
 from .errors import BusLockUnsupported, OrchestraError, SpecError, StateError
 from .native.core import FleetCore
 from .policy import Guard
-from .policy.ledger import Ledger
 from .record import Records
 from .spec import ANSWER_LIMIT, Limit, Meter
 from .vm import Vm
@@ -101,24 +101,25 @@ class Applier:
 
     Attributes:
         guard: told of what callers do.
-        ledger: what each policy holds.
+        holdings: what is in force, and whose it is.
     """
 
     def __init__(self, fleet: Fleet, guard: Guard, records: Records, on_evict: OnEvict | None) -> None:
         self._fleet = fleet
         self.guard = guard
-        self.ledger = Ledger()
+        self.holdings = Holdings()
         self._records = records
         self._on_evict = on_evict
         self._leaving: set[Vm] = set()
 
-    async def apply(self, action: Action, policy: str | None, *, wait: bool = False) -> Applied:
-        """As `Fleet.apply`, but there is a checkpoint only for what `takes_time`.
+    async def apply(self, action: Action, policy: str | None) -> Applied:
+        """As `Fleet.apply`."""
+        return await self.finish(self.begin(action, policy), wait=True)
 
-        Parameters:
-            wait: also until it has taken effect.
-        """
-        return await self.finish(self.begin(action, policy), wait=wait)
+    def apply_nowait(self, action: Action, policy: str | None) -> Applied:
+        """Command and journal what does not `takes_time`. What comes of it is not waited for."""
+        begun = self.begin(action, policy)
+        return self.done(action, policy, begun.error)
 
     def begin(self, action: Action, policy: str | None) -> Begun:
         """Command it, so that what is said later counts more, also of what `takes_time`."""
@@ -129,7 +130,7 @@ class Applier:
             if not self._is_replaced(action) and not isinstance(action, Evict):
                 begun.effect = self._do(action, policy)
                 if self.takes_time(action):  # whoever takes its policy away meanwhile has to know
-                    self.ledger.note(Applied(time=self._fleet.now(), action=action, policy=policy))
+                    self.holdings.note(action, policy, self._fleet.now())
         except Exception as failure:
             begun.error = _why(action, failure)
         return begun
@@ -164,7 +165,7 @@ class Applier:
         try:
             await vm.cap_settled()
         except OrchestraError:
-            self.ledger.note(Applied(time=self._fleet.now(), action=attrs.evolve(action, share=None), policy=policy))
+            self.holdings.note(attrs.evolve(action, share=None), policy, self._fleet.now())
             raise
         if vm.cap_of(policy) != action.share:
             raise StateError(f"vm {vm.name!r}: the cap was taken back or changed before it was in force")
@@ -180,7 +181,8 @@ class Applier:
         if policy is None and error is None:
             self.guard.judge(action, None, now, 0)
         applied = Applied(time=now, action=action, policy=policy, error=error)
-        self.ledger.note(applied)
+        if applied.outcome == "done":
+            self.holdings.note(action, policy, now)
         return self._records.action(applied)
 
     def _do(self, action: Action, policy: str | None) -> _Effect | None:

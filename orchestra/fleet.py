@@ -27,11 +27,12 @@ from .contain import contained
 from .devices.bus import Device
 from .errors import ResourceLimit, SpecError, StateError, UnknownTenant, UnknownVm, VmExists
 from .exits import Exit
-from .governor import Governor, check_policies
+from .governor import Governor
 from .guest import Guest
 from .inbox import Inbox
 from .native.core import FleetCore, VcpuCore
 from .policy import Facts, Guard, Policy
+from .policy.state import check_policies
 from .record import Recorder, Records
 from .signals import HostSignals, ThreadTimes
 from .spec import Limit, Meter, Tenant, VmSpec, as_meter, optional_limit
@@ -198,7 +199,7 @@ class Fleet:
     def _forget(self, vm: Vm) -> None:
         if self._vms.get(vm.name) is vm:
             self._governor.gone(vm.name)
-            self._applier.ledger.forget(vm.name)
+            self._applier.holdings.forget(vm.name)
 
     def _drop(self, vm: Vm) -> None:
         """An ended VM leaves the fleet; its figures stay in the sums."""
@@ -278,7 +279,7 @@ class Fleet:
         Raises:
             SpecError: not an action.
         """
-        applied = await self._applier.apply(action, policy, wait=True)
+        applied = await self._applier.apply(action, policy)
         await trio.lowlevel.cancel_shielded_checkpoint()
         return applied
 
@@ -347,7 +348,7 @@ class Fleet:
         for policy in checked:
             if getattr(policy, "meter", None) is Meter.BUS_LOCKS:
                 self._applier.check_seen(Limit(rate=1), f"policy {policy.name!r}")
-        await self._governor.set_policies(checked, guard, self._applier.ledger)
+        await self._governor.set_policies(checked, guard, self._applier.holdings)
         if guard is not None:
             self._applier.guard = guard
 
@@ -449,9 +450,9 @@ class Fleet:
             self._activity.dirty(self._activity.logs.watch(self._vms[guest.name], guest.dirty, self.now()))
             self._governor.wake()
 
-    async def carry_out(self, action: Action, policy: str | None) -> Applied:
-        """As `apply`, but nothing except an eviction is waited for, and there is no checkpoint."""
-        return await self._applier.apply(action, policy)
+    def apply_nowait(self, action: Action, policy: str | None) -> Applied:
+        """As `apply`, of what does not `takes_time`: nothing is waited for, and there is no checkpoint."""
+        return self._applier.apply_nowait(action, policy)
 
     def check_limit(
         self, limit: Limit | None, *, meter: Meter | str = Meter.BUS_LOCKS, tenant: str | None = None

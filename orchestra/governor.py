@@ -1,11 +1,10 @@
-"""Runs the policies: looks, lets each decide when it is due, has the guard judge what it wants, and hands that on."""
+"""Runs the policy engine live: looks at what the VMs did, ticks when somebody is due, and tells whoever only looks."""
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, Protocol
 
 import attrs
@@ -14,13 +13,13 @@ import trio
 from .actions import Action, Applied
 from .activity import Activity, Window
 from .apply import Begun
-from .errors import SpecError
-from .policy import Facts, Guard, HostFacts, Policy, Ruling, Verdict
-from .policy.ledger import Ledger
-from .policy.rehearsal import Rehearsal
+from .effects import Holdings
+from .policy import Facts, Guard, HostFacts, Policy, Verdict
+from .policy.engine import PENDING, Done, PolicyEngine
+from .policy.state import PolicyState, PolicyStatus
 from .signals import Trigger
 
-__all__ = ["Governor", "PolicyStatus", "check_policies"]
+__all__ = ["Governor"]
 
 log: Final = logging.getLogger("orchestra.policy")
 
@@ -52,41 +51,14 @@ class Fleet(Protocol):
     def begin(self, action: Action, policy: str | None) -> Begun: ...
     async def finish(self, begun: Begun) -> Applied: ...
 
-    async def carry_out(self, action: Action, policy: str | None) -> Applied:
-        """Apply it, and journal it. There is a checkpoint for an eviction only: no tick waits for a VM."""
+    def apply_nowait(self, action: Action, policy: str | None) -> Applied:
+        """Apply what takes no time, and journal it. No tick waits for a VM."""
 
     def record(self, applied: Applied) -> Applied:
         """Journal what was not even tried."""
 
     def start_soon(self, function: Callable[..., Awaitable[object]], *args: Any) -> None:
         """Run it in a task of the fleet's."""
-
-
-@attrs.frozen
-class PolicyStatus:
-    """A policy's name, whether it is on, why it was switched off, and how many actions it asked for."""
-
-    name: str
-    on: bool
-    error: str | None
-    actions: int
-
-
-@attrs.define(eq=False)
-class _Seat:
-    """A policy. `name` and `signals` are as it said at first: asked again, it might raise where nobody expects it."""
-
-    policy: Policy
-    name: str
-    signals: tuple[str, ...]
-    order: int
-    window: Window
-    due: int
-    interval: int | None
-    on: bool = True
-    error: str | None = None
-    actions: int = 0
-    rehearsal: Rehearsal | None = None
 
 
 @attrs.define(eq=False)
@@ -107,146 +79,68 @@ class _Passed:
     tell: int
 
 
-def check_policies(policies: Iterable[Policy]) -> list[Policy]:
-    """Raises:
-    SpecError: one is no policy, or two have one name, or one raises when it is asked what it is.
-    """
-    checked = list(policies)
-    for policy in checked:
-        for what in ("name", "interval", "meter"):
-            _ask(policy, what)
-        if not isinstance(policy, Policy):
-            raise SpecError(f"policies: {policy!r} must have a name, an interval and decide(facts)")
-        _signals(policy)
-    names = [_name(policy) for policy in checked]
-    for name in names:
-        if names.count(name) > 1:  # its limits and its entries in the journal go by its name
-            raise SpecError(f"policies: two are named {name!r}; give each a name of its own (name=...)")
-    return checked
+class _Executor:
+    """Does what policies want done with a fleet."""
 
+    def __init__(self, fleet: Fleet, settle: Callable[[PolicyState, Verdict, str | None, int], None]) -> None:
+        self._fleet = fleet
+        self._settle = settle
+        self.below = fleet.below
 
-def _ask(policy: Policy, what: str, default: Any = None) -> Any:
-    """What a policy says of itself. Out of a property anything may come."""
-    try:
-        return getattr(policy, what, default)
-    except Exception as error:
-        raise SpecError(f"policies: {type(policy).__name__}: {what}: {type(error).__name__}: {error}") from error
+    def do(
+        self, action: Action, policy: str | None, verdict: Verdict | None, state: PolicyState | None, now: int
+    ) -> Done:
+        if not self._fleet.takes_time(action):
+            return self._fleet.apply_nowait(action, policy).error
+        self._fleet.start_soon(self._finish, self._fleet.begin(action, policy), verdict, state)
+        return PENDING
 
+    async def _finish(self, begun: Begun, verdict: Verdict | None, state: PolicyState | None) -> None:
+        applied = await self._fleet.finish(begun)
+        if verdict is not None and state is not None:
+            self._settle(state, verdict, applied.error, self._fleet.now())
 
-def _name(policy: Policy) -> str:
-    name = _ask(policy, "name")
-    if not isinstance(name, str) or not name:
-        raise SpecError(f"policies: {type(policy).__name__}: name={name!r}: must be a text")
-    return name
-
-
-def _signals(policy: Policy) -> tuple[str, ...]:
-    """The host's signals that a policy says it listens to."""
-    signals = _ask(policy, "signals", ())
-    if not isinstance(signals, Collection) or isinstance(signals, str) or not all(isinstance(s, str) for s in signals):
-        raise SpecError(f"policies: {type(policy).__name__}: signals={signals!r}: must be names of signals")
-    return tuple(signals)
-
-
-def _interval(policy: Policy) -> int | None:
-    """A policy's interval in nanoseconds."""
-    interval = _ask(policy, "interval")
-    if interval is None:
-        return None
-    if isinstance(interval, bool) or not isinstance(interval, int | float) or not 1e-6 <= interval < math.inf:
-        raise SpecError(
-            f"policy {_name(policy)!r}: interval={interval!r}: must be seconds, at least 1e-6, or None for only once"
-        )
-    return round(interval * 1e9)
+    def record(self, applied: Applied, cause: Exception | None = None) -> None:
+        if cause is not None:
+            log.error("policy %r raised and is switched off; its limits stay in force", applied.policy, exc_info=cause)
+        self._fleet.record(applied)
 
 
 class Governor:
     """One tick serves all policies, and whoever only looks."""
 
     def __init__(
-        self, fleet: Fleet, policies: Iterable[Policy], *, activity: Activity, guard: Guard, strict: bool
+        self, fleet: Fleet, policies: Sequence[Policy], *, activity: Activity, guard: Guard, strict: bool
     ) -> None:
         self._fleet = fleet
         self._activity = activity
-        self._guard = guard
-        self._strict = strict
-        self._seats: list[_Seat] = []
+        self._engine = PolicyEngine(
+            policies,
+            guard,
+            now=fleet.now(),
+            executor=_Executor(fleet, lambda *told: self._engine.settle(*told)),
+            source=activity,
+            strict=strict,
+        )
         self._observer: _Observer | None = None
         self._hurry = trio.Event()
         self._lock = trio.Lock()
         self._watched: set[str] = set()
         self._host = HostFacts()
-        self._seat(policies, guard)
+        self._listen()
 
-    def _seat(self, policies: Iterable[Policy], guard: Guard) -> None:
-        """Have these policies decide from now on. One that is there already keeps its seat."""
-        policies, now = list(policies), self._fleet.now()
-        # These may refuse one, before anything is changed.
-        intervals = [_interval(policy) for policy in policies]
-        said = [(_name(policy), _signals(policy)) for policy in policies]
-        there = {id(seat.policy): seat for seat in self._seats}
-        rehearsal = next(self._rehearsals(), None)
-        self._seats = []
-        for order, policy in enumerate(policies):
-            seat = there.pop(id(policy), None)
-            if seat is None:
-                # Facts are about an interval: a policy that ticks decides first when one has passed.
-                interval = intervals[order]
-                seat = _Seat(policy, *said[order], order, self._activity.open(), now + (interval or 0), interval)
-                if guard.is_dry(seat.name):  # what others rehearse is in force for it as well
-                    seat.rehearsal = Rehearsal() if rehearsal is None else copy.deepcopy(rehearsal)
-                self._activity.host.listen(seat.signals)
-            seat.order = order
-            self._seats.append(seat)
-        for seat in there.values():
-            if seat.on:
-                self._activity.close(seat.window)
-            seat.on = False
-            for one in self._rehearsals():
-                one.let_go(seat.name)
+    def _listen(self) -> None:
+        for state in self._engine.states:
+            self._activity.host.listen(state.signals)
 
-    def _rehearsals(self) -> Iterator[Rehearsal]:
-        return (seat.rehearsal for seat in self._seats if seat.rehearsal is not None)
-
-    async def set_policies(self, policies: Sequence[Policy], guard: Guard | None, ledger: Ledger) -> None:
-        """As `Fleet.set_policies`. `ledger`: what each policy holds."""
+    async def set_policies(self, policies: Sequence[Policy], guard: Guard | None, holdings: Holdings) -> None:
+        """As `Fleet.set_policies`. `holdings`: what is in force."""
         async with self._lock:  # no tick meanwhile; and from here on no checkpoint, so nobody stops half way
-            guard = guard or self._guard
-            self._check_rehearsals(policies, guard)
-            before = {id(seat.policy): seat for seat in self._seats}
-            self._activity.look(self._fleet.now())  # what was before is no new policy's affair
-            self._seat(policies, guard)
-            for policy in policies:
-                before.pop(id(policy), None)
-            for seat in before.values():
-                for action in ledger.held(seat.name):
-                    await self._let_go(seat, action)
-            guard.succeed(self._guard, [seat.name for seat in self._seats])
-            self._guard = guard
+            now = self._fleet.now()
+            self._activity.look(now)  # what was before is no new policy's affair
+            self._engine.set_policies(policies, guard, now, holdings)
+            self._listen()
         self._hurry.set()
-
-    def _check_rehearsals(self, policies: Iterable[Policy], guard: Guard) -> None:
-        """A policy that rehearsed believes to be in force what is not, and the other way round."""
-        there = {id(seat.policy) for seat in self._seats}
-        for policy in policies:
-            name = _name(policy)
-            was, dry = self._guard.is_dry(name), guard.is_dry(name)
-            if was != dry and id(policy) in there:
-                raise SpecError(
-                    f"guard: policy {name!r} {'only rehearsed' if was else 'was no rehearsal'} so far, and "
-                    "remembers that: give a new one in its place"
-                )
-
-    async def _let_go(self, seat: _Seat, action: Action) -> None:
-        """What a policy held that is not there any more, unless somebody holds it who goes first."""
-        fleet, name = self._fleet, seat.name
-        now = fleet.now()
-        action = attrs.evolve(action, reason=f"policy {name} was taken away")
-        verdict = self._guard.judge(action, name, now, seat.order)
-        if verdict.action is None:
-            fleet.record(Applied(time=now, action=action, policy=name, error=verdict.reason, outcome="refused"))
-        elif (await fleet.carry_out(action, name)).error is not None:
-            self._guard.failed(verdict, fleet.now())
 
     def observe(self, take: Callable[[Facts], object], interval: float) -> None:
         """Have the facts of each interval (seconds) taken as well, before the policies decide."""
@@ -254,7 +148,7 @@ class Governor:
         self._observer = _Observer(take, every, self._activity.open(), self._fleet.now() + every)
 
     def statistics(self) -> tuple[PolicyStatus, ...]:
-        return tuple(PolicyStatus(seat.name, seat.on, seat.error, seat.actions) for seat in self._seats)
+        return self._engine.statistics()
 
     @property
     def host(self) -> HostFacts:
@@ -267,9 +161,7 @@ class Governor:
 
     def gone(self, vm: str) -> None:
         """A VM has ended for good."""
-        self._guard.forget(vm)
-        for rehearsal in self._rehearsals():
-            rehearsal.forget(vm)
+        self._engine.gone(vm)
 
     # ---- the task
 
@@ -288,8 +180,8 @@ class Governor:
 
     def _pressures(self) -> set[str]:
         """The pressures that can't wait for a policy's next tick."""
-        slow = (seat for seat in self._seats if seat.on and (seat.interval or 0) > 2 * SOON)
-        return {signal for seat in slow for signal in seat.signals if signal.endswith("_pressure")}
+        slow = (state for state in self._engine.states if state.on and (state.interval or 0) > 2 * SOON)
+        return {signal for state in slow for signal in state.signals if signal.endswith("_pressure")}
 
     async def _watch(self, trigger: Trigger) -> None:
         try:
@@ -304,10 +196,10 @@ class Governor:
     def hurry(self, signal: str) -> None:
         """Pressure came up: policies that listen to it decide now, unless they just did or will at once."""
         now = self._fleet.now()
-        for seat in self._seats:
-            recent = now - seat.window.since < SOON
-            if seat.on and not recent and seat.due - now > SOON and signal in seat.signals:
-                seat.due = now
+        for state in self._engine.states:
+            recent = now - state.since < SOON
+            if state.on and not recent and state.due - now > SOON and signal in state.signals:
+                state.due = now
                 self._hurry.set()
 
     async def tick(self) -> int | None:
@@ -321,18 +213,15 @@ class Governor:
         await self._read_logs(now)
         if self._observer is not None:
             self._observe(self._observer, now)
-        for resume in self._guard.overdue(now):
-            await self._fleet.carry_out(resume, None)
-        for resume in self._guard.overdue(now, dry=True):
-            self._rehearse(resume, None, now, "a dry run")
-        for seat in self._seats:
-            if seat.on and seat.due <= now:
-                await self._decide(seat, now)
-        dues = [seat.due for seat in self._seats if seat.on]
+        before = self._engine.host
+        self._engine.tick(now)
+        if self._engine.host is not before:
+            self._host = self._engine.host
+        dues = [] if self._engine.due is None else [self._engine.due]
         if self._observer is not None:
             passed = self._observer.passed
             dues.append(self._observer.due if passed is None else passed.tell)
-        if self._guard.pauses:
+        if self._engine.pausing:
             dues.append(now + OVERDUE)
         if (due := self._activity.logs.next(now)) is not None:
             dues.append(due)
@@ -363,8 +252,6 @@ class Governor:
             self._tell_passed(observer)
         observer.take(self._activity.facts(last, ended=True))
 
-    # ---- deciding
-
     def _observe(self, observer: _Observer, now: int) -> None:
         if observer.passed is not None and (observer.passed.tell <= now or observer.due <= now):
             self._tell_passed(observer)
@@ -380,81 +267,3 @@ class Governor:
             observer.take(observer.passed.facts)
             self._activity.close(observer.passed.window)
             observer.passed = None
-
-    async def _decide(self, seat: _Seat, now: int) -> None:
-        policy = seat.policy
-        facts = self._activity.facts(seat.window)
-        self._host = facts.host
-        self._activity.close(seat.window)
-        seat.window = self._activity.open()
-        try:
-            actions = list(policy.decide(facts if seat.rehearsal is None else seat.rehearsal.see(facts)))
-            for action in actions:
-                if not isinstance(action, Action):
-                    raise SpecError(f"action={action!r}: must be one of orchestra's actions")
-            for action in actions:
-                seat.actions += 1
-                await self._carry_out(seat, action)
-            interval = seat.interval = _interval(policy)  # asked last: who was refused something may want another turn
-            seat.due = now + (interval or 0)
-            seat.on = interval is not None
-        except Exception as error:
-            if self._strict:
-                raise
-            self._switch_off(seat, error)
-        if not seat.on:
-            self._activity.close(seat.window)
-
-    def _switch_off(self, seat: _Seat, error: Exception) -> None:
-        seat.on = False
-        seat.error = f"{type(error).__name__}: {error}"
-        name = seat.name
-        log.error("policy %r raised and is switched off; its limits stay in force", name, exc_info=error)
-        self._fleet.record(Applied(time=self._fleet.now(), action=None, policy=name, error=seat.error))
-
-    async def _carry_out(self, seat: _Seat, action: Action) -> None:
-        fleet, name = self._fleet, seat.name
-        now = fleet.now()
-        verdict = self._guard.judge(action, name, now, seat.order, vms=fleet.below(action))
-        if verdict.outcome is Ruling.DRY_RUN:
-            self._rehearse(verdict.judged, name, now, verdict.reason)
-            return
-        if verdict.action is None:
-            told = Applied(time=now, action=verdict.judged, policy=name, error=verdict.reason, outcome="refused")
-            fleet.record(told)
-            _tell_refused(seat.policy, action, verdict.reason)
-            return
-        if fleet.takes_time(verdict.action):  # the ticks don't wait for it
-            fleet.start_soon(self._finish, seat, verdict, fleet.begin(verdict.action, name))
-            return
-        applied = await fleet.carry_out(verdict.action, name)
-        if applied.error is not None:
-            self._guard.failed(verdict, fleet.now())
-            _tell_refused(seat.policy, action, applied.error)
-
-    def _rehearse(self, action: Action, policy: str | None, now: int, why: str) -> None:
-        """Do nothing, and have those that run dry see what it would have done."""
-        self._fleet.record(Applied(time=now, action=action, policy=policy, error=why, outcome="dry-run"))
-        for rehearsal in self._rehearsals():
-            rehearsal.apply(action, policy or "", now)
-
-    async def _finish(self, seat: _Seat, verdict: Verdict, begun: Begun) -> None:
-        action, applied = begun.action, await self._fleet.finish(begun)
-        if applied.error is None:
-            return
-        self._guard.failed(verdict, self._fleet.now())
-        if not seat.on:
-            return
-        try:
-            _tell_refused(seat.policy, action, applied.error)
-        except Exception as error:
-            if self._strict:
-                raise
-            self._switch_off(seat, error)
-            self._activity.close(seat.window)
-
-
-def _tell_refused(policy: Policy, action: Action, reason: str) -> None:
-    told = getattr(policy, "refused", None)
-    if told is not None:
-        told(action, reason)

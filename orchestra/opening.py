@@ -19,9 +19,9 @@ from .backend.picking import Asked
 from .budget import make_budgets
 from .errors import BusLockUnsupported, SpecError
 from .fleet import DEFAULT_TENANT, Fleet
-from .governor import check_policies
 from .native.core import FleetCore
 from .policy import Guard, Policy
+from .policy.state import check_policies
 from .record import Recorder
 from .signals import HostSignals
 from .spec import Limit, Meter, Tenant, optional_limit

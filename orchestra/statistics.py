@@ -8,8 +8,8 @@ import attrs
 
 from .backend import Backend, Detection
 from .budget import Budgets
-from .governor import PolicyStatus
 from .policy import HostFacts
+from .policy.state import PolicyStatus
 from .record import JournalStatistics
 from .spec import Limit, Meter, Tenant
 from .vm import Vm, VmStatistics

@@ -30,7 +30,7 @@ MIRRORED = {
 # What a class has for orchestra's own parts and not for users. A name that is new and in neither place fails a test.
 INTERNAL = {
     orc.Fleet: "core inbox workers quarantine cpu_cgroup post next_id told register retire released did changed "
-    "worked logged record carry_out check_limit budgets below takes_time begin finish start_soon closed start "
+    "worked logged record apply_nowait check_limit budgets below takes_time begin finish start_soon closed start "
     "closing close",
     orc.Vm: "launch budgets vcpu_budgets release budget guest supervise close hold let_go end put_cap cap_of "
     "cap_settled place was_capped wait_parked wait_released",

@@ -18,8 +18,11 @@ CORE_LIBRARIES = {"attr", "attrs", "cffi", "trio"}
 # What pure words may use of the standard library: nothing here knows of time, threads, files or chance.
 PURE = {
     "__future__",
+    "base64",
+    "binascii",
     "bisect",
     "collections",
+    "copy",
     "enum",
     "fnmatch",
     "functools",
@@ -28,6 +31,7 @@ PURE = {
     "math",
     "operator",
     "re",
+    "types",
     "typing",
 }
 

@@ -13,7 +13,6 @@ from hypothesis import example, given, settings, strategies as st
 
 import orchestra as orc
 from orchestra.cli.app import main
-from orchestra.policy.ledger import Ledger
 from orchestra.rules import Mistake, Rules, TomlError, compare, kinds, load_rules, parse_rules, reload, watch_rules
 from orchestra.tomlfile import _lines, shown
 
@@ -591,46 +590,6 @@ async def test_a_reload_lands_in_the_journal_of_a_fleet():
         applied = await fleet.apply(orc.Reload(policies={"ladder": "new"}, reason="rules.toml: new: ladder"))
         assert fleet.actions()[-1] is applied
         assert (applied.outcome, applied.error) == ("done", None)
-
-
-# ---- the ledger
-
-
-def applied(action: orc.Action, policy: str | None = "p", **more: object) -> orc.Applied:
-    return orc.Applied(time=0, action=action, policy=policy, **more)  # type: ignore[arg-type]
-
-
-def test_the_ledger_lets_go_what_a_policy_holds_and_nothing_else():
-    ledger = Ledger()
-    limit = orc.Limit(rate=1)
-    for one in (
-        applied(orc.Throttle(limit=limit)),
-        applied(orc.Throttle(vm="a", limit=limit, meter="exits")),
-        applied(orc.Throttle(vm="b", limit=limit)),
-        applied(orc.Throttle(vm="a", limit=limit), policy="q"),
-        applied(orc.Throttle(vm="c", limit=limit), outcome="dry-run"),
-        applied(orc.CapCpu(vm="a", share=0.5)),
-        applied(orc.CapCpu(vm="b", share=0.5)),
-        applied(orc.CapCpu(vm="b", share=None)),
-        applied(orc.Pause(vm="a")),
-        applied(orc.Pause(vm="b")),
-        applied(orc.Resume(vm="b"), policy=None),  # somebody else let it go
-        applied(orc.Isolate(vm="a")),
-        applied(orc.Warn(vm="a")),
-        applied(orc.Unthrottle(vm="b")),
-    ):
-        ledger.note(one)
-    assert ledger.held("p") == [
-        orc.Rejoin(vm="a"),
-        orc.Resume(vm="a"),
-        orc.CapCpu(vm="a", share=None),
-        orc.Unthrottle(vm="a", meter="exits"),
-        orc.Unthrottle(),
-    ]
-    assert ledger.held("q") == [orc.Unthrottle(vm="a")]
-    ledger.note(applied(orc.Stop(vm="a"), policy=None))
-    assert ledger.held("p") == [orc.Unthrottle()]
-    assert ledger.held("nobody") == []
 
 
 # ---- the command

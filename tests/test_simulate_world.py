@@ -186,7 +186,7 @@ def test_a_policy_that_raises_is_switched_off_on_its_host_and_its_limits_stay():
             return [orc.Throttle(vm="n0-0", limit=Limit(rate=50))]
 
     world = play(fleet(Steady(rate=1000), duration=20), Breaks())
-    assert dict(world.hosts.errors) == {"scripted: ZeroDivisionError: oh": 1}
+    assert dict(world.engines.errors) == {"scripted: ZeroDivisionError: oh": 1}
     assert world.made[10:, 0] == pytest.approx(50)
 
 
@@ -207,7 +207,7 @@ def test_limits_of_vm_tenant_and_host_hold_and_can_be_taken_away():
     assert rows[13].sum() == pytest.approx(150)
     assert rows[18].sum() == pytest.approx(60)
     assert rows[22, :2].min() > 800
-    assert not world.hosts.errors
+    assert not world.engines.errors
     assert world.tally.failed == 0
 
 

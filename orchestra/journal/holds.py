@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 import attrs
 
+from ..effects import EFFECTS, Key, key_of, releases
 from .reader import ActionRow
 
 __all__ = ["Held", "Hold", "Span", "in_force", "spans"]
@@ -50,39 +51,24 @@ class Held:
     """Reads along in what was done, and knows what is in force. Its size is that of what is."""
 
     def __init__(self) -> None:
-        self._held: dict[tuple[str, ...], Hold] = {}
+        self._held: dict[tuple[Key, str | None], Hold] = {}
 
     def note(self, row: ActionRow) -> None:
-        if row.outcome != "done":
+        action = row.action if row.outcome == "done" else None
+        key = None if action is None else key_of(action)
+        if action is None or key is None:
             return
-        key: tuple[str, ...]
-        where = "vm" if row.vm is not None else "tenant" if row.tenant is not None else "host"
-        vcpu = row.details.get("vcpu")
-        where = where if vcpu is None else "vcpu"
-        who, meter = row.policy or "", str(row.details.get("meter", ""))
-        match row.kind:
-            case "Throttle" | "Unthrottle":
-                key, on = ("throttle", where, meter, who), row.kind == "Throttle"
-            case "SetLimit":
-                key = ("limit", where, meter, str(vcpu))
-                on = row.details.get("limit") is not None
-            case "CapCpu":
-                key, on = ("cap", where, who), row.details.get("share") is not None
-            case "Pause" | "Resume":  # there is one for all
-                key, on = ("pause", where), row.kind == "Pause"
-            case "Isolate" | "Rejoin":
-                key, on = ("isolate", where), row.kind == "Isolate"
-            case _:
-                return
-        if on:
-            before = self._held.get(key)
+        at = key, row.policy if EFFECTS[type(action)].stacks else None
+        before = self._held.get(at)
+        if not releases(action):
             # What was given and what is set later are two things: whoever sets it began to hold it then.
             same = before is not None and before.action.given == row.given
-            self._held[key] = Hold(row, before.since if before is not None and same else row.time, where)
-        elif key in self._held:
-            launches = {row.details.get("launch"), self._held[key].action.details.get("launch")} - {None}
+            where = "vcpu" if key.vcpu is not None else "vm" if key.vm else "tenant" if key.tenant else "host"
+            self._held[at] = Hold(row, before.since if before is not None and same else row.time, where)
+        elif before is not None:
+            launches = {row.details.get("launch"), before.action.details.get("launch")} - {None}
             if len(launches) < 2:  # what is let go of an earlier launch holds the present one still
-                del self._held[key]
+                del self._held[at]
 
     def holds(self) -> list[Hold]:
         """The tightest limit first."""
@@ -91,8 +77,8 @@ class Held:
     def tightest(self) -> dict[tuple[str, str], Hold]:
         """What counts, by its place: a bucket (with the vCPU, where it is one's), "cap" or "pause"."""
         found: dict[tuple[str, str], Hold] = {}
-        for key, hold in self._held.items():
-            place = (hold.bucket or key[0], str(hold.action.details.get("vcpu")))
+        for (key, _), hold in self._held.items():
+            place = (hold.bucket or key.what.value, str(hold.action.details.get("vcpu")))
             if place not in found or _tightness(hold) < _tightness(found[place]):
                 found[place] = hold
         return found
@@ -112,7 +98,7 @@ def in_force(actions: Iterable[ActionRow]) -> list[Hold]:
 
 
 def spans(actions: Iterable[ActionRow], begin: int, end: int) -> Mapping[str, list[Span]]:
-    """What counted between two times, by bucket (those of the vCPUs together), "cap", "pause" and "isolate"."""
+    """What counted between two times, by bucket (those of the vCPUs together), "cap", "pause" and "isolation"."""
     held = Held()
     found: dict[str, list[Span]] = {}
     counts: dict[tuple[str, str], tuple[int, Hold]] = {}

@@ -10,6 +10,9 @@ from typing import Any, Final, TypeVar
 
 import attrs
 
+from ..actions import Action
+from ..codec import KIND, TAGGED, decode
+from ..errors import SpecError
 from .checked import LAST, UNREADABLE, Maker, mapping
 from .schema import JournalError, connect
 
@@ -34,6 +37,21 @@ class ActionRow:
     reason: str
     evidence: Mapping[str, Any]
     details: Mapping[str, Any]
+
+    @property
+    def action(self) -> Action | None:
+        """As it was; None: a policy's error, or one that this version of orchestra can't read."""
+        kind = TAGGED.get(self.kind)
+        if kind is None:
+            return None
+        said = {**self.details, "vm": self.vm, "tenant": self.tenant, "reason": self.reason, "evidence": self.evidence}
+        fields = {field.alias for field in attrs.fields(kind) if field.init}
+        data = {KIND: self.kind, **{name: value for name, value in said.items() if name in fields}}
+        try:
+            action: Action = decode(Action, data)
+        except SpecError:
+            return None
+        return action
 
     @property
     def given(self) -> str | None:

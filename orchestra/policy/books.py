@@ -8,55 +8,21 @@ from typing import Any, Final
 
 import attrs
 
-from ..actions import (
-    Action,
-    CapCpu,
-    Evict,
-    Isolate,
-    Kill,
-    Pause,
-    Rejoin,
-    Resume,
-    SetLimit,
-    Stop,
-    Throttle,
-    Unthrottle,
-)
+from ..actions import Action
+from ..effects import EFFECTS, Axis, What, releases
 from .once import FIRST_WAIT, MOST_WAIT
 
-__all__ = ["AXIS", "BACK", "HARD", "LAST", "RUNNING", "Books", "Failures", "Noted", "Word", "is_limit", "lets_go"]
+__all__ = ["LAST", "Books", "Failures", "Noted", "Word", "is_limit"]
 
 MINUTE: Final = 60_000_000_000
 MOST_REMEMBERED: Final = 65536
 LAST: Final = 1 << 30
 """The order of a policy that is not there any more: everybody goes before it."""
 
-RUNNING: Final = "running"
-PLACE: Final = "place"
-AXIS: Final[dict[type, str]] = {
-    Pause: RUNNING,
-    Resume: RUNNING,
-    Stop: RUNNING,
-    Kill: RUNNING,
-    Evict: RUNNING,
-    Isolate: PLACE,
-    Rejoin: PLACE,
-}
-"""What two policies can disagree on. Limits and caps are not among it: each policy has its own, the tightest counts."""
-
-HARD: Final = (Pause, Isolate, Evict, Stop, Kill)
-BACK: Final = (Resume, Rejoin)
-
-
-def lets_go(action: Action) -> bool:
-    match action:
-        case Resume() | Rejoin() | Unthrottle() | CapCpu(share=None) | SetLimit(limit=None):
-            return True
-    return False
-
 
 def is_limit(action: Action) -> bool:
-    return isinstance(action, Throttle | SetLimit)
+    """It is counted apart from the others: a policy may change very many limits a minute."""
+    return EFFECTS[type(action)].what in (What.LIMIT, What.THROTTLE)
 
 
 @attrs.frozen
@@ -97,12 +63,15 @@ class Books:
     host: int | None = None
     recent: deque[int] = attrs.field(factory=deque)
     limits: deque[int] = attrs.field(factory=deque)
-    held: dict[tuple[str, str], Word] = attrs.field(factory=dict)
-    let: dict[tuple[str, str], Word] = attrs.field(factory=dict)
+    held: dict[tuple[str, Axis], Word] = attrs.field(factory=dict)
+    let: dict[tuple[str, Axis], Word] = attrs.field(factory=dict)
     paused: dict[str, tuple[int, int]] = attrs.field(factory=dict)
 
     def words(self, action: Action) -> tuple[Word | None, Word | None]:
-        key = (action.vm or "", AXIS.get(type(action), ""))
+        axis = EFFECTS[type(action)].axis
+        if axis is None:
+            return None, None
+        key = (action.vm or "", axis)
         return self.held.get(key), self.let.get(key)
 
     def lately(self, action: Action, time: int) -> deque[int]:
@@ -115,28 +84,29 @@ class Books:
     def note(self, action: Action, word: Word, cool_down: float) -> Noted:
         """`cool_down`: nanoseconds for which a word counts."""
         vm = action.vm or ""
+        effect = EFFECTS[type(action)]
         hard, host, before = self.hard.get(vm), self.host, self.words(action)
-        if word.policy is not None and not lets_go(action):
+        if word.policy is not None and not releases(action):
             self.lately(action, word.time).append(word.time)
-            if isinstance(action, HARD):
+            if effect.hard:
                 self.host = word.time
                 self.hard[vm] = word.time
                 if len(self.hard) > MOST_REMEMBERED:
                     self.hard = {vm: last for vm, last in self.hard.items() if last > word.time - cool_down}
-        if type(action) in AXIS:
-            self._say(action, word, cool_down)
+        if effect.axis is not None:
+            self._say(action, (vm, effect.axis), word, cool_down)
         return Noted(word, hard, host, before, self.words(action))
 
-    def _say(self, action: Action, word: Word, cool_down: float) -> None:
-        key = (action.vm or "", AXIS[type(action)])
-        if isinstance(action, BACK):
+    def _say(self, action: Action, key: tuple[str, Axis], word: Word, cool_down: float) -> None:
+        effect = EFFECTS[type(action)]
+        if releases(action):
             before = self.held.pop(key, None)
-            if isinstance(action, Resume) and before is not None and before.policy is not None:
+            if effect.what is What.PAUSE and before is not None and before.policy is not None:
                 self.paused[key[0]] = word.time, word.time - before.time
             self.let[key] = word
             if len(self.let) > MOST_REMEMBERED:
                 self.let = {at: said for at, said in self.let.items() if said.time > word.time - cool_down}
-        elif isinstance(action, Pause | Isolate):
+        elif not effect.ends:
             self.let.pop(key, None)
             before = self.held.get(key)
             if before is None or word.order < before.order:  # the strongest word counts, from when it was said
@@ -147,17 +117,18 @@ class Books:
     def strike(self, action: Action, noted: Noted) -> None:
         """It failed: all is as before, but for what others said meanwhile."""
         vm = action.vm or ""
-        if isinstance(action, HARD):
+        effect = EFFECTS[type(action)]
+        if effect.hard:
             if self.host == noted.word.time:
                 self.host = noted.host
             if self.hard.get(vm) == noted.word.time:
                 _put(self.hard, vm, noted.hard)
-        if type(action) in AXIS and self.words(action) == noted.after:
+        if effect.axis is not None and self.words(action) == noted.after:
             for words, was in zip((self.held, self.let), noted.before, strict=True):
-                _put(words, (vm, AXIS[type(action)]), was)
+                _put(words, (vm, effect.axis), was)
 
     def forget(self, vm: str) -> None:
-        for axis in set(AXIS.values()):
+        for axis in Axis:
             self.held.pop((vm, axis), None)
             self.let.pop((vm, axis), None)
         self.paused.pop(vm, None)

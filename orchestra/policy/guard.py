@@ -9,10 +9,11 @@ from typing import Any
 
 import attrs
 
-from ..actions import Action, CapCpu, Pause, Resume, SetLimit, Throttle
+from ..actions import Action, CapCpu, Resume, SetLimit, Throttle
+from ..effects import EFFECTS, Axis, What, releases
 from ..errors import SpecError
 from ..spec import Limit, Meter
-from .books import AXIS, BACK, HARD, RUNNING, Books, Failures, Noted, Word, is_limit, lets_go
+from .books import Books, Failures, Noted, Word, is_limit
 from .pace import LEAST_BURST
 from .ranges import within
 
@@ -137,7 +138,7 @@ class Guard:
         books = self._rehearsed if dry else self._books
         judged, changed = self._raised(action, vms)
         refused = self._contradicts(books, judged, word)
-        if not refused and not lets_go(judged):
+        if not refused and not releases(judged):
             refused = (
                 self._failures.why_not(judged, time)
                 or self._too_soon(books, judged, time)
@@ -160,7 +161,7 @@ class Guard:
         if verdict.action is None or verdict._noted is None:
             return
         self._books.strike(verdict.action, verdict._noted)
-        if not lets_go(verdict.action):
+        if not releases(verdict.action):
             self._failures.add(verdict.action, time)
 
     def overdue(self, time: int, *, dry: bool = False) -> list[Resume]:
@@ -178,7 +179,7 @@ class Guard:
         late = [
             (vm, word)
             for (vm, axis), word in books.held.items()
-            if axis == RUNNING and word.policy is not None and time - word.time > self.max_pause * 1e9
+            if axis is Axis.RUNNING and word.policy is not None and time - word.time > self.max_pause * 1e9
         ]
         actions = []
         for vm, word in late:
@@ -193,7 +194,7 @@ class Guard:
     def pauses(self) -> bool:
         """Some policy holds a VM paused, or would in a dry run."""
         return any(
-            axis == RUNNING and word.policy is not None
+            axis is Axis.RUNNING and word.policy is not None
             for books in (self._books, self._rehearsed)
             for (_, axis), word in books.held.items()
         )
@@ -260,16 +261,16 @@ class Guard:
         """Those that this action would go against: a dry run is bound by what is really so as well."""
         for each in (books, self._books):
             held, let = each.words(action)
-            yield held if isinstance(action, BACK) else let
+            yield held if releases(action) else let
 
     def _contradicts(self, books: Books, action: Action, word: Word) -> str:
-        if type(action) not in AXIS:
+        if EFFECTS[type(action)].axis is None:
             return ""
         for said in self._words(books, action):
             if said is None or said.order >= word.order:
                 continue
             who = "a caller" if said.policy is None else f"policy {said.policy}, which goes first,"
-            if isinstance(action, BACK):
+            if releases(action):
                 return f"{who} holds it"
             ago = (word.time - said.time) / 1e9
             if ago < self.vm_cool_down:
@@ -277,12 +278,13 @@ class Guard:
         return ""
 
     def _too_soon(self, books: Books, action: Action, time: int) -> str:
-        if not isinstance(action, HARD):
+        effect = EFFECTS[type(action)]
+        if not effect.hard:
             return ""
-        last = books.hard.get(action.vm)
+        last = books.hard.get(action.vm or "")
         if last is not None and time - last < self.vm_cool_down * 1e9:
             return f"cool-down: {(time - last) / 1e9:.3g} of {self.vm_cool_down:g} s since the last one on this VM"
-        if isinstance(action, Pause) and action.vm in books.paused:
+        if effect.what is What.PAUSE and action.vm in books.paused:
             ended, lasted = books.paused[action.vm]
             due = lasted * (1 - self.most_paused) / self.most_paused
             if time - ended < due:

@@ -11,20 +11,8 @@ from typing import Final, Protocol, TypeAlias
 
 import attrs
 
-from ..actions import (
-    Action,
-    CapCpu,
-    Evict,
-    Isolate,
-    Kill,
-    Pause,
-    Rejoin,
-    Resume,
-    SetLimit,
-    Stop,
-    Throttle,
-    Unthrottle,
-)
+from ..actions import Action, CapCpu, SetLimit, Throttle
+from ..effects import EFFECTS, Holdings, Key, What, key_of
 from ..spec import Limit, Meter, Tenant, tightest
 
 __all__ = ["FREE", "Asked", "InForce", "Passed"]
@@ -74,15 +62,14 @@ class _Bucket:
     one that was taken off, at whose rate it goes on (orchestra/native/orc.h)."""
 
     base: Limit | None = None
-    throttles: dict[str, Limit] = attrs.field(factory=dict)
     limit: Limit | None = None
     last: Limit | None = None
     tokens: float = 0.0
     at: float = 0.0
 
-    def set(self, now: float) -> None:
+    def set(self, throttles: Iterable[Limit], now: float) -> None:
         self._settle(now)
-        self.limit = tightest(self.base, self.throttles.values())
+        self.limit = tightest(self.base, throttles)
         if self.limit is not None:  # a new bucket is full; one that grows later fills up as time goes
             self.tokens = self.limit.tokens if self.last is None else min(self.tokens, self.limit.tokens)
             self.last = self.limit
@@ -115,9 +102,9 @@ class InForce:
     ) -> None:
         self._buckets: dict[Meter, dict[Place, _Bucket]] = {meter: {} for meter in Meter}
         self._off: dict[Meter, dict[Place, _Bucket]] = {meter: {} for meter in Meter}  # whose limit was taken off
-        self._caps: dict[str, dict[str, float]] = {}
-        self._paused: dict[str, str] = {}  # by whom
-        self._isolated: set[str] = set()
+        self._holdings = Holdings()
+        self._caps: dict[str, float] = {}  # these two follow from it
+        self._paused: set[str] = set()
         self._gone: set[str] = set()
         self._launches: dict[str, int] = {}
         self._now = 0.0
@@ -180,40 +167,37 @@ class InForce:
         launch = getattr(action, "launch", None)
         if launch is not None and self._launches.get(action.vm or "", launch) != launch:
             return
-        match action:
-            case Throttle(vm=vm, tenant=tenant, meter=meter, limit=limit):
-                place = _place(vm, tenant)
-                bucket = self._bucket(meter, place)
-                bucket.throttles[policy] = limit
-                self._set(meter, place, bucket)
-            case Unthrottle(vm=vm, tenant=tenant, meter=meter):
-                self._unthrottle(meter, _place(vm, tenant), policy)
-            case SetLimit(vm=vm, tenant=tenant, meter=meter, limit=base, vcpu=None):  # one vCPU's is none of the VM's
-                self.set_base(_place(vm, tenant), meter, base)
-            case CapCpu(vm=vm, share=None):
-                self._uncap(vm, policy)
-            case CapCpu(vm=vm, share=float() | int() as share):
-                self._caps.setdefault(vm, {})[policy] = share
-            case Pause(vm=vm):
-                self._paused[vm] = policy
-            case Resume(vm=vm):
-                self._paused.pop(vm, None)
-            case Isolate(vm=vm):
-                self._isolated.add(vm)
-            case Rejoin(vm=vm):
-                self._isolated.discard(vm)
-            case Evict(vm=vm) | Stop(vm=vm) | Kill(vm=vm):
-                self._free(vm)
-                self._gone.add(vm)
+        if EFFECTS[type(action)].ends:
+            self._free(action.vm or "")
+            self._gone.add(action.vm or "")
+        elif isinstance(action, SetLimit):
+            if action.vcpu is None:  # one vCPU's is none of the VM's
+                self.set_base(_place(action.vm, action.tenant), action.meter, action.limit)
+        else:
+            self._holdings.note(action, policy)
+            key = key_of(action)
+            if key is not None:
+                self._follow(key)
 
     def let_go(self, policy: str) -> None:
         """Undo all that a policy holds."""
-        for meter, buckets in self._buckets.items():
-            for place in [place for place, bucket in buckets.items() if policy in bucket.throttles]:
-                self._unthrottle(meter, place, policy)
-        for vm in [vm for vm, caps in self._caps.items() if policy in caps]:
-            self._uncap(vm, policy)
-        self._paused = {vm: by for vm, by in self._paused.items() if by != policy}
+        for key in self._holdings.withdraw(policy):
+            self._follow(key)
+
+    def _follow(self, key: Key) -> None:
+        """Something changed there."""
+        held, vm = self._holdings.at(key).values(), key.vm or ""
+        match key.what:
+            case What.THROTTLE:
+                meter, place = Meter(key.meter), _place(key.vm, key.tenant)
+                self._set(meter, place, self._bucket(meter, place))
+            case What.CAP:
+                shares = [one.action.share for one in held if isinstance(one.action, CapCpu)]
+                self._caps[vm] = min((share for share in shares if share is not None), default=1.0)
+                if not shares:
+                    del self._caps[vm]
+            case What.PAUSE:
+                (self._paused.add if held else self._paused.discard)(vm)
 
     def _bucket(self, meter: Meter, place: Place) -> _Bucket:
         """The one that is there, limited or not; else a new one."""
@@ -223,27 +207,18 @@ class InForce:
         return buckets[place]
 
     def _set(self, meter: Meter, place: Place, bucket: _Bucket) -> None:
-        bucket.set(self._now)
+        vm, tenant = (place[1] if place[0] == kind else None for kind in ("vm", "tenant"))
+        held = self._holdings.at(Key(What.THROTTLE, meter.value, vm, tenant, None)).values()
+        bucket.set([one.action.limit for one in held if isinstance(one.action, Throttle)], self._now)
         if bucket.limit is None:
             self._off[meter][place] = self._buckets[meter].pop(place)
 
-    def _unthrottle(self, meter: Meter, place: Place, policy: str) -> None:
-        bucket = self._buckets[meter].get(place)
-        if bucket is not None and bucket.throttles.pop(policy, None) is not None:
-            self._set(meter, place, bucket)
-
-    def _uncap(self, vm: str, policy: str) -> None:
-        caps = self._caps.get(vm, {})
-        caps.pop(policy, None)
-        if not caps:
-            self._caps.pop(vm, None)
-
     def _free(self, vm: str) -> None:
+        self._holdings.forget(vm)
         for buckets in (*self._buckets.values(), *self._off.values()):
             buckets.pop(("vm", vm), None)
         self._caps.pop(vm, None)
-        self._paused.pop(vm, None)
-        self._isolated.discard(vm)
+        self._paused.discard(vm)
 
     # ---- an interval ------------------------------------------------------------------------------------------------
 
@@ -295,7 +270,7 @@ class InForce:
     def _may_run(self, name: str, one: Asked, interval: float) -> float:
         if self.is_out(name):
             return 0.0
-        cap = min(self._caps.get(name, {}).values(), default=1.0)
+        cap = self._caps.get(name, 1.0)
         used = 1.0 if one.cpu is None else one.cpu / (one.vcpus * interval)
         return min(1.0, cap / used) if used > 0 else 1.0
 

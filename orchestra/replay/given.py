@@ -6,11 +6,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..actions import SetLimit
-from ..errors import SpecError
 from ..journal import ActionRow, JournalReader
 from ..journal.schema import JournalError
 from ..rules import Rules
-from ..spec import Limit, Meter
+from ..spec import Meter
 
 __all__ = ["Given"]
 
@@ -36,18 +35,15 @@ class Given:
                 yield limit
 
     def _limit(self, row: ActionRow) -> SetLimit | None:
-        details = row.details
-        meter, limit = details.get("meter"), details.get("limit")
-        if meter not in {str(one) for one in Meter} or details.get("vcpu") is not None:
+        action = row.action
+        if not isinstance(action, SetLimit):
+            raise JournalError(f"a limit in the journal can't be: {dict(row.details)}")
+        if action.vcpu is not None:
             return None  # a VM's vCPUs are taken as alike
-        if row.vm is None and row.tenant is None:
-            self.knows_host = self.knows_host or meter == Meter.BUS_LOCKS
-            if getattr(self._rules, Meter(meter).field) is not None:
+        if action.vm is None and action.tenant is None:
+            self.knows_host = self.knows_host or action.meter is Meter.BUS_LOCKS
+            if getattr(self._rules, action.meter.field) is not None:
                 return None
-        elif row.tenant is not None and row.tenant in self._rules.tenants:
+        elif action.tenant is not None and action.tenant in self._rules.tenants:
             return None
-        try:
-            base = None if limit is None else Limit(**limit)
-            return SetLimit(limit=base, vm=row.vm, tenant=row.tenant, meter=meter, launch=details.get("launch"))
-        except (TypeError, SpecError) as error:
-            raise JournalError(f"a limit in the journal can't be: {error}") from None
+        return action

@@ -8,14 +8,14 @@ from typing import Any, Final
 
 import attrs
 
-from ..actions import Action
+from ..actions import Action, Applied
 from ..errors import FileError, SpecError
 from ..journal import JournalReader
-from ..policy import Facts, Guard, HostFacts, Policy, VmFacts
-from ..policy.guard import Ruling
+from ..policy import Facts, Guard, HostFacts, Verdict, VmFacts
+from ..policy.engine import Done, PolicyEngine
 from ..policy.inforce import InForce
 from ..policy.maxmin import max_min
-from ..policy.rehearsal import Rehearsal
+from ..policy.state import PolicyState
 from ..rules import Rules
 from ..spec import Limit, Meter, Tenant
 from .demand import Demands, Tick, Want, ticks, together
@@ -72,15 +72,12 @@ class Replay:
 
 
 @attrs.define(eq=False)
-class _Seat:
-    policy: Policy
-    order: int
-    last: int
-    due: int
-    rehearsal: Rehearsal | None
-    told: list[Mapping[str, VmFacts]] = attrs.field(factory=list)  # since it decided last
+class _Window:
+    """What was told to a policy since it decided last."""
+
+    since: int
+    told: list[Mapping[str, VmFacts]] = attrs.field(factory=list)
     gone: list[tuple[str, int]] = attrs.field(factory=list)
-    on: bool = True
 
 
 def replay(
@@ -182,31 +179,23 @@ class _Whole:
 
 
 class _Run:
-    """One session under the rules."""
+    """One session under the rules: the engine's source of facts and its executor."""
 
     def __init__(self, rules: Rules, first: Tick, whole: _Whole, journal: JournalReader) -> None:
-        begun = first.time - round(first.interval * 1e9)
         _check_kept(rules)
         self.session = first.session
         self._rules = rules
         self._whole = whole
-        self._guard = rules.guard or Guard()
         self._force = InForce(rules.limit, rules.exit_limit, rules.tenants, rules.answer_limit)
-        self._seats = [
-            _Seat(
-                policy,
-                i,
-                begun,
-                begun + round((policy.interval or 0.0) * 1e9),
-                Rehearsal() if self._guard.is_dry(policy.name) else None,
-            )
-            for i, policy in enumerate(rules.policies)
-        ]
-        self._rehearsals = [seat.rehearsal for seat in self._seats if seat.rehearsal is not None]
         self._demands = Demands()
         self._tenants: dict[str, Tenant] = dict(rules.tenants)
         self._living = Living(journal, first.session)
         self._given = Given(journal, first.session, rules)
+        self.below = self._living.below
+        self._windows: set[_Window] = set()
+        self._time = first.time - round(first.interval * 1e9)
+        self._host = HostFacts()
+        self._engine = PolicyEngine(rules.policies, rules.guard or Guard(), now=self._time, executor=self, source=self)
 
     def step(self, tick: Tick) -> None:
         self._living.until(tick.time)
@@ -236,18 +225,12 @@ class _Run:
             self._living.gone(name, launch)
             if not self._force.is_another(name, launch):
                 self._gone(name)
-        for seat in self._seats:
-            if not seat.on:
-                continue
+        for window in self._windows:
             if told.vms:
-                seat.told.append(told.vms)
-            seat.gone += tick.gone
-            if seat.due <= tick.time:
-                self._decide(seat, tick.time, told.host)
-        for action in self._guard.overdue(tick.time):
-            self._force.apply(action, "")
-        for action in self._guard.overdue(tick.time, dry=True):
-            self._rehearse(action, "", tick.time)
+                window.told.append(told.vms)
+            window.gone += tick.gone
+        self._time, self._host = tick.time, told.host
+        self._engine.tick(tick.time)
 
     def _seen(self, vm: str, launch: int) -> None:
         """Maybe a VM that was not seen before; then nothing holds it, whatever held another of its name."""
@@ -255,16 +238,10 @@ class _Run:
             self._gone(vm)
             self._force.seen(vm, launch)
 
-    def _rehearse(self, action: Action, policy: str, now: int) -> None:
-        for rehearsal in self._rehearsals:
-            rehearsal.apply(action, policy, now)
-
     def _gone(self, vm: str) -> None:
-        self._guard.forget(vm)
+        self._engine.gone(vm)
         self._force.forget(vm)
         self._demands.forget(vm)
-        for rehearsal in self._rehearsals:
-            rehearsal.forget(vm)
 
     def _fair(self, wants: Mapping[str, Want | VmFacts], interval: float) -> dict[str, float] | None:
         """Each VM's weighted max-min share of the budget, in bus locks; None: all can have what they ask for."""
@@ -283,42 +260,47 @@ class _Run:
         shares = max_min(budget, [want.bus_locks or 0.0 for _, want in some], [want.weight for _, want in some])
         return dict(zip([name for name, _ in some], shares, strict=True))
 
-    def _decide(self, seat: _Seat, now: int, host: HostFacts) -> None:
-        facts = Facts(
-            time=now,
-            interval=max((now - seat.last) / 1e9, 1e-9),
+    # ---- facts, for the engine
+
+    def open(self) -> _Window:
+        window = _Window(self._time)
+        self._windows.add(window)
+        return window
+
+    def close(self, window: _Window) -> None:
+        self._windows.discard(window)
+
+    def facts(self, window: _Window) -> Facts:
+        return Facts(
+            time=self._time,
+            interval=max((self._time - window.since) / 1e9, 1e-9),
             limit=self._force.host_limit(Meter.BUS_LOCKS),
             exit_limit=self._force.host_limit(Meter.EXITS),
             answer_limit=self._force.host_limit(Meter.ANSWERS),
             tenants=self._tenants,
-            vms=together(seat.told, set(seat.gone)),
-            host=host,
-            gone=tuple(seat.gone),
+            vms=together(window.told, set(window.gone)),
+            host=self._host,
+            gone=tuple(window.gone),
         )
-        seat.told, seat.gone, seat.last = [], [], now
-        policy = seat.policy
-        try:
-            for action in list(policy.decide(facts if seat.rehearsal is None else seat.rehearsal.see(facts))):
-                self._apply(seat, action, now)
-            interval = policy.interval  # asked last, as in a fleet: who was refused something may want another turn
-        except Exception as error:  # as in a fleet: it is switched off, and the others go on
-            seat.on = False
-            self._whole.errors[policy.name] = f"{type(error).__name__}: {error}"
-            return
-        seat.on = interval is not None
-        seat.due = now + round((interval or 0.0) * 1e9)
 
-    def _apply(self, seat: _Seat, action: Action, now: int) -> None:
-        policy = seat.policy
-        verdict = self._guard.judge(action, policy.name, now, seat.order, vms=self._living.below(action))
-        outcome = {Ruling.REFUSED: "refused", Ruling.DRY_RUN: "dry-run"}.get(verdict.outcome, "done")
-        if verdict.action is not None:
-            self._force.apply(verdict.action, policy.name)
-        elif verdict.outcome is Ruling.DRY_RUN:
-            self._rehearse(verdict.judged, policy.name, now)
-        elif (refused := getattr(policy, "refused", None)) is not None:
-            refused(action, verdict.reason)
-        judged = verdict.judged
-        self._whole.tally.would(type(judged).__name__, outcome, judged.vm)
+    # ---- what the engine wants done
+
+    def do(
+        self, action: Action, policy: str | None, verdict: Verdict | None, state: PolicyState | None, now: int
+    ) -> Done:
+        self._force.apply(action, policy or "")
+        if policy is not None:
+            self._tell(policy, action, "done")
+        return None
+
+    def record(self, applied: Applied, cause: Exception | None = None) -> None:
+        policy = applied.policy or ""
+        if applied.action is None:  # as in a fleet: it is switched off, and the others go on
+            self._whole.errors[policy] = applied.error or ""
+        elif applied.policy is not None:
+            self._tell(policy, applied.action, applied.outcome)
+
+    def _tell(self, policy: str, action: Action, outcome: str) -> None:
+        self._whole.tally.would(type(action).__name__, outcome, action.vm)
         if len(self._whole.deeds) < DEEDS:
-            self._whole.deeds.append(Deed(now, policy.name, judged, outcome))
+            self._whole.deeds.append(Deed(self._time, policy, action, outcome))

@@ -2,31 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from collections.abc import Iterator
 
-from ..actions import (
-    Action,
-    CapCpu,
-    Evict,
-    Isolate,
-    Kill,
-    Pause,
-    Rejoin,
-    Resume,
-    SetLimit,
-    Stop,
-    Throttle,
-    Unthrottle,
-    Warn,
-)
+from ..actions import Action, CapCpu, SetLimit, Throttle, Unthrottle
+from ..effects import EFFECTS, Holdings, Key, What, key_of
 from ..spec import Limit, Meter, tightest
 from .arrays import Ints, np
 from .buckets import Buckets
 from .layout import Layout
 
 __all__ = ["Holds"]
-
-_Set: TypeAlias = dict[str, Limit]
 
 
 class Holds:
@@ -52,9 +37,8 @@ class Holds:
         self.hindered = 0  # VMs whose duty was ever less than 1
         self._levels = {"vm": self.vm, "pair": self.pair, "host": self.host}
         self._base: dict[tuple[str, int], Limit | None] = {}
-        self._throttles: dict[tuple[str, int], _Set] = {}
-        self._caps: dict[int, dict[str, float]] = {}
-        self._isolated: dict[int, set[int]] = {}
+        self._in_force: dict[int, Holdings] = {}  # by host
+        self._isolated: dict[int, set[int]] = {}  # these two follow from it
         self._paused: dict[int, int] = {}  # VM: its host
         self._own_limits()
 
@@ -103,32 +87,41 @@ class Holds:
         vm = None if action.vm is None else self.layout.number(action.vm, host)
         if vm is None or self.gone[vm]:
             return f"{action.vm}: no such VM on this host"
-        match action:
-            case Warn():
-                return None
-            case CapCpu(share=share):
-                self._cap(vm, host, policy, share)
-            case Isolate():
-                inside = self._isolated.setdefault(host, set())
-                self.hindering[host] += vm not in inside
-                inside.add(vm)
-            case Rejoin():
-                inside = self._isolated.get(host, set())
-                self.hindering[host] -= vm in inside
-                inside.discard(vm)
-                self._run(vm)
-            case Pause():
-                self.hindering[host] += vm not in self._paused
-                self._paused[vm] = host
-            case Resume():
-                self.hindering[host] -= vm in self._paused
-                self._paused.pop(vm, None)
-            case Evict() | Stop() | Kill():
-                self._leave(vm, host)
+        if EFFECTS[type(action)].ends:
+            self._leave(vm, host, action.vm or "")
+        elif (key := self._note(host, policy, action)) is not None:
+            self._follow(host, vm, key)
         self._run(vm)
         for other in self._isolated.get(host, ()):  # they share the quarantine CPUs
             self._run(other)
         return None
+
+    def _note(self, host: int, policy: str, action: Action) -> Key | None:
+        """Put an action into the books of its host; where that was."""
+        held = self._in_force.setdefault(host, Holdings())
+        if (key := key_of(action)) is None:
+            return None
+        before = len(held.at(key))
+        held.note(action, policy)
+        self._count(host, key, len(held.at(key)) - before)
+        return key
+
+    def _count(self, host: int, key: Key, more: int) -> None:
+        if key.what is not What.THROTTLE:
+            self.hindering[host] += more
+        elif key.vm is not None:  # a limit of a host or a tenant may stand for ever: no reason to look at an idle host
+            self.engaged[host] += more
+
+    def _follow(self, host: int, vm: int, key: Key) -> None:
+        held = bool(self._in_force[host].at(key))
+        if key.what is What.PAUSE:
+            if held:
+                self._paused[vm] = host
+            else:
+                self._paused.pop(vm, None)
+        elif key.what is What.ISOLATION:
+            inside = self._isolated.setdefault(host, set())
+            (inside.add if held else inside.discard)(vm)
 
     def _limit(self, host: int, policy: str, action: Throttle | Unthrottle | SetLimit, now: float) -> str | None:
         if action.meter is not Meter.BUS_LOCKS:
@@ -144,47 +137,45 @@ class Holds:
             if pair is None:
                 return None  # no VM of it here
             level, place = "pair", pair
-        throttles = self._throttles.setdefault((level, place), {})
         if isinstance(action, SetLimit):
             self._base[level, place] = action.limit
-        elif isinstance(action, Throttle):
-            self.engaged[host] += policy not in throttles and self._counts(level)
-            throttles[policy] = action.limit
-        elif throttles.pop(policy, None) is not None:
-            self.engaged[host] -= self._counts(level)
-        self._levels[level].set(place, tightest(self.own_limit(level, place), throttles.values()), now)
+        else:
+            self._note(host, policy, action)
+        throttles = [
+            one.limit
+            for one in self._actions(host, action.vm, What.THROTTLE, action.tenant, action.meter)
+            if isinstance(one, Throttle)
+        ]
+        self._levels[level].set(place, tightest(self.own_limit(level, place), throttles), now)
         if level == "vm":
             self._mark(place)
         return None
 
-    @staticmethod
-    def _counts(level: str) -> int:
-        """A limit of a host or a tenant may stand for ever: it is no reason to look at an idle host."""
-        return 1 if level == "vm" else 0
+    def _actions(
+        self, host: int, vm: str | None, what: What, tenant: str | None = None, meter: Meter | None = None
+    ) -> Iterator[Action]:
+        """What is in force at a place."""
+        held = self._in_force.get(host)
+        if held is not None:
+            key = Key(what, "" if meter is None else meter.value, vm, tenant, None)
+            yield from (one.action for one in held.at(key).values())
 
-    def _cap(self, vm: int, host: int, policy: str, share: float | None) -> None:
-        caps = self._caps.setdefault(vm, {})
-        before = len(caps)
-        if share is None:
-            caps.pop(policy, None)
-        else:
-            caps[policy] = share
-        self.hindering[host] += len(caps) - before
-
-    def _leave(self, vm: int, host: int) -> None:
-        self.hindering[host] -= len(self._caps.pop(vm, {})) + (vm in self._paused)
-        self.engaged[host] -= len(self._throttles.pop(("vm", vm), {}))
-        inside = self._isolated.get(host, set())
-        self.hindering[host] -= vm in inside
-        inside.discard(vm)
+    def _leave(self, vm: int, host: int, name: str) -> None:
+        held = self._in_force.get(host)
+        if held is not None:
+            for key in held.on(name):
+                self._count(host, key, -len(held.at(key)))
+            held.forget(name)
+        self._isolated.get(host, set()).discard(vm)
         self._paused.pop(vm, None)
         self.gone[vm] = True
 
     def _run(self, vm: int) -> None:
         """Work out what part of the time it may run."""
         layout = self.layout
-        duty = min(self._caps.get(vm, {}).values(), default=1.0)
         host = int(layout.host[vm])
+        caps = [one.share for one in self._actions(host, layout.name(vm), What.CAP) if isinstance(one, CapCpu)]
+        duty = min((share for share in caps if share is not None), default=1.0)
         inside = self._isolated.get(host, ())
         if vm in inside:
             duty = min(duty, float(layout.quarantine[host] / max(1.0, sum(layout.vcpus[one] for one in inside))))
@@ -195,4 +186,6 @@ class Holds:
         self._mark(vm)
 
     def _mark(self, vm: int) -> None:
-        self.held[vm] = self.duty[vm] < 1 or bool(self._throttles.get(("vm", vm)))
+        host = int(self.layout.host[vm])
+        throttled = any(self._actions(host, self.layout.name(vm), What.THROTTLE, meter=Meter.BUS_LOCKS))
+        self.held[vm] = self.duty[vm] < 1 or throttled

@@ -7,16 +7,14 @@ they are told of the time that went by, as of a few ticks that came late.
 
 from __future__ import annotations
 
-from collections import Counter
+import heapq
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Protocol
 
-from ..actions import Action
-from ..errors import SpecError
-from ..policy import Facts, HostFacts, Policy, VmFacts
+from ..policy import Facts, HostFacts, VmFacts
 from ..spec import Limit
 from .arrays import Bools, Floats, Ints, np
-from .guards import LEAVES, Deed
+from .engines import Engines
 from .layout import Layout
 from .policies import Factory
 
@@ -37,28 +35,20 @@ class Sums(Protocol):
     bus: Floats
 
 
-class Ask(Protocol):
-    """What does with an action what is to be done with it: `Guards.ask`."""
-
-    def __call__(self, host: int, policy: str, order: int, action: Action, now: float) -> Deed: ...
-
-
 class _Seat:
     """One of the policies, on all hosts."""
 
     def __init__(self, factory: Factory, order: int, layout: Layout, now: float) -> None:
-        self.factory, self.order = factory, order
-        example = factory(layout.models[0])
-        self.name = example.name
-        self.interval = example.interval
+        self.order = order
+        self.interval = factory(layout.models[0]).interval
         self.due = now + (self.interval or 0.0)
-        self.policies: dict[int, Policy | None] = {}  # None: it raised, and is off
+        self.decided: set[int] = set()  # hosts on which it ever did
+        self.again: list[tuple[float, int]] = []  # of one that decides once: when it wants another turn, and where
         self.pending: list[Ints] = []  # who was active since it last decided
         self.gone: dict[int, list[tuple[str, int]]] = {}  # who left each host since then
         self.last = np.full(layout.hosts, now)
         self.awake = np.full(layout.hosts, -PATIENCE - 1, np.int64)  # until which of its ticks
         self.tick = 0
-        self.again: dict[int, float] = {}  # hosts on which one that decides only once wants another turn, and when
         # As of its last decision.
         self.locks = np.zeros(layout.size)
         self.throttled = np.zeros(layout.size)
@@ -72,7 +62,7 @@ class Hosts:
     """The policies of all hosts.
 
     Parameters:
-        ask: has an action judged and carried out.
+        engines: the policy engine of each host.
         limit: each host's own limit now.
         engaged, hindering: of each host, how many limits, and how many other things, policies have in force.
 
@@ -87,14 +77,14 @@ class Hosts:
         factories: Sequence[Factory],
         sums: Sums,
         *,
-        ask: Ask,
+        engines: Engines,
         limit: Callable[[int], Limit | None],
         engaged: Ints,
         hindering: Ints,
     ) -> None:
         self.layout = layout
         self._sums = sums
-        self._ask = ask
+        self._engines = engines
         self._limit = limit
         self._engaged, self._hindering = engaged, hindering
         self._settle = layout.scenario.settle
@@ -102,8 +92,6 @@ class Hosts:
         self._tenants = layout.tenant_tables()
         self._names: dict[int, str] = {}
         self._absent: Mapping[str, str] = {"io_pressure": "not simulated", "memory_pressure": "not simulated"}
-        self.deeds: list[Deed] = []
-        self.errors: Counter[str] = Counter()
         self.decisions = 0
         groups = layout.scenario.vms
         reporting = [i for i, vms in enumerate(groups) if vms.reports_work]
@@ -111,45 +99,33 @@ class Hosts:
         self._witness_order = self.witnesses[np.argsort(layout.host[self.witnesses], kind="stable")]
         self._witness_from = np.searchsorted(layout.host[self._witness_order], np.arange(layout.hosts + 1))
 
-    def open(self) -> list[Deed]:
+    def open(self) -> None:
         """At time 0: policies that decide only once do it now, on every host."""
         for seat in self._seats:
             if seat.interval is None:
                 for host in range(self.layout.hosts):
                     self._decide(seat, host, 0.0, 1e-9, {})
-        return self.deeds
 
-    def tick(self, now: float, active: Ints) -> list[Deed]:
+    def tick(self, now: float, active: Ints) -> None:
         """Let those decide that are due at `now` (seconds). `active`: VMs that did something since the last tick."""
-        self.deeds = []
         for seat in self._seats:
             if seat.interval is None:
-                self._again(seat, now, active)
+                self._once_more(seat, now)
                 continue
             seat.pending.append(active)
             if seat.due <= now + 1e-9:
                 self._round(seat, now)
                 seat.due = now + seat.interval
-        return self.deeds
 
-    def _again(self, seat: _Seat, now: float, active: Ints) -> None:
-        """Let one that decides only once decide on those hosts where it was refused something, as it asks for."""
-        if not seat.again:
-            return
-        seat.pending.append(active)
-        due = [host for host, at in seat.again.items() if at <= now + 1e-9]
-        if not due:
-            return
-        some = np.unique(np.concatenate(seat.pending))
-        for host in due:
-            del seat.again[host]
-            interval = now - seat.last[host]
-            here = some[self.layout.host[some] == host]
-            vms = {vm.name: vm for vm in self._rows(seat, here, interval)}
-            self._decide(seat, host, now, interval, vms)
+    def _once_more(self, seat: _Seat, now: float) -> None:
+        """One that decides once was refused something on these hosts, and asks again."""
+        while seat.again and seat.again[0][0] <= now + 1e-9:
+            _, host = heapq.heappop(seat.again)
+            vms = np.flatnonzero(self.layout.host == host)
+            interval = now - float(seat.last[host])
             seat.last[host] = now
-        if not seat.again:
-            seat.pending = []
+            rows = self._rows(seat, vms, interval)
+            self._decide(seat, host, now, interval, {row.name: row for row in rows if row.exits or row.throttled})
 
     def _round(self, seat: _Seat, now: float) -> None:
         layout, sums = self.layout, self._sums
@@ -228,7 +204,7 @@ class Hosts:
         A host's first ones are told the other way round: what counts is that the last few are of the usual length.
         """
         lengths: list[float] = []
-        if host in seat.policies:
+        if host in seat.decided:
             length, left = interval, gap
             while left > 1.5 * length:
                 lengths.append(length)
@@ -248,10 +224,10 @@ class Hosts:
     ) -> None:
         layout = self.layout
         kind = int(layout.host_class[host])
-        if host not in seat.policies:
-            seat.policies[host] = seat.factory(layout.models[kind])
-        policy = seat.policies[host]
-        if policy is None:
+        engine = self._engines.of(host, now)
+        state = engine.states[seat.order]
+        seat.decided.add(host)
+        if not state.on:
             return
         model = layout.models[kind]
         slower = 1 + (model.worst - 1) * min(1.0, bus)
@@ -273,31 +249,9 @@ class Hosts:
             gone,
         )  # fmt: skip
         self.decisions += 1
-        try:
-            actions = list(policy.decide(facts))
-            for action in actions:
-                if not isinstance(action, Action):
-                    raise SpecError(f"action={action!r}: must be one of orchestra's actions")
-        except Exception as error:
-            self._switch_off(seat, host, error)
-            return
-        for action in actions:
-            deed = self._ask(host, seat.name, seat.order, action, now)
-            self.deeds.append(deed)
-            if deed.error is None and isinstance(deed.action, LEAVES):
-                for other in self._seats:
-                    other.gone.setdefault(host, []).append((deed.action.vm, 0))
-            if deed.error is not None and (told := getattr(policy, "refused", None)) is not None:
-                told(action, deed.error)
-        if seat.interval is None:
-            try:
-                again = policy.interval  # asked last, as live: who was refused something may want another turn
-            except Exception as error:
-                self._switch_off(seat, host, error)
-                return
-            if again is not None:
-                seat.again[host] = now + again
-
-    def _switch_off(self, seat: _Seat, host: int, error: Exception) -> None:
-        seat.policies[host] = None
-        self.errors[f"{seat.name}: {type(error).__name__}: {error}"] += 1
+        engine.decide(state, facts, facts.time)
+        if seat.interval is None and state.on:
+            heapq.heappush(seat.again, (state.due / 1e9, host))
+        for where, name in self._engines.take_left():
+            for other in self._seats:
+                other.gone.setdefault(where, []).append((name, 0))

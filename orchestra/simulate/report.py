@@ -9,7 +9,7 @@ from typing import Any, Final
 import attrs
 
 from .arrays import np
-from .guards import Deed
+from .engines import Deed
 from .run import Result, WorldResult
 from .scenario import Scenario
 from .tally import EDGES

@@ -11,7 +11,7 @@ import attrs
 
 from ..policy import Guard
 from .arrays import np
-from .guards import Deed
+from .engines import Deed
 from .layout import Layout
 from .policies import Factory, QemuWindow, maker
 from .scenario import Scenario
@@ -133,7 +133,7 @@ def run_world(
         series=tally.series(),
         histogram=tally.slow.sum(axis=0).tolist(),
         deeds=tally.deeds,
-        errors=dict(world.hosts.errors),
+        errors=dict(world.engines.errors),
         decisions=world.hosts.decisions,
         released=world.released,
         seconds=time.perf_counter() - begun,

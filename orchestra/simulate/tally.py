@@ -16,8 +16,8 @@ import attrs
 
 from ..actions import CapCpu, Evict, Isolate, Kill, Pause, Stop, Throttle, Warn
 from .arrays import Bools, Floats, Ints, np
+from .engines import Deed
 from .fairness import fair_shares, jain
-from .guards import Deed
 from .holds import Holds
 from .layout import Layout
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ..policy import Guard
 from .arrays import Floats, Ints, generator, np, totals
 from .buckets import Buckets, Windows, shared_waits
-from .guards import Guards
+from .engines import Engines
 from .holds import Holds
 from .hosts import Hosts
 from .layout import Layout
@@ -52,19 +52,20 @@ class World:
         self.released = 0.0
         self.holds = Holds(layout)
         self._windows = None if window is None else Windows(layout.size, window.rate, window.slice)
-        self.guards = Guards(layout, self.holds, guard or self.scenario.guard)
+        self.engines = Engines(layout, self.holds, guard or self.scenario.guard, factories)
         self.hosts = Hosts(
             layout,
             factories,
             self,
-            ask=self.guards.ask,
+            engines=self.engines,
             limit=lambda host: self.holds.own_limit("host", host),
             engaged=self.holds.engaged,
             hindering=self.holds.hindering,
         )
         self.tally = Tally(layout, self.holds)
         self._witness_speed = np.array([vms.vcpus * vms.cpu for vms in groups])
-        self.tally.did(self.hosts.open())
+        self.hosts.open()
+        self.tally.did(self.engines.take())
 
     def step(self) -> None:
         """One tick."""
@@ -107,7 +108,9 @@ class World:
         held = (waited > 0.01 * vcpus * tick) | (asked < 0.99 * wants)
         self.tally.add(start, end, vms, wants, done, waited, held, share)
         doing = vms[(asked > 0) | (waited > 0)] if holds.hindered else vms
-        self.tally.did([*self.guards.overdue(end), *self.hosts.tick(end, doing)])
+        self.engines.end_pauses(end)
+        self.hosts.tick(end, doing)
+        self.tally.did(self.engines.take())
 
     def _wants(self, start: float) -> tuple[Ints, Floats]:
         found: list[Ints] = []

@@ -1,0 +1,141 @@
+"""The policy engine of each host, made when its policies first have something to decide: a quiet host costs nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import attrs
+
+from ..actions import Action, Applied, Pause
+from ..effects import EFFECTS
+from ..policy import Guard, Verdict
+from ..policy.engine import Done, PolicyEngine
+from ..policy.state import PolicyState
+from .arrays import np
+from .holds import Holds
+from .layout import Layout
+from .policies import Factory
+
+__all__ = ["Deed", "Engines"]
+
+
+@attrs.frozen
+class Deed:
+    """An action that a host's policy asked for, as it was judged. `time` in seconds.
+
+    Attributes:
+        policy: its name; empty: nobody's, such as the end of a pause that lasted too long.
+        error: why it was not done; None: it was.
+        refused: by the guard, or only rehearsed, so it was not even tried.
+    """
+
+    time: float
+    host: int
+    policy: str
+    action: Action
+    error: str | None = None
+    refused: bool = False
+
+
+class Engines:
+    """Of all hosts.
+
+    Attributes:
+        deeds: what was asked for since `take`.
+        left: VMs that an action ended since `take_left`, by host.
+        errors: why policies were switched off, and on how many hosts.
+    """
+
+    def __init__(self, layout: Layout, holds: Holds, guard: Guard, factories: Sequence[Factory]) -> None:
+        self.errors: Counter[str] = Counter()
+        self.left: list[tuple[int, str]] = []
+        self._layout, self._holds, self._guard, self._factories = layout, holds, guard, factories
+        self._engines: dict[int, PolicyEngine] = {}
+        self._deeds: list[Deed] = []
+        self._pausing: set[int] = set()
+        self._on_host = np.bincount(layout.host, minlength=layout.hosts)
+        self._in_pair = np.bincount(layout.pair, minlength=layout.pairs)
+
+    def of(self, host: int, now: float) -> PolicyEngine:
+        engine = self._engines.get(host)
+        if engine is None:
+            model = self._layout.models[int(self._layout.host_class[host])]
+            engine = self._engines[host] = PolicyEngine(
+                [factory(model) for factory in self._factories],
+                attrs.evolve(self._guard),
+                now=round(now * 1e9),
+                executor=_Executor(self, host),
+            )
+        return engine
+
+    def end_pauses(self, now: float) -> None:
+        """Let those go on who were paused for longer than any may be."""
+        for host in sorted(self._pausing):
+            self._engines[host].end_pauses(round(now * 1e9))
+            if not self._holds.pauses(host):
+                self._pausing.discard(host)
+
+    def take(self) -> list[Deed]:
+        deeds, self._deeds = self._deeds, []
+        return deeds
+
+    def take_left(self) -> list[tuple[int, str]]:
+        left, self.left = self.left, []
+        return left
+
+    # ---- what the engines want done
+
+    def below(self, host: int, action: Action) -> int:
+        """How many VMs an action is about."""
+        tenant = getattr(action, "tenant", None)
+        if action.vm is not None:
+            return 1
+        if tenant is None:
+            return int(self._on_host[host])
+        pair = self._layout.pair_of(host, tenant)
+        return 1 if pair is None else int(self._in_pair[pair])
+
+    def do(self, host: int, action: Action, policy: str, time: float) -> str | None:
+        error = self._holds.apply(host, policy, action, time)
+        self._deeds.append(Deed(time, host, policy, action, error))
+        if error is None:
+            if isinstance(action, Pause):
+                self._pausing.add(host)
+            elif EFFECTS[type(action)].ends and action.vm is not None:
+                self._left(host, action.vm)
+        return error
+
+    def record(self, host: int, applied: Applied) -> None:
+        policy = applied.policy or ""
+        if applied.action is None:
+            self.errors[f"{policy}: {applied.error}"] += 1
+        else:
+            self._deeds.append(Deed(applied.time / 1e9, host, policy, applied.action, applied.error, refused=True))
+
+    def _left(self, host: int, name: str) -> None:
+        self._engines[host].gone(name)
+        self.left.append((host, name))
+        vm = self._layout.number(name, host)
+        if vm is not None:
+            self._on_host[host] -= 1
+            self._in_pair[self._layout.pair[vm]] -= 1
+
+
+@attrs.frozen(eq=False)
+class _Executor:
+    """One host's."""
+
+    engines: Engines
+    host: int
+
+    def below(self, action: Action) -> int:
+        return self.engines.below(self.host, action)
+
+    def do(
+        self, action: Action, policy: str | None, verdict: Verdict | None, state: PolicyState | None, now: int
+    ) -> Done:
+        return self.engines.do(self.host, action, policy or "", now / 1e9)
+
+    def record(self, applied: Applied, cause: Exception | None = None) -> None:
+        self.engines.record(self.host, applied)
