@@ -30,6 +30,8 @@ PORTS = range(PORT, PORT + 1)
 MMIO = range(0x2_0000, 0x2_1000)  # behind the end of a guest's 64 KiB
 LATE = 0.005
 """Bound on the event loop's lateness, p99: about what guests that spin make it with twice as many of them as cores."""
+SPIN = 1.1
+"""A flood that never comes to Python takes its guests' CPU time, as spinning does: the loop may be as late as beside that."""
 KEPT = 0.9
 """Bound on what is left to the innocent tenant."""
 SEED = 9
@@ -68,7 +70,8 @@ FLOODS = {
     "serial port and debug console, followed": Flood("talk", followed=True, more=TALKS),
     "CPUID and MSRs": Flood("cpuid"),
     "halts and timer interrupts": Flood("tick", more={"irqchip": True}),
-    "failures, restarted": Flood("crash", more={"restart": orc.Restart("on-failure", backoff=0.001, backoff_max=0.01)}),
+    "failures, restarted": Flood("crash", more={"restart": "on-failure"}),
+    "resets": Flood("reset", more={"on_reset": "reset"}),
 }
 
 
@@ -188,11 +191,13 @@ async def _measure(floods: list[Flood], options: Options) -> tuple[Taken, Taken,
 def judge(what: str, spun: Taken, flooded: Taken, answered: float) -> list[Row]:
     """The figures of one kind against their bounds."""
     late, kept = percentile(flooded.late, 0.99), median(flooded.rates) / median(spun.rates)
+    spinning = percentile(spun.late, 0.99)
+    most = LATE if answered else max(LATE, SPIN * spinning)
     details = {
         "late_p50_s": median(flooded.late),
         "late_p99_s": late,
         "late_most_s": max(flooded.late),
-        "late_p99_beside_spinning_s": percentile(spun.late, 0.99),
+        "late_p99_beside_spinning_s": spinning,
         "round_trips": flooded.rates,
         "round_trips_beside_spinning": spun.rates,
         "stop_s": flooded.stops,
@@ -203,9 +208,9 @@ def judge(what: str, spun: Taken, flooded: Taken, answered: float) -> list[Row]:
         Row(
             what=f"{what}: the event loop's lateness",
             measured=f"{late * 1e3:.1f} ms",
-            floor=f"{percentile(spun.late, 0.99) * 1e3:.1f} ms",
-            bound=f"p99 {LATE * 1e3:.0f} ms",
-            ok=late <= LATE,
+            floor=f"{spinning * 1e3:.1f} ms",
+            bound=f"p99 {most * 1e3:.1f} ms",
+            ok=late <= most,
             note=NOTE,
             details=details,
         ),
