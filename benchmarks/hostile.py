@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from statistics import median
+from typing import Literal
 
 import attrs
 import trio
@@ -31,7 +32,7 @@ MMIO = range(0x2_0000, 0x2_1000)  # behind the end of a guest's 64 KiB
 LATE = 0.005
 """Bound on the event loop's lateness, p99: about what guests that spin make it with twice as many of them as cores."""
 SPIN = 1.1
-"""A flood that never comes to Python takes its guests' CPU time, as spinning does: the loop may be as late as beside that."""
+"""A flood that never comes to Python takes CPU time, as spinning does: the loop may be as late as beside that."""
 KEPT = 0.9
 """Bound on what is left to the innocent tenant."""
 SEED = 9
@@ -47,6 +48,7 @@ class Flood:
     """
 
     guest: str
+    mode: Literal[16, 32] = 16
     device: bool = False
     task: bool = False
     heard: bool = False
@@ -71,7 +73,7 @@ FLOODS = {
     "CPUID and MSRs": Flood("cpuid"),
     "halts and timer interrupts": Flood("tick", more={"irqchip": True}),
     "failures, restarted": Flood("crash", more={"restart": "on-failure"}),
-    "resets": Flood("reset", more={"on_reset": "reset"}),
+    "resets": Flood("reset", mode=32, more={"on_reset": "reset"}),
 }
 
 
@@ -135,15 +137,17 @@ async def _measure(floods: list[Flood], options: Options) -> tuple[Taken, Taken,
         nursery = await stack.enter_async_context(trio.open_nursery())
         stack.callback(nursery.cancel_scope.cancel)
 
-        async def launch(name: str, guest: str, tenant: str = "hostile", **more: object) -> orc.Vm:
-            boot = orc.FlatImage(code=floor.guest(guest))
+        async def launch(
+            name: str, guest: str, tenant: str = "hostile", mode: Literal[16, 32] = 16, **more: object
+        ) -> orc.Vm:
+            boot = orc.FlatImage(code=floor.guest(guest), mode=mode)
             spec = orc.VmSpec(name=name, boot=boot, tenant=tenant, memory=64 * orc.KiB, **more)  # type: ignore[arg-type]
             return await fleet.launch(spec, paused=True)
 
         spinning = [await launch(f"spin-{n}", "spin") for n in range(GUESTS)]
         flooding = []
         for n, flood in enumerate(floods):
-            vm = await launch(f"flood-{n}", flood.guest, **flood.more)
+            vm = await launch(f"flood-{n}", flood.guest, mode=flood.mode, **flood.more)
             flooding.append(vm)
             if flood.device:
                 vm.attach(Register(), ports=PORTS, mmio=MMIO)

@@ -1,7 +1,9 @@
-; An exception that has no vector: a triple fault, which resets a PC.
-bits 16
+; A division by zero, without a table to look its handler up in.
+bits 32
 org 0x1000
         lidt [none]
-        ud2
+        xor ecx, ecx
+        div ecx
+        hlt
 none:   dw 0
         dd 0
