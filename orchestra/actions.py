@@ -250,6 +250,8 @@ class State(StrEnum):
     CREATED = "created"
     RUNNING = "running"
     PAUSED = "paused"
+    WAITING = "waiting"
+    """Between two runs: it waits for a restart's back-off, or for a reset's turn."""
     STOPPED = "stopped"
     FAILED = "failed"
 

@@ -92,6 +92,7 @@ class Vm:
         self._stop_reason: Stopped | None = None
         self._reset_reason: str | None = None
         self._why = ""  # its run has started; until that is journaled
+        self._waits = ""  # for its next run, and why
         self._nudged = trio.Event()  # somebody wants something while the VM waits for its next run
         self._renewed = trio.Event()  # another run has started, or none will
         self._ended = trio.Event()
@@ -107,13 +108,16 @@ class Vm:
 
     @property
     def state(self) -> State:
-        """Created (being set up), running, paused (also between two runs, while it waits for a restart's back-off or a
-        reset's turn), stopped or failed. Whether a paused one's state may be read and saved is `quiesced`."""
+        """Created (being set up), running, waiting (between two runs, for a restart's back-off or a reset's turn),
+        paused (also while it waits so), stopped or failed. Whether a paused one's state may be read and saved is
+        `quiesced`."""
         if self._outcome is not None:
             return State.FAILED if isinstance(self._outcome, Failed) else State.STOPPED
         if self._guest is None:
             return State.CREATED
-        return State.PAUSED if self._desired.paused and self._guest.holding.paused.is_set() else State.RUNNING
+        if self._desired.paused and self._guest.holding.paused.is_set():
+            return State.PAUSED
+        return State.WAITING if self._waits else State.RUNNING
 
     @property
     def restarts(self) -> int:
@@ -367,7 +371,7 @@ class Vm:
         if self._desired.paused:
             self._desired.paused = False
             guest.resume()
-            self._house.changed(self, State.RUNNING, "resumed")
+            self._house.changed(self, State.WAITING if self._waits else State.RUNNING, self._waits or "resumed")
 
     async def wait_released(self) -> Outcome:
         """After `end`: until nothing of it is left."""
@@ -658,6 +662,7 @@ class Vm:
                 begun = trio.current_time()
                 try:
                     guest = await self._start_guest(following)
+                    outcome = Stopped("the fleet was closed")  # how the run before ended is over
                     if not started:
                         started = True
                         task_status.started()
@@ -693,10 +698,19 @@ class Vm:
             following = self._succession.after(outcome, ran, self._house.backend.now(), asked)
         if following is None:
             return None
-        due = trio.current_time() + following.delay
-        if following.kind == "reset" and following.delay > 0:
+        if following.delay > 0:
+            seconds = max(0.01, round(following.delay, 2))
+            what, why = ("reset", following.why) if following.kind == "reset" else ("restarted", _told(outcome))
+            self._waits = f"waits {seconds:g} s to be {what}: {why}"
             with contained(f"vm {self.name}: the journal"):
-                self._house.changed(self, self.state, f"waits {following.delay:.1f} s to be reset: {following.why}")
+                self._house.changed(self, self.state, self._waits)
+        try:
+            return await self._turn(following, outcome, ran)
+        finally:
+            self._waits = ""
+
+    async def _turn(self, following: Next, outcome: Outcome, ran: float) -> Next | None:
+        due = trio.current_time() + following.delay
         while True:
             with trio.move_on_at(due):
                 await self._nudged.wait()

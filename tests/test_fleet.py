@@ -969,9 +969,11 @@ async def test_a_restart_and_a_failure_are_told(autojump_clock):
     async with play([FAIL], journal=kept) as fleet:
         restart = orc.Restart("on-failure", backoff=1, backoff_max=1, most=1)
         await (await fleet.launch(blank(restart=restart))).wait()
-    assert [state for _, state, _ in kept.states] == ["created", "running", "running", "failed"]
-    assert kept.states[2][2] == "restart 1"
-    assert "debug" in kept.states[3][2].lower()
+    assert [state for _, state, _ in kept.states] == ["created", "running", "waiting", "running", "failed"]
+    assert kept.states[2][2].startswith("waits 1 s to be restarted: ")
+    assert "debug" in kept.states[2][2].lower()
+    assert kept.states[3][2] == "restart 1"
+    assert "debug" in kept.states[4][2].lower()
 
 
 async def test_a_launch_that_fails_is_told(autojump_clock, monkeypatch):

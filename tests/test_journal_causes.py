@@ -22,6 +22,7 @@ from trio.testing import MockClock
 
 import orchestra as orc
 from conftest import blank
+from orchestra import testing
 from orchestra.backend.scripted import ScriptedBackend, ScriptedExit, bus_lock, failed_run, io_write
 from orchestra.cli.why import sentences
 from orchestra.cli.whyheld import held
@@ -50,6 +51,7 @@ class Guest:
     rate: float
     limits: tuple[orc.Limit | None, ...]
     lives: int | None  # exits until it fails, and is restarted; None: it never does
+    backoff: float
 
     def script(self) -> Iterable[ScriptedExit]:
         after = 1 / self.rate
@@ -68,7 +70,7 @@ class Guest:
             exit_limit=exit_limit,
             vcpu_limit=vcpu_limit,
             vcpu_exit_limit=vcpu_exit_limit,
-            restart=orc.Restart(when="on-failure", backoff=0.5),
+            restart=orc.Restart(when="on-failure", backoff=self.backoff),
         )
 
 
@@ -81,6 +83,7 @@ GUESTS = st.builds(
     rate=st.sampled_from([0.5, 2, 6, 15]),
     limits=st.tuples(*[LIMITS] * 4),
     lives=st.none() | st.integers(5, 40),
+    backoff=st.sampled_from([0.5, 0.5, 12]),
 )
 
 DEEDS = st.one_of(
@@ -131,6 +134,7 @@ class Life:
     end: int | None = None
     seen: list[tuple[int, dict[str, float]]] = attrs.field(factory=list)
     pauses: list[list[int]] = attrs.field(factory=list)
+    waits: list[list[int]] = attrs.field(factory=list)  # between two runs
     rates: list[tuple[int, dict[str, set[float]]]] = attrs.field(factory=list)
 
     def at(self, time: int) -> dict[str, float]:
@@ -144,8 +148,10 @@ class Life:
     def held(self, begin: int, end: int) -> dict[str, float]:
         before, after = self.at(begin), self.at(end)
         found = {name: after.get(name, 0.0) - before.get(name, 0.0) for name in BUCKETS}
-        paused = sum(max(0, min(end, until) - max(begin, since)) for since, until in self.pauses) / SECOND
-        return {name: much for name, much in (found | {"pause": paused * self.vm.spec.vcpus}).items() if much > 1e-6}
+        for name, idle in (("pause", self.pauses), ("waiting", self.waits)):
+            whole = sum(max(0, min(end, until) - max(begin, since)) for since, until in idle) / SECOND
+            found[name] = whole * self.vm.spec.vcpus
+        return {name: much for name, much in found.items() if much > 1e-6}
 
 
 class Afternoon:
@@ -181,6 +187,7 @@ class Afternoon:
         ) as fleet:
             self.fleet, self.offset = fleet, kept._offset
             async with trio.open_nursery() as nursery:
+                self.nursery = nursery
                 nursery.start_soon(self._look, trio.current_time(), interval)
                 for one in guests:
                     await self._launch(one)
@@ -224,13 +231,24 @@ class Afternoon:
     async def _launch(self, guest: Guest) -> None:
         self.lives.append(Life(await self.fleet.launch(guest.spec()), self.fleet.now()))
         self._rates(self.lives[-1])
+        self.nursery.start_soon(self._runs, self.lives[-1])
+
+    async def _runs(self, life: Life) -> None:
+        """Watch it wait between two runs."""
+        vm = life.vm
+        while vm.outcome is None:
+            await testing.wait_until(lambda: vm.state is orc.State.WAITING or vm.outcome, within=1e6)
+            if vm.outcome is None:
+                life.waits.append([self.fleet.now(), 1 << 62])
+                await testing.wait_until(lambda: vm.state is not orc.State.WAITING, within=1e6)
+                life.waits[-1][1] = self.fleet.now()
 
     def _end(self, life: Life) -> None:
         if life.end is None:
             life.end = self.over
             life.seen.append((self.over, dict(life.vm.statistics().throttled_by)))
-            for pause in life.pauses:
-                pause[1] = min(pause[1], self.over)
+            for idle in (*life.pauses, *life.waits):
+                idle[1] = min(idle[1], self.over)
 
     async def _do(self, deed: tuple[object, ...]) -> None:
         fleet, guests = self.fleet, self.plan["guests"]
@@ -292,7 +310,7 @@ def told_rightly(lived: Afternoon, told: Explanation, life: Life) -> None:
     if not counted:
         return
     first = told.causes[0]
-    name = "pause" if first.kind == "pause" else f"{first.where}.{first.meter}"
+    name = first.kind if first.kind != "limit" else f"{first.where}.{first.meter}"
     assert counted[name] == pytest.approx(max(counted.values()), abs=2e-6)
     (leads, *_) = held(told)
     assert text.index(leads) < min(
@@ -300,6 +318,9 @@ def told_rightly(lived: Afternoon, told: Explanation, life: Life) -> None:
     )
     if first.kind == "pause":
         assert "held it paused" in leads
+        return
+    if first.kind == "waiting":
+        assert "Between two runs it waited" in leads
         return
     events = f"{first.meter.replace('_', ' ')}/s"
     whom = {"host": "the whole host", "tenant": f"its tenant {life.vm.tenant}", "vm": "held it to", "vcpu": "its vCPU"}

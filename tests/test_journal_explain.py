@@ -18,7 +18,7 @@ import trio
 import orchestra as orc
 from conftest import blank, play
 from journals import BEGIN, SECOND, Afternoon, vm
-from orchestra.backend.scripted import ScriptedExit, bus_lock, failed_run, hlt, io_write
+from orchestra.backend.scripted import ScriptedExit, bus_lock, failed_run, hlt, io_write, triple_fault
 from orchestra.cli.times import day_and_time, time_of_day
 from orchestra.cli.why import sentences
 from orchestra.journal import Journal, read_journal, suspects
@@ -282,6 +282,41 @@ async def test_a_restart_changes_nothing_of_what_is_named(tmp_path, autojump_clo
         now = explain(journal, "a")
         assert [one.hold.action.given for one in now.causes[0].setters] == [None]
         assert "a caller held it to 2 exits/s" in " ".join(sentences(now))
+
+
+async def test_one_that_waits_for_its_next_run_is_told_so_and_not_sent_to_look_inside_the_guest(
+    tmp_path, autojump_clock
+):
+    path = tmp_path / "fleet.db"
+    again = orc.Restart(when="on-failure", backoff=20)
+    script = [*[io_write(0x80, b"x", after=0.1)] * 20, failed_run(5)]
+    async with play({"a": script, "b": [triple_fault(after=0.001)]}, journal=Journal(path)) as fleet:
+        fails = await fleet.launch(blank("a", restart=again))
+        await fleet.launch(blank("b", on_reset="reset"))
+        await trio.sleep(12)
+        assert (fails.state, fails.statistics().state) == ("waiting", "waiting")
+        await fails.pause()
+        assert fails.state == "paused"
+        await fails.resume()
+        assert fails.state == "waiting"
+        await trio.sleep(11)
+        assert fails.state == "running"
+    assert fails.outcome == orc.Stopped("the fleet was closed")  # and not as the run before had ended
+    with read_journal(path) as journal:
+        begun = next(journal.states(vm="a")).time
+        for vm, rest, why in (("a", 8, "waits 20 s to be restarted: vCPU 0: KVM_RUN failed: EIO"), ("b", 9.5, "reset")):
+            found = explain(journal, vm, begun + 10 * SECOND)
+            text = " ".join(sentences(found))
+            assert [cause.kind for cause in found.causes] == ["waiting"]
+            assert found.causes[0].seconds == pytest.approx(rest, abs=0.6)
+            assert "Between two runs it waited" in text
+            assert why in text
+            assert "Nothing held it" not in text
+            assert "slows it" not in text
+        later = " ".join(sentences(explain(journal, "a", begun + 45 * SECOND // 2)))
+        assert "was running" in later
+        assert "Between two runs it waited 8" in later
+        assert "waits 20 s to be restarted" in later
 
 
 def waiting(afternoon: Afternoon, seconds: int, **by: float) -> None:

@@ -30,7 +30,7 @@ BARS = " ▁▂▃▄▅▆▇█"
 """What trends are drawn with, from nothing to the most there was."""
 WIDEST = 48
 _BLANK = Row("vm", "tenant", True, "running", True, 0, 0.0, 0, 0.0, 0.0, 0.5, 1.0)
-STATES = {"running": "green", "paused": "yellow", "failed": "red", "stopped": "dim"}
+STATES = {"running": "green", "paused": "yellow", "waiting": "yellow", "failed": "red", "stopped": "dim"}
 
 
 class LiveTable:

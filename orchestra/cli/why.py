@@ -141,7 +141,8 @@ def _state(told: Explanation) -> Iterator[str]:
         since = time_of_day(state.time, told.at)
         yield f"{of} was {state.state} since {since} when the journal told of it last; of {when} it does not tell."
     else:
-        yield f"{of} was {state.state} at {when}, since {time_of_day(state.time, told.at)}."
+        why = f": it {state.reason}" if state.state == "waiting" else ""
+        yield f"{of} was {state.state} at {when}, since {time_of_day(state.time, told.at)}{why}."
 
 
 def _fared(told: Explanation) -> Iterator[str]:

@@ -88,7 +88,9 @@ def held(told: Explanation) -> Iterator[str]:
     """What held it, what did for longest first."""
     for cause in told.causes:
         made_wait = f"{_part(cause.share)} of its vCPUs' time {window(told)}"
-        if cause.where is None and cause.kind == "limit":
+        if cause.kind == "waiting":
+            yield _between_runs(cause, told, made_wait)
+        elif cause.where is None and cause.kind == "limit":
             there = _several([_limit(one.hold) for one in cause.setters])
             there = f"; those that are in the journal: {there}" if there else ""
             yield f"It waited for its turn {made_wait}; by which limit, the journal does not tell{there}."
@@ -96,6 +98,12 @@ def held(told: Explanation) -> Iterator[str]:
             yield f"{_nobodys(cause)} {made_wait}; who did that is not in the journal."
         else:
             yield _by(cause, cause.setters[0], told, made_wait)
+
+
+def _between_runs(cause: Cause, told: Explanation, made_wait: str) -> str:
+    row = cause.state
+    last = "" if row is None or row == told.state else f", as at {time_of_day(row.time, told.at)}: {row.reason}"
+    return f"Between two runs it waited {made_wait}{last}."
 
 
 def _by(cause: Cause, first: Setter, told: Explanation, made_wait: str) -> str:

@@ -14,7 +14,9 @@ __all__ = ["Cause", "Setter", "causes"]
 
 SECOND: Final = 1_000_000_000
 
-Kind: TypeAlias = Literal["limit", "cap", "pause"]
+Kind: TypeAlias = Literal["limit", "cap", "pause", "waiting"]
+STATES: Final[dict[str, Kind]] = {"paused": "pause", "waiting": "waiting"}
+"""Of a VM's states, those in which nothing of it runs."""
 
 
 @attrs.frozen
@@ -40,12 +42,13 @@ class Cause:
     """Something that held the VM.
 
     Attributes:
-        kind: "limit", "cap" or "pause".
+        kind: "limit", "cap", "pause", or "waiting" between two runs, for a restart's back-off or a reset's turn.
         where, meter: which limit: of "vcpu", "vm", "tenant" or "host", and what it counts. None: the journal does not
             tell.
-        seconds: for how long, summed over its vCPUs. Of limits and caps by the counters, of pauses by its states.
+        seconds: for how long, summed over its vCPUs. Of limits and caps by the counters, of the others by its states.
         share: the part of its vCPUs' time.
         setters: who had put it there, by the journal, the one that counted for longest first. None: it has nobody.
+        state: of one that waited between two runs, the last row that says so, and for what.
     """
 
     kind: Kind
@@ -54,6 +57,7 @@ class Cause:
     seconds: float
     share: float
     setters: tuple[Setter, ...]
+    state: StateRow | None = None
 
 
 def causes(
@@ -92,8 +96,10 @@ def causes(
             add("limit", "", row.throttled - known, since, row.time)
         if row.capped:
             add("cap", "", row.capped, since, row.time)
-    for since, until in _paused(states, begin, end):
-        add("pause", "", (until - since) / SECOND * vcpus, since, until)
+    last: dict[Kind, StateRow] = {}
+    for state, since, until in _idle(states, begin, end):
+        last[STATES[state.state]] = state
+        add(STATES[state.state], "", (until - since) / SECOND * vcpus, since, until)
     whole = max(seconds, 1e-9) * vcpus
     found = []
     for (kind, name), much in held.items():
@@ -101,17 +107,28 @@ def causes(
         there = [span for of in counted.values() for span in of if span.hold.rate is not None]
         there = counted.get(name if kind == "limit" else kind, []) if name or kind != "limit" else there
         setters = _setters(there, when[kind, name], end)
-        found.append(Cause(kind, where or None, meter or None, much, min(1.0, much / whole), setters))
+        found.append(
+            Cause(
+                kind,
+                where or None,
+                meter or None,
+                much,
+                min(1.0, much / whole),
+                setters,
+                last.get(kind) if kind == "waiting" else None,
+            )
+        )
     return tuple(sorted(found, key=lambda cause: -cause.seconds))
 
 
-def _paused(states: Sequence[StateRow], begin: int, end: int) -> list[tuple[int, int]]:
+def _idle(states: Sequence[StateRow], begin: int, end: int) -> list[tuple[StateRow, int, int]]:
+    """The states between two times in which nothing of it ran, from when and until when."""
     found = []
     for i, row in enumerate(states):
-        if row.state == "paused":
+        if row.state in STATES:
             until = min(end, states[i + 1].time) if i + 1 < len(states) else end
             if until > max(begin, row.time):
-                found.append((max(begin, row.time), until))
+                found.append((row, max(begin, row.time), until))
     return found
 
 

@@ -87,7 +87,7 @@ async def wait_until(predicate: Callable[[], T], *, within: float = 60.0) -> T:
 
 
 async def wait_state(vm: Vm, state: State | str, *, within: float = 60.0) -> None:
-    """Wait until the VM is in that state ("running", "paused", "stopped", "failed").
+    """Wait until the VM is in that state ("running", "waiting", "paused", "stopped", "failed").
 
     Parameters:
         vm: as `Fleet.launch` returned it.
