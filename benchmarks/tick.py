@@ -95,8 +95,8 @@ async def _measure(vms: int, active: int, ticks: int, journal: Journal) -> dict[
                     for core in busy:
                         for _ in range(LOCKS):
                             lib.orc_vcpu_account(core.handle, record, backend.now())
-                    for seat in governor._seats:
-                        seat.due = 0
+                    for state in governor._engine.states:
+                        state.due = 0
                     before, begun, used = len(fleet.actions()), time.perf_counter(), time.thread_time()
                     await governor.tick()
                     if number >= 3:  # the first ones set all limits, and fill caches

@@ -103,6 +103,17 @@ def test_a_victim_to_whom_nothing_was_done_hears_its_own_figures_and_who_was_lou
     assert "what a locked operation takes the host, 100% go along with noisy's bus locks" in text
 
 
+def test_one_that_waits_for_answers_is_not_told_that_it_gets_no_cpu(afternoon, capsys):
+    for _ in range(60):  # whenever it could run, which is not for long, it waited for a CPU first
+        afternoon.second(vm("a", 0, cpu=0.001, run_delay=0.009, capped=0.0), vm("b", 900))
+    text = told(afternoon, capsys, "a")
+    assert "had to wait for a CPU 90% of the time that it could have run" in text
+    assert "gets no CPU" not in text
+    assert "look inside the guest, and at the devices and tasks that answer it" in text
+    assert "For 99% of its vCPUs' time it neither ran nor waited for a CPU: it idled, or waited for an answer." in text
+    assert "neither ran" not in told(afternoon, capsys, "b")  # of it that is not known
+
+
 def test_a_victim_of_whoever_is_steadily_loud_hears_that_nobody_can_be_told(afternoon, capsys):
     lived(afternoon, 60, {"noisy": lambda s: 5000, "web-1": lambda s: 1})
     text = told(afternoon, capsys, "web-1")

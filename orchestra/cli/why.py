@@ -163,7 +163,7 @@ def _fared(told: Explanation) -> Iterator[str]:
     if fared.delayed is not None:
         parts.append(f"had to wait for a CPU {fared.delayed:.0%} of the time that it could have run")
     yield f"{capital(window(told))} it {', '.join(parts[:-1]) + ', and ' + parts[-1] if len(parts) > 1 else parts[0]}."
-    if told.before is not None and told.before.bus_locks is not None and fared.bus_locks is not None:
+    if told.before is not None and told.before.bus_locks and fared.bus_locks is not None:
         yield f"Before it was held it did up to {per_second(told.before.bus_locks)} bus locks/s."
 
 

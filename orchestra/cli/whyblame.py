@@ -43,7 +43,7 @@ def verdict(told: Explanation) -> Iterator[str]:
         return
     fared, host = told.fared, told.host
     signals = ["work"]
-    if fared is not None and fared.delayed is not None and fared.delayed >= MUCH:
+    if fared is not None and fared.delayed is not None and fared.queued is not None and fared.queued >= MUCH:
         signals += ["run_delay", "cpu_pressure"]
         yield f"That it gets no CPU for {fared.delayed:.0%} of the time that it could run slows it by as much."
     if host is not None and host.lock_times is not None and host.lock_times >= SLOWER:
@@ -54,10 +54,23 @@ def verdict(told: Explanation) -> Iterator[str]:
         yield _blame(told, signal)
     if not named and len(signals) > 1:
         yield _no_blame(told)
-    elif not named and fared is not None and not told.causes:
+    elif not named and fared is not None:
         unknown = _unknown(fared, host)
         but = f" ({unknown} not known here)" if unknown else ""
-        yield f"Nothing that is known here slows it{but}: if it is slow, look inside the guest."
+        yield (
+            f"Nothing {'else ' if told.causes else ''}that is known here slows it{but}: if it is slow, look inside the "
+            f"guest, and at the devices and tasks that answer it.{_asleep(told, fared)}"
+        )
+
+
+def _asleep(told: Explanation, fared: Fared) -> str:
+    paused = sum(cause.share for cause in told.causes if cause.kind in ("pause", "waiting"))
+    asleep = 0.0 if fared.asleep is None else fared.asleep - paused
+    if asleep < MUCH:
+        return ""
+    return (
+        f" For {asleep:.0%} of its vCPUs' time it neither ran nor waited for a CPU: it idled, or waited for an answer."
+    )
 
 
 def _whose(suspect: Suspect, victim: str) -> str:

@@ -33,7 +33,12 @@ ENDED: Final = ("stopped", "failed")
 class Fared:
     """How a VM fared over some seconds: events a second, parts of its vCPUs' time. None: not known.
 
-    `delayed` is the part of the time that it could have run in which it had no CPU; `cpu` seconds a second.
+    Attributes:
+        cpu: seconds a second.
+        delayed: the part of the time that it could have run in which it had no CPU.
+        queued: the same, as a part of all of its time.
+        asleep: neither ran, nor waited for a CPU, nor was held by limit or cap: it was idle, or an access of its waited
+            to be answered.
     """
 
     seconds: float
@@ -43,6 +48,8 @@ class Fared:
     capped: float | None
     cpu: float | None
     delayed: float | None
+    queued: float | None
+    asleep: float | None
     work: float | None
 
 
@@ -310,14 +317,19 @@ def fared_by(rows: Sequence[Aggregate], seconds: float | None = None) -> Fared |
     )
     capped, work = _sum(row.capped for row in rows), _sum(row.work for row in rows)
     wanted = (cpu or 0.0) + (delay or 0.0)
+    throttled = sum(row.throttled for row in rows)
+    known = cpu is not None and delay is not None
+    asleep = max(0.0, 1 - (wanted + throttled + (capped or 0.0)) / vcpu_seconds) if known else None
     return Fared(
         seconds=seconds,
         bus_locks=None if locks is None else locks / seconds,
         exits=sum(row.exits for row in rows) / seconds,
-        throttled=min(1.0, sum(row.throttled for row in rows) / vcpu_seconds),
+        throttled=min(1.0, throttled / vcpu_seconds),
         capped=None if capped is None else min(1.0, capped / vcpu_seconds),
         cpu=None if cpu is None else cpu / seconds,
         delayed=None if delay is None or cpu is None else delay / wanted if wanted else 0.0,
+        queued=None if delay is None else min(1.0, delay / vcpu_seconds),
+        asleep=asleep,
         work=None if work is None else work / seconds,
     )
 
