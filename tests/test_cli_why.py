@@ -300,6 +300,18 @@ def test_a_series_tells_idle_from_unknown(afternoon):
     assert [one.limit for one in bins] == [None] * 5 + [3]
 
 
+def test_a_series_has_all_waits_as_parts_of_the_same_time(afternoon):
+    """They share an axis: of one that hardly wants any CPU, waiting for it is little, of an idle one nothing."""
+    afternoon.state("a", "running")
+    for second in range(30):
+        afternoon.second(*([vm("a", cpu=0.001, run_delay=0.009, throttled=0.9)] if second < 10 else []), lock_ns=15.0)
+    afternoon.close()
+    with read_journal(afternoon.path) as journal:
+        bins = series(journal, "a", at(0), at(30), 3)
+    assert [one.throttled for one in bins] == [pytest.approx(0.9), 0, 0]
+    assert [one.queued for one in bins] == [pytest.approx(0.009), 0, 0]
+
+
 def test_a_series_finer_than_the_journals_intervals_has_no_gaps(afternoon):
     afternoon.state("a", "running")
     for second in range(4):

@@ -296,12 +296,21 @@ def test_it_can_be_read_while_it_is_written(path):
         assert read.vms() == ["a"]
 
 
+def half(path: Path, of: float = 0.5) -> None:
+    """A copy that was cut short."""
+    whole = path.with_suffix(".whole")
+    filled(whole)
+    path.write_bytes(whole.read_bytes()[: int(whole.stat().st_size * of)])
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda path: None, "no such journal"),
         (lambda path: path.write_bytes(b""), "empty"),
         (lambda path: path.write_bytes(b"no database at all, " * 99), "no journal"),
+        (lambda path: half(path), "can't be read .*malformed.*recover"),
+        (lambda path: half(path, 0), "copied without its -wal"),
         (lambda path: path.mkdir(), "Is a directory"),
     ],
 )

@@ -262,7 +262,7 @@ def sparklines(bins: Sequence[Bin], since: int, at: int, bars: str) -> Iterator[
         ("bus locks", "bus_locks", "/s"),
         ("exits", "exits", "/s"),
         ("waits for its turn", "throttled", "%"),
-        ("waits for a CPU", "delayed", "%"),
+        ("waits for a CPU", "queued", "%"),
         ("lock on the host", "lock_ns", " ns"),
     ):
         values = [getattr(one, key) for one in bins]

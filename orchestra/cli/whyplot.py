@@ -41,7 +41,7 @@ def draw(told: Explanation, bins: Sequence[Bin], path: Path) -> None:
             )
         axes[0].set_title("bus locks a second")
         _line(axes[1], times, [one.throttled for one in bins], TURN, "for its turn")
-        _line(axes[1], times, [one.delayed for one in bins], CPU, "for a CPU")
+        _line(axes[1], times, [one.queued for one in bins], CPU, "for a CPU")
         axes[1].set_title("part of the time that it waited")
         if host:
             _line(axes[2], times, [one.lock_ns for one in bins], HOST, "a lock")

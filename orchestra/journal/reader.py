@@ -14,7 +14,7 @@ from ..actions import Action
 from ..codec import KIND, TAGGED, decode
 from ..errors import SpecError
 from .checked import LAST, UNREADABLE, Maker, mapping
-from .schema import JournalError, connect
+from .schema import JournalError, connect, unreadable
 
 __all__ = ["ActionRow", "Aggregate", "HostRow", "JournalReader", "ProfileRow", "StateRow", "VcpuRow", "read_journal"]
 
@@ -385,10 +385,7 @@ class JournalReader:
             raise self._unreadable(error) from error
 
     def _unreadable(self, error: Exception) -> JournalError:
-        return JournalError(
-            f"{self._path}: can't be read ({error}); if it is damaged, `sqlite3 {self._path} .recover` may save some "
-            "of it"
-        )
+        return unreadable(self._path, error)
 
     def close(self) -> None:
         self._connection.close()

@@ -15,7 +15,7 @@ from typing import Final
 
 from ..errors import OrchestraError
 
-__all__ = ["APPLICATION", "VERSION", "JournalError", "connect", "prepare", "upgrade"]
+__all__ = ["APPLICATION", "VERSION", "JournalError", "connect", "prepare", "unreadable", "upgrade"]
 
 APPLICATION: Final = 0x6F726368  # "orch", in the file's header: `file fleet.db` and we can tell it from other databases
 BUSY_SECONDS: Final = 5.0
@@ -87,6 +87,14 @@ _MIGRATIONS: Final[Sequence[Callable[[sqlite3.Connection], object]]] = (
 
 VERSION: Final = len(_MIGRATIONS)
 
+EMPTY: Final = "empty: no fleet has written to it yet, or it was copied without its -wal"
+
+
+def unreadable(path: str | Path, error: Exception) -> JournalError:
+    return JournalError(
+        f"{path}: can't be read ({error}); if it is damaged, `sqlite3 {path} .recover` may save some of it"
+    )
+
 
 def _run(connection: sqlite3.Connection, script: str) -> None:
     for statement in script.split(";"):  # not executescript(), which commits what is open
@@ -138,6 +146,8 @@ def connect(path: str | Path, *, readonly: bool) -> sqlite3.Connection:
                 f"{path}: can't be opened ({error}); it was not put away in good order (its -wal is there), and its "
                 "folder can't be written: copy both files to one that can"
             ) from error
+        if "malformed" in str(error):
+            raise unreadable(path, error) from error
         raise JournalError(f"{path}: no journal ({error}); choose another file") from error
     if (version or tables) and application != APPLICATION:
         connection.close()
@@ -149,7 +159,7 @@ def connect(path: str | Path, *, readonly: bool) -> sqlite3.Connection:
         )
     if readonly and not version:
         connection.close()
-        raise JournalError(f"{path}: empty: no fleet has written to it yet")
+        raise JournalError(f"{path}: {EMPTY}")
     if readonly and version < VERSION:
         connection.close()
         raise JournalError(
@@ -170,7 +180,7 @@ def upgrade(path: str | Path) -> tuple[int, int]:
     try:
         before = int(connection.execute("PRAGMA user_version").fetchone()[0])
         if not before:
-            raise JournalError(f"{path}: empty: no fleet has written to it yet")
+            raise JournalError(f"{path}: {EMPTY}")
         prepare(connection)
     except sqlite3.Error as error:
         raise JournalError(f"{path}: can't be upgraded ({error})") from error

@@ -14,13 +14,18 @@ __all__ = ["Bin", "series"]
 
 @attrs.frozen
 class Bin:
-    """A VM in a part of the time, for a plot. What is None is not known."""
+    """A VM in a part of the time, for a plot: events a second, parts of its vCPUs' time. What is None is not known.
+
+    Attributes:
+        throttled: waited for its turn.
+        queued: could have run, and waited for a CPU.
+    """
 
     time: int
     bus_locks: float | None
     exits: float | None
     throttled: float | None
-    delayed: float | None
+    queued: float | None
     limit: float | None
     lock_ns: float | None
 
@@ -53,7 +58,7 @@ def series(journal: JournalReader, vm: str, since: int, until: int, bins: int) -
                 bus_locks=idle if fared is None else None if fared.bus_locks is None else fared.bus_locks * part,
                 exits=idle if fared is None else fared.exits * part,
                 throttled=idle if fared is None else fared.throttled * part,
-                delayed=None if fared is None else fared.delayed,
+                queued=idle if fared is None else None if fared.queued is None else fared.queued * part,
                 limit=limit,
                 lock_ns=mean(host.lock_ns for host in there),
             )
