@@ -60,6 +60,14 @@ HEIGHT = {room: -depth for depth, (_, rooms) in enumerate(MAP) for room in rooms
 WORDS = [name for name in MODULES if name.partition(".")[0] in MAP[-1][1]]
 
 
+def test_the_design_has_the_same_map() -> None:
+    text = (ROOT / "docs" / "design.md").read_text()
+    rows = {name: cell.partition(";")[0] for name, cell in re.findall(r"^\| (\w+) \| (`.*?) \|", text, re.MULTILINE)}
+    for layer, rooms in MAP:
+        told = re.findall(r"`(\w+)/?`", re.sub(r"\(.*?\)", "", rows[layer]))
+        assert sorted(told) == sorted(rooms), layer
+
+
 def imports(name: str) -> Iterator[tuple[str, str]]:
     """What a module imports: ("orchestra", the module's name) or ("", another top-level package). Lazy ones too."""
     package = [part for part in name.split(".") if part]
