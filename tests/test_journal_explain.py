@@ -284,6 +284,23 @@ async def test_a_restart_changes_nothing_of_what_is_named(tmp_path, autojump_clo
         assert "a caller held it to 2 exits/s" in " ".join(sentences(now))
 
 
+def test_a_policy_that_was_switched_off_is_not_said_to_end_anything(afternoon):
+    afternoon.state("a", "running")
+    afternoon.applied(throttle(5), "p")
+    waiting(afternoon, 60, vm__bus_locks=0.9)
+    before = afternoon.now
+    afternoon.seconds += 1
+    afternoon.applied(None, "p", error="RuntimeError: oops")
+    waiting(afternoon, 5, vm__bus_locks=0.9)
+    text = " ".join(sentences(told(afternoon)))
+    with read_journal(afternoon.path) as journal:
+        assert "Policy p will end that limit when it sees fit." in " ".join(sentences(explain(journal, "a", before)))
+    assert "policy p has held it to 5 bus locks/s" in text
+    assert "sees fit" not in text
+    assert "Policy p is switched off since " in text
+    assert "(RuntimeError: oops): that limit stays until somebody ends it." in text
+
+
 async def test_one_that_waits_for_its_next_run_is_told_so_and_not_sent_to_look_inside_the_guest(
     tmp_path, autojump_clock
 ):

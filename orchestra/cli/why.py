@@ -211,6 +211,10 @@ def _ending(hold: Hold, told: Explanation) -> str:
         return "That limit was there from the fleet's beginning, and stays until somebody sets another."
     if row.policy is None or row.kind == "SetLimit":
         return f"That {what} stays until somebody takes it away."
+    if (error := next((one for one in told.off if one.policy == row.policy), None)) is not None:
+        since = time_of_day(error.time, told.at)
+        why = f"is switched off since {since} ({error.error})"
+        return f"Policy {row.policy} {why}: that {what} stays until somebody ends it."
     if "step" in evidence:
         return (
             f"The {evidence['step']} ends when it has been in the clear for as long as the ladder's step asks for"

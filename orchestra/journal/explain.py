@@ -94,6 +94,7 @@ class Explanation:
         state: its last one; None: the journal begins later.
         causes: what held it in that time, by the counters; what did for longest first.
         holds: what was in force at `at` that could hold it: what did for longest first, then the tightest limit.
+        off: policies that were switched off, as they raised, after they had put what is in force: `error` says why.
         done: what was done to it from `since` to `at`, and was not undone before.
         fared: how it fared in the time of `covered`; None: it did nothing, or nothing is known.
         before: how it fared in the worst interval of the minute before it was held first, if it is held.
@@ -117,6 +118,7 @@ class Explanation:
     state: StateRow | None
     causes: tuple[Cause, ...]
     holds: tuple[Hold, ...]
+    off: tuple[ActionRow, ...]
     done: tuple[ActionRow, ...]
     fared: Fared | None
     before: Fared | None
@@ -213,6 +215,7 @@ def explain(journal: JournalReader, vm: str, at: int | None = None, *, seconds: 
         state=state,
         causes=found,
         holds=holds,
+        off=_off(journal, holds, at),
         done=tuple(
             row
             for row in journal.actions(vm=vm, since=begin, until=at)
@@ -269,6 +272,15 @@ def _vcpus(journal: JournalReader, vm: str, life: tuple[int, int] | None) -> int
     query = "SELECT vcpus FROM aggregates WHERE vm = ? AND session = ? AND launch = ? LIMIT 1"
     found = [] if life is None else journal.query(query, (vm, *life))
     return int(found[0][0]) if found else 1
+
+
+def _off(journal: JournalReader, holds: Iterable[Hold], at: int) -> tuple[ActionRow, ...]:
+    last: dict[str, ActionRow] = {}
+    for row in [hold.action for hold in holds]:
+        if row.policy is not None:
+            errors = journal.actions(policy=row.policy, kind="PolicyError", since=row.time, until=at)
+            last.update((row.policy, error) for error in errors if error.session == row.session)
+    return tuple(last.values())
 
 
 def _held(hold: Hold, found: Sequence[Cause]) -> float:
