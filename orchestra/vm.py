@@ -348,6 +348,8 @@ class Vm:
         if not self._desired.paused:
             self._desired.paused = True
             guest.pause()
+            if self._waits:  # there is nothing to hold, and nobody will say that it is
+                self._house.changed(self, self.state, self._waits)
 
     async def wait_parked(self) -> None:
         """After `hold`: until no guest code runs, or the pause is taken back, or it has ended."""

@@ -336,6 +336,22 @@ async def test_one_that_waits_for_its_next_run_is_told_so_and_not_sent_to_look_i
         assert "waits 20 s to be restarted" in later
 
 
+async def test_one_that_is_paused_while_it_waits_for_its_next_run_is_paused(tmp_path, autojump_clock):
+    path = tmp_path / "fleet.db"
+    again = orc.Restart(when="on-failure", backoff=10)
+    script = [*[io_write(0x80, b"x", after=0.1)] * 50, failed_run(5)]
+    async with play({"a": script}, journal=Journal(path)) as fleet:
+        guest = await fleet.launch(blank("a", restart=again))
+        await trio.sleep(7)
+        await guest.pause()
+        await trio.sleep(30)
+        assert guest.state == "paused"
+    with read_journal(path) as journal:
+        assert [row.state for row in journal.states(vm="a")][2:-1] == ["waiting", "paused", "paused"]
+        found = {cause.kind: cause.seconds for cause in explain(journal, "a").causes}
+    assert found == {"pause": pytest.approx(30), "waiting": pytest.approx(2)}
+
+
 def waiting(afternoon: Afternoon, seconds: int, **by: float) -> None:
     """A VM that waited for its turn all the time, by these limits, and got no CPU when it could have run."""
     parts = {name.replace("__", "."): part for name, part in by.items()}
