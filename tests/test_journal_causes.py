@@ -23,7 +23,7 @@ from trio.testing import MockClock
 import orchestra as orc
 from conftest import blank
 from orchestra import testing
-from orchestra.backend.scripted import ScriptedBackend, ScriptedExit, bus_lock, failed_run, io_write
+from orchestra.backend.scripted import ScriptedBackend, ScriptedExit, bus_lock, failed_run, io_write, triple_fault
 from orchestra.cli.why import sentences
 from orchestra.cli.whyheld import held
 from orchestra.journal import Journal, read_journal
@@ -50,7 +50,8 @@ class Guest:
     locks: bool
     rate: float
     limits: tuple[orc.Limit | None, ...]
-    lives: int | None  # exits until it fails, and is restarted; None: it never does
+    lives: int | None  # exits until it ends, and runs again; None: it never does
+    ends: ScriptedExit
     backoff: float
 
     def script(self) -> Iterable[ScriptedExit]:
@@ -58,7 +59,7 @@ class Guest:
         one = bus_lock(after=after) if self.locks else io_write(0x80, b"x", after=after)
         if self.lives is None:
             return itertools.repeat(one)
-        return itertools.chain(itertools.repeat(one, self.lives), [failed_run(5)])
+        return itertools.chain(itertools.repeat(one, self.lives), [self.ends])
 
     def spec(self) -> orc.VmSpec:
         limit, exit_limit, vcpu_limit, vcpu_exit_limit = self.limits
@@ -71,6 +72,7 @@ class Guest:
             vcpu_limit=vcpu_limit,
             vcpu_exit_limit=vcpu_exit_limit,
             restart=orc.Restart(when="on-failure", backoff=self.backoff),
+            on_reset="reset",
         )
 
 
@@ -82,7 +84,8 @@ GUESTS = st.builds(
     locks=st.booleans(),
     rate=st.sampled_from([0.5, 2, 6, 15]),
     limits=st.tuples(*[LIMITS] * 4),
-    lives=st.none() | st.integers(5, 40),
+    lives=st.none() | st.integers(0, 40),
+    ends=st.sampled_from([failed_run(5), triple_fault()]),
     backoff=st.sampled_from([0.5, 0.5, 12]),
 )
 
