@@ -435,9 +435,9 @@ class Fleet:
         """The VM was stopped by its user: it leaves the fleet."""
         self._drop(vm)
 
-    def did(self, action: Action) -> None:
-        """A caller did it directly, and not by `apply`."""
-        self._applier.done(action, None)
+    def did(self, action: Action, policy: str | None = None) -> None:
+        """A caller did it directly, and not by `apply`; or what was desired ended, of a caller or a policy."""
+        self._applier.done(action, policy)
 
     def changed(self, vm: Vm, state: State, reason: str) -> None:
         self._records.state(self.now(), vm.name, vm.launch, vm.tenant, state, reason)

@@ -32,8 +32,8 @@ from .desired import Desired
 from .devices.bus import Device, Handler
 from .devices.console import Console
 from .devices.requests import Requests
-from .errors import BusLockUnsupported, ResourceLimit, SpecError, StateError
-from .guest import Guest, House
+from .errors import BusLockUnsupported, OrchestraError, SpecError, StateError
+from .guest import REFUSED, Guest, House
 from .holding import Level, PendingIo
 from .native.core import Counters
 from .profile import Profile, Samples, Symbols, make_profile
@@ -411,9 +411,11 @@ class Vm:
         if self._guest is not None:
             await self._guest.cap_settled()
 
-    def _on_cap_failed(self, error: ResourceLimit) -> None:
-        log.error("vm %s is not capped: %s", self.name, error.strerror)
-        self._desired.caps = {}
+    def _on_cap_failed(self, error: OrchestraError) -> None:
+        log.error("vm %s is not capped any more: %s", self.name, error)
+        caps, self._desired.caps = self._desired.caps, {}
+        for by in caps:  # or the journal would have them in force for ever
+            self._house.did(CapCpu(vm=self.name, share=None, reason=f"{REFUSED}: {error}"), by)
 
     def place(self, on: bool) -> None:
         """As `isolate`."""

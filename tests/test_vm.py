@@ -15,6 +15,7 @@ from trio.testing import wait_all_tasks_blocked
 import orchestra as orc
 from conftest import Stage, blank, play, word
 from orchestra.backend.scripted import ScriptedExit, bus_lock, hlt, io_read, io_write, mmio_read, triple_fault
+from orchestra.effects import Holdings
 from test_fleet import Kept
 
 FAIL = ScriptedExit("debug", args=(1, 0, 0, 0))
@@ -1063,6 +1064,7 @@ async def test_what_a_restart_cant_put_into_force_is_logged_and_not_said_to_be(a
             vm = await fleet.launch(blank(restart=restart(backoff=1)))
             vm.cap_cpu(0.1)
             vm.isolate()
+            await fleet.apply(orc.CapCpu(vm="guest", share=0.5), policy="p")
 
             def refuse(*args: object) -> None:
                 raise orc.ResourceLimit(1, "no room")
@@ -1071,6 +1073,17 @@ async def test_what_a_restart_cant_put_into_force_is_logged_and_not_said_to_be(a
                 patch.setattr(f"orchestra.guest.Guest.{name}", refuse)
             await trio.sleep(10)
             assert (vm.restarts, vm.state, vm.cpu_cap, vm.isolated) == (1, "running", None, False)
+            held = Holdings()
+            for applied in fleet.actions():  # as the journal has them
+                assert isinstance(applied.action, orc.Action)
+                held.note(applied.action, applied.policy)
+            assert not held
+            ended = [applied for applied in fleet.actions() if "no room" in applied.action.reason]
+            assert {(type(a.action), a.policy) for a in ended} == {
+                (orc.CapCpu, None),
+                (orc.CapCpu, "p"),
+                (orc.Rejoin, None),
+            }
     assert [message.count("no room") for message in caplog.messages] == [1, 1]
 
 
