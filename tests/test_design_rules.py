@@ -110,8 +110,9 @@ RULES = {
             "test_actions_do_what_they_say_and_are_journaled_with_their_reason",
             "test_an_action_that_cant_be_done_is_journaled_with_the_error",
         ],
+        "test_journal_causes": ["test_what_why_names_first_held_the_vm_for_longest_by_the_counters"],
     },
-    17: {"test_replay": ["test_live_and_a_replay_rule_the_same_on_random_histories"]},
+    17: {"test_policy_engine": ["test_live_replayed_and_simulated_rule_the_same"]},
 }
 
 

@@ -13,7 +13,6 @@ from xml.etree import ElementTree
 import attrs
 import pytest
 import trio
-import trio.testing
 from hypothesis import given, settings, strategies as st
 
 import orchestra as orc
@@ -313,78 +312,6 @@ async def test_a_tenants_floor_is_that_of_its_own_vms_as_live(tmp_path, autojump
     assert again == live == [("Throttle", "rest", 9, "done")]  # those that do nothing count as well
 
 
-PLACES = st.sampled_from([{"vm": "a"}, {"vm": "b"}, {"tenant": "acme"}, {}])
-VMS = st.sampled_from([{"vm": "a"}, {"vm": "b"}])
-RATES = st.sampled_from([0.5, 5, 50, 500])
-ACTIONS = st.one_of(
-    st.builds(lambda at, rate: orc.Throttle(limit=orc.Limit(rate=rate), **at), PLACES, RATES),
-    st.builds(lambda at: orc.Unthrottle(**at), PLACES),
-    st.builds(lambda at, rate: orc.SetLimit(limit=orc.Limit(rate=rate), **at), PLACES, RATES),
-    *(st.builds(lambda at, kind=kind: kind(**at), VMS) for kind in (orc.Pause, orc.Resume, orc.Warn)),
-)
-DECISIONS = st.lists(st.lists(ACTIONS, max_size=3), max_size=8)
-GUARDS = st.fixed_dictionaries(
-    # Bounds that no time between two ticks comes near: clocks differ by less than a millisecond.
-    {
-        "vm_cool_down": st.sampled_from([0, 2.5, 6.5]),
-        "host_cool_down": st.sampled_from([0, 0.5, 1.5]),
-        "max_pause": st.sampled_from([None, 1.5, 4.5]),
-        "most_paused": st.just(0.95),
-        "limits_per_minute": st.sampled_from([2, 5, None]),
-        "actions_per_minute": st.sampled_from([2, None]),
-        "dry_run": st.sampled_from([False, True, ("early",), ("late",)]),
-    }
-)
-
-
-class Plays:
-    """Decides what it was given, one after the other. It asks again for what was refused when it decides next."""
-
-    def __init__(self, name: str, interval: float, decisions: list[list[orc.Action]]) -> None:
-        self.name, self.interval = name, interval
-        self._decisions, self._again = iter(decisions), list[orc.Action]()
-
-    def decide(self, facts: orc.Facts) -> list[orc.Action]:
-        again, self._again = self._again, []
-        return [*again, *next(self._decisions, [])]
-
-    def refused(self, action: orc.Action, reason: str) -> None:
-        self._again.append(action)
-
-
-@settings(max_examples=25, deadline=None)
-@given(early=DECISIONS, late=DECISIONS, intervals=st.tuples(*[st.sampled_from([1.0, 2.0, 3.0])] * 2), guard=GUARDS)
-def test_live_and_a_replay_rule_the_same_on_random_histories(tmp_path_factory, early, late, intervals, guard):
-    def rules() -> Rules:
-        made = [Plays("early", intervals[0], early), Plays("late", intervals[1], late)]
-        return Rules("x", tuple(PolicyRule(one.name, "own", {}, one) for one in made), orc.Guard(**guard))
-
-    async def live() -> None:
-        mine = rules()
-        scripts = {name: itertools.repeat(bus_lock(after=0.1)) for name in "ab"}
-        async with play(
-            scripts, tenants={"acme": None}, policies=mine.policies, guard=mine.guard, journal=Journal(path)
-        ) as fleet:
-            for name in scripts:
-                await fleet.launch(attrs.evolve(blank(name), tenant="acme"))
-            await trio.sleep(15.5)
-
-    path = tmp_path_factory.mktemp("history") / "fleet.db"
-    trio.run(live, clock=trio.testing.MockClock(autojump_threshold=0))
-    with read_journal(path) as journal:
-        again = [
-            (deed.time, deed.policy, type(deed.action), deed.action.vm, getattr(deed.action, "limit", None), deed.outcome)
-            for deed in replay(journal, rules).deeds
-        ]
-        done = [
-            (row.time, row.policy, type(row.action), row.vm, getattr(row.action, "limit", None), row.outcome)
-            for row in journal.actions()
-            if row.policy is not None
-        ]
-    assert [one[1:] for one in again] == [one[1:] for one in done]
-    assert all(abs(one[0] - other[0]) < SECOND / 10 for one, other in zip(again, done, strict=True))
-
-
 async def test_limits_of_specs_tenants_and_the_host_are_there_in_a_replay_as_they_were(tmp_path, autojump_clock):
     path = tmp_path / "fleet.db"
     scripts = {name: itertools.repeat(bus_lock(after=0.001)) for name in "ab"}
@@ -412,8 +339,9 @@ async def test_limits_of_specs_tenants_and_the_host_are_there_in_a_replay_as_the
     [
         orc.WeightedShare(orc.Limit(rate=100), meter="answers"),
         orc.Ladder([orc.Step(rung="warn", when=[orc.Condition("answers", 1000)])]),
+        orc.only(orc.Ladder([orc.Step(rung="warn", when=[orc.Condition("answers", 1000)])]), vms="a*"),
     ],
-    ids=["meter", "signal"],
+    ids=["meter", "signal", "of some VMs"],
 )
 def test_a_policy_that_looks_at_what_no_journal_keeps_is_refused(afternoon, policy):
     lived(afternoon, 3, {"a": noisy}, [])
