@@ -91,7 +91,7 @@ class Vm:
         self._logging = trio.Lock()
         self._stop_reason: Stopped | None = None
         self._reset_reason: str | None = None
-        self._why = ""  # its run has started; until that is journaled
+        self._why = ""  # of its run's start, until its next state is journaled, which says it
         self._nudged = trio.Event()  # somebody wants something while the VM waits for its next run
         self._renewed = trio.Event()  # another run has started, or none will
         self._ended = trio.Event()
@@ -367,7 +367,7 @@ class Vm:
         if self._desired.paused:
             self._desired.paused = False
             guest.resume()
-            self._house.changed(self, State.RUNNING, "resumed")
+            self._say(State.RUNNING, "resumed")
 
     async def wait_released(self) -> Outcome:
         """After `end`: until nothing of it is left."""
@@ -750,9 +750,9 @@ class Vm:
         if self._desired.paused and self._outcome is None:
             self._say(State.PAUSED, "; ".join(map(str, self.pending)) if level is Level.PAUSED else "")
 
-    def _say(self, state: State, pending: str = "") -> None:
+    def _say(self, state: State, reason: str = "") -> None:
         why, self._why = self._why, ""
-        self._house.changed(self, state, "; ".join(filter(None, (why, pending))))
+        self._house.changed(self, state, "; ".join(filter(None, (why, reason))))
 
     def _claims(self) -> list[tuple[range | None, range | None, Handler]]:
         claimed = [(ports, mmio, requests) for requests, (ports, mmio) in self._requests.items()]

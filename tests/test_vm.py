@@ -951,6 +951,24 @@ async def test_a_vm_paused_during_the_back_off_comes_back_paused(autojump_clock)
         assert await vm.wait() == orc.Halted()
 
 
+async def test_a_start_is_told_with_the_state_that_follows_it_and_no_later_one(autojump_clock):
+    """Resumed between its start and the moment when all its vCPUs are parked."""
+    kept = Kept()
+    lives = iter([[FAIL], [FOR_EVER]])
+    async with orc.open_fleet(backend=orc.ScriptedBackend(lambda spec, vcpu: next(lives)), journal=kept) as fleet:
+        vm = await fleet.launch(blank(restart=restart(backoff=10, backoff_max=10)))
+        await trio.sleep(5)
+        await vm.pause()
+        await trio.sleep(5)
+        while not vm.restarts:  # an inner state that nothing tells
+            await trio.lowlevel.checkpoint()
+        assert vm.state == "running"
+        await vm.resume()
+        await vm.pause()
+        states = [(state, reason) for _, state, reason in kept.states]
+        assert states[-2:] == [("running", "restart 1; resumed"), ("paused", "")]
+
+
 @pytest.mark.kvm
 async def test_pause_resume_limits_and_inspection_are_safe_during_the_back_off(nothing_left, soon):
     stage = Stage("kvm")
