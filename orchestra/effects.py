@@ -222,11 +222,6 @@ class Holdings:
         for key in self._of_vm.pop(vm, ()):
             del self._held[key]
 
-    def forget_tenant(self, tenant: str) -> None:
-        """A tenant is gone. Tenants go seldom, so this looks at everything that is in force."""
-        for key in [key for key in self._held if key.tenant == tenant]:
-            del self._held[key]
-
     def withdraw(self, policy: str) -> list[Key]:
         """Let go of all that a policy has in force; where that was."""
         keys = [key for key, holdings in self._held.items() if holdings.pop(policy, None) is not None]

@@ -25,6 +25,7 @@ from .backend import Backend, Detection
 from .budget import Budgets, limits_of, make_budgets
 from .contain import contained
 from .devices.bus import Device
+from .effects import inverse
 from .errors import ResourceLimit, SpecError, StateError, UnknownTenant, UnknownVm, VmExists
 from .exits import Exit
 from .governor import Governor
@@ -376,9 +377,9 @@ class Fleet:
             raise StateError(f"can't remove tenant {name!r}: it has VMs that have not ended ({alive}): stop them first")
         for vm in theirs:
             vm.release()
+        self._end_limits(name)
         self._removed.join(seat.gone)
         del self._tenants[name]
-        self._applier.holdings.forget_tenant(name)
         for budget in seat.budgets.values():
             budget.close()
         await trio.lowlevel.checkpoint()
@@ -389,6 +390,16 @@ class Fleet:
         if self._closing:
             raise StateError(f"can't {verb} tenant {tenant.name!r}: the fleet is closing")
         self._applier.check_seen(tenant.limit, f"tenant {tenant.name!r}: limit")
+
+    def _end_limits(self, tenant: str) -> None:
+        """What limits a tenant ends with it, for the journal as well: another of that name begins without."""
+        reason = f"remove_tenant({tenant!r})"
+        for meter, budget in self._tenants[tenant].budgets.items():
+            if budget.base is not None:
+                self._applier.done(SetLimit(limit=None, meter=meter, tenant=tenant, reason=reason), None)
+        for key, held in list(self._applier.holdings):
+            if key.tenant == tenant and (back := inverse(held.action)) is not None:
+                self._applier.done(attrs.evolve(back, reason=reason), held.policy)
 
     def _put_limits(self, tenant: Tenant, reason: str) -> None:
         """Each that is another than before is journaled as a caller's `SetLimit`."""

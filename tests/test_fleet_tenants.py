@@ -90,6 +90,23 @@ async def test_what_a_policy_held_a_removed_tenant_to_is_forgotten(autojump_cloc
         assert [one for one in fleet.actions() if one.outcome == "failed"] == []
 
 
+async def test_of_one_that_was_removed_nothing_is_in_force_for_the_next_of_its_name(tmp_path, autojump_clock):
+    path = tmp_path / "fleet.db"
+    held = orc.StaticLimits(tenants={"acme": orc.Limit(rate=500)}, name="held")
+    tenant = orc.Tenant("acme", limit=orc.Limit(rate=300), exit_limit=orc.Limit(rate=400))
+    async with play(locks(0.1), journal=Journal(path), tenants=[tenant], policies=[held]) as fleet:
+        await trio.sleep(2.5)
+        await fleet.remove_tenant("acme")
+        await fleet.set_policies([])
+        await fleet.add_tenant(orc.Tenant("acme"))
+        await fleet.launch(attrs.evolve(blank("a"), tenant="acme"))
+        await trio.sleep(70)
+    with read_journal(path) as journal:
+        told = explain(journal, "a", max(row.time for row in journal.aggregates(vm="a")) - 10_000_000_000)
+        assert not told.gone
+        assert [hold for hold in told.holds if hold.where == "tenant"] == []
+
+
 async def test_changes_are_journaled_as_limits_that_a_caller_set(tmp_path, autojump_clock):
     path = tmp_path / "fleet.db"
     async with play(locks(0.01), journal=Journal(path)) as fleet:
