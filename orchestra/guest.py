@@ -190,6 +190,7 @@ class Guest:
         desired = self._desired
         if desired.paused:
             self.pause()
+            self.holding.settle()
         try:
             if desired.cap is not None:
                 self.cap_cpu(desired.cap)

@@ -91,7 +91,6 @@ class Vm:
         self._logging = trio.Lock()
         self._stop_reason: Stopped | None = None
         self._reset_reason: str | None = None
-        self._why = ""  # of its run's start, until its next state is journaled, which says it
         self._nudged = trio.Event()  # somebody wants something while the VM waits for its next run
         self._renewed = trio.Event()  # another run has started, or none will
         self._ended = trio.Event()
@@ -367,7 +366,7 @@ class Vm:
         if self._desired.paused:
             self._desired.paused = False
             guest.resume()
-            self._say(State.RUNNING, "resumed")
+            self._house.changed(self, State.RUNNING, "resumed")
 
     async def wait_released(self) -> Outcome:
         """After `end`: until nothing of it is left."""
@@ -729,12 +728,11 @@ class Vm:
                     self._retire(self._guest)
             self._guest = guest
         self._reset_reason = None  # whoever asked until now has this run
-        self._why = "" if following is None else self._succession.begin(following)
+        why = "" if following is None else self._succession.begin(following)
         if self._stop_reason is not None:
             guest.end(self._stop_reason)
-        if not self._desired.paused:  # else it says so once it is
-            with contained(f"vm {self.name}: the journal"):
-                self._say(State.RUNNING)
+        with contained(f"vm {self.name}: the journal"):
+            self._house.changed(self, self.state, why)
         if following is not None:
             self._renewed.set()
             self._renewed = trio.Event()
@@ -748,11 +746,8 @@ class Vm:
 
     def _on_held(self, level: Level) -> None:
         if self._desired.paused and self._outcome is None:
-            self._say(State.PAUSED, "; ".join(map(str, self.pending)) if level is Level.PAUSED else "")
-
-    def _say(self, state: State, reason: str = "") -> None:
-        why, self._why = self._why, ""
-        self._house.changed(self, state, "; ".join(filter(None, (why, reason))))
+            pending = "; ".join(map(str, self.pending)) if level is Level.PAUSED else ""
+            self._house.changed(self, State.PAUSED, pending)
 
     def _claims(self) -> list[tuple[range | None, range | None, Handler]]:
         claimed = [(ports, mmio, requests) for requests, (ports, mmio) in self._requests.items()]

@@ -951,8 +951,7 @@ async def test_a_vm_paused_during_the_back_off_comes_back_paused(autojump_clock)
         assert await vm.wait() == orc.Halted()
 
 
-async def test_a_start_is_told_with_the_state_that_follows_it_and_no_later_one(autojump_clock):
-    """Resumed between its start and the moment when all its vCPUs are parked."""
+async def test_a_paused_vm_is_quiesced_from_the_first_moment_of_its_next_run(autojump_clock):
     kept = Kept()
     lives = iter([[FAIL], [FOR_EVER]])
     async with orc.open_fleet(backend=orc.ScriptedBackend(lambda spec, vcpu: next(lives)), journal=kept) as fleet:
@@ -961,12 +960,31 @@ async def test_a_start_is_told_with_the_state_that_follows_it_and_no_later_one(a
         await vm.pause()
         await trio.sleep(5)
         while not vm.restarts:  # an inner state that nothing tells
+            assert (vm.state, vm.quiesced) == ("paused", True)
             await trio.lowlevel.checkpoint()
-        assert vm.state == "running"
+        assert (vm.state, vm.quiesced) == ("paused", True)
+        assert vm.registers().rip == 0x1000
         await vm.resume()
         await vm.pause()
         states = [(state, reason) for _, state, reason in kept.states]
-        assert states[-2:] == [("running", "restart 1; resumed"), ("paused", "")]
+        assert states[-3:] == [("paused", "restart 1"), ("running", "resumed"), ("paused", "")]
+
+
+async def test_a_pause_that_meets_the_end_of_a_run_holds_the_next(autojump_clock):
+    """A guest that resets itself is paused in each moment of that."""
+    backend = orc.ScriptedBackend(lambda spec, vcpu: [triple_fault(after=1)])
+    async with orc.open_fleet(backend=backend) as fleet:
+        for moment in range(40):
+            vm = await fleet.launch(blank(f"vm-{moment}", on_reset="reset"))
+            await trio.sleep(1)
+            for _ in range(moment):
+                await trio.lowlevel.checkpoint()
+            await vm.pause()
+            for _ in range(20):
+                assert (vm.state, vm.quiesced) == ("paused", True)
+                vm.registers()
+                await trio.lowlevel.checkpoint()
+            await vm.stop()
 
 
 @pytest.mark.kvm
