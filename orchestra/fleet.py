@@ -25,6 +25,7 @@ from .backend import Backend, Detection
 from .budget import Budgets, limits_of, make_budgets
 from .contain import contained
 from .devices.bus import Device
+from .effects import inverse
 from .errors import ResourceLimit, SpecError, StateError, UnknownTenant, UnknownVm, VmExists
 from .exits import Exit
 from .governor import Governor
@@ -36,7 +37,7 @@ from .policy.state import check_policies
 from .record import Recorder, Records
 from .signals import HostSignals, ThreadTimes
 from .spec import Limit, Meter, Tenant, VmSpec, as_meter, optional_limit
-from .statistics import FleetStatistics, TenantSeat, summarise
+from .statistics import FleetStatistics, TenantSeat, Totals, summarise
 from .subscription import Exits, Switchboard
 from .vm import Vm, check_device
 from .watch import Watch
@@ -87,6 +88,7 @@ class Fleet:
         self._tenants = {
             name: TenantSeat(tenant, make_budgets(limits_of(tenant), now)) for name, tenant in tenants.items()
         }
+        self._removed = Totals()  # by VMs of tenants that were removed
         self._nursery = nursery
         self._token = trio.lowlevel.current_trio_token()
         self._vms: dict[str, Vm] = {}
@@ -122,7 +124,7 @@ class Fleet:
 
         Raises:
             VmExists: a VM of that name has not ended yet.
-            UnknownTenant: the fleet was not opened with that tenant.
+            UnknownTenant: the fleet does not have that tenant.
             BusLockUnsupported: the spec has a bus-lock limit, and this fleet does not see bus locks.
             ResourceLimit, KvmError: the host can't give it what it needs. All of it is given back.
             StateError: the fleet is closing.
@@ -326,7 +328,87 @@ class Fleet:
         except (KeyError, TypeError):
             of = f"vm {vm!r}: " if vm else ""
             known = ", ".join(sorted(self._tenants))
-            raise UnknownTenant(f"{of}tenant={tenant!r}: this fleet was opened with: {known}") from None
+            raise UnknownTenant(
+                f"{of}tenant={tenant!r}: no such tenant; this fleet has: {known}. `await fleet.add_tenant(...)` adds "
+                "one"
+            ) from None
+
+    # ---- tenants
+
+    async def add_tenant(self, tenant: Tenant) -> None:
+        """Have one more tenant from now on. It has no VMs yet.
+
+        Raises:
+            SpecError: not a `Tenant`.
+            StateError: the fleet has a tenant of that name (see `change_tenant`), or is closing.
+            BusLockUnsupported: it has a bus-lock limit, and this fleet does not see bus locks.
+        """
+        self._check_tenant(tenant, "add")
+        if tenant.name in self._tenants:
+            raise StateError(f"can't add tenant {tenant.name!r}: this fleet has it; `change_tenant` changes it")
+        self._tenants[tenant.name] = TenantSeat(tenant, make_budgets(dict.fromkeys(Meter), self.backend.now()))
+        self._put_limits(tenant, f"add_tenant({tenant.name!r})")
+        await trio.lowlevel.checkpoint()
+
+    async def change_tenant(self, tenant: Tenant) -> None:
+        """Give the tenant of that name this weight and these limits; at once, also for waits in progress.
+
+        Raises:
+            SpecError, UnknownTenant, BusLockUnsupported, StateError: as `add_tenant`; there must be one.
+        """
+        self._check_tenant(tenant, "change")
+        self._seat(tenant.name).tenant = tenant
+        self._put_limits(tenant, f"change_tenant({tenant.name!r})")
+        await trio.lowlevel.checkpoint()
+
+    async def remove_tenant(self, name: str) -> None:
+        """Forget a tenant all of whose VMs have ended; those leave the fleet. What they did stays in the fleet's sums.
+
+        Raises:
+            UnknownTenant: there is none of that name.
+            StateError: it has VMs that have not ended, or it is the one for VMs that name none.
+        """
+        seat = self._seat(name)
+        if name == DEFAULT_TENANT:
+            raise StateError(f"can't remove tenant {name!r}: VMs whose spec names none belong to it")
+        theirs = [vm for vm in self._vms.values() if vm.tenant == name]
+        if seat.live or any(vm.outcome is None for vm in theirs):
+            alive = ", ".join(sorted(vm.name for vm in theirs if vm.outcome is None)[:8])
+            raise StateError(f"can't remove tenant {name!r}: it has VMs that have not ended ({alive}): stop them first")
+        for vm in theirs:
+            vm.release()
+        self._end_limits(name)
+        self._removed.join(seat.gone)
+        del self._tenants[name]
+        for budget in seat.budgets.values():
+            budget.close()
+        await trio.lowlevel.checkpoint()
+
+    def _check_tenant(self, tenant: object, verb: str) -> None:
+        if not isinstance(tenant, Tenant):
+            raise SpecError(f"tenant={tenant!r}: must be a Tenant")
+        if self._closing:
+            raise StateError(f"can't {verb} tenant {tenant.name!r}: the fleet is closing")
+        self._applier.check_seen(tenant.limit, f"tenant {tenant.name!r}: limit")
+
+    def _end_limits(self, tenant: str) -> None:
+        """What limits a tenant ends with it, for the journal as well: another of that name begins without."""
+        reason = f"remove_tenant({tenant!r})"
+        for meter, budget in self._tenants[tenant].budgets.items():
+            if budget.base is not None:
+                self._applier.done(SetLimit(limit=None, meter=meter, tenant=tenant, reason=reason), None)
+        for key, held in list(self._applier.holdings):
+            if key.tenant == tenant and (back := inverse(held.action)) is not None:
+                self._applier.done(attrs.evolve(back, reason=reason), held.policy)
+
+    def _put_limits(self, tenant: Tenant, reason: str) -> None:
+        """Each that is another than before is journaled as a caller's `SetLimit`."""
+        budgets = self._tenants[tenant.name].budgets
+        for meter in Meter:
+            limit = getattr(tenant, meter.field)
+            if budgets[meter].base != limit:
+                self._applier.set_limit(limit, meter, tenant.name, None, None)
+                self._applier.done(SetLimit(limit=limit, meter=meter, tenant=tenant.name, reason=reason), None)
 
     async def set_policies(self, policies: Sequence[Policy], guard: Guard | None = None) -> None:
         """Have these policies decide from now on, in this order.
@@ -389,6 +471,7 @@ class Fleet:
         return summarise(
             self._vms.values(),
             self._tenants,
+            self._removed,
             backend=self.backend,
             detection=self.bus_lock_detection,
             launched=self._launched,
@@ -435,9 +518,9 @@ class Fleet:
         """The VM was stopped by its user: it leaves the fleet."""
         self._drop(vm)
 
-    def did(self, action: Action) -> None:
-        """A caller did it directly, and not by `apply`."""
-        self._applier.done(action, None)
+    def did(self, action: Action, policy: str | None = None) -> None:
+        """A caller did it directly, and not by `apply`; or what was desired ended, of a caller or a policy."""
+        self._applier.done(action, policy)
 
     def changed(self, vm: Vm, state: State, reason: str) -> None:
         self._records.state(self.now(), vm.name, vm.launch, vm.tenant, state, reason)

@@ -15,7 +15,7 @@ from typing import Any, Final, Protocol, cast
 import attrs
 import trio
 
-from .actions import Action, Failed, Halted, Outcome, Shutdown, State, Stopped
+from .actions import Action, Failed, Halted, Outcome, Rejoin, Shutdown, State, Stopped
 from .actuators.bandwidth import CpuCgroup
 from .actuators.caps import Caps, CgroupCaps, RunLoopCaps
 from .actuators.placement import Quarantine
@@ -40,7 +40,7 @@ from .spec import DebugConsole, ExitPort, Limit, Meter, Serial, VmSpec
 from .vcpu import Vcpu
 from .workers import Workers
 
-__all__ = ["Guest", "House"]
+__all__ = ["REFUSED", "Guest", "House"]
 
 log: Final = logging.getLogger("orchestra")
 
@@ -48,6 +48,7 @@ PORTS = 1 << 16
 PHYSICAL = 1 << 52
 NO_THREAD = "can't start new thread"  # threading's RuntimeError has no type of its own
 THREADS = "see ulimit -u and cgroup pids.max"
+REFUSED: Final = "the host can't put it into force"
 
 
 class House(Protocol):
@@ -77,8 +78,8 @@ class House(Protocol):
     def released(self, vm: Any) -> None:
         """A VM was stopped and leaves the fleet."""
 
-    def did(self, action: Action) -> None:
-        """A caller did it directly: journal it."""
+    def did(self, action: Action, policy: str | None = None) -> None:
+        """It was done, and not by an action: journal it. `policy`: whose word it ends; None: a caller's."""
 
     def changed(self, vm: Any, state: State, reason: str) -> None:
         """A VM came into a state: journal it."""
@@ -100,7 +101,7 @@ class Guest:
 
     Attributes:
         reached: told of how far it is held when that changes.
-        cap_failed: told that a cap could not be put into force after all.
+        cap_failed: told that what it is capped to can't be put into force: nothing is.
     """
 
     def __init__(
@@ -120,7 +121,7 @@ class Guest:
         self.final: list[Counters] | None = None
         self.ended = trio.Event()
         self.reached: Callable[[Level], object] = lambda level: None
-        self.cap_failed: Callable[[ResourceLimit], object] = lambda error: None
+        self.cap_failed: Callable[[OrchestraError], object] = lambda error: None
         self.vcpus: list[Vcpu] = []
         self.memory: GuestMemory
         self.samples = Samples()  # a Vm puts its own there, as it lives on over restarts
@@ -138,7 +139,9 @@ class Guest:
         self._done: list[trio.Event] = []
         self._caps: Caps = RunLoopCaps(self._cores)
         if house.cpu_cgroup is not None:
-            self._caps = CgroupCaps(house.cpu_cgroup, spec.name, self._ask, self._post, self._on_cap_failed)
+            self._caps = CgroupCaps(
+                house.cpu_cgroup, spec.name, self._ask, self._post, lambda error: self.cap_failed(error)
+            )
 
     # ---- set-up
 
@@ -187,18 +190,19 @@ class Guest:
         desired = self._desired
         if desired.paused:
             self.pause()
+            self.holding.settle()
         try:
             if desired.cap is not None:
                 self.cap_cpu(desired.cap)
         except OrchestraError as error:
-            desired.caps = {}
-            log.error("vm %s is not capped any more: %s", self.name, error)
+            self.cap_failed(error)
         try:
             if desired.isolated:
                 self.isolate(True)
         except OrchestraError as error:
             desired.isolated = False
             log.error("vm %s is not isolated any more: %s", self.name, error)
+            self.house.did(Rejoin(vm=self.name, reason=f"{REFUSED}: {error}"))
 
     def _build(self) -> None:
         """May run on a worker thread: ioctls that create VMs take from 0.3 to 30 ms."""
@@ -398,9 +402,6 @@ class Guest:
         with self._threads("cap the CPU of") as threads:
             if self.final is None:
                 self._caps.put(share, threads)
-
-    def _on_cap_failed(self, error: ResourceLimit) -> None:
-        self.cap_failed(error)
 
     async def cap_settled(self) -> None:
         """Wait until the cap is in force; no checkpoint if it is.

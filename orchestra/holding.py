@@ -11,6 +11,8 @@ quiesced.
           │                        │                        │     completes the access, without a single
           └──────── end() ─────────┴───────── end() ────────┴──── instruction of the guest's ◀┘ end()
 
+A run that starts paused is QUIESCED from its first moment (`settle`).
+
 *Paused*: no guest code runs. A vCPU may still be in the middle of an access that a device or a task is to answer; when
 the answer comes, registers and memory change. *Quiesced*: nothing is pending; registers and memory stay as they are.
 """
@@ -85,6 +87,12 @@ class Holding:
         """It is told to pause."""
         self.number += 1
         self._renew()
+
+    def settle(self) -> None:
+        """It was told to before any vCPU has run: it is quiesced from its first moment on. Nobody is told of that."""
+        self._levels = [Level.QUIESCED] * len(self._levels)
+        self.paused.set()
+        self.quiesced.set()
 
     def end(self) -> None:
         """It may run again. Whoever waits for a pause that is taken back goes on."""

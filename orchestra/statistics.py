@@ -127,6 +127,7 @@ class TenantSeat:
 def summarise(
     vms: Iterable[Vm],
     seats: Mapping[str, TenantSeat],
+    removed: Totals,
     *,
     backend: Backend,
     detection: Detection | None,
@@ -139,7 +140,7 @@ def summarise(
     host: HostFacts,
     journal: JournalStatistics | None = None,
 ) -> FleetStatistics:
-    """Add a fleet up. `missed`: by its channels."""
+    """Add a fleet up. `removed`: by tenants that it has no more; `missed`: by its channels."""
     sums = {name: seat.gone.copy() for name, seat in seats.items()}
     states: dict[str, int] = {}
     live = dict.fromkeys(seats, 0)
@@ -151,7 +152,7 @@ def summarise(
         if vm.outcome is None:
             live[vm.tenant] += 1
             vcpus += vm.spec.vcpus
-    total = Totals()
+    total = removed.copy()
     for tenant in sums.values():
         total.join(tenant)
     seen = detection is not None

@@ -32,8 +32,8 @@ from .desired import Desired
 from .devices.bus import Device, Handler
 from .devices.console import Console
 from .devices.requests import Requests
-from .errors import BusLockUnsupported, ResourceLimit, SpecError, StateError
-from .guest import Guest, House
+from .errors import BusLockUnsupported, OrchestraError, SpecError, StateError
+from .guest import REFUSED, Guest, House
 from .holding import Level, PendingIo
 from .native.core import Counters
 from .profile import Profile, Samples, Symbols, make_profile
@@ -91,7 +91,6 @@ class Vm:
         self._logging = trio.Lock()
         self._stop_reason: Stopped | None = None
         self._reset_reason: str | None = None
-        self._why = ""  # its run has started; until that is journaled
         self._waits = ""  # for its next run, and why
         self._nudged = trio.Event()  # somebody wants something while the VM waits for its next run
         self._renewed = trio.Event()  # another run has started, or none will
@@ -417,9 +416,11 @@ class Vm:
         if self._guest is not None:
             await self._guest.cap_settled()
 
-    def _on_cap_failed(self, error: ResourceLimit) -> None:
-        log.error("vm %s is not capped: %s", self.name, error.strerror)
-        self._desired.caps = {}
+    def _on_cap_failed(self, error: OrchestraError) -> None:
+        log.error("vm %s is not capped any more: %s", self.name, error)
+        caps, self._desired.caps = self._desired.caps, {}
+        for by in caps:  # or the journal would have them in force for ever
+            self._house.did(CapCpu(vm=self.name, share=None, reason=f"{REFUSED}: {error}"), by)
 
     def place(self, on: bool) -> None:
         """As `isolate`."""
@@ -700,19 +701,13 @@ class Vm:
             following = self._succession.after(outcome, ran, self._house.backend.now(), asked)
         if following is None:
             return None
-        if following.delay > 0:
-            seconds = max(0.01, round(following.delay, 2))
-            what, why = ("reset", following.why) if following.kind == "reset" else ("restarted", _told(outcome))
-            self._waits = f"waits {seconds:g} s to be {what}: {why}"
-            with contained(f"vm {self.name}: the journal"):
-                self._house.changed(self, self.state, self._waits)
         try:
             return await self._turn(following, outcome, ran)
         finally:
             self._waits = ""
 
     async def _turn(self, following: Next, outcome: Outcome, ran: float) -> Next | None:
-        due = trio.current_time() + following.delay
+        due = self._wait_for(following, outcome)
         while True:
             with trio.move_on_at(due):
                 await self._nudged.wait()
@@ -722,9 +717,19 @@ class Vm:
             if asked is not None and following.kind == "restart":
                 again = self._succession.after(outcome, ran, self._house.backend.now(), asked)
                 assert again is not None
-                following, due = again, trio.current_time() + again.delay
+                following, due = again, self._wait_for(again, outcome)
             elif trio.current_time() >= due:
                 return following
+
+    def _wait_for(self, following: Next, outcome: Outcome) -> float:
+        """Say so, where there is something to wait for; until when."""
+        if following.delay > 0:
+            seconds = max(0.01, round(following.delay, 2))
+            what, why = ("reset", following.why) if following.kind == "reset" else ("restarted", _told(outcome))
+            self._waits = f"waits {seconds:g} s to be {what}: {why}"
+            with contained(f"vm {self.name}: the journal"):
+                self._house.changed(self, self.state, self._waits)
+        return trio.current_time() + following.delay
 
     async def _start_guest(self, following: Next | None) -> Guest:
         levels = [(*self._above, self.budgets, vcpu) for vcpu in self.vcpu_budgets]
@@ -743,12 +748,11 @@ class Vm:
                     self._retire(self._guest)
             self._guest = guest
         self._reset_reason = None  # whoever asked until now has this run
-        self._why = "" if following is None else self._succession.begin(following)
+        why = "" if following is None else self._succession.begin(following)
         if self._stop_reason is not None:
             guest.end(self._stop_reason)
-        if not self._desired.paused:  # else it says so once it is
-            with contained(f"vm {self.name}: the journal"):
-                self._say(State.RUNNING)
+        with contained(f"vm {self.name}: the journal"):
+            self._house.changed(self, self.state, why)
         if following is not None:
             self._renewed.set()
             self._renewed = trio.Event()
@@ -762,11 +766,8 @@ class Vm:
 
     def _on_held(self, level: Level) -> None:
         if self._desired.paused and self._outcome is None:
-            self._say(State.PAUSED, "; ".join(map(str, self.pending)) if level is Level.PAUSED else "")
-
-    def _say(self, state: State, pending: str = "") -> None:
-        why, self._why = self._why, ""
-        self._house.changed(self, state, "; ".join(filter(None, (why, pending))))
+            pending = "; ".join(map(str, self.pending)) if level is Level.PAUSED else ""
+            self._house.changed(self, State.PAUSED, pending)
 
     def _claims(self) -> list[tuple[range | None, range | None, Handler]]:
         claimed = [(ports, mmio, requests) for requests, (ports, mmio) in self._requests.items()]

@@ -82,7 +82,7 @@ RULES = {
     },
     10: {
         "test_fleet": [
-            "test_a_limit_holds_at_every_level_and_on_both_meters",
+            "test_a_limit_holds_at_every_level_and_on_each_meter",
             "test_a_limit_set_and_changed_while_it_runs_takes_effect_at_once",
         ],
         "test_bus_locks": ["test_limits_change_at_all_four_levels_while_the_guest_waits"],
@@ -109,8 +109,10 @@ RULES = {
         "test_fleet": [
             "test_actions_do_what_they_say_and_are_journaled_with_their_reason",
             "test_an_action_that_cant_be_done_is_journaled_with_the_error",
-        ]
+        ],
+        "test_journal_causes": ["test_what_why_names_first_held_the_vm_for_longest_by_the_counters"],
     },
+    17: {"test_policy_engine": ["test_live_replayed_and_simulated_rule_the_same"]},
 }
 
 

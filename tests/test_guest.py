@@ -532,3 +532,27 @@ async def test_the_next_run_waits_until_the_memory_of_the_last_is_unmapped(monke
         with trio.fail_after(20):
             while word(vm, 0x8000) == 0:  # noqa: ASYNC110  # the guest tells nobody
                 await trio.sleep(0.001)
+
+
+def test_a_cap_that_one_vcpu_cant_have_none_has():
+    class Core:
+        def __init__(self, room: bool) -> None:
+            self.room = room
+            self.share: float | None = None
+
+        def cap(self, share: float | None) -> None:
+            if share is not None and not self.room:
+                raise orc.ResourceLimit(12, "CPU cap")
+            self.share = share
+
+    cores = [Core(True), Core(False)]
+    caps = RunLoopCaps(cores)  # type: ignore[arg-type]  # what it needs of them
+    with pytest.raises(orc.ResourceLimit):
+        caps.put(0.5, {})
+    assert [core.share for core in cores] == [None, None]
+    cores[1].room = True
+    caps.put(0.5, {})
+    cores[1].room = False
+    with pytest.raises(orc.ResourceLimit):
+        caps.put(0.2, {})
+    assert cores[0].share == 0.5

@@ -63,7 +63,8 @@ def test_a_throttle_below_the_floor_is_raised_to_it_and_says_so():
 
 def test_each_meter_has_its_floor():
     guard = Guard(floor=5, exit_floor=50)
-    assert judge(guard, throttle(10, meter="exits")).action.limit.rate == 50
+    for meter in ("exits", "answers"):
+        assert judge(guard, throttle(10, meter=meter)).action.limit.rate == 50
     assert judge(guard, throttle(10)).action.limit.rate == 10
 
 

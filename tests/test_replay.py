@@ -222,8 +222,9 @@ def test_policies_are_told_who_has_ended_and_not_of_one_that_is_started_again(af
     for _ in range(2):
         afternoon.second()
     replayed(afternoon, only_with(Listens()))
-    assert [facts.gone for facts in told] == [(("a", 1),), (("a", 2),), ()]
-    assert [sorted(facts.vms) for facts in told] == [["b"], [], []]
+    # The second "a" ended in the moment of a look, so after it.
+    assert [facts.gone for facts in told] == [(("a", 1),), (), (("a", 2),)]
+    assert [sorted(facts.vms) for facts in told] == [["b"], ["a"], []]
 
 
 class Once:
@@ -338,8 +339,9 @@ async def test_limits_of_specs_tenants_and_the_host_are_there_in_a_replay_as_the
     [
         orc.WeightedShare(orc.Limit(rate=100), meter="answers"),
         orc.Ladder([orc.Step(rung="warn", when=[orc.Condition("answers", 1000)])]),
+        orc.only(orc.Ladder([orc.Step(rung="warn", when=[orc.Condition("answers", 1000)])]), vms="a*"),
     ],
-    ids=["meter", "signal"],
+    ids=["meter", "signal", "of some VMs"],
 )
 def test_a_policy_that_looks_at_what_no_journal_keeps_is_refused(afternoon, policy):
     lived(afternoon, 3, {"a": noisy}, [])

@@ -15,6 +15,7 @@ from trio.testing import wait_all_tasks_blocked
 import orchestra as orc
 from conftest import Stage, blank, play, word
 from orchestra.backend.scripted import ScriptedExit, bus_lock, hlt, io_read, io_write, mmio_read, triple_fault
+from orchestra.effects import Holdings
 from test_fleet import Kept
 
 FAIL = ScriptedExit("debug", args=(1, 0, 0, 0))
@@ -950,6 +951,42 @@ async def test_a_vm_paused_during_the_back_off_comes_back_paused(autojump_clock)
         assert await vm.wait() == orc.Halted()
 
 
+async def test_a_paused_vm_is_quiesced_from_the_first_moment_of_its_next_run(autojump_clock):
+    kept = Kept()
+    lives = iter([[FAIL], [FOR_EVER]])
+    async with orc.open_fleet(backend=orc.ScriptedBackend(lambda spec, vcpu: next(lives)), journal=kept) as fleet:
+        vm = await fleet.launch(blank(restart=restart(backoff=10, backoff_max=10)))
+        await trio.sleep(5)
+        await vm.pause()
+        await trio.sleep(5)
+        while not vm.restarts:  # an inner state that nothing tells
+            assert (vm.state, vm.quiesced) == ("paused", True)
+            await trio.lowlevel.checkpoint()
+        assert (vm.state, vm.quiesced) == ("paused", True)
+        assert vm.registers().rip == 0x1000
+        await vm.resume()
+        await vm.pause()
+        states = [(state, reason) for _, state, reason in kept.states]
+        assert states[-3:] == [("paused", "restart 1"), ("running", "resumed"), ("paused", "")]
+
+
+async def test_a_pause_that_meets_the_end_of_a_run_holds_the_next(autojump_clock):
+    """A guest that resets itself is paused in each moment of that."""
+    backend = orc.ScriptedBackend(lambda spec, vcpu: [triple_fault(after=1)])
+    async with orc.open_fleet(backend=backend) as fleet:
+        for moment in range(40):
+            vm = await fleet.launch(blank(f"vm-{moment}", on_reset="reset"))
+            await trio.sleep(1)
+            for _ in range(moment):
+                await trio.lowlevel.checkpoint()
+            await vm.pause()
+            for _ in range(20):
+                assert (vm.state, vm.quiesced) == ("paused", True)
+                vm.registers()
+                await trio.lowlevel.checkpoint()
+            await vm.stop()
+
+
 @pytest.mark.kvm
 async def test_pause_resume_limits_and_inspection_are_safe_during_the_back_off(nothing_left, soon):
     stage = Stage("kvm")
@@ -1063,6 +1100,7 @@ async def test_what_a_restart_cant_put_into_force_is_logged_and_not_said_to_be(a
             vm = await fleet.launch(blank(restart=restart(backoff=1)))
             vm.cap_cpu(0.1)
             vm.isolate()
+            await fleet.apply(orc.CapCpu(vm="guest", share=0.5), policy="p")
 
             def refuse(*args: object) -> None:
                 raise orc.ResourceLimit(1, "no room")
@@ -1071,6 +1109,17 @@ async def test_what_a_restart_cant_put_into_force_is_logged_and_not_said_to_be(a
                 patch.setattr(f"orchestra.guest.Guest.{name}", refuse)
             await trio.sleep(10)
             assert (vm.restarts, vm.state, vm.cpu_cap, vm.isolated) == (1, "running", None, False)
+            held = Holdings()
+            for applied in fleet.actions():  # as the journal has them
+                assert isinstance(applied.action, orc.Action)
+                held.note(applied.action, applied.policy)
+            assert not held
+            ended = [applied for applied in fleet.actions() if "no room" in applied.action.reason]
+            assert {(type(a.action), a.policy) for a in ended} == {
+                (orc.CapCpu, None),
+                (orc.CapCpu, "p"),
+                (orc.Rejoin, None),
+            }
     assert [message.count("no room") for message in caplog.messages] == [1, 1]
 
 

@@ -6,6 +6,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Final, Protocol
 
@@ -64,10 +65,18 @@ class RunLoopCaps:
 
     def __init__(self, cores: Sequence[VcpuCore]) -> None:
         self._cores = cores
+        self._share: float | None = None
 
     def put(self, share: float | None, threads: Mapping[int, int]) -> None:
-        for core in self._cores:
-            core.cap(share)
+        try:
+            for core in self._cores:
+                core.cap(share)
+        except ResourceLimit:  # all of them or none: those that have one can have another
+            for core in self._cores:
+                with suppress(ResourceLimit):
+                    core.cap(self._share)
+            raise
+        self._share = share
 
     async def settled(self) -> None:
         pass

@@ -95,6 +95,15 @@ class Fleet(Wrapper[house.Fleet]):
     ) -> None:
         self._bridge.sync(self._inner.set_limit_nowait, limit, meter=meter, tenant=tenant, vm=vm, vcpu=vcpu)
 
+    async def add_tenant(self, tenant: Tenant) -> None:
+        await self._bridge.call(partial(self._inner.add_tenant, tenant))
+
+    async def change_tenant(self, tenant: Tenant) -> None:
+        await self._bridge.call(partial(self._inner.change_tenant, tenant))
+
+    async def remove_tenant(self, name: str) -> None:
+        await self._bridge.call(partial(self._inner.remove_tenant, name))
+
     async def set_policies(self, policies: Sequence[Policy], guard: Guard | None = None) -> None:
         await self._bridge.call(partial(self._inner.set_policies, policies, guard))
 

@@ -74,7 +74,7 @@ def summary(rules: Rules) -> Iterator[str]:
         yield "no policies"
     if guard is not None:
         yield (
-            f"guard: at least {guard.floor:g} locks/s and {guard.exit_floor:g} exits/s for each VM, "
+            f"guard: at least {guard.floor:g} locks/s and {guard.exit_floor:g} exits/s and answers/s for each VM, "
             f"{100 * guard.cpu_floor:g} % of its CPU time; nothing waits longer than {guard.max_delay:g} s"
         )
 

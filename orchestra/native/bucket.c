@@ -7,7 +7,8 @@
 
 /* Ticket numbers and made tokens wrap (after 39 hours at 1e9 a second, which is what "practically unlimited" gets set
  * to): only their differences mean anything. No debt is larger than this: bursts are at most 1e9 tokens, and beyond the
- * burst a bucket owes one token for each vCPU that waits. A `last` that seems further ahead lies far behind. */
+ * burst a bucket owes each vCPU that waits what its last exit was charged, which is a page of bytes at most, so 4096
+ * tokens. A `last` that seems further ahead lies far behind. */
 #define DEBT ((int64_t)1 << 50)
 
 struct orc_bucket {

@@ -104,10 +104,18 @@ static bool has_version(const struct orc_claim *claims, size_t n, orc_u64 versio
 	return false;
 }
 
+/* It names a device that is not among these claims. */
+static bool has_other_device(const struct orc_table *t, const struct orc_claim *claims, size_t n)
+{
+	for (size_t i = 0; i < t->n; i++)
+		if (t->claim[i].device && !has_version(claims, n, t->claim[i].version))
+			return true;
+	return false;
+}
+
 int orc_bus_replace(orc_bus *b, const struct orc_claim *claims, size_t n)
 {
 	struct orc_table *old, *t;
-	bool device_goes = false;
 
 	if (!in_order(claims, n))
 		return -EINVAL;
@@ -119,11 +127,11 @@ int orc_bus_replace(orc_bus *b, const struct orc_claim *claims, size_t n)
 	old = (struct orc_table *)atomic_exchange_explicit(&b->table, t, memory_order_seq_cst);
 	old->older = b->old;
 	b->old = old;
-	for (size_t i = 0; i < old->n; i++)
-		device_goes = device_goes || (old->claim[i].device && !has_version(claims, n, old->claim[i].version));
-	/* A device of ours is called with its table held, for microseconds. A handler in Python is not: its claim has a lock. */
-	while (device_goes && is_read(b, old))
-		sched_yield();
+	/* A device of ours is called with its table held, for microseconds. (A handler in Python is not: its claim has a lock.)
+	 * That may be a table of several changes ago, all of which had the device. */
+	for (const struct orc_table *before = old; before; before = before->older)
+		while (has_other_device(before, claims, n) && is_read(b, before))
+			sched_yield();
 	reclaim(b);
 	pthread_mutex_unlock(&b->lock);
 	return 0;

@@ -233,7 +233,10 @@ static enum orc_why run_guest(orc_vcpu *v)
 		case KVM_EXIT_X86_BUS_LOCK:
 		case KVM_EXIT_INTR:
 		case KVM_EXIT_IRQ_WINDOW_OPEN:
-			break;
+		case KVM_EXIT_SET_TPR: /* a guest without an irqchip makes as many as it likes, by CR8 */
+		case KVM_EXIT_TPR_ACCESS:
+		case KVM_EXIT_IOAPIC_EOI:
+			break; /* nothing is to be done: not a matter for Python, which no meter would charge for */
 		case KVM_EXIT_IO:
 		case KVM_EXIT_MMIO:
 			why = answer(v);

@@ -292,7 +292,7 @@ void orc_vcpu_wait_begin(orc_vcpu *v, orc_ns now)
 	orc_ns by_tokens;
 	unsigned slowest;
 
-	if (!v->wait_counted) /* one wait, however often it is interrupted */
+	if (!v->wait_counted) /* one wait until it is served, however often it is interrupted */
 		orc_count(&v->waits, 1);
 	v->wait_counted = true;
 
@@ -309,6 +309,7 @@ void orc_vcpu_wait_end(orc_vcpu *v, orc_ns now, bool served)
 	wait_step(v, now, 0, 0);
 	if (!served)
 		return;
+	v->wait_counted = false; /* what Python answers of the same exit may have to wait as well */
 	turn(v, &by_tokens, &slowest);
 	if (by_tokens > now)
 		orc_count(&v->released, 1);

@@ -69,10 +69,10 @@ class Guard:
     as long after each failure, up to 64 s.
 
     Parameters:
-        floor, exit_floor: events per second below which no throttle may hold a VM: a lower one is raised to it, and its
-            burst to 2, or a VM that keeps within the floor would still wait. For a tenant or the host it counts once
-            for each VM below; how they divide it is not the guard's to say, but `max_delay` holds for each of their
-            vCPUs.
+        floor, exit_floor: events per second (bus locks; exits, and answers) below which no throttle may hold a VM: a
+            lower one is raised to it, and its burst to 2, or a VM that keeps within the floor would still wait. For a
+            tenant or the host it counts once for each VM below; how they divide it is not the guard's to say, but
+            `max_delay` holds for each of their vCPUs.
         cpu_floor: the same for CPU caps: a part of the time.
         max_delay: seconds: the longest that a throttle may delay one event; forced on those that say more or None.
         vm_cool_down: seconds between two hard actions (pause, isolate, evict, stop, kill) on a VM.

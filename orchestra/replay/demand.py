@@ -145,9 +145,10 @@ class _Ends:
         self._next = next(self._rows, None)
 
     def until(self, time: int, session: int) -> tuple[tuple[str, int], ...]:
-        """Those of this session: launches are numbered anew in each."""
+        """Those of this session before that time: launches are numbered anew in each. One that ended in the very moment
+        of a look did so after it, as one does that a policy stops."""
         gone = []
-        while self._next is not None and self._next.time <= time:
+        while self._next is not None and self._next.time < time:
             if self._next.session == session:
                 gone.append((self._next.vm, self._next.launch))
             self._next = next(self._rows, None)

@@ -23,8 +23,8 @@ class Living:
         self._of: Counter[str] = Counter()
 
     def until(self, time: int) -> None:
-        """Go on to that time."""
-        while self._next is not None and self._next.time <= time:
+        """Go on to that time. What came in that very moment came after the look: a VM that a policy stopped, say."""
+        while self._next is not None and self._next.time < time:
             row, self._next = self._next, next(self._rows, None)
             if row.state in ENDED:
                 self.gone(row.vm, row.launch)

@@ -12,6 +12,7 @@ from ..actions import Action, Applied
 from ..errors import FileError, SpecError
 from ..journal import JournalReader
 from ..policy import Facts, Guard, HostFacts, Verdict, VmFacts
+from ..policy.compose import Only
 from ..policy.engine import Done, PolicyEngine
 from ..policy.inforce import InForce
 from ..policy.maxmin import max_min
@@ -159,8 +160,11 @@ def _check_kept(rules: Rules) -> None:
     SpecError: a policy would be told that there were none of what is not in a journal.
     """
     for policy in rules.policies:
-        signals = {one.signal for step in getattr(policy, "steps", ()) for one in step.when}
-        if getattr(policy, "meter", None) is Meter.ANSWERS or Meter.ANSWERS in signals:
+        decides: Any = policy
+        while isinstance(decides, Only):  # it shows the meter of what decides, and not its steps
+            decides = decides.policy
+        signals = {one.signal for step in getattr(decides, "steps", ()) for one in step.when}
+        if getattr(decides, "meter", None) is Meter.ANSWERS or Meter.ANSWERS in signals:
             raise SpecError(
                 f"policy {policy.name!r}: looks at answers, which journals don't keep: it can't be replayed; leave it "
                 "out of the rules to replay, or let it run dry (guard.dry_run) beside a fleet"

@@ -73,7 +73,7 @@ class Engines:
         """Let those go on who were paused for longer than any may be."""
         for host in sorted(self._pausing):
             self._engines[host].end_pauses(round(now * 1e9))
-            if not self._holds.pauses(host):
+            if not self._engines[host].pausing:
                 self._pausing.discard(host)
 
     def take(self) -> list[Deed]:
@@ -100,17 +100,23 @@ class Engines:
         error = self._holds.apply(host, policy, action, time)
         self._deeds.append(Deed(time, host, policy, action, error))
         if error is None:
-            if isinstance(action, Pause):
-                self._pausing.add(host)
-            elif EFFECTS[type(action)].ends and action.vm is not None:
+            self._watch(host, action)
+            if EFFECTS[type(action)].ends and action.vm is not None:
                 self._left(host, action.vm)
         return error
+
+    def _watch(self, host: int, action: Action) -> None:
+        """A pause, also one that is only rehearsed, may last too long."""
+        if isinstance(action, Pause):
+            self._pausing.add(host)
 
     def record(self, host: int, applied: Applied) -> None:
         policy = applied.policy or ""
         if applied.action is None:
             self.errors[f"{policy}: {applied.error}"] += 1
         else:
+            if applied.outcome == "dry-run":
+                self._watch(host, applied.action)
             self._deeds.append(Deed(applied.time / 1e9, host, policy, applied.action, applied.error, refused=True))
 
     def _left(self, host: int, name: str) -> None:

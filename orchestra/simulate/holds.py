@@ -74,10 +74,6 @@ class Holds:
                 said = next((one.limit for one in scenario.tenants if one.name == name), None)
         return None if said is None else said.on(layout.models[layout.host_class[host]])
 
-    def pauses(self, host: int) -> bool:
-        """Whether anybody is paused on a host."""
-        return host in self._paused.values()
-
     # ---- actions ----------------------------------------------------------------------------------------------------
 
     def apply(self, host: int, policy: str, action: Action, now: float) -> str | None:

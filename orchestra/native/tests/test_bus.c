@@ -287,6 +287,55 @@ static void a_claim_that_moves_answers_at_each_moment_and_a_device_that_goes_is_
 	free(devices);
 }
 
+/* A device that stays until the claims have changed without it, or for so many turns of the CPU. */
+struct slow {
+	orc_device device;
+	_Atomic bool entered, left, *changed;
+};
+
+static bool answer_slowly(orc_device *d, orc_vcpu *by, const struct orc_access *a)
+{
+	struct slow *s = (struct slow *)d;
+
+	(void)by, (void)a;
+	atomic_store(&s->entered, true);
+	for (int turns = 0; turns < 2000 && !atomic_load(s->changed); turns++)
+		sched_yield();
+	atomic_store(&s->left, true);
+	return true;
+}
+
+static void *access_once(void *v)
+{
+	uint8_t data = 0;
+
+	CHECK(orc_access_begin(v, ORC_IO, 0x100, 1, 1, false, &data) == ORC_ANSWERED);
+	return NULL;
+}
+
+static void a_device_that_goes_is_waited_for_also_if_other_claims_have_changed_meanwhile(void)
+{
+	_Atomic bool changed = false;
+	struct slow slow = {.device = {answer_slowly, NULL}, .changed = &changed};
+	struct counter other = {.device = {answer_counter, NULL}};
+	const struct orc_claim claims[] = {claim_of(0x100, 0x100, 1, &slow.device), claim_of(0x200, 0x200, 2, &other.device)};
+	pthread_t thread;
+	struct rig r;
+
+	rig_new(&r);
+	CHECK(!orc_bus_replace(r.ports, claims, 1));
+	thread = start(access_once, r.v);
+	while (!atomic_load(&slow.entered))
+		sched_yield();
+	CHECK(!orc_bus_replace(r.ports, claims, 2)); /* waits for nobody: all devices stay */
+	CHECK(!atomic_load(&slow.left));
+	CHECK(!orc_bus_replace(r.ports, claims + 1, 1));
+	atomic_store(&changed, true);
+	CHECK(atomic_load(&slow.left), "it may be freed now, and a vCPU is in it");
+	join(thread);
+	rig_free(&r);
+}
+
 /* ---- consoles and interrupt lines ----------------------------------------------------------------------------- */
 
 static void a_console_keeps_the_end_of_any_output_and_counts_all_of_it(void)
@@ -383,6 +432,7 @@ const struct test bus_tests[] = {
 	TEST(an_answer_completes_the_access_also_when_a_command_came_meanwhile),
 	TEST(what_a_device_of_ours_does_not_answer_goes_up),
 	TEST(a_claim_that_moves_answers_at_each_moment_and_a_device_that_goes_is_called_no_more),
+	TEST(a_device_that_goes_is_waited_for_also_if_other_claims_have_changed_meanwhile),
 	TEST(a_console_keeps_the_end_of_any_output_and_counts_all_of_it),
 	TEST(output_is_announced_once_for_each_time_that_somebody_waits),
 	TEST(interrupt_lines_may_be_set_while_they_are_closed),

@@ -565,6 +565,38 @@ static void a_subscription_in_the_middle_of_an_exit_is_told_the_next_and_nothing
 	orc_fleet_free(f);
 }
 
+static int exits_that_need_nothing(unsigned long request, void *argument)
+{
+	static const unsigned reasons[] = {KVM_EXIT_SET_TPR, KVM_EXIT_TPR_ACCESS, KVM_EXIT_IOAPIC_EOI, KVM_EXIT_INTR,
+					   KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_X86_BUS_LOCK};
+
+	(void)argument;
+	if (request == KVM_RUN) {
+		shared.run.exit_reason = entries < 600 ? reasons[entries % 6] : KVM_EXIT_HLT;
+		shared.run.flags = 0;
+		entries++;
+	}
+	return 0;
+}
+
+static void exits_that_need_nothing_done_stay_in_the_loop(void)
+{
+	orc_fleet *f = orc_fleet_new();
+	orc_vcpu *v = orc_vcpu_new(f, 0, 64);
+	struct orc_counters out;
+
+	orc_vcpu_bind_kvm(v, -1, &shared.run, false);
+	entries = 0;
+	played = exits_that_need_nothing;
+	CHECK(orc_kvm_run(v) == ORC_EXIT);
+	played = NULL;
+	CHECK(shared.run.exit_reason == KVM_EXIT_HLT, "%u came out", shared.run.exit_reason);
+	orc_vcpu_counters(v, &out, orc_now());
+	CHECK(out.exits[KVM_EXIT_SET_TPR] == 100 && out.exits[KVM_EXIT_IOAPIC_EOI] == 100);
+	orc_vcpu_free(v);
+	orc_fleet_free(f);
+}
+
 static void the_signal_may_be_installed_again(void)
 {
 	CHECK(!orc_signal_install());
@@ -574,6 +606,7 @@ static void the_signal_may_be_installed_again(void)
 const struct test kvm_tests[] = {
 	TEST(the_signal_may_be_installed_again),
 	TEST(a_subscription_in_the_middle_of_an_exit_is_told_the_next_and_nothing_stale),
+	TEST(exits_that_need_nothing_done_stay_in_the_loop),
 	TEST(accesses_to_claimed_ports_come_out_and_others_stay_in_the_loop),
 	TEST(string_instructions_on_ports_move_every_byte),
 	TEST(a_command_during_an_answer_comes_after_the_access_is_finished),

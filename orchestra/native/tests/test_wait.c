@@ -274,6 +274,28 @@ static void an_exit_counts_for_its_accesses_and_for_those_that_python_answers(vo
 	orc_fleet_free(f);
 }
 
+static void each_wait_that_is_served_is_one_also_of_the_same_exit(void)
+{
+	struct scene s = scene_new(10, SECOND);
+	struct orc_record io = {.reason = KVM_EXIT_IO};
+	struct orc_counters out;
+
+	orc_vcpu_set_bucket(s.vcpu, ORC_ANSWERS, HOST, s.bucket);
+	orc_vcpu_account(s.vcpu, &io, 0);
+	for (int chunk = 1; chunk <= 3; chunk++) { /* the exit's own wait, and then one for each chunk that Python answered */
+		CHECK(orc_vcpu_turn(s.vcpu) != ORC_NEVER);
+		orc_vcpu_wait_begin(s.vcpu, chunk);
+		orc_vcpu_wait_end(s.vcpu, chunk, false); /* interrupted: the same wait */
+		orc_vcpu_wait_begin(s.vcpu, chunk);
+		orc_vcpu_wait_end(s.vcpu, chunk, true);
+		out = counters(s.vcpu);
+		CHECK(out.waits == (orc_u64)chunk, "%llu", (unsigned long long)out.waits);
+		CHECK(out.released <= out.waits, "no more waits can have been cut short than there were");
+		orc_vcpu_answered(s.vcpu, 1000, chunk);
+	}
+	scene_free(&s);
+}
+
 /* ---- making way ----------------------------------------------------------------------------------------------- */
 
 static void *make_way_here(void *argument)
@@ -499,6 +521,7 @@ const struct test wait_tests[] = {
 	TEST(a_wait_counts_for_the_bucket_that_was_the_slowest),
 	TEST(a_limit_that_changes_in_a_wait_ends_what_counts_for_its_bucket),
 	TEST(an_exit_counts_for_its_accesses_and_for_those_that_python_answers),
+	TEST(each_wait_that_is_served_is_one_also_of_the_same_exit),
 	TEST(no_limit_change_is_missed_however_it_races_with_the_start_of_a_wait),
 	TEST(a_wake_up_between_looking_and_sleeping_is_not_lost),
 	TEST(counters_only_grow_and_no_wait_counts_twice),
