@@ -532,3 +532,17 @@ async def test_the_next_run_waits_until_the_memory_of_the_last_is_unmapped(monke
         with trio.fail_after(20):
             while word(vm, 0x8000) == 0:  # noqa: ASYNC110  # the guest tells nobody
                 await trio.sleep(0.001)
+
+
+@pytest.mark.kvm
+async def test_a_running_guest_does_not_keep_what_the_kernel_counts_of_it_from_being_read(nothing_left):
+    """The kernel's lock of a vCPU is held while that spins: whoever waits for it on the fleet's thread hangs."""
+    async with KVM.open() as fleet:
+        vm = await fleet.launch(KVM.spec("first_spins", vcpus=2))
+        with trio.fail_after(10):
+            while not vm.guest.has_ended(1):
+                await trio.lowlevel.checkpoint()
+            for _ in range(2):
+                counted = await vm.kernel_statistics()
+                assert {"vcpu0.exits", "vcpu1.exits"} <= set(counted)
+            await vm.stop()

@@ -102,6 +102,14 @@ class KvmMachine:
         if result:
             raise failure(-result, ffi.string(plan.step).decode())
 
+    def open_statistics(self, index: int) -> None:
+        """Before `statistics`, for each vCPU that is alive: on its thread, as this waits until it leaves KVM_RUN.
+
+        Raises:
+            KvmError: this KVM has none.
+        """
+        self.engines[index].vcpu.open_statistics()
+
     def statistics(self) -> dict[str, float]:
         """KVM's own figures, in whole units, of the VM and ("vcpu0.exits") of each vCPU; without histograms.
 
