@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import threading
 import time
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -20,6 +22,7 @@ from orchestra.activity import Activity
 from orchestra.actuators.caps import RunLoopCaps
 from orchestra.backend.kvm.dirty import DirtyLog
 from orchestra.backend.kvm.machine import KvmBackend, KvmEngine, KvmMachine
+from orchestra.backend.kvm.system import Kvm
 from orchestra.backend.kvm.vcpu import KvmVcpu
 from orchestra.backend.kvm.vm import KvmVm
 from orchestra.backend.scripted import hlt
@@ -28,6 +31,7 @@ from orchestra.fleet import Fleet
 from orchestra.guest import Guest
 from orchestra.holding import Holding
 from orchestra.memory import Region
+from orchestra.native import ffi, lib
 from orchestra.native.core import VcpuCore
 from orchestra.subscription import Switchboard
 
@@ -481,6 +485,34 @@ async def test_a_run_that_cant_begin_fails_and_gives_all_back(monkeypatch, nothi
             assert isinstance(outcome, orc.Failed)
             assert outcome.reason == "run: ZeroDivisionError: injected"
             assert vm.outcome is None
+
+
+class WithoutInterrupts:
+    """The core, with no memory left for interrupt lines."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(lib, name)
+
+    def orc_interrupts_new(self, fd: int) -> Any:
+        return ffi.NULL
+
+
+async def test_a_launch_that_finds_no_memory_once_the_kernel_has_made_its_vm_leaves_nothing(monkeypatch):
+    async with KVM.open() as fleet:
+        monkeypatch.setattr("orchestra.backend.kvm.vm.lib", WithoutInterrupts())
+        with pytest.raises(MemoryError):
+            await fleet.launch(KVM.spec("spin", vcpus=2))
+        with pytest.raises(MemoryError):
+            fleet.backend.kvm.create_vm()
+
+
+def test_a_kvm_that_does_not_tell_what_it_can_do_is_closed(monkeypatch):
+    def refuse(self: Kvm, number: int) -> int:
+        raise orc.ResourceLimit(errno.ENOMEM, "injected")
+
+    monkeypatch.setattr(Kvm, "extension", refuse)
+    with pytest.raises(orc.ResourceLimit, match="injected"):
+        KvmBackend.open()
 
 
 # ---- memory is given back off the event loop
