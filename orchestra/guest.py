@@ -9,6 +9,7 @@ import errno
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from threading import Lock, RLock
 from typing import Any, Final, Protocol, cast
 
@@ -463,17 +464,24 @@ class Guest:
             numbers = {vcpu.index: stack.enter_context(vcpu.living()) for vcpu in self.vcpus}
             yield {index: tid for index, tid in numbers.items() if tid is not None}
 
-    def kernel_statistics(self) -> dict[str, float]:
+    async def kernel_statistics(self) -> dict[str, float]:
         """What the kernel counts of it, by names that differ from kernel to kernel.
 
         Raises:
             StateError: it has ended, or its backend's guests are not the kernel's.
         """
-        read = getattr(self._machine, "statistics", None)
-        if self.final is not None or read is None:
-            why = "it has ended" if self.final is not None else f"backend {self.house.backend.name!r} has none"
+        machine: Any = self._machine
+        await trio.lowlevel.checkpoint()
+        why = None if hasattr(machine, "statistics") else f"backend {self.house.backend.name!r} has none"
+        for index in range(len(self.vcpus)):
+            if why is None and not self.has_ended(index):
+                # The kernel holds a lock of a vCPU's while that is in KVM_RUN, which may be for ever.
+                await self.call(index, partial(machine.open_statistics, index))
+        if self.final is not None:
+            why = "it has ended"
+        if why is not None:
             raise StateError(f"vm {self.name!r}: no statistics of KVM's: {why}")
-        statistics: dict[str, float] = read()
+        statistics: dict[str, float] = machine.statistics()
         return statistics
 
     async def call(self, index: int, function: Callable[[], Any]) -> Any:

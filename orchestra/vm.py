@@ -575,17 +575,18 @@ class Vm:
         pages, read = (0, 0) if dirty is None else dirty.sums()
         return (self._dirty_before or 0) + pages if read else self._dirty_before
 
-    def kernel_statistics(self) -> Mapping[str, float]:
+    async def kernel_statistics(self) -> Mapping[str, float]:
         """What KVM itself counts of it, in whole units (seconds, bytes), by the kernel's names: of the VM
         ("pages_4k"), and of each vCPU ("vcpu0.exits"). Which there are differs from kernel to kernel.
 
-        The first call opens a descriptor for the VM and each vCPU; each takes some microseconds.
+        The first call of a run opens a descriptor for the VM and each vCPU. A vCPU's thread does it between two entries
+        of the guest, so this waits for a device that answers on it.
 
         Raises:
             StateError: it has ended, or does not run on KVM.
             KvmError: this KVM has none.
         """
-        return self._made().kernel_statistics()
+        return await self._made().kernel_statistics()
 
     def set_sampling(self, every: int) -> None:
         """Sample one bus lock of so many for `profile` from now on; 0: none. It stays over restarts.

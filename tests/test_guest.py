@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import threading
 import time
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -20,6 +22,7 @@ from orchestra.activity import Activity
 from orchestra.actuators.caps import RunLoopCaps
 from orchestra.backend.kvm.dirty import DirtyLog
 from orchestra.backend.kvm.machine import KvmBackend, KvmEngine, KvmMachine
+from orchestra.backend.kvm.system import Kvm
 from orchestra.backend.kvm.vcpu import KvmVcpu
 from orchestra.backend.kvm.vm import KvmVm
 from orchestra.backend.scripted import hlt
@@ -28,6 +31,7 @@ from orchestra.fleet import Fleet
 from orchestra.guest import Guest
 from orchestra.holding import Holding
 from orchestra.memory import Region
+from orchestra.native import ffi, lib
 from orchestra.native.core import VcpuCore
 from orchestra.subscription import Switchboard
 
@@ -483,6 +487,34 @@ async def test_a_run_that_cant_begin_fails_and_gives_all_back(monkeypatch, nothi
             assert vm.outcome is None
 
 
+class WithoutInterrupts:
+    """The core, with no memory left for interrupt lines."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(lib, name)
+
+    def orc_interrupts_new(self, fd: int) -> Any:
+        return ffi.NULL
+
+
+async def test_a_launch_that_finds_no_memory_once_the_kernel_has_made_its_vm_leaves_nothing(monkeypatch):
+    async with KVM.open() as fleet:
+        monkeypatch.setattr("orchestra.backend.kvm.vm.lib", WithoutInterrupts())
+        with pytest.raises(MemoryError):
+            await fleet.launch(KVM.spec("spin", vcpus=2))
+        with pytest.raises(MemoryError):
+            fleet.backend.kvm.create_vm()
+
+
+def test_a_kvm_that_does_not_tell_what_it_can_do_is_closed(monkeypatch):
+    def refuse(self: Kvm, number: int) -> int:
+        raise orc.ResourceLimit(errno.ENOMEM, "injected")
+
+    monkeypatch.setattr(Kvm, "extension", refuse)
+    with pytest.raises(orc.ResourceLimit, match="injected"):
+        KvmBackend.open()
+
+
 # ---- memory is given back off the event loop
 
 
@@ -556,3 +588,17 @@ def test_a_cap_that_one_vcpu_cant_have_none_has():
     with pytest.raises(orc.ResourceLimit):
         caps.put(0.2, {})
     assert cores[0].share == 0.5
+
+
+@pytest.mark.kvm
+async def test_a_running_guest_does_not_keep_what_the_kernel_counts_of_it_from_being_read(nothing_left):
+    """The kernel's lock of a vCPU is held while that spins: whoever waits for it on the fleet's thread hangs."""
+    async with KVM.open() as fleet:
+        vm = await fleet.launch(KVM.spec("first_spins", vcpus=2))
+        with trio.fail_after(10):
+            while not vm.guest.has_ended(1):
+                await trio.lowlevel.checkpoint()
+            for _ in range(2):
+                counted = await vm.kernel_statistics()
+                assert {"vcpu0.exits", "vcpu1.exits"} <= set(counted)
+            await vm.stop()

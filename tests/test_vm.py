@@ -1335,13 +1335,13 @@ async def test_what_the_kernel_counts_is_told_where_there_is_a_kernel_that_does(
         vm = await fleet.launch(stage.spec("spin", vcpus=stage.vcpus))
         if stage.backend != "kvm":
             with pytest.raises(orc.StateError, match=f"{stage.backend}"):
-                vm.kernel_statistics()
+                await vm.kernel_statistics()
             return
         await vm.pause()
-        counted = vm.kernel_statistics()
+        counted = await vm.kernel_statistics()
         assert counted["vcpu0.exits"] >= 0
         assert {"vcpu0.exits", "vcpu1.exits"} <= set(counted)
         assert any("." not in name for name in counted)
         await vm.stop()
         with pytest.raises(orc.StateError, match="has ended"):
-            vm.kernel_statistics()
+            await vm.kernel_statistics()

@@ -302,5 +302,5 @@ class Vm(Wrapper[machine.Vm]):
     def statistics(self) -> VmStatistics:
         return self._bridge.sync(self._inner.statistics)
 
-    def kernel_statistics(self) -> Mapping[str, float]:
-        return self._bridge.sync(self._inner.kernel_statistics)
+    async def kernel_statistics(self) -> Mapping[str, float]:
+        return await self._bridge.call(self._inner.kernel_statistics)

@@ -110,6 +110,8 @@ struct orc_vcpu {
 	bool unfinished; /* the last exit is completed by the next KVM_RUN (I/O, MMIO, MSR, hypercall) */
 	bool gated;          /* it holds the gate, unless it was passed */
 	orc_ns gate_entered;
+	orc_ns gate_cpu;       /* its thread's CPU time then, if it is watched */
+	uint32_t gate_watched; /* for so many entries more */
 	orc_vcpu *gate_next; /* fleet->gate.lock, and what follows */
 	bool gate_given;
 	int fd, error;

@@ -9,8 +9,16 @@
  * the others are now, and has saved nothing up.
  *
  * What is behind the gate is other people's Python: a device may block. So the gate is no lock that anything relies on:
- * who has been in for longer than the gate's patience is passed, and who is commanded (to stop, to park) does not wait at all. */
+ * who has been in for longer than the gate's patience is passed, and who is commanded (to stop, to park) does not wait at all.
+ * Nor did who blocked have the interpreter: of such a stay only the CPU time counts. By the clock, a device that blocks for a
+ * second would come in again only when all the other tenants have had a second each. */
+#include <time.h>
+
 #include "core.h"
+
+/* Entries. To ask for the CPU time of a thread costs about as much as an answer, so it is asked for only after a stay that was
+ * too long, which itself counts as the gate's patience: one in so many is charged too little at the most. */
+enum { WATCHED = 1000 };
 
 static struct orc_share *share(const orc_vcpu *v, int level)
 {
@@ -53,12 +61,37 @@ static void arrive(struct orc_gate *g, orc_vcpu *v)
 	catch_up(share(v, ORC_VM), tenant ? get(&tenant->below) : get(&g->now));
 }
 
+static orc_ns cpu_time(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+	return (orc_ns)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+/* For how long it had the interpreter. */
+static orc_ns had(const struct orc_gate *g, orc_vcpu *v, orc_ns now)
+{
+	orc_ns stay = now - v->gate_entered, ran = v->gate_watched ? cpu_time() - v->gate_cpu : 0;
+
+	if (v->gate_watched)
+		v->gate_watched--;
+	if (stay <= g->patience)
+		return stay;
+	v->gate_watched = WATCHED;
+	if (ran < g->patience)
+		return g->patience;
+	return ran < stay ? ran : stay;
+}
+
 /* It holds the gate from now on. */
 static void admit(struct orc_gate *g, orc_vcpu *v)
 {
 	struct orc_share *tenant = share(v, ORC_TENANT);
 
 	v->gated = true;
+	if (v->gate_watched)
+		v->gate_cpu = cpu_time();
 	v->gate_entered = orc_now();
 	atomic_store_explicit(&g->since, v->gate_entered, memory_order_relaxed);
 	advance(&g->now, used(tenant));
@@ -156,17 +189,18 @@ void orc_gate_leave(orc_vcpu *v)
 {
 	struct orc_gate *g = &v->fleet->gate;
 	orc_vcpu *holder = v, *next;
-	orc_ns now;
+	orc_ns now, time;
 
 	if (!v->gated)
 		return;
 	v->gated = false;
 	now = orc_now();
+	time = had(g, v, now);
 	for (int level = ORC_TENANT; level <= ORC_VM; level++) {
 		struct orc_share *s = share(v, level);
 
 		if (s)
-			atomic_fetch_add_explicit(&s->used, now - v->gate_entered, memory_order_relaxed);
+			atomic_fetch_add_explicit(&s->used, time, memory_order_relaxed);
 	}
 	if (!atomic_load_explicit(&g->waiting, memory_order_seq_cst)) {
 		if (!take(g, v, NULL)) /* it was passed: the gate is another's */

@@ -89,10 +89,16 @@ class KvmMachine:
 
         result = lib.orc_kvm_build(plan)
         if plan.vm >= 0:
-            self.vm = KvmVm.adopt(plan.vm, kvm.vcpu_mmap_size, self.memory, bus_lock_exits=how["bus_locks"])
+            made = range(plan.vcpus_made)
+            with ExitStack() as nobodys:
+                for index in made:
+                    nobodys.callback(os.close, fds[index])
+                    nobodys.callback(lib.munmap, runs[index], kvm.vcpu_mmap_size)
+                self.vm = KvmVm.adopt(plan.vm, kvm.vcpu_mmap_size, self.memory, bus_lock_exits=how["bus_locks"])
+                vcpus = [KvmVcpu(self.vm, fds[index], runs[index], kvm.vcpu_mmap_size) for index in made]
+                nobodys.pop_all()
             self.interrupts = self.vm.interrupts if spec.irqchip else None
-            for index in range(plan.vcpus_made):
-                vcpu = KvmVcpu(self.vm, fds[index], runs[index], kvm.vcpu_mmap_size)
+            for index, vcpu in enumerate(vcpus):
                 self.engines.append(KvmEngine(cores[index], vcpu, how["sync_regs"]))
                 lib.orc_vcpu_profile_memory(cores[index].handle, slots, len(slots))
             self._slots = slots  # as long as the vCPUs that read code through it
@@ -101,6 +107,14 @@ class KvmMachine:
             raise BusLockUnsupported(f"vm {spec.name!r}: this host's KVM can't report its bus locks")
         if result:
             raise failure(-result, ffi.string(plan.step).decode())
+
+    def open_statistics(self, index: int) -> None:
+        """Before `statistics`, for each vCPU that is alive: on its thread, as this waits until it leaves KVM_RUN.
+
+        Raises:
+            KvmError: this KVM has none.
+        """
+        self.engines[index].vcpu.open_statistics()
 
     def statistics(self) -> dict[str, float]:
         """KVM's own figures, in whole units, of the VM and ("vcpu0.exits") of each vCPU; without histograms.
@@ -148,7 +162,11 @@ class KvmBackend:
         """
         install_signal()
         kvm = Kvm.open(path)
-        return cls(kvm, "kvm, as asked for")
+        try:
+            return cls(kvm, "kvm, as asked for")
+        except BaseException:
+            kvm.close()
+            raise
 
     def bus_lock_detection(self) -> Detection | None:
         if not self.kvm.extension(lib.KVM_CAP_X86_BUS_LOCK_EXIT) & lib.KVM_BUS_LOCK_DETECTION_EXIT:

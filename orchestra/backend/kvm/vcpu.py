@@ -244,10 +244,18 @@ class KvmVcpu:
             return False
         return True
 
-    def statistics(self) -> dict[str, Statistic]:
-        """KVM's own statistics of the vCPU; see `KvmVm.statistics`. Keeps one more descriptor open from then on."""
+    def open_statistics(self) -> None:
+        """Open what `statistics` reads, if it is not open. Waits while the vCPU is in KVM_RUN, as all its ioctls do."""
         if self._statistics is None:
             self._statistics = StatisticsReader.open(self.fd)
+
+    def statistics(self) -> dict[str, Statistic]:
+        """KVM's own statistics of the vCPU; see `KvmVm.statistics`. Keeps one more descriptor open from then on.
+
+        Only the first call waits for anybody (`open_statistics`).
+        """
+        self.open_statistics()
+        assert self._statistics is not None
         return self._statistics.read()
 
     def close(self) -> None:

@@ -44,9 +44,11 @@ class KvmVm:
     )
 
     def __init__(self, fd: int, vcpu_mmap_size: int) -> None:
+        """Take over `fd`, which is closed if this raises."""
         self.fd = fd
         self.interrupts: Any = ffi.gc(lib.orc_interrupts_new(fd), lib.orc_interrupts_free)
         if self.interrupts == ffi.NULL:
+            os.close(fd)
             raise MemoryError("orc_interrupts_new")
         self.bus_lock_exits = False
         self._vcpu_mmap_size = vcpu_mmap_size

@@ -103,7 +103,9 @@ static void a_capped_runner_uses_no_more_than_its_part(void)
 	nap(SECOND); /* the measuring time itself */
 	share = (double)(used(&r) - before) / (double)(orc_now() - begun);
 	CHECK(share < 0.23, "%g", share); /* less where others want the CPU as well */
-	CHECK(capped(&r) > 0);
+	/* On a machine that is busy with others it may not have had its part yet. */
+	for (orc_ns until = orc_now() + PATIENCE; !capped(&r);)
+		CHECK(orc_now() < until);
 	runner_end(&r);
 	orc_fleet_free(fleet);
 }

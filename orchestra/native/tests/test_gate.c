@@ -147,6 +147,32 @@ static void who_stays_too_long_is_passed_and_leaves_nothing_behind(void)
 	scene_free(&s);
 }
 
+static void of_a_long_stay_the_cpu_time_counts_and_not_how_long_it_blocked(void)
+{
+	struct scene s = scene_new();
+	orc_vcpu *v = s.vcpu[0];
+	const _Atomic int64_t *used = &orc_bucket_share(s.tenant[0])->used;
+
+	s.fleet->gate.patience = SECOND;
+	for (int i = 1; i <= 2; i++) { /* before anybody looks at its CPU time, and when that is done */
+		orc_gate_enter(v);
+		v->gate_entered -= 1000 * SECOND;
+		orc_gate_leave(v);
+		CHECK(*used == i * SECOND, "the gate's patience");
+	}
+	orc_gate_enter(v);
+	v->gate_entered -= 1000 * SECOND;
+	v->gate_cpu -= 10 * SECOND;
+	orc_gate_leave(v);
+	CHECK(*used >= 12 * SECOND && *used < 13 * SECOND, "%lld", (long long)*used);
+	orc_gate_enter(v);
+	v->gate_entered = orc_now();
+	v->gate_cpu -= 1000 * SECOND; /* whatever that says, it is no more than the time that it was in */
+	orc_gate_leave(v);
+	CHECK(*used < 14 * SECOND, "%lld", (long long)*used);
+	scene_free(&s);
+}
+
 static void who_is_commanded_does_not_wait(void)
 {
 	struct scene s = scene_new();
@@ -210,6 +236,7 @@ const struct test gate_tests[] = {
 	TEST(of_two_the_same_the_first_is_next),
 	TEST(who_was_away_has_saved_nothing_up),
 	TEST(who_stays_too_long_is_passed_and_leaves_nothing_behind),
+	TEST(of_a_long_stay_the_cpu_time_counts_and_not_how_long_it_blocked),
 	TEST(who_is_commanded_does_not_wait),
 	TEST(a_sleep_gives_the_gate_up),
 	TEST(a_crowd_gets_through),
