@@ -171,7 +171,7 @@ guests = st.builds(
 )
 
 
-# The same hosts each time: how far a single guest is off has no bound that holds for any (a third, once in some hundreds).
+# The same hosts each time: how far a single guest is off has no bound for any host (a third, once in some hundreds).
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(st.lists(guests, min_size=1, max_size=4), st.none() | limits, st.none() | limits)
 def test_any_small_host_fares_as_under_the_core(several, host, of_a):
