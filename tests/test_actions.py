@@ -123,7 +123,7 @@ def test_every_way_to_end_is_an_outcome_and_no_action_is():
 
 
 def test_states_read_as_plain_words():
-    assert [str(state) for state in State] == ["created", "running", "paused", "stopped", "failed"]
+    assert [str(state) for state in State] == ["created", "running", "paused", "waiting", "stopped", "failed"]
 
 
 def test_all_lists_what_the_module_offers():

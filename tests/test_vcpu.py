@@ -330,8 +330,6 @@ async def test_a_runner_that_breaks_fails_its_vm_alone(monkeypatch):
 
         vm.guest.vcpus[0].engine.run = run
         await vm.resume()
-        await vm.pause()
-        await vm.resume()
         with trio.fail_after(5):
             outcome = await vm.wait()
         assert isinstance(outcome, orc.Failed)
