@@ -320,16 +320,14 @@ async def test_the_first_end_counts():
         assert await vm.wait() == orc.Shutdown("exit port", 1)
 
 
-async def test_a_runner_that_breaks_fails_its_vm_alone(monkeypatch):
-    async with play({"guest": [ScriptedExit("debug", after=1)], "other": [hlt(after=1e9)]}) as fleet:
+async def test_a_runner_that_breaks_fails_its_vm_alone(autojump_clock):
+    def broken():
+        yield bus_lock()
+        raise RuntimeError("a bug of ours")
+
+    async with play({"guest": broken(), "other": [hlt(after=1e9)]}) as fleet:
         other = await fleet.launch(blank("other"))
-        vm = await fleet.launch(blank(), paused=True)
-
-        async def run() -> object:
-            raise RuntimeError("a bug of ours")
-
-        vm.guest.vcpus[0].engine.run = run
-        await vm.resume()
+        vm = await fleet.launch(blank())
         with trio.fail_after(5):
             outcome = await vm.wait()
         assert isinstance(outcome, orc.Failed)
