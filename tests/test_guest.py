@@ -295,11 +295,17 @@ async def test_a_guest_is_told_that_it_was_paused_before_it_goes_on():
         vm = await fleet.launch(KVM.spec("spin"), paused=True)
         kvm_vcpu = vm.guest.vcpus[0].engine.vcpu
         kvm_vcpu.set_msrs({new_system_time: page | 1})
-        await vm.resume()
-        await vm.pause()
+
+        async def run_and_pause() -> None:
+            kicks = vm.statistics().kicks
+            await vm.resume()
+            while vm.statistics().kicks == kicks:  # until it was in the guest: on entering it KVM writes the page
+                await vm.inspect()
+            await vm.pause()
+
+        await run_and_pause()
         vm.write_memory(page + flags, bytes([vm.read_memory(page + flags, 1)[0] & ~stopped]))
-        await vm.resume()
-        await vm.pause()
+        await run_and_pause()
         assert vm.read_memory(page + flags, 1)[0] & stopped
 
 
