@@ -49,13 +49,6 @@ def test_a_flood_is_judged_by_the_loop_and_by_what_the_innocent_keeps() -> None:
     assert [row.ok for row in judge("bad", spun, bad, 0)] == [False, False, None]
 
 
-def test_a_flood_that_python_never_hears_of_may_make_the_loop_as_late_as_spinning_does() -> None:
-    spun = Taken(rates=[100.0], late=[0.01], stops=[0.001])
-    late = Taken(rates=[100.0], late=[0.0109], stops=[0.001])
-    assert [row.ok for row in judge("in C", spun, late, 0)] == [True, True, None]
-    assert [row.ok for row in judge("in Python", spun, late, 1)] == [False, True, None]
-
-
 def test_floods_name_guests_that_there_are() -> None:
     assert all((ROOT / "benchmarks" / "guests" / f"{flood.guest}.bin").exists() for flood in FLOODS.values())
 
