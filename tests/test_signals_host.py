@@ -52,14 +52,21 @@ def test_a_probe_measures_both_and_leaves_no_thread():
 
 
 def test_a_probe_that_nobody_reads_keeps_going_and_forgets():
-    probe = Probe(period=10_000)
+    room, buffer = 1024, ffi.new("struct orc_probe_sample[]", 4096)
+    handle = lib.orc_probe_start(10_000, 4)
     try:
-        time.sleep(0.2)  # more than it has room for, at 100 a millisecond
-        first = probe.take()
-        assert taken(probe, first + 100) > first
-        assert first <= 1024 + 512
+        # Nobody reads for longer each time, until the ring was full. A take drains what is there at one moment.
+        unread, waiting = 0.05, 0
+        while waiting < room:
+            time.sleep(unread)
+            waiting = lib.orc_probe_take(handle, buffer, len(buffer))
+            assert waiting <= room
+            unread *= 2
+            assert unread < 60
+        while not lib.orc_probe_take(handle, buffer, len(buffer)):  # and afterwards there are new ones
+            time.sleep(0.001)
     finally:
-        probe.close()
+        lib.orc_probe_stop(handle)
 
 
 def test_no_thread_for_a_probe_is_an_error_that_names_the_limit(monkeypatch):
