@@ -1,12 +1,14 @@
 # The map, from the door down; imports point down it and never up (tests/test_layers.py holds them to it).
 #
 #   door      cli, __main__                     a person at a terminal
-#   windows   aio/, colours, doctor, figures, journal/, replay/, rules/, simulate/, testing/, tomlfile   see, steer it
-#   house     opening, fleet, statistics, governor, activity, dirty, apply, record, subscription, watch   many VMs
+#   windows   aio/, colours, doctor, figures, replay/, rules/, simulate/, testing/, tomlfile   ways to see and steer it
+#   house     opening, door, fleet, fleetspec, journal/, context, supervisor, tenancy, statistics   many VMs, and
+#             governor, activity, dirty, apply, record, subscription, watch   what judges and remembers them
 #   machine   vm, desired, succession, counted, guest, holding, vcpu, inbox   one VM: its tasks, its states
 #   parts     actuators/, devices/, boot/, budget, contain, profile/, signals/, workers   what a guest sees, uses, did
 #   silicon   backend/ (kvm, emulated, scripted), memory, native/   what executes a guest
-#   words     errors, extras, spec, exits, actions, effects, codec, policy/   plain data and pure functions
+#   words     errors, extras, spec, journalspec, exits, actions, effects, policy/   plain data and pure functions
+#             codec, decoding, construction   and how they are written
 #
 #   spec → VM → exits → policy → actions → fleet → VM
 """Run many KVM virtual machines from one async program, and keep noisy neighbours quiet."""
@@ -38,6 +40,7 @@ from .actions import (
 )
 from .backend.emulated.machine import EmulatedBackend
 from .backend.scripted import ScriptedBackend, ScriptedExit
+from .codec import CodecError, decode, encode, from_document, to_document
 from .devices.bus import Device
 from .devices.requests import Request
 from .errors import (
@@ -85,13 +88,16 @@ from .exits import (
     Xen,
 )
 from .fleet import Fleet
+from .fleetspec import FleetSpec
 from .holding import PendingIo
+from .journalspec import JournalSpec, JournalStatistics
 from .opening import open_fleet
 from .policy import (
     CPU_MODELS,
     Adaptive,
     BurstCredits,
     BusTime,
+    Chosen,
     Condition,
     CpuModel,
     Facts,
@@ -100,6 +106,7 @@ from .policy import (
     Ladder,
     Only,
     Policy,
+    PolicySpec,
     Ruling,
     Rung,
     StaticLimits,
@@ -111,6 +118,7 @@ from .policy import (
     WeightedShare,
     default_steps,
     only,
+    policy_kinds,
 )
 from .profile import Instruction, Profile, SymbolError, Symbols
 from .spec import (
@@ -144,6 +152,8 @@ __all__ = [
     "BusLockUnsupported",
     "BusTime",
     "CapCpu",
+    "Chosen",
+    "CodecError",
     "Condition",
     "CpuModel",
     "Debug",
@@ -163,6 +173,7 @@ __all__ = [
     "FileError",
     "FlatImage",
     "Fleet",
+    "FleetSpec",
     "FleetStatistics",
     "GiB",
     "Guard",
@@ -179,6 +190,8 @@ __all__ = [
     "IoapicEoi",
     "IrqWindowOpen",
     "Isolate",
+    "JournalSpec",
+    "JournalStatistics",
     "KiB",
     "Kill",
     "KvmError",
@@ -199,6 +212,7 @@ __all__ = [
     "Pause",
     "PendingIo",
     "Policy",
+    "PolicySpec",
     "Profile",
     "Rdmsr",
     "Rejoin",
@@ -248,7 +262,12 @@ __all__ = [
     "WeightedShare",
     "Wrmsr",
     "Xen",
+    "decode",
     "default_steps",
+    "encode",
+    "from_document",
     "only",
     "open_fleet",
+    "policy_kinds",
+    "to_document",
 ]

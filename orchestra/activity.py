@@ -21,7 +21,7 @@ from .native.core import BUCKETS, FleetCore, reason_name
 from .policy import Facts, VcpuFacts, VmFacts
 from .policy.facts import add_known
 from .signals import HostReading, HostSignals, ThreadTimes
-from .spec import Limit, Tenant
+from .spec import Limit, Meter, Tenant
 from .vm import Vm
 
 __all__ = ["Activity", "Window"]
@@ -42,12 +42,9 @@ class Fleet(Protocol):
 
     @property
     def tenants(self) -> Mapping[str, Tenant]: ...
-    @property
-    def limit(self) -> Limit | None: ...
-    @property
-    def exit_limit(self) -> Limit | None: ...
-    @property
-    def answer_limit(self) -> Limit | None: ...
+    def host_limit(self, meter: Meter) -> Limit | None:
+        """As in force."""
+
     def now(self) -> int: ...
 
 
@@ -304,9 +301,9 @@ class Activity:
         return Facts(
             time=self._looked,
             interval=max((self._looked - window.since) / 1e9, 1e-9),
-            limit=fleet.limit,
-            exit_limit=fleet.exit_limit,
-            answer_limit=fleet.answer_limit,
+            limit=fleet.host_limit(Meter.BUS_LOCKS),
+            exit_limit=fleet.host_limit(Meter.EXITS),
+            answer_limit=fleet.host_limit(Meter.ANSWERS),
             tenants=self._tenants,
             vms=MappingProxyType(vms),
             host=self.host.facts(window.reading, self._reading, self._absent),

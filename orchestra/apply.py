@@ -40,18 +40,16 @@ from .backend import Backend
 from .budget import Budget, Budgets
 from .effects import Holdings
 from .errors import BusLockUnsupported, OrchestraError, SpecError, StateError
+from .fleetspec import OnEvict
 from .native.core import FleetCore
 from .policy import Guard
 from .record import Records
 from .spec import ANSWER_LIMIT, Limit, Meter
 from .vm import Vm
 
-__all__ = ["Applier", "Begun", "OnEvict"]
+__all__ = ["Applier", "Begun"]
 
 log: Final = logging.getLogger("orchestra")
-
-OnEvict = Callable[[Vm, Evict], Awaitable[object]]
-"""What moves a VM to another host, or raises why not."""
 
 GIVERS: Final = {"open_fleet": "open_fleet()", "spec": "its spec", "default": "default (answer_limit)"}
 DEFAULTS: Final = {Meter.ANSWERS: ANSWER_LIMIT}
@@ -76,6 +74,11 @@ class Fleet(Protocol):
         """A tenant's, or the host's."""
 
     def now(self) -> int: ...
+    def below(self, action: Action) -> int:
+        """How many VMs an action is about."""
+
+    def start_soon(self, function: Callable[..., Awaitable[object]], *args: Any) -> None:
+        """Run it in a task of the fleet's."""
 
 
 @attrs.define(eq=False)
@@ -111,6 +114,10 @@ class Applier:
         self._records = records
         self._on_evict = on_evict
         self._leaving: set[Vm] = set()
+        self.now = fleet.now
+        self.below = fleet.below
+        self.start_soon = fleet.start_soon
+        self.record = records.action  # of what was not even tried
 
     async def apply(self, action: Action, policy: str | None) -> Applied:
         """As `Fleet.apply`."""

@@ -39,8 +39,7 @@ _EXTRAS = {
     "parquet": ("pyarrow",),
     "plot": ("matplotlib",),
     "profile": ("iced_x86", "elftools"),
-    "rules": ("cattrs",),
-    "simulate": ("numpy", "cattrs"),
+    "simulate": ("numpy",),
     "testing": ("pytest", "pytest_trio"),
 }
 AUTO = 'backend="auto"'

@@ -6,32 +6,14 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Final, Protocol, runtime_checkable
 
-import attrs
-
 from .actions import Applied, SetLimit
+from .journalspec import JournalStatistics
 from .policy import Facts
 from .profile import Row
 
-__all__ = ["JournalStatistics", "Recorder", "Records"]
+__all__ = ["Recorder", "Records"]
 
 KEPT: Final = 10_000
-
-
-@attrs.frozen
-class JournalStatistics:
-    """How the journal keeps up.
-
-    Attributes:
-        written, waiting: rows.
-        dropped: rows that are lost: more waited than may, they could not be written, or (when the fleet is gone) the
-            disk had no room for them.
-        error: what goes wrong at present; None: nothing.
-    """
-
-    written: int
-    waiting: int
-    dropped: int
-    error: str | None
 
 
 @runtime_checkable

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from typing import Protocol
 
 import attrs
 
 from .backend import Backend, Detection
 from .budget import Budgets
+from .journalspec import JournalStatistics
 from .policy import HostFacts
 from .policy.state import PolicyStatus
-from .record import JournalStatistics
 from .spec import Limit, Meter, Tenant
 from .vm import Vm, VmStatistics
 
-__all__ = ["FleetStatistics", "TenantSeat", "TenantStatistics", "Totals", "summarise"]
+__all__ = ["Figures", "FleetStatistics", "TenantSeat", "TenantStatistics", "Totals", "summarise"]
 
 
 @attrs.frozen
@@ -124,56 +125,69 @@ class TenantSeat:
         return self.budgets[meter].limit
 
 
-def summarise(
-    vms: Iterable[Vm],
-    seats: Mapping[str, TenantSeat],
-    removed: Totals,
-    *,
-    backend: Backend,
-    detection: Detection | None,
-    launched: int,
-    missed: int,
-    limit: Limit | None,
-    exit_limit: Limit | None,
-    answer_limit: Limit | None,
-    policies: tuple[PolicyStatus, ...],
-    host: HostFacts,
-    journal: JournalStatistics | None = None,
-) -> FleetStatistics:
-    """Add a fleet up. `removed`: by tenants that it has no more; `missed`: by its channels."""
+class Summed(Protocol):
+    """What of a fleet is added up."""
+
+    backend: Backend
+    bus_lock_detection: Detection | None
+
+    @property
+    def vms(self) -> Mapping[str, Vm]: ...
+    @property
+    def seats(self) -> Mapping[str, TenantSeat]: ...
+    def host_limit(self, meter: Meter) -> Limit | None: ...
+    def figures(self) -> Figures:
+        """What the fleet's parts say of themselves."""
+
+
+@attrs.frozen
+class Figures:
+    """`removed`: what VMs did whose tenants are gone; `missed`: exits that channels dropped."""
+
+    removed: Totals
+    launched: int
+    missed: int
+    policies: tuple[PolicyStatus, ...]
+    host: HostFacts
+    journal: JournalStatistics | None
+
+
+def summarise(fleet: Summed) -> FleetStatistics:
+    """Add a fleet up."""
+    seats, detection, figures = fleet.seats, fleet.bus_lock_detection, fleet.figures()
     sums = {name: seat.gone.copy() for name, seat in seats.items()}
     states: dict[str, int] = {}
     live = dict.fromkeys(seats, 0)
     vcpus = 0
-    for vm in vms:
+    for vm in fleet.vms.values():
         statistics = vm.statistics()
         sums[vm.tenant].add(statistics)
         states[statistics.state] = states.get(statistics.state, 0) + 1
         if vm.outcome is None:
             live[vm.tenant] += 1
             vcpus += vm.spec.vcpus
-    total = removed.copy()
+    total = figures.removed.copy()
     for tenant in sums.values():
         total.join(tenant)
     seen = detection is not None
     return FleetStatistics(
-        backend=backend.name,
-        why=backend.why,
+        backend=fleet.backend.name,
+        why=fleet.backend.why,
         bus_lock_detection=detection,
         vms=sum(live.values()),
         vcpus=vcpus,
-        launched=launched,
+        launched=figures.launched,
         states=states,
         bus_locks=total.bus_locks if seen else None,
         exits=total.exits,
         throttled_seconds=total.throttled,
         waits=total.waits,
         released=total.released,
-        missed=total.missed + missed,
-        limit=limit,
-        exit_limit=exit_limit,
+        missed=total.missed + figures.missed,
+        limit=fleet.host_limit(Meter.BUS_LOCKS),
+        exit_limit=fleet.host_limit(Meter.EXITS),
         answers=total.answers,
-        answer_limit=answer_limit,
+        answer_limit=fleet.host_limit(Meter.ANSWERS),
         tenants={
             name: TenantStatistics(
                 name=name,
@@ -190,7 +204,7 @@ def summarise(
             )
             for name, seat in seats.items()
         },
-        policies=policies,
-        host=host,
-        journal=journal,
+        policies=figures.policies,
+        host=figures.host,
+        journal=figures.journal,
     )

@@ -1,39 +1,21 @@
-"""TOML files into attrs classes, strictly: what is wrong is told all at once, each mistake with its line and key.
-
-The only module that imports cattrs.
-"""
+"""TOML files into values, strictly: what is wrong is told all at once, each mistake with its line and key."""
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 import tomllib
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
-from enum import Enum
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar
 
 import attrs
 
-from .errors import FileError, OrchestraError, SpecError
-from .extras import install
+from .codec import CodecError, Dialect, decode
+from .errors import FileError, SpecError
 
-try:
-    # mypy may well be run where this extra is not installed.
-    from cattrs import (  # type: ignore[import-not-found,unused-ignore]
-        AttributeValidationNote,
-        ClassValidationError,
-        Converter,
-        ForbiddenExtraKeysError,
-        IterableValidationError,
-        IterableValidationNote,
-    )
-except ImportError as error:
-    raise OrchestraError(f"TOML files need cattrs ({error}): {install('rules')}") from None
-
-__all__ = ["Inside", "Mistake", "Mistaken", "TomlError", "converter", "meant", "read", "shown", "structure"]
+__all__ = ["TOML", "Mistake", "TomlError", "read", "structure"]
 
 T = TypeVar("T")
 Path_: TypeAlias = tuple[str | int, ...]
@@ -71,34 +53,27 @@ class TomlError(FileError, SpecError):
         super().__init__(f"{file}: {count}\n" + "\n".join(f"  {mistake}" for mistake in mistakes))
 
 
-def converter() -> Converter:
-    """A converter that takes a file at its word: no unknown keys, no text for numbers, no fractions for whole ones."""
-    made = Converter(forbid_extra_keys=True, detailed_validation=True)
-    made.register_structure_hook(float, lambda value, _: float(_typed(value, int | float, "a number")))
-    made.register_structure_hook(int, lambda value, _: _typed(value, int, "a whole number"))
-    made.register_structure_hook(bool, lambda value, _: _typed(value, bool, "true or false", boolean=True))
-    made.register_structure_hook(str, _text)
-    return made
+TOML: Final = Dialect(words=("a table", "an array"), bits=64, infinite=False)
 
 
-def read(path: Path, kind: type[T], with_: Converter | None = None) -> T:
+def read(path: Path, kind: type[T], dialect: Dialect = TOML) -> T:
     """What a file says, as a `kind`.
 
     Raises:
         TomlError: it says what can't be.
         OSError: it can't be read.
     """
-    return structure(path.read_bytes(), kind, str(path), with_)
+    return structure(path.read_bytes(), kind, str(path), dialect)
 
 
-def structure(text: str | bytes, kind: type[T], file: str, with_: Converter | None = None) -> T:
+def structure(text: str | bytes, kind: type[T], file: str, dialect: Dialect = TOML) -> T:
     """The same for text that is there already; `file` is what it is called in errors."""
     text, table = _parsed(text, file)
     try:
-        return (with_ or converter()).structure(table, kind)
-    except Exception as error:
+        return decode(kind, table, dialect)
+    except CodecError as error:
         lines = _lines(text)
-        mistakes = [Mistake(_key(at), _line(lines, at), said) for at, said in _walk(error, ())]
+        mistakes = [Mistake(_key(one.at), _line(lines, one.at), one.said) for one in error.mistakes]
         raise TomlError(file, sorted(mistakes, key=lambda m: m.line or 0)) from None
 
 
@@ -121,107 +96,6 @@ def _parsed(text: str | bytes, file: str) -> tuple[str, dict[str, Any]]:
 
 def _line_of(found: re.Match[str] | None, text: str) -> int:
     return text.count("\n", 0, found.start() if found else 0) + 1
-
-
-def _typed(value: Any, kind: Any, what: str, boolean: bool = False) -> Any:
-    if not isinstance(value, kind) or isinstance(value, bool) is not boolean:
-        raise SpecError(f"{shown(value)}: must be {what}")
-    if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
-        raise SpecError("a number beyond 64 bits")
-    return value
-
-
-def _text(value: Any, kind: type[str]) -> str:
-    """Also of enumerations whose members are text."""
-    text = _typed(value, str, "a text")
-    try:
-        return kind(text)
-    except ValueError:
-        names = list(kind) if issubclass(kind, Enum) else []
-        raise SpecError(f"{shown(value)}: must be one of {', '.join(names)}{meant(text, names)}") from None
-
-
-def shown(value: Any) -> str:
-    """A value as an error names it."""
-    if isinstance(value, dict):
-        return "a table"
-    if isinstance(value, list):
-        return "an array"
-    try:
-        text = str(value).lower() if isinstance(value, bool) else repr(value)
-    except ValueError:  # an int of thousands of digits has none
-        return "a number beyond 64 bits"
-    return text if len(text) < 60 else text[:57] + "..."
-
-
-def meant(name: str, known: Iterable[Any]) -> str:
-    """What was probably meant, as the end of a sentence; nothing if nothing is near."""
-    near = difflib.get_close_matches(name[:80], [str(one) for one in known], 1)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
-def _walk(error: BaseException, at: Path_) -> Iterator[tuple[Path_, str]]:
-    """Every mistake in what cattrs raised, with where it is."""
-    if isinstance(error, ClassValidationError | IterableValidationError):
-        for inner in error.exceptions:
-            place = at
-            for note in getattr(inner, "__notes__", ()):
-                if isinstance(note, AttributeValidationNote):
-                    place = (*at, note.name)
-                elif isinstance(note, IterableValidationNote):
-                    place = (*at, note.index)
-            yield from _walk(inner, place)
-    elif isinstance(error, BaseExceptionGroup):
-        for each in error.exceptions:
-            yield from _walk(each, at)
-    elif isinstance(error, ForbiddenExtraKeysError):
-        names = [field.name for field in attrs.fields(error.cl)] if attrs.has(error.cl) else []
-        for name in sorted(error.extra_fields):
-            yield (*at, name), "no such key" + (f"; there are: {', '.join(names)}{meant(name, names)}" if names else "")
-    elif isinstance(error, Inside):
-        yield from _walk(error.error, (*at, *error.at))
-    elif isinstance(error, Mistaken):
-        yield (*at, *error.at), str(error)
-    elif isinstance(error, KeyError):
-        key = str(error.args[0])
-        yield (at if at[-1:] == (key,) else (*at, key)), "is missing"  # cattrs notes the key of some as well
-    elif isinstance(error, SpecError):
-        # Specs name their field first; the key does already.
-        text = str(error)
-        last = next((str(part) for part in reversed(at) if isinstance(part, str)), "")
-        yield at, text.removeprefix(f"{last}=") if last else text
-    elif isinstance(error, TypeError | AttributeError | ValueError):
-        text = str(error)
-        if "object is not iterable" in text:
-            text = "must be an array"
-        elif (
-            "not iterable" in text
-            or "subscriptable" in text
-            or "mapping" in text
-            or "has no attribute 'keys'" in text
-            or "indices" in text
-        ):
-            text = "must be a table"
-        yield at, text
-    else:
-        raise error
-
-
-class Inside(Exception):
-    """Likewise for any error that a converter raised further in."""
-
-    def __init__(self, error: Exception, *at: str | int) -> None:
-        super().__init__(str(error))
-        self.error = error
-        self.at = at
-
-
-class Mistaken(SpecError):
-    """What hooks of a converter raise for a mistake further in: `at` is where, seen from what they were given."""
-
-    def __init__(self, text: str, *at: str | int) -> None:
-        super().__init__(text)
-        self.at = at
 
 
 def _key(at: Path_) -> str:

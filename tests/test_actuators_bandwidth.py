@@ -104,7 +104,7 @@ async def test_a_fleet_that_cant_cap_so_is_not_opened(tmp_path):
 
 async def test_scripts_have_no_threads_to_cap_and_open_anywhere(autojump_clock):
     async with orc.open_fleet(backend=orc.ScriptedBackend({}), cap_by="cgroup") as fleet:
-        assert fleet.cpu_cgroup is None
+        assert fleet._context.cpu_cgroup is None
 
 
 def test_without_any_cgroup_there_is_none_to_cap_in(monkeypatch):

@@ -29,9 +29,7 @@ MIRRORED = {
 }
 # What a class has for orchestra's own parts and not for users. A name that is new and in neither place fails a test.
 INTERNAL = {
-    orc.Fleet: "core inbox workers quarantine cpu_cgroup post next_id told register retire released did changed "
-    "worked logged record apply_nowait check_limit budgets below takes_time begin finish start_soon closed start "
-    "closing close",
+    orc.Fleet: "",
     orc.Vm: "launch budgets vcpu_budgets release budget guest supervise close hold let_go end put_cap cap_of "
     "cap_settled place was_capped wait_parked wait_released",
     orc.Exits: "mask put backlog wake end",
@@ -107,6 +105,12 @@ def test_open_fleet_has_the_same_parameters_and_one_more():
     expected, found = (inspect.signature(door).parameters for door in (orc.open_fleet, orc.aio.open_fleet))
     assert list(found.values())[:-1] == list(expected.values())
     assert list(found)[-1] == "thread"
+
+
+def test_open_fleet_takes_the_fields_of_a_fleet_spec():
+    (spec, *fields) = inspect.signature(orc.open_fleet).parameters.values()
+    assert fields == list(inspect.signature(orc.FleetSpec).parameters.values())
+    assert (spec.kind, spec.default) == (inspect.Parameter.POSITIONAL_ONLY, None)
 
 
 # ---- what all these return

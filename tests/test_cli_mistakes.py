@@ -23,7 +23,6 @@ from journals import Afternoon, vm
 from orchestra.cli import app
 from orchestra.journal.schema import APPLICATION, VERSION
 
-pytest.importorskip("cattrs")
 pytest.importorskip("numpy")
 pytest.importorskip("matplotlib")
 

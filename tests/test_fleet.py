@@ -1110,7 +1110,7 @@ async def test_without_a_thread_the_journal_is_opened_and_closed_all_the_same(tm
     ("options", "message"),
     [
         ({"guard": "strict"}, "guard='strict'"),
-        ({"journal": "fleet.db"}, "journal='fleet.db'"),
+        ({"journal": 5}, "journal=5"),
         ({"journal_interval": 0}, "journal_interval=0"),
         ({"journal_interval": float("nan")}, "journal_interval=nan"),
     ],

@@ -222,8 +222,8 @@ class Afternoon:
         found: dict[str, set[float]] = {}
         for meter in METERS:
             levels = {
-                "host": [self.fleet.budgets(None)],
-                "tenant": [self.fleet.budgets(vm.tenant)],
+                "host": [self.fleet._context.budgets(None)],
+                "tenant": [self.fleet._context.budgets(vm.tenant)],
                 "vm": [vm.budgets],
                 "vcpu": vm.vcpu_budgets,
             }

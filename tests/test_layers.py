@@ -23,10 +23,12 @@ PURE = {
     "bisect",
     "collections",
     "copy",
+    "difflib",
     "enum",
     "fnmatch",
     "functools",
     "heapq",
+    "inspect",
     "itertools",
     "math",
     "operator",
@@ -47,11 +49,14 @@ TREES = {name: ast.parse(path.read_text(), str(path)) for name, path in MODULES.
 
 def read_map() -> list[tuple[str, list[str]]]:
     """The layers with their rooms, from the top down."""
-    layers = []
+    layers: list[tuple[str, list[str]]] = []
     for line in (PACKAGE / "__init__.py").read_text().splitlines():
-        if found := re.match(r"#   (\w+)\s{2,}(\S.*?)\s{3,}\S", line):
-            rooms = re.sub(r"\(.*?\)", "", found[2]).split(",")
-            layers.append((found[1], [room.strip().rstrip("/") for room in rooms]))
+        if found := re.match(r"#   (\w*)\s{2,}(\S.*?)\s{3,}\S", line):
+            rooms = [room.strip().rstrip("/") for room in re.sub(r"\(.*?\)", "", found[2]).split(",")]
+            if found[1]:
+                layers.append((found[1], rooms))
+            else:  # the layer's next line
+                layers[-1][1].extend(rooms)
     return layers
 
 

@@ -267,7 +267,7 @@ async def test_a_pause_is_there_between_the_chunks_of_a_string_whose_rest_is_ans
         reached = trio.Event()
 
         def wait_for_the_pause() -> None:
-            fleet.post(reached.set)
+            fleet._context.post(reached.set)
             while not vm.guest.vcpus[0].core.commands() & Command.PAUSE:
                 pass
 

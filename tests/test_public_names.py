@@ -120,7 +120,7 @@ def test_spec_is_made_by_keywords():
 
 
 def test_fleet_is_opened_by_keywords():
-    assert keyword_only(orc.open_fleet) == set(parameters(orc.open_fleet))
+    assert keyword_only(orc.open_fleet) == {field.alias for field in attrs.fields(orc.FleetSpec)}
     assert issubclass(type(orc.open_fleet(backend="scripted")), AbstractAsyncContextManager)
 
 

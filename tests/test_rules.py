@@ -13,8 +13,10 @@ from hypothesis import example, given, settings, strategies as st
 
 import orchestra as orc
 from orchestra.cli.app import main
-from orchestra.rules import Mistake, Rules, TomlError, compare, kinds, load_rules, parse_rules, reload, watch_rules
-from orchestra.tomlfile import _lines, shown
+from orchestra.decoding import shown
+from orchestra.policy import policy_kinds as kinds
+from orchestra.rules import Mistake, Rules, TomlError, compare, load_rules, parse_rules, reload, watch_rules
+from orchestra.tomlfile import _lines
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "rules.toml"
 
@@ -150,7 +152,7 @@ def test_every_mistake_is_told_at_once_with_its_line_key_and_remedy():
         "line 12: guard.dry_run: 4: must be true, false, or names",
         "line 16: policies[0].share: 5.0: must be from 1e-09 to 1",
         "line 17: policies[0].frequency: 3.0: must be from 1e+06",
-        "line 18: policies[0].model: 'zen-6': must be one of default",
+        "line 18: policies[0].model: 'zen-6': must be a CpuModel or one of default",
         "line 19: policies[0].tenants.batch: 2.0: must be",
         "line 19: policies[0].tenants.c: 7.0: must be",
         "line 22: policies[1].kind: 'laddr': no such policy; there are: adaptive",
@@ -195,7 +197,7 @@ def test_every_mistake_is_told_at_once_with_its_line_key_and_remedy():
             "line 3: policies[0].interval: 1e-09: must be from 1e-06",
         ),
         ("policies = [5]", "line 1: policies[0]: 5: must be a table"),
-        ("[tenants.'a b']", "line 1: tenants.\"a b\": tenant='a b': must be 1 to 64"),
+        ("[tenants.'a b']", "line 1: tenants.\"a b\".name: 'a b': must be 1 to 64"),
         ("[guard]\ndry_run = 'laddr'\n[[policies]]\nkind = 'ladder'", "line 2: guard.dry_run: 'laddr': no policy has"),
         ("policies = ['ladder', 'adaptive', 'ladder']", "line 1: policies[2]: 'ladder': another policy has that name"),
         ("[[policies]]\nkind = 'ladder'\nover = 5\nsteps = []", "line 3: policies[0].over: 5.0: give either that or"),

@@ -182,7 +182,7 @@ def test_mistakes_in_the_file_are_all_told(file, capsys):
     err = capsys.readouterr().err
     assert err.endswith(f"orchestra: 2 mistakes in {file}\n")
     assert f"{file}:5: hosts[0]" in err or f"{file}:6: hosts[0]" in err
-    assert "'stedy': no such behaviour" in err
+    assert "'stedy': must be one of adversarial" in err
 
 
 def test_a_policy_that_raised_makes_the_command_fail(file, capsys, monkeypatch):
@@ -215,7 +215,6 @@ def test_a_file_that_is_not_there_is_told(tmp_path, capsys):
     ("library", "modules", "options", "command"),
     [
         ("numpy", "orchestra.simulate", [], "pip install 'orchestra-kvm[simulate]'"),
-        ("cattrs", "orchestra.tomlfile", [], "pip install 'orchestra-kvm[rules]'"),
         ("matplotlib", "orchestra.figures", ["--html", "x.html"], "pip install 'orchestra-kvm[plot]'"),
     ],
 )

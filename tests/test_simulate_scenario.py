@@ -172,9 +172,9 @@ def test_every_mistake_is_told_at_once_with_its_line_and_key():
     for line, key, text in [
         (1, "duration", "must be a number"),
         (3, "sed", "no such key; there are: name, about, duration"),
-        (6, "budget", "bus_share=7.0: must be from 1e-09 to 1"),
+        (6, "budget.bus_share", "7.0: must be from 1e-09 to 1"),
         (9, "hosts[0].count", "2.5: must be a whole number"),
-        (14, "vms[0].behaviour.kind", "'calm': no such behaviour; there are: quiet, steady"),
+        (14, "vms[0].behaviour.kind", "'calm': must be one of adversarial, bursty, diurnal"),
         (12, "vms[0].count", "is missing"),
         (18, "vms[1].count", "true: must be a whole number"),
         (19, "vms[1].behaviour.of", "no such key"),
@@ -239,9 +239,9 @@ share = 0.2
     ("text", "said"),
     [
         ("duration =\n", "line 1: Invalid value"),
-        ("duration = 5\nhosts = 3\nvms = []", "hosts: must be an array"),
+        ("duration = 5\nhosts = 3\nvms = []", "hosts: 3: must be an array"),
         ("duration = 5\n[[hosts]]\ncount = 1", "vms: is missing"),
-        ('duration = 5\nhosts = [1]\n[[vms]]\nname="a"\ncount=1', "hosts[0]: must be a table"),
+        ('duration = 5\nhosts = [1]\n[[vms]]\nname="a"\ncount=1', "hosts[0]: 1: must be a table"),
         ("duration = 5\n[[hosts]]\ncount = 1\n[[vms]]\nname='a'\ncount=1\nbehaviour=5", "vms[0].behaviour"),
         ("duration = 5\nvms = []\n[[hosts]]\ncount = 1", "vms: needs at least one table"),
     ],

@@ -128,12 +128,12 @@ async def test_without_a_subscriber_nothing_goes_to_the_ring(autojump_clock):
         vm = await fleet.launch(blank())
         await vm.wait()
         assert vm.statistics().missed == 0
-        assert len(fleet.core.drain()) == 0
+        assert len(fleet._context.core.drain()) == 0
         async with fleet.exits():
             pass
         again = await fleet.launch(blank())
         await again.wait()
-        assert (again.statistics().missed, len(fleet.core.drain())) == (0, 0)
+        assert (again.statistics().missed, len(fleet._context.core.drain())) == (0, 0)
 
 
 async def test_a_subscriber_to_one_vm_does_not_put_anothers_exits_into_the_ring(autojump_clock):
@@ -169,8 +169,8 @@ async def test_a_full_ring_drops_and_counts_while_the_counters_stay_exact(monkey
     rounds = RING_RECORDS + 1000
     async with play([bus_lock()] * rounds) as fleet:
         # A drain task that never comes round.
-        monkeypatch.setattr(fleet._switchboard, "deliver", lambda core=None, **_: False)
-        monkeypatch.setattr(fleet.core, "may_sleep", lambda: True)
+        monkeypatch.setattr(fleet._context.switchboard, "deliver", lambda core=None, **_: False)
+        monkeypatch.setattr(fleet._context.core, "may_sleep", lambda: True)
         async with fleet.exits(orc.BusLock, vm="guest") as exits:
             vm = await fleet.launch(blank())
             await vm.wait()
@@ -396,7 +396,7 @@ async def test_many_subscriptions_come_and_go_while_it_runs(autojump_clock):
         async with trio.open_nursery() as nursery:
             for number in range(1, 11):
                 nursery.start_soon(look, number)
-        assert fleet.told("guest") == 0
+        assert fleet._context.told("guest") == 0
 
 
 # ---- a crowded loop

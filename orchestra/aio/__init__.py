@@ -13,18 +13,16 @@ loop, on the loop's thread; with ``thread=True`` it has a thread of its own.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
-from pathlib import Path
-from typing import Literal
+
+import attrs
 
 from .. import opening, vm as machine
 from ..actions import Evict
-from ..backend import Backend
-from ..policy import Guard, Policy
-from ..record import Recorder
-from ..spec import Limit, Tenant
+from ..door import door
+from ..fleetspec import FleetSpec
 from .block import Block
 from .callback import ask
 from .handles import Fleet, Vm
@@ -35,77 +33,43 @@ from .wrapper import wrapped
 
 __all__ = ["Console", "Exits", "Fleet", "Request", "Requests", "Vm", "Watch", "open_fleet"]
 
-OnEvict = Callable[[Vm, Evict], Awaitable[object]]
-"""What moves a VM to another host, or raises why not."""
+
+@attrs.frozen(kw_only=True)
+class _Fields(FleetSpec):
+    """What `open_fleet` takes by name."""
+
+    thread: bool = False
 
 
+@door(_Fields)
 @asynccontextmanager
-async def open_fleet(
-    *,
-    backend: str | Backend = "auto",
-    limit: Limit | None = None,
-    exit_limit: Limit | None = None,
-    answer_limit: Limit | None = None,
-    tenants: Mapping[str, Limit | Tenant | None] | Iterable[Tenant] = (),
-    policies: Iterable[Policy] = (),
-    bus_locks: Literal["require", "auto", "off"] = "auto",
-    strict: bool = False,
-    guard: Guard | None = None,
-    journal: Recorder | None = None,
-    journal_interval: float = 1.0,
-    probe: bool | None = None,
-    cgroup: str | Path | None = None,
-    cap_by: Literal["run-loop", "cgroup"] = "run-loop",
-    on_evict: OnEvict | None = None,
-    quarantine: Iterable[int] | None = None,
-    quarantine_class: str | Path | None = None,
-    thread: bool = False,
-) -> AsyncIterator[Fleet]:
+async def open_fleet(spec: FleetSpec) -> AsyncIterator[Fleet]:
     """As `orchestra.open_fleet`, for asyncio programs.
 
     Leaving the block waits until nothing of the fleet is left, however it is left and however often it is cancelled
     meanwhile. If the fleet fails while the block runs, the block is cancelled and the error comes out of it.
 
     Parameters:
+        spec: the fleet; or its fields by name. Its `on_evict` is an asyncio function, and gets this side's `Vm`.
         thread: run trio in a thread of its own and not on the loop's: for loops that another library drives in its own
             way, or that are blocked for long. Calls that do not wait then take a hop as well. Without it, all fleets of
             a loop share one trio run.
-        on_evict: as `orchestra.open_fleet`, and an asyncio function.
-        backend, limit, exit_limit, answer_limit, tenants, policies, bus_locks, strict: as `orchestra.open_fleet`.
-        guard, journal, journal_interval, probe, cgroup, cap_by: as `orchestra.open_fleet`.
-        quarantine, quarantine_class: as `orchestra.open_fleet`.
 
     Raises:
         StateError: the loop's thread runs trio already, for somebody else.
         BusLockUnsupported, BackendUnavailable, NoSuchBackend, SpecError: as `orchestra.open_fleet`.
     """
-    bridge = await (ThreadBridge.open() if thread else LoopBridge.open())
+    bridge = await (ThreadBridge.open() if getattr(spec, "thread", False) else LoopBridge.open())
+
+    moves = spec.on_evict
 
     async def evict(vm: machine.Vm, action: Evict) -> None:
-        assert on_evict is not None
-        await ask(bridge, on_evict, wrapped(Vm, bridge, vm), action)
+        assert moves is not None
+        await ask(bridge, moves, wrapped(Vm, bridge, vm), action)
 
     try:
-        opened = partial(
-            opening.open_fleet,
-            backend=backend,
-            limit=limit,
-            exit_limit=exit_limit,
-            answer_limit=answer_limit,
-            tenants=tenants,
-            policies=policies,
-            bus_locks=bus_locks,
-            strict=strict,
-            guard=guard,
-            journal=journal,
-            journal_interval=journal_interval,
-            probe=probe,
-            cgroup=cgroup,
-            cap_by=cap_by,
-            on_evict=None if on_evict is None else evict,
-            quarantine=quarantine,
-            quarantine_class=quarantine_class,
-        )
+        inner = spec if moves is None else attrs.evolve(spec, on_evict=evict)
+        opened = partial(opening.open_fleet, inner)
         async with Block(bridge, opened, partial(Fleet, bridge)) as fleet:
             yield fleet
     finally:

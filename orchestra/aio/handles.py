@@ -95,6 +95,11 @@ class Fleet(Wrapper[house.Fleet]):
     ) -> None:
         self._bridge.sync(self._inner.set_limit_nowait, limit, meter=meter, tenant=tenant, vm=vm, vcpu=vcpu)
 
+    def check_limit(
+        self, limit: Limit | None, *, meter: Meter | str = Meter.BUS_LOCKS, tenant: str | None = None
+    ) -> None:
+        self._bridge.sync(self._inner.check_limit, limit, meter=meter, tenant=tenant)
+
     async def add_tenant(self, tenant: Tenant) -> None:
         await self._bridge.call(partial(self._inner.add_tenant, tenant))
 

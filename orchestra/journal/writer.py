@@ -17,10 +17,9 @@ from typing import Any, Final, TypeAlias
 import attrs
 
 from ..actions import Action, Applied
-from ..errors import SpecError
+from ..journalspec import JournalSpec, JournalStatistics
 from ..policy import Facts
-from ..record import JournalStatistics
-from ..spec import GiB, MiB
+from ..spec import GiB
 from . import lock
 from .schema import JournalError, connect, prepare
 
@@ -99,10 +98,7 @@ class Journal:
     """
 
     def __init__(self, path: str | Path, *, keep_days: float = 30.0, keep_bytes: int = 1 * GiB) -> None:
-        if not 0 < keep_days <= 36500:
-            raise SpecError(f"keep_days={keep_days!r}: must be more than 0 and at most 36500")
-        if not MiB <= keep_bytes <= 1 << 46:
-            raise SpecError(f"keep_bytes={keep_bytes!r}: must be 1 MiB at least")
+        JournalSpec(str(path), keep_days, keep_bytes)  # it checks them
         self.path = Path(path)
         self._keep_ns = round(keep_days * 86400e9)
         self._keep_bytes = keep_bytes

@@ -13,6 +13,7 @@ from .cpus import CPU_MODELS, CpuModel
 from .credits import BurstCredits
 from .facts import Facts, HostFacts, Policy, TenantFacts, VcpuFacts, VmFacts
 from .guard import Guard, Ruling, Verdict
+from .kinds import Chosen, PolicySpec, policy_kinds
 from .ladder import Ladder
 from .share import WeightedShare
 from .static import StaticLimits
@@ -23,6 +24,7 @@ __all__ = [
     "Adaptive",
     "BurstCredits",
     "BusTime",
+    "Chosen",
     "Condition",
     "CpuModel",
     "Facts",
@@ -31,6 +33,7 @@ __all__ = [
     "Ladder",
     "Only",
     "Policy",
+    "PolicySpec",
     "Ruling",
     "Rung",
     "StaticLimits",
@@ -42,4 +45,5 @@ __all__ = [
     "WeightedShare",
     "default_steps",
     "only",
+    "policy_kinds",
 ]

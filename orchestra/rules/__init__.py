@@ -8,8 +8,7 @@ async with orchestra.open_fleet(policies=rules.policies, limit=rules.limit, tena
 from __future__ import annotations
 
 from ..tomlfile import Mistake, TomlError
-from .file import PolicyRule, Rules, load_rules, parse_rules
-from .kinds import kinds
+from .file import PolicyRule, Rules, load_fleet, load_rules, parse_rules
 from .reload import Change, Reloadable, compare, reload, watch_rules
 
 __all__ = [
@@ -20,7 +19,7 @@ __all__ = [
     "Rules",
     "TomlError",
     "compare",
-    "kinds",
+    "load_fleet",
     "load_rules",
     "parse_rules",
     "reload",

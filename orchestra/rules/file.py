@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import attrs
 
 from .. import tomlfile
-from ..errors import SpecError
-from ..policy import Guard, Policy, only
-from ..spec import Limit, Meter, Tenant
-from ..tomlfile import Inside, Mistaken, meant, shown
-from .kinds import build, make_policy, rules_converter, table
+from ..codec import At, CodecError, Reading, Wrong
+from ..decoding import BAD, meant, shown
+from ..fleetspec import FleetSpec
+from ..policy import Guard, Policy, PolicySpec
+from ..spec import Limit, Tenant
+from .forms import dialect, tables
 
-__all__ = ["PolicyRule", "Rules", "load_rules", "parse_rules", "read_policy", "stamp_of"]
+__all__ = ["PolicyRule", "Rules", "load_fleet", "load_rules", "parse_rules", "stamp_of"]
 
 Stamp: TypeAlias = tuple[int, int, int]
 
@@ -28,15 +28,58 @@ class PolicyRule:
 
     Attributes:
         name: as in the journal.
-        kind: see `kinds`.
-        says: its table, as it stands in the file. Two rules that say the same make the same policy.
+        kind: see `orchestra.policy_kinds`.
+        says: what the file says of it. Two rules that say the same make the same policy.
         policy: an instance of its own, that has seen nothing yet.
     """
 
     name: str
     kind: str
-    says: Mapping[str, Any] = attrs.field(hash=False)
+    says: PolicySpec | None
     policy: Policy = attrs.field(eq=False)
+
+    @classmethod
+    def from_data(cls, data: object, reading: Reading, at: At) -> Any:
+        """For the codec."""
+        says = PolicySpec.from_data(data, reading, at)
+        if says is BAD:
+            return BAD
+        policy = says.make()
+        return cls(policy.name, says.kind, says, policy)
+
+
+@attrs.frozen
+class _File:
+    """What a file may say."""
+
+    limit: Limit | None = None
+    exit_limit: Limit | None = None
+    answer_limit: Limit | None = None
+    tenants: Mapping[str, Tenant] = attrs.field(factory=dict)
+    guard: Guard | None = None
+    policies: tuple[PolicyRule, ...] = ()
+
+    def __attrs_post_init__(self) -> None:
+        if mistakes := [*self._mistakes()]:
+            raise CodecError(mistakes)
+
+    def _mistakes(self) -> Iterator[Wrong]:
+        """What does not go together."""
+        names: list[str] = []
+        for i, entry in enumerate(self.policies):
+            if entry.name in names:
+                text = "another policy has that name; give this one a `name` of its own"
+                yield Wrong(("policies", i), f"{shown(entry.name)}: {text}")
+            names.append(entry.name)
+        dry = () if self.guard is None or isinstance(self.guard.dry_run, bool) else self.guard.dry_run
+        for pattern in dry:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                known = ", ".join(names) or "none"
+                text = f"no policy has that name; there are: {known}{meant(pattern, names)}"
+                yield Wrong(("guard", "dry_run"), f"{shown(pattern)}: {text}")
+
+
+_RULES = dialect({tuple[PolicyRule, ...]: tables(list, "[[policies]] tables")})
 
 
 @attrs.frozen
@@ -57,7 +100,6 @@ class Rules:
     limit: Limit | None = None
     exit_limit: Limit | None = None
     tenants: Mapping[str, Tenant] = attrs.field(factory=dict, hash=False)
-    guard_says: Mapping[str, Any] = attrs.field(factory=dict, hash=False, repr=False)
     stamp: Stamp | None = attrs.field(default=None, eq=False, repr=False)
     answer_limit: Limit | None = None
 
@@ -90,134 +132,22 @@ def stamp_of(file: Path) -> Stamp | None:
 
 def parse_rules(text: str | bytes, file: str = "rules") -> Rules:
     """The same for text that is there already; `file` is what it is called in errors."""
-    made = rules_converter()
-    made.register_structure_hook(Rules, lambda value, _: _rules(made, value, file))
-    return tomlfile.structure(text, Rules, file, made)
-
-
-_KEYS = (*(meter.field for meter in Meter), "tenants", "guard", "policies")
-
-
-def _rules(made: Any, said: Mapping[str, Any], file: str) -> Rules:
-    mistakes: list[Exception] = [
-        Mistaken(f"no such key; there are: {', '.join(_KEYS)}{meant(key, _KEYS)}", key)
-        for key in said
-        if key not in _KEYS
-    ]
-    found: dict[str, Any] = {}
-    for key in (meter.field for meter in Meter):
-        if key in said:
-            try:
-                found[key] = made.structure(said[key], Limit)
-            except Exception as error:
-                mistakes.append(Inside(error, key))
-    tenants: dict[str, Tenant] = {}
-    for name, one in _items(said, "tenants", dict, mistakes):
-        try:
-            tenants[name] = build(made, Tenant, table(one), name=name)
-        except Exception as error:
-            mistakes.append(Inside(error, "tenants", name))
-    guard: Guard | None = None
-    if "guard" in said:
-        try:
-            guard = made.structure(said["guard"], Guard)
-        except Exception as error:
-            mistakes.append(Inside(error, "guard"))
-    entries: list[PolicyRule] = []
-    for i, one in _items(said, "policies", list, mistakes):
-        try:
-            entry = read_policy(made, one)
-        except Exception as error:
-            mistakes.append(Inside(error, "policies", i))
-            continue
-        if entry.name in [other.name for other in entries]:
-            text = f"{shown(entry.name)}: another policy has that name; give this one a `name` of its own"
-            mistakes.append(Mistaken(text, "policies", i, *(["name"] if "name" in one else [])))
-        entries.append(entry)
-    if guard is not None and not isinstance(guard.dry_run, bool) and not mistakes:
-        mistakes += _unknown_names(guard.dry_run, [entry.name for entry in entries])
-    if mistakes:
-        raise ExceptionGroup("rules", mistakes)
+    said = tomlfile.structure(text, _File, file, _RULES)
     return Rules(
         file=file,
-        entries=tuple(entries),
-        guard=guard,
-        tenants=MappingProxyType(tenants),
-        guard_says=said.get("guard", {}),
-        **found,
+        entries=said.policies,
+        guard=said.guard,
+        limit=said.limit,
+        exit_limit=said.exit_limit,
+        answer_limit=said.answer_limit,
+        tenants=said.tenants,
     )
 
 
-def _items(said: Mapping[str, Any], key: str, kind: type[Any], mistakes: list[Exception]) -> list[tuple[Any, Any]]:
-    value: Any = said.get(key, kind())
-    if not isinstance(value, kind):
-        how = "[[policies]] tables" if kind is list else "[tenants.NAME] tables"
-        mistakes.append(Mistaken(f"{shown(value)}: must be {how}", key))
-        return []
-    return list(enumerate(value)) if kind is list else list(value.items())
+def load_fleet(path: Path | str) -> FleetSpec:
+    """A fleet from a TOML file: its keys are the fields of `FleetSpec`, written as in a file of rules.
 
-
-def read_policy(made: Any, said: Any) -> PolicyRule:
-    """One of a file's policies: a table, or just its kind.
-
-    It raises what is wrong as `build` does.
+    Raises:
+        TomlError, OSError: as `load_rules`.
     """
-    if isinstance(said, str):
-        said = {"kind": said}
-    kind = table(said).get("kind")
-    if not isinstance(kind, str):
-        raise Mistaken("is missing: which policy" if kind is None else f"{shown(kind)}: must be a text", "kind")
-    rest = {key: value for key, value in said.items() if key not in ("kind", "only")}
-    mistakes: list[Exception] = []
-    chosen: Mapping[str, Any] | None = None
-    if "only" in said:
-        if "name" in rest:  # it is that of the whole
-            rest.pop("name")
-        try:
-            chosen = _only(said["only"])
-        except Exception as error:
-            mistakes.append(Inside(error, "only"))
-    policy: Policy | None = None
-    try:
-        policy = make_policy(made, kind, rest)
-    except Exception as error:
-        mistakes.append(error)
-    if chosen is not None and policy is not None:
-        name = said.get("name")
-        if name is not None and not isinstance(name, str):
-            mistakes.append(Mistaken(f"{shown(name)}: must be a text", "name"))
-        else:
-            policy = only(policy, chosen.get("vms"), chosen.get("tenants"), name)
-    if mistakes or policy is None:
-        raise ExceptionGroup("policy", mistakes)
-    return PolicyRule(policy.name, kind, MappingProxyType(dict(said)), policy)
-
-
-def _only(said: Any) -> Mapping[str, Any]:
-    chosen = table(said)
-    known = ("vms", "tenants")
-    mistakes: list[Exception] = []
-    for key, value in chosen.items():
-        names = [value] if isinstance(value, str) else value
-        if key not in known:
-            mistakes.append(Mistaken(f"no such key; there are: {', '.join(known)}{meant(key, known)}", key))
-        elif not isinstance(names, list) or not names or not all(isinstance(n, str) and n for n in names):
-            mistakes.append(Mistaken(f"{shown(value)}: must be a pattern such as 'web-*', or several", key))
-    if not chosen:
-        mistakes.append(SpecError("say which: vms = 'web-*', tenants = ['acme']"))
-    if mistakes:
-        raise ExceptionGroup("only", mistakes)
-    return chosen
-
-
-def _unknown_names(patterns: tuple[str, ...], names: list[str]) -> list[Mistaken]:
-    known = ", ".join(names) or "none"
-    return [
-        Mistaken(
-            f"{shown(pattern)}: no policy has that name; there are: {known}{meant(pattern, names)}",
-            "guard",
-            "dry_run",
-        )
-        for pattern in patterns
-        if not any(fnmatchcase(name, pattern) for name in names)
-    ]
+    return tomlfile.read(Path(path), FleetSpec, dialect())

@@ -11,6 +11,7 @@ import attrs
 import trio
 
 from ..actions import Reload
+from ..codec import encode
 from ..errors import OrchestraError
 from ..policy import Guard, Policy
 from ..spec import Limit, Meter, Tenant
@@ -115,7 +116,7 @@ def compare(old: Rules, new: Rules) -> Change:
     return Change(
         policies=became,
         order=[name for name in before if name in after] != [name for name in after if name in before],
-        guard=old.guard_says != new.guard_says,
+        guard=encode(old.guard) != encode(new.guard),
         limits=tuple(limits),
         later=tuple(later),
     )

@@ -8,7 +8,6 @@ world sees the same guests as another's.
 from __future__ import annotations
 
 import math
-from types import MappingProxyType
 from typing import ClassVar, Final, Protocol, TypeAlias
 
 import attrs
@@ -17,7 +16,6 @@ from ..errors import SpecError
 from .arrays import Bools, Floats, Generator, Ints, np
 
 __all__ = [
-    "BEHAVIOURS",
     "Adversarial",
     "Behaviour",
     "Bursty",
@@ -328,8 +326,3 @@ class _AdversarialCrowd(_TimedCrowd):
 
 
 Behaviour: TypeAlias = Quiet | Steady | Bursty | Diurnal | Escalating | Adversarial
-
-BEHAVIOURS: Final[MappingProxyType[str, type[Behaviour]]] = MappingProxyType(
-    {kind.kind: kind for kind in (Quiet, Steady, Bursty, Diurnal, Escalating, Adversarial)}
-)
-"""By the name that a scenario calls it."""

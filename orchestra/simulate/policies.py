@@ -8,12 +8,12 @@ from typing import Any, Final, TypeAlias
 
 import attrs
 
-from .. import rules
+from .. import policy as live
+from ..codec import KIND, At, CodecError, Reading, Wrong, decode
+from ..decoding import BAD, meant
 from ..errors import SpecError
-from ..policy import Policy
-from ..rules.file import read_policy
-from ..rules.kinds import NONE, build, rules_converter
-from ..tomlfile import Mistaken, meant
+from ..policy import Policy, policy_kinds
+from ..rules.forms import NONE, dialect
 from .cpus import HostCpu, LimitSpec
 
 __all__ = ["Factory", "PolicySpec", "QemuWindow", "check_policy", "kinds", "maker"]
@@ -26,10 +26,27 @@ _LIMIT: Final = {field.name for field in attrs.fields(LimitSpec)}
 
 @attrs.frozen
 class PolicySpec:
-    """A policy by its kind (see `kinds`) and what its class takes. A table with `rate` or `bus_share` is a limit."""
+    """A policy of a scenario: as `orchestra.PolicySpec` has it, but not read before a host's CPU is known.
+
+    Its arguments are as the file says them; a table with `rate` or `bus_share` is a limit.
+    """
 
     kind: str
     arguments: Mapping[str, Any] = attrs.field(factory=dict, hash=False)
+
+    def to_data(self) -> Mapping[str, Any]:
+        """For the codec."""
+        return {KIND: self.kind, **self.arguments}
+
+    @classmethod
+    def from_data(cls, data: object, reading: Reading, at: At) -> Any:
+        """For the codec. What is wrong with it is told for each CPU, by `check_policy`."""
+        given = reading.table({KIND: data} if isinstance(data, str) else data, at)
+        if given is BAD:
+            return BAD
+        if not isinstance(given.get(KIND), str):
+            return reading.no((*at, KIND), "is missing: which policy")
+        return cls(given[KIND], {key: one for key, one in given.items() if key != KIND})
 
 
 @attrs.frozen(kw_only=True)
@@ -54,35 +71,41 @@ class QemuWindow:
 
 
 def kinds() -> Mapping[str, type[Any]]:
-    """Those of `orchestra.rules`, and "qemu-window"."""
-    return {"qemu-window": QemuWindow, **rules.kinds()}
+    """Those of `orchestra.policy_kinds`, and "qemu-window"."""
+    return {"qemu-window": QemuWindow, **policy_kinds()}
 
 
 def maker(spec: PolicySpec) -> Callable[[HostCpu], Policy | QemuWindow]:
     """What makes instances of it, for a host with a given CPU each; as a file of rules would, beside `bus_share`.
 
-    It raises ExceptionGroup, Mistaken: all that is wrong, as a converter does (`orchestra.tomlfile`).
+    Raises:
+        CodecError: all that is wrong, each with its place.
     """
-    made = rules_converter()
     copies: dict[HostCpu, Policy | QemuWindow] = {}
 
     def make(cpu: HostCpu) -> Policy | QemuWindow:
         if cpu not in copies:
-            copies[cpu] = _make(made, spec, cpu)
+            copies[cpu] = _make(spec, cpu)
         return copy.deepcopy(copies[cpu])  # it has seen nothing yet; reading it anew takes ten times as long
 
     return make
 
 
-def _make(made: Any, spec: PolicySpec, cpu: HostCpu) -> Policy | QemuWindow:
+def _make(spec: PolicySpec, cpu: HostCpu) -> Policy | QemuWindow:
     says = {key: _on(value, cpu, (key,)) for key, value in spec.arguments.items()}
-    if spec.kind == "qemu-window":
-        window: QemuWindow = build(made, QemuWindow, says)
-        return window
     if spec.kind not in kinds():
-        known = sorted(kinds())
-        raise Mistaken(f"{spec.kind!r}: no such policy; there are: {', '.join(known)}{meant(spec.kind, known)}", "kind")
-    return read_policy(made, {"kind": spec.kind, **says}).policy
+        known = kinds()
+        text = f"{spec.kind!r}: no such policy; there are: {', '.join(sorted(known))}{meant(spec.kind, known)}"
+        raise _wrong(text, KIND)
+    if spec.kind == "qemu-window":
+        window: QemuWindow = decode(QemuWindow, says, dialect())
+        return window
+    made: live.PolicySpec = decode(live.PolicySpec, {KIND: spec.kind, **says}, dialect())
+    return made.make()
+
+
+def _wrong(text: str, *at: str | int) -> CodecError:
+    return CodecError([Wrong(at, text)])
 
 
 def _on(value: Any, cpu: HostCpu, at: tuple[str | int, ...]) -> Any:
@@ -98,15 +121,15 @@ def _on(value: Any, cpu: HostCpu, at: tuple[str | int, ...]) -> Any:
 
 def _rate(value: Mapping[str, Any], cpu: HostCpu, at: tuple[str | int, ...]) -> Any:
     if extra := sorted(set(value) - _LIMIT):
-        raise Mistaken(f"no such key; a limit has {', '.join(sorted(_LIMIT))}", *at, extra[0])
+        raise _wrong(f"no such key; a limit has {', '.join(sorted(_LIMIT))}", *at, extra[0])
     said = {key: None if number == NONE else number for key, number in value.items()}
     for key, number in said.items():
         if isinstance(number, bool) or not isinstance(number, int | float | None):
-            raise Mistaken(f"{number!r}: must be a number", *at, key)
+            raise _wrong(f"{number!r}: must be a number", *at, key)
     try:
         limit = LimitSpec(**said).on(cpu)
     except SpecError as error:
-        raise Mistaken(str(error), *at) from None
+        raise _wrong(str(error), *at) from None
     if at[-1] == "over":  # a threshold is no limit
         return limit.rate
     burst = {} if limit.burst is None else {"burst": limit.burst}

@@ -7,17 +7,17 @@ import re
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
+from typing import Final
 
 import attrs
 
 from .. import tomlfile
+from ..codec import CodecError, Wrong
 from ..errors import SpecError
 from ..policy import Guard
-from ..rules.kinds import rules_converter
+from ..rules.forms import dialect
 from ..spec import Tenant
-from .behaviours import BEHAVIOURS, Behaviour, Quiet
+from .behaviours import Behaviour, Quiet
 from .cpus import CPUS, HostCpu, LimitSpec
 from .policies import PolicySpec, check_policy
 
@@ -184,7 +184,7 @@ class Scenario:
     def __attrs_post_init__(self) -> None:
         mistakes = [*self._mistakes()]
         if mistakes:
-            raise ExceptionGroup("scenario", mistakes)
+            raise CodecError(mistakes)
 
     @property
     def ticks(self) -> int:
@@ -198,12 +198,12 @@ class Scenario:
     def cpu_of(self, hosts: Hosts) -> HostCpu:
         return self.cpus[hosts.cpu] if hosts.cpu in self.cpus else CPUS[hosts.cpu]
 
-    def _mistakes(self) -> Sequence[Exception]:
+    def _mistakes(self) -> Sequence[Wrong]:
         """What can't be, of values that are right each for itself."""
-        found: list[Exception] = []
+        found: list[Wrong] = []
 
         def wrong(text: str, *at: str | int) -> None:
-            found.append(tomlfile.Mistaken(text, *at))
+            found.append(Wrong(at, text))
 
         if not 1e-6 <= self.tick <= 3600:
             wrong(f"{self.tick!r}: must be from 1e-06 to 3600 seconds", "tick")
@@ -237,13 +237,16 @@ class Scenario:
         for i, policy in enumerate(self.policies):
             try:
                 name = check_policy(policy, cpus)
-            except Exception as error:  # whatever is wrong with it, with its place
-                found.append(tomlfile.Inside(error, "policies", i))
+            except CodecError as error:
+                found += [attrs.evolve(one, at=("policies", i, *one.at)) for one in error.mistakes]
                 continue
             if name in seen:
                 wrong(f"{name!r}: another policy has that name; give this one a `name` of its own", "policies", i)
             seen.add(name)
         return found
+
+
+SCENARIO: Final = dialect()
 
 
 def read_scenario(path: Path | str) -> Scenario:
@@ -253,40 +256,9 @@ def read_scenario(path: Path | str) -> Scenario:
         orchestra.tomlfile.TomlError: it says what can't be; all mistakes at once, with line and key.
         OSError: it can't be read.
     """
-    return tomlfile.read(Path(path), Scenario, _converter())
+    return tomlfile.read(Path(path), Scenario, SCENARIO)
 
 
 def load_scenario(text: str, file: str = "scenario") -> Scenario:
     """The same for text that is there already."""
-    return tomlfile.structure(text, Scenario, file, _converter())
-
-
-def _converter() -> Any:
-    made = rules_converter()
-
-    def behaviour(value: Any, _: Any) -> Behaviour:
-        if isinstance(value, str):
-            value = {"kind": value}
-        if not isinstance(value, dict):
-            raise SpecError(f"{value!r}: must be a table with a kind, or a kind")
-        kind = value.get("kind")
-        if not isinstance(kind, str) or kind not in BEHAVIOURS:
-            shown = "is missing" if kind is None else f"{kind!r}: no such behaviour"
-            raise tomlfile.Mistaken(f"{shown}; there are: {', '.join(BEHAVIOURS)}", "kind")
-        rest = {key: one for key, one in value.items() if key != "kind"}
-        structured: Behaviour = made.structure(rest, BEHAVIOURS[kind])
-        return structured
-
-    def policy(value: Any, _: Any) -> PolicySpec:
-        if isinstance(value, str):
-            value = {"kind": value}
-        if not isinstance(value, dict):
-            raise SpecError(f"{value!r}: must be a table with a kind, or a kind")
-        if not isinstance(value.get("kind"), str):
-            raise tomlfile.Mistaken("is missing: which policy", "kind")
-        rest = {key: one for key, one in value.items() if key != "kind"}
-        return PolicySpec(value["kind"], MappingProxyType(rest))
-
-    made.register_structure_hook(Behaviour, behaviour)
-    made.register_structure_hook(PolicySpec, policy)
-    return made
+    return tomlfile.structure(text, Scenario, file, SCENARIO)

@@ -1,0 +1,264 @@
+"""What the parts of one fleet share, and what each tells the others. `Fleet` and `Vm` hold it, and show nothing of it.
+
+FleetContext ─┬─ resources     what it was opened on: backend, core, signals, quarantine, recorder
+              ├─ tenancy       budgets of host and tenants
+              ├─ supervisor    the VMs, a task for each
+              ├─ switchboard   exits, from the ring to channels
+              ├─ applier       carries actions out, and journals them
+              └─ governor      policies, by what `activity` saw
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import attrs
+import trio
+
+from .actions import Action, SetLimit, State
+from .activity import Activity
+from .actuators.bandwidth import CpuCgroup
+from .actuators.placement import Quarantine
+from .apply import Applier
+from .backend import Backend, Detection
+from .budget import Budgets
+from .errors import ResourceLimit
+from .fleetspec import FleetSpec
+from .governor import Governor
+from .guest import Guest
+from .inbox import Inbox
+from .native.core import FleetCore, VcpuCore
+from .policy import Facts, Guard, Policy
+from .record import Recorder, Records
+from .signals import HostSignals, ThreadTimes
+from .spec import Limit, Meter, Tenant, as_meter
+from .statistics import Figures, TenantSeat
+from .subscription import Switchboard
+from .supervisor import Supervisor
+from .tenancy import Tenancy
+from .vm import Vm
+from .workers import Workers
+
+__all__ = ["FleetContext", "FleetResources"]
+
+
+@attrs.frozen(eq=False)
+class FleetResources:
+    """What a fleet is opened on; whoever made it closes it.
+
+    Attributes:
+        detection: how bus locks are seen; None: not at all.
+        cpu_cgroup: where CPU caps are kept; None: in the run loop.
+        recorder: the journal; None: there is none.
+    """
+
+    backend: Backend
+    core: FleetCore
+    detection: Detection | None
+    host: HostSignals
+    quarantine: Quarantine
+    cpu_cgroup: CpuCgroup | None
+    recorder: Recorder | None
+
+
+class FleetContext:
+    """Made by `open_fleet`. For the fleet's thread, but for `post`."""
+
+    def __init__(
+        self, resources: FleetResources, spec: FleetSpec, policies: Sequence[Policy], nursery: trio.Nursery
+    ) -> None:
+        backend = resources.backend
+        guard = Guard() if spec.guard is None else attrs.evolve(spec.guard)  # one that has seen nothing yet
+        self.core = resources.core
+        self.backend = backend
+        self.bus_lock_detection = resources.detection
+        self.bus_locks = resources.detection is not None
+        self.quarantine = resources.quarantine
+        self.cpu_cgroup = resources.cpu_cgroup
+        self.inbox = Inbox(self.post)
+        self.workers = Workers(backend.blocking)
+        self.tenancy = Tenancy(spec, backend.now())
+        self.records = Records(resources.recorder)
+        self.supervisor = Supervisor(self, nursery)
+        self.applier = Applier(self, guard, self.records, spec.on_evict)
+        self.activity = Activity(self, resources.host, ThreadTimes() if backend.blocking else None)
+        # It may refuse a policy.
+        self.governor = Governor(self.applier, policies, activity=self.activity, guard=guard, strict=spec.strict)
+        self.switchboard = Switchboard(resources.core, paced=backend.blocking)
+        self.switchboard.on_change(self._retell)
+        self.switchboard.on_talk(self._talked)
+        self.closed = False
+        self._nursery = nursery
+        self._token = trio.lowlevel.current_trio_token()
+        self._ids = iter(range(1, 1 << 32))
+        self._guests: dict[int, Guest] = {}  # by the ids of their cores
+
+    # ---- its life
+
+    def start(self, observed: float | None) -> None:
+        """Start the tasks. `observed`: seconds between two aggregates; None: nobody wants them."""
+        self.tenancy.begin(self.applier)
+        if observed is not None:
+            self.governor.observe(self._write_down, observed)
+        self._nursery.start_soon(self.switchboard.run)
+        self._nursery.start_soon(self.governor.run)
+
+    async def close(self) -> None:
+        """No task is left."""
+        self.closed = True
+        self.governor.close()
+        self.switchboard.close()
+        for vm in list(self.supervisor.vms.values()):
+            self.supervisor.drop(vm)
+        await self.workers.idle()
+        self.tenancy.close()
+
+    def start_soon(self, function: Callable[..., Any], *args: Any) -> None:
+        self._nursery.start_soon(function, *args)
+
+    def post(self, function: Callable[..., object], *args: object) -> None:
+        """Run it soon on the fleet's thread. Any thread; nothing happens once the fleet is gone."""
+        try:
+            self._token.run_sync_soon(function, *args)
+        except trio.RunFinishedError:
+            pass  # nobody is left to be told
+
+    # ---- what parts ask
+
+    @property
+    def vms(self) -> Mapping[str, Vm]:
+        return self.supervisor.vms
+
+    def vm(self, name: str) -> Vm:
+        return self.supervisor.vm(name)
+
+    @property
+    def tenants(self) -> Mapping[str, Tenant]:
+        return self.tenancy.tenants()
+
+    def now(self) -> int:
+        return self.backend.now()
+
+    @property
+    def seats(self) -> Mapping[str, TenantSeat]:
+        return self.tenancy.seats
+
+    def figures(self) -> Figures:
+        """What the fleet's parts say of themselves."""
+        return Figures(
+            removed=self.tenancy.removed,
+            launched=self.supervisor.launched,
+            missed=self.switchboard.missed(),
+            policies=self.governor.statistics(),
+            host=self.governor.host,
+            journal=self.records.statistics(),
+        )
+
+    def host_limit(self, meter: Meter) -> Limit | None:
+        """As in force."""
+        return self.tenancy.limit(meter)
+
+    def budgets(self, tenant: str | None) -> Budgets:
+        return self.tenancy.budgets(tenant)
+
+    def below(self, action: Action) -> int:
+        return self.supervisor.below(action)
+
+    def next_id(self) -> int:
+        return next(self._ids)
+
+    def told(self, vm: str) -> int:
+        return self.switchboard.told(vm)
+
+    def set_limit_nowait(
+        self,
+        limit: Limit | None,
+        *,
+        meter: Meter | str = Meter.BUS_LOCKS,
+        tenant: str | None = None,
+        vm: str | None = None,
+        vcpu: int | None = None,
+    ) -> None:
+        """As `Fleet.set_limit_nowait`."""
+        action = SetLimit(limit=limit, meter=as_meter(meter), tenant=tenant, vm=vm, vcpu=vcpu, reason="set_limit()")
+        self.applier.set_limit(limit, action.meter, tenant, vm, vcpu)
+        self.applier.done(action, None)
+
+    # ---- what parts tell
+
+    def register(self, core: VcpuCore, guest: Guest, index: int) -> None:
+        self._guests[core.id] = guest
+        self.switchboard.reader.add(core.id, guest.name, index)
+        self.activity.add(core.id, self.vms[guest.name], guest, index)
+
+    def retire(self, cores: Iterable[VcpuCore]) -> None:
+        cores = list(cores)
+        self.switchboard.retire(cores)
+        for core in cores:
+            self._guests.pop(core.id, None)
+            self.activity.forget(core.id)
+
+    def ended(self, vm: Vm) -> Iterable[Callable[[Vm], object]]:
+        """What is to be done when a VM has ended for good, each whatever becomes of the others."""
+        yield self.activity.ended
+        yield self._forget
+        yield self._write_profile
+        if vm.guest is not None:  # else: a launch that failed may be tried again, and somebody waits for it
+            yield lambda vm: self.switchboard.vm_ended(vm.name)
+        if vm.stopping:
+            yield Vm.release
+
+    def released(self, vm: Vm) -> None:
+        """The VM was stopped by its user: it leaves the fleet."""
+        self.supervisor.drop(vm)
+
+    def did(self, action: Action, policy: str | None = None) -> None:
+        """A caller did it directly, and not by `apply`; or what was desired ended, of a caller or a policy."""
+        self.applier.done(action, policy)
+
+    def changed(self, vm: Vm, state: State, reason: str) -> None:
+        self.records.state(self.now(), vm.name, vm.launch, vm.tenant, state, reason)
+
+    def worked(self, vm: Vm, units: float) -> None:
+        self.activity.work(vm, units)
+
+    def logged(self, guest: Guest) -> None:
+        if guest.dirty is not None:
+            self.activity.dirty(self.activity.logs.watch(self.vms[guest.name], guest.dirty, self.now()))
+            self.governor.wake()
+
+    def _talked(self, id: int) -> None:
+        if (guest := self._guests.get(id)) is not None:
+            guest.talked()
+
+    def _retell(self) -> None:
+        failure: ResourceLimit | None = None
+        for vm in self.vms.values():
+            if vm.guest is not None:
+                try:
+                    vm.guest.tell(self.told(vm.name))
+                except ResourceLimit as error:
+                    failure = error
+        if failure is not None:
+            raise failure
+
+    def _forget(self, vm: Vm) -> None:
+        if self.vms.get(vm.name) is vm:
+            self.governor.gone(vm.name)
+            self.applier.holdings.forget(vm.name)
+
+    def _write_down(self, facts: Facts) -> None:
+        """What was seen in an interval; where there is a probe and no journal, the statistics have the last one."""
+        recorder = self.records.recorder
+        if recorder is not None:
+            recorder.aggregate(facts)
+            for seen in facts.vms.values():
+                vm = self.vms.get(seen.name)
+                if seen.bus_locks and vm is not None and vm.launch == seen.launch:
+                    self._write_profile(vm)
+
+    def _write_profile(self, vm: Vm) -> None:
+        recorder, guest = self.records.recorder, vm.guest
+        if recorder is not None and guest is not None and (rows := guest.profile_rows()):
+            recorder.profile(self.now(), vm.name, vm.launch, rows)

@@ -1,0 +1,413 @@
+"""Data into values by the annotations of their classes; every mistake is noted with its path, and reading goes on."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import difflib
+import math
+import re
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from enum import Enum
+from typing import Any, Final, Literal, TypeAlias, Union, get_args, get_origin
+
+import attrs
+
+from . import actions, exits, spec
+from .construction import BAD, Parameter, call, parameters
+from .errors import SpecError
+
+__all__ = [
+    "BAD",
+    "DEPTH",
+    "JSON",
+    "KIND",
+    "TAGGED",
+    "At",
+    "CodecError",
+    "Dialect",
+    "Reading",
+    "Wrong",
+    "meant",
+    "name_of",
+    "path_of",
+    "shown",
+]
+
+KIND: Final = "kind"
+DEPTH: Final = 32
+"""How deep values may be nested: specs need 6, and what comes from outside must not exhaust the stack."""
+
+At: TypeAlias = tuple[str | int, ...]
+"""A path: keys, and numbers of items."""
+
+
+def _tagged() -> dict[str, type]:
+    """The classes that carry their name."""
+    exit_types = [kind for kind in vars(exits).values() if isinstance(kind, type) and issubclass(kind, exits.Exit)]
+    unions = (actions.Action, actions.Outcome, spec.DeviceSpec)
+    found = [kind for union in unions for kind in get_args(union)]
+    return {kind.__name__: kind for kind in [*found, *exit_types, spec.FlatImage]}
+
+
+TAGGED: Final[Mapping[str, type]] = _tagged()
+
+
+def name_of(kind: Any) -> str | None:
+    """What a class of a closed union is called in data: by its own word for it, or by its name; None: it is of none."""
+    own = vars(kind).get(KIND) if isinstance(kind, type) else None
+    if isinstance(own, str):
+        return own
+    return kind.__name__ if isinstance(kind, type) and TAGGED.get(kind.__name__) is kind else None
+
+
+@attrs.frozen
+class Dialect:
+    """How data are written.
+
+    Attributes:
+        none: a word that says None, where the format has no null and the value is no text.
+        words: what a mapping and a sequence are called.
+        bits: whole numbers beyond so many are refused; None: the format has no such bound.
+        forms: short forms, by the annotation of the value: each makes the long form, and raises SpecError for what is
+            neither.
+        infinite: numbers without end are written as words.
+        remedies: for a key that a class does not have, what to do in its place.
+    """
+
+    none: str | None = None
+    words: tuple[str, str] = ("an object", "a list")
+    bits: int | None = None
+    infinite: bool = True
+    forms: Mapping[Any, Callable[[Any], Any]] = attrs.field(factory=dict)
+    remedies: Mapping[tuple[Any, str], str] = attrs.field(factory=dict)
+
+
+JSON: Final = Dialect()
+
+
+@attrs.frozen
+class Wrong:
+    """One thing that is wrong: where, and what, which begins with the value if `valued`."""
+
+    at: At
+    said: str
+    valued: bool = False
+
+    def __str__(self) -> str:
+        return f"{path_of(self.at)}{'=' if self.valued else ': '}{self.said}"
+
+
+class CodecError(SpecError):
+    """Your data are not what they should be: `mistakes` has all that is wrong."""
+
+    def __init__(self, mistakes: Sequence[Wrong]) -> None:
+        self.mistakes = tuple(mistakes)
+        super().__init__("; ".join(map(str, self.mistakes)))
+
+
+def path_of(at: At) -> str:
+    """As people write it: ``vms[2].limit.rate``."""
+    return "".join(f"[{one}]" if isinstance(one, int) else f".{one}" for one in at).removeprefix(".") or "value"
+
+
+def shown(value: Any) -> str:
+    """A value as an error names it."""
+    try:
+        text = str(value).lower() if isinstance(value, bool) else repr(value)
+    except ValueError:  # an int of thousands of digits has none
+        return "a number beyond 64 bits"
+    return text if len(text) < 60 else text[:57] + "..."
+
+
+def meant(name: object, known: Iterable[Any]) -> str:
+    """What was probably meant, as the end of a sentence; nothing if nothing is near."""
+    near = difflib.get_close_matches(str(name)[:80], [str(one) for one in known], 1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+class Reading:
+    """One decoding. Its methods return a value, or `BAD` and have noted why in `wrong`.
+
+    A class with a form of its own has ``from_data(data, reading, at)``, which uses these methods, and ``to_data()``.
+    """
+
+    def __init__(self, dialect: Dialect = JSON) -> None:
+        self.dialect = dialect
+        self.wrong: list[Wrong] = []
+
+    def no(self, at: At, said: str, value: Any = BAD) -> Any:
+        """Note a mistake. `value`: what is there, to be named."""
+        if value is BAD:
+            self.wrong.append(Wrong(at, said))
+        elif isinstance(value, Mapping | list | tuple):
+            called = self.dialect.words[0 if isinstance(value, Mapping) else 1]
+            self.wrong.append(Wrong(at, f"{called}: {said}"))
+        else:
+            self.wrong.append(Wrong(at, f"{shown(value)}: {said}", valued=True))
+        return BAD
+
+    def value(self, kind: Any, data: object, at: At) -> Any:
+        """A value of that type."""
+        if len(at) > DEPTH:
+            return self.no(at[:4], f"nested deeper than {DEPTH}")
+        form = self.dialect.forms.get(kind)
+        if form is not None:
+            try:
+                data = form(data)
+            except SpecError as error:
+                return self.no(at, str(error), data)
+        if kind is Any or kind is object:
+            return data
+        origin, arguments = get_origin(kind), get_args(kind)
+        if origin in (Union, types.UnionType):
+            return self._union(arguments, data, at)
+        if origin is Literal:
+            return self._literal(arguments, data, at)
+        if origin is tuple:
+            return self._tuple(arguments, data, at)
+        if origin is not None and issubclass(origin, Mapping):
+            return self._mapping(arguments[1], data, at)
+        if origin is not None and issubclass(origin, Iterable):
+            items = self._tuple((arguments[0], ...), data, at)
+            return list(items) if origin is list and items is not BAD else items
+        if isinstance(kind, type):
+            own = getattr(kind, "from_data", None)
+            if own is not None:
+                return own(data, self, at)
+            if attrs.has(kind):
+                return self._object(kind, data, at)
+            if issubclass(kind, Enum):
+                return self._enum(kind, data, at)
+            if kind in _PLAIN:
+                return _PLAIN[kind](self, data, at)
+        raise TypeError(f"the codec knows no values of type {kind!r}")
+
+    # ---- what a type is made of
+
+    def _union(self, arguments: tuple[Any, ...], data: object, at: At) -> Any:
+        said = isinstance(data, str) and data == self.dialect.none and str not in arguments
+        if types.NoneType in arguments and (data is None or said):
+            return None
+        some = [one for one in arguments if one is not types.NoneType and not _is_live(one)]
+        tagged = {name: one for one in some if (name := name_of(one)) is not None}
+        if tagged and len(tagged) == len(some) and isinstance(data, str):
+            data = {KIND: data}  # one that needs nothing else
+        if isinstance(data, Mapping) and tagged and KIND in data:
+            name = data[KIND]
+            if not isinstance(name, str) or name not in tagged:
+                return self.no((*at, KIND), f"must be one of {', '.join(sorted(tagged))}{meant(name, tagged)}", name)
+            return self._object(tagged[name], data, at)
+        if len(tagged) == len(some) > 1:
+            known = ", ".join(sorted(tagged))
+            return self.no(at, f"must be {self.dialect.words[0]} whose {KIND!r} is one of {known}", data)
+        if not some:
+            return self.no(at, "must be null: it lives in one process only", data)
+        before, tried = len(self.wrong), []
+        for one in some:
+            value = self.value(one, data, at)
+            noted = self.wrong[before:]
+            if not noted:
+                return value
+            del self.wrong[before:]
+            tried.append(noted)
+        # What was meant is the alternative whose shape fits: there the mistakes are further in.
+        self.wrong += max(tried, key=lambda noted: max(len(one.at) for one in noted))
+        return BAD
+
+    def _literal(self, arguments: tuple[Any, ...], data: object, at: At) -> Any:
+        for one in arguments:
+            if type(one) is type(data) and one == data:
+                return one
+        return self.no(at, f"must be one of {', '.join(map(repr, arguments))}{meant(data, arguments)}", data)
+
+    def _tuple(self, arguments: tuple[Any, ...], data: object, at: At) -> Any:
+        if not isinstance(data, list | tuple):
+            return self.no(at, f"must be {self.dialect.words[1]}", data)
+        if arguments and arguments[-1] is Ellipsis:
+            kinds = [arguments[0]] * len(data)
+        elif len(arguments) == len(data):
+            kinds = list(arguments)
+        else:
+            return self.no(at, f"must be {self.dialect.words[1]} of {len(arguments)}", data)
+        values = tuple(self.value(kind, one, (*at, i)) for i, (kind, one) in enumerate(zip(kinds, data, strict=True)))
+        return BAD if BAD in values else values
+
+    def _mapping(self, values: Any, data: object, at: At) -> Any:
+        given = self.table(data, at)
+        if given is BAD:
+            return BAD
+        named = isinstance(values, type) and attrs.has(values) and hasattr(attrs.fields(values), "name")
+        made = {}
+        for key, one in given.items():
+            if named and isinstance(one, Mapping) and one.get("name", key) == key:
+                one = {"name": key, **one}  # of a table of things by their names, each need not say its own again
+            made[key] = self.value(values, one, (*at, key))
+        return BAD if BAD in made.values() else made
+
+    def table(self, data: object, at: At) -> Any:
+        """Data that are a mapping with text keys."""
+        if not isinstance(data, Mapping) or not all(isinstance(key, str) for key in data):
+            return self.no(at, f"must be {self.dialect.words[0]}", data)
+        return data
+
+    def _object(self, kind: type, data: object, at: At) -> Any:
+        given = self.table(data, at)
+        if given is BAD:
+            return BAD
+        called = name_of(kind)
+        if called is not None and KIND in given:
+            given = dict(given)
+            if (name := given.pop(KIND)) != called:
+                return self.no((*at, KIND), f"must be {called!r}", name)
+        return self.build(kind, given, at)
+
+    def choice(self, data: object, at: At, kinds: Mapping[str, Any], what: str) -> tuple[Any, Mapping[str, Any]]:
+        """Data that say by their "kind" which of several things they are; just the kind will do.
+
+        Parameters:
+            what: the things, for the message.
+
+        Returns:
+            Its kind, or BAD, and the other keys.
+        """
+        if isinstance(data, str):
+            data = {KIND: data}
+        given = self.table(data, at)
+        if given is BAD:
+            return BAD, {}
+        rest = {key: one for key, one in given.items() if key != KIND}
+        name = given.get(KIND)
+        known = ", ".join(kinds)
+        if name is None:
+            return self.no((*at, KIND), f"is missing: which {what}; there are: {known}"), rest
+        if not isinstance(name, str):
+            return self.no((*at, KIND), "must be a text", name), rest
+        if name not in kinds:
+            return self.no((*at, KIND), f"no such {what}; there are: {known}{meant(name, kinds)}", name), rest
+        return name, rest
+
+    def build(self, kind: Callable[..., Any], given: Mapping[str, Any], at: At) -> Any:
+        """Call `kind` with a mapping's values, each as its parameter has it; a class is called the same."""
+        arguments = self.read(kind, given, at)
+        if arguments is not BAD:
+            try:
+                return kind(**arguments)
+            except (SpecError, TypeError, ValueError, OverflowError):
+                self._hear(kind, arguments, at, len(self.wrong))
+        return BAD
+
+    def arguments(self, kind: Callable[..., Any], given: Mapping[str, Any], at: At) -> Any:
+        """The arguments that `build` would call it with, which it takes."""
+        arguments = self.read(kind, given, at)
+        if arguments is not BAD:
+            before = len(self.wrong)
+            self._hear(kind, arguments, at, before)
+            return BAD if len(self.wrong) > before else arguments
+        return BAD
+
+    def read(self, kind: Callable[..., Any], given: Mapping[str, Any], at: At) -> Any:
+        """A mapping's values as its parameters have them. If one is wrong, what `kind` says to the others is noted."""
+        known = parameters(kind)
+        arguments: dict[str, Any] = {}
+        before = len(self.wrong)
+        for key, one in given.items():
+            parameter = known.get(key)
+            if parameter is None:
+                self.no((*at, key), self._no_such(kind, key, known))
+            else:
+                arguments[key] = self.value(parameter.kind, one, (*at, key))
+        for name, parameter in known.items():
+            if parameter.required and name not in given:
+                self.no((*at, name), "is missing")
+        if len(self.wrong) == before:
+            return arguments
+        self._hear(kind, arguments, at, before)
+        return BAD
+
+    def _hear(self, kind: Callable[..., Any], arguments: Mapping[str, Any], at: At, before: int) -> None:
+        """Note what it says against these arguments. `before`: how much was noted before they were read."""
+        told = len(self.wrong)
+        for complaint in call(kind, arguments, parameters(kind)):
+            if isinstance(complaint.error, CodecError):
+                self.wrong += [attrs.evolve(one, at=(*at, *one.at)) for one in complaint.error.mistakes]
+            elif complaint.at or len(self.wrong) == told == before:  # of the whole only if its parts are right
+                valued = bool(complaint.at) and isinstance(complaint.at[-1], str)
+                self.wrong.append(Wrong((*at, *complaint.at), _suggested(complaint.said), valued))
+
+    def _no_such(self, kind: Any, key: str, known: Mapping[str, Parameter]) -> str:
+        remedy = self.dialect.remedies.get((kind, key))
+        return f"no such key; {remedy}" if remedy else f"no such key; there are: {', '.join(known)}{meant(key, known)}"
+
+    def _enum(self, kind: type[Enum], data: object, at: At) -> Any:
+        values = [one.value for one in kind]
+        if isinstance(data, bool) or not isinstance(data, str | int) or data not in values:
+            return self.no(at, f"must be one of {', '.join(map(str, values))}{meant(data, values)}", data)
+        return kind(data)
+
+    # ---- plain values
+
+    def _whole(self, data: object, at: At) -> Any:
+        if isinstance(data, bool) or not isinstance(data, int):
+            return self.no(at, "must be a whole number", data)
+        return data if self._fits(data) else self.no(at, "a number beyond 64 bits")
+
+    def _fits(self, number: int) -> bool:
+        bits = self.dialect.bits
+        return bits is None or -(1 << (bits - 1)) <= number < 1 << (bits - 1)
+
+    def _float(self, data: object, at: At) -> Any:
+        if self.dialect.infinite and isinstance(data, str) and data in _WORDS:
+            return _WORDS[data]
+        if isinstance(data, bool) or not isinstance(data, int | float):
+            return self.no(at, "must be a number", data)
+        if isinstance(data, int) and not self._fits(data):
+            return self.no(at, "a number beyond 64 bits")
+        try:
+            return float(data)
+        except OverflowError:
+            return self.no(at, "is too large a number")
+
+    def _bool(self, data: object, at: At) -> Any:
+        return data if isinstance(data, bool) else self.no(at, "must be true or false", data)
+
+    def _text(self, data: object, at: At) -> Any:
+        return data if isinstance(data, str) else self.no(at, "must be a text", data)
+
+    def _bytes(self, data: object, at: At) -> Any:
+        if not isinstance(data, str):
+            return self.no(at, "must be bytes in base64", data)
+        try:
+            return base64.b64decode(data, validate=True)
+        except (binascii.Error, ValueError):
+            return self.no(at, "must be bytes in base64", data)
+
+    def _range(self, data: object, at: At) -> Any:
+        ends = self._tuple((int, int), data, at)
+        return BAD if ends is BAD else range(*ends)
+
+    def _none(self, data: object, at: At) -> Any:
+        return None if data is None else self.no(at, "must be null", data)
+
+
+def _suggested(said: str) -> str:
+    found = re.match(r"'([^']*)': must be one of ([\w, -]+)$", said)
+    return said + meant(found[1], found[2].split(", ")) if found else said
+
+
+_WORDS: Final = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
+_PLAIN: Final[Mapping[type, Callable[[Reading, object, At], Any]]] = {
+    int: Reading._whole,
+    float: Reading._float,
+    bool: Reading._bool,
+    str: Reading._text,
+    bytes: Reading._bytes,
+    range: Reading._range,
+    types.NoneType: Reading._none,
+}
+
+
+def _is_live(kind: Any) -> bool:
+    """A type of live objects, which no data make: a function, or a protocol."""
+    return get_origin(kind) is Callable or bool(getattr(kind, "_is_protocol", False))

@@ -1,0 +1,67 @@
+"""One door for a spec and its fields: ``open_fleet(spec)``, ``open_fleet(limit=...)``, ``open_fleet(spec, limit=...)``.
+
+The fields are those of the spec's class and are written nowhere else: a type checker and `inspect.signature` see them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast, overload
+
+import attrs
+
+from .decoding import shown
+from .errors import SpecError
+from .fleetspec import FleetSpec
+
+__all__ = ["Door", "door"]
+
+P = ParamSpec("P")
+T = TypeVar("T", covariant=True)
+
+
+class Door(Protocol, Generic[P, T]):
+    """What opens a fleet."""
+
+    @overload
+    def __call__(self, spec: FleetSpec, /, *args: P.args, **kwargs: P.kwargs) -> AbstractAsyncContextManager[T]: ...
+    @overload
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> AbstractAsyncContextManager[T]: ...
+
+
+def door(
+    fields: Callable[P, FleetSpec],
+) -> Callable[[Callable[[Any], AbstractAsyncContextManager[T]]], Door[P, T]]:
+    """Decorates what opens a fleet by its spec: it then takes the spec's fields as well.
+
+    Parameters:
+        fields: the spec's class, or one that has more fields.
+    """
+
+    def decorate(opened: Callable[[Any], AbstractAsyncContextManager[T]]) -> Door[P, T]:
+        def enter(
+            spec: FleetSpec | None = None, /, *args: P.args, **kwargs: P.kwargs
+        ) -> AbstractAsyncContextManager[T]:
+            if spec is None:
+                return opened(fields(*args, **kwargs))
+            if not isinstance(spec, FleetSpec):
+                raise SpecError(f"spec={shown(spec)}: must be a FleetSpec; or give its fields by name: limit=...")
+            if args or kwargs:
+                said = {one.alias: getattr(spec, one.name) for one in attrs.fields(type(spec)) if one.init}
+                return opened(cast(Any, fields)(*args, **{**said, **kwargs}))
+            return opened(spec)
+
+        taken = inspect.signature(opened).parameters
+        (first,) = taken.values()
+        enter.__name__, enter.__qualname__ = opened.__name__, opened.__qualname__
+        enter.__module__, enter.__doc__ = opened.__module__, opened.__doc__
+        spec = inspect.Parameter(
+            first.name, inspect.Parameter.POSITIONAL_ONLY, default=None, annotation="FleetSpec | None"
+        )
+        known = list(inspect.signature(fields).parameters.values())
+        enter.__signature__ = inspect.Signature([spec, *known])  # type: ignore[attr-defined]  # functions may have one
+        return cast(Door[P, T], enter)
+
+    return decorate

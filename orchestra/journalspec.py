@@ -1,0 +1,54 @@
+"""A journal as data: where it is kept and for how long, and how it keeps up."""
+
+from __future__ import annotations
+
+import attrs
+
+from .errors import SpecError
+from .spec import GiB, MiB
+
+__all__ = ["JournalSpec", "JournalStatistics"]
+
+
+@attrs.frozen
+class JournalSpec:
+    """A journal as data: the fleet that is opened with it makes the `orchestra.journal.Journal`, and closes it.
+
+    Parameters:
+        path: the file; made if it is not there, continued if it is.
+        keep_days: older rows are removed.
+        keep_bytes: beyond this the oldest rows are removed. The file and its write-ahead log together stay below it,
+            but for what is just being written, or if a reader holds the log.
+
+    Raises:
+        SpecError: a bound that can't be.
+    """
+
+    path: str
+    keep_days: float = 30.0
+    keep_bytes: int = 1 * GiB
+
+    def __attrs_post_init__(self) -> None:
+        if not isinstance(self.path, str) or not self.path:
+            raise SpecError(f"path={self.path!r}: must be the name of a file")
+        if not 0 < self.keep_days <= 36500:
+            raise SpecError(f"keep_days={self.keep_days!r}: must be more than 0 and at most 36500")
+        if not MiB <= self.keep_bytes <= 1 << 46:
+            raise SpecError(f"keep_bytes={self.keep_bytes!r}: must be 1 MiB at least")
+
+
+@attrs.frozen
+class JournalStatistics:
+    """How the journal keeps up.
+
+    Attributes:
+        written, waiting: rows.
+        dropped: rows that are lost: more waited than may, they could not be written, or (when the fleet is gone) the
+            disk had no room for them.
+        error: what goes wrong at present; None: nothing.
+    """
+
+    written: int
+    waiting: int
+    dropped: int
+    error: str | None

@@ -1,0 +1,146 @@
+"""The tenants of a fleet and its own limits: budgets, what changes them while it runs, and who belongs to whom."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+import attrs
+
+from .actions import SetLimit
+from .apply import Applier
+from .budget import Budgets, limits_of, make_budgets
+from .effects import inverse
+from .errors import SpecError, StateError, UnknownTenant
+from .fleetspec import DEFAULT_TENANT, FleetSpec
+from .spec import Limit, Meter, Tenant
+from .statistics import TenantSeat, Totals
+from .vm import Vm
+
+__all__ = ["Tenancy"]
+
+NAMED: Final = 8
+"""VMs that a message names: enough to see whose they are."""
+
+
+class Tenancy:
+    """Of one fleet.
+
+    Attributes:
+        host: the budgets of all VMs together.
+        seats: the tenants by name.
+        removed: what VMs of tenants did that were removed.
+    """
+
+    def __init__(self, spec: FleetSpec, now: int) -> None:
+        self.host: Budgets = make_budgets(limits_of(spec), now)
+        self.seats = {name: TenantSeat(one, make_budgets(limits_of(one), now)) for name, one in spec.tenants.items()}
+        self.removed = Totals()
+
+    def limit(self, meter: Meter) -> Limit | None:
+        """The host's, as in force."""
+        return self.host[meter].limit
+
+    def seat(self, tenant: str, vm: str | None = None) -> TenantSeat:
+        """A tenant's. `vm`: whose spec names it, for the message.
+
+        Raises:
+            UnknownTenant: there is none of that name.
+        """
+        try:
+            return self.seats[tenant]
+        except (KeyError, TypeError):
+            of = f"vm {vm!r}: " if vm else ""
+            known = ", ".join(sorted(self.seats))
+            raise UnknownTenant(
+                f"{of}tenant={tenant!r}: no such tenant; this fleet has: {known}. `await fleet.add_tenant(...)` adds "
+                "one"
+            ) from None
+
+    def budgets(self, tenant: str | None) -> Budgets:
+        """A tenant's, or the host's."""
+        return self.host if tenant is None else self.seat(tenant).budgets
+
+    def tenants(self) -> dict[str, Tenant]:
+        """All of them, with the limits that were set (and not with throttles)."""
+        return {
+            name: attrs.evolve(
+                seat.tenant,
+                limit=seat.budgets[Meter.BUS_LOCKS].base,
+                exit_limit=seat.budgets[Meter.EXITS].base,
+                answer_limit=seat.budgets[Meter.ANSWERS].base,
+            )
+            for name, seat in self.seats.items()
+        }
+
+    # ---- while the fleet runs. Each limit that is another than before is journaled as a caller's `SetLimit`.
+
+    def begin(self, applier: Applier) -> None:
+        """Journal the limits that the fleet and its tenants begin with."""
+        applier.given(self.host, "open_fleet")
+        for name, seat in self.seats.items():
+            applier.given(seat.budgets, "open_fleet", tenant=name)
+
+    def add(self, tenant: Tenant, applier: Applier, now: int) -> None:
+        """As `Fleet.add_tenant`."""
+        _check(tenant, applier)
+        if tenant.name in self.seats:
+            raise StateError(f"can't add tenant {tenant.name!r}: this fleet has it; `change_tenant` changes it")
+        self.seats[tenant.name] = TenantSeat(tenant, make_budgets(dict.fromkeys(Meter), now))
+        self._put_limits(tenant, applier, f"add_tenant({tenant.name!r})")
+
+    def change(self, tenant: Tenant, applier: Applier) -> None:
+        """As `Fleet.change_tenant`."""
+        _check(tenant, applier)
+        self.seat(tenant.name).tenant = tenant
+        self._put_limits(tenant, applier, f"change_tenant({tenant.name!r})")
+
+    def remove(self, name: str, vms: Iterable[Vm], applier: Applier) -> None:
+        """As `Fleet.remove_tenant`. `vms`: all of the fleet's."""
+        seat = self.seat(name)
+        if name == DEFAULT_TENANT:
+            raise StateError(f"can't remove tenant {name!r}: VMs whose spec names none belong to it")
+        theirs = [vm for vm in vms if vm.tenant == name]
+        if seat.live or any(vm.outcome is None for vm in theirs):
+            alive = ", ".join(sorted(vm.name for vm in theirs if vm.outcome is None)[:NAMED])
+            raise StateError(f"can't remove tenant {name!r}: it has VMs that have not ended ({alive}): stop them first")
+        for vm in theirs:
+            vm.release()
+        self._end_limits(name, applier)
+        self.removed.join(seat.gone)
+        del self.seats[name]
+        _close(seat.budgets)
+
+    def _put_limits(self, tenant: Tenant, applier: Applier, reason: str) -> None:
+        for meter, budget in self.seats[tenant.name].budgets.items():
+            limit = getattr(tenant, meter.field)
+            if budget.base != limit:
+                applier.set_limit(limit, meter, tenant.name, None, None)
+                applier.done(SetLimit(limit=limit, meter=meter, tenant=tenant.name, reason=reason), None)
+
+    def _end_limits(self, tenant: str, applier: Applier) -> None:
+        """What limits a tenant ends with it, for the journal as well: another of that name begins without."""
+        reason = f"remove_tenant({tenant!r})"
+        for meter, budget in self.seats[tenant].budgets.items():
+            if budget.base is not None:
+                applier.done(SetLimit(limit=None, meter=meter, tenant=tenant, reason=reason), None)
+        for key, held in list(applier.holdings):
+            if key.tenant == tenant and (back := inverse(held.action)) is not None:
+                applier.done(attrs.evolve(back, reason=reason), held.policy)
+
+    def close(self) -> None:
+        """No VM is left that has these buckets."""
+        for seat in self.seats.values():
+            _close(seat.budgets)
+        _close(self.host)
+
+
+def _check(tenant: object, applier: Applier) -> None:
+    if not isinstance(tenant, Tenant):
+        raise SpecError(f"tenant={tenant!r}: must be a Tenant")
+    applier.check_seen(tenant.limit, f"tenant {tenant.name!r}: limit")
+
+
+def _close(budgets: Budgets) -> None:
+    for budget in budgets.values():
+        budget.close()
