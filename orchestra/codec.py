@@ -42,6 +42,7 @@ __all__ = [
     "Wrong",
     "decode",
     "encode",
+    "encode_parts",
     "from_document",
     "to_document",
 ]
@@ -82,6 +83,12 @@ def encode(value: Any, other: Callable[[Any], Any] | None = None) -> Any:
     return _encode(value, (), other)
 
 
+def encode_parts(value: Any, other: Callable[[Any], Any] | None = None) -> tuple[str, dict[str, Any]]:
+    """An object of a class as its kind and its fields, for those who write them into columns of their own."""
+    fields = encode(value, other)
+    return fields.pop(KIND, type(value).__name__), fields
+
+
 def _encode(value: Any, at: At, other: Callable[[Any], Any] | None) -> Any:
     kind = type(value)
     if value is None or kind is str or kind is bool or kind is int:
@@ -104,7 +111,9 @@ def _encode(value: Any, at: At, other: Callable[[Any], Any] | None) -> Any:
         return [value.start, value.stop]
     if isinstance(value, Mapping):
         return {_key(key, at, other): _encode(one, (*at, str(key)), other) for key, one in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
+    if isinstance(value, set | frozenset):
+        value = sorted(value, key=str)  # so that equal ones are written alike
+    if isinstance(value, list | tuple):
         return [_encode(one, (*at, i), other) for i, one in enumerate(value)]
     if other is not None:
         return other(value)

@@ -18,6 +18,7 @@ from .actuators.delegation import own_cgroup, why_not
 from .backend.emulated import library
 from .backend.kvm.system import Kvm
 from .backend.picking import DETECTION, Asked, Found, Pick, pick
+from .codec import encode
 from .errors import OrchestraError
 from .extras import install
 from .native import lib
@@ -99,7 +100,7 @@ class Verdict:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {**attrs.asdict(self), "lines": list(self.lines)}
+        return {**encode(self), "lines": list(self.lines)}
 
 
 @attrs.frozen
@@ -118,7 +119,7 @@ class Report:
         """For JSON."""
         return {
             "verdict": None if self.verdict is None else self.verdict.as_dict(),
-            "findings": [attrs.asdict(finding) for finding in self.findings],
+            "findings": encode(self.findings),
             "capabilities": dict(self.capabilities),
         }
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import typing
+
 import numpy as np
 import pytest
 
 from orchestra import SpecError
 from orchestra.simulate.arrays import generator
 from orchestra.simulate.behaviours import (
-    BEHAVIOURS,
     Adversarial,
     Behaviour,
     Bursty,
@@ -115,9 +116,12 @@ def test_the_adversary_grows_bold_when_nobody_acts():
     assert (rows[500:] > 0).mean() > 0.7
 
 
-@pytest.mark.parametrize("kind", sorted(BEHAVIOURS))
+KINDS = {one.kind: one for one in typing.get_args(Behaviour)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_same_seed_gives_the_same_locks(kind):
-    make = {"quiet": Quiet(rate=1.0)}.get(kind) or BEHAVIOURS[kind](rate=50.0)
+    make = {"quiet": Quiet(rate=1.0)}.get(kind) or KINDS[kind](rate=50.0)
     assert (play(make, 20, 50) == play(make, 20, 50)).all()
 
 

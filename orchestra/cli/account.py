@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Final
 
 import attrs
 
 from ..actions import Applied, Outcome
+from ..codec import encode, encode_parts
 from ..spec import Limit, Meter
 
 __all__ = ["Act", "Result", "Row", "Sample", "Span", "VmSummary", "document"]
@@ -181,12 +181,8 @@ class Result:
 def document(result: Result) -> dict[str, Any]:
     """For JSON."""
 
-    def plain(_: object, __: object, value: Any) -> Any:
-        return dict(value) if isinstance(value, Mapping) else value
-
     def action(applied: Applied) -> dict[str, Any]:
-        fields = attrs.asdict(applied.action, value_serializer=plain) if applied.action is not None else {}
-        kind = type(applied.action).__name__ if applied.action is not None else None
+        kind, fields = (None, {}) if applied.action is None else encode_parts(applied.action, str)
         return {
             "time": result.time(applied),
             "action": kind,
@@ -196,11 +192,11 @@ def document(result: Result) -> dict[str, Any]:
         }
 
     def vm(summary: VmSummary) -> dict[str, Any]:
-        fields = attrs.asdict(summary, recurse=False)
+        fields: dict[str, Any] = encode(summary)
         fields["outcome"] = None if summary.outcome is None else str(summary.outcome)
         fields["acts"] = [
-            {**attrs.asdict(span), "rate": span.rate, "work_rate": span.work_rate, "held": span.held}
-            for span in fields.pop("spans")
+            {**one, "rate": span.rate, "work_rate": span.work_rate, "held": span.held}
+            for one, span in zip(fields.pop("spans"), summary.spans, strict=True)
         ]
         return fields
 
@@ -214,12 +210,12 @@ def document(result: Result) -> dict[str, Any]:
         "cpus_used": result.cpus_used,
         "meter": str(result.meter),
         "seconds": result.seconds,
-        "acts": [attrs.asdict(act) for act in result.acts],
-        "samples": [attrs.asdict(sample) for sample in result.samples],
+        "acts": encode(result.acts),
+        "samples": encode(result.samples),
         "actions": [action(applied) for applied in result.actions],
         "summary": {
             "relief": result.relief,
-            "ceiling": None if result.ceiling is None else attrs.asdict(result.ceiling),
+            "ceiling": encode(result.ceiling),
             "vms": [vm(summary) for summary in result.vms],
         },
     }

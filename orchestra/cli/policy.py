@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import attrs
-
+from ..codec import encode
 from ..rules import Rules, TomlError, load_rules
 from ..spec import Meter, Tenant
 
@@ -26,7 +25,7 @@ def check(path: Path, *, as_json: bool) -> int:
     except TomlError as error:
         if not as_json:
             raise
-        mistakes = [attrs.asdict(mistake) for mistake in error.mistakes]
+        mistakes = encode(error.mistakes)
         print(json.dumps({"file": str(path), "ok": False, "mistakes": mistakes}))
         return 1
     if as_json:
@@ -39,18 +38,10 @@ def check(path: Path, *, as_json: bool) -> int:
 
 def document(rules: Rules) -> dict[str, Any]:
     """For JSON."""
-    guard = None
-    if rules.guard is not None:
-        guard = {
-            field.name: getattr(rules.guard, field.name) for field in attrs.fields(type(rules.guard)) if field.init
-        }
     return {
-        **{
-            meter.field: None if (limit := getattr(rules, meter.field)) is None else attrs.asdict(limit)
-            for meter in Meter
-        },
-        "tenants": {name: attrs.asdict(tenant) for name, tenant in rules.tenants.items()},
-        "guard": guard,
+        **{meter.field: encode(getattr(rules, meter.field)) for meter in Meter},
+        "tenants": encode(rules.tenants),
+        "guard": encode(rules.guard),
         "policies": [
             {"name": entry.name, "kind": entry.kind, "interval": entry.policy.interval} for entry in rules.entries
         ],

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
-import attrs
-
+from ..codec import encode
 from ..journal import read_journal
 from ..journal.export import iso
 from ..replay import Replay, Response, World, replay as run
@@ -60,30 +59,25 @@ def _artist() -> Callable[[Replay, Path], None]:
 
 def document(result: Replay) -> dict[str, Any]:
     """For JSON."""
-
-    def plain(_: object, __: object, value: Any) -> Any:
-        return sorted(value) if isinstance(value, frozenset) else dict(value) if isinstance(value, Mapping) else value
-
     return {
         "since": iso(result.since),
         "until": iso(result.until),
         "seconds": result.seconds,
         "sessions": result.sessions,
-        "as_it_was": attrs.asdict(result.before, value_serializer=plain),
-        "replayed": attrs.asdict(result.after, value_serializer=plain),
+        "as_it_was": encode(result.before),
+        "replayed": encode(result.after),
         "actions": [
             {
                 "time": iso(deed.time),
                 "policy": deed.policy,
-                "kind": type(deed.action).__name__,
                 "outcome": deed.outcome,
-                **attrs.asdict(deed.action, value_serializer=plain),
+                **encode(deed.action, str),
             }
             for deed in result.deeds
         ],
         "errors": dict(result.errors),
         "budget": result.budget,
-        "response": {signal: attrs.asdict(line) for signal, line in result.response.lines.items()},
+        "response": encode(result.response.lines),
     }
 
 

@@ -17,6 +17,7 @@ import trio
 from ..actions import Failed, Outcome, Shutdown
 from ..backend import Backend, choose
 from ..backend.picking import Asked
+from ..codec import encode
 from ..errors import FileError, SpecError, StateError
 from ..opening import open_fleet
 from ..spec import VmSpec
@@ -202,23 +203,15 @@ def _complaints(seen: _Seen, plan: GuestRun) -> list[str]:
 
 
 def _document(seen: _Seen, number: int) -> dict[str, Any]:
-    outcome, statistics = seen.outcome, seen.statistics
+    told: dict[str, Any] | None = encode(seen.statistics)
+    if told is not None:
+        del told["outcome"]  # it is beside them
     return {
         "backend": seen.backend,
         "why": seen.why,
-        "outcome": None if outcome is None else {"kind": type(outcome).__name__, **attrs.asdict(outcome)},
+        "outcome": encode(seen.outcome),
         "timed_out": seen.timed_out,
         "interrupted": bool(number),
         "console": seen.console,
-        "statistics": None if statistics is None else _plain(statistics),
+        "statistics": told,
     }
-
-
-def _plain(statistics: VmStatistics) -> dict[str, Any]:
-    fields = attrs.asdict(statistics, value_serializer=lambda _, __, value: dict(value) if _is_map(value) else value)
-    del fields["outcome"]
-    return fields
-
-
-def _is_map(value: object) -> bool:
-    return hasattr(value, "keys")

@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-import attrs
-
+from ..codec import encode
 from ..journal import ActionRow, read_journal
 from ..journal.explain import ENDED, Explanation, Fared, explain
 from ..journal.export import iso
@@ -75,18 +74,14 @@ def _artist() -> Callable[[Explanation, Sequence[Bin], Path], None]:
 
 def document(told: Explanation, bins: Sequence[Bin]) -> dict[str, Any]:
     """For JSON."""
-
-    def plain(_: object, __: object, value: Any) -> Any:
-        return dict(value) if hasattr(value, "keys") else value
-
-    known = attrs.asdict(told, value_serializer=plain)
+    known: dict[str, Any] = encode(told)
     known["covered"].pop("hosts")  # what they say is in `host`
     return {
         **known,
         "suspicion": suspicion_document(told.suspicion),
         "text": " ".join(sentences(told)),
         "time": iso(told.at),
-        "series": [attrs.asdict(one) for one in bins],
+        "series": encode(bins),
     }
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Final
 
-import attrs
-
+from ..codec import encode
 from ..journal.explain import Explanation, Fared, Surroundings
 from ..policy.suspects import FEWEST, Suspect, Suspicion
 from .times import duration
@@ -31,10 +30,8 @@ DOES: Final = {"bus_locks": "bus locks", "cpu": "CPU time"}
 
 def suspicion_document(told: Suspicion) -> dict[str, Any]:
     """For JSON."""
-    found = [
-        {**attrs.asdict(one), "share": one.share, "named": one.named, "very_likely": one.sure} for one in told.suspects
-    ]
-    return {**attrs.asdict(told, recurse=False), "suspects": found}
+    found = [{**encode(one), "share": one.share, "named": one.named, "very_likely": one.sure} for one in told.suspects]
+    return {**encode(told), "suspects": found}
 
 
 def verdict(told: Explanation) -> Iterator[str]:

@@ -12,6 +12,7 @@ from typing import Any, Final, TextIO, TypeAlias, get_args
 import attrs
 
 from ..actions import Action
+from ..codec import encode
 from ..errors import SpecError
 from .reader import ActionRow, Aggregate, HostRow, JournalReader, ProfileRow, StateRow, VcpuRow
 
@@ -89,12 +90,12 @@ def plain(row: Row, *, flat: bool = False) -> dict[str, Any]:
     Parameters:
         flat: evidence and details as JSON text too, for tables.
     """
-    made = attrs.asdict(row, recurse=False)
+    made: dict[str, Any] = encode(row)
     made["time"] = iso(row.time)
+    if isinstance(row, ProfileRow):
+        made["code"] = row.code.hex()
     for name, value in made.items():
-        if isinstance(value, bytes):
-            made[name] = value.hex()
-        elif flat and isinstance(value, Mapping | list):
+        if flat and isinstance(value, Mapping | list):
             made[name] = json.dumps(value)
     return made
 

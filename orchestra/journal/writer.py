@@ -9,7 +9,7 @@ import sqlite3
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, TypeAlias
@@ -17,6 +17,7 @@ from typing import Any, Final, TypeAlias
 import attrs
 
 from ..actions import Action, Applied
+from ..codec import encode_parts
 from ..journalspec import JournalSpec, JournalStatistics
 from ..policy import Facts
 from ..spec import GiB
@@ -58,16 +59,16 @@ Sample: TypeAlias = tuple[int, int, int, int, int, int, bytes]
 """rip, mode, cpl, space, samples, weight, code: as the table `profiles` has them."""
 
 
-def _plain(value: Any) -> Any:
-    """What JSON has no form for, as text; limits and the like by their fields."""
-    return attrs.asdict(value) if attrs.has(type(value)) else str(value)
-
-
 def _json(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def _told(action: Action) -> tuple[str, dict[str, Any]]:
+    """An action's kind and fields as data, what JSON has no form for in its evidence as text."""
     try:
-        return json.dumps(value, default=_plain, separators=(",", ":"))
-    except Exception as error:  # a cycle, odd keys deep inside, a str() that raises: the action itself is worth more
-        return json.dumps({"unreadable": f"{type(error).__name__}: {error}"})
+        return encode_parts(action, str)
+    except Exception as error:  # a cycle, a str() that raises: the action itself is worth more
+        return encode_parts(attrs.evolve(action, evidence={"unreadable": f"{type(error).__name__}: {error}"}))
 
 
 def _mended(row: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -149,7 +150,7 @@ class Journal:
     def action(self, applied: Applied) -> None:
         """An action, whatever came of it; or (without one) why a policy was switched off."""
         action: Action | None = applied.action
-        fields: Mapping[str, Any] = {} if action is None else attrs.asdict(action, recurse=False)
+        kind, fields = ("PolicyError", {}) if action is None else _told(action)
         details = {name: fields[name] for name in fields if name not in ("vm", "tenant", "reason", "evidence")}
         if details.get("launch", 0) is None:  # whoever had the name
             del details["launch"]
@@ -158,7 +159,7 @@ class Journal:
             (
                 self._session,
                 applied.time + self._offset,
-                "PolicyError" if action is None else type(action).__name__,
+                kind,
                 fields.get("vm"),
                 fields.get("tenant"),
                 applied.policy,

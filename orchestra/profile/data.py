@@ -7,6 +7,8 @@ from typing import Any
 
 import attrs
 
+from ..codec import encode
+
 __all__ = ["Instruction", "Profile"]
 
 
@@ -55,7 +57,7 @@ class Instruction:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: all of it, the bytes in hexadecimal."""
-        return {**attrs.asdict(self), "code": self.code.hex(), "place": self.place}
+        return {**encode(self), "code": self.code.hex(), "place": self.place}
 
 
 @attrs.frozen
@@ -99,5 +101,4 @@ class Profile:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        fields = attrs.asdict(self, recurse=False)
-        return {**fields, "instructions": [instruction.as_dict() for instruction in self.instructions]}
+        return {**encode(self), "instructions": [instruction.as_dict() for instruction in self.instructions]}

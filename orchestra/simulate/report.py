@@ -6,8 +6,7 @@ import platform
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
-import attrs
-
+from ..codec import encode, encode_parts
 from .arrays import np
 from .engines import Deed
 from .run import Result, WorldResult
@@ -24,7 +23,7 @@ def document(result: Result) -> dict[str, Any]:
     """For JSON. Holds the same for the same seed, but for `cost`."""
     return {
         "program": "orchestra simulate",
-        "scenario": _scenario(result.scenario),
+        "scenario": encode(result.scenario),
         "seed": result.seed,
         "policies": list(result.policies),
         "worlds": {("without" if world is result.without else "with"): _world(world) for world in result.worlds},
@@ -52,39 +51,18 @@ def _world(world: WorldResult) -> dict[str, Any]:
     }
 
 
-def _plain(_: object, __: object, value: Any) -> Any:
-    return dict(value) if isinstance(value, Mapping) else value
-
-
 def action_row(deed: Deed) -> dict[str, Any]:
     """One action, flat."""
-    fields = attrs.asdict(deed.action, value_serializer=_plain)
+    kind, fields = encode_parts(deed.action, str)
     return {
         "time": deed.time,
         "host": deed.host,
         "policy": deed.policy,
-        "action": type(deed.action).__name__,
+        "action": kind,
         **fields,
         "error": deed.error,
         "refused": deed.refused,
     }
-
-
-def _scenario(scenario: Scenario) -> dict[str, Any]:
-    plain = attrs.asdict(
-        scenario,
-        filter=lambda field, _: not field.name.startswith("_"),
-        value_serializer=lambda _, __, value: _finite(value),
-    )
-    for vms, one in zip(plain["vms"], scenario.vms, strict=True):
-        vms["behaviour"] = {"kind": one.behaviour.kind, **vms["behaviour"]}
-    return plain
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(one) for key, one in value.items()}
-    return None if value == float("inf") else value
 
 
 # ---- in words -------------------------------------------------------------------------------------------------------
