@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import attrs
@@ -153,15 +155,25 @@ def in_a_circle() -> dict[str, object]:
     return evidence
 
 
-@pytest.mark.parametrize("evidence", [in_a_circle(), {"deep": {("x", 1): 2}}])
-def test_evidence_that_json_cant_hold_costs_the_evidence_only(path, evidence):
+def kept(path: Path, evidence: dict[str, object]) -> Mapping[str, object]:
+    """Evidence as the journal has it."""
     journal = written(path)
     journal.action(Applied(time=6 * SECOND, action=orc.Warn(vm="a", reason="why", evidence=evidence)))
     journal.end(7 * SECOND)
     with read_journal(path) as read:
         (row,) = read.actions()
     assert row.reason == "why"
-    assert list(row.evidence) == ["unreadable"]
+    return row.evidence
+
+
+def test_evidence_that_json_cant_hold_costs_the_evidence_only(path):
+    assert list(kept(path, in_a_circle())) == ["unreadable"]
+
+
+def test_evidence_that_json_has_no_form_for_is_kept_as_text(path):
+    evidence = {"deep": {("x", 1): math.inf}, "at": Path("/a"), "limit": orc.Limit(rate=5)}
+    limit = {"rate": 5, "burst": None, "max_delay": 10.0}
+    assert kept(path, evidence) == {"deep": {"('x', 1)": "inf"}, "at": "/a", "limit": limit}
 
 
 FULL = """
