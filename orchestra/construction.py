@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import attrs
 
-from .errors import SpecError
+from .model.errors import SpecError
 
 __all__ = ["BAD", "Complaint", "Parameter", "call", "parameters"]
 

@@ -16,29 +16,29 @@ from typing import Any
 import attrs
 import trio
 
-from .actions import Action, SetLimit, State
-from .activity import Activity
-from .actuators.bandwidth import CpuCgroup
-from .actuators.placement import Quarantine
-from .apply import Applier
 from .backend import Backend, Detection
-from .budget import Budgets
-from .errors import ResourceLimit
+from .fleet.channels import Dispatcher
+from .fleet.executor import FleetExecutor
+from .fleet.observer import Observer
+from .fleet.recorder import Recorder, Records
+from .fleet.runner import PolicyRunner
+from .fleet.statistics import Figures, TenantSeat
 from .fleetspec import FleetSpec
-from .governor import Governor
-from .guest import Guest
-from .inbox import Inbox
+from .host.control.bandwidth import CpuCgroup
+from .host.control.placement import Quarantine
+from .host.observe import HostSignals, ThreadTimes
+from .machine.budget import Budgets
+from .machine.inbox import Inbox
+from .machine.instance import Instance
+from .machine.vm import Vm
+from .machine.workers import Workers
+from .model.actions import Action, SetLimit, State
+from .model.errors import ResourceLimit
+from .model.spec import Limit, Meter, Tenant, as_meter
 from .native.core import FleetCore, VcpuCore
 from .policy import Facts, Guard, Policy
-from .record import Recorder, Records
-from .signals import HostSignals, ThreadTimes
-from .spec import Limit, Meter, Tenant, as_meter
-from .statistics import Figures, TenantSeat
-from .subscription import Switchboard
 from .supervisor import Supervisor
 from .tenancy import Tenancy
-from .vm import Vm
-from .workers import Workers
 
 __all__ = ["FleetContext", "FleetResources"]
 
@@ -81,18 +81,18 @@ class FleetContext:
         self.tenancy = Tenancy(spec, backend.now())
         self.records = Records(resources.recorder)
         self.supervisor = Supervisor(self, nursery)
-        self.applier = Applier(self, guard, self.records, spec.on_evict)
-        self.activity = Activity(self, resources.host, ThreadTimes() if backend.blocking else None)
+        self.applier = FleetExecutor(self, guard, self.records, spec.on_evict)
+        self.activity = Observer(self, resources.host, ThreadTimes() if backend.blocking else None)
         # It may refuse a policy.
-        self.governor = Governor(self.applier, policies, activity=self.activity, guard=guard, strict=spec.strict)
-        self.switchboard = Switchboard(resources.core, paced=backend.blocking)
+        self.governor = PolicyRunner(self.applier, policies, activity=self.activity, guard=guard, strict=spec.strict)
+        self.switchboard = Dispatcher(resources.core, paced=backend.blocking)
         self.switchboard.on_change(self._retell)
         self.switchboard.on_talk(self._talked)
         self.closed = False
         self._nursery = nursery
         self._token = trio.lowlevel.current_trio_token()
         self._ids = iter(range(1, 1 << 32))
-        self._guests: dict[int, Guest] = {}  # by the ids of their cores
+        self._guests: dict[int, Instance] = {}  # by the ids of their cores
 
     # ---- its life
 
@@ -187,7 +187,7 @@ class FleetContext:
 
     # ---- what parts tell
 
-    def register(self, core: VcpuCore, guest: Guest, index: int) -> None:
+    def register(self, core: VcpuCore, guest: Instance, index: int) -> None:
         self._guests[core.id] = guest
         self.switchboard.reader.add(core.id, guest.name, index)
         self.activity.add(core.id, self.vms[guest.name], guest, index)
@@ -223,7 +223,7 @@ class FleetContext:
     def worked(self, vm: Vm, units: float) -> None:
         self.activity.work(vm, units)
 
-    def logged(self, guest: Guest) -> None:
+    def logged(self, guest: Instance) -> None:
         if guest.dirty is not None:
             self.activity.dirty(self.activity.logs.watch(self.vms[guest.name], guest.dirty, self.now()))
             self.governor.wake()

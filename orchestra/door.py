@@ -13,8 +13,8 @@ from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast, overload
 import attrs
 
 from .decoding import shown
-from .errors import SpecError
 from .fleetspec import FleetSpec
+from .model.errors import SpecError
 
 __all__ = ["Door", "door"]
 

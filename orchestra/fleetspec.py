@@ -13,15 +13,15 @@ from typing import Any, Final, Literal, TypeAlias
 
 import attrs
 
-from .actions import Evict
 from .backend import Backend
-from .codec import LIVE, encode
-from .errors import SpecError
+from .fleet.recorder import Recorder
 from .journalspec import JournalSpec
+from .model.actions import Evict
+from .model.codec import LIVE, encode
+from .model.errors import SpecError
+from .model.spec import Limit, Meter, Tenant, check_flag, optional_limit
 from .policy import Guard, Policy, PolicySpec
 from .policy.state import check_policies
-from .record import Recorder
-from .spec import Limit, Meter, Tenant, check_flag, optional_limit
 
 __all__ = ["DEFAULT_TENANT", "FleetSpec", "OnEvict"]
 

@@ -8,16 +8,16 @@ from typing import Any, Final, Protocol, TypeAlias
 
 import trio
 
-from .actions import Action, Outcome, Pause, SetLimit, State, Stopped, Throttle, Unthrottle
-from .apply import Applier
-from .contain import contained
-from .devices.bus import Device
-from .errors import SpecError, StateError, UnknownVm, VmExists
+from .fleet.executor import FleetExecutor
 from .fleetspec import DEFAULT_TENANT
-from .guest import House
-from .spec import VmSpec
+from .machine.contain import contained
+from .machine.devices.bus import Device
+from .machine.instance import InstanceContext
+from .machine.vm import Vm, check_device
+from .model.actions import Action, Outcome, Pause, SetLimit, State, Stopped, Throttle, Unthrottle
+from .model.errors import SpecError, StateError, UnknownVm, VmExists
+from .model.spec import VmSpec
 from .tenancy import Tenancy
-from .vm import Vm, check_device
 
 __all__ = ["Claims", "Context", "Supervisor"]
 
@@ -30,10 +30,10 @@ NAMED: Final = 8
 """VMs that a message names."""
 
 
-class Context(House, Protocol):
+class Context(InstanceContext, Protocol):
     """What this needs of its fleet."""
 
-    applier: Applier
+    applier: FleetExecutor
     tenancy: Tenancy
 
     def ended(self, vm: Vm) -> Iterable[Callable[[Vm], object]]:

@@ -7,15 +7,15 @@ from typing import Final
 
 import attrs
 
-from .actions import SetLimit
-from .apply import Applier
-from .budget import Budgets, limits_of, make_budgets
-from .effects import inverse
-from .errors import SpecError, StateError, UnknownTenant
+from .fleet.executor import FleetExecutor
+from .fleet.statistics import TenantSeat, Totals
 from .fleetspec import DEFAULT_TENANT, FleetSpec
-from .spec import Limit, Meter, Tenant
-from .statistics import TenantSeat, Totals
-from .vm import Vm
+from .machine.budget import Budgets, limits_of, make_budgets
+from .machine.vm import Vm
+from .model.actions import SetLimit
+from .model.effects import inverse
+from .model.errors import SpecError, StateError, UnknownTenant
+from .model.spec import Limit, Meter, Tenant
 
 __all__ = ["Tenancy"]
 
@@ -75,13 +75,13 @@ class Tenancy:
 
     # ---- while the fleet runs. Each limit that is another than before is journaled as a caller's `SetLimit`.
 
-    def begin(self, applier: Applier) -> None:
+    def begin(self, applier: FleetExecutor) -> None:
         """Journal the limits that the fleet and its tenants begin with."""
         applier.given(self.host, "open_fleet")
         for name, seat in self.seats.items():
             applier.given(seat.budgets, "open_fleet", tenant=name)
 
-    def add(self, tenant: Tenant, applier: Applier, now: int) -> None:
+    def add(self, tenant: Tenant, applier: FleetExecutor, now: int) -> None:
         """As `Fleet.add_tenant`."""
         _check(tenant, applier)
         if tenant.name in self.seats:
@@ -89,13 +89,13 @@ class Tenancy:
         self.seats[tenant.name] = TenantSeat(tenant, make_budgets(dict.fromkeys(Meter), now))
         self._put_limits(tenant, applier, f"add_tenant({tenant.name!r})")
 
-    def change(self, tenant: Tenant, applier: Applier) -> None:
+    def change(self, tenant: Tenant, applier: FleetExecutor) -> None:
         """As `Fleet.change_tenant`."""
         _check(tenant, applier)
         self.seat(tenant.name).tenant = tenant
         self._put_limits(tenant, applier, f"change_tenant({tenant.name!r})")
 
-    def remove(self, name: str, vms: Iterable[Vm], applier: Applier) -> None:
+    def remove(self, name: str, vms: Iterable[Vm], applier: FleetExecutor) -> None:
         """As `Fleet.remove_tenant`. `vms`: all of the fleet's."""
         seat = self.seat(name)
         if name == DEFAULT_TENANT:
@@ -111,14 +111,14 @@ class Tenancy:
         del self.seats[name]
         _close(seat.budgets)
 
-    def _put_limits(self, tenant: Tenant, applier: Applier, reason: str) -> None:
+    def _put_limits(self, tenant: Tenant, applier: FleetExecutor, reason: str) -> None:
         for meter, budget in self.seats[tenant.name].budgets.items():
             limit = getattr(tenant, meter.field)
             if budget.base != limit:
                 applier.set_limit(limit, meter, tenant.name, None, None)
                 applier.done(SetLimit(limit=limit, meter=meter, tenant=tenant.name, reason=reason), None)
 
-    def _end_limits(self, tenant: str, applier: Applier) -> None:
+    def _end_limits(self, tenant: str, applier: FleetExecutor) -> None:
         """What limits a tenant ends with it, for the journal as well: another of that name begins without."""
         reason = f"remove_tenant({tenant!r})"
         for meter, budget in self.seats[tenant].budgets.items():
@@ -135,7 +135,7 @@ class Tenancy:
         _close(self.host)
 
 
-def _check(tenant: object, applier: Applier) -> None:
+def _check(tenant: object, applier: FleetExecutor) -> None:
     if not isinstance(tenant, Tenant):
         raise SpecError(f"tenant={tenant!r}: must be a Tenant")
     applier.check_seen(tenant.limit, f"tenant {tenant.name!r}: limit")

@@ -11,11 +11,11 @@ import trio
 from hypothesis import given, settings, strategies as st
 
 import orchestra as orc
-from orchestra.codec import decode, encode, from_document, to_document
+from orchestra.config import TomlError, load_fleet
 from orchestra.journal import Journal, read_journal
+from orchestra.model.codec import decode, encode, from_document, to_document
 from orchestra.policy import policy_kinds
-from orchestra.rules import TomlError, load_fleet
-from test_codec import JSON, KEYS, LIMITS
+from test_model_codec import JSON, KEYS, LIMITS
 
 NAMES = st.sampled_from(["acme", "web-1", "default", "b"])
 CONDITIONS = st.builds(

@@ -19,10 +19,11 @@ from functools import partial
 
 import attrs
 
-from .. import opening, vm as machine
-from ..actions import Evict
 from ..door import door
+from ..fleet import open as opening
 from ..fleetspec import FleetSpec
+from ..machine import vm as machine
+from ..model.actions import Evict
 from .block import Block
 from .callback import ask
 from .handles import Fleet, Vm

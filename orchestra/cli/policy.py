@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..codec import encode
-from ..rules import Rules, TomlError, load_rules
-from ..spec import Meter, Tenant
+from ..config import Rules, TomlError, load_rules
+from ..model.codec import encode
+from ..model.spec import Meter, Tenant
 
 __all__ = ["check"]
 

@@ -8,16 +8,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from ..codec import encode
+from ..config import parse_rules
 from ..journal import read_journal
 from ..journal.export import iso
+from ..model.codec import encode
+from ..output.numbers import shown
+from ..output.printable import printable
+from ..output.target import check_target
+from ..output.times import day_and_time, duration
 from ..replay import Replay, Response, World, replay as run
-from ..rules import parse_rules
-from .numbers import shown
-from .printable import printable
 from .simulate import audience
-from .target import check_target
-from .times import day_and_time, duration
 
 __all__ = ["document", "lines", "replay"]
 

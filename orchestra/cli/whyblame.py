@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Final
 
-from ..codec import encode
 from ..journal.explain import Explanation, Fared, Surroundings
+from ..model.codec import encode
+from ..output.times import duration
 from ..policy.suspects import FEWEST, Suspect, Suspicion
-from .times import duration
 
 __all__ = ["suspicion_document", "verdict"]
 

@@ -16,11 +16,11 @@ from typing import Any, Final, TypeAlias
 
 import attrs
 
-from ..actions import Action, Applied
-from ..codec import encode_parts
 from ..journalspec import JournalSpec, JournalStatistics
+from ..model.actions import Action, Applied
+from ..model.codec import encode_parts
+from ..model.spec import GiB
 from ..policy import Facts
-from ..spec import GiB
 from . import lock
 from .schema import JournalError, connect, prepare
 

@@ -11,10 +11,10 @@ from typing import Any, Final
 
 import attrs
 
-from ..codec import KIND, At, Reading
 from ..decoding import BAD, meant
-from ..errors import SpecError
-from ..spec import Meter
+from ..model.codec import KIND, At, Reading
+from ..model.errors import SpecError
+from ..model.spec import Meter
 from .adaptive import Adaptive
 from .bustime import BusTime
 from .compose import only

@@ -7,7 +7,7 @@ from typing import Any
 
 import attrs
 
-from ..codec import encode
+from ..model.codec import encode
 
 __all__ = ["Instruction", "Profile"]
 

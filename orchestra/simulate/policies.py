@@ -9,11 +9,11 @@ from typing import Any, Final, TypeAlias
 import attrs
 
 from .. import policy as live
-from ..codec import KIND, At, CodecError, Reading, Wrong, decode
+from ..config.forms import NONE, dialect
 from ..decoding import BAD, meant
-from ..errors import SpecError
+from ..model.codec import KIND, At, CodecError, Reading, Wrong, decode
+from ..model.errors import SpecError
 from ..policy import Policy, policy_kinds
-from ..rules.forms import NONE, dialect
 from .cpus import HostCpu, LimitSpec
 
 __all__ = ["Factory", "PolicySpec", "QemuWindow", "check_policy", "kinds", "maker"]

@@ -6,12 +6,12 @@ import platform
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
-from ..codec import encode, encode_parts
+from ..model.codec import encode, encode_parts
 from .arrays import np
-from .engines import Deed
+from .engines import ActionRecord
+from .metrics import EDGES
 from .run import Result, WorldResult
 from .scenario import Scenario
-from .tally import EDGES
 
 __all__ = ["action_row", "document", "kind_of", "percent", "seconds", "summary", "times"]
 
@@ -51,7 +51,7 @@ def _world(world: WorldResult) -> dict[str, Any]:
     }
 
 
-def action_row(deed: Deed) -> dict[str, Any]:
+def action_row(deed: ActionRecord) -> dict[str, Any]:
     """One action, flat."""
     kind, fields = encode_parts(deed.action, str)
     return {

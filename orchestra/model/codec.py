@@ -1,0 +1,196 @@
+"""Specs, actions, limits, outcomes, statistics and exits as JSON-able data, and back: the one codec.
+
+The classes themselves say how: a field of a class is a key, its annotation is the type, and what the constructor
+refuses is refused here, with the path to the value. A class of a closed union (an action, an outcome, a device, an
+exit) carries its name as "kind". So a field or a class that is added to the words is added here as well.
+
+    bytes       base64 text                    range            [start, stop]
+    enum        its value                      tuple, list      a list
+    inf, nan    "inf", "-inf", "nan"           mapping          an object with text keys
+    live object refused: it means something in its process only
+
+Decoding is strict: an unknown key, a missing one, a number for a truth value, or text that is not base64 is an error.
+All mistakes are told at once, each with its path. `to_document` adds the version, for what is kept in files or sent to
+others. Files that people write have some short forms as well (`Dialect`).
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Callable, Mapping
+from enum import Enum
+from functools import cache
+from typing import Any, Final, TypeVar, cast
+
+import attrs
+
+from ..decoding import DEPTH, JSON, KIND, TAGGED, At, CodecError, Dialect, Reading, Wrong, name_of, path_of, shown
+from .errors import SpecError
+
+__all__ = [
+    "DEPTH",
+    "JSON",
+    "KIND",
+    "LIVE",
+    "TAGGED",
+    "VERSION",
+    "At",
+    "CodecError",
+    "Dialect",
+    "Reading",
+    "Wrong",
+    "decode",
+    "encode",
+    "encode_parts",
+    "from_document",
+    "to_document",
+]
+
+T = TypeVar("T")
+
+VERSION: Final = 1
+"""Of documents. A newer one is refused; an older one is read as long as this module says how."""
+
+VERSION_KEY: Final = "orchestra"
+
+LIVE: Final = "live"
+"""Metadata of a field that may hold a live object: what to give in its place, for the message."""
+
+
+# ---- to data --------------------------------------------------------------------------------------------------------
+
+
+def to_document(value: Any) -> dict[str, Any]:
+    """An object of a class as a versioned document.
+
+    Raises:
+        SpecError: it has something in it that JSON has no form for.
+    """
+    return {VERSION_KEY: VERSION, **{KIND: type(value).__name__}, **encode(value)}
+
+
+def encode(value: Any, other: Callable[[Any], Any] | None = None) -> Any:
+    """A value as JSON-able data.
+
+    Parameters:
+        other: makes data of what JSON has no form for, where it must be told whatever it is: in evidence, which has
+            what its policy put there. None: that is an error.
+
+    Raises:
+        SpecError: it has something in it that JSON has no form for.
+    """
+    return _encode(value, (), other)
+
+
+def encode_parts(value: Any, other: Callable[[Any], Any] | None = None) -> tuple[str, dict[str, Any]]:
+    """An object of a class as its kind and its fields, for those who write them into columns of their own."""
+    fields = encode(value, other)
+    return fields.pop(KIND, type(value).__name__), fields
+
+
+def _encode(value: Any, at: At, other: Callable[[Any], Any] | None) -> Any:
+    kind = type(value)
+    if value is None or kind is str or kind is bool or kind is int:
+        return value
+    if len(at) > DEPTH:
+        raise SpecError(f"{path_of(at[:4])}...: nested deeper than {DEPTH}")
+    if attrs.has(kind):
+        return _encode_object(value, at, other)
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else str(value)
+    if isinstance(value, bytes | bytearray | memoryview):
+        return base64.b64encode(bytes(value)).decode()
+    if isinstance(value, range):
+        return [value.start, value.stop]
+    if isinstance(value, Mapping):
+        return {_key(key, at, other): _encode(one, (*at, str(key)), other) for key, one in value.items()}
+    if isinstance(value, set | frozenset):
+        value = sorted(value, key=str)  # so that equal ones are written alike
+    if isinstance(value, list | tuple):
+        return [_encode(one, (*at, i), other) for i, one in enumerate(value)]
+    if other is not None:
+        return other(value)
+    raise SpecError(f"{path_of(at)}: {kind.__name__} has no form in JSON")
+
+
+def _key(key: object, at: At, other: Callable[[Any], Any] | None) -> str:
+    if isinstance(key, str):
+        return str(key)
+    if other is None:
+        raise SpecError(f"{path_of(at)}: the key {shown(key)} is no text")
+    return str(key)
+
+
+def _encode_object(value: Any, at: At, other: Callable[[Any], Any] | None) -> dict[str, Any]:
+    kind = type(value)
+    own = getattr(value, "to_data", None)
+    if own is not None:
+        return cast(dict[str, Any], _encode(own(), at, other))
+    name = name_of(kind)
+    data: dict[str, Any] = {} if name is None else {KIND: name}
+    for field, key, remedy in _fields(cast(Any, kind)):
+        one = getattr(value, field)
+        try:
+            data[key] = _encode(one, (*at, key), other)
+        except SpecError as error:
+            if not remedy or isinstance(error, _Live):
+                raise
+            raise _Live(
+                f"{path_of((*at, key))}: {shown(one)} is an object of this process only, and can't be kept or sent: "
+                f"{remedy}"
+            ) from None
+    return data
+
+
+class _Live(SpecError):
+    """A live object, told with what to give in its place."""
+
+
+@cache
+def _fields(kind: type) -> tuple[tuple[str, str, str], ...]:
+    """Name, key, and what to give in the place of a live object, of what the constructor takes."""
+    return tuple((one.name, one.alias, one.metadata.get(LIVE, "")) for one in attrs.fields(kind) if one.init)
+
+
+# ---- from data ------------------------------------------------------------------------------------------------------
+
+
+def from_document(kind: type[T], data: object) -> T:
+    """What `to_document` wrote.
+
+    Raises:
+        SpecError: not such a document, or of a version that this orchestra does not know; the message names the path.
+    """
+    if not isinstance(data, Mapping):
+        raise SpecError(f"document: must be an object with {VERSION_KEY!r} and {KIND!r}, not {shown(data)}")
+    rest = dict(data)
+    version = rest.pop(VERSION_KEY, None)
+    if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= VERSION:
+        raise SpecError(f"{VERSION_KEY}={shown(version)}: must be the version of the format, from 1 to {VERSION}")
+    name = rest.get(KIND) if name_of(kind) is not None else rest.pop(KIND, None)
+    if name != kind.__name__:
+        raise SpecError(f"{KIND}={shown(name)}: must be {kind.__name__!r}")
+    return decode(kind, rest)
+
+
+def decode(kind: type[T] | Any, data: object, dialect: Dialect = JSON) -> T:
+    """A value of that type, from what `encode` made of it.
+
+    Parameters:
+        kind: a class, or a union such as `orchestra.Action`.
+
+    Raises:
+        CodecError: it is none; the message names the path to what is wrong, and `mistakes` has all of them.
+    """
+    reading = Reading(dialect)
+    value = reading.value(kind, data, ())
+    if reading.wrong:
+        raise CodecError(reading.wrong)
+    return cast(T, value)
