@@ -1,19 +1,30 @@
 # The map, from the door down; imports point down it and never up (tests/test_layers.py holds them to it).
 #
-#   door      cli, __main__                     a person at a terminal
-#   windows   aio/, colours, doctor, figures, journal/, replay/, rules/, simulate/, testing/, tomlfile   see, steer it
-#   house     opening, fleet, statistics, governor, activity, dirty, apply, record, subscription, watch   many VMs
-#   machine   vm, desired, succession, counted, guest, holding, vcpu, inbox   one VM: its tasks, its states
-#   parts     actuators/, devices/, boot/, budget, contain, profile/, signals/, workers   what a guest sees, uses, did
-#   silicon   backend/ (kvm, emulated, scripted), memory, native/   what executes a guest
-#   words     errors, extras, spec, exits, actions, effects, codec, policy/   plain data and pure functions
+#   door      cli/, demo/, __main__                          a person at a terminal
+#   windows   aio/, replay/, simulate/, testing/             ways to see and steer fleets
+#   house     fleet/, journal/, config/, output/             many VMs: start, merge exits, judge, act, remember
+#   machine   machine/                                       one VM: its states, and what a guest sees
+#   host      host/, profile/                                what can be seen of a host and done with it
+#   silicon   backend/ (kvm, emulated, scripted), native/    what executes a guest
+#   words     model/, policy/                                plain data and pure functions: no trio, no clock, no I/O
 #
 #   spec → VM → exits → policy → actions → fleet → VM
 """Run many KVM virtual machines from one async program, and keep noisy neighbours quiet."""
 
 from __future__ import annotations
 
-from .actions import (
+from .backend.emulated.machine import EmulatedBackend
+from .backend.scripted import ScriptedBackend, ScriptedExit
+from .fleet.channels import Exits, ExitsStatistics
+from .fleet.fleet import Fleet
+from .fleet.open import open_fleet
+from .fleet.statistics import FleetStatistics, TenantStatistics
+from .fleet.watch import Watch
+from .machine.devices.bus import Device
+from .machine.devices.requests import Request
+from .machine.holding import PendingIo
+from .machine.vm import VcpuStatistics, Vm, VmStatistics
+from .model.actions import (
     Action,
     Applied,
     CapCpu,
@@ -36,11 +47,7 @@ from .actions import (
     Unthrottle,
     Warn,
 )
-from .backend.emulated.machine import EmulatedBackend
-from .backend.scripted import ScriptedBackend, ScriptedExit
-from .devices.bus import Device
-from .devices.requests import Request
-from .errors import (
+from .model.errors import (
     BackendUnavailable,
     BusLockUnsupported,
     FileError,
@@ -55,7 +62,7 @@ from .errors import (
     UnknownVm,
     VmExists,
 )
-from .exits import (
+from .model.exits import (
     BusLock,
     Debug,
     DirtyRingFull,
@@ -84,9 +91,21 @@ from .exits import (
     Wrmsr,
     Xen,
 )
-from .fleet import Fleet
-from .holding import PendingIo
-from .opening import open_fleet
+from .model.spec import (
+    DebugConsole,
+    ExitPort,
+    FlatImage,
+    GiB,
+    KiB,
+    Limit,
+    MemoryRegion,
+    Meter,
+    MiB,
+    Restart,
+    Serial,
+    Tenant,
+    VmSpec,
+)
 from .policy import (
     CPU_MODELS,
     Adaptive,
@@ -113,25 +132,6 @@ from .policy import (
     only,
 )
 from .profile import Instruction, Profile, SymbolError, Symbols
-from .spec import (
-    DebugConsole,
-    ExitPort,
-    FlatImage,
-    GiB,
-    KiB,
-    Limit,
-    MemoryRegion,
-    Meter,
-    MiB,
-    Restart,
-    Serial,
-    Tenant,
-    VmSpec,
-)
-from .statistics import FleetStatistics, TenantStatistics
-from .subscription import Exits, ExitsStatistics
-from .vm import VcpuStatistics, Vm, VmStatistics
-from .watch import Watch
 
 __all__ = [
     "CPU_MODELS",

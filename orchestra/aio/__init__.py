@@ -2,6 +2,9 @@
 
 `open_fleet` opens a fleet whose methods any task of the loop may call. trio, which runs the fleet, is a guest of the
 loop, on the loop's thread; with ``thread=True`` it has a thread of its own.
+
+It may import a fleet and everything below.
+The one to copy: `streams.py`.
 """
 
 # Down the room, each uses those after it only:
@@ -19,12 +22,13 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from .. import opening, vm as machine
-from ..actions import Evict
 from ..backend import Backend
+from ..fleet import open as opening
+from ..fleet.recorder import Recorder
+from ..machine import vm as machine
+from ..model.actions import Evict
+from ..model.spec import Limit, Tenant
 from ..policy import Guard, Policy
-from ..record import Recorder
-from ..spec import Limit, Tenant
 from .block import Block
 from .callback import ask
 from .handles import Fleet, Vm

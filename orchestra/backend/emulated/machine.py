@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from threading import Lock
 from typing import Any
 
-from ...errors import BackendUnavailable, SpecError
-from ...memory import GuestMemory
+from ...model.errors import BackendUnavailable, SpecError
+from ...model.spec import VmSpec
 from ...native import ffi, lib
 from ...native.core import VcpuCore, monotonic_ns
-from ...spec import VmSpec
 from .. import Detection, EntryState
-from ..plan import entry_fields, memory_slots
+from ..memory import GuestMemory
+from ..memory_layout import entry_fields, memory_slots
 from ..registers import Registers, SpecialRegisters
 from ..threaded import ThreadedEngine
 from . import library
@@ -30,7 +30,7 @@ class EmulatedEngine(ThreadedEngine):
         lib.orc_vcpu_bind_emulator(core.handle, emulator, detection == "trap-like", bus_locks)
 
     def run(self) -> int:
-        return lib.orc_emulator_run(self._handle)  # type: ignore[no-any-return]  # a Why, without the cost of making one
+        return lib.orc_emulator_run(self._handle)  # type: ignore[no-any-return]  # a RunResult, without the cost of making one
 
     def error(self) -> str:
         return f"unicorn failed: {ffi.string(lib.orc_emulator_failed(self._emulator)).decode()}"

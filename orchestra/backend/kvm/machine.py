@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, Final
 
-from ...errors import BusLockUnsupported, OrchestraError, SpecError
-from ...memory import GuestMemory
+from ...model.errors import BusLockUnsupported, OrchestraError, SpecError
+from ...model.spec import VmSpec
 from ...native import ffi, lib
 from ...native.core import VcpuCore, install_signal, monotonic_ns
-from ...spec import VmSpec
 from .. import Detection, EntryState
-from ..plan import entry_fields, memory_slots
+from ..memory import GuestMemory
+from ..memory_layout import entry_fields, memory_slots
 from ..registers import Registers, SpecialRegisters
 from ..threaded import ThreadedEngine
 from .cpuid import Cpuid
@@ -40,7 +40,7 @@ class KvmEngine(ThreadedEngine):
         lib.orc_vcpu_bind_kvm(core.handle, vcpu.fd, vcpu.run, sync_regs)
 
     def run(self) -> int:
-        return lib.orc_kvm_run(self._handle)  # type: ignore[no-any-return]  # a Why, without the cost of making one
+        return lib.orc_kvm_run(self._handle)  # type: ignore[no-any-return]  # a RunResult, without the cost of making one
 
     def resumed(self) -> None:
         try:
