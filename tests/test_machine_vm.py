@@ -1051,13 +1051,13 @@ async def test_what_is_desired_changes_in_the_back_off_and_comes_into_force_with
         vm.cap_cpu(0.4)
         assert (await fleet.apply(orc.CapCpu(vm="guest", share=None), policy="a")).error is None
         assert vm.cpu_cap == 0.4
-        monkeypatch.setattr("orchestra.machine.instance.Guest.isolate", lambda guest, on: told.append(("isolate", on)))
+        monkeypatch.setattr("orchestra.machine.instance.Instance.isolate", lambda guest, on: told.append(("isolate", on)))
         for action in (orc.Isolate, orc.Rejoin, orc.Isolate):
             assert (await fleet.apply(action(vm="guest"))).error is None
         await vm.pause()
         assert (vm.state, vm.isolated, vm.quiesced) == ("paused", True, True)
         capped = []
-        monkeypatch.setattr("orchestra.machine.instance.Guest.cap_cpu", lambda guest, share: capped.append(share))
+        monkeypatch.setattr("orchestra.machine.instance.Instance.cap_cpu", lambda guest, share: capped.append(share))
         told.clear()
         breaks.broken = False
         while vm.guest is first:  # noqa: ASYNC110  # an inner state that nothing tells
@@ -1083,7 +1083,7 @@ async def test_a_cap_taken_off_in_the_back_off_does_not_come_back(nothing_left, 
             await trio.lowlevel.checkpoint()
         vm.cap_cpu(None)
         put: list[float | None] = []
-        monkeypatch.setattr("orchestra.machine.instance.Guest.cap_cpu", lambda guest, share: put.append(share))
+        monkeypatch.setattr("orchestra.machine.instance.Instance.cap_cpu", lambda guest, share: put.append(share))
         breaks.broken = False
         while vm.guest is first:  # noqa: ASYNC110  # an inner state that nothing tells
             await trio.sleep(0.01)
@@ -1094,7 +1094,7 @@ async def test_what_a_restart_cant_put_into_force_is_logged_and_not_said_to_be(a
     lives = iter([[attrs.evolve(FAIL, after=5)], [FOR_EVER]])
     with monkeypatch.context() as patch:
         for name in ("cap_cpu", "isolate"):
-            patch.setattr(f"orchestra.machine.instance.Guest.{name}", lambda *args: None)
+            patch.setattr(f"orchestra.machine.instance.Instance.{name}", lambda *args: None)
         backend = orc.ScriptedBackend(lambda spec, vcpu: next(lives))
         async with orc.open_fleet(backend=backend) as fleet:
             vm = await fleet.launch(blank(restart=restart(backoff=1)))
@@ -1106,7 +1106,7 @@ async def test_what_a_restart_cant_put_into_force_is_logged_and_not_said_to_be(a
                 raise orc.ResourceLimit(1, "no room")
 
             for name in ("cap_cpu", "isolate"):
-                patch.setattr(f"orchestra.machine.instance.Guest.{name}", refuse)
+                patch.setattr(f"orchestra.machine.instance.Instance.{name}", refuse)
             await trio.sleep(10)
             assert (vm.restarts, vm.state, vm.cpu_cap, vm.isolated) == (1, "running", None, False)
             held = Holdings()
