@@ -82,7 +82,7 @@ async def _measure(vms: int, active: int, ticks: int, journal: Journal) -> dict[
         async with orc.open_fleet(
             backend=backend, policies=_policies(), journal=journal, journal_interval=1.0
         ) as fleet:
-            activity, governor = fleet._context.activity, fleet._context.governor
+            activity, governor = fleet._context.observer, fleet._context.runner
             activity.host, activity._threads, activity._absent = HostSignals(probe=True), ThreadTimes(), {}
             try:
                 for number in range(vms):

@@ -1,14 +1,12 @@
 # The map, from the door down; imports point down it and never up (tests/test_layers.py holds them to it).
 #
-#   door      cli, __main__                     a person at a terminal
-#   windows   aio/, colours, doctor, figures, replay/, rules/, simulate/, testing/, tomlfile   ways to see and steer it
-#   house     opening, door, fleet, fleetspec, journal/, context, supervisor, tenancy, statistics   many VMs, and
-#             governor, activity, dirty, apply, record, subscription, watch   what judges and remembers them
-#   machine   vm, desired, succession, counted, guest, holding, vcpu, inbox   one VM: its tasks, its states
-#   parts     actuators/, devices/, boot/, budget, contain, profile/, signals/, workers   what a guest sees, uses, did
-#   silicon   backend/ (kvm, emulated, scripted), memory, native/   what executes a guest
-#   words     errors, extras, spec, journalspec, exits, actions, effects, policy/   plain data and pure functions
-#             codec, decoding, construction   and how they are written
+#   door      cli/, demo/, __main__                          a person at a terminal
+#   windows   aio/, replay/, simulate/, testing/             ways to see and steer fleets
+#   house     fleet/, journal/, config/, output/             many VMs: start, merge exits, judge, act, remember
+#   machine   machine/                                       one VM: its states, and what a guest sees
+#   host      host/, profile/                                what can be seen of a host and done with it
+#   silicon   backend/ (kvm, emulated, scripted), native/    what executes a guest
+#   words     model/, policy/                                plain data and pure functions: no trio, no clock, no I/O
 #
 #   spec → VM → exits → policy → actions → fleet → VM
 """Run many KVM virtual machines from one async program, and keep noisy neighbours quiet."""
@@ -20,10 +18,9 @@ from .backend.scripted import ScriptedBackend, ScriptedExit
 from .fleet.channels import Exits, ExitsStatistics
 from .fleet.fleet import Fleet
 from .fleet.open import open_fleet
+from .fleet.spec import FleetSpec
 from .fleet.statistics import FleetStatistics, TenantStatistics
 from .fleet.watch import Watch
-from .fleetspec import FleetSpec
-from .journalspec import JournalSpec, JournalStatistics
 from .machine.devices.bus import Device
 from .machine.devices.requests import Request
 from .machine.holding import PendingIo
@@ -96,6 +93,7 @@ from .model.exits import (
     Wrmsr,
     Xen,
 )
+from .model.journalspec import JournalSpec, JournalStatistics
 from .model.spec import (
     DebugConsole,
     ExitPort,

@@ -169,7 +169,7 @@ async def test_a_full_ring_drops_and_counts_while_the_counters_stay_exact(monkey
     rounds = RING_RECORDS + 1000
     async with play([bus_lock()] * rounds) as fleet:
         # A drain task that never comes round.
-        monkeypatch.setattr(fleet._context.switchboard, "deliver", lambda core=None, **_: False)
+        monkeypatch.setattr(fleet._context.dispatcher, "deliver", lambda core=None, **_: False)
         monkeypatch.setattr(fleet._context.core, "may_sleep", lambda: True)
         async with fleet.exits(orc.BusLock, vm="guest") as exits:
             vm = await fleet.launch(blank())

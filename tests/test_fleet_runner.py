@@ -336,7 +336,7 @@ async def test_what_a_policy_is_is_asked_when_it_is_seated_and_not_again(autojum
         await fleet.launch(blank())
         gets = (a_bug() for _ in itertools.count())
         await trio.sleep(1.5)
-        fleet._context.governor.hurry("cpu_pressure")
+        fleet._context.runner.hurry("cpu_pressure")
         policy._then = raises
         await trio.sleep(1)
         (status,) = fleet.statistics().policies
@@ -873,13 +873,13 @@ async def test_pressure_brings_the_tick_of_who_listens_forward_and_nobody_elses(
     slow, deaf = Listens(interval=10), Told(interval=10)
     async with play([FOR_EVER], policies=[slow, deaf]) as fleet:
         await trio.sleep(3)
-        fleet._context.governor.hurry("io_pressure")
+        fleet._context.runner.hurry("io_pressure")
         await trio.sleep(1)
         assert (slow.facts, deaf.facts) == ([], [])
-        fleet._context.governor.hurry("cpu_pressure")
+        fleet._context.runner.hurry("cpu_pressure")
         await trio.sleep(0.001)
         assert [facts.interval for facts in slow.facts] == [4]
-        fleet._context.governor.hurry("cpu_pressure")  # it has just looked
+        fleet._context.runner.hurry("cpu_pressure")  # it has just looked
         await trio.sleep(9.9)
         assert len(slow.facts) == 1
         await trio.sleep(0.2)

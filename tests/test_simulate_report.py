@@ -141,7 +141,7 @@ def test_the_document_is_json_and_says_what_the_worlds_were(result):
     assert first["reason"]
     assert first["evidence"]
     assert whole["scenario"]["vms"][1]["behaviour"]["kind"] == "steady"
-    assert whole["scenario"]["vms"][2]["behaviour"]["stop"] is None
+    assert whole["scenario"]["vms"][2]["behaviour"]["stop"] == "inf"
 
 
 def test_the_summary_is_a_table_of_both_worlds(result):

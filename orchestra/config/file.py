@@ -9,9 +9,9 @@ from typing import Any, TypeAlias
 
 import attrs
 
-from ..decoding import BAD, meant, shown
-from ..fleetspec import FleetSpec
+from ..fleet.spec import FleetSpec
 from ..model.codec import At, CodecError, Reading, Wrong
+from ..model.decoding import BAD, meant, shown
 from ..model.spec import Limit, Tenant
 from ..policy import Guard, Policy, PolicySpec
 from . import toml as tomlfile

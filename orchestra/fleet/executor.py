@@ -18,7 +18,6 @@ import attrs
 import trio
 
 from ..backend import Backend
-from ..fleetspec import OnEvict
 from ..host.control.bandwidth import CpuCgroup
 from ..machine.budget import Budget, Budgets
 from ..machine.vm import Vm
@@ -46,6 +45,7 @@ from ..model.spec import ANSWER_LIMIT, Limit, Meter
 from ..native.core import FleetCore
 from ..policy import Guard
 from .recorder import Records
+from .spec import OnEvict
 
 __all__ = ["Begun", "FleetExecutor"]
 

@@ -1,7 +1,7 @@
 """A fleet: many VMs in one nursery, their exits merged, actions applied to any of them. `open_fleet` makes one.
 
 fleet's nursery ── drain task (ring → channels)
-                ├─ governor (policies, journal)
+                ├─ policy runner (policies, journal)
                 └─ a task for each VM ── a task for each vCPU ── its thread
 """
 
@@ -15,7 +15,6 @@ from typing import Literal
 import trio
 
 from ..backend import Backend, Detection
-from ..context import FleetContext
 from ..machine.devices.bus import Device
 from ..machine.vm import Vm
 from ..model.actions import Action, Applied, Outcome
@@ -25,6 +24,7 @@ from ..model.spec import Limit, Meter, Tenant, VmSpec, as_meter, optional_limit
 from ..policy import Guard, Policy
 from ..policy.state import check_policies
 from .channels import Exits
+from .context import FleetContext
 from .statistics import FleetStatistics, summarise
 from .watch import Watch
 
@@ -98,7 +98,7 @@ class Fleet:
 
         The channel ends when that VM or the fleet does.
         """
-        exits = self._context.switchboard.subscribe(kinds, vm.name if isinstance(vm, Vm) else vm, capacity, drop)
+        exits = self._context.dispatcher.subscribe(kinds, vm.name if isinstance(vm, Vm) else vm, capacity, drop)
         try:
             await trio.lowlevel.checkpoint()
             yield exits
@@ -119,7 +119,7 @@ class Fleet:
         """
         if self._context.closed:
             raise StateError("the fleet is closed: there is nothing to watch")
-        watch = Watch(self._context, self._context.activity, interval)
+        watch = Watch(self._context, self._context.observer, interval)
         try:
             await trio.lowlevel.checkpoint()
             yield watch
@@ -137,7 +137,7 @@ class Fleet:
         Raises:
             SpecError: not an action.
         """
-        applied = await self._context.applier.apply(action, policy)
+        applied = await self._context.executor.apply(action, policy)
         await trio.lowlevel.cancel_shielded_checkpoint()
         return applied
 
@@ -181,7 +181,7 @@ class Fleet:
     ) -> None:
         """Raise what `set_limit` would raise, and change nothing."""
         optional_limit("limit", limit)
-        self._context.applier.check_limit(limit, as_meter(meter), tenant, None, None)
+        self._context.executor.check_limit(limit, as_meter(meter), tenant, None, None)
 
     # ---- tenants
 
@@ -195,7 +195,7 @@ class Fleet:
         """
         context = self._context
         context.supervisor.check_open("add a tenant")
-        context.tenancy.add(tenant, context.applier, context.now())
+        context.tenancy.add(tenant, context.executor, context.now())
         await trio.lowlevel.checkpoint()
 
     async def change_tenant(self, tenant: Tenant) -> None:
@@ -206,7 +206,7 @@ class Fleet:
         """
         context = self._context
         context.supervisor.check_open("change a tenant")
-        context.tenancy.change(tenant, context.applier)
+        context.tenancy.change(tenant, context.executor)
         await trio.lowlevel.checkpoint()
 
     async def remove_tenant(self, name: str) -> None:
@@ -217,7 +217,7 @@ class Fleet:
             StateError: it has VMs that have not ended, or it is the one for VMs that name none.
         """
         context = self._context
-        context.tenancy.remove(name, context.vms.values(), context.applier)
+        context.tenancy.remove(name, context.vms.values(), context.executor)
         await trio.lowlevel.checkpoint()
 
     async def set_policies(self, policies: Sequence[Policy], guard: Guard | None = None) -> None:
@@ -240,10 +240,10 @@ class Fleet:
             raise SpecError(f"guard={guard!r}: must be a Guard, or None to keep the one there is")
         for policy in checked:
             if getattr(policy, "meter", None) is Meter.BUS_LOCKS:
-                context.applier.check_seen(Limit(rate=1), f"policy {policy.name!r}")
-        await context.governor.set_policies(checked, guard, context.applier.holdings)
+                context.executor.check_seen(Limit(rate=1), f"policy {policy.name!r}")
+        await context.runner.set_policies(checked, guard, context.executor.holdings)
         if guard is not None:
-            context.applier.guard = guard
+            context.executor.guard = guard
 
     # ---- figures
 

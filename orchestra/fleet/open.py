@@ -12,19 +12,19 @@ import trio
 
 from ..backend import Backend, Detection, choose
 from ..backend.detection import Asked
-from ..context import FleetContext, FleetResources
-from ..door import door
-from ..fleetspec import FleetSpec
 from ..host.control.bandwidth import CpuCgroup
 from ..host.control.placement import Quarantine, quarantine_cpus
 from ..host.control.resources import ControlGroup
 from ..host.observe import HostSignals
-from ..journalspec import JournalSpec
 from ..model.errors import BusLockUnsupported
+from ..model.journalspec import JournalSpec
 from ..native.core import FleetCore
 from ..policy import Policy
+from .context import FleetContext, FleetResources
+from .door import door
 from .fleet import Fleet
 from .recorder import Recorder
+from .spec import FleetSpec
 
 __all__ = ["open_fleet"]
 

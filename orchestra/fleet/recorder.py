@@ -6,8 +6,8 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Final, Protocol, runtime_checkable
 
-from ..journalspec import JournalStatistics
 from ..model.actions import Applied, SetLimit
+from ..model.journalspec import JournalStatistics
 from ..policy import Facts
 from ..profile import Row
 

@@ -8,9 +8,9 @@ from typing import Protocol
 import attrs
 
 from ..backend import Backend, Detection
-from ..journalspec import JournalStatistics
 from ..machine.budget import Budgets
 from ..machine.vm import Vm, VmStatistics
+from ..model.journalspec import JournalStatistics
 from ..model.spec import Limit, Meter, Tenant
 from ..policy import HostFacts
 from ..policy.state import PolicyStatus

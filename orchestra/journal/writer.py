@@ -16,9 +16,9 @@ from typing import Any, Final, TypeAlias
 
 import attrs
 
-from ..journalspec import JournalSpec, JournalStatistics
 from ..model.actions import Action, Applied
 from ..model.codec import encode_parts
+from ..model.journalspec import JournalSpec, JournalStatistics
 from ..model.spec import GiB
 from ..policy import Facts
 from . import lock

@@ -25,7 +25,7 @@ from typing import Any, Final, TypeVar, cast
 
 import attrs
 
-from ..decoding import DEPTH, JSON, KIND, TAGGED, At, CodecError, Dialect, Reading, Wrong, name_of, path_of, shown
+from .decoding import DEPTH, JSON, KIND, TAGGED, At, CodecError, Dialect, Reading, Wrong, name_of, path_of, shown
 from .errors import SpecError
 
 __all__ = [

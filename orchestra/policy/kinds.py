@@ -11,8 +11,8 @@ from typing import Any, Final
 
 import attrs
 
-from ..decoding import BAD, meant
 from ..model.codec import KIND, At, Reading
+from ..model.decoding import BAD, meant
 from ..model.errors import SpecError
 from ..model.spec import Meter
 from .adaptive import Adaptive

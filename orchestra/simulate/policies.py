@@ -10,8 +10,8 @@ import attrs
 
 from .. import policy as live
 from ..config.forms import NONE, dialect
-from ..decoding import BAD, meant
 from ..model.codec import KIND, At, CodecError, Reading, Wrong, decode
+from ..model.decoding import BAD, meant
 from ..model.errors import SpecError
 from ..policy import Policy, policy_kinds
 from .cpus import HostCpu, LimitSpec

@@ -3,9 +3,9 @@
 FleetContext ─┬─ resources     what it was opened on: backend, core, signals, quarantine, recorder
               ├─ tenancy       budgets of host and tenants
               ├─ supervisor    the VMs, a task for each
-              ├─ switchboard   exits, from the ring to channels
-              ├─ applier       carries actions out, and journals them
-              └─ governor      policies, by what `activity` saw
+              ├─ dispatcher    exits, from the ring to channels
+              ├─ executor      carries actions out, and journals them
+              └─ runner        runs the policies, by what `observer` saw
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from typing import Any
 import attrs
 import trio
 
-from .backend import Backend, Detection
-from .fleet.channels import Dispatcher
-from .fleet.executor import FleetExecutor
-from .fleet.observer import Observer
-from .fleet.recorder import Recorder, Records
-from .fleet.runner import PolicyRunner
-from .fleet.statistics import Figures, TenantSeat
-from .fleetspec import FleetSpec
-from .host.control.bandwidth import CpuCgroup
-from .host.control.placement import Quarantine
-from .host.observe import HostSignals, ThreadTimes
-from .machine.budget import Budgets
-from .machine.inbox import Inbox
-from .machine.instance import Instance
-from .machine.vm import Vm
-from .machine.workers import Workers
-from .model.actions import Action, SetLimit, State
-from .model.errors import ResourceLimit
-from .model.spec import Limit, Meter, Tenant, as_meter
-from .native.core import FleetCore, VcpuCore
-from .policy import Facts, Guard, Policy
+from ..backend import Backend, Detection
+from ..host.control.bandwidth import CpuCgroup
+from ..host.control.placement import Quarantine
+from ..host.observe import HostSignals, ThreadTimes
+from ..machine.budget import Budgets
+from ..machine.inbox import Inbox
+from ..machine.instance import Instance
+from ..machine.vm import Vm
+from ..machine.workers import Workers
+from ..model.actions import Action, SetLimit, State
+from ..model.errors import ResourceLimit
+from ..model.spec import Limit, Meter, Tenant, as_meter
+from ..native.core import FleetCore, VcpuCore
+from ..policy import Facts, Guard, Policy
+from .channels import Dispatcher
+from .executor import FleetExecutor
+from .observer import Observer
+from .recorder import Recorder, Records
+from .runner import PolicyRunner
+from .spec import FleetSpec
+from .statistics import Figures, TenantSeat
 from .supervisor import Supervisor
 from .tenancy import Tenancy
 
@@ -81,13 +81,13 @@ class FleetContext:
         self.tenancy = Tenancy(spec, backend.now())
         self.records = Records(resources.recorder)
         self.supervisor = Supervisor(self, nursery)
-        self.applier = FleetExecutor(self, guard, self.records, spec.on_evict)
-        self.activity = Observer(self, resources.host, ThreadTimes() if backend.blocking else None)
+        self.executor = FleetExecutor(self, guard, self.records, spec.on_evict)
+        self.observer = Observer(self, resources.host, ThreadTimes() if backend.blocking else None)
         # It may refuse a policy.
-        self.governor = PolicyRunner(self.applier, policies, activity=self.activity, guard=guard, strict=spec.strict)
-        self.switchboard = Dispatcher(resources.core, paced=backend.blocking)
-        self.switchboard.on_change(self._retell)
-        self.switchboard.on_talk(self._talked)
+        self.runner = PolicyRunner(self.executor, policies, activity=self.observer, guard=guard, strict=spec.strict)
+        self.dispatcher = Dispatcher(resources.core, paced=backend.blocking)
+        self.dispatcher.on_change(self._retell)
+        self.dispatcher.on_talk(self._talked)
         self.closed = False
         self._nursery = nursery
         self._token = trio.lowlevel.current_trio_token()
@@ -98,17 +98,17 @@ class FleetContext:
 
     def start(self, observed: float | None) -> None:
         """Start the tasks. `observed`: seconds between two aggregates; None: nobody wants them."""
-        self.tenancy.begin(self.applier)
+        self.tenancy.begin(self.executor)
         if observed is not None:
-            self.governor.observe(self._write_down, observed)
-        self._nursery.start_soon(self.switchboard.run)
-        self._nursery.start_soon(self.governor.run)
+            self.runner.observe(self._write_down, observed)
+        self._nursery.start_soon(self.dispatcher.run)
+        self._nursery.start_soon(self.runner.run)
 
     async def close(self) -> None:
         """No task is left."""
         self.closed = True
-        self.governor.close()
-        self.switchboard.close()
+        self.runner.close()
+        self.dispatcher.close()
         for vm in list(self.supervisor.vms.values()):
             self.supervisor.drop(vm)
         await self.workers.idle()
@@ -149,9 +149,9 @@ class FleetContext:
         return Figures(
             removed=self.tenancy.removed,
             launched=self.supervisor.launched,
-            missed=self.switchboard.missed(),
-            policies=self.governor.statistics(),
-            host=self.governor.host,
+            missed=self.dispatcher.missed(),
+            policies=self.runner.statistics(),
+            host=self.runner.host,
             journal=self.records.statistics(),
         )
 
@@ -169,7 +169,7 @@ class FleetContext:
         return next(self._ids)
 
     def told(self, vm: str) -> int:
-        return self.switchboard.told(vm)
+        return self.dispatcher.told(vm)
 
     def set_limit_nowait(
         self,
@@ -182,30 +182,30 @@ class FleetContext:
     ) -> None:
         """As `Fleet.set_limit_nowait`."""
         action = SetLimit(limit=limit, meter=as_meter(meter), tenant=tenant, vm=vm, vcpu=vcpu, reason="set_limit()")
-        self.applier.set_limit(limit, action.meter, tenant, vm, vcpu)
-        self.applier.done(action, None)
+        self.executor.set_limit(limit, action.meter, tenant, vm, vcpu)
+        self.executor.done(action, None)
 
     # ---- what parts tell
 
     def register(self, core: VcpuCore, guest: Instance, index: int) -> None:
         self._guests[core.id] = guest
-        self.switchboard.reader.add(core.id, guest.name, index)
-        self.activity.add(core.id, self.vms[guest.name], guest, index)
+        self.dispatcher.reader.add(core.id, guest.name, index)
+        self.observer.add(core.id, self.vms[guest.name], guest, index)
 
     def retire(self, cores: Iterable[VcpuCore]) -> None:
         cores = list(cores)
-        self.switchboard.retire(cores)
+        self.dispatcher.retire(cores)
         for core in cores:
             self._guests.pop(core.id, None)
-            self.activity.forget(core.id)
+            self.observer.forget(core.id)
 
     def ended(self, vm: Vm) -> Iterable[Callable[[Vm], object]]:
         """What is to be done when a VM has ended for good, each whatever becomes of the others."""
-        yield self.activity.ended
+        yield self.observer.ended
         yield self._forget
         yield self._write_profile
         if vm.guest is not None:  # else: a launch that failed may be tried again, and somebody waits for it
-            yield lambda vm: self.switchboard.vm_ended(vm.name)
+            yield lambda vm: self.dispatcher.vm_ended(vm.name)
         if vm.stopping:
             yield Vm.release
 
@@ -215,18 +215,18 @@ class FleetContext:
 
     def did(self, action: Action, policy: str | None = None) -> None:
         """A caller did it directly, and not by `apply`; or what was desired ended, of a caller or a policy."""
-        self.applier.done(action, policy)
+        self.executor.done(action, policy)
 
     def changed(self, vm: Vm, state: State, reason: str) -> None:
         self.records.state(self.now(), vm.name, vm.launch, vm.tenant, state, reason)
 
     def worked(self, vm: Vm, units: float) -> None:
-        self.activity.work(vm, units)
+        self.observer.work(vm, units)
 
     def logged(self, guest: Instance) -> None:
         if guest.dirty is not None:
-            self.activity.dirty(self.activity.logs.watch(self.vms[guest.name], guest.dirty, self.now()))
-            self.governor.wake()
+            self.observer.dirty(self.observer.logs.watch(self.vms[guest.name], guest.dirty, self.now()))
+            self.runner.wake()
 
     def _talked(self, id: int) -> None:
         if (guest := self._guests.get(id)) is not None:
@@ -245,8 +245,8 @@ class FleetContext:
 
     def _forget(self, vm: Vm) -> None:
         if self.vms.get(vm.name) is vm:
-            self.governor.gone(vm.name)
-            self.applier.holdings.forget(vm.name)
+            self.runner.gone(vm.name)
+            self.executor.holdings.forget(vm.name)
 
     def _write_down(self, facts: Facts) -> None:
         """What was seen in an interval; where there is a probe and no journal, the statistics have the last one."""

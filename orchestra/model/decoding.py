@@ -14,9 +14,9 @@ from typing import Any, Final, Literal, TypeAlias, Union, get_args, get_origin
 
 import attrs
 
+from . import actions, exits, spec
 from .construction import BAD, Parameter, call, parameters
-from .model import actions, exits, spec
-from .model.errors import SpecError
+from .errors import SpecError
 
 __all__ = [
     "BAD",

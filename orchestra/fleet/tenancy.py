@@ -7,15 +7,15 @@ from typing import Final
 
 import attrs
 
-from .fleet.executor import FleetExecutor
-from .fleet.statistics import TenantSeat, Totals
-from .fleetspec import DEFAULT_TENANT, FleetSpec
-from .machine.budget import Budgets, limits_of, make_budgets
-from .machine.vm import Vm
-from .model.actions import SetLimit
-from .model.effects import inverse
-from .model.errors import SpecError, StateError, UnknownTenant
-from .model.spec import Limit, Meter, Tenant
+from ..machine.budget import Budgets, limits_of, make_budgets
+from ..machine.vm import Vm
+from ..model.actions import SetLimit
+from ..model.effects import inverse
+from ..model.errors import SpecError, StateError, UnknownTenant
+from ..model.spec import Limit, Meter, Tenant
+from .executor import FleetExecutor
+from .spec import DEFAULT_TENANT, FleetSpec
+from .statistics import TenantSeat, Totals
 
 __all__ = ["Tenancy"]
 
@@ -75,27 +75,27 @@ class Tenancy:
 
     # ---- while the fleet runs. Each limit that is another than before is journaled as a caller's `SetLimit`.
 
-    def begin(self, applier: FleetExecutor) -> None:
+    def begin(self, executor: FleetExecutor) -> None:
         """Journal the limits that the fleet and its tenants begin with."""
-        applier.given(self.host, "open_fleet")
+        executor.given(self.host, "open_fleet")
         for name, seat in self.seats.items():
-            applier.given(seat.budgets, "open_fleet", tenant=name)
+            executor.given(seat.budgets, "open_fleet", tenant=name)
 
-    def add(self, tenant: Tenant, applier: FleetExecutor, now: int) -> None:
+    def add(self, tenant: Tenant, executor: FleetExecutor, now: int) -> None:
         """As `Fleet.add_tenant`."""
-        _check(tenant, applier)
+        _check(tenant, executor)
         if tenant.name in self.seats:
             raise StateError(f"can't add tenant {tenant.name!r}: this fleet has it; `change_tenant` changes it")
         self.seats[tenant.name] = TenantSeat(tenant, make_budgets(dict.fromkeys(Meter), now))
-        self._put_limits(tenant, applier, f"add_tenant({tenant.name!r})")
+        self._put_limits(tenant, executor, f"add_tenant({tenant.name!r})")
 
-    def change(self, tenant: Tenant, applier: FleetExecutor) -> None:
+    def change(self, tenant: Tenant, executor: FleetExecutor) -> None:
         """As `Fleet.change_tenant`."""
-        _check(tenant, applier)
+        _check(tenant, executor)
         self.seat(tenant.name).tenant = tenant
-        self._put_limits(tenant, applier, f"change_tenant({tenant.name!r})")
+        self._put_limits(tenant, executor, f"change_tenant({tenant.name!r})")
 
-    def remove(self, name: str, vms: Iterable[Vm], applier: FleetExecutor) -> None:
+    def remove(self, name: str, vms: Iterable[Vm], executor: FleetExecutor) -> None:
         """As `Fleet.remove_tenant`. `vms`: all of the fleet's."""
         seat = self.seat(name)
         if name == DEFAULT_TENANT:
@@ -106,27 +106,27 @@ class Tenancy:
             raise StateError(f"can't remove tenant {name!r}: it has VMs that have not ended ({alive}): stop them first")
         for vm in theirs:
             vm.release()
-        self._end_limits(name, applier)
+        self._end_limits(name, executor)
         self.removed.join(seat.gone)
         del self.seats[name]
         _close(seat.budgets)
 
-    def _put_limits(self, tenant: Tenant, applier: FleetExecutor, reason: str) -> None:
+    def _put_limits(self, tenant: Tenant, executor: FleetExecutor, reason: str) -> None:
         for meter, budget in self.seats[tenant.name].budgets.items():
             limit = getattr(tenant, meter.field)
             if budget.base != limit:
-                applier.set_limit(limit, meter, tenant.name, None, None)
-                applier.done(SetLimit(limit=limit, meter=meter, tenant=tenant.name, reason=reason), None)
+                executor.set_limit(limit, meter, tenant.name, None, None)
+                executor.done(SetLimit(limit=limit, meter=meter, tenant=tenant.name, reason=reason), None)
 
-    def _end_limits(self, tenant: str, applier: FleetExecutor) -> None:
+    def _end_limits(self, tenant: str, executor: FleetExecutor) -> None:
         """What limits a tenant ends with it, for the journal as well: another of that name begins without."""
         reason = f"remove_tenant({tenant!r})"
         for meter, budget in self.seats[tenant].budgets.items():
             if budget.base is not None:
-                applier.done(SetLimit(limit=None, meter=meter, tenant=tenant, reason=reason), None)
-        for key, held in list(applier.holdings):
+                executor.done(SetLimit(limit=None, meter=meter, tenant=tenant, reason=reason), None)
+        for key, held in list(executor.holdings):
             if key.tenant == tenant and (back := inverse(held.action)) is not None:
-                applier.done(attrs.evolve(back, reason=reason), held.policy)
+                executor.done(attrs.evolve(back, reason=reason), held.policy)
 
     def close(self) -> None:
         """No VM is left that has these buckets."""
@@ -135,10 +135,10 @@ class Tenancy:
         _close(self.host)
 
 
-def _check(tenant: object, applier: FleetExecutor) -> None:
+def _check(tenant: object, executor: FleetExecutor) -> None:
     if not isinstance(tenant, Tenant):
         raise SpecError(f"tenant={tenant!r}: must be a Tenant")
-    applier.check_seen(tenant.limit, f"tenant {tenant.name!r}: limit")
+    executor.check_seen(tenant.limit, f"tenant {tenant.name!r}: limit")
 
 
 def _close(budgets: Budgets) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import attrs
 
-from .model.errors import SpecError
-from .model.spec import GiB, MiB
+from .errors import SpecError
+from .spec import GiB, MiB
 
 __all__ = ["JournalSpec", "JournalStatistics"]
 

@@ -12,9 +12,9 @@ from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast, overload
 
 import attrs
 
-from .decoding import shown
-from .fleetspec import FleetSpec
-from .model.errors import SpecError
+from ..model.decoding import shown
+from ..model.errors import SpecError
+from .spec import FleetSpec
 
 __all__ = ["Door", "door"]
 

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import attrs
 
-from .model.errors import SpecError
+from .errors import SpecError
 
 __all__ = ["BAD", "Complaint", "Parameter", "call", "parameters"]
 

@@ -8,15 +8,15 @@ from typing import Any, Final, Protocol, TypeAlias
 
 import trio
 
-from .fleet.executor import FleetExecutor
-from .fleetspec import DEFAULT_TENANT
-from .machine.contain import contained
-from .machine.devices.bus import Device
-from .machine.instance import InstanceContext
-from .machine.vm import Vm, check_device
-from .model.actions import Action, Outcome, Pause, SetLimit, State, Stopped, Throttle, Unthrottle
-from .model.errors import SpecError, StateError, UnknownVm, VmExists
-from .model.spec import VmSpec
+from ..machine.contain import contained
+from ..machine.devices.bus import Device
+from ..machine.instance import InstanceContext
+from ..machine.vm import Vm, check_device
+from ..model.actions import Action, Outcome, Pause, SetLimit, State, Stopped, Throttle, Unthrottle
+from ..model.errors import SpecError, StateError, UnknownVm, VmExists
+from ..model.spec import VmSpec
+from .executor import FleetExecutor
+from .spec import DEFAULT_TENANT
 from .tenancy import Tenancy
 
 __all__ = ["Claims", "Context", "Supervisor"]
@@ -33,7 +33,7 @@ NAMED: Final = 8
 class Context(InstanceContext, Protocol):
     """What this needs of its fleet."""
 
-    applier: FleetExecutor
+    executor: FleetExecutor
     tenancy: Tenancy
 
     def ended(self, vm: Vm) -> Iterable[Callable[[Vm], object]]:
@@ -76,8 +76,8 @@ class Supervisor:
         self.check_open(f"launch {spec.name!r}")
         context = self._context
         seat = context.tenancy.seat(spec.tenant or DEFAULT_TENANT, spec.name)
-        context.applier.check_seen(spec.limit, f"vm {spec.name!r}: limit")
-        context.applier.check_seen(spec.vcpu_limit, f"vm {spec.name!r}: vcpu_limit")
+        context.executor.check_seen(spec.limit, f"vm {spec.name!r}: limit")
+        context.executor.check_seen(spec.vcpu_limit, f"vm {spec.name!r}: vcpu_limit")
         context.backend.check(spec)
         previous = self.vms.get(spec.name)
         if previous is not None and previous.outcome is None:
@@ -123,9 +123,9 @@ class Supervisor:
         self.live += 1
         try:
             context.changed(vm, State.CREATED, "launched paused" if paused else "launched")
-            context.applier.given(vm.budgets, "spec", vm=vm.name, launch=vm.launch)
+            context.executor.given(vm.budgets, "spec", vm=vm.name, launch=vm.launch)
             for index, budgets in enumerate(vm.vcpu_budgets):
-                context.applier.given(budgets, "spec", vm=vm.name, vcpu=index, launch=vm.launch)
+                context.executor.given(budgets, "spec", vm=vm.name, vcpu=index, launch=vm.launch)
             if paused:  # before anybody else has a word
                 context.did(Pause(vm=vm.name, reason="launch(paused=True)"))
             await vm.supervise(devices, paused, task_status=task_status)

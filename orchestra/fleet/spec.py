@@ -13,15 +13,15 @@ from typing import Any, Final, Literal, TypeAlias
 
 import attrs
 
-from .backend import Backend
-from .fleet.recorder import Recorder
-from .journalspec import JournalSpec
-from .model.actions import Evict
-from .model.codec import LIVE, encode
-from .model.errors import SpecError
-from .model.spec import Limit, Meter, Tenant, check_flag, optional_limit
-from .policy import Guard, Policy, PolicySpec
-from .policy.state import check_policies
+from ..backend import Backend
+from ..model.actions import Evict
+from ..model.codec import LIVE, encode
+from ..model.errors import SpecError
+from ..model.journalspec import JournalSpec
+from ..model.spec import Limit, Meter, Tenant, check_flag, optional_limit
+from ..policy import Guard, Policy, PolicySpec
+from ..policy.state import check_policies
+from .recorder import Recorder
 
 __all__ = ["DEFAULT_TENANT", "FleetSpec", "OnEvict"]
 
