@@ -275,3 +275,13 @@ only = { vms = "web-*" }
         "line 2: backend: 5",
         "line 4: policies[0].kind: 'laddr': no such policy",
     ]
+
+
+async def test_other_policies_may_come_as_data_while_a_fleet_runs(autojump_clock):
+    async with orc.open_fleet(backend="scripted") as fleet:
+        await fleet.set_policies([orc.PolicySpec("static-limits", {"host": orc.Limit(rate=7)})])
+        await trio.sleep(1)
+        assert fleet.limit is not None
+        assert fleet.limit.rate == 7
+        with pytest.raises(orc.SpecError, match="two are named 'ladder'"):
+            await fleet.set_policies([orc.PolicySpec("ladder")] * 2)

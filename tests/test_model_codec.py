@@ -141,6 +141,44 @@ def test_a_document_of_another_kind_or_version_is_refused(document, message):
         from_document(orc.Limit, document)
 
 
+class Shape:
+    """An open set: of whatever classes there are."""
+
+    @classmethod
+    def kinds(cls) -> dict[str, type]:
+        return {one.__name__: one for one in cls.__subclasses__()}
+
+
+@attrs.frozen
+class Round(Shape):
+    radius: float = 1.0
+
+
+@attrs.frozen
+class Drawing:
+    shapes: tuple[Shape, ...]
+
+
+def test_classes_of_an_open_set_carry_their_names():
+    drawing = Drawing((Round(2.0), Round()))
+    assert through_json(drawing)["shapes"][0] == {"kind": "Round", "radius": 2.0}
+    assert decode(Drawing, through_json(drawing)) == drawing
+    assert decode(Drawing, {"shapes": ["Round"]}) == Drawing((Round(),))
+    with pytest.raises(orc.CodecError, match=r"shapes\[0\].kind='Roud': must be one of Round, or of .* 'Round'"):
+        decode(Drawing, {"shapes": [{"kind": "Roud"}]})
+    with pytest.raises(orc.CodecError, match=r"shapes\[0\].kind=None: must be one of Round"):
+        decode(Drawing, {"shapes": [{"radius": 1.0}]})
+
+
+def test_mistakes_without_end_are_told_up_to_a_bound():
+    with pytest.raises(orc.CodecError) as caught:
+        decode(orc.Limit, {f"key {n}": n for n in range(100_000)})
+    assert len(caught.value.mistakes) == 100
+    with pytest.raises(orc.CodecError) as caught:
+        decode(tuple[int, ...], ["x"] * 100_000)
+    assert len(caught.value.mistakes) == 100
+
+
 KEYS = TEXTS | st.sampled_from(["kind", "rate", "vm", "limit", "boot"])
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),

@@ -20,7 +20,7 @@ from ..machine.vm import VmStatistics
 from ..model.actions import Action, Applied, Outcome, State, Stopped
 from ..model.exits import Exit
 from ..model.spec import Limit, Meter, Tenant, VmSpec
-from ..policy import Guard, Policy
+from ..policy import Guard, Policy, PolicySpec
 from ..profile import Profile, Symbols
 from .block import Block
 from .bridge import Bridge
@@ -110,7 +110,7 @@ class Fleet(Wrapper[house.Fleet]):
     async def remove_tenant(self, name: str) -> None:
         await self._bridge.call(partial(self._inner.remove_tenant, name))
 
-    async def set_policies(self, policies: Sequence[Policy], guard: Guard | None = None) -> None:
+    async def set_policies(self, policies: Sequence[Policy | PolicySpec], guard: Guard | None = None) -> None:
         await self._bridge.call(partial(self._inner.set_policies, policies, guard))
 
     @property

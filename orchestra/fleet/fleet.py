@@ -21,10 +21,10 @@ from ..model.actions import Action, Applied, Outcome
 from ..model.errors import SpecError, StateError
 from ..model.exits import Exit
 from ..model.spec import Limit, Meter, Tenant, VmSpec, as_meter, optional_limit
-from ..policy import Guard, Policy
-from ..policy.state import check_policies
+from ..policy import Guard, Policy, PolicySpec
 from .channels import Exits
 from .context import FleetContext
+from .spec import make_policies
 from .statistics import FleetStatistics, summarise
 from .watch import Watch
 
@@ -220,13 +220,14 @@ class Fleet:
         context.tenancy.remove(name, context.vms.values(), context.executor)
         await trio.lowlevel.checkpoint()
 
-    async def set_policies(self, policies: Sequence[Policy], guard: Guard | None = None) -> None:
+    async def set_policies(self, policies: Sequence[Policy | PolicySpec], guard: Guard | None = None) -> None:
         """Have these policies decide from now on, in this order.
 
         One that is there already (the same object) keeps its seat, its next tick and what it holds. What one that is
         not there any more holds is let go before the others decide. Cancelled, all of that is done, or nothing.
 
         Parameters:
+            policies: a `PolicySpec` makes one that has seen nothing yet.
             guard: another one from now on; what was done so far counts under its rules. None: it stays.
 
         Raises:
@@ -235,7 +236,7 @@ class Fleet:
             BusLockUnsupported: a policy limits bus locks, and this fleet does not see them.
         """
         context = self._context
-        checked = check_policies(policies)
+        checked = make_policies(policies)
         if guard is not None and not isinstance(guard, Guard):
             raise SpecError(f"guard={guard!r}: must be a Guard, or None to keep the one there is")
         for policy in checked:

@@ -23,7 +23,7 @@ from ..policy import Guard, Policy, PolicySpec
 from ..policy.state import check_policies
 from .recorder import Recorder
 
-__all__ = ["DEFAULT_TENANT", "FleetSpec", "OnEvict"]
+__all__ = ["DEFAULT_TENANT", "FleetSpec", "OnEvict", "make_policies"]
 
 DEFAULT_TENANT: Final = "default"
 """Whose VMs are that name no tenant."""
@@ -59,6 +59,15 @@ def _policies(given: Iterable[Policy | PolicySpec]) -> tuple[Policy | PolicySpec
     if not isinstance(given, Iterable) or isinstance(given, str | bytes):
         raise SpecError(f"policies={given!r}: must be policies, or PolicySpec objects, in a list")
     return tuple(given)
+
+
+def make_policies(given: Iterable[Policy | PolicySpec]) -> list[Policy]:
+    """Policies: those that are data are made anew, and have seen nothing yet.
+
+    Raises:
+        SpecError: one is no policy, or two have one name.
+    """
+    return check_policies(one.make() if isinstance(one, PolicySpec) else one for one in _policies(given))
 
 
 def _journal(given: Recorder | JournalSpec | str | Path | None) -> Recorder | JournalSpec | None:
@@ -180,12 +189,8 @@ class FleetSpec:
             raise SpecError(f"{asked} limits bus locks, but bus_locks='off': leave one of them out")
 
     def make_policies(self) -> list[Policy]:
-        """The policies: those given as data are made anew, and have seen nothing yet.
-
-        Raises:
-            SpecError: one is no policy, or two have one name.
-        """
-        return check_policies(one.make() if isinstance(one, PolicySpec) else one for one in self.policies)
+        """As `make_policies`, of this spec."""
+        return make_policies(self.policies)
 
     def needs_bus_locks(self, policies: Iterable[Policy]) -> str:
         """What of it needs bus locks to be seen, for a message; empty: nothing does."""

@@ -10,6 +10,7 @@ import re
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
+from functools import cache
 from typing import Any, Final, Literal, TypeAlias, Union, get_args, get_origin
 
 import attrs
@@ -39,6 +40,9 @@ KIND: Final = "kind"
 DEPTH: Final = 32
 """How deep values may be nested: specs need 6, and what comes from outside must not exhaust the stack."""
 
+MOST: Final = 100
+"""Mistakes that are told: more than anybody mends at once, and data from outside must not make work without end."""
+
 At: TypeAlias = tuple[str | int, ...]
 """A path: keys, and numbers of items."""
 
@@ -55,11 +59,20 @@ TAGGED: Final[Mapping[str, type]] = _tagged()
 
 
 def name_of(kind: Any) -> str | None:
-    """What a class of a closed union is called in data: by its own word for it, or by its name; None: it is of none."""
-    own = vars(kind).get(KIND) if isinstance(kind, type) else None
+    """What a class of a union or of an open set is called in data: by its own word for it, or by its name; None: it is
+    of none."""
+    if not isinstance(kind, type):
+        return None
+    own = vars(kind).get(KIND)
     if isinstance(own, str):
         return own
-    return kind.__name__ if isinstance(kind, type) and TAGGED.get(kind.__name__) is kind else None
+    member = TAGGED.get(kind.__name__) is kind or any(_is_open_set(base) for base in kind.__mro__[1:])
+    return kind.__name__ if member else None
+
+
+def _is_open_set(kind: type) -> bool:
+    """A base whose ``kinds()`` says which classes there are of it, by name: those that were imported."""
+    return "kinds" in vars(kind)
 
 
 @attrs.frozen
@@ -131,6 +144,7 @@ class Reading:
     """One decoding. Its methods return a value, or `BAD` and have noted why in `wrong`.
 
     A class with a form of its own has ``from_data(data, reading, at)``, which uses these methods, and ``to_data()``.
+    The base of an open set has ``kinds()``, its classes by name.
     """
 
     def __init__(self, dialect: Dialect = JSON) -> None:
@@ -150,48 +164,26 @@ class Reading:
 
     def value(self, kind: Any, data: object, at: At) -> Any:
         """A value of that type."""
+        if len(self.wrong) >= MOST:
+            return BAD
         if len(at) > DEPTH:
             return self.no(at[:4], f"nested deeper than {DEPTH}")
-        form = self.dialect.forms.get(kind)
-        if form is not None:
-            try:
-                data = form(data)
-            except SpecError as error:
-                return self.no(at, str(error), data)
-        if kind is Any or kind is object:
-            return data
-        origin, arguments = get_origin(kind), get_args(kind)
-        if origin in (Union, types.UnionType):
-            return self._union(arguments, data, at)
-        if origin is Literal:
-            return self._literal(arguments, data, at)
-        if origin is tuple:
-            return self._tuple(arguments, data, at)
-        if origin is not None and issubclass(origin, Mapping):
-            return self._mapping(arguments[1], data, at)
-        if origin is not None and issubclass(origin, Iterable):
-            items = self._tuple((arguments[0], ...), data, at)
-            return list(items) if origin is list and items is not BAD else items
-        if isinstance(kind, type):
-            own = getattr(kind, "from_data", None)
-            if own is not None:
-                return own(data, self, at)
-            if attrs.has(kind):
-                return self._object(kind, data, at)
-            if issubclass(kind, Enum):
-                return self._enum(kind, data, at)
-            if kind in _PLAIN:
-                return _PLAIN[kind](self, data, at)
-        raise TypeError(f"the codec knows no values of type {kind!r}")
+        if self.dialect.forms:
+            form = self.dialect.forms.get(kind)
+            if form is not None:
+                try:
+                    data = form(data)
+                except SpecError as error:
+                    return self.no(at, str(error), data)
+        return _reader(kind)(self, data, at)
 
     # ---- what a type is made of
 
     def _union(self, arguments: tuple[Any, ...], data: object, at: At) -> Any:
+        some, tagged = _alternatives(arguments)
         said = isinstance(data, str) and data == self.dialect.none and str not in arguments
-        if types.NoneType in arguments and (data is None or said):
+        if (data is None or said) and types.NoneType in arguments:
             return None
-        some = [one for one in arguments if one is not types.NoneType and not _is_live(one)]
-        tagged = {name: one for one in some if (name := name_of(one)) is not None}
         if tagged and len(tagged) == len(some) and isinstance(data, str):
             data = {KIND: data}  # one that needs nothing else
         if isinstance(data, Mapping) and tagged and KIND in data:
@@ -234,6 +226,11 @@ class Reading:
         values = tuple(self.value(kind, one, (*at, i)) for i, (kind, one) in enumerate(zip(kinds, data, strict=True)))
         return BAD if BAD in values else values
 
+    def _several(self, origin: type, kind: Any, data: object, at: At) -> Any:
+        """A list, or a tuple for whatever else can be gone through."""
+        items = self._tuple((kind, ...), data, at)
+        return list(items) if origin is list and items is not BAD else items
+
     def _mapping(self, values: Any, data: object, at: At) -> Any:
         given = self.table(data, at)
         if given is BAD:
@@ -245,6 +242,18 @@ class Reading:
                 one = {"name": key, **one}  # of a table of things by their names, each need not say its own again
             made[key] = self.value(values, one, (*at, key))
         return BAD if BAD in made.values() else made
+
+    def _member(self, kind: Any, data: object, at: At) -> Any:
+        """One of an open set."""
+        kinds = kind.kinds()
+        given = self.table({KIND: data} if isinstance(data, str) else data, at)
+        if given is BAD:
+            return BAD
+        name = given.get(KIND)
+        if not isinstance(name, str) or name not in kinds:
+            known = f"{', '.join(sorted(kinds))}, or of a module that is imported before"
+            return self.no((*at, KIND), f"must be one of {known}{meant(name, kinds)}", name)
+        return self._object(kinds[name], given, at)
 
     def table(self, data: object, at: At) -> Any:
         """Data that are a mapping with text keys."""
@@ -314,6 +323,8 @@ class Reading:
         before = len(self.wrong)
         for key, one in given.items():
             parameter = known.get(key)
+            if len(self.wrong) >= MOST:
+                return BAD
             if parameter is None:
                 self.no((*at, key), self._no_such(kind, key, known))
             else:
@@ -406,6 +417,44 @@ _PLAIN: Final[Mapping[type, Callable[[Reading, object, At], Any]]] = {
     range: Reading._range,
     types.NoneType: Reading._none,
 }
+
+
+@cache
+def _reader(kind: Any) -> Callable[[Reading, object, At], Any]:
+    """What reads values of a type: found out once for each, as typing takes its time."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if kind is Any or kind is object:
+        return lambda reading, data, at: data
+    if origin in (Union, types.UnionType):
+        return lambda reading, data, at: reading._union(arguments, data, at)
+    if origin is Literal:
+        return lambda reading, data, at: reading._literal(arguments, data, at)
+    if origin is tuple:
+        return lambda reading, data, at: reading._tuple(arguments, data, at)
+    if origin is not None and issubclass(origin, Mapping):
+        return lambda reading, data, at: reading._mapping(arguments[1], data, at)
+    if origin is not None and issubclass(origin, Iterable):
+        return lambda reading, data, at: reading._several(origin, arguments[0], data, at)
+    if isinstance(kind, type):
+        own: Callable[[object, Reading, At], Any] | None = getattr(kind, "from_data", None)
+        if own is not None:
+            return lambda reading, data, at: own(data, reading, at)
+        if _is_open_set(kind):
+            return lambda reading, data, at: reading._member(kind, data, at)
+        if attrs.has(kind):
+            return lambda reading, data, at: reading._object(kind, data, at)
+        if issubclass(kind, Enum):
+            return lambda reading, data, at: reading._enum(kind, data, at)
+        if kind in _PLAIN:
+            return _PLAIN[kind]
+    raise TypeError(f"the codec knows no values of type {kind!r}")
+
+
+@cache
+def _alternatives(arguments: tuple[Any, ...]) -> tuple[list[Any], dict[str, Any]]:
+    """Of a union: what data can make, and of that what carries its name."""
+    some = [one for one in arguments if one is not types.NoneType and not _is_live(one)]
+    return some, {name: one for one in some if (name := name_of(one)) is not None}
 
 
 def _is_live(kind: Any) -> bool:
