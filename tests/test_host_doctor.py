@@ -162,7 +162,7 @@ def test_an_empty_host_raises_nothing(tmp_path):
     assert report.capabilities == {}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(files=st.fixed_dictionaries({}, optional={path: st.binary(max_size=80) for path in GOOD}))
 def test_files_full_of_anything_raise_nothing(files):
     with tempfile.TemporaryDirectory() as directory:
