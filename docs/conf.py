@@ -1,5 +1,6 @@
 """The documentation's configuration: `nox -s docs` builds it, with every warning an error. Needs no network."""
 
+import re
 from importlib.metadata import version as installed_version
 
 from orchestra.model.extras import DISTRIBUTION
@@ -20,3 +21,13 @@ myst_heading_anchors = 3
 
 html_theme = "furo"
 html_title = f"orchestra {release}"
+
+
+def _without_parts(app, what, name, obj, options, signature, returned):  # type: ignore[no-untyped-def]  # Sphinx's own
+    """What users do not make themselves is shown without what it is made of."""
+    hidden = what == "class" and re.match(r"(Made|Opened) by", obj.__doc__ or "")
+    return ("", returned) if hidden else (signature, returned)
+
+
+def setup(app):  # type: ignore[no-untyped-def]  # Sphinx's own
+    app.connect("autodoc-process-signature", _without_parts)
