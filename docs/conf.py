@@ -29,5 +29,11 @@ def _without_parts(app, what, name, obj, options, signature, returned):  # type:
     return ("", returned) if hidden else (signature, returned)
 
 
+def _for_the_codec(app, what, name, obj, skip, options):  # type: ignore[no-untyped-def]  # Sphinx's own
+    """A class's own form is the codec's affair."""
+    return True if name in ("from_data", "to_data") else None
+
+
 def setup(app):  # type: ignore[no-untyped-def]  # Sphinx's own
     app.connect("autodoc-process-signature", _without_parts)
+    app.connect("autodoc-skip-member", _for_the_codec)

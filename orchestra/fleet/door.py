@@ -41,16 +41,18 @@ def door(
     """
 
     def decorate(opened: Callable[[Any], AbstractAsyncContextManager[T]]) -> Door[P, T]:
-        def enter(
-            spec: FleetSpec | None = None, /, *args: P.args, **kwargs: P.kwargs
-        ) -> AbstractAsyncContextManager[T]:
-            if spec is None:
-                return opened(fields(*args, **kwargs))
+        # Without defaults of its own: whoever looks for those in the source finds that they are the class's.
+        def enter(*given: Any, **said: Any) -> AbstractAsyncContextManager[T]:
+            if not given:
+                return opened(cast(Any, fields)(**said))
+            spec, *more = given
+            if more:
+                raise TypeError(f"{opened.__name__}() takes a spec, and its fields by name: {len(given)} were given")
             if not isinstance(spec, FleetSpec):
                 raise SpecError(f"spec={shown(spec)}: must be a FleetSpec; or give its fields by name: limit=...")
-            if args or kwargs:
-                said = {one.alias: getattr(spec, one.name) for one in attrs.fields(type(spec)) if one.init}
-                return opened(cast(Any, fields)(*args, **{**said, **kwargs}))
+            if said:
+                there = {one.alias: getattr(spec, one.name) for one in attrs.fields(type(spec)) if one.init}
+                return opened(cast(Any, fields)(**{**there, **said}))
             return opened(spec)
 
         taken = inspect.signature(opened).parameters
