@@ -15,7 +15,7 @@ import orchestra as orc
 from orchestra.cli.app import main
 from orchestra.config import Mistake, Rules, TomlError, compare, load_rules, parse_rules, reload, watch_rules
 from orchestra.config.toml import _lines
-from orchestra.model.decoding import shown
+from orchestra.model.mistakes import shown
 from orchestra.policy import policy_kinds as kinds
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "rules.toml"

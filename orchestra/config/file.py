@@ -11,7 +11,8 @@ import attrs
 
 from ..fleet.spec import FleetSpec
 from ..model.codec import At, CodecError, Reading, Wrong
-from ..model.decoding import BAD, meant, shown
+from ..model.decoding import BAD
+from ..model.mistakes import meant, shown
 from ..model.spec import Limit, Tenant
 from ..policy import Guard, Policy, PolicySpec
 from . import toml as tomlfile

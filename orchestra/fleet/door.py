@@ -12,8 +12,8 @@ from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast, overload
 
 import attrs
 
-from ..model.decoding import shown
 from ..model.errors import SpecError
+from ..model.mistakes import shown
 from .spec import FleetSpec
 
 __all__ = ["Door", "door"]

@@ -25,8 +25,10 @@ from typing import Any, Final, TypeVar, cast
 
 import attrs
 
-from .decoding import DEPTH, JSON, KIND, TAGGED, At, CodecError, Dialect, Reading, Wrong, name_of, path_of, shown
+from .decoding import DEPTH, Reading
+from .dialect import JSON, KIND, TAGGED, Dialect, name_of
 from .errors import SpecError
+from .mistakes import At, CodecError, Wrong, path_of, shown
 
 __all__ = [
     "DEPTH",

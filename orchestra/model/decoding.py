@@ -4,140 +4,27 @@ from __future__ import annotations
 
 import base64
 import binascii
-import difflib
 import math
-import re
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from functools import cache
-from typing import Any, Final, Literal, TypeAlias, Union, get_args, get_origin
+from typing import Any, Final, Literal, Union, get_args, get_origin
 
 import attrs
 
-from . import actions, exits, spec
 from .construction import BAD, Parameter, call, parameters
+from .dialect import JSON, KIND, Dialect, is_open_set, name_of
 from .errors import SpecError
+from .mistakes import At, CodecError, Wrong, meant, shown, suggested
 
-__all__ = [
-    "BAD",
-    "DEPTH",
-    "JSON",
-    "KIND",
-    "TAGGED",
-    "At",
-    "CodecError",
-    "Dialect",
-    "Reading",
-    "Wrong",
-    "meant",
-    "name_of",
-    "path_of",
-    "shown",
-]
+__all__ = ["BAD", "DEPTH", "Reading"]
 
-KIND: Final = "kind"
 DEPTH: Final = 32
 """How deep values may be nested: specs need 6, and what comes from outside must not exhaust the stack."""
 
 MOST: Final = 100
 """Mistakes that are told: more than anybody mends at once, and data from outside must not make work without end."""
-
-At: TypeAlias = tuple[str | int, ...]
-"""A path: keys, and numbers of items."""
-
-
-def _tagged() -> dict[str, type]:
-    """The classes that carry their name."""
-    exit_types = [kind for kind in vars(exits).values() if isinstance(kind, type) and issubclass(kind, exits.Exit)]
-    unions = (actions.Action, actions.Outcome, spec.DeviceSpec)
-    found = [kind for union in unions for kind in get_args(union)]
-    return {kind.__name__: kind for kind in [*found, *exit_types, spec.FlatImage]}
-
-
-TAGGED: Final[Mapping[str, type]] = _tagged()
-
-
-def name_of(kind: Any) -> str | None:
-    """What a class of a union or of an open set is called in data: by its own word for it, or by its name; None: it is
-    of none."""
-    if not isinstance(kind, type):
-        return None
-    own = vars(kind).get(KIND)
-    if isinstance(own, str):
-        return own
-    member = TAGGED.get(kind.__name__) is kind or any(_is_open_set(base) for base in kind.__mro__[1:])
-    return kind.__name__ if member else None
-
-
-def _is_open_set(kind: type) -> bool:
-    """A base whose ``kinds()`` says which classes there are of it, by name: those that were imported."""
-    return "kinds" in vars(kind)
-
-
-@attrs.frozen
-class Dialect:
-    """How data are written.
-
-    Attributes:
-        none: a word that says None, where the format has no null and the value is no text.
-        words: what a mapping and a sequence are called.
-        bits: whole numbers beyond so many are refused; None: the format has no such bound.
-        forms: short forms, by the annotation of the value: each makes the long form, and raises SpecError for what is
-            neither.
-        infinite: numbers without end are written as words.
-        remedies: for a key that a class does not have, what to do in its place.
-    """
-
-    none: str | None = None
-    words: tuple[str, str] = ("an object", "a list")
-    bits: int | None = None
-    infinite: bool = True
-    forms: Mapping[Any, Callable[[Any], Any]] = attrs.field(factory=dict)
-    remedies: Mapping[tuple[Any, str], str] = attrs.field(factory=dict)
-
-
-JSON: Final = Dialect()
-
-
-@attrs.frozen
-class Wrong:
-    """One thing that is wrong: where, and what, which begins with the value if `valued`."""
-
-    at: At
-    said: str
-    valued: bool = False
-
-    def __str__(self) -> str:
-        return f"{path_of(self.at)}{'=' if self.valued else ': '}{self.said}"
-
-
-class CodecError(SpecError):
-    """Your data are not what they should be: `mistakes` has all that is wrong."""
-
-    def __init__(self, mistakes: Sequence[Wrong]) -> None:
-        self.mistakes = tuple(mistakes)
-        super().__init__("; ".join(map(str, self.mistakes)))
-
-
-def path_of(at: At) -> str:
-    """As people write it: ``vms[2].limit.rate``."""
-    return "".join(f"[{one}]" if isinstance(one, int) else f".{one}" for one in at).removeprefix(".") or "value"
-
-
-def shown(value: Any) -> str:
-    """A value as an error names it."""
-    try:
-        text = str(value).lower() if isinstance(value, bool) else repr(value)
-    except ValueError:  # an int of thousands of digits has none
-        return "a number beyond 64 bits"
-    return text if len(text) < 60 else text[:57] + "..."
-
-
-def meant(name: object, known: Iterable[Any]) -> str:
-    """What was probably meant, as the end of a sentence; nothing if nothing is near."""
-    near = difflib.get_close_matches(str(name)[:80], [str(one) for one in known], 1)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 class Reading:
@@ -345,7 +232,7 @@ class Reading:
                 self.wrong += [attrs.evolve(one, at=(*at, *one.at)) for one in complaint.error.mistakes]
             elif complaint.at or len(self.wrong) == told == before:  # of the whole only if its parts are right
                 valued = bool(complaint.at) and isinstance(complaint.at[-1], str)
-                self.wrong.append(Wrong((*at, *complaint.at), _suggested(complaint.said), valued))
+                self.wrong.append(Wrong((*at, *complaint.at), suggested(complaint.said), valued))
 
     def _no_such(self, kind: Any, key: str, known: Mapping[str, Parameter]) -> str:
         remedy = self.dialect.remedies.get((kind, key))
@@ -402,11 +289,6 @@ class Reading:
         return None if data is None else self.no(at, "must be null", data)
 
 
-def _suggested(said: str) -> str:
-    found = re.match(r"'([^']*)': must be one of ([\w, -]+)$", said)
-    return said + meant(found[1], found[2].split(", ")) if found else said
-
-
 _WORDS: Final = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 _PLAIN: Final[Mapping[type, Callable[[Reading, object, At], Any]]] = {
     int: Reading._whole,
@@ -439,7 +321,7 @@ def _reader(kind: Any) -> Callable[[Reading, object, At], Any]:
         own: Callable[[object, Reading, At], Any] | None = getattr(kind, "from_data", None)
         if own is not None:
             return lambda reading, data, at: own(data, reading, at)
-        if _is_open_set(kind):
+        if is_open_set(kind):
             return lambda reading, data, at: reading._member(kind, data, at)
         if attrs.has(kind):
             return lambda reading, data, at: reading._object(kind, data, at)

@@ -12,8 +12,9 @@ from typing import Any, Final
 import attrs
 
 from ..model.codec import KIND, At, Reading
-from ..model.decoding import BAD, meant
+from ..model.decoding import BAD
 from ..model.errors import SpecError
+from ..model.mistakes import meant
 from ..model.spec import Meter
 from .adaptive import Adaptive
 from .bustime import BusTime

@@ -11,8 +11,9 @@ import attrs
 from .. import policy as live
 from ..config.forms import NONE, dialect
 from ..model.codec import KIND, At, CodecError, Reading, Wrong, decode
-from ..model.decoding import BAD, meant
+from ..model.decoding import BAD
 from ..model.errors import SpecError
+from ..model.mistakes import meant
 from ..policy import Policy, policy_kinds
 from .cpus import HostCpu, LimitSpec
 
