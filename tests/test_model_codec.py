@@ -118,6 +118,8 @@ VM = {"name": "a", "boot": {"code": "9A=="}}
         (orc.VmSpec, VM | {"devices": [{"kind": "Sound"}]}, r"devices\[0\].kind='Sound'"),
         (orc.VmSpec, VM | {"regions": [{"address": 1, "size": 4096}]}, r"regions\[0\]: "),
         (orc.VmSpec, VM | {"boot": {"code": "9A==", "mode": 8}}, "boot.mode=8: must be one of 16, 32, 64"),
+        (orc.VmSpec, VM | {"boot": {"code": "9A==", "mode": 16**6000}}, "boot.mode=a number beyond 64 bits: must be"),
+        (orc.VmSpec, VM | {"vcpus": 16**6000}, "vcpus"),
         (orc.VmSpec, VM | {"labels": {"a": 1}}, "labels.a=1: must be a text"),
         (orc.VmSpec, VM | {"boot": {"kind": "Serial", "code": "9A=="}}, "boot.kind='Serial': must be 'FlatImage'"),
     ],

@@ -53,7 +53,9 @@ def shown(value: Any) -> str:
 
 def meant(name: object, known: Iterable[Any]) -> str:
     """What was probably meant, as the end of a sentence; nothing if nothing is near."""
-    near = difflib.get_close_matches(str(name)[:80], [str(one) for one in known], 1)
+    if not isinstance(name, str):
+        return ""
+    near = difflib.get_close_matches(name[:80], [str(one) for one in known], 1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
