@@ -3,10 +3,10 @@
 #   door      cli, __main__                     a person at a terminal
 #   windows   aio/, colours, doctor, figures, journal/, replay/, rules/, simulate/, testing/, tomlfile   see, steer it
 #   house     opening, fleet, statistics, governor, activity, dirty, apply, record, subscription, watch   many VMs
-#   machine   vm, desired, succession, counted, guest, holding, vcpu, inbox   one VM: its tasks, its states
+#   machine   vm, control, inspection, runs, succession, counted, guest, lifecycle, holding, pausing, cores, restraint, calls, claims, house, vcpu, inbox   one VM  # noqa: E501 - a layer is a line
 #   parts     actuators/, devices/, boot/, budget, contain, profile/, signals/, workers   what a guest sees, uses, did
 #   silicon   backend/ (kvm, emulated, scripted), memory, native/   what executes a guest
-#   words     errors, extras, spec, exits, actions, effects, codec, policy/   plain data and pure functions
+#   words     errors, extras, spec, desired, exits, actions, effects, codec, policy/   plain data and pure functions
 #
 #   spec → VM → exits → policy → actions → fleet → VM
 """Run many KVM virtual machines from one async program, and keep noisy neighbours quiet."""

@@ -14,6 +14,7 @@ from typing import Final, Protocol
 import attrs
 
 from .backend import Backend
+from .control import VmControl
 from .counted import by_bucket
 from .dirty import DirtyLogs, Told
 from .guest import Guest
@@ -22,7 +23,6 @@ from .policy import Facts, VcpuFacts, VmFacts
 from .policy.facts import add_known
 from .signals import HostReading, HostSignals, ThreadTimes
 from .spec import Limit, Tenant
-from .vm import Vm
 
 __all__ = ["Activity", "Window"]
 
@@ -55,7 +55,7 @@ class Fleet(Protocol):
 class _Vcpu:
     """A vCPU and what it had done when it was looked at last. Times in nanoseconds."""
 
-    vm: Vm
+    vm: VmControl
     guest: Guest
     index: int
     bus_locks: int = 0
@@ -95,13 +95,13 @@ class Window:
 
     since: int
     reading: HostReading
-    vms: dict[Vm, dict[int, _Sum]] = attrs.field(factory=dict)
-    work: dict[Vm, float] = attrs.field(factory=dict)
-    dirty: dict[Vm, _Dirty] = attrs.field(factory=dict)
+    vms: dict[VmControl, dict[int, _Sum]] = attrs.field(factory=dict)
+    work: dict[VmControl, float] = attrs.field(factory=dict)
+    dirty: dict[VmControl, _Dirty] = attrs.field(factory=dict)
     gone: list[tuple[str, int]] = attrs.field(factory=list)
     users: int = 0
 
-    def of(self, vm: Vm, index: int) -> _Sum:
+    def of(self, vm: VmControl, index: int) -> _Sum:
         """A vCPU's."""
         return self.vms.setdefault(vm, {}).setdefault(index, _Sum())
 
@@ -136,7 +136,7 @@ class Activity:
 
     # ---- who there is
 
-    def add(self, id: int, vm: Vm, guest: Guest, index: int) -> None:
+    def add(self, id: int, vm: VmControl, guest: Guest, index: int) -> None:
         vcpu = self._vcpus[id] = _Vcpu(vm, guest, index)
         if self._threads is None:
             return
@@ -156,13 +156,13 @@ class Activity:
             self.dirty(self.logs.forget(vcpu.vm, vcpu.guest.dirty))
         self._again.discard(id)
 
-    def ended(self, vm: Vm) -> None:
+    def ended(self, vm: VmControl) -> None:
         """A VM has ended for good."""
         self._facts.clear()
         for window in self._windows:
             window.gone.append((vm.name, vm.launch))
 
-    def work(self, vm: Vm, units: float) -> None:
+    def work(self, vm: VmControl, units: float) -> None:
         """A guest got something done, by its own account."""
         self._facts.clear()
         for window in self._windows:
@@ -201,7 +201,7 @@ class Activity:
 
     def _look(self, vcpu: _Vcpu, now: int) -> bool:
         """Whether it is to be looked at the next time, whatever the core says."""
-        exits, locks_so_far, held_so_far, answers_so_far = vcpu.guest.look(vcpu.index, now)
+        exits, locks_so_far, held_so_far, answers_so_far = vcpu.guest.cores.look(vcpu.index, now)
         bus_locks, vcpu.bus_locks = max(0, locks_so_far - vcpu.bus_locks), locks_so_far
         answers, vcpu.answers = max(0, answers_so_far - vcpu.answers), answers_so_far
         held: list[int] | None = None
@@ -262,7 +262,7 @@ class Activity:
     def _capped(self, vcpu: _Vcpu, now: int) -> int | None:
         if not vcpu.vm.was_capped:
             return None
-        held = vcpu.guest.capped(vcpu.index, now)
+        held = vcpu.guest.restraint.capped(vcpu.index, now)
         capped, vcpu.capped = max(0, held - vcpu.capped), held
         return capped
 
@@ -313,7 +313,7 @@ class Activity:
             gone=tuple(window.gone),
         )
 
-    def _vm_facts(self, vm: Vm, sums: Mapping[int, _Sum], work: float | None, dirty: _Dirty | None) -> VmFacts:
+    def _vm_facts(self, vm: VmControl, sums: Mapping[int, _Sum], work: float | None, dirty: _Dirty | None) -> VmFacts:
         seen = self._fleet.bus_locks
         vcpus = tuple(
             VcpuFacts(

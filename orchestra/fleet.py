@@ -8,9 +8,8 @@ fleet's nursery ── drain task (ring → channels)
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from types import MappingProxyType
 from typing import Any, Final, Literal
 
 import attrs
@@ -23,7 +22,10 @@ from .actuators.placement import Quarantine
 from .apply import Applier, Begun, OnEvict
 from .backend import Backend, Detection
 from .budget import Budgets, limits_of, make_budgets
+from .claims import check_device
 from .contain import contained
+from .control import VmControl
+from .desired import Desired
 from .devices.bus import Device
 from .effects import inverse
 from .errors import ResourceLimit, SpecError, StateError, UnknownTenant, UnknownVm, VmExists
@@ -39,7 +41,7 @@ from .signals import HostSignals, ThreadTimes
 from .spec import Limit, Meter, Tenant, VmSpec, as_meter, optional_limit
 from .statistics import FleetStatistics, TenantSeat, Totals, summarise
 from .subscription import Exits, Switchboard
-from .vm import Vm, check_device
+from .vm import Vm, make_vm
 from .watch import Watch
 from .workers import Workers
 
@@ -47,6 +49,26 @@ __all__ = ["DEFAULT_TENANT", "Fleet"]
 
 log: Final = logging.getLogger("orchestra")
 DEFAULT_TENANT: Final = "default"
+
+
+class _Handles(Mapping[str, Vm]):
+    """`Fleet.vms`, as it is whenever it is looked at."""
+
+    def __init__(self, controls: Mapping[str, VmControl]) -> None:
+        self._controls = controls
+
+    def __getitem__(self, name: str) -> Vm:
+        handle: Vm = self._controls[name].handle
+        return handle
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._controls)
+
+    def __len__(self) -> int:
+        return len(self._controls)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
 
 
 class Fleet:
@@ -91,7 +113,7 @@ class Fleet:
         self._removed = Totals()  # by VMs of tenants that were removed
         self._nursery = nursery
         self._token = trio.lowlevel.current_trio_token()
-        self._vms: dict[str, Vm] = {}
+        self._vms: dict[str, VmControl] = {}
         self._ids = iter(range(1, 1 << 32))
         self._launched = self._live = 0
         self._closing = self._closed = False
@@ -106,7 +128,7 @@ class Fleet:
     def vms(self) -> Mapping[str, Vm]:
         """The VMs by name. One that ended by itself stays, with its outcome and memory, until it is stopped or another
         is launched under its name."""
-        return MappingProxyType(self._vms)
+        return _Handles(self._vms)
 
     async def launch(
         self,
@@ -149,65 +171,66 @@ class Fleet:
         for ports, mmio, device in devices:
             check_device(device, ports, mmio)
 
-        vm = Vm(self, spec, seat.tenant.name, (self._budgets, seat.budgets))
+        desired = Desired.of(spec, paused=paused)
+        vm = make_vm(self, spec, seat.tenant.name, (self._budgets, seat.budgets), desired, devices)
         if previous is not None:
             self._drop(previous)
         self._vms[spec.name] = vm  # the name is taken from now on, whoever launches meanwhile
         try:
-            await self._nursery.start(self._supervise, vm, devices, paused)
+            await self._nursery.start(self._supervise, vm)
         except BaseException:  # if we were cancelled, so was its task, and it is gone
             if self._vms.get(spec.name) is vm:
                 del self._vms[spec.name]
             vm.close()
             raise
         self._launched += 1
+        handle: Vm = vm.handle
         if paused and vm.guest is not None:
             try:
-                await vm.wait_parked()
+                await vm.wait_paused()
             except trio.Cancelled:
                 with trio.CancelScope(shield=True):  # a kick and a millisecond
-                    await vm.stop("its launch was cancelled")
+                    await handle.stop("its launch was cancelled")
                 raise
-        return vm
+        return handle
 
-    async def _supervise(
-        self, vm: Vm, devices: Iterable[tuple[range | None, range | None, Device]], paused: bool, *, task_status: Any
-    ) -> None:
+    async def _supervise(self, vm: VmControl, *, task_status: Any) -> None:
         seat = self._tenants[vm.tenant]
         seat.live += 1
         self._live += 1
         try:
+            paused = vm.wanted.paused
             self.changed(vm, State.CREATED, "launched paused" if paused else "launched")
             self._applier.given(vm.budgets, "spec", vm=vm.name, launch=vm.launch)
             for index, budgets in enumerate(vm.vcpu_budgets):
                 self._applier.given(budgets, "spec", vm=vm.name, vcpu=index, launch=vm.launch)
             if paused:  # before anybody else has a word
                 self.did(Pause(vm=vm.name, reason="launch(paused=True)"))
-            await vm.supervise(devices, paused, task_status=task_status)
+            await vm.runs.supervise(task_status=task_status)
         finally:
             seat.live -= 1
             self._live -= 1
-            steps: list[Callable[[Vm], object]] = [self._activity.ended, self._forget, self._write_profile]
+            steps: list[Callable[[VmControl], object]] = [self._activity.ended, self._forget, self._write_profile]
             if vm.guest is not None:  # else: a launch that failed may be tried again, and somebody waits for it
                 steps.append(lambda vm: self._switchboard.vm_ended(vm.name))
             if vm.stopping:
-                steps.append(Vm.release)
+                steps.append(VmControl.release)
             for step in steps:
                 with contained(f"vm {vm.name}: leaving the fleet"):
                     step(vm)
             if vm.outcome is not None:
                 log.info("vm %s ended: %s", vm.name, vm.outcome)
 
-    def _forget(self, vm: Vm) -> None:
+    def _forget(self, vm: VmControl) -> None:
         if self._vms.get(vm.name) is vm:
             self._governor.gone(vm.name)
             self._applier.holdings.forget(vm.name)
 
-    def _drop(self, vm: Vm) -> None:
+    def _drop(self, vm: VmControl) -> None:
         """An ended VM leaves the fleet; its figures stay in the sums."""
         if self._vms.get(vm.name) is vm:
             del self._vms[vm.name]
-        self._tenants[vm.tenant].gone.add(vm.statistics())
+        self._tenants[vm.tenant].gone.add(vm.inspection.statistics())
         vm.close()
 
     def vm(self, name: str) -> Vm:
@@ -216,6 +239,11 @@ class Fleet:
         Raises:
             UnknownVm: there is none.
         """
+        handle: Vm = self.control(name).handle
+        return handle
+
+    def control(self, name: str) -> VmControl:
+        """As `vm`, for its parts."""
         try:
             return self._vms[name]
         except (KeyError, TypeError):
@@ -492,6 +520,11 @@ class Fleet:
         except trio.RunFinishedError:
             pass  # nobody is left to be told
 
+    @property
+    def controls(self) -> Mapping[str, VmControl]:
+        """As `vms`, for its parts."""
+        return self._vms
+
     def next_id(self) -> int:
         return next(self._ids)
 
@@ -514,7 +547,7 @@ class Fleet:
         if (guest := self._guests.get(id)) is not None:
             guest.talked()
 
-    def released(self, vm: Vm) -> None:
+    def released(self, vm: VmControl) -> None:
         """The VM was stopped by its user: it leaves the fleet."""
         self._drop(vm)
 
@@ -522,10 +555,10 @@ class Fleet:
         """A caller did it directly, and not by `apply`; or what was desired ended, of a caller or a policy."""
         self._applier.done(action, policy)
 
-    def changed(self, vm: Vm, state: State, reason: str) -> None:
+    def changed(self, vm: VmControl, state: State, reason: str) -> None:
         self._records.state(self.now(), vm.name, vm.launch, vm.tenant, state, reason)
 
-    def worked(self, vm: Vm, units: float) -> None:
+    def worked(self, vm: VmControl, units: float) -> None:
         self._activity.work(vm, units)
 
     def logged(self, guest: Guest) -> None:
@@ -581,7 +614,7 @@ class Fleet:
         for vm in self._vms.values():
             if vm.guest is not None:
                 try:
-                    vm.guest.tell(self.told(vm.name))
+                    vm.guest.cores.tell(self.told(vm.name))
                 except ResourceLimit as error:
                     failure = error
         if failure is not None:
@@ -597,9 +630,9 @@ class Fleet:
                 if seen.bus_locks and vm is not None and vm.launch == seen.launch:
                     self._write_profile(vm)
 
-    def _write_profile(self, vm: Vm) -> None:
+    def _write_profile(self, vm: VmControl) -> None:
         recorder, guest = self._records.recorder, vm.guest
-        if recorder is not None and guest is not None and (rows := guest.profile_rows()):
+        if recorder is not None and guest is not None and (rows := guest.cores.profile_rows()):
             recorder.profile(self.now(), vm.name, vm.launch, rows)
 
     def start(self, observed: float | None) -> None:
@@ -619,11 +652,8 @@ class Fleet:
         """
         vms = list(self._vms.values())
         for vm in vms:
-            vm.stop_soon(Stopped(reason))
-        outcomes = {}
-        for vm in vms:
-            outcomes[vm.name] = await vm.stop(reason)
-        return outcomes
+            vm.stop_nowait(Stopped(reason), journal=True)
+        return {vm.name: await vm.wait_released() for vm in vms}
 
     def closing(self) -> None:
         """The block is being left: nothing is launched any more."""

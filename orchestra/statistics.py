@@ -8,11 +8,12 @@ import attrs
 
 from .backend import Backend, Detection
 from .budget import Budgets
+from .control import VmControl
+from .counted import VmStatistics
 from .policy import HostFacts
 from .policy.state import PolicyStatus
 from .record import JournalStatistics
 from .spec import Limit, Meter, Tenant
-from .vm import Vm, VmStatistics
 
 __all__ = ["FleetStatistics", "TenantSeat", "TenantStatistics", "Totals", "summarise"]
 
@@ -125,7 +126,7 @@ class TenantSeat:
 
 
 def summarise(
-    vms: Iterable[Vm],
+    vms: Iterable[VmControl],
     seats: Mapping[str, TenantSeat],
     removed: Totals,
     *,
@@ -146,7 +147,7 @@ def summarise(
     live = dict.fromkeys(seats, 0)
     vcpus = 0
     for vm in vms:
-        statistics = vm.statistics()
+        statistics = vm.inspection.statistics()
         sums[vm.tenant].add(statistics)
         states[statistics.state] = states.get(statistics.state, 0) + 1
         if vm.outcome is None:

@@ -31,9 +31,8 @@ MIRRORED = {
 INTERNAL = {
     orc.Fleet: "core inbox workers quarantine cpu_cgroup post next_id told register retire released did changed "
     "worked logged record apply_nowait check_limit budgets below takes_time begin finish start_soon closed start "
-    "closing close",
-    orc.Vm: "launch budgets vcpu_budgets release budget guest supervise close hold let_go end put_cap cap_of "
-    "cap_settled place was_capped wait_parked wait_released",
+    "closing close control controls",
+    orc.Vm: "launch",
     orc.Exits: "mask put backlog wake end",
     Requests: "submit end close",
     Request: "value give_back put_among",

@@ -11,11 +11,11 @@ from functools import partial
 from typing import Any, Literal
 
 from .. import fleet as house, vm as machine
-from ..actions import Action, Applied, Outcome, State, Stopped
+from ..actions import Action, Applied, Outcome, State
 from ..backend import Backend, Detection
+from ..desired import Desired
 from ..devices.bus import Device
 from ..exits import Exit
-from ..holding import PendingIo
 from ..policy import Guard, Policy
 from ..profile import Profile, Symbols
 from ..spec import Limit, Meter, Tenant, VmSpec
@@ -194,16 +194,12 @@ class Vm(Wrapper[machine.Vm]):
         return self._inner.restarts
 
     @property
-    def resets(self) -> int:
-        return self._inner.resets
+    def desired(self) -> Desired:
+        return self._bridge.sync(lambda: self._inner.desired)
 
     @property
     def quiesced(self) -> bool:
         return self._bridge.sync(lambda: self._inner.quiesced)
-
-    @property
-    def pending(self) -> tuple[PendingIo, ...]:
-        return self._bridge.sync(lambda: self._inner.pending)
 
     @property
     def console(self) -> Console:
@@ -221,10 +217,6 @@ class Vm(Wrapper[machine.Vm]):
     def throttled(self) -> bool:
         return self._bridge.sync(lambda: self._inner.throttled)
 
-    @property
-    def stopping(self) -> bool:
-        return self._bridge.sync(lambda: self._inner.stopping)
-
     async def wait(self) -> Outcome:
         return await self._bridge.call(self._inner.wait)
 
@@ -240,31 +232,16 @@ class Vm(Wrapper[machine.Vm]):
     async def stop(self, reason: str = "stop()") -> Outcome:
         return await self._bridge.call(self._inner.stop, reason)
 
-    def stop_soon(self, outcome: Stopped) -> None:
-        self._bridge.sync(self._inner.stop_soon, outcome)
-
     async def set_limit(
         self, limit: Limit | None, *, meter: Meter | str = Meter.BUS_LOCKS, vcpu: int | None = None
     ) -> None:
         await self._bridge.call(partial(self._inner.set_limit, limit, meter=meter, vcpu=vcpu))
 
-    @property
-    def cpu_cap(self) -> float | None:
-        return self._bridge.sync(lambda: self._inner.cpu_cap)
-
     def cap_cpu(self, share: float | None) -> None:
         self._bridge.sync(self._inner.cap_cpu, share)
 
-    @property
-    def isolated(self) -> bool:
-        return self._bridge.sync(lambda: self._inner.isolated)
-
     def isolate(self, isolated: bool = True) -> None:
         self._bridge.sync(self._inner.isolate, isolated)
-
-    @property
-    def logs_dirty(self) -> bool:
-        return self._bridge.sync(lambda: self._inner.logs_dirty)
 
     async def log_dirty(self, on: bool = True) -> None:
         await self._bridge.call(self._inner.log_dirty, on)
