@@ -18,6 +18,7 @@ from conftest import Stage, blank, emulated_problem, play
 from orchestra.actions import Applied
 from orchestra.backend.emulated import library
 from orchestra.backend.scripted import ScriptedExit, bus_lock, hlt, io_write
+from orchestra.control import VmControl
 from orchestra.journal import Journal, read_journal
 from orchestra.profile import Row
 from orchestra.restraint import Restraint
@@ -1268,7 +1269,7 @@ async def test_a_mistake_of_ours_in_an_action_does_not_end_the_fleet(autojump_cl
     async with play([FOR_EVER]) as fleet:
         await fleet.launch(blank())
         with monkeypatch.context() as patch:
-            patch.setattr(orc.Vm, "hold", lambda self: 1 / 0)
+            patch.setattr(VmControl, "pause_nowait", lambda self: 1 / 0)
             applied = await fleet.apply(orc.Pause(vm="guest"))
         assert applied.error == "ZeroDivisionError: division by zero"
 
