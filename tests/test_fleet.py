@@ -15,13 +15,13 @@ from trio.testing import wait_all_tasks_blocked
 
 import orchestra as orc
 from conftest import Stage, blank, emulated_problem, play
-from orchestra.actions import Applied
 from orchestra.backend.emulated import library
 from orchestra.backend.scripted import ScriptedExit, bus_lock, hlt, io_write
-from orchestra.control import VmControl
 from orchestra.journal import Journal, read_journal
+from orchestra.machine.control import VmControl
+from orchestra.machine.restraint import Restraint
+from orchestra.model.actions import Applied
 from orchestra.profile import Row
-from orchestra.restraint import Restraint
 
 FOR_EVER = hlt(after=1e9)
 FAIL = ScriptedExit("debug", args=(1, 0, 0, 0))
@@ -703,7 +703,7 @@ async def test_whatever_fails_in_a_launch_rolls_it_back(nothing_left, monkeypatc
     spec = stage.spec("halt", vcpus=2, devices=[orc.Serial()])
     async with stage.open() as fleet:
         with monkeypatch.context() as patch:
-            patch.setattr(f"orchestra.guest.{step}", None)
+            patch.setattr(f"orchestra.machine.instance.{step}", None)
             with pytest.raises((TypeError, AttributeError)):
                 await fleet.launch(spec)
         assert dict(fleet.vms) == {}

@@ -1,0 +1,68 @@
+"""A limit as it is set in several places: by the spec or `set_limit`, and by those that throttle on top of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeAlias
+
+from ..model.spec import Limit, Meter, tightest
+from ..native.core import Bucket, VcpuCore
+from .desired import Limits
+
+__all__ = ["HOST", "TENANT", "VCPU", "VM", "Budget", "Budgets", "connect", "limits_of", "make_budgets", "tightest"]
+
+HOST, TENANT, VM, VCPU = range(4)
+"""Levels, from the widest bucket to the narrowest."""
+
+
+class Budget:
+    """One bucket with its limits: `limits` is the one record of them (see `desired`), and the bucket enforces it."""
+
+    __slots__ = ("bucket", "limits")
+
+    def __init__(self, limits: Limits | Limit | None, now: int) -> None:
+        self.bucket = Bucket()
+        self.put(limits if isinstance(limits, Limits) else Limits(limits), now)
+
+    @property
+    def base(self) -> Limit | None:
+        """The limit itself, without those that throttle on top of it."""
+        return self.limits.base
+
+    @property
+    def limit(self) -> Limit | None:
+        """What is in force."""
+        return self.bucket.limit
+
+    def put(self, limits: Limits, now: int) -> None:
+        """Have these limits from now on."""
+        self.limits = limits
+        self.bucket.set(limits.in_force, now)
+
+    def set_base(self, limit: Limit | None, now: int) -> None:
+        self.put(self.limits.with_base(limit), now)
+
+    def set_throttle(self, by: str | None, limit: Limit | None, now: int) -> None:
+        """`by`: who asks (a policy's name; None: a caller). Each has one throttle, and the tightest counts."""
+        self.put(self.limits.with_throttle(by, limit), now)
+
+    def close(self) -> None:
+        self.bucket.close()
+
+
+Budgets: TypeAlias = Mapping[Meter, Budget]
+"""One level's budgets, by meter."""
+
+
+def make_budgets(limits: Mapping[Meter, Limits] | Mapping[Meter, Limit | None], now: int) -> Budgets:
+    return {meter: Budget(limits[meter], now) for meter in Meter}
+
+
+def limits_of(owner: object, prefix: str = "") -> Mapping[Meter, Limit | None]:
+    """Those that a spec or a tenant asks for. `prefix`: of the fields' names."""
+    return {meter: getattr(owner, prefix + meter.field) for meter in Meter}
+
+
+def connect(core: VcpuCore, levels: tuple[Budgets, Budgets, Budgets, Budgets]) -> None:
+    """Stack the four levels' buckets on a vCPU. Before it runs."""
+    core.set_buckets([budgets[meter].bucket for meter in Meter for budgets in levels])

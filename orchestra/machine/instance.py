@@ -1,0 +1,380 @@
+"""One run of a VM: its machine, buses, devices and vCPU tasks, from set-up to the last resource given back.
+
+A `Vm` is the handle that lives on; a restart gives it a new `Guest`. Where a run is, `life` alone says (`lifecycle`).
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Final
+
+import trio
+
+from ..backend import Machine
+from ..backend.kvm.dirty import DirtyLog, read_logs
+from ..backend.memory import GuestMemory
+from ..model.actions import Failed, Halted, Outcome, Shutdown, Stopped
+from ..model.errors import OrchestraError, ResourceLimit
+from ..model.spec import DebugConsole, ExitPort, Serial, VmSpec
+from ..native.core import Command, VcpuCore
+from .boot import flat
+from .budget import Budgets, connect
+from .calls import Calls
+from .contain import contained
+from .context import InstanceContext, Owner
+from .cores import Cores
+from .desired import Desired
+from .devices.buses import Buses
+from .devices.ports import DebugConsolePort, ExitDevice
+from .devices.serial import Uart16550
+from .holding import Holding, Level
+from .lifecycle import Event, Lifecycle
+from .pausing import Pausing
+from .restraint import Restraint, make_caps
+from .vcpu import Vcpu
+
+__all__ = ["Instance"]
+
+log: Final = logging.getLogger("orchestra")
+
+NO_THREAD: Final = "can't start new thread"  # threading's RuntimeError has no type of its own
+THREADS: Final = "see ulimit -u and cgroup pids.max"
+CLOSED: Final = "the fleet was closed"
+
+
+class Instance:
+    """Started by `Guest.start`, run by `Guest.run` in the VM's task, which also gives back what it holds. Its memory
+    stays readable until somebody closes it (`Workers.discard`).
+
+    Attributes:
+        life: where it is.
+        holding: how far it is held by a pause.
+        buses: who answers the guest's accesses.
+        cores: what its vCPUs counted, and what they are to tell.
+        calls: functions for its vCPUs' threads.
+        restraint: caps and isolation.
+        pausing: pauses it, and lets it go on.
+    """
+
+    def __init__(
+        self,
+        house: InstanceContext,
+        spec: VmSpec,
+        levels: Sequence[tuple[Budgets, Budgets, Budgets, Budgets]],
+        owner: Owner,
+    ) -> None:
+        self.house = house
+        self.spec = spec
+        self.name = spec.name
+        self.now = house.backend.now
+        self.life = Lifecycle()
+        self.holding = Holding(spec.vcpus, self.life, owner.on_held)
+        self.buses = Buses()
+        self.ports, self.mmio = self.buses.ports, self.buses.mmio
+        self.vcpus: list[Vcpu] = []
+        self.memory: GuestMemory
+        self._cores: list[VcpuCore] = []
+        self.cores = Cores(
+            house, self.life, self._cores, owner.samples, spec.bus_lock_detection or house.bus_lock_detection
+        )
+        self.calls = Calls(self._knock, house.post, self._hurried)
+        caps = make_caps(house, spec.name, self._cores, self.calls.ask, self._post, owner.on_cap_failed)
+        self.restraint = Restraint(house, spec.name, self.life, self.vcpus, caps)
+        self.pausing = Pausing(self, caps)
+        self._owner = owner
+        self._caps = caps
+        self._levels = levels
+        self._machine: Machine
+        self._console = owner.console
+        self._ended = trio.Event()  # all vCPUs have, or the run was told that they are to
+        self._done: list[trio.Event] = []
+
+    # ---- set-up
+
+    async def start(self) -> None:
+        """Set everything up, as it is desired. If it fails or is cancelled, all of it is given back.
+
+        The owner is asked for its claims and for what is desired once the machine is made, as both may change while
+        that is waited for.
+
+        Raises:
+            OrchestraError: the host can't give it what it needs.
+        """
+        house = self.house
+        if house.backend.blocking:
+            try:
+                await trio.to_thread.run_sync(self._build, limiter=house.workers.setup)
+            except RuntimeError as error:
+                if NO_THREAD not in str(error):
+                    raise
+                raise ResourceLimit(errno.EAGAIN, f"vm {self.name!r}: {error}; {THREADS}") from error
+        else:
+            await trio.lowlevel.checkpoint()
+            self._build()
+        try:
+            for device in self.spec.devices:
+                self._plug(device)
+            for ports, mmio, handler in self._owner.claims:
+                self.buses.claim(ports, mmio, handler)
+            self.cores.tell(house.told(self.name))
+            for index, core in enumerate(self._cores):
+                house.register(core, self, index)
+            if self.dirty is not None and self.dirty.on:
+                house.logged(self)
+            self.life.happen(Event.BUILT)
+            self._apply(self._owner.desired)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                self._join()
+                await self._give_back()
+                await house.workers.discard(self.memory).wait()
+            raise
+
+    def _apply(self, desired: Desired) -> None:
+        """Put what is desired into force, before it runs: of all that is in the record, this and `Desired.spec` do it,
+        and the VM's budgets, which outlive its runs."""
+        self.cores.sample(desired.sample_every)
+        if desired.paused:
+            self.pausing.pause()
+            self.holding.settle()
+        try:
+            if desired.cap is not None:
+                self.restraint.cap_cpu(desired.cap)
+        except OrchestraError as error:
+            self._owner.on_cap_failed(error)
+        try:
+            if desired.isolated:
+                self.restraint.isolate(True)
+        except OrchestraError as error:
+            self._owner.on_isolation_failed(error)
+
+    def _build(self) -> None:
+        """May run on a worker thread: ioctls that create VMs take from 0.3 to 30 ms."""
+        house, spec = self.house, self.spec
+        self.memory = GuestMemory(spec)
+        try:
+            for index in range(spec.vcpus):
+                core = VcpuCore(house.core, house.next_id())
+                self._cores.append(core)
+                connect(core, self._levels[index])
+                core.set_buses(self.ports.handle, self.mmio.handle)
+            states = flat.load(spec, self.memory)
+            self._machine = house.backend.create(spec, self._cores, self.memory, states, bus_locks=house.bus_locks)
+            try:
+                self.vcpus += [Vcpu(self, index, engine) for index, engine in enumerate(self._machine.engines)]
+                self._done = [trio.Event() for _ in self.vcpus]
+                for vcpu in self.vcpus:
+                    if vcpu.engine.threaded:
+                        vcpu.spawn()
+            except BaseException:
+                self._join()
+                self._machine.close()
+                raise
+        except BaseException:
+            for core in self._cores:
+                core.close()
+            self.memory.close()
+            raise
+
+    def _join(self) -> None:
+        """It is not to run: stop runners that were held, and see them gone."""
+        self.end(Stopped("its set-up failed"))
+        for vcpu in self.vcpus:
+            vcpu.join()
+
+    def _plug(self, device: object) -> None:
+        match device:
+            case DebugConsole(port=port):
+                self.buses.claim(range(port, port + 1), None, DebugConsolePort(port, self._console))
+            case ExitPort(port=port):
+                self.buses.claim(range(port, port + 4), None, ExitDevice(lambda code: self.end(Shutdown(code=code))))
+            case Serial(port=port, irq=irq):
+                wired = irq is not None and self.spec.irqchip
+                interrupts = self._machine.interrupts if wired else None
+                self.buses.claim(range(port, port + 8), None, Uart16550(self._console, interrupts, irq or 0))
+
+    def talked(self) -> None:
+        """A vCPU wrote to the console, and somebody waits for that."""
+        self._console.wake()
+
+    # ---- life
+
+    async def run(self, ready: Callable[[], Awaitable[object]] = trio.lowlevel.checkpoint) -> Outcome:
+        """Run all vCPUs until the last has ended, and take the machine down. Cancelling stops them first.
+
+        Whatever goes wrong here is the end of this VM (`Failed`), and of no other.
+
+        Parameters:
+            ready: awaited before the guest runs its first instruction.
+        """
+        failed: Failed | None = None
+        try:
+            async with trio.open_nursery() as nursery:
+                for vcpu in self.vcpus:
+                    nursery.start_soon(self._run_vcpu, vcpu)
+                try:
+                    await ready()
+                    self.command(clear=Command.HOLD)
+                    await self._ended.wait()
+                except Exception as error:
+                    self._fail("run", error)
+                finally:
+                    self.end(Stopped(CLOSED))
+        finally:
+            with trio.CancelScope(shield=True):  # closing a VM's descriptors takes about a millisecond, no more
+                failed = await self._give_back()
+        outcome = failed or self.life.outcome
+        assert outcome is not None
+        return outcome
+
+    async def _run_vcpu(self, vcpu: Vcpu) -> None:
+        try:
+            if vcpu.engine.threaded:
+                with trio.CancelScope(shield=True):  # `run` tells all vCPUs to stop first, and then waits for each
+                    await self._done[vcpu.index].wait()
+                vcpu.join()
+            else:
+                await vcpu.drive_async()
+        except Exception as error:
+            self._fail(f"vCPU {vcpu.index}", error)
+            self._on_ended(vcpu.index)
+
+    def _fail(self, what: str, error: Exception) -> None:
+        """A mistake in orchestra, or the host's: it ends this VM. Any thread."""
+        log.error("vm %s: %s failed", self.name, what, exc_info=error)
+        self.end(Failed(f"{what}: {type(error).__name__}: {error}"))
+
+    def _post(self, function: Callable[..., object], *args: object) -> None:
+        """Run it soon on the fleet's thread, where what it raises would end everything. Any thread."""
+
+        def run() -> None:
+            try:
+                function(*args)
+            except Exception as error:
+                self._fail(getattr(function, "__name__", "a call"), error)
+
+        self.house.post(run)
+
+    def end(self, outcome: Outcome) -> None:
+        """End it with that outcome, unless it has one. Any thread, while it has not ended."""
+        self.life.end(outcome)
+        if not self.life.has_ended:
+            self.command(set=Command.STOP)
+            self._caps.end()
+
+    def command(self, set: int = 0, clear: int = 0) -> None:
+        """Command all vCPUs: all are signalled before anybody waits for one. Any thread."""
+        for core in self._cores:
+            core.command(set, clear)
+        for vcpu in self.vcpus:
+            vcpu.engine.kick()
+
+    @contextmanager
+    def _hurried(self) -> Iterator[None]:
+        """Somebody waits for its threads: whatever may make them late is out of the way within the block."""
+        self._caps.hurry(True)
+        try:
+            with self.house.core.urgently():
+                yield
+        finally:
+            self._caps.hurry(False)
+
+    def _knock(self, index: int) -> None:
+        """Have a vCPU's runner look for calls. Any thread."""
+        self._cores[index].command(set=Command.CALL)
+        self.vcpus[index].engine.kick()
+
+    # ---- what is asked of its machine
+
+    @property
+    def dirty(self) -> DirtyLog | None:
+        """Counts the pages that it writes; None where the backend can't tell."""
+        return self._machine.dirty
+
+    @property
+    def machine(self) -> Machine:
+        return self._machine
+
+    # ---- told by runners, on their threads
+
+    @property
+    def pause_number(self) -> int:
+        return self.holding.number
+
+    def commanded(self, index: int) -> list[Callable[[], None]]:
+        return self.calls.take(index, partial(self._cores[index].command, 0, Command.CALL))
+
+    def on_parked(self, index: int, number: int) -> None:
+        self._post(self.holding.come, index, number, Level.PAUSED)
+
+    def on_quiesced(self, index: int, number: int) -> None:
+        self._post(self.holding.come, index, number, Level.QUIESCED)
+
+    def on_ended(self, index: int, outcome: Outcome) -> None:
+        try:
+            if not isinstance(outcome, Halted):
+                self.end(outcome)
+            for call in self.commanded(index):
+                call()
+            if self.dirty is not None and self.dirty.on:
+                read_logs([self.dirty])  # here, as it waits for the kernel: what it wrote last counts as well
+            self._caps.leave(index)  # its end is waited for
+        except Exception as error:
+            self._fail(f"the end of vCPU {index}", error)
+        finally:
+            self._post(self._on_ended, index)
+
+    def _on_ended(self, index: int) -> None:
+        self._done[index].set()
+        try:
+            self.holding.gone(index)
+            if not self.life.has_ended:
+                self.calls.serve_late(index)
+        finally:
+            if self.holding.all_gone:
+                self.life.end(Halted())  # unless one of them ended otherwise
+                self.life.happen(Event.GONE)
+                self._ended.set()
+
+    # ---- end
+
+    def has_ended(self, index: int) -> bool:
+        """That vCPU has."""
+        return self.life.has_ended or self.holding.has_gone(index)
+
+    async def _give_back(self) -> Failed | None:
+        """No runner is left. All but the memory is given back; what goes wrong with one thing keeps no other."""
+        problems: list[str] = []
+        self._finish(problems)
+        await self.house.workers.run(lambda: self._close(problems), self.house.workers.teardown)
+        self.cores.close(self.name, problems)  # here, as the fleet's thread looks for those with something to tell
+        self.talked()  # if one of them had something to say, nobody is told of it any more
+        return Failed(f"giving back: {'; '.join(problems)}") if problems else None
+
+    def _finish(self, problems: list[str]) -> None:
+        """Keep the last figures, deliver the last records, and have nobody look at the cores any more."""
+        with contained(f"vm {self.name}: figures", problems):
+            self.cores.finish(self.name, problems)
+        self.life.happen(Event.FREED)
+        self.memory.on_write = None  # nobody executes it any more
+        self._ended.set()
+        with contained(f"vm {self.name}: pauses", problems):
+            self.holding.close()
+        for vcpu in self.vcpus:
+            with contained(f"vm {self.name}: calls", problems):
+                self.calls.serve_late(vcpu.index)
+            vcpu.keep_registers()
+
+    def _close(self, problems: list[str]) -> None:
+        """May run on a worker thread: it takes the kernel a millisecond."""
+        for vcpu in self.vcpus:
+            with contained(f"vm {self.name}: vCPU {vcpu.index}", problems):
+                vcpu.engine.close()
+        with contained(f"vm {self.name}: machine", problems):
+            self._machine.close()
+        with contained(f"vm {self.name}: caps", problems):
+            self._caps.close()  # KVM may have had a thread there
