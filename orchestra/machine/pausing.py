@@ -16,7 +16,7 @@ __all__ = ["Pausing"]
 
 
 class Run(Protocol):
-    """What this needs of the run (`Guest`)."""
+    """What this needs of the run (`Instance`)."""
 
     life: Lifecycle
     holding: Holding
