@@ -20,6 +20,7 @@ from .fleet.fleet import Fleet
 from .fleet.open import open_fleet
 from .fleet.statistics import FleetStatistics, TenantStatistics
 from .fleet.watch import Watch
+from .machine.desired import AskedCap, AskedLimit, Desired, LimitStack, PlacedLimits
 from .machine.devices.bus import Device
 from .machine.devices.requests import Request
 from .machine.holding import PendingIo
@@ -138,6 +139,8 @@ __all__ = [
     "Action",
     "Adaptive",
     "Applied",
+    "AskedCap",
+    "AskedLimit",
     "BackendUnavailable",
     "BurstCredits",
     "BusLock",
@@ -148,6 +151,7 @@ __all__ = [
     "CpuModel",
     "Debug",
     "DebugConsole",
+    "Desired",
     "Device",
     "DirtyRingFull",
     "EmulatedBackend",
@@ -184,6 +188,7 @@ __all__ = [
     "KvmError",
     "Ladder",
     "Limit",
+    "LimitStack",
     "MemoryFault",
     "MemoryRegion",
     "Meter",
@@ -198,6 +203,7 @@ __all__ = [
     "Outcome",
     "Pause",
     "PendingIo",
+    "PlacedLimits",
     "Policy",
     "Profile",
     "Rdmsr",

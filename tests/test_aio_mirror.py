@@ -31,7 +31,7 @@ MIRRORED = {
 INTERNAL = {
     orc.Fleet: "core inbox workers quarantine cpu_cgroup post next_id told register retire released did changed "
     "worked logged record apply_nowait check_limit budgets below takes_time begin finish start_soon closed start "
-    "closing close control controls",
+    "closing close control controls admit",
     orc.Vm: "launch",
     orc.Exits: "mask put backlog wake end",
     Requests: "submit end close",

@@ -29,7 +29,7 @@ from ..machine.inbox import Inbox
 from ..machine.instance import Instance
 from ..machine.vm import Vm, make_vm
 from ..machine.workers import Workers
-from ..model.actions import Action, Applied, Outcome, Pause, SetLimit, State, Stopped, Throttle, Unthrottle
+from ..model.actions import Action, Applied, Outcome, SetLimit, State, Stopped, Throttle, Unthrottle
 from ..model.effects import inverse
 from ..model.errors import ResourceLimit, SpecError, StateError, UnknownTenant, UnknownVm, VmExists
 from ..model.exits import Exit
@@ -155,12 +155,34 @@ class Fleet:
         """
         if not isinstance(spec, VmSpec):
             raise SpecError(f"spec={spec!r}: must be a VmSpec")
+        vm = await self.admit(spec, Desired.of(spec, paused=paused), devices, "launch(paused=True)")
+        handle: Vm = vm.handle
+        return handle
+
+    async def admit(
+        self,
+        spec: VmSpec,
+        desired: Desired,
+        devices: Iterable[tuple[range | None, range | None, Device]] = (),
+        reason: str = "it arrived",
+    ) -> VmControl:
+        """Set a VM up and run it as it is desired: a launch from a spec, or one that ran before, or elsewhere.
+
+        Parameters:
+            reason: why what holds it back does so from its first moment on, for the journal.
+
+        Raises:
+            SpecError: the record does not fit the spec.
+            VmExists, UnknownTenant, BusLockUnsupported, ResourceLimit, KvmError, StateError: as `launch`.
+        """
         if self._closing:
             raise StateError(f"can't launch {spec.name!r}: the fleet is closing")
         seat = self._seat(spec.tenant or DEFAULT_TENANT, spec.name)
-        self._applier.check_seen(spec.limit, f"vm {spec.name!r}: limit")
-        self._applier.check_seen(spec.vcpu_limit, f"vm {spec.name!r}: vcpu_limit")
-        self.backend.check(spec)
+        for placed in desired.limits:
+            if placed.meter is Meter.BUS_LOCKS:
+                field = "limit" if placed.vcpu is None else "vcpu_limit"
+                self._applier.check_seen(placed.limits.in_force, f"vm {spec.name!r}: {field}")
+        self.backend.check(desired.spec(spec))
         previous = self._vms.get(spec.name)
         if previous is not None and previous.outcome is None:
             raise VmExists(
@@ -171,41 +193,40 @@ class Fleet:
         for ports, mmio, device in devices:
             check_device(device, ports, mmio)
 
-        desired = Desired.of(spec, paused=paused)
         vm = make_vm(self, spec, seat.tenant.name, (self._budgets, seat.budgets), desired, devices)
         if previous is not None:
             self._drop(previous)
         self._vms[spec.name] = vm  # the name is taken from now on, whoever launches meanwhile
         try:
-            await self._nursery.start(self._supervise, vm)
+            await self._nursery.start(self._supervise, vm, reason)
         except BaseException:  # if we were cancelled, so was its task, and it is gone
             if self._vms.get(spec.name) is vm:
                 del self._vms[spec.name]
             vm.close()
             raise
         self._launched += 1
-        handle: Vm = vm.handle
-        if paused and vm.guest is not None:
+        if desired.paused and vm.guest is not None:
             try:
                 await vm.wait_paused()
             except trio.Cancelled:
                 with trio.CancelScope(shield=True):  # a kick and a millisecond
-                    await handle.stop("its launch was cancelled")
+                    vm.stop_nowait(Stopped("its launch was cancelled"), journal=True)
+                    await vm.wait_released()
                 raise
-        return handle
+        return vm
 
-    async def _supervise(self, vm: VmControl, *, task_status: Any) -> None:
+    async def _supervise(self, vm: VmControl, reason: str, *, task_status: Any) -> None:
         seat = self._tenants[vm.tenant]
         seat.live += 1
         self._live += 1
         try:
-            paused = vm.wanted.paused
-            self.changed(vm, State.CREATED, "launched paused" if paused else "launched")
+            desired = vm.desired
+            self.changed(vm, State.CREATED, "launched paused" if desired.paused else "launched")
             self._applier.given(vm.budgets, "spec", vm=vm.name, launch=vm.launch)
             for index, budgets in enumerate(vm.vcpu_budgets):
                 self._applier.given(budgets, "spec", vm=vm.name, vcpu=index, launch=vm.launch)
-            if paused:  # before anybody else has a word
-                self.did(Pause(vm=vm.name, reason="launch(paused=True)"))
+            for action, by in desired.actions(vm.name, reason):  # before anybody else has a word
+                self.did(action, by)
             await vm.runs.supervise(task_status=task_status)
         finally:
             seat.live -= 1

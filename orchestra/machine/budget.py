@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 from ..model.spec import Limit, Meter, tightest
 from ..native.core import Bucket, VcpuCore
-from .desired import Limits
+from .desired import LimitStack
 
 __all__ = ["HOST", "TENANT", "VCPU", "VM", "Budget", "Budgets", "connect", "limits_of", "make_budgets", "tightest"]
 
@@ -20,9 +20,9 @@ class Budget:
 
     __slots__ = ("bucket", "limits")
 
-    def __init__(self, limits: Limits | Limit | None, now: int) -> None:
+    def __init__(self, limits: LimitStack | Limit | None, now: int) -> None:
         self.bucket = Bucket()
-        self.put(limits if isinstance(limits, Limits) else Limits(limits), now)
+        self.put(limits if isinstance(limits, LimitStack) else LimitStack(limits), now)
 
     @property
     def base(self) -> Limit | None:
@@ -34,7 +34,7 @@ class Budget:
         """What is in force."""
         return self.bucket.limit
 
-    def put(self, limits: Limits, now: int) -> None:
+    def put(self, limits: LimitStack, now: int) -> None:
         """Have these limits from now on."""
         self.limits = limits
         self.bucket.set(limits.in_force, now)
@@ -54,7 +54,7 @@ Budgets: TypeAlias = Mapping[Meter, Budget]
 """One level's budgets, by meter."""
 
 
-def make_budgets(limits: Mapping[Meter, Limits] | Mapping[Meter, Limit | None], now: int) -> Budgets:
+def make_budgets(limits: Mapping[Meter, LimitStack] | Mapping[Meter, Limit | None], now: int) -> Budgets:
     return {meter: Budget(limits[meter], now) for meter in Meter}
 
 

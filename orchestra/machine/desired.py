@@ -8,15 +8,16 @@ it into force. It is plain data for `codec`, and constructors check it, as it ma
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Final, TypeVar
 
 import attrs
 
+from ..model.actions import Action, CapCpu, Isolate, Pause, Throttle
 from ..model.errors import SpecError
 from ..model.spec import Limit, Meter, VmSpec, as_meter, check_flag, check_sampling, optional_limit, tightest
 
-__all__ = ["UNLIMITED", "AskedCap", "AskedLimit", "Desired", "Limits", "PlacedLimits"]
+__all__ = ["UNLIMITED", "AskedCap", "AskedLimit", "Desired", "LimitStack", "PlacedLimits"]
 
 T = TypeVar("T")
 
@@ -74,7 +75,7 @@ class AskedLimit:
 
 
 @attrs.frozen
-class Limits:
+class LimitStack:
     """What limits one thing on one meter.
 
     Attributes:
@@ -94,16 +95,16 @@ class Limits:
         """The tightest. None: nothing limits it."""
         return tightest(self.base, (one.limit for one in self.throttles)) if self.throttles else self.base
 
-    def with_base(self, limit: Limit | None) -> Limits:
+    def with_base(self, limit: Limit | None) -> LimitStack:
         return attrs.evolve(self, base=limit)
 
-    def with_throttle(self, by: str | None, limit: Limit | None) -> Limits:
+    def with_throttle(self, by: str | None, limit: Limit | None) -> LimitStack:
         """Once `by` asks for that limit. None: for none any more."""
         asked = None if limit is None else AskedLimit(by, limit)
         return attrs.evolve(self, throttles=_replaced(self.throttles, by, asked))
 
 
-UNLIMITED: Final = Limits()
+UNLIMITED: Final = LimitStack()
 
 
 @attrs.frozen
@@ -116,12 +117,16 @@ class PlacedLimits:
 
     meter: Meter = attrs.field(converter=as_meter)
     vcpu: int | None = attrs.field()
-    limits: Limits = attrs.field(validator=attrs.validators.instance_of(Limits))
+    limits: LimitStack = attrs.field(validator=attrs.validators.instance_of(LimitStack))
 
     @vcpu.validator
     def _check_vcpu(self, _: object, vcpu: object) -> None:
         if vcpu is not None and (isinstance(vcpu, bool) or not isinstance(vcpu, int) or vcpu < 0):
             raise SpecError(f"vcpu={vcpu!r:.200}: must be the number of a vCPU, or None for all of the VM together")
+
+    def __attrs_post_init__(self) -> None:
+        if self.vcpu is not None and self.limits.throttles:
+            raise SpecError(f"vcpu={self.vcpu}, limits: throttles are on a whole VM: name no vCPU")
 
 
 @attrs.frozen(kw_only=True)
@@ -158,7 +163,7 @@ class Desired:
         """Of a VM that is launched from that spec."""
         places: list[tuple[str, int | None]] = [("", None), *(("vcpu_", index) for index in range(spec.vcpus))]
         limits = [
-            PlacedLimits(meter, vcpu, Limits(limit))
+            PlacedLimits(meter, vcpu, LimitStack(limit))
             for prefix, vcpu in places
             for meter in Meter
             if (limit := getattr(spec, prefix + meter.field)) is not None
@@ -183,7 +188,7 @@ class Desired:
 
     # ---- limits
 
-    def limits_at(self, meter: Meter, vcpu: int | None = None) -> Limits:
+    def limits_at(self, meter: Meter, vcpu: int | None = None) -> LimitStack:
         return next((one.limits for one in self.limits if (one.meter, one.vcpu) == (meter, vcpu)), UNLIMITED)
 
     def check_for(self, spec: VmSpec) -> None:
@@ -193,6 +198,21 @@ class Desired:
         for one in self.limits:
             if one.vcpu is not None and one.vcpu >= spec.vcpus:
                 raise SpecError(f"limits: vcpu={one.vcpu}: vm {spec.name!r} has vCPUs 0 to {spec.vcpus - 1}")
+
+    # ---- what made it so
+
+    def actions(self, vm: str, reason: str) -> Iterator[tuple[Action, str | None]]:
+        """The actions by which such a record comes about, and the policy whose each is (None: a caller's). So whoever
+        held the VM holds it where it arrives, and the journal says so. Limits themselves are given, not done."""
+        if self.paused:
+            yield Pause(vm=vm, reason=reason), None
+        for cap in self.caps:
+            yield CapCpu(vm=vm, share=cap.share, reason=reason), cap.by
+        if self.isolated:
+            yield Isolate(vm=vm, reason=reason), None
+        for placed in self.limits:
+            for asked in placed.limits.throttles:
+                yield Throttle(vm=vm, limit=asked.limit, meter=placed.meter, reason=reason), asked.by
 
     # ---- memory
 

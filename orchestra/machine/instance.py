@@ -1,6 +1,6 @@
 """One run of a VM: its machine, buses, devices and vCPU tasks, from set-up to the last resource given back.
 
-A `Vm` is the handle that lives on; a restart gives it a new `Instance`. Where a run is, `life` alone says (`lifecycle`).
+A `Vm` is the handle that lives on; a restart gives it a new `Instance`. Where a run is, `Instance.life` alone says.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ CLOSED: Final = "the fleet was closed"
 
 
 class Instance:
-    """Started by `Instance.start`, run by `Instance.run` in the VM's task, which also gives back what it holds. Its memory
-    stays readable until somebody closes it (`Workers.discard`).
+    """Started by `Instance.start`, run by `Instance.run` in the VM's task, which also gives back what it holds. Its
+    memory stays readable until somebody closes it (`Workers.discard`).
 
     Attributes:
         life: where it is.
