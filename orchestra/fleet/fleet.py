@@ -198,7 +198,7 @@ class Fleet:
             self._drop(previous)
         self._vms[spec.name] = vm  # the name is taken from now on, whoever launches meanwhile
         try:
-            await self._nursery.start(self._supervise, vm, reason)
+            await self._nursery.start(self._supervise, vm, desired.actions(vm.name, reason))
         except BaseException:  # if we were cancelled, so was its task, and it is gone
             if self._vms.get(spec.name) is vm:
                 del self._vms[spec.name]
@@ -215,17 +215,16 @@ class Fleet:
                 raise
         return vm
 
-    async def _supervise(self, vm: VmControl, reason: str, *, task_status: Any) -> None:
+    async def _supervise(self, vm: VmControl, held: Iterable[tuple[Action, str | None]], *, task_status: Any) -> None:
         seat = self._tenants[vm.tenant]
         seat.live += 1
         self._live += 1
         try:
-            desired = vm.desired
-            self.changed(vm, State.CREATED, "launched paused" if desired.paused else "launched")
+            self.changed(vm, State.CREATED, "launched paused" if vm.wanted.paused else "launched")
             self._applier.given(vm.budgets, "spec", vm=vm.name, launch=vm.launch)
             for index, budgets in enumerate(vm.vcpu_budgets):
                 self._applier.given(budgets, "spec", vm=vm.name, vcpu=index, launch=vm.launch)
-            for action, by in desired.actions(vm.name, reason):  # before anybody else has a word
+            for action, by in held:  # before anybody else has a word
                 self.did(action, by)
             await vm.runs.supervise(task_status=task_status)
         finally:

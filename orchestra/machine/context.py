@@ -76,8 +76,8 @@ class Owner(Protocol):
     samples: Samples
 
     @property
-    def desired(self) -> Desired:
-        """As it is now."""
+    def wanted(self) -> Desired:
+        """What is desired of it now. Its limits are its budgets', which outlive its runs."""
 
     @property
     def claims(self) -> Claims:

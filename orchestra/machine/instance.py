@@ -126,7 +126,7 @@ class Instance:
             if self.dirty is not None and self.dirty.on:
                 house.logged(self)
             self.life.happen(Event.BUILT)
-            self._apply(self._owner.desired)
+            self._apply(self._owner.wanted)
         except BaseException:
             with trio.CancelScope(shield=True):
                 self._join()

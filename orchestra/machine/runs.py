@@ -191,7 +191,7 @@ class Runs:
         if following is not None:
             vm.claims.reset_devices()
         async with self.logging:  # by now, or in the guest that there will be
-            guest = Instance(self._house, vm.desired.spec(vm.spec), self._levels, vm)
+            guest = Instance(self._house, vm.wanted.spec(vm.spec), self._levels, vm)
             await guest.start()
             if self.guest is not None:
                 with contained(f"vm {self._name}: the run before"):
