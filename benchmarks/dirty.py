@@ -33,15 +33,15 @@ def _spec(name: str, memory: int) -> orc.VmSpec:
 
 
 def _log(vm: orc.Vm) -> DirtyLog:
-    assert vm.guest is not None
-    assert vm.guest.dirty is not None
-    return vm.guest.dirty
+    assert vm._control.guest is not None
+    assert vm._control.guest.dirty is not None
+    return vm._control.guest.dirty
 
 
 def _cpu(vm: orc.Vm) -> int:
     """Nanoseconds of CPU time of its vCPU's thread."""
-    assert vm.guest is not None
-    tid = vm.guest.vcpus[0].tid
+    assert vm._control.guest is not None
+    tid = vm._control.guest.vcpus[0].tid
     assert tid is not None
     return time.clock_gettime_ns((~tid << 3) | 6)  # clock_getcpuclockid(3): CPUCLOCK_SCHED of a thread
 

@@ -27,8 +27,8 @@ async def _capped(backend: str, share: float, seconds: float) -> float:
     times = ThreadTimes()
     async with orc.open_fleet(backend=backend) as fleet:
         vm = await fleet.launch(orc.VmSpec(name="spins", memory=orc.MiB, boot=orc.FlatImage(code=SPIN)))
-        assert vm.guest is not None
-        tid = vm.guest.vcpus[0].tid
+        assert vm._control.guest is not None
+        tid = vm._control.guest.vcpus[0].tid
         assert tid is not None
         vm.cap_cpu(share)
         await trio.sleep(0.2)  # what it had run before is paid back

@@ -39,8 +39,8 @@ def of_guests(vms: Iterable[orc.Vm]) -> int:
     """Bytes of guest memory that are in RAM: the guests', not ours."""
     total = 0
     for vm in vms:
-        assert vm.guest is not None
-        total += sum(present(region.host, len(region.span)) for region in vm.guest.memory.regions)
+        assert vm._control.guest is not None
+        total += sum(present(region.host, len(region.span)) for region in vm._control.guest.memory.regions)
     return total
 
 

@@ -64,7 +64,7 @@ def production(vm: orc.Vm | orc.aio.Vm, kind: type[orc.Exit], rate: int, total: 
 
     The VM is paused, and stays so: its vCPUs have all that a fleet gives them, and nobody else accounts for them.
     """
-    guest = getattr(vm, "_inner", vm).guest
+    guest = getattr(vm, "_inner", vm)._control.guest
     handles = ffi.new("orc_vcpu *[]", [vcpu.core.handle for vcpu in guest.vcpus])
     work = Production(
         account=_address(ffi.addressof(lib, "orc_vcpu_account")),

@@ -88,7 +88,12 @@ async def _measure(vms: int, active: int, ticks: int, journal: Journal) -> dict[
                 for number in range(vms):
                     name = f"{'busy' if number < active else 'idle'}-{number}"
                     await fleet.launch(orc.VmSpec(name=name, memory=orc.MiB, boot=orc.FlatImage(code=b"\xf4")))
-                busy = [vcpu.core for vm in fleet.vms.values() if vm.name.startswith("busy") for vcpu in vm.guest.vcpus]
+                busy = [
+                    vcpu.core
+                    for vm in fleet.vms.values()
+                    if vm.name.startswith("busy")
+                    for vcpu in vm._control.guest.vcpus
+                ]
                 record = build("x86_bus_lock", flags=BUS_LOCK)
                 for number in range(ticks + 3):
                     await trio.sleep(INTERVAL)

@@ -21,6 +21,7 @@ from .fleet.open import open_fleet
 from .fleet.spec import FleetSpec
 from .fleet.statistics import FleetStatistics, TenantStatistics
 from .fleet.watch import Watch
+from .machine.desired import AskedCap, AskedLimit, Desired, LimitStack, PlacedLimits
 from .machine.devices.bus import Device
 from .machine.devices.requests import Request
 from .machine.holding import PendingIo
@@ -144,6 +145,8 @@ __all__ = [
     "Action",
     "Adaptive",
     "Applied",
+    "AskedCap",
+    "AskedLimit",
     "BackendUnavailable",
     "BurstCredits",
     "BusLock",
@@ -156,6 +159,7 @@ __all__ = [
     "CpuModel",
     "Debug",
     "DebugConsole",
+    "Desired",
     "Device",
     "DirtyRingFull",
     "EmulatedBackend",
@@ -195,6 +199,7 @@ __all__ = [
     "KvmError",
     "Ladder",
     "Limit",
+    "LimitStack",
     "MemoryFault",
     "MemoryRegion",
     "Meter",
@@ -209,6 +214,7 @@ __all__ = [
     "Outcome",
     "Pause",
     "PendingIo",
+    "PlacedLimits",
     "Policy",
     "PolicySpec",
     "Profile",

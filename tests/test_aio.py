@@ -74,17 +74,16 @@ def test_a_real_guest_is_steered_and_read(nothing_left, door):
                 async for request in requests:
                     await vm.pause(quiesce=False)  # while it waits for the answer
                     assert (vm.state, vm.quiesced) == ("paused", False)
-                    assert [access.address for access in vm.pending] == [0x500]
+                    assert [access.address for access in vm.statistics().pending] == [0x500]
                     request.answer(b"\x07" * request.size)
                     await vm.pause()
-                    assert (vm.quiesced, vm.pending) == (True, ())
+                    assert (vm.quiesced, vm.statistics().pending) == (True, ())
                     await vm.reset()
-                    assert (vm.resets, vm.restarts, vm.outcome) == (1, 0, None)
+                    assert (vm.statistics().resets, vm.restarts, vm.outcome) == (1, 0, None)
                     await vm.pause()
                     assert vm.registers().rip == 0x1000
                     break
             assert await vm.stop("enough") == vm.outcome
-            assert vm.stopping
             assert dict(fleet.vms) == {}
 
     run(main)
@@ -151,7 +150,7 @@ def test_limits_are_set_and_vms_told_without_waiting(door):
             vm = await fleet.launch(blank())
             fleet.set_limit_nowait(orc.Limit(rate=5), vm="guest")
             assert vm.statistics().limit == orc.Limit(rate=5)
-            vm.stop_soon(orc.Stopped("soon"))
+            await fleet.apply(orc.Stop(vm="guest", reason="soon"))
             assert await vm.wait() == orc.Stopped("soon")
             await fleet.launch(blank("other"))
             assert await fleet.stop("all") == {"other": orc.Stopped("all")}

@@ -30,8 +30,7 @@ MIRRORED = {
 # What a class has for orchestra's own parts and not for users. A name that is new and in neither place fails a test.
 INTERNAL = {
     orc.Fleet: "",
-    orc.Vm: "launch budgets vcpu_budgets release budget guest supervise close hold let_go end put_cap cap_of "
-    "cap_settled place was_capped wait_parked wait_released",
+    orc.Vm: "launch",
     orc.Exits: "mask put backlog wake end",
     Requests: "submit end close",
     Request: "value give_back put_among",

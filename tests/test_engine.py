@@ -277,17 +277,17 @@ async def test_a_capped_guest_is_held_and_goes_on_when_the_cap_is_gone(real):
     async with real.open() as fleet:
         vm = await fleet.launch(real.spec("spin"))
         assert (await fleet.apply(orc.CapCpu(vm="guest", share=0.02))).outcome == "done"
-        assert vm.cpu_cap == 0.02
-        core = vm.guest.vcpus[0].core
+        assert vm.desired.cap == 0.02
+        core = vm._control.guest.vcpus[0].core
         with trio.fail_after(20):
             while not core.counters(fleet.now()).capped:  # noqa: ASYNC110  # the core tells nobody: a cap is not an event
                 await trio.sleep(0.01)
         await fleet.apply(orc.CapCpu(vm="guest", share=0.5), policy="somebody")
-        assert vm.cpu_cap == 0.02  # the tightest counts
+        assert vm.desired.cap == 0.02  # the tightest counts
         vm.cap_cpu(None)
-        assert vm.cpu_cap == 0.5
+        assert vm.desired.cap == 0.5
         await fleet.apply(orc.CapCpu(vm="guest", share=None), policy="somebody")
-        assert vm.cpu_cap is None
+        assert vm.desired.cap is None
         assert fleet.actions()[-2].action == orc.CapCpu(vm="guest", share=None, reason="cap_cpu()")
         await vm.pause()  # at once, also right after a cap
         await vm.resume()
@@ -366,11 +366,11 @@ async def test_an_isolated_guest_runs_on_the_quarantine_cpus(real):
     cpus = os.sched_getaffinity(0)
     async with real.open(quarantine=[min(cpus)]) as fleet:
         vm = await fleet.launch(real.spec("spin"))
-        thread = vm.guest.vcpus[0].tid
+        thread = vm._control.guest.vcpus[0].tid
         assert (await fleet.apply(orc.Isolate(vm="guest"))).outcome == "done"
-        assert (vm.isolated, os.sched_getaffinity(thread)) == (True, {min(cpus)})
+        assert (vm.desired.isolated, os.sched_getaffinity(thread)) == (True, {min(cpus)})
         assert (await fleet.apply(orc.Rejoin(vm="guest"))).outcome == "done"
-        assert (vm.isolated, os.sched_getaffinity(thread)) == (False, cpus)
+        assert (vm.desired.isolated, os.sched_getaffinity(thread)) == (False, cpus)
 
 
 async def test_the_journal_has_actions_states_and_what_was_done_each_second(autojump_clock, tmp_path):

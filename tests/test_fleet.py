@@ -18,7 +18,8 @@ from conftest import Stage, blank, emulated_problem, play
 from orchestra.backend.emulated import library
 from orchestra.backend.scripted import ScriptedExit, bus_lock, hlt, io_write
 from orchestra.journal import Journal, read_journal
-from orchestra.machine.instance import Instance
+from orchestra.machine.control import VmControl
+from orchestra.machine.restraint import Restraint
 from orchestra.model.actions import Applied
 from orchestra.profile import Row
 
@@ -1202,8 +1203,8 @@ async def test_a_policys_eviction_does_not_hold_up_the_ticks_and_its_failure_is_
 def acts(monkeypatch) -> list[tuple[str, object]]:
     """A backend that can cap and isolate: what it was told."""
     told: list[tuple[str, object]] = []
-    monkeypatch.setattr(Instance, "cap_cpu", lambda self, share: told.append(("cap", share)))
-    monkeypatch.setattr(Instance, "isolate", lambda self, on: told.append(("isolate", on)))
+    monkeypatch.setattr(Restraint, "cap_cpu", lambda self, share: told.append(("cap", share)))
+    monkeypatch.setattr(Restraint, "isolate", lambda self, on: told.append(("isolate", on)))
     return told
 
 
@@ -1249,13 +1250,13 @@ async def test_a_restart_changes_nothing_of_what_a_vm_is_held_to(autojump_clock,
 
 async def test_a_cap_that_failed_is_tried_again_and_not_remembered(autojump_clock, monkeypatch, acts):
     with monkeypatch.context() as patch:
-        patch.setattr(Instance, "cap_cpu", cant)
+        patch.setattr(Restraint, "cap_cpu", cant)
         async with play([FOR_EVER]) as fleet:
             await fleet.launch(blank())
             applied = await fleet.apply(orc.CapCpu(vm="guest", share=0.5))
             assert (applied.outcome, applied.error) == ("failed", "can't")
             patch.undo()
-            monkeypatch.setattr(Instance, "cap_cpu", lambda self, share: acts.append(("cap", share)))
+            monkeypatch.setattr(Restraint, "cap_cpu", lambda self, share: acts.append(("cap", share)))
             assert (await fleet.apply(orc.CapCpu(vm="guest", share=0.5))).outcome == "done"
     assert acts == [("cap", 0.5)]
 
@@ -1268,7 +1269,7 @@ async def test_a_mistake_of_ours_in_an_action_does_not_end_the_fleet(autojump_cl
     async with play([FOR_EVER]) as fleet:
         await fleet.launch(blank())
         with monkeypatch.context() as patch:
-            patch.setattr(orc.Vm, "hold", lambda self: 1 / 0)
+            patch.setattr(VmControl, "pause_nowait", lambda self: 1 / 0)
             applied = await fleet.apply(orc.Pause(vm="guest"))
         assert applied.error == "ZeroDivisionError: division by zero"
 
@@ -1324,7 +1325,7 @@ async def test_a_real_guest_is_isolated_and_let_in_again(nothing_left):
     stage = Stage("kvm")
     async with stage.open(quarantine=[max(os.sched_getaffinity(0))]) as fleet:
         vm = await fleet.launch(stage.spec("spin"))
-        tid = vm.guest.vcpus[0].tid
+        tid = vm._control.guest.vcpus[0].tid
         assert (await fleet.apply(orc.Isolate(vm="guest"))).error is None
         assert os.sched_getaffinity(tid) == {max(os.sched_getaffinity(0))}
         assert (await fleet.apply(orc.Rejoin(vm="guest"))).error is None

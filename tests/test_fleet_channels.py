@@ -141,7 +141,7 @@ async def test_a_subscriber_to_one_vm_does_not_put_anothers_exits_into_the_ring(
         quiet = await fleet.launch(blank("quiet"))
         async with fleet.exits(vm=quiet) as exits:
             loud = await fleet.launch(blank("loud"))
-            assert (loud.guest.house.told("loud"), loud.guest.house.told("quiet") > 0) == (0, True)
+            assert (loud._control.guest.house.told("loud"), loud._control.guest.house.told("quiet") > 0) == (0, True)
             await loud.wait()
             assert exits.statistics().received == 0
 

@@ -824,11 +824,11 @@ async def test_a_vm_that_takes_long_to_pause_keeps_no_policy_waiting(slow):
         await slow.ticks()
         assert outcomes(fleet) == [("Pause", "asks", "done")]
         assert vm.state == "paused"  # no guest code runs, but it is in the middle of an access
-        assert [access.waits_for for access in vm.pending] == [type(slow.device).__name__]
+        assert [access.waits_for for access in vm.statistics().pending] == [type(slow.device).__name__]
         assert not vm.quiesced
         slow.device.release.set()
         await vm.pause()
-        assert (vm.quiesced, vm.pending) == (True, ())
+        assert (vm.quiesced, vm.statistics().pending) == (True, ())
 
 
 async def test_a_vm_that_takes_long_to_stop_keeps_no_policy_waiting(slow):

@@ -457,7 +457,7 @@ async def gone(cage: Path) -> None:
 
 async def used(seconds: float, *vms: orc.Vm) -> list[float]:
     """The part of a CPU that each thread of these VMs had."""
-    times, threads = ThreadTimes(), [vcpu.tid or 0 for vm in vms for vcpu in vm.guest.vcpus]
+    times, threads = ThreadTimes(), [vcpu.tid or 0 for vm in vms for vcpu in vm._control.guest.vcpus]
     before, begun = [times.cpu(tid) or 0 for tid in threads], time.monotonic_ns()
     await trio.sleep(seconds)  # the measuring time itself
     after, passed = [times.cpu(tid) or 0 for tid in threads], time.monotonic_ns() - begun
@@ -584,7 +584,7 @@ async def test_a_restart_puts_the_cap_back(cage):
         with trio.fail_after(30):
             while (second / "cpu.max").read_text() != "10000 50000\n":  # noqa: ASYNC110  # as above
                 await trio.sleep(0.01)
-        assert vm.cpu_cap == 0.2
+        assert vm.desired.cap == 0.2
         (part,) = await used(2, vm)
         assert part < 0.23
         await cap(fleet, None)
@@ -597,20 +597,20 @@ async def test_a_cap_that_the_kernel_refuses_is_an_outcome_and_leaves_none(cage)
         vm = await fleet.launch(spinning())
         (cage / "cgroup.subtree_control").write_text("-cpu")
         failed = await cap(fleet, 0.5)
-        assert (failed.outcome, vm.cpu_cap) == ("failed", None)
+        assert (failed.outcome, vm.desired.cap) == ("failed", None)
         assert "has the cpu controller been taken out" in failed.error
         assert children(cage) == []
         (cage / "cgroup.subtree_control").write_text("+cpu")
         async with moved(cage.parent):
             failed = await cap(fleet, 0.5)
-            assert (failed.outcome, vm.cpu_cap) == ("failed", None)
+            assert (failed.outcome, vm.desired.cap) == ("failed", None)
             assert "moved to another cgroup" in failed.error
             await gone(cage)
             vm.cap_cpu(0.5)  # does not wait to hear of it
             await gone(cage)
-            assert vm.cpu_cap is None
+            assert vm.desired.cap is None
         assert (await cap(fleet, 0.5)).outcome == "done"
-        assert vm.cpu_cap == 0.5
+        assert vm.desired.cap == 0.5
 
 
 @contextlib.asynccontextmanager

@@ -149,7 +149,7 @@ async def test_a_guest_is_moved_and_what_cant_be_moved_is_an_outcome(mount, noth
     stage = Stage("kvm")
     async with stage.open(quarantine_class=str(mount / "noisy")) as fleet:
         vm = await fleet.launch(stage.spec("spin"))
-        tid = vm.guest.vcpus[0].tid
+        tid = vm._control.guest.vcpus[0].tid
         assert (await fleet.apply(orc.Isolate(vm="guest"))).outcome == "done"
         assert tasks(mount / "noisy") == f"{tid}\n"
         assert (await fleet.apply(orc.Rejoin(vm="guest"))).outcome == "done"
@@ -158,7 +158,7 @@ async def test_a_guest_is_moved_and_what_cant_be_moved_is_an_outcome(mount, noth
         failed = await fleet.apply(orc.Isolate(vm="guest"))
         assert failed.outcome == "failed"
         assert "Task pid outside namespace" in failed.error
-        assert not vm.isolated
+        assert not vm.desired.isolated
 
 
 @pytest.mark.emulated

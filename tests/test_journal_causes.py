@@ -224,8 +224,8 @@ class Afternoon:
             levels = {
                 "host": [self.fleet._context.budgets(None)],
                 "tenant": [self.fleet._context.budgets(vm.tenant)],
-                "vm": [vm.budgets],
-                "vcpu": vm.vcpu_budgets,
+                "vm": [vm._control.budgets],
+                "vcpu": vm._control.vcpu_budgets,
             }
             for level, of in levels.items():
                 found[f"{level}.{meter}"] = {one[meter].limit.rate for one in of if one[meter].limit is not None}
@@ -279,7 +279,11 @@ class Afternoon:
                 await self._launch(guest)
             return
         now = fleet.now()
-        if what == "pause" and not (life.pauses and life.pauses[-1][1] > now) and life.vm.guest.final is None:
+        if (
+            what == "pause"
+            and not (life.pauses and life.pauses[-1][1] > now)
+            and not life.vm._control.guest.life.has_ended
+        ):
             await life.vm.pause()
             life.pauses.append([now, 1 << 62])
         elif what == "resume":

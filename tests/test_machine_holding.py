@@ -6,6 +6,7 @@ import pytest
 import trio
 
 from orchestra.machine.holding import Holding, Level, PendingIo
+from orchestra.machine.lifecycle import Event, Lifecycle
 
 PAUSED, QUIESCED = Level.PAUSED, Level.QUIESCED
 
@@ -18,9 +19,15 @@ def reached() -> list[Level]:
 @pytest.fixture
 def two(reached) -> Holding:
     """Two vCPUs, told to pause."""
-    holding = Holding(2, reached.append)
+    holding = Holding(2, running(), reached.append)
     holding.begin()
     return holding
+
+
+def running() -> Lifecycle:
+    life = Lifecycle()
+    life.happen(Event.BUILT)
+    return life
 
 
 def far(holding: Holding) -> tuple[bool, bool]:

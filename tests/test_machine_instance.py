@@ -29,6 +29,8 @@ from orchestra.fleet.fleet import Fleet
 from orchestra.fleet.observer import Observer
 from orchestra.host.control.caps import RunLoopCaps
 from orchestra.machine import workers
+from orchestra.machine.calls import Calls
+from orchestra.machine.cores import Cores
 from orchestra.machine.devices.console import Console
 from orchestra.machine.holding import Holding
 from orchestra.machine.instance import Instance
@@ -293,7 +295,7 @@ async def test_a_guest_is_told_that_it_was_paused_before_it_goes_on():
     new_system_time, page, flags, stopped = 0x4B564D01, 0x9000, 29, 2  # MSR_KVM_SYSTEM_TIME_NEW; pvclock-abi.h
     async with KVM.open() as fleet:
         vm = await fleet.launch(KVM.spec("spin"), paused=True)
-        kvm_vcpu = vm.guest.vcpus[0].engine.vcpu
+        kvm_vcpu = vm._control.guest.vcpus[0].engine.vcpu
         kvm_vcpu.set_msrs({new_system_time: page | 1})
 
         async def run_and_pause() -> None:
@@ -314,7 +316,7 @@ async def test_each_vcpu_that_was_paused_is_told_once_and_no_other(monkeypatch):
     monkeypatch.setattr(KvmVcpu, "kvmclock_ctrl", lambda self: told.append(self))
     async with KVM.open() as fleet:
         vm = await fleet.launch(KVM.spec("first_spins", vcpus=2))
-        while not vm.guest.has_ended(1):
+        while not vm._control.guest.has_ended(1):
             await trio.lowlevel.checkpoint()
         assert told == []
         for pauses in range(1, 4):
@@ -322,7 +324,7 @@ async def test_each_vcpu_that_was_paused_is_told_once_and_no_other(monkeypatch):
             assert len(told) == pauses - 1
             await vm.resume()
             await vm.inspect()  # it has gone on
-            assert told == [vm.guest.vcpus[0].engine.vcpu] * pauses
+            assert told == [vm._control.guest.vcpus[0].engine.vcpu] * pauses
         await vm.pause()
         await vm.stop()
         assert len(told) == 3
@@ -365,22 +367,22 @@ async def test_only_threads_that_have_not_ended_are_touched(monkeypatch):
     monkeypatch.setattr(os, "sched_setaffinity", lambda tid, cpus: moved.append(tid))
     async with KVM.open(quarantine=[max(os.sched_getaffinity(0))]) as fleet:
         vm = await fleet.launch(KVM.spec("first_spins", vcpus=2))
-        while vm.guest.vcpus[1].tid is not None:  # it halts at once; nothing tells when its thread is gone
+        while vm._control.guest.vcpus[1].tid is not None:  # it halts at once; nothing tells when its thread is gone
             await trio.lowlevel.checkpoint()
         vm.isolate()
-        assert moved == [vm.guest.vcpus[0].tid]
+        assert moved == [vm._control.guest.vcpus[0].tid]
         moved.clear()
         vm.isolate(False)
-        assert moved == [vm.guest.vcpus[0].tid]
-    assert vm.guest.vcpus[0].tid is None
+        assert moved == [vm._control.guest.vcpus[0].tid]
+    assert vm._control.guest.vcpus[0].tid is None
 
 
 async def test_a_thread_does_not_end_while_somebody_does_something_to_it():
     async with KVM.open() as fleet:
         vm = await fleet.launch(KVM.spec("spin"))
-        vcpu = vm.guest.vcpus[0]
+        vcpu = vm._control.guest.vcpus[0]
         with vcpu.living() as tid:
-            vm.stop_soon(orc.Stopped("x"))
+            vm._control.stop_nowait(orc.Stopped("x"))
             while vcpu.final_registers is None:  # what it does last before it goes
                 time.sleep(0.001)  # noqa: ASYNC251  # nobody may await anything here
             assert str(vcpu.tid) in os.listdir("/proc/self/task")
@@ -392,9 +394,10 @@ async def test_a_thread_does_not_end_while_somebody_does_something_to_it():
 # ---- what goes wrong ends one VM
 
 STEPS = [
-    (Instance, "counters"),
-    (Instance, "gather"),
-    (Instance, "_serve_late_calls"),
+    (Cores, "counters"),
+    (Cores, "gather"),
+    (Cores, "finish"),
+    (Calls, "serve_late"),
     (Instance, "_on_ended"),
     (VcpuCore, "counters"),
     (VcpuCore, "cap"),
@@ -466,7 +469,7 @@ async def test_a_mistake_in_the_middle_of_a_run_ends_that_vm_as_failed():
             def fails() -> None:
                 raise ZeroDivisionError("injected")
 
-            vm.guest._post(fails)
+            vm._control.guest._post(fails)
             outcome = await vm.wait()
             assert isinstance(outcome, orc.Failed)
             assert "injected" in outcome.reason
@@ -602,7 +605,7 @@ async def test_a_running_guest_does_not_keep_what_the_kernel_counts_of_it_from_b
     async with KVM.open() as fleet:
         vm = await fleet.launch(KVM.spec("first_spins", vcpus=2))
         with trio.fail_after(10):
-            while not vm.guest.has_ended(1):
+            while not vm._control.guest.has_ended(1):
                 await trio.lowlevel.checkpoint()
             for _ in range(2):
                 counted = await vm.kernel_statistics()

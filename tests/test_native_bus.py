@@ -133,7 +133,7 @@ def answers(vm: orc.Vm, stage: Stage) -> tuple[bytes, bytes]:
     """What the guest read at the end of the page, and at the end of the ports."""
     if stage.executes:
         return vm.read_memory(0x8000, 8), vm.read_memory(0x8008, 4)
-    (engine,) = vm.guest._machine.engines
+    (engine,) = vm._control.guest._machine.engines
     first, second, ports = (data for _, data in engine.answers)
     return first + second, ports
 
@@ -218,7 +218,7 @@ def string(vm: orc.Vm, stage: Stage) -> bytes:
     """What the guest read."""
     if stage.executes:
         return vm.read_memory(0x8000, 1024)
-    (engine,) = vm.guest._machine.engines
+    (engine,) = vm._control.guest._machine.engines
     ((_, data),) = engine.answers
     return bytes(data)
 
@@ -238,7 +238,7 @@ async def test_a_stop_comes_between_the_chunks_of_a_string(stage: Stage):
     async with stage.open() as fleet:
         vm = await fleet.launch(stage.spec("reads_string"), paused=True)
         vm.attach(device, ports=range(0x500, 0x501))
-        device.at_100 = lambda: vm.guest.end(orc.Stopped("enough"))
+        device.at_100 = lambda: vm._control.guest.end(orc.Stopped("enough"))
         await vm.resume()
         assert isinstance(await vm.wait(), orc.Stopped)
         assert 100 <= device.reads <= 128
@@ -268,7 +268,7 @@ async def test_a_pause_is_there_between_the_chunks_of_a_string_whose_rest_is_ans
 
         def wait_for_the_pause() -> None:
             fleet._context.post(reached.set)
-            while not vm.guest.vcpus[0].core.commands() & Command.PAUSE:
+            while not vm._control.guest.vcpus[0].core.commands() & Command.PAUSE:
                 pass
 
         device.at_100 = wait_for_the_pause
@@ -299,7 +299,7 @@ async def test_a_paused_string_on_a_script_is_completed_before_it_parks():
         reached = trio.Event()
 
         def pause() -> None:
-            vm.guest.command(set=Command.PAUSE)  # as `Vm.pause` does, so that it is there at once
+            vm._control.guest.command(set=Command.PAUSE)  # as `Vm.pause` does, so that it is there at once
             reached.set()
 
         device.at_100 = pause
@@ -341,7 +341,7 @@ async def test_a_device_that_releases_itself_in_the_middle_of_a_string_is_called
     async with stage.open() as fleet:
         vm = await fleet.launch(stage.spec("reads_string"), paused=True)
         vm.attach(device, ports=range(0x500, 0x501))
-        device.at_100 = lambda: vm.guest.release(device)
+        device.at_100 = lambda: vm._control.guest.buses.release(device)
         await vm.resume()
         assert await vm.wait() == orc.Halted()
         assert device.reads == 100
@@ -353,7 +353,7 @@ async def test_a_device_that_moves_in_the_middle_of_a_string_is_called_no_more_t
     script = [ScriptedExit("io", args=(0x500, 1, 1024, 0)), io_read(0x600)]
     async with play(script) as fleet:
         vm = await fleet.launch(blank(), devices=[(range(0x500, 0x501), None, device)])
-        device.at_100 = lambda: vm.guest.ports.move(vm.guest.ports.find(0x500), range(0x600, 0x601))
+        device.at_100 = lambda: vm._control.guest.ports.move(vm._control.guest.ports.find(0x500), range(0x600, 0x601))
         await vm.wait()
         assert device.reads == 100 + 1
 
@@ -374,7 +374,7 @@ async def test_bytes_that_are_received_while_the_vm_is_closed_interrupt_nobody(n
     stage = Stage("kvm")
     async with stage.open() as fleet:
         vm = await fleet.launch(stage.spec("halt", devices=DEVICES, irqchip=True))
-        (uart,) = (claim.handler for claim in vm.guest.ports.claims() if claim.span.start == 0x3F8)
+        (uart,) = (claim.handler for claim in vm._control.guest.ports.claims() if claim.span.start == 0x3F8)
         uart.write(1, 1, 1)  # received data interrupts
         ended = trio.Event()
 

@@ -14,10 +14,10 @@ from ..backend import Backend, Detection
 from ..fleet import fleet as house
 from ..fleet.statistics import FleetStatistics
 from ..machine import vm as machine
+from ..machine.desired import Desired
 from ..machine.devices.bus import Device
-from ..machine.holding import PendingIo
 from ..machine.vm import VmStatistics
-from ..model.actions import Action, Applied, Outcome, State, Stopped
+from ..model.actions import Action, Applied, Outcome, State
 from ..model.exits import Exit
 from ..model.spec import Limit, Meter, Tenant, VmSpec
 from ..policy import Guard, Policy, PolicySpec
@@ -200,16 +200,12 @@ class Vm(Wrapper[machine.Vm]):
         return self._inner.restarts
 
     @property
-    def resets(self) -> int:
-        return self._inner.resets
+    def desired(self) -> Desired:
+        return self._bridge.sync(lambda: self._inner.desired)
 
     @property
     def quiesced(self) -> bool:
         return self._bridge.sync(lambda: self._inner.quiesced)
-
-    @property
-    def pending(self) -> tuple[PendingIo, ...]:
-        return self._bridge.sync(lambda: self._inner.pending)
 
     @property
     def console(self) -> Console:
@@ -227,10 +223,6 @@ class Vm(Wrapper[machine.Vm]):
     def throttled(self) -> bool:
         return self._bridge.sync(lambda: self._inner.throttled)
 
-    @property
-    def stopping(self) -> bool:
-        return self._bridge.sync(lambda: self._inner.stopping)
-
     async def wait(self) -> Outcome:
         return await self._bridge.call(self._inner.wait)
 
@@ -246,31 +238,16 @@ class Vm(Wrapper[machine.Vm]):
     async def stop(self, reason: str = "stop()") -> Outcome:
         return await self._bridge.call(self._inner.stop, reason)
 
-    def stop_soon(self, outcome: Stopped) -> None:
-        self._bridge.sync(self._inner.stop_soon, outcome)
-
     async def set_limit(
         self, limit: Limit | None, *, meter: Meter | str = Meter.BUS_LOCKS, vcpu: int | None = None
     ) -> None:
         await self._bridge.call(partial(self._inner.set_limit, limit, meter=meter, vcpu=vcpu))
 
-    @property
-    def cpu_cap(self) -> float | None:
-        return self._bridge.sync(lambda: self._inner.cpu_cap)
-
     def cap_cpu(self, share: float | None) -> None:
         self._bridge.sync(self._inner.cap_cpu, share)
 
-    @property
-    def isolated(self) -> bool:
-        return self._bridge.sync(lambda: self._inner.isolated)
-
     def isolate(self, isolated: bool = True) -> None:
         self._bridge.sync(self._inner.isolate, isolated)
-
-    @property
-    def logs_dirty(self) -> bool:
-        return self._bridge.sync(lambda: self._inner.logs_dirty)
 
     async def log_dirty(self, on: bool = True) -> None:
         await self._bridge.call(self._inner.log_dirty, on)

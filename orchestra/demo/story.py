@@ -260,7 +260,8 @@ class Story:
         return None if limit is None else limit.rate
 
     def _limit_of(self, vm: Vm) -> Limit | None:
-        return vm.budgets[self._meter].limit
+        limit: Limit | None = getattr(vm.statistics(), self._meter.field)
+        return limit
 
     def _mark(self, vm: Vm) -> _Mark:
         statistics = vm.statistics()

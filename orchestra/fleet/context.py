@@ -21,9 +21,9 @@ from ..host.control.bandwidth import CpuCgroup
 from ..host.control.placement import Quarantine
 from ..host.observe import HostSignals, ThreadTimes
 from ..machine.budget import Budgets
+from ..machine.control import VmControl
 from ..machine.inbox import Inbox
 from ..machine.instance import Instance
-from ..machine.vm import Vm
 from ..machine.workers import Workers
 from ..model.actions import Action, SetLimit, State
 from ..model.errors import ResourceLimit
@@ -109,7 +109,7 @@ class FleetContext:
         self.closed = True
         self.runner.close()
         self.dispatcher.close()
-        for vm in list(self.supervisor.vms.values()):
+        for vm in list(self.supervisor.controls.values()):
             self.supervisor.drop(vm)
         await self.workers.idle()
         self.tenancy.close()
@@ -127,11 +127,11 @@ class FleetContext:
     # ---- what parts ask
 
     @property
-    def vms(self) -> Mapping[str, Vm]:
-        return self.supervisor.vms
+    def controls(self) -> Mapping[str, VmControl]:
+        return self.supervisor.controls
 
-    def vm(self, name: str) -> Vm:
-        return self.supervisor.vm(name)
+    def control(self, name: str) -> VmControl:
+        return self.supervisor.control(name)
 
     @property
     def tenants(self) -> Mapping[str, Tenant]:
@@ -190,7 +190,7 @@ class FleetContext:
     def register(self, core: VcpuCore, guest: Instance, index: int) -> None:
         self._guests[core.id] = guest
         self.dispatcher.reader.add(core.id, guest.name, index)
-        self.observer.add(core.id, self.vms[guest.name], guest, index)
+        self.observer.add(core.id, self.controls[guest.name], guest, index)
 
     def retire(self, cores: Iterable[VcpuCore]) -> None:
         cores = list(cores)
@@ -199,7 +199,7 @@ class FleetContext:
             self._guests.pop(core.id, None)
             self.observer.forget(core.id)
 
-    def ended(self, vm: Vm) -> Iterable[Callable[[Vm], object]]:
+    def ended(self, vm: VmControl) -> Iterable[Callable[[VmControl], object]]:
         """What is to be done when a VM has ended for good, each whatever becomes of the others."""
         yield self.observer.ended
         yield self._forget
@@ -207,9 +207,9 @@ class FleetContext:
         if vm.guest is not None:  # else: a launch that failed may be tried again, and somebody waits for it
             yield lambda vm: self.dispatcher.vm_ended(vm.name)
         if vm.stopping:
-            yield Vm.release
+            yield VmControl.release
 
-    def released(self, vm: Vm) -> None:
+    def released(self, vm: VmControl) -> None:
         """The VM was stopped by its user: it leaves the fleet."""
         self.supervisor.drop(vm)
 
@@ -217,15 +217,15 @@ class FleetContext:
         """A caller did it directly, and not by `apply`; or what was desired ended, of a caller or a policy."""
         self.executor.done(action, policy)
 
-    def changed(self, vm: Vm, state: State, reason: str) -> None:
+    def changed(self, vm: VmControl, state: State, reason: str) -> None:
         self.records.state(self.now(), vm.name, vm.launch, vm.tenant, state, reason)
 
-    def worked(self, vm: Vm, units: float) -> None:
+    def worked(self, vm: VmControl, units: float) -> None:
         self.observer.work(vm, units)
 
     def logged(self, guest: Instance) -> None:
         if guest.dirty is not None:
-            self.observer.dirty(self.observer.logs.watch(self.vms[guest.name], guest.dirty, self.now()))
+            self.observer.dirty(self.observer.logs.watch(self.controls[guest.name], guest.dirty, self.now()))
             self.runner.wake()
 
     def _talked(self, id: int) -> None:
@@ -234,17 +234,17 @@ class FleetContext:
 
     def _retell(self) -> None:
         failure: ResourceLimit | None = None
-        for vm in self.vms.values():
+        for vm in self.controls.values():
             if vm.guest is not None:
                 try:
-                    vm.guest.tell(self.told(vm.name))
+                    vm.guest.cores.tell(self.told(vm.name))
                 except ResourceLimit as error:
                     failure = error
         if failure is not None:
             raise failure
 
-    def _forget(self, vm: Vm) -> None:
-        if self.vms.get(vm.name) is vm:
+    def _forget(self, vm: VmControl) -> None:
+        if self.controls.get(vm.name) is vm:
             self.runner.gone(vm.name)
             self.executor.holdings.forget(vm.name)
 
@@ -254,11 +254,11 @@ class FleetContext:
         if recorder is not None:
             recorder.aggregate(facts)
             for seen in facts.vms.values():
-                vm = self.vms.get(seen.name)
+                vm = self.controls.get(seen.name)
                 if seen.bus_locks and vm is not None and vm.launch == seen.launch:
                     self._write_profile(vm)
 
-    def _write_profile(self, vm: Vm) -> None:
+    def _write_profile(self, vm: VmControl) -> None:
         recorder, guest = self.records.recorder, vm.guest
-        if recorder is not None and guest is not None and (rows := guest.profile_rows()):
+        if recorder is not None and guest is not None and (rows := guest.cores.profile_rows()):
             recorder.profile(self.now(), vm.name, vm.launch, rows)

@@ -15,7 +15,7 @@ import attrs
 import trio
 
 from ..backend.kvm.dirty import DirtyLog, read_logs
-from ..machine.vm import Vm
+from ..machine.control import VmControl
 
 __all__ = ["DirtyLogs", "Told"]
 
@@ -28,7 +28,7 @@ EARLY: Final = 0.1
 """It may be that part of them less: ticks are not exact, and after one that came a little early it would be two."""
 
 
-Told: TypeAlias = tuple[Vm, int, int]
+Told: TypeAlias = tuple[VmControl, int, int]
 """A VM, the pages that it wrote, and the nanoseconds in which it did."""
 
 
@@ -37,7 +37,7 @@ class _Watch:
     """One VM's log. `begun`: what the next reading tells was written since then. `stirred`: when the VM was last seen
     to have done something."""
 
-    vm: Vm
+    vm: VmControl
     log: DirtyLog
     begun: int
     pages: int
@@ -49,7 +49,7 @@ class DirtyLogs:
     """Of one fleet: `stir` what did something, have the `due` ones `read`, and `take` what that told."""
 
     def __init__(self) -> None:
-        self._watched: dict[Vm, _Watch] = {}
+        self._watched: dict[VmControl, _Watch] = {}
         self._stirred: set[_Watch] = set()  # with something to read
         self._read: list[_Watch] = []  # with something to take
         self._reading = False
@@ -59,13 +59,13 @@ class DirtyLogs:
         """When to look again at the latest; None: no VM is logged."""
         return now + EVERY if self._watched else None
 
-    def watch(self, vm: Vm, dirty: DirtyLog, now: int) -> Iterator[Told]:
+    def watch(self, vm: VmControl, dirty: DirtyLog, now: int) -> Iterator[Told]:
         """A VM's log was switched on or off. What it told until then."""
         yield from self.forget(vm, dirty)
         if dirty.on:
             self._watched[vm] = _Watch(vm, dirty, now, dirty.sums()[0])
 
-    def forget(self, vm: Vm, dirty: DirtyLog | None) -> Iterator[Told]:
+    def forget(self, vm: VmControl, dirty: DirtyLog | None) -> Iterator[Told]:
         """A VM has ended, and its log was read for the last time. What that told."""
         watch = self._watched.get(vm)
         if watch is not None and watch.log is dirty:  # and not that of another run of the VM
@@ -74,7 +74,7 @@ class DirtyLogs:
                 yield from self._told(watch)
             self._stirred.discard(watch)
 
-    def stir(self, vm: Vm, since: int, now: int) -> None:
+    def stir(self, vm: VmControl, since: int, now: int) -> None:
         """A VM did something between these times."""
         watch = self._watched.get(vm)
         if watch is None:
@@ -85,7 +85,7 @@ class DirtyLogs:
                 watch.begun, watch.rate = since, None
         watch.stirred = now
 
-    def rate(self, vm: Vm) -> float | None:
+    def rate(self, vm: VmControl) -> float | None:
         """Pages a second by the last reading; None if there was none since the VM last rested."""
         watch = self._watched.get(vm)
         return None if watch is None else watch.rate

@@ -20,7 +20,7 @@ import trio
 from ..backend import Backend
 from ..host.control.bandwidth import CpuCgroup
 from ..machine.budget import Budget, Budgets
-from ..machine.vm import Vm
+from ..machine.control import VmControl
 from ..model.actions import (
     Action,
     Applied,
@@ -66,10 +66,10 @@ class Fleet(Protocol):
     cpu_cgroup: CpuCgroup | None
 
     @property
-    def vms(self) -> Mapping[str, Vm]: ...
+    def controls(self) -> Mapping[str, VmControl]: ...
     @property
     def closed(self) -> bool: ...
-    def vm(self, name: str) -> Vm: ...
+    def control(self, name: str) -> VmControl: ...
     def budgets(self, tenant: str | None) -> Budgets:
         """A tenant's, or the host's."""
 
@@ -113,7 +113,7 @@ class FleetExecutor:
         self.holdings = Holdings()
         self._records = records
         self._on_evict = on_evict
-        self._leaving: set[Vm] = set()
+        self._leaving: set[VmControl] = set()
         self.now = fleet.now
         self.below = fleet.below
         self.start_soon = fleet.start_soon
@@ -148,7 +148,7 @@ class FleetExecutor:
         if begun.error is None:
             try:
                 if isinstance(action, Evict):
-                    await self._evict(self._fleet.vm(action.vm), action)
+                    await self._evict(self._fleet.control(action.vm), action)
                 elif isinstance(action, CapCpu) and self.takes_time(action):
                     await self._settle(action, policy)
             except trio.Cancelled:  # a cap comes all the same
@@ -168,13 +168,13 @@ class FleetExecutor:
             ResourceLimit: the kernel refuses it.
             StateError: it was taken back, or changed, meanwhile.
         """
-        vm = self._fleet.vm(action.vm)
+        vm = self._fleet.control(action.vm)
         try:
-            await vm.cap_settled()
+            await vm.wait_capped()
         except OrchestraError:
             self.holdings.note(attrs.evolve(action, share=None), policy, self._fleet.now())
             raise
-        if vm.cap_of(policy) != action.share:
+        if vm.wanted.cap_of(policy) != action.share:
             raise StateError(f"vm {vm.name!r}: the cap was taken back or changed before it was in force")
 
     def takes_time(self, action: Action) -> bool:
@@ -194,7 +194,7 @@ class FleetExecutor:
 
     def _do(self, action: Action, policy: str | None) -> _Effect | None:
         """Command it. Returns what to await until it has taken effect; None: it has."""
-        vm = self._fleet.vm
+        vm = self._fleet.control
         match action:
             case Throttle() | Unthrottle():
                 self._throttle(action, policy)
@@ -206,24 +206,24 @@ class FleetExecutor:
                 pass  # it says that something was done
             case CapCpu(vm=name, share=share):
                 if share is not None or not self._is_gone(name):  # with the VM went its caps
-                    vm(name).put_cap(policy, share)
+                    vm(name).cap_nowait(policy, share)
             case Isolate(vm=name):
-                vm(name).place(True)
+                vm(name).isolate_nowait(True)
             case Rejoin(vm=name):
-                vm(name).place(False)
+                vm(name).isolate_nowait(False)
             case Pause(vm=name):
-                vm(name).hold()
-                return vm(name).wait_parked
+                vm(name).pause_nowait()
+                return vm(name).wait_paused
             case Resume(vm=name):
-                vm(name).let_go()
+                vm(name).resume_nowait()
             case Stop(vm=name):
                 return self._end(vm(name), action.reason or "stopped by an action")
             case Kill(vm=name):
                 return self._end(vm(name), action.reason or "killed by an action")
         return None
 
-    def _end(self, vm: Vm, reason: str) -> _Effect | None:
-        vm.end(Stopped(reason))
+    def _end(self, vm: VmControl, reason: str) -> _Effect | None:
+        vm.stop_nowait(Stopped(reason))
         if vm.outcome is None:
             return vm.wait_released
         vm.release()  # it had ended by itself
@@ -236,7 +236,7 @@ class FleetExecutor:
             StateError: it would do anything else to that other one.
         """
         launch = None if isinstance(action, Reload) else action.launch
-        found = None if launch is None or action.vm is None else self._fleet.vms.get(action.vm)
+        found = None if launch is None or action.vm is None else self._fleet.controls.get(action.vm)
         if found is None or found.launch == launch:
             return False
         if isinstance(action, Unthrottle) or (isinstance(action, CapCpu) and action.share is None):
@@ -244,10 +244,10 @@ class FleetExecutor:
         raise StateError(f"vm {action.vm!r} is another launch now: {found.launch}, not {launch}")
 
     def _is_gone(self, name: str) -> bool:
-        vm = self._fleet.vms.get(name)
+        vm = self._fleet.controls.get(name)
         return vm is None or vm.outcome is not None
 
-    async def _evict(self, vm: Vm, action: Evict) -> None:
+    async def _evict(self, vm: VmControl, action: Evict) -> None:
         if self._on_evict is None:
             raise StateError("nobody to move it: open the fleet with on_evict=..., which says where VMs go")
         if vm.outcome is not None:
@@ -256,7 +256,7 @@ class FleetExecutor:
             raise StateError(f"vm {vm.name!r} is being evicted already")
         self._leaving.add(vm)
         try:
-            await self._on_evict(vm, action)
+            await self._on_evict(vm.handle, action)
         except Exception as error:  # whatever it is, it is why the VM is still here
             raise StateError(f"on_evict: {type(error).__name__}: {error}") from error
         finally:
@@ -319,11 +319,10 @@ class FleetExecutor:
         if vm is not None:
             if tenant is not None:
                 raise SpecError(f"vm={vm!r}, tenant={tenant!r}: name one of them, or neither for the host")
-            found = self._fleet.vm(vm)
+            found = self._fleet.control(vm)
             if found.outcome is not None:
                 raise StateError(f"vm {vm!r} has ended: it has no limit to change")
-            budget: Budget = found.budget(meter, vcpu)
-            return budget
+            return found.budget(meter, vcpu)
         if vcpu is not None:
             raise SpecError(f"vcpu={vcpu!r}: name its vm as well")
         return self._fleet.budgets(tenant)[meter]

@@ -7,14 +7,14 @@ fleet's nursery ── drain task (ring → channels)
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from types import MappingProxyType
 from typing import Literal
 
 import trio
 
 from ..backend import Backend, Detection
+from ..machine.control import VmControl
 from ..machine.devices.bus import Device
 from ..machine.vm import Vm
 from ..model.actions import Action, Applied, Outcome
@@ -31,6 +31,26 @@ from .watch import Watch
 __all__ = ["Fleet"]
 
 
+class _Handles(Mapping[str, Vm]):
+    """`Fleet.vms`, as it is whenever it is looked at."""
+
+    def __init__(self, controls: Mapping[str, VmControl]) -> None:
+        self._controls = controls
+
+    def __getitem__(self, name: str) -> Vm:
+        handle: Vm = self._controls[name].handle
+        return handle
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._controls)
+
+    def __len__(self) -> int:
+        return len(self._controls)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+
 class Fleet:
     """Opened by `open_fleet`. All methods are for the thread that opened it."""
 
@@ -43,7 +63,7 @@ class Fleet:
     def vms(self) -> Mapping[str, Vm]:
         """The VMs by name. One that ended by itself stays, with its outcome and memory, until it is stopped or another
         is launched under its name."""
-        return MappingProxyType(self._context.vms)
+        return _Handles(self._context.controls)
 
     async def launch(
         self,
@@ -68,7 +88,9 @@ class Fleet:
 
         Cancelled, the VM is given back.
         """
-        return await self._context.supervisor.launch(spec, paused, devices)
+        control = await self._context.supervisor.launch(spec, paused, devices)
+        handle: Vm = control.handle
+        return handle
 
     def vm(self, name: str) -> Vm:
         """The VM of that name.
@@ -76,7 +98,8 @@ class Fleet:
         Raises:
             UnknownVm: there is none.
         """
-        return self._context.vm(name)
+        handle: Vm = self._context.control(name).handle
+        return handle
 
     # ---- exits
 
@@ -217,7 +240,7 @@ class Fleet:
             StateError: it has VMs that have not ended, or it is the one for VMs that name none.
         """
         context = self._context
-        context.tenancy.remove(name, context.vms.values(), context.executor)
+        context.tenancy.remove(name, context.controls.values(), context.executor)
         await trio.lowlevel.checkpoint()
 
     async def set_policies(self, policies: Sequence[Policy | PolicySpec], guard: Guard | None = None) -> None:

@@ -15,9 +15,9 @@ import attrs
 
 from ..backend import Backend
 from ..host.observe import HostReading, HostSignals, ThreadTimes
+from ..machine.control import VmControl
 from ..machine.instance import Instance
 from ..machine.statistics import by_bucket
-from ..machine.vm import Vm
 from ..model.spec import Limit, Meter, Tenant
 from ..native.core import BUCKETS, FleetCore, reason_name
 from ..policy import Facts, VcpuFacts, VmFacts
@@ -52,7 +52,7 @@ class Fleet(Protocol):
 class _Vcpu:
     """A vCPU and what it had done when it was looked at last. Times in nanoseconds."""
 
-    vm: Vm
+    vm: VmControl
     guest: Instance
     index: int
     bus_locks: int = 0
@@ -92,13 +92,13 @@ class Window:
 
     since: int
     reading: HostReading
-    vms: dict[Vm, dict[int, _Sum]] = attrs.field(factory=dict)
-    work: dict[Vm, float] = attrs.field(factory=dict)
-    dirty: dict[Vm, _Dirty] = attrs.field(factory=dict)
+    vms: dict[VmControl, dict[int, _Sum]] = attrs.field(factory=dict)
+    work: dict[VmControl, float] = attrs.field(factory=dict)
+    dirty: dict[VmControl, _Dirty] = attrs.field(factory=dict)
     gone: list[tuple[str, int]] = attrs.field(factory=list)
     users: int = 0
 
-    def of(self, vm: Vm, index: int) -> _Sum:
+    def of(self, vm: VmControl, index: int) -> _Sum:
         """A vCPU's."""
         return self.vms.setdefault(vm, {}).setdefault(index, _Sum())
 
@@ -133,7 +133,7 @@ class Observer:
 
     # ---- who there is
 
-    def add(self, id: int, vm: Vm, guest: Instance, index: int) -> None:
+    def add(self, id: int, vm: VmControl, guest: Instance, index: int) -> None:
         vcpu = self._vcpus[id] = _Vcpu(vm, guest, index)
         if self._threads is None:
             return
@@ -153,13 +153,13 @@ class Observer:
             self.dirty(self.logs.forget(vcpu.vm, vcpu.guest.dirty))
         self._again.discard(id)
 
-    def ended(self, vm: Vm) -> None:
+    def ended(self, vm: VmControl) -> None:
         """A VM has ended for good."""
         self._facts.clear()
         for window in self._windows:
             window.gone.append((vm.name, vm.launch))
 
-    def work(self, vm: Vm, units: float) -> None:
+    def work(self, vm: VmControl, units: float) -> None:
         """A guest got something done, by its own account."""
         self._facts.clear()
         for window in self._windows:
@@ -198,7 +198,7 @@ class Observer:
 
     def _look(self, vcpu: _Vcpu, now: int) -> bool:
         """Whether it is to be looked at the next time, whatever the core says."""
-        exits, locks_so_far, held_so_far, answers_so_far = vcpu.guest.look(vcpu.index, now)
+        exits, locks_so_far, held_so_far, answers_so_far = vcpu.guest.cores.look(vcpu.index, now)
         bus_locks, vcpu.bus_locks = max(0, locks_so_far - vcpu.bus_locks), locks_so_far
         answers, vcpu.answers = max(0, answers_so_far - vcpu.answers), answers_so_far
         held: list[int] | None = None
@@ -259,7 +259,7 @@ class Observer:
     def _capped(self, vcpu: _Vcpu, now: int) -> int | None:
         if not vcpu.vm.was_capped:
             return None
-        held = vcpu.guest.capped(vcpu.index, now)
+        held = vcpu.guest.restraint.capped(vcpu.index, now)
         capped, vcpu.capped = max(0, held - vcpu.capped), held
         return capped
 
@@ -310,7 +310,7 @@ class Observer:
             gone=tuple(window.gone),
         )
 
-    def _vm_facts(self, vm: Vm, sums: Mapping[int, _Sum], work: float | None, dirty: _Dirty | None) -> VmFacts:
+    def _vm_facts(self, vm: VmControl, sums: Mapping[int, _Sum], work: float | None, dirty: _Dirty | None) -> VmFacts:
         seen = self._fleet.bus_locks
         vcpus = tuple(
             VcpuFacts(

@@ -9,7 +9,8 @@ import attrs
 
 from ..backend import Backend, Detection
 from ..machine.budget import Budgets
-from ..machine.vm import Vm, VmStatistics
+from ..machine.control import VmControl
+from ..machine.statistics import VmStatistics
 from ..model.journalspec import JournalStatistics
 from ..model.spec import Limit, Meter, Tenant
 from ..policy import HostFacts
@@ -132,7 +133,7 @@ class Summed(Protocol):
     bus_lock_detection: Detection | None
 
     @property
-    def vms(self) -> Mapping[str, Vm]: ...
+    def controls(self) -> Mapping[str, VmControl]: ...
     @property
     def seats(self) -> Mapping[str, TenantSeat]: ...
     def host_limit(self, meter: Meter) -> Limit | None: ...
@@ -159,8 +160,8 @@ def summarise(fleet: Summed) -> FleetStatistics:
     states: dict[str, int] = {}
     live = dict.fromkeys(seats, 0)
     vcpus = 0
-    for vm in fleet.vms.values():
-        statistics = vm.statistics()
+    for vm in fleet.controls.values():
+        statistics = vm.inspection.statistics()
         sums[vm.tenant].add(statistics)
         states[statistics.state] = states.get(statistics.state, 0) + 1
         if vm.outcome is None:

@@ -8,13 +8,16 @@ from typing import Any, Final, Protocol, TypeAlias
 
 import trio
 
+from ..machine.claims import check_device
 from ..machine.contain import contained
+from ..machine.context import InstanceContext
+from ..machine.control import VmControl
+from ..machine.desired import Desired
 from ..machine.devices.bus import Device
-from ..machine.instance import InstanceContext
-from ..machine.vm import Vm, check_device
-from ..model.actions import Action, Outcome, Pause, SetLimit, State, Stopped, Throttle, Unthrottle
+from ..machine.vm import make_vm
+from ..model.actions import Action, Outcome, SetLimit, State, Stopped, Throttle, Unthrottle
 from ..model.errors import SpecError, StateError, UnknownVm, VmExists
-from ..model.spec import VmSpec
+from ..model.spec import Meter, VmSpec
 from .executor import FleetExecutor
 from .spec import DEFAULT_TENANT
 from .tenancy import Tenancy
@@ -36,7 +39,7 @@ class Context(InstanceContext, Protocol):
     executor: FleetExecutor
     tenancy: Tenancy
 
-    def ended(self, vm: Vm) -> Iterable[Callable[[Vm], object]]:
+    def ended(self, vm: VmControl) -> Iterable[Callable[[VmControl], object]]:
         """What is to be done when a VM has ended for good, each whatever becomes of the others."""
 
 
@@ -44,42 +47,59 @@ class Supervisor:
     """Of one fleet.
 
     Attributes:
-        vms: by name. One that ended by itself stays until it is stopped, or another is launched under its name.
+        controls: the VMs by name. One that ended by itself stays until it is stopped, or another is launched under its
+            name.
         live: how many have not ended.
         launched: how many there were, ever.
         closing: nothing is launched any more.
     """
 
     def __init__(self, context: Context, nursery: trio.Nursery) -> None:
-        self.vms: dict[str, Vm] = {}
+        self.controls: dict[str, VmControl] = {}
         self.live = self.launched = 0
         self.closing = False
         self._context = context
         self._nursery = nursery
 
-    def vm(self, name: str) -> Vm:
+    def control(self, name: str) -> VmControl:
         """The VM of that name.
 
         Raises:
             UnknownVm: there is none.
         """
         try:
-            return self.vms[name]
+            return self.controls[name]
         except (KeyError, TypeError):
-            known = ", ".join(sorted(self.vms)[:NAMED]) or "none"
+            known = ", ".join(sorted(self.controls)[:NAMED]) or "none"
             raise UnknownVm(f"vm={name!r}: no such VM; there are: {known}") from None
 
-    async def launch(self, spec: VmSpec, paused: bool, devices: Claims) -> Vm:
+    async def launch(self, spec: VmSpec, paused: bool, devices: Claims) -> VmControl:
         """As `Fleet.launch`."""
         if not isinstance(spec, VmSpec):
             raise SpecError(f"spec={spec!r}: must be a VmSpec")
+        return await self.admit(spec, Desired.of(spec, paused=paused), devices, "launch(paused=True)")
+
+    async def admit(
+        self, spec: VmSpec, desired: Desired, devices: Claims = (), reason: str = "it arrived"
+    ) -> VmControl:
+        """Set a VM up and run it as it is desired: a launch from a spec, or one that ran before, or elsewhere.
+
+        Parameters:
+            reason: why what holds it back does so from its first moment on, for the journal.
+
+        Raises:
+            SpecError: the record does not fit the spec.
+            VmExists, UnknownTenant, BusLockUnsupported, ResourceLimit, KvmError, StateError: as `Fleet.launch`.
+        """
         self.check_open(f"launch {spec.name!r}")
         context = self._context
         seat = context.tenancy.seat(spec.tenant or DEFAULT_TENANT, spec.name)
-        context.executor.check_seen(spec.limit, f"vm {spec.name!r}: limit")
-        context.executor.check_seen(spec.vcpu_limit, f"vm {spec.name!r}: vcpu_limit")
-        context.backend.check(spec)
-        previous = self.vms.get(spec.name)
+        for placed in desired.limits:
+            if placed.meter is Meter.BUS_LOCKS:
+                field = "limit" if placed.vcpu is None else "vcpu_limit"
+                context.executor.check_seen(placed.limits.in_force, f"vm {spec.name!r}: {field}")
+        context.backend.check(desired.spec(spec))
+        previous = self.controls.get(spec.name)
         if previous is not None and previous.outcome is None:
             raise VmExists(
                 f"name={spec.name!r}: a VM of that name is {previous.state}; stop it, or choose another name"
@@ -88,24 +108,25 @@ class Supervisor:
         for ports, mmio, device in devices:
             check_device(device, ports, mmio)
 
-        vm = Vm(context, spec, seat.tenant.name, (context.tenancy.host, seat.budgets))
+        vm = make_vm(context, spec, seat.tenant.name, (context.tenancy.host, seat.budgets), desired, devices)
         if previous is not None:
             self.drop(previous)
-        self.vms[spec.name] = vm  # the name is taken from now on, whoever launches meanwhile
+        self.controls[spec.name] = vm  # the name is taken from now on, whoever launches meanwhile
         try:
-            await self._nursery.start(self._supervise, vm, devices, paused)
+            await self._nursery.start(self._supervise, vm, desired.actions(vm.name, reason))
         except BaseException:  # if we were cancelled, so was its task, and it is gone
-            if self.vms.get(spec.name) is vm:
-                del self.vms[spec.name]
+            if self.controls.get(spec.name) is vm:
+                del self.controls[spec.name]
             vm.close()
             raise
         self.launched += 1
-        if paused and vm.guest is not None:
+        if desired.paused and vm.guest is not None:
             try:
-                await vm.wait_parked()
+                await vm.wait_paused()
             except trio.Cancelled:
                 with trio.CancelScope(shield=True):  # a kick and a millisecond
-                    await vm.stop("its launch was cancelled")
+                    vm.stop_nowait(Stopped("its launch was cancelled"), journal=True)
+                    await vm.wait_released()
                 raise
         return vm
 
@@ -116,19 +137,19 @@ class Supervisor:
         if self.closing:
             raise StateError(f"can't {what}: the fleet is closing")
 
-    async def _supervise(self, vm: Vm, devices: Claims, paused: bool, *, task_status: Any) -> None:
+    async def _supervise(self, vm: VmControl, held: Iterable[tuple[Action, str | None]], *, task_status: Any) -> None:
         context = self._context
         seat = context.tenancy.seats[vm.tenant]
         seat.live += 1
         self.live += 1
         try:
-            context.changed(vm, State.CREATED, "launched paused" if paused else "launched")
+            context.changed(vm, State.CREATED, "launched paused" if vm.wanted.paused else "launched")
             context.executor.given(vm.budgets, "spec", vm=vm.name, launch=vm.launch)
             for index, budgets in enumerate(vm.vcpu_budgets):
                 context.executor.given(budgets, "spec", vm=vm.name, vcpu=index, launch=vm.launch)
-            if paused:  # before anybody else has a word
-                context.did(Pause(vm=vm.name, reason="launch(paused=True)"))
-            await vm.supervise(devices, paused, task_status=task_status)
+            for action, by in held:  # before anybody else has a word
+                context.did(action, by)
+            await vm.runs.supervise(task_status=task_status)
         finally:
             seat.live -= 1
             self.live -= 1
@@ -138,11 +159,11 @@ class Supervisor:
             if vm.outcome is not None:
                 log.info("vm %s ended: %s", vm.name, vm.outcome)
 
-    def drop(self, vm: Vm) -> None:
+    def drop(self, vm: VmControl) -> None:
         """An ended VM leaves the fleet; its figures stay in the sums."""
-        if self.vms.get(vm.name) is vm:
-            del self.vms[vm.name]
-        self._context.tenancy.seats[vm.tenant].gone.add(vm.statistics())
+        if self.controls.get(vm.name) is vm:
+            del self.controls[vm.name]
+        self._context.tenancy.seats[vm.tenant].gone.add(vm.inspection.statistics())
         vm.close()
 
     def below(self, action: Action) -> int:
@@ -157,7 +178,7 @@ class Supervisor:
 
     async def stop(self, reason: str) -> dict[str, Outcome]:
         """Stop all VMs: all are told first, then awaited. Their outcomes by name."""
-        vms = list(self.vms.values())
+        vms = list(self.controls.values())
         for vm in vms:
-            vm.stop_soon(Stopped(reason))
-        return {vm.name: await vm.stop(reason) for vm in vms}
+            vm.stop_nowait(Stopped(reason), journal=True)
+        return {vm.name: await vm.wait_released() for vm in vms}

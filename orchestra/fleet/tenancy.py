@@ -8,7 +8,7 @@ from typing import Final
 import attrs
 
 from ..machine.budget import Budgets, limits_of, make_budgets
-from ..machine.vm import Vm
+from ..machine.control import VmControl
 from ..model.actions import SetLimit
 from ..model.effects import inverse
 from ..model.errors import SpecError, StateError, UnknownTenant
@@ -95,7 +95,7 @@ class Tenancy:
         self.seat(tenant.name).tenant = tenant
         self._put_limits(tenant, executor, f"change_tenant({tenant.name!r})")
 
-    def remove(self, name: str, vms: Iterable[Vm], executor: FleetExecutor) -> None:
+    def remove(self, name: str, vms: Iterable[VmControl], executor: FleetExecutor) -> None:
         """As `Fleet.remove_tenant`. `vms`: all of the fleet's."""
         seat = self.seat(name)
         if name == DEFAULT_TENANT:

@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 from ..model.spec import Limit, Meter, tightest
 from ..native.core import Bucket, VcpuCore
+from .desired import LimitStack
 
 __all__ = ["HOST", "TENANT", "VCPU", "VM", "Budget", "Budgets", "connect", "limits_of", "make_budgets", "tightest"]
 
@@ -15,35 +16,35 @@ HOST, TENANT, VM, VCPU = range(4)
 
 
 class Budget:
-    """One bucket with its limits."""
+    """One bucket with its limits: `limits` is the one record of them (see `desired`), and the bucket enforces it."""
 
-    __slots__ = ("_throttles", "base", "bucket")
+    __slots__ = ("bucket", "limits")
 
-    def __init__(self, base: Limit | None, now: int) -> None:
+    def __init__(self, limits: LimitStack | Limit | None, now: int) -> None:
         self.bucket = Bucket()
-        self.base = base
-        self._throttles: dict[str | None, Limit] = {}
-        self.bucket.set(base, now)
+        self.put(limits if isinstance(limits, LimitStack) else LimitStack(limits), now)
+
+    @property
+    def base(self) -> Limit | None:
+        """The limit itself, without those that throttle on top of it."""
+        return self.limits.base
 
     @property
     def limit(self) -> Limit | None:
         """What is in force."""
         return self.bucket.limit
 
+    def put(self, limits: LimitStack, now: int) -> None:
+        """Have these limits from now on."""
+        self.limits = limits
+        self.bucket.set(limits.in_force, now)
+
     def set_base(self, limit: Limit | None, now: int) -> None:
-        self.base = limit
-        self._set(now)
+        self.put(self.limits.with_base(limit), now)
 
     def set_throttle(self, by: str | None, limit: Limit | None, now: int) -> None:
         """`by`: who asks (a policy's name; None: a caller). Each has one throttle, and the tightest counts."""
-        if limit is None:
-            self._throttles.pop(by, None)
-        else:
-            self._throttles[by] = limit
-        self._set(now)
-
-    def _set(self, now: int) -> None:
-        self.bucket.set(tightest(self.base, self._throttles.values()), now)
+        self.put(self.limits.with_throttle(by, limit), now)
 
     def close(self) -> None:
         self.bucket.close()
@@ -53,7 +54,7 @@ Budgets: TypeAlias = Mapping[Meter, Budget]
 """One level's budgets, by meter."""
 
 
-def make_budgets(limits: Mapping[Meter, Limit | None], now: int) -> Budgets:
+def make_budgets(limits: Mapping[Meter, LimitStack] | Mapping[Meter, Limit | None], now: int) -> Budgets:
     return {meter: Budget(limits[meter], now) for meter in Meter}
 
 

@@ -1,45 +1,220 @@
-"""What is desired of a VM: one record, which outlives its runs and is put into force at the start of each."""
+"""What is desired of a VM: one frozen record, which outlives its runs.
+
+Whatever holds a VM back, or is switched on for it, is in this record and in no other place. A launch makes it from
+the spec (`Desired.of`). Each start of a run puts it into force, so a restart and a reset need nothing else. A restore,
+or an arrival from another host, hands the record of the VM that was to the one that is made, and the same start puts
+it into force. It is plain data for `codec`, and constructors check it, as it may come from a file or another host.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from typing import Any, Final, TypeVar
+
 import attrs
 
-from ..model.spec import VmSpec
+from ..model.actions import Action, CapCpu, Isolate, Pause, Throttle
+from ..model.errors import SpecError
+from ..model.spec import Limit, Meter, VmSpec, as_meter, check_flag, check_sampling, optional_limit, tightest
 
-__all__ = ["Desired"]
+__all__ = ["UNLIMITED", "AskedCap", "AskedLimit", "Desired", "LimitStack", "PlacedLimits"]
+
+T = TypeVar("T")
 
 
-@attrs.define
+def _check_by(_: object, field: attrs.Attribute[Any], by: object) -> None:
+    if by is not None and not isinstance(by, str):
+        raise SpecError(f"{field.name}={by!r:.200}: must be a policy's name, or None for callers")
+
+
+def _check_share(_: object, field: attrs.Attribute[Any], share: object) -> None:
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0.01 <= share <= 1:
+        raise SpecError(f"{field.name}={share!r:.200}: must be from 0.01 to 1")
+
+
+def _to_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _all_are(kind: type) -> Any:
+    def check(_: object, field: attrs.Attribute[Any], value: object) -> None:
+        if not isinstance(value, tuple) or not all(isinstance(one, kind) for one in value):
+            raise SpecError(f"{field.name}={value!r:.200}: must be of {kind.__name__} only")
+
+    return check
+
+
+def _each_once(what: str, keys: Iterable[object]) -> None:
+    keys = list(keys)
+    if twice := [key for key in keys if keys.count(key) > 1]:
+        raise SpecError(f"{what}: {twice[0]!r} is there twice; leave one of them out")
+
+
+def _flag(_: object, field: attrs.Attribute[Any], value: object) -> None:
+    check_flag(field.name, value)
+
+
+def _is_limit(_: object, field: attrs.Attribute[Any], value: object) -> None:
+    optional_limit(field.name, value)
+
+
+@attrs.frozen
+class AskedCap:
+    """A CPU cap: the part of a CPU that each vCPU may use. `by`: the policy that asks for it; None: a caller."""
+
+    by: str | None = attrs.field(validator=_check_by)
+    share: float = attrs.field(validator=_check_share)
+
+
+@attrs.frozen
+class AskedLimit:
+    """A throttle. `by`: the policy that asks for it; None: a caller."""
+
+    by: str | None = attrs.field(validator=_check_by)
+    limit: Limit = attrs.field(validator=attrs.validators.instance_of(Limit))
+
+
+@attrs.frozen
+class LimitStack:
+    """What limits one thing on one meter.
+
+    Attributes:
+        base: the limit itself, as a spec, a tenant or `set_limit` says it. None: none.
+        throttles: limits on top of it, at most one of each asker. The tightest of all counts.
+    """
+
+    base: Limit | None = attrs.field(default=None, validator=_is_limit)
+    throttles: tuple[AskedLimit, ...] = attrs.field(default=(), converter=_to_tuple, validator=_all_are(AskedLimit))
+
+    def __attrs_post_init__(self) -> None:
+        if len(self.throttles) > 1:
+            _each_once("throttles: by", (one.by for one in self.throttles))
+
+    @property
+    def in_force(self) -> Limit | None:
+        """The tightest. None: nothing limits it."""
+        return tightest(self.base, (one.limit for one in self.throttles)) if self.throttles else self.base
+
+    def with_base(self, limit: Limit | None) -> LimitStack:
+        return attrs.evolve(self, base=limit)
+
+    def with_throttle(self, by: str | None, limit: Limit | None) -> LimitStack:
+        """Once `by` asks for that limit. None: for none any more."""
+        asked = None if limit is None else AskedLimit(by, limit)
+        return attrs.evolve(self, throttles=_replaced(self.throttles, by, asked))
+
+
+UNLIMITED: Final = LimitStack()
+
+
+@attrs.frozen
+class PlacedLimits:
+    """The limits of a VM, or of one of its vCPUs, on one meter.
+
+    Attributes:
+        vcpu: which vCPU. None: all of the VM together.
+    """
+
+    meter: Meter = attrs.field(converter=as_meter)
+    vcpu: int | None = attrs.field()
+    limits: LimitStack = attrs.field(validator=attrs.validators.instance_of(LimitStack))
+
+    @vcpu.validator
+    def _check_vcpu(self, _: object, vcpu: object) -> None:
+        if vcpu is not None and (isinstance(vcpu, bool) or not isinstance(vcpu, int) or vcpu < 0):
+            raise SpecError(f"vcpu={vcpu!r:.200}: must be the number of a vCPU, or None for all of the VM together")
+
+    def __attrs_post_init__(self) -> None:
+        if self.vcpu is not None and self.limits.throttles:
+            raise SpecError(f"vcpu={self.vcpu}, limits: throttles are on a whole VM: name no vCPU")
+
+
+@attrs.frozen(kw_only=True)
 class Desired:
-    """Of one VM. While a run is on, whoever changes it puts the change into force as well; between two runs changing it
+    """Of one VM. Whoever changes it while a run is on puts the change into force as well; between two runs changing it
     is enough. What a start can't put into force, as the host refuses it, is logged and taken out: the record never says
     what is not so.
 
-    Its limits are not here: buckets live as long as their VM (`Budget`, which has both what was set and who throttles).
-
     Attributes:
         paused: its vCPUs run no guest code.
-        caps: the part of a CPU that each vCPU may use, by who asks (a policy's name; None: callers).
+        caps: CPU caps, at most one of each asker. The tightest counts.
         isolated: its vCPUs run on the quarantine CPUs.
         log_dirty: the pages that it writes are logged; None: as its spec says.
         sample_every: one bus lock of so many is sampled; 0: none.
+        limits: by meter, of the VM and of its vCPUs; those that are not here have none.
     """
 
-    paused: bool = False
-    caps: dict[str | None, float] = attrs.field(factory=dict)
-    isolated: bool = False
-    log_dirty: bool | None = None
-    sample_every: int = 0
+    paused: bool = attrs.field(default=False, validator=_flag)
+    caps: tuple[AskedCap, ...] = attrs.field(default=(), converter=_to_tuple, validator=_all_are(AskedCap))
+    isolated: bool = attrs.field(default=False, validator=_flag)
+    log_dirty: bool | None = attrs.field(default=None, validator=attrs.validators.optional(_flag))
+    sample_every: int = attrs.field(default=0)
+    limits: tuple[PlacedLimits, ...] = attrs.field(default=(), converter=_to_tuple, validator=_all_are(PlacedLimits))
+
+    def __attrs_post_init__(self) -> None:
+        check_sampling("sample_every", self.sample_every)
+        if len(self.caps) > 1:
+            _each_once("caps: by", (cap.by for cap in self.caps))
+        if len(self.limits) > 1:
+            _each_once("limits: (meter, vcpu)", ((str(one.meter), one.vcpu) for one in self.limits))
+
+    @classmethod
+    def of(cls, spec: VmSpec, *, paused: bool = False) -> Desired:
+        """Of a VM that is launched from that spec."""
+        places: list[tuple[str, int | None]] = [("", None), *(("vcpu_", index) for index in range(spec.vcpus))]
+        limits = [
+            PlacedLimits(meter, vcpu, LimitStack(limit))
+            for prefix, vcpu in places
+            for meter in Meter
+            if (limit := getattr(spec, prefix + meter.field)) is not None
+        ]
+        return cls(paused=paused, sample_every=spec.sample_every, limits=limits)
+
+    # ---- caps
 
     @property
     def cap(self) -> float | None:
         """The tightest; None: none."""
-        return min(self.caps.values(), default=None)
+        return min((cap.share for cap in self.caps), default=None)
 
-    def caps_with(self, by: str | None, share: float | None) -> dict[str | None, float]:
-        """What `caps` are once `by` asks for that."""
-        caps = {name: cap for name, cap in self.caps.items() if name != by}
-        return caps if share is None else {**caps, by: share}
+    def cap_of(self, by: str | None) -> float | None:
+        """What one asker asked for last; None: for none."""
+        return next((cap.share for cap in self.caps if cap.by == by), None)
+
+    def with_cap(self, by: str | None, share: float | None) -> Desired:
+        """Once `by` asks for that cap. None: for none any more."""
+        asked = None if share is None else AskedCap(by, share)
+        return attrs.evolve(self, caps=_replaced(self.caps, by, asked))
+
+    # ---- limits
+
+    def limits_at(self, meter: Meter, vcpu: int | None = None) -> LimitStack:
+        return next((one.limits for one in self.limits if (one.meter, one.vcpu) == (meter, vcpu)), UNLIMITED)
+
+    def check_for(self, spec: VmSpec) -> None:
+        """Raises:
+        SpecError: it limits vCPUs that a VM of that spec does not have.
+        """
+        for one in self.limits:
+            if one.vcpu is not None and one.vcpu >= spec.vcpus:
+                raise SpecError(f"limits: vcpu={one.vcpu}: vm {spec.name!r} has vCPUs 0 to {spec.vcpus - 1}")
+
+    # ---- what made it so
+
+    def actions(self, vm: str, reason: str) -> Iterator[tuple[Action, str | None]]:
+        """The actions by which such a record comes about, and the policy whose each is (None: a caller's). So whoever
+        held the VM holds it where it arrives, and the journal says so. Limits themselves are given, not done."""
+        if self.paused:
+            yield Pause(vm=vm, reason=reason), None
+        for cap in self.caps:
+            yield CapCpu(vm=vm, share=cap.share, reason=reason), cap.by
+        if self.isolated:
+            yield Isolate(vm=vm, reason=reason), None
+        for placed in self.limits:
+            for asked in placed.limits.throttles:
+                yield Throttle(vm=vm, limit=asked.limit, meter=placed.meter, reason=reason), asked.by
+
+    # ---- memory
 
     def spec(self, spec: VmSpec) -> VmSpec:
         """What the next run is made from."""
@@ -52,3 +227,9 @@ class Desired:
         """Some of the next run's memory will be logged."""
         spec = self.spec(spec)
         return spec.log_dirty or any(region.log_dirty for region in spec.regions)
+
+
+def _replaced(asked: tuple[T, ...], by: str | None, one: T | None) -> tuple[T, ...]:
+    """With this one in the place of what `by` asked for before, at the end; None: with nothing of `by`."""
+    others = tuple(other for other in asked if other.by != by)  # type: ignore[attr-defined]  # both kinds have it
+    return others if one is None else (*others, one)

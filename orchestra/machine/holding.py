@@ -1,20 +1,11 @@
-"""How far a VM is held: from the word "pause" to the moment when its state may be read and saved.
+"""How far a run is held: from the command to pause to the moment when its state may be read and saved.
 
-Each vCPU comes to its levels by itself; the VM is at the lowest that any of them is at. One that has ended counts as
-quiesced.
-
-                   begin()            it is outside the guest,         nothing of an access is left
-                                      and will not enter it            to be done
-       RUNNING ───────────────▶ RUNNING ───────────────▶ PAUSED ───────────────▶ QUIESCED
-          ▲                     (pausing)                   │  ▲                    │
-          │                        │                        │  └─ ...until the answer comes: the kernel then
-          │                        │                        │     completes the access, without a single
-          └──────── end() ─────────┴───────── end() ────────┴──── instruction of the guest's ◀┘ end()
-
-A run that starts paused is QUIESCED from its first moment (`settle`).
+Each vCPU comes to its levels by itself; the run is at the lowest that any of them is at. One that has ended counts as
+quiesced. What that means for the run as a whole, `lifecycle` says, and has the drawing.
 
 *Paused*: no guest code runs. A vCPU may still be in the middle of an access that a device or a task is to answer; when
-the answer comes, registers and memory change. *Quiesced*: nothing is pending; registers and memory stay as they are.
+the answer comes, the kernel completes the access without a single instruction of the guest's, and registers and memory
+change. *Quiesced*: nothing is pending; registers and memory stay as they are.
 """
 
 from __future__ import annotations
@@ -25,6 +16,8 @@ from typing import Literal
 
 import attrs
 import trio
+
+from .lifecycle import Event, Lifecycle
 
 __all__ = ["Holding", "Level", "PendingIo"]
 
@@ -64,7 +57,7 @@ class PendingIo:
 
 
 class Holding:
-    """Of one run of a VM; for the fleet's thread.
+    """Of one run of a VM; for the fleet's thread. It tells the run's `Lifecycle` how far all vCPUs together are.
 
     Attributes:
         number: counts pauses, so that what a vCPU says of one is not taken for another.
@@ -72,30 +65,36 @@ class Holding:
 
     Parameters:
         vcpus: how many.
-        reached: told of a level when the VM comes to it; of the higher one alone if it comes to both at once.
+        reached: told of a level when the run comes to it; of the higher one alone if it comes to both at once.
     """
 
-    def __init__(self, vcpus: int, reached: Callable[[Level], object]) -> None:
+    def __init__(self, vcpus: int, life: Lifecycle, reached: Callable[[Level], object]) -> None:
         self.number = 0
         self.paused = trio.Event()
         self.quiesced = trio.Event()
+        self._life = life
         self._reached = reached
         self._levels = [Level.RUNNING] * vcpus
         self._gone: set[int] = set()
+        self._asked = False
 
     def begin(self) -> None:
         """It is told to pause."""
+        self._life.happen(Event.PAUSE)
+        self._asked = True
         self.number += 1
         self._renew()
 
     def settle(self) -> None:
         """It was told to before any vCPU has run: it is quiesced from its first moment on. Nobody is told of that."""
         self._levels = [Level.QUIESCED] * len(self._levels)
+        self._come_to(Level.QUIESCED)
         self.paused.set()
-        self.quiesced.set()
 
     def end(self) -> None:
         """It may run again. Whoever waits for a pause that is taken back goes on."""
+        self._life.happen(Event.RESUME)
+        self._asked = False  # what a vCPU still says of that pause comes too late
         self.paused.set()
         self.quiesced.set()
         self._renew()
@@ -111,7 +110,7 @@ class Holding:
 
     def come(self, index: int, number: int, level: Level) -> None:
         """A vCPU has come to that level of that pause."""
-        if number == self.number and level > self._levels[index]:
+        if self._asked and number == self.number and level > self._levels[index]:
             self._levels[index] = level
             self._check()
 
@@ -124,15 +123,34 @@ class Holding:
         """How far that vCPU is."""
         return self._levels[index]
 
+    def has_gone(self, index: int) -> bool:
+        """That vCPU has ended."""
+        return index in self._gone
+
+    @property
+    def all_gone(self) -> bool:
+        return len(self._gone) == len(self._levels)
+
     def _check(self) -> None:
         alive = [level for index, level in enumerate(self._levels) if index not in self._gone]
-        lowest = min(alive, default=Level.QUIESCED)
+        if not alive:
+            self.close()
+            return
+        lowest = min(alive)
         fresh = [
             level
             for level, event in ((Level.PAUSED, self.paused), (Level.QUIESCED, self.quiesced))
             if lowest >= level and not event.is_set()
         ]
         for level in fresh:
-            (self.paused if level is Level.PAUSED else self.quiesced).set()
-        if fresh and alive:
+            self._come_to(level)
+        if fresh:
             self._reached(fresh[-1])
+
+    def _come_to(self, level: Level) -> None:
+        if level is Level.PAUSED:
+            self._life.happen(Event.PARKED)
+            self.paused.set()
+        else:
+            self._life.happen(Event.SETTLED)
+            self.quiesced.set()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Final
+from typing import Any, Final
 
 import attrs
 
@@ -13,7 +13,7 @@ from ..model.spec import Limit
 from ..native.core import BUCKETS, Counters
 from .holding import PendingIo
 
-__all__ = ["ZERO", "VcpuStatistics", "VmStatistics", "add", "add_names", "by_bucket"]
+__all__ = ["ZERO", "VcpuStatistics", "VmStatistics", "add", "add_names", "by_bucket", "of_vcpu", "sums"]
 
 
 @attrs.frozen
@@ -85,6 +85,35 @@ class VmStatistics:
     vcpus: tuple[VcpuStatistics, ...]
     pending: tuple[PendingIo, ...] = ()
     throttled_by: Mapping[str, float] = attrs.field(factory=dict, hash=False)
+
+
+def of_vcpu(index: int, state: State, counted: Counters, seen: bool) -> VcpuStatistics:
+    """`seen`: the fleet sees bus locks."""
+    return VcpuStatistics(
+        index=index,
+        state=state,
+        throttled=counted.throttled_since is not None,
+        bus_locks=counted.bus_locks if seen else None,
+        throttled_seconds=counted.throttled / 1e9,
+        waits=counted.waits,
+        released=counted.released,
+        exits=counted.exits,
+        unclaimed=counted.unclaimed,
+        answers=counted.answers,
+        missed=counted.missed,
+        kicks=counted.kicks,
+    )
+
+
+def sums(vcpus: Sequence[VcpuStatistics], seen: bool) -> dict[str, Any]:
+    """Those fields of a `VmStatistics` that are sums over its vCPUs, by name."""
+    numbers = ("throttled_seconds", "waits", "released", "unclaimed", "answers", "missed", "kicks")
+    return {
+        "throttled": any(vcpu.throttled for vcpu in vcpus),
+        "bus_locks": sum(vcpu.bus_locks or 0 for vcpu in vcpus) if seen else None,
+        "exits": add_names(vcpu.exits for vcpu in vcpus),
+        **{name: sum(getattr(vcpu, name) for vcpu in vcpus) for name in numbers},
+    }
 
 
 def by_bucket(held: Iterable[Sequence[int]]) -> dict[str, float]:

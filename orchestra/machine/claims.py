@@ -1,0 +1,57 @@
+"""Which addresses of a VM its user's devices and tasks have claimed. Claims outlive runs: each run takes them over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from ..model.errors import SpecError
+from .devices.bus import Device, Handler
+from .devices.requests import Requests
+
+__all__ = ["Claims", "check_device", "check_ranges"]
+
+Claim = tuple[range | None, range | None, Handler]
+"""Ports, MMIO addresses, and who answers there."""
+
+
+def check_ranges(ports: range | None, mmio: range | None) -> None:
+    if ports is None and mmio is None:
+        raise SpecError("ports=None, mmio=None: name the ports or the MMIO addresses to claim, as ranges")
+
+
+def check_device(device: object, ports: range | None, mmio: range | None) -> None:
+    """Check a device of the user's own, before it is claimed for."""
+    if not isinstance(device, Device):
+        raise SpecError(f"device={device!r}: must have read(offset, size) and write(offset, size, value)")
+    check_ranges(ports, mmio)
+
+
+class Claims:
+    """Of one VM."""
+
+    def __init__(self, devices: Iterable[tuple[range | None, range | None, Device]] = ()) -> None:
+        self._devices = list(devices)
+        self._requests: dict[Requests, tuple[range | None, range | None]] = {}
+
+    def __iter__(self) -> Iterator[Claim]:
+        yield from self._devices
+        for requests, (ports, mmio) in self._requests.items():
+            yield ports, mmio, requests
+
+    def add_device(self, ports: range | None, mmio: range | None, device: Device) -> None:
+        self._devices.append((ports, mmio, device))
+
+    def add_requests(self, ports: range | None, mmio: range | None, requests: Requests) -> None:
+        self._requests[requests] = ports, mmio
+
+    def remove_requests(self, requests: Requests) -> None:
+        del self._requests[requests]
+
+    def requests(self) -> tuple[Requests, ...]:
+        return tuple(self._requests)
+
+    def reset_devices(self) -> None:
+        """Another run is about to begin: each device that wants to know is told, once, however much it has claimed."""
+        for device in {id(device): device for _, _, device in self._devices}.values():
+            if callable(reset := getattr(device, "reset", None)):
+                reset()

@@ -1,0 +1,302 @@
+"""A VM as its fleet's own parts see it: what executor, fleet and observer do with it. Its users have a `Vm`.
+
+Each thing is done in one place: something is *commanded* by a method that does not wait (`..._nowait`), and journaled
+by whoever asked for it, so that a caller's word and a policy's are told apart. What is to come of a command may be
+waited for (`wait_...`), by those who want to.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from functools import partial
+from typing import Any, Final
+
+import attrs
+import trio
+
+from ..model.actions import CapCpu, Outcome, Rejoin, State, Stop, Stopped
+from ..model.errors import BusLockUnsupported, OrchestraError, StateError
+from ..model.spec import Meter, VmSpec, check_sampling
+from ..profile import Samples
+from .budget import Budget, Budgets, make_budgets
+from .claims import Claims, check_ranges
+from .context import REFUSED, InstanceContext
+from .desired import UNLIMITED, Desired, PlacedLimits
+from .devices.bus import Device, Handler
+from .devices.console import Console
+from .holding import Level
+from .inspection import Inspection, check_vcpu
+from .instance import Instance
+from .lifecycle import state_of
+from .runs import Runs
+
+__all__ = ["VmControl"]
+
+log: Final = logging.getLogger("orchestra")
+
+PATIENCE: Final = 5.0
+"""Seconds until a pause that waits for a device or a task is logged, and then again after twice that: a device that
+works answers within milliseconds, and who reads the log needs to hear of a hang once, not each second."""
+
+
+class VmControl:
+    """Of one VM; for the fleet's thread. Methods that wait are checkpoints.
+
+    Attributes:
+        handle: its `Vm`, which is made from this.
+        launch: its number in the fleet, which no other VM ever has.
+        budgets, vcpu_budgets: what limits it, and each of its vCPUs.
+        claims: of its user's devices and tasks.
+        wanted: what is desired of it, but for its limits: each budget has its own part of the record. `desired` is the
+            whole record.
+        samples: which of its instructions locked the bus, in all runs.
+        inspection: what can be read of it.
+        runs: its task, its present run, and what came of those before.
+        was_capped: it was, at some time.
+
+    Parameters:
+        above: budgets of the host and of the tenant.
+        desired: what is desired of it from its first moment on: what the spec says (`Desired.of`), or, of a VM that
+            ran before or elsewhere, what was desired of that one.
+        devices: its user's own.
+    """
+
+    handle: Any
+
+    def __init__(
+        self,
+        house: InstanceContext,
+        spec: VmSpec,
+        tenant: str,
+        above: tuple[Budgets, Budgets],
+        desired: Desired,
+        devices: Iterable[tuple[range | None, range | None, Device]] = (),
+    ) -> None:
+        desired.check_for(spec)
+        now = house.backend.now()
+        self.house = house
+        self.spec = spec
+        self.name = spec.name
+        self.tenant = tenant
+        self.launch = house.next_id()
+        self.console = Console(house.post)
+        self.claims = Claims(devices)
+        self.samples = Samples()
+        self.was_capped = desired.cap is not None
+        self.budgets = make_budgets({meter: desired.limits_at(meter) for meter in Meter}, now)
+        self.vcpu_budgets = [
+            make_budgets({meter: desired.limits_at(meter, vcpu) for meter in Meter}, now) for vcpu in range(spec.vcpus)
+        ]
+        self.wanted = attrs.evolve(desired, limits=())
+        self._released = False
+        self.inspection = Inspection(self)
+        self.runs = Runs(house, self, [(*above, self.budgets, budgets) for budgets in self.vcpu_budgets])
+
+    def __repr__(self) -> str:
+        return f"<VmControl {self.name!r} {self.state}>"
+
+    # ---- state
+
+    @property
+    def outcome(self) -> Outcome | None:
+        return self.runs.outcome
+
+    @property
+    def guest(self) -> Instance | None:
+        return self.runs.guest
+
+    @property
+    def state(self) -> State:
+        guest = self.runs.guest
+        life = None if guest is None else guest.life
+        return state_of(self.runs.outcome, life, paused=self.wanted.paused, waits=bool(self.runs.waits))
+
+    @property
+    def desired(self) -> Desired:
+        """What is desired of it now, all of it."""
+        places: list[tuple[int | None, Budgets]] = [(None, self.budgets), *enumerate(self.vcpu_budgets)]
+        limits = tuple(
+            PlacedLimits(meter, vcpu, budget.limits)
+            for vcpu, budgets in places
+            for meter, budget in budgets.items()
+            if budget.limits != UNLIMITED
+        )
+        return attrs.evolve(self.wanted, limits=limits)
+
+    def _want(self, **changes: Any) -> None:
+        self.wanted = attrs.evolve(self.wanted, **changes)
+
+    def made(self) -> Instance:
+        """Its present run, or its last.
+
+        Raises:
+            StateError: it has none yet.
+        """
+        if self.runs.guest is None:
+            raise StateError(f"vm {self.name!r} is still being set up")
+        return self.runs.guest
+
+    def alive(self, verb: str) -> Instance:
+        """Its present run, to do something to it.
+
+        Raises:
+            StateError: it has none yet, or the VM has ended.
+        """
+        if self.outcome is not None or self.runs.guest is None:
+            raise StateError(f"can't {verb} vm {self.name!r}: it is {self.state}")
+        return self.runs.guest
+
+    def became(self, reason: str) -> None:
+        """Journal the state that it came into."""
+        self.house.changed(self, self.state, reason)
+
+    # ---- pauses
+
+    def pause_nowait(self) -> None:
+        """Each vCPU is held when it leaves the guest; another command may come meanwhile."""
+        guest = self.alive("pause")
+        if not self.wanted.paused:
+            self._want(paused=True)
+            guest.pausing.pause()
+            if self.runs.waits:  # there is nothing to hold, and nobody will say that it is
+                self.became(self.runs.waits)
+
+    async def wait_paused(self) -> None:
+        """Until no guest code runs, or the pause is taken back, or it has ended."""
+        with self.house.core.urgently():
+            await self.made().holding.paused.wait()
+
+    async def wait_quiesced(self) -> None:
+        """And until nothing of an access is left to be done, or the pause is taken back, or it has ended."""
+        quiesced, patience = self.made().holding.quiesced, PATIENCE  # of this pause, whatever comes
+        await self.wait_paused()
+        while not quiesced.is_set():
+            with trio.move_on_after(patience):
+                await quiesced.wait()
+                return
+            what = "; ".join(map(str, self.inspection.pending)) or "a vCPU completes an access"
+            log.warning("vm %s: a pause has waited for %.0f s or more: %s", self.name, patience, what)
+            patience *= 2
+
+    def resume_nowait(self) -> None:
+        guest = self.alive("resume")
+        if self.wanted.paused:
+            self._want(paused=False)
+            guest.pausing.resume()
+            self.became(self.runs.waits or "resumed")
+
+    def on_held(self, level: Level) -> None:
+        if self.wanted.paused and self.outcome is None:
+            self.became("; ".join(map(str, self.inspection.pending)) if level is Level.PAUSED else "")
+
+    # ---- its end
+
+    def stop_nowait(self, outcome: Stopped, *, journal: bool = False) -> None:
+        """Have it end, its restarts included.
+
+        Parameters:
+            journal: a caller said so, and not by an action: journal it, if nobody said so before.
+        """
+        if self.runs.stop(outcome) and journal:
+            self.house.did(Stop(vm=self.name, reason=outcome.reason))
+
+    @property
+    def stopping(self) -> bool:
+        """Somebody wants it to stop."""
+        return self.runs.stop_reason is not None
+
+    async def wait_released(self) -> Outcome:
+        """After `stop_nowait`: until nothing of it is left."""
+        with self.house.core.urgently():
+            await self.runs.ended.wait()
+        self.release()  # its task does so too, but one that had ended by itself has none left
+        await self.runs.wait_unmapped()
+        assert self.outcome is not None
+        return self.outcome
+
+    def release(self) -> None:
+        """It has ended: leave the fleet and give the memory back."""
+        if not self._released:
+            self._released = True
+            self.house.released(self)
+
+    def close(self) -> None:
+        """It left the fleet: give its memory back, and free its buckets."""
+        self._released = True
+        self.runs.close()
+        for budgets in (self.budgets, *self.vcpu_budgets):
+            for budget in budgets.values():
+                budget.close()
+
+    # ---- what holds it back
+
+    def budget(self, meter: Meter, vcpu: int | None) -> Budget:
+        """The one that limits all of it, or a vCPU."""
+        return self.budgets[meter] if vcpu is None else self.vcpu_budgets[check_vcpu(self.spec, vcpu)][meter]
+
+    def cap_nowait(self, by: str | None, share: float | None) -> None:
+        """As `Vm.cap_cpu`, of whoever asks (a policy's name; None: a caller)."""
+        wanted = self.wanted.with_cap(by, share)
+        if self.wanted.cap_of(by) != share:
+            self.alive("cap the CPU of").restraint.cap_cpu(wanted.cap)
+            self._want(caps=wanted.caps)
+            self.was_capped = True
+
+    async def wait_capped(self) -> None:
+        """Until the cap that was put is in force; no checkpoint if it is.
+
+        Raises:
+            ResourceLimit: it can't be; no cap is.
+        """
+        if self.runs.guest is not None:
+            await self.runs.guest.restraint.caps.settled()
+
+    def on_cap_failed(self, error: OrchestraError) -> None:
+        log.error("vm %s is not capped any more: %s", self.name, error)
+        caps = self.wanted.caps
+        self._want(caps=())
+        for cap in caps:  # or the journal would have them in force for ever
+            self.house.did(CapCpu(vm=self.name, share=None, reason=f"{REFUSED}: {error}"), cap.by)
+
+    def isolate_nowait(self, on: bool) -> None:
+        """As `Vm.isolate`."""
+        guest = self.alive("isolate" if on else "let in")
+        if on != self.wanted.isolated:
+            guest.restraint.isolate(on)
+            self._want(isolated=on)
+
+    def on_isolation_failed(self, error: OrchestraError) -> None:
+        log.error("vm %s is not isolated any more: %s", self.name, error)
+        self._want(isolated=False)
+        self.house.did(Rejoin(vm=self.name, reason=f"{REFUSED}: {error}"))
+
+    # ---- what is switched on for it
+
+    async def log_dirty(self, on: bool) -> None:
+        """As `Vm.log_dirty`."""
+        async with self.runs.logging:
+            guest, workers = self.alive("log the memory of"), self.house.workers
+            dirty, backend = guest.dirty, self.house.backend.name
+            if dirty is None:
+                raise StateError(f"can't log the memory of vm {self.name!r}: not supported by this backend ({backend})")
+            if not guest.life.has_ended:
+                # The kernel goes through its page tables: milliseconds for gigabytes.
+                await workers.run(partial(dirty.log, on), workers.dirty)
+                if not guest.life.has_ended:
+                    self.house.logged(guest)
+            self._want(log_dirty=on)
+
+    def set_sampling(self, every: int) -> None:
+        """As `Vm.set_sampling`."""
+        check_sampling("every", every)
+        if every and not self.house.bus_locks:
+            raise BusLockUnsupported(f"vm {self.name!r}: this fleet does not see bus locks: there is nothing to sample")
+        self._want(sample_every=every)
+        if self.runs.guest is not None:
+            self.runs.guest.cores.sample(every)
+
+    def claim(self, ports: range | None, mmio: range | None, handler: Handler) -> None:
+        """Have a device or a task answer there, in this run."""
+        check_ranges(ports, mmio)
+        self.alive("claim addresses of").buses.claim(ports, mmio, handler)

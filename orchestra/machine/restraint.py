@@ -1,0 +1,81 @@
+"""What holds a run's vCPU threads back from the host's CPUs: caps, and the quarantine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+from ..host.control.caps import Caps, CgroupCaps, RunLoopCaps
+from ..model.errors import OrchestraError, StateError
+from ..native.core import VcpuCore
+from .context import InstanceContext
+from .lifecycle import Lifecycle
+from .vcpu import Vcpu
+
+__all__ = ["Restraint", "make_caps"]
+
+
+def make_caps(
+    house: InstanceContext,
+    name: str,
+    cores: Sequence[VcpuCore],
+    ask: Callable[[int, Callable[[], None]], object],
+    post: Callable[..., object],
+    failed: Callable[[OrchestraError], object],
+) -> Caps:
+    """What keeps CPU caps in this fleet; parameters as of `CgroupCaps`."""
+    if house.cpu_cgroup is None:
+        return RunLoopCaps(cores)
+    return CgroupCaps(house.cpu_cgroup, name, ask, post, failed)
+
+
+class Restraint:
+    """Of one run. `vcpus`: filled while the machine is built."""
+
+    def __init__(self, house: InstanceContext, name: str, life: Lifecycle, vcpus: Sequence[Vcpu], caps: Caps) -> None:
+        self.caps = caps
+        self._house = house
+        self._name = name
+        self._life = life
+        self._vcpus = vcpus
+
+    def cap_cpu(self, share: float | None) -> None:
+        """Let each vCPU's thread use that part of a CPU from now on; None: all of it.
+
+        Raises:
+            StateError: it has no threads.
+            ResourceLimit: the host has nothing left for it, or refuses it.
+        """
+        with self._threads("cap the CPU of") as threads:
+            if not self._life.has_ended:
+                self.caps.put(share, threads)
+
+    def capped(self, index: int, now: int) -> int:
+        """Nanoseconds that a cap held that vCPU so far."""
+        return 0 if self._life.has_ended else self.caps.held(index, now)
+
+    def isolate(self, on: bool) -> None:
+        """Have the vCPUs' threads run on the quarantine CPUs only, or wherever the others do.
+
+        Raises:
+            StateError: it has no threads.
+            ResourceLimit: this host has no CPU to spare.
+        """
+        with self._threads("isolate" if on else "let in") as threads:
+            if on:
+                self._house.quarantine.confine(threads.values())
+            else:
+                self._house.quarantine.free(threads.values())
+
+    @contextmanager
+    def _threads(self, verb: str) -> Iterator[dict[int, int]]:
+        """The kernel's numbers of its vCPUs' threads, by vCPU; of those that have not ended. None of them ends within
+        the block, or its number could be a stranger's by the time it is used."""
+        if not all(vcpu.engine.threaded for vcpu in self._vcpus):
+            name = self._house.backend.name
+            raise StateError(
+                f"can't {verb} vm {self._name!r}: not supported by this backend ({name}), it has no threads"
+            )
+        with ExitStack() as stack:
+            numbers = {vcpu.index: stack.enter_context(vcpu.living()) for vcpu in self._vcpus}
+            yield {index: tid for index, tid in numbers.items() if tid is not None}
