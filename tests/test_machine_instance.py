@@ -25,7 +25,7 @@ from orchestra.backend.kvm.vm import KvmVm
 from orchestra.backend.memory import Region
 from orchestra.backend.scripted import hlt
 from orchestra.fleet.channels import Dispatcher
-from orchestra.fleet.fleet import Fleet
+from orchestra.fleet.context import FleetContext
 from orchestra.fleet.observer import Observer
 from orchestra.host.control.caps import RunLoopCaps
 from orchestra.machine import workers
@@ -410,10 +410,10 @@ STEPS = [
     (KvmMachine, "close"),
     (KvmVm, "close"),
     (DirtyLog, "close"),
-    (Fleet, "retire"),
-    (Fleet, "released"),
-    (Fleet, "changed"),
-    (Fleet, "_write_profile"),
+    (FleetContext, "retire"),
+    (FleetContext, "released"),
+    (FleetContext, "changed"),
+    (FleetContext, "_write_profile"),
     (Observer, "ended"),
     (Observer, "forget"),
     (Dispatcher, "retire"),
