@@ -4,7 +4,7 @@
 #   windows   aio/, colours, doctor, figures, journal/, replay/, rules/, simulate/, testing/, tomlfile   see, steer it
 #   house     opening, fleet, statistics, governor, activity, dirty, apply, record, subscription, watch   many VMs
 #   machine   vm, desired, succession, counted, guest, holding, vcpu, inbox   one VM: its tasks, its states
-#   parts     actuators/, devices/, boot/, budget, contain, profile/, signals/, workers   what a guest sees, uses, did
+#   parts     actuators/, devices/, boot/, budget, contain, hostbudget, profile/, signals/, workers   what a guest uses
 #   silicon   backend/ (kvm, emulated, scripted), memory, native/   what executes a guest
 #   words     errors, extras, spec, exits, actions, effects, codec, policy/   plain data and pure functions
 #
@@ -86,6 +86,7 @@ from .exits import (
 )
 from .fleet import Fleet
 from .holding import PendingIo
+from .hostbudget import HostBudget, HostBudgetStatistics
 from .opening import open_fleet
 from .policy import (
     CPU_MODELS,
@@ -169,6 +170,8 @@ __all__ = [
     "GuestMemoryError",
     "Halted",
     "Hlt",
+    "HostBudget",
+    "HostBudgetStatistics",
     "HostFacts",
     "Hypercall",
     "Hyperv",

@@ -99,6 +99,7 @@ class Fleet:
         self._switchboard.on_change(self._retell)
         self._switchboard.on_talk(self._talked)
         self._guests: dict[int, Guest] = {}  # by the ids of their cores
+        self._host_changes = -1  # of the host's budget, as far as the journal has them
 
     # ---- VMs
 
@@ -591,11 +592,19 @@ class Fleet:
         """What was seen in an interval; where there is a probe and no journal, the statistics have the last one."""
         recorder = self._records.recorder
         if recorder is not None:
+            self._write_host_budget()
             recorder.aggregate(facts)
             for seen in facts.vms.values():
                 vm = self._vms.get(seen.name)
                 if seen.bus_locks and vm is not None and vm.launch == seen.launch:
                     self._write_profile(vm)
+
+    def _write_host_budget(self) -> None:
+        """Its limits, if another process, or this one, has changed them."""
+        shared = self.core.shared
+        if shared is not None and (changes := shared.changes()) != self._host_changes:
+            self._host_changes = changes  # first: what changes while it is read is read once more
+            self._applier.given_host(shared)
 
     def _write_profile(self, vm: Vm) -> None:
         recorder, guest = self._records.recorder, vm.guest
@@ -604,6 +613,7 @@ class Fleet:
 
     def start(self, observed: float | None) -> None:
         """Start its own tasks. `observed`: seconds between two aggregates; None: nobody wants them."""
+        self._write_host_budget()
         self._applier.given(self._budgets, "open_fleet")
         for name, seat in self._tenants.items():
             self._applier.given(seat.budgets, "open_fleet", tenant=name)

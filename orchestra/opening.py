@@ -19,6 +19,7 @@ from .backend.picking import Asked
 from .budget import make_budgets
 from .errors import BusLockUnsupported, SpecError
 from .fleet import DEFAULT_TENANT, Fleet
+from .hostbudget import HostBudget
 from .native.core import FleetCore
 from .policy import Guard, Policy
 from .policy.state import check_policies
@@ -81,6 +82,7 @@ async def open_fleet(
     limit: Limit | None = None,
     exit_limit: Limit | None = None,
     answer_limit: Limit | None = None,
+    host_budget: HostBudget | None = None,
     tenants: Mapping[str, Limit | Tenant | None] | Iterable[Tenant] = (),
     policies: Iterable[Policy] = (),
     bus_locks: Literal["require", "auto", "off"] = "auto",
@@ -101,9 +103,12 @@ async def open_fleet(
         backend: "auto", "kvm", "emulated", "scripted", or a Backend object. "auto" is KVM where /dev/kvm opens, else
             emulated. Where these arguments need bus locks to be seen (a limit on them, a policy for them,
             bus_locks="require") and KVM reports none, it is emulated as well. `Fleet.backend.why` says which and why.
-        limit: the host's: bus locks per second of all VMs together; None: only counted.
+        limit: the host's: bus locks per second of all VMs together; None: only counted. With a `host_budget`, the
+            fleet's.
         exit_limit: the same for exits of any kind.
         answer_limit: the same for accesses that Python answers. (Each VM has a limit of its own by default.)
+        host_budget: the host's, shared with fleets of other processes, above all of this fleet's own limits. It stays
+            open when the fleet ends. Only where guests run on threads: scripts have a clock of their own.
         tenants: by name, each a `Tenant`, a `Limit`, or None; or `Tenant` objects. VMs that name none belong to
             "default", which may be given here as well.
         policies: asked at each of their ticks; see `orchestra.policy`.
@@ -134,12 +139,16 @@ async def open_fleet(
     if cap_by not in ("run-loop", "cgroup"):
         raise SpecError(f'cap_by={cap_by!r}: must be "run-loop" or "cgroup"')
     _check(guard, journal, journal_interval)
+    if host_budget is not None and not isinstance(host_budget, HostBudget):
+        raise SpecError(f"host_budget={host_budget!r}: must be a HostBudget (`create` or `attach`), or None")
     optional_limit("limit", limit)
     optional_limit("exit_limit", exit_limit)
     optional_limit("answer_limit", answer_limit)
     named = _as_tenants(tenants)
     seats = check_policies(policies)
     limits = {"limit": limit, **{f"tenants[{name!r}]": tenant.limit for name, tenant in named.items()}}
+    if host_budget is not None:
+        limits["host_budget"] = host_budget.limit
     asking = [what for what, given in limits.items() if given is not None]
     asking += [f"policy {p.name!r}" for p in seats if getattr(p, "meter", None) is Meter.BUS_LOCKS]
     asked = next(iter(asking), "")
@@ -150,6 +159,11 @@ async def open_fleet(
     needed = asked or ("bus_locks='require'" if bus_locks == "require" else "")
     opened = choose(backend, Asked(needed))
     log.info("backend %s", opened.why)
+    if host_budget is not None and not opened.blocking:
+        raise SpecError(
+            f"host_budget: backend {opened.name} has a clock of its own, which other processes don't share; leave it "
+            "out, or take backend='kvm' or 'emulated'"
+        )
     core: FleetCore | None = None
     host: HostSignals | None = None
     begun = False
@@ -161,6 +175,8 @@ async def open_fleet(
             cpu_cgroup = CpuCgroup(folder) if cap_by == "cgroup" else None
             isolated = None if quarantine_class is None else ControlGroup(Path(quarantine_class))
         core = FleetCore()
+        if host_budget is not None:
+            core.share(host_budget.buckets)
         silent = None if opened.blocking else NO_HOST
         host = HostSignals(
             probe=probe, cgroup=folder, isolated=None if isolated is None else isolated.folder, silent=silent

@@ -22,6 +22,7 @@ from typing import Literal
 from .. import opening, vm as machine
 from ..actions import Evict
 from ..backend import Backend
+from ..hostbudget import HostBudget
 from ..policy import Guard, Policy
 from ..record import Recorder
 from ..spec import Limit, Tenant
@@ -46,6 +47,7 @@ async def open_fleet(
     limit: Limit | None = None,
     exit_limit: Limit | None = None,
     answer_limit: Limit | None = None,
+    host_budget: HostBudget | None = None,
     tenants: Mapping[str, Limit | Tenant | None] | Iterable[Tenant] = (),
     policies: Iterable[Policy] = (),
     bus_locks: Literal["require", "auto", "off"] = "auto",
@@ -71,7 +73,8 @@ async def open_fleet(
             way, or that are blocked for long. Calls that do not wait then take a hop as well. Without it, all fleets of
             a loop share one trio run.
         on_evict: as `orchestra.open_fleet`, and an asyncio function.
-        backend, limit, exit_limit, answer_limit, tenants, policies, bus_locks, strict: as `orchestra.open_fleet`.
+        backend, limit, exit_limit, answer_limit, host_budget, tenants: as `orchestra.open_fleet`.
+        policies, bus_locks, strict: as `orchestra.open_fleet`.
         guard, journal, journal_interval, probe, cgroup, cap_by: as `orchestra.open_fleet`.
         quarantine, quarantine_class: as `orchestra.open_fleet`.
 
@@ -92,6 +95,7 @@ async def open_fleet(
             limit=limit,
             exit_limit=exit_limit,
             answer_limit=answer_limit,
+            host_budget=host_budget,
             tenants=tenants,
             policies=policies,
             bus_locks=bus_locks,
