@@ -137,36 +137,37 @@ class Survived:
     after: Left
 
 
-async def survive(name: str, kills: int, seconds: float, *, windows: int = 1, seed: int = 1) -> Survived:
+async def survive(name: str, kills: int, seconds: float, *, rate: float = RATE, windows: int = 1) -> Survived:
     """Kill a process that shares a budget with this one, so many times, wherever it is.
 
     Parameters:
         name: of the kind of guests.
         seconds: to measure the rate for, afterwards.
+        rate: the budget.
         windows: how often, until it is within 1 %: for a machine that has much else to do.
     """
-    kind, chance, slowest = KINDS[name], random.Random(seed), 0.0
+    kind, chance, slowest = KINDS[name], random.Random(1), 0.0
     before = Left.now()
-    with kind.create() as shared:
+    with kind.create(rate) as shared:
         async with greedy(kind, shared) as fleet, sharer(shared, name, "restless") as other:
             for _ in range(kills):
                 pid = int(await other.ask("fork"))
                 await trio.sleep(chance.random() * kind.life)
                 os.kill(pid, signal.SIGKILL)
                 assert int(await other.ask("reap")) == signal.SIGKILL
-                slowest = max(slowest, await _turn(kind, shared, fleet))
+                slowest = max(slowest, await _turn(kind, shared, rate, fleet))
             did: list[float] = []
             for _ in range(windows):
                 begin = monotonic_ns() / 1e9 + SETTLE
                 did = await rates(kind, fleet, begin, begin + seconds)
-                if abs(sum(did) / RATE - 1) <= 0.01 and jain(did) >= 0.99:
+                if abs(sum(did) / rate - 1) <= 0.01 and jain(did) >= 0.99:
                     break
-    return Survived(kills, slowest, sum(did) / RATE, jain(did), before, Left.now())
+    return Survived(kills, slowest, sum(did) / rate, jain(did), before, Left.now())
 
 
-async def _turn(kind: Kind, shared: orc.HostBudget, fleet: orc.Fleet) -> float:
+async def _turn(kind: Kind, shared: orc.HostBudget, rate: float, fleet: orc.Fleet) -> float:
     """Set the limit, whatever the dead one left; how long it takes until each vCPU of ours had a turn."""
-    kind.limit(shared, RATE)
+    kind.limit(shared, rate)
     since, before = trio.current_time(), counts(kind, fleet)
     with trio.fail_after(PATIENCE):
         # Looked at again and again: what a vCPU does within its limit is told to nobody.

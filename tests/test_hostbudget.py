@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -353,7 +354,8 @@ async def test_one_that_is_killed_leaves_the_other_its_exact_rate_of_bus_locks()
 
 
 async def outlives(name: str, kills: int) -> None:
-    found = await survive(name, kills, 1.0, windows=8)
+    # A rate at which a busy machine has 200 ms to give each vCPU its turn, and windows until one was left in peace.
+    found = await survive(name, kills, 2.0, rate=500, windows=10)
     assert found.rate == pytest.approx(1.0, abs=0.01)
     assert found.jain >= 0.99
     assert found.after == found.before
