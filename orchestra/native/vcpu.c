@@ -231,13 +231,12 @@ orc_ns orc_account(orc_vcpu *v, struct orc_record *record, orc_ns now, bool tell
 	v->accesses = 1;
 	if (waits) {
 		at = turn(v, &by_tokens, &slowest);
-		waits = at > now;
-		if (!waits)
+		v->waiting = at > now;
+		if (!v->waiting) {
+			leave(v);
 			at = ORC_NEVER;
+		}
 	}
-	v->waiting = waits;
-	if (!waits)
-		leave(v);
 	v->wait_counted = false;
 
 	if (tells) {
