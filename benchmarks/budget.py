@@ -162,6 +162,9 @@ async def survive(name: str, kills: int, seconds: float, *, rate: float = RATE, 
                 did = await rates(kind, fleet, begin, begin + seconds)
                 if abs(sum(did) / rate - 1) <= 0.01 and jain(did) >= 0.99:
                     break
+    with trio.move_on_after(PATIENCE):  # a thread of trio's may still be on its way to those that it keeps
+        while Left.now() != before:  # noqa: ASYNC110
+            await trio.sleep(0.01)
     return Survived(kills, slowest, sum(did) / rate, jain(did), before, Left.now())
 
 
