@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any, Final
 
-from ..errors import ResourceLimit, SpecError, StateError
-from ..spec import Limit, Meter
+from ..model.errors import ResourceLimit, SpecError, StateError
+from ..model.spec import Limit, Meter
 from . import ffi, lib
 from .core import METER_NUMBERS, monotonic_ns, put_limit
 
