@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 
 import orchestra as orc
 from benchmarks.budget import survive
@@ -96,7 +96,6 @@ def test_budget_is_made_with_its_limits():
             orc.HostBudget.create(**wrong)
 
 
-@settings(deadline=None)
 @given(LIMITS)
 def test_any_limit_is_read_as_it_was_set(limit):
     with orc.HostBudget.create(limit) as made:
@@ -147,7 +146,6 @@ def test_what_is_no_budget_is_refused_by_name(budget, tmp_path, nothing_left):
     os.close(read_only)
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_whatever_a_file_holds_it_is_refused_or_does_no_harm(data):
     with orc.HostBudget.create(orc.Limit(rate=10)) as made:
@@ -343,11 +341,13 @@ async def test_journal_and_why_tell_the_hosts_budget_from_the_fleets_limit(backe
 # ---- death
 
 
+@pytest.mark.timed
 @pytest.mark.kvm
 async def test_one_that_is_killed_in_the_middle_of_everything_leaves_the_other_its_exact_rate():
     await outlives("kvm", KILLS)
 
 
+@pytest.mark.timed
 @pytest.mark.emulated
 async def test_one_that_is_killed_leaves_the_other_its_exact_rate_of_bus_locks():
     await outlives("emulated", max(2, KILLS // 5))

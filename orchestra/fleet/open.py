@@ -16,8 +16,8 @@ from ..host.control.bandwidth import CpuCgroup
 from ..host.control.placement import Quarantine, quarantine_cpus
 from ..host.control.resources import ControlGroup
 from ..host.observe import HostSignals
-from ..machine.hostbudget import HostBudget
 from ..machine.budget import make_budgets
+from ..machine.hostbudget import HostBudget
 from ..model.errors import BusLockUnsupported, SpecError
 from ..model.spec import Limit, Meter, Tenant, optional_limit
 from ..native.core import FleetCore
