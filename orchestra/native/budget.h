@@ -9,8 +9,8 @@
  *
  *   in a charge           `last` was moved, or not. If it was, the ticket is lost: others wait for tokens that nobody uses.
  *   while it waits        the same. Of each bucket a vCPU has one ticket at most, of what its last exit was charged (one
- *                         token; a string instruction's elements, a page of bytes at most): the others lose
- *                         so much once, and have the exact rate from then on. Nobody counts who waits, so no count is wrong.
+ *                         token; a string instruction's elements, a page of bytes at most): the others lose so much once,
+ *                         and have the exact rate from then on. Nobody counts who waits, so no count is wrong.
  *   on its way out while there is no limit
  *                         `freed` has it, or not. If not, its tokens stay owed: lost as above, and no more than those.
  *   in a change of limit  before the last compare-and-swap: the old limit is in force, and the half-written one is where no
@@ -21,8 +21,8 @@
  *                         nothing of it is in the file. Descriptors, mappings and futex queues are the kernel's to clean up.
  *
  * Trust: whoever has the file may set its limits, and so stop or free all that share it. It can do no other harm: the file
- * can't shrink (sealed), holds no pointer and no index but one bit, and what is read from it is used as numbers only, of any value.
- * Loops over it are bounded. */
+ * can't shrink (sealed), holds no pointer and no index but one bit, and what is read from it is used as numbers only, of any
+ * value. Loops over it are bounded. */
 #ifndef ORC_BUDGET_H
 #define ORC_BUDGET_H
 
@@ -31,9 +31,9 @@
 enum {
 	ORC_BUDGET_VERSION = 1,
 	/* A waiter looks at the limit again after so long, if nothing wakes it: a process that died after it had changed the
-	 * limit and before it woke anybody makes them late by no more. Ten looks a second cost a waiting vCPU 0.01 % of a CPU. */
+	 * limit and before it woke anybody makes them late by no more. Ten looks a second cost 0.03 % of a CPU. */
 	ORC_LOOK_AGAIN = 100 * 1000 * 1000,
-	/* The same where the kernel can't wait for two words at once (before Linux 5.16), and so nobody wakes it. */
+	/* The same where the kernel can't wait for two words at once (before Linux 5.16), and so nobody wakes it: for 0.4 %. */
 	ORC_LOOK_ALONE = 5 * 1000 * 1000,
 };
 #define ORC_BUDGET_MAGIC 0x746567647562726full /* "orbudget" in the file */
