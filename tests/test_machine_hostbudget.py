@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import resource
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -164,6 +165,18 @@ def test_whatever_a_file_holds_it_is_refused_or_does_no_harm(data):
     finally:
         os.close(fd)
     assert all(re.search("^$|size|layout|begin|version|clock|what is no limit|without end", text) for text in said)
+
+
+def test_host_that_has_no_descriptor_left_is_named_as_such(budget):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        with pytest.raises(orc.ResourceLimit, match="open files"):
+            orc.HostBudget.attach(budget.fd)
+        with pytest.raises(orc.ResourceLimit, match="open files"):
+            orc.HostBudget.create()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_closed_budget_says_so(budget):

@@ -109,7 +109,7 @@ class HostBudget:
     @property
     def fd(self) -> int:
         """To pass to the processes that are to share it. It is closed with this object."""
-        assert self._buckets.open
+        self._buckets.check_open()
         return self._buckets.fd
 
     @property

@@ -73,17 +73,18 @@ static const char *wrong(struct orc_budget_file *file)
 	return NULL;
 }
 
+/* What is wrong: with the host if errno is set, else with the file. NULL: nothing. */
 static const char *map(orc_budget *b, int fd)
 {
 	struct stat about;
 	int seals = fcntl(fd, F_GET_SEALS);
+	bool sealed = seals >= 0 && seals & F_SEAL_SHRINK;
 
+	errno = 0;
 	/* First: what is sealed keeps its size, and what it has no pages for would kill who looks. */
-	if (seals < 0 || !(seals & F_SEAL_SHRINK))
+	if (!sealed)
 		return "it is not a memfd that is sealed against shrinking";
-	if (fstat(fd, &about))
-		return "fstat";
-	if (about.st_size != (off_t)sizeof *b->file)
+	if (fstat(fd, &about) || about.st_size != (off_t)sizeof *b->file)
 		return "its size is not that of a budget";
 	b->fd = fcntl(fd, F_DUPFD_CLOEXEC, 3);
 	if (b->fd < 0)
@@ -91,6 +92,8 @@ static const char *map(orc_budget *b, int fd)
 	b->file = mmap(NULL, sizeof *b->file, PROT_READ | PROT_WRITE, MAP_SHARED, b->fd, 0);
 	if (b->file == MAP_FAILED) {
 		b->file = NULL;
+		if (errno != ENOMEM)
+			errno = 0;
 		return "it can't be mapped for reading and writing";
 	}
 	return wrong(b->file);
@@ -101,11 +104,9 @@ orc_budget *orc_budget_attach(int fd, const char **problem)
 	orc_budget *b = calloc(1, sizeof *b);
 	int error;
 
-	errno = ENOMEM;
 	*problem = "no memory";
 	if (!b)
 		return NULL;
-	errno = 0;
 	b->fd = -1;
 	*problem = map(b, fd);
 	if (!*problem)

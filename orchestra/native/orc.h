@@ -141,8 +141,8 @@ void orc_bucket_limit(const orc_bucket *, orc_ns now, struct orc_limit *out);
 /* A host's buckets, one for each meter, in a file that processes share (budget.h). */
 typedef struct orc_budget orc_budget;
 int orc_budget_create(void); /* a descriptor, close-on-exec; or a negative errno */
-/* Maps the file; `fd` is duplicated. NULL, with errno and why in *problem: also for a file that is none of these, or of another
- * version, or may still shrink. */
+/* Maps the file; `fd` is duplicated. NULL, with why in *problem: errno is 0 if the file is at fault (it is none of these, or of
+ * another version, or may still shrink), else what the host lacks. */
 orc_budget *orc_budget_attach(int fd, const char **problem);
 void orc_budget_detach(orc_budget *); /* no fleet has it */
 int orc_budget_fd(const orc_budget *);

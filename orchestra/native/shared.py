@@ -45,7 +45,7 @@ class SharedBuckets:
         if self._handle == ffi.NULL:
             error, why = ffi.errno, ffi.string(problem[0]).decode()
             text = f"host budget, fd={fd}: {why}"
-            if error and not why.startswith("it "):
+            if error:
                 raise ResourceLimit(error, f"{text}: {os.strerror(error)}")
             raise SpecError(
                 f"{text}; pass the descriptor (`HostBudget.fd`) of a budget that `HostBudget.create` of this version "
@@ -74,8 +74,7 @@ class SharedBuckets:
         finally:
             os.close(fd)
 
-    @property
-    def open(self) -> Any:
+    def check_open(self) -> Any:
         """The core's handle.
 
         Raises:
@@ -91,14 +90,14 @@ class SharedBuckets:
         Raises:
             StateError: closed; or other processes change it without end.
         """
-        handle = self.open
+        handle = self.check_open()
         if not put_limit(self.buckets[meter].handle, limit, monotonic_ns()):
             raise StateError("host budget: other processes that share it change its limit without end: stop them")
         lib.orc_budget_changed(handle)
 
     def look(self, meter: Meter) -> tuple[Limit | None, float]:
         """The limit in force, and how long whoever charges it now would wait, in seconds."""
-        assert self.open
+        self.check_open()
         raw = ffi.new("struct orc_limit *")
         lib.orc_bucket_limit(self.buckets[meter].handle, monotonic_ns(), raw)
         if not raw.rate:
@@ -116,11 +115,11 @@ class SharedBuckets:
 
     def changes(self) -> int:
         """How often a limit was changed, by any process; wraps at 2**32."""
-        return int(lib.orc_budget_changes(self.open))
+        return int(lib.orc_budget_changes(self.check_open()))
 
     def share_with(self, fleet: Any) -> None:
         """Before it has vCPUs: the waits of this `orc_fleet` end when a limit changes."""
-        lib.orc_fleet_share(fleet, self.open)
+        lib.orc_fleet_share(fleet, self.check_open())
         self.users += 1
 
     def leave(self) -> None:
