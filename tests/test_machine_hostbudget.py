@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import mmap
 import os
 import re
 import resource
@@ -24,6 +25,8 @@ from orchestra.journal.explain import explain
 
 KILLS = int(os.environ.get("ORCHESTRA_KILLS", "25"))
 F_ADD_SEALS, SHRINK = 1033, 2
+CHANGES = slice(64, 68)
+EXITS_SLOTS = slice(128 + 384 + 128, 128 + 384 + 128 + 256)  # native/budget.h
 SLOW = orc.Limit(rate=0.01, burst=1, max_delay=None)
 GREEDY = orc.FlatImage(code=bytes.fromhex("e680 ebfc"))  # out 0x80, al / jmp
 LIMITS = st.builds(
@@ -310,6 +313,28 @@ async def test_bus_lock_limit_of_the_host_needs_a_fleet_that_sees_them(budget, m
     with pytest.raises(orc.BusLockUnsupported, match="host_budget"):
         async with orc.open_fleet(backend="kvm", host_budget=budget):
             pass
+
+
+async def test_what_a_hostile_process_writes_into_the_file_ends_no_fleet(backend, budget, tmp_path, nothing_left):
+    budget.set_limit(orc.Limit(rate=50, burst=1), meter="exits")
+    journal = Journal(tmp_path / "fleet.db")
+    async with orc.open_fleet(
+        backend=backend, bus_locks="off", host_budget=budget, journal=journal, journal_interval=0.02
+    ) as fleet:
+        vm = await fleet.launch(greedy("a"))
+        with trio.fail_after(30):
+            await waits_for(fleet, "a")
+            with mmap.mmap(budget.fd, os.fstat(budget.fd).st_size) as file:
+                file[EXITS_SLOTS] = b"\xff" * 256
+                file[CHANGES] = b"\xff" * 4
+            async with fleet.watch(0.1) as watch:  # the journal looks at it meanwhile
+                await anext(aiter(watch))
+            with pytest.raises(orc.StateError, match="what is no limit"):
+                budget.statistics()
+            with pytest.raises(orc.StateError, match="without end"):
+                budget.set_limit(None, meter="exits")
+            assert isinstance(await vm.stop(), orc.Stopped)
+    nothing_left()
 
 
 # ---- the journal

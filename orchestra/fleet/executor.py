@@ -293,7 +293,11 @@ class FleetExecutor:
         """Journal the limits that the host's processes share, as they are now, also where there is none: a reader knows
         by these rows that what limits the fleet as a whole is not the host's."""
         for meter in Meter:
-            limit, _ = shared.look(meter)
+            try:
+                limit, _ = shared.look(meter)
+            except StateError as error:  # another process's doing, which must not end a fleet
+                log.warning("%s", error)
+                continue
             reason = "given by the host's budget"
             given = SetLimit(limit=limit, meter=meter, reason=reason, evidence={"given": "host_budget"})
             self._records.given(self._fleet.now(), given)
