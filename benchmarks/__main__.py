@@ -18,6 +18,7 @@ import trio
 from . import (
     aio,
     answered,
+    budget,
     dirty,
     emulated,
     engine,
@@ -42,6 +43,7 @@ BENCHMARKS: dict[str, Callable[[Options], Awaitable[list[Row]]]] = {
     "task": answered.task,
     "told": told.told,
     "rate": rate.rate,
+    "budget": budget.budget,
     "pause": pause.pause,
     "launch": launch.launch,
     "idle-halted": idle.halted,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 import attrs
 import trio
@@ -25,7 +26,7 @@ class Event:
     waited: bool
 
 
-def jain(shares: list[int]) -> float:
+def jain(shares: Sequence[float]) -> float:
     """Jain's index of fairness: 1 if all are equal, 1/n if one has all."""
     total = sum(shares)
     return total * total / (len(shares) * sum(share * share for share in shares)) if total else 0.0

@@ -25,6 +25,7 @@ from .machine.desired import AskedCap, AskedLimit, Desired, LimitStack, PlacedLi
 from .machine.devices.bus import Device
 from .machine.devices.requests import Request
 from .machine.holding import PendingIo
+from .machine.hostbudget import HostBudget, HostBudgetStatistics
 from .machine.vm import VcpuStatistics, Vm, VmStatistics
 from .model.actions import (
     Action,
@@ -182,6 +183,8 @@ __all__ = [
     "GuestMemoryError",
     "Halted",
     "Hlt",
+    "HostBudget",
+    "HostBudgetStatistics",
     "HostFacts",
     "Hypercall",
     "Hyperv",

@@ -20,6 +20,7 @@ EXPECTED = {
     "hello": ["Hello from a guest!", "Halted()"],
     "two_vms": ["bad ended: Shutdown(reason='triple fault'", "good is running", "good counted: some"],
     "bus_lock_budget": ["limit 200/s: ", " bus locks in a second", "limit 50/s: ", "throttled: True"],
+    "two_processes": ["1000/s for both: ", " here, ", " there", "200/s for both: ", "200/s for what is left: "],
     "guilty": ["bus locks, ", "%  refcount_get   lock add dword [0x203E],1", "%  spin_lock ", "web-1;no paging;"],
     "own_policy": [
         "held: True",

@@ -7,13 +7,14 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import given, strategies as st
 
-from orchestra.machine.budget import HOST, TENANT, VCPU, VM, Budget, connect, make_budgets, tightest
+from orchestra.machine.budget import Budget, connect, make_budgets, tightest
 from orchestra.model.spec import Limit, Meter
 from orchestra.native import ffi, lib
 from orchestra.native.core import NEVER, FleetCore, VcpuCore
 from orchestra.native.records import BUS_LOCK, build
 
 SECOND = 1_000_000_000
+HOST, TENANT, VM, VCPU = range(4)  # of what is stacked; without others' fleets the fleet's buckets are the host's
 SLOW, MIDDLE, FAST = Limit(rate=1, burst=1), Limit(rate=10, burst=1), Limit(rate=100, burst=1)
 LIMITS = st.builds(
     Limit,

@@ -202,6 +202,8 @@ def _ending(hold: Hold, told: Explanation) -> str:
         return "That limit is in its spec, and stays until somebody sets another."
     if row.given == "default":
         return "That limit is what a spec has that says nothing of its own (`answer_limit`); `set_limit` changes it."
+    if row.given == "host_budget":
+        return "That limit is the host's budget, which several processes share; `HostBudget.set_limit` changes it."
     if row.given is not None:
         return "That limit was there from the fleet's beginning, and stays until somebody sets another."
     if row.policy is None or row.kind == "SetLimit":

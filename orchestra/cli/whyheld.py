@@ -142,7 +142,13 @@ def _nobodys(cause: Cause) -> str:
     return "It was paused" if cause.kind == "pause" else "A CPU cap held it"
 
 
-_WHOSE: Final = {"vcpu": "one of its vCPUs", "vm": "its own", "tenant": "its tenant", "host": "the whole host"}
+_WHOSE: Final = {
+    "vcpu": "one of its vCPUs",
+    "vm": "its own",
+    "tenant": "its tenant",
+    "fleet": "its fleet",
+    "host": "the whole host",
+}
 
 
 def _who(hold: Hold) -> str:
@@ -151,6 +157,8 @@ def _who(hold: Hold) -> str:
         return "its spec"
     if row.given == "default":
         return "orchestra's default"
+    if row.given == "host_budget":
+        return "the budget that the host's processes share"
     if row.given is not None:
         return "what its fleet was opened with"
     return f"policy {row.policy}" if row.policy else "a caller"
@@ -174,7 +182,8 @@ def _whom(hold: Hold) -> str:
     row = hold.action
     if hold.where == "vcpu":
         return f"its vCPU {row.details.get('vcpu')}"
-    return {"vm": "it", "tenant": f"its tenant {row.tenant}", "host": "the whole host"}[hold.where]
+    whom = {"vm": "it", "tenant": f"its tenant {row.tenant}", "fleet": "its fleet", "host": "the whole host"}
+    return whom[hold.where]
 
 
 def _other(setter: Setter) -> str:

@@ -29,11 +29,12 @@ from ..model.actions import Action, SetLimit, State
 from ..model.errors import ResourceLimit
 from ..model.spec import Limit, Meter, Tenant, as_meter
 from ..native.core import FleetCore, VcpuCore
-from ..policy import Facts, Guard, Policy
+from ..policy import Guard, Policy
 from .channels import Dispatcher
 from .executor import FleetExecutor
 from .observer import Observer
 from .recorder import Recorder, Records
+from .recording import Recording
 from .runner import PolicyRunner
 from .spec import FleetSpec
 from .statistics import Figures, TenantSeat
@@ -88,6 +89,7 @@ class FleetContext:
         self.dispatcher = Dispatcher(resources.core, paced=backend.blocking)
         self.dispatcher.on_change(self._retell)
         self.dispatcher.on_talk(self._talked)
+        self.recording = Recording(self)
         self.closed = False
         self._nursery = nursery
         self._token = trio.lowlevel.current_trio_token()
@@ -98,9 +100,10 @@ class FleetContext:
 
     def start(self, observed: float | None) -> None:
         """Start the tasks. `observed`: seconds between two aggregates; None: nobody wants them."""
+        self.recording.host_budget()
         self.tenancy.begin(self.executor)
         if observed is not None:
-            self.runner.observe(self._write_down, observed)
+            self.runner.observe(self.recording.write, observed)
         self._nursery.start_soon(self.dispatcher.run)
         self._nursery.start_soon(self.runner.run)
 
@@ -203,7 +206,7 @@ class FleetContext:
         """What is to be done when a VM has ended for good, each whatever becomes of the others."""
         yield self.observer.ended
         yield self._forget
-        yield self._write_profile
+        yield self.recording.profile
         if vm.guest is not None:  # else: a launch that failed may be tried again, and somebody waits for it
             yield lambda vm: self.dispatcher.vm_ended(vm.name)
         if vm.stopping:
@@ -247,18 +250,3 @@ class FleetContext:
         if self.controls.get(vm.name) is vm:
             self.runner.gone(vm.name)
             self.executor.holdings.forget(vm.name)
-
-    def _write_down(self, facts: Facts) -> None:
-        """What was seen in an interval; where there is a probe and no journal, the statistics have the last one."""
-        recorder = self.records.recorder
-        if recorder is not None:
-            recorder.aggregate(facts)
-            for seen in facts.vms.values():
-                vm = self.controls.get(seen.name)
-                if seen.bus_locks and vm is not None and vm.launch == seen.launch:
-                    self._write_profile(vm)
-
-    def _write_profile(self, vm: VmControl) -> None:
-        recorder, guest = self.records.recorder, vm.guest
-        if recorder is not None and guest is not None and (rows := guest.cores.profile_rows()):
-            recorder.profile(self.now(), vm.name, vm.launch, rows)

@@ -43,6 +43,7 @@ from ..model.effects import Holdings
 from ..model.errors import BusLockUnsupported, OrchestraError, SpecError, StateError
 from ..model.spec import ANSWER_LIMIT, Limit, Meter
 from ..native.core import FleetCore
+from ..native.shared import SharedBuckets
 from ..policy import Guard
 from .recorder import Records
 from .spec import OnEvict
@@ -294,6 +295,19 @@ class FleetExecutor:
                 reason = f"given by {GIVERS[whose]}"
                 given = SetLimit(limit=budget.base, meter=meter, reason=reason, evidence={"given": whose}, **where)
                 self._records.given(now, given)
+
+    def given_host(self, shared: SharedBuckets) -> None:
+        """Journal the limits that the host's processes share, as they are now, also where there is none: a reader knows
+        by these rows that what limits the fleet as a whole is not the host's."""
+        for meter in Meter:
+            try:
+                limit, _ = shared.look(meter)
+            except StateError as error:  # another process's doing, which must not end a fleet
+                log.warning("%s", error)
+                continue
+            reason = "given by the host's budget"
+            given = SetLimit(limit=limit, meter=meter, reason=reason, evidence={"given": "host_budget"})
+            self._records.given(self._fleet.now(), given)
 
     def check_limit(
         self, limit: Limit | None, meter: Meter, tenant: str | None, vm: str | None, vcpu: int | None

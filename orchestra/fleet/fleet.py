@@ -179,6 +179,7 @@ class Fleet:
         vcpu: int | None = None,
     ) -> None:
         """Change the limit of the host (nothing named), a tenant, a VM or a vCPU: at once, also for waits in progress.
+        Where the host's is a `HostBudget`, nothing named is this fleet.
 
         Raises:
             SpecError, UnknownTenant, UnknownVm: it can't be meant.
@@ -288,7 +289,7 @@ class Fleet:
 
     @property
     def limit(self) -> Limit | None:
-        """The host's, on bus locks, as in force."""
+        """The host's, on bus locks, as in force; this fleet's, if it was opened with a `HostBudget`."""
         return self._context.host_limit(Meter.BUS_LOCKS)
 
     @property

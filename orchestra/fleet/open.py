@@ -16,7 +16,7 @@ from ..host.control.bandwidth import CpuCgroup
 from ..host.control.placement import Quarantine, quarantine_cpus
 from ..host.control.resources import ControlGroup
 from ..host.observe import HostSignals
-from ..model.errors import BusLockUnsupported
+from ..model.errors import BusLockUnsupported, SpecError
 from ..model.journalspec import JournalSpec
 from ..native.core import FleetCore
 from ..policy import Policy
@@ -80,6 +80,11 @@ async def open_fleet(spec: FleetSpec) -> AsyncIterator[Fleet]:
         if isinstance(spec.backend, str):
             stack.callback(backend.close)
         log.info("backend %s", backend.why)
+        if spec.host_budget is not None and not backend.blocking:
+            raise SpecError(
+                f"host_budget: backend {backend.name} has a clock of its own, which other processes don't share; leave "
+                "it out, or take backend='kvm' or 'emulated'"
+            )
         resources = _resources(spec, backend, needed, cpus, stack)
         if resources.recorder is not None:
             await stack.enter_async_context(_recording(resources.recorder, resources))
@@ -98,6 +103,8 @@ def _resources(
         isolated = None if spec.quarantine_class is None else ControlGroup(Path(spec.quarantine_class))
     core = FleetCore()
     stack.callback(core.close)
+    if spec.host_budget is not None:
+        core.share(spec.host_budget.buckets)
     host = HostSignals(
         probe=spec.probe,
         cgroup=folder,

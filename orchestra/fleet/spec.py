@@ -14,6 +14,7 @@ from typing import Any, Final, Literal, TypeAlias
 import attrs
 
 from ..backend import Backend
+from ..machine.hostbudget import HostBudget
 from ..model.actions import Evict
 from ..model.codec import LIVE, encode
 from ..model.errors import SpecError
@@ -103,9 +104,12 @@ class FleetSpec:
         backend: "auto", "kvm", "emulated", "scripted", or a Backend object. "auto" is KVM where /dev/kvm opens, else
             emulated. Where these arguments need bus locks to be seen (a limit on them, a policy for them,
             bus_locks="require") and KVM reports none, it is emulated as well. `Fleet.backend.why` says which and why.
-        limit: the host's: bus locks per second of all VMs together; None: only counted.
+        limit: the host's: bus locks per second of all VMs together; None: only counted. With a `host_budget`, the
+            fleet's.
         exit_limit: the same for exits of any kind.
         answer_limit: the same for accesses that Python answers. (Each VM has a limit of its own by default.)
+        host_budget: the host's, shared with fleets of other processes, above all of this fleet's own limits. It stays
+            open when the fleet ends. Only where guests run on threads: scripts have a clock of their own.
         tenants: by name, each a `Tenant`, a `Limit`, or None; or `Tenant` objects. VMs that name none belong to
             "default", which may be given here as well.
         policies: asked at each of their ticks; see `orchestra.policy`. A `PolicySpec` is one as data.
@@ -136,6 +140,9 @@ class FleetSpec:
     limit: Limit | None = None
     exit_limit: Limit | None = None
     answer_limit: Limit | None = None
+    host_budget: HostBudget | None = attrs.field(
+        default=None, metadata={LIVE: "leave it out, and give it where the fleet is opened"}
+    )
     tenants: Mapping[str, Tenant] = attrs.field(default=(), converter=_tenants, hash=False)
     policies: tuple[Policy | PolicySpec, ...] = attrs.field(
         default=(), converter=_policies, metadata={LIVE: "give a PolicySpec, such as PolicySpec('weighted-share')"}
@@ -163,6 +170,8 @@ class FleetSpec:
                 raise SpecError(f"{field}={getattr(self, field)!r}: must be {', '.join(most)} or {last}")
         for meter in Meter:
             optional_limit(meter.field, getattr(self, meter.field))
+        if self.host_budget is not None and not isinstance(self.host_budget, HostBudget):
+            raise SpecError(f"host_budget={self.host_budget!r}: must be a HostBudget (`create` or `attach`), or None")
         if self.guard is not None and not isinstance(self.guard, Guard):
             raise SpecError(f"guard={self.guard!r}: must be a Guard, or None for one with its defaults")
         if self.journal is not None and not isinstance(self.journal, JournalSpec | Recorder):
@@ -199,6 +208,8 @@ class FleetSpec:
 
     def _limits_bus_locks(self, policies: Iterable[Policy]) -> str:
         limits = {"limit": self.limit, **{f"tenants[{name!r}]": one.limit for name, one in self.tenants.items()}}
+        if self.host_budget is not None:
+            limits["host_budget"] = self.host_budget.limit
         asking = [what for what, given in limits.items() if given is not None]
         asking += [f"policy {one.name!r}" for one in policies if getattr(one, "meter", None) is Meter.BUS_LOCKS]
         return next(iter(asking), "")

@@ -19,7 +19,8 @@ class Hold:
     Attributes:
         action: that put it in force as it is, with reason and evidence.
         since: when the same policy began to hold it in that way; the action may have changed it later.
-        where: "vcpu", "vm", "tenant" or "host".
+        where: "vcpu", "vm", "tenant", "fleet" or "host". What limits a fleet as a whole limits the host, but where the
+            host's budget is shared with other fleets.
     """
 
     action: ActionRow
@@ -52,18 +53,23 @@ class Held:
 
     def __init__(self) -> None:
         self._held: dict[tuple[Key, str | None], Hold] = {}
+        self._sharing: set[int] = set()  # fleets with a host's budget
 
     def note(self, row: ActionRow) -> None:
         action = row.action if row.outcome == "done" else None
         key = None if action is None else key_of(action)
         if action is None or key is None:
             return
-        at = key, row.policy if EFFECTS[type(action)].stacks else None
+        shared = row.given == "host_budget"
+        if shared:
+            self._sharing.add(row.session)
+        at = key, row.policy if EFFECTS[type(action)].stacks else row.given if shared else None
         before = self._held.get(at)
         if not releases(action):
             # What was given and what is set later are two things: whoever sets it began to hold it then.
             same = before is not None and before.action.given == row.given
-            where = "vcpu" if key.vcpu is not None else "vm" if key.vm else "tenant" if key.tenant else "host"
+            whole = "fleet" if row.session in self._sharing and not shared else "host"
+            where = "vcpu" if key.vcpu is not None else "vm" if key.vm else "tenant" if key.tenant else whole
             self._held[at] = Hold(row, before.since if before is not None and same else row.time, where)
         elif before is not None:
             launches = {row.details.get("launch"), before.action.details.get("launch")} - {None}

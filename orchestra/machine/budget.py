@@ -7,12 +7,10 @@ from typing import TypeAlias
 
 from ..model.spec import Limit, Meter, tightest
 from ..native.core import Bucket, VcpuCore
+from ..native.shared import SharedBucket
 from .desired import LimitStack
 
-__all__ = ["HOST", "TENANT", "VCPU", "VM", "Budget", "Budgets", "connect", "limits_of", "make_budgets", "tightest"]
-
-HOST, TENANT, VM, VCPU = range(4)
-"""Levels, from the widest bucket to the narrowest."""
+__all__ = ["Budget", "Budgets", "connect", "limits_of", "make_budgets", "tightest"]
 
 
 class Budget:
@@ -64,5 +62,14 @@ def limits_of(owner: object, prefix: str = "") -> Mapping[Meter, Limit | None]:
 
 
 def connect(core: VcpuCore, levels: tuple[Budgets, Budgets, Budgets, Budgets]) -> None:
-    """Stack the four levels' buckets on a vCPU. Before it runs."""
-    core.set_buckets([budgets[meter].bucket for meter in Meter for budgets in levels])
+    """Stack the buckets of its fleet, its tenant, its VM and its own on a vCPU, below those that the host's processes
+    share. Where none are shared, the fleet's are the host's. Before it runs.
+    """
+    own, *narrower = levels
+    shared = core.fleet.shared
+    stack: list[Bucket | SharedBucket | None] = []
+    for meter in Meter:
+        fleet = own[meter].bucket
+        stack += [fleet, None] if shared is None else [shared.buckets[meter], fleet]
+        stack += [budgets[meter].bucket for budgets in narrower]
+    core.set_buckets(stack)

@@ -9,6 +9,7 @@ from cffi import FFI
 HERE = Path(__file__).parent
 SOURCES = [
     "bucket.c",
+    "budget.c",
     "gate.c",
     "ring.c",
     "vcpu.c",
@@ -40,7 +41,7 @@ SOURCES = [
     "profile.c",
     "profile_unicorn.c",
 ]
-HEADERS = ["orc.h", "core.h", "decode.h", "unicorn.h", "emulate.h", "cdef.h"]
+HEADERS = ["orc.h", "core.h", "budget.h", "decode.h", "unicorn.h", "emulate.h", "cdef.h"]
 
 ffibuilder = FFI()
 ffibuilder.cdef((HERE / "cdef.h").read_text())

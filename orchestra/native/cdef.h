@@ -14,13 +14,25 @@ enum orc_why { ORC_EXIT, ORC_IO, ORC_MMIO, ORC_COMMAND, ORC_ERROR, ORC_ANSWERED,
 
 orc_bucket *orc_bucket_new(void);
 void orc_bucket_free(orc_bucket *);
-void orc_bucket_set(orc_bucket *, double rate, double burst, int64_t max_delay, int64_t now);
+int orc_bucket_set(orc_bucket *, double rate, double burst, int64_t max_delay, int64_t now);
 bool orc_bucket_limited(const orc_bucket *);
 struct orc_ticket { int64_t number; int64_t charged; int64_t waits; };
 bool orc_bucket_charge(orc_bucket *, int64_t now, struct orc_ticket *out);
 bool orc_bucket_charge_many(orc_bucket *, uint64_t n, int64_t now, struct orc_ticket *out);
 void orc_bucket_leave(orc_bucket *, struct orc_ticket *);
 void orc_bucket_turn(const orc_bucket *, const struct orc_ticket *, int64_t *by_tokens, int64_t *by_delay);
+struct orc_limit { double rate, burst, debt; int64_t max_delay; };
+void orc_bucket_limit(const orc_bucket *, int64_t now, struct orc_limit *out);
+
+typedef struct orc_budget orc_budget;
+int orc_budget_create(void);
+orc_budget *orc_budget_attach(int fd, const char **problem);
+void orc_budget_detach(orc_budget *);
+int orc_budget_fd(const orc_budget *);
+orc_bucket *orc_budget_bucket(orc_budget *, int meter);
+uint32_t orc_budget_changes(const orc_budget *);
+void orc_budget_changed(orc_budget *);
+void orc_fleet_share(orc_fleet *, orc_budget *);
 
 struct orc_record {
 	uint64_t time, rip, wait;

@@ -2,9 +2,10 @@
 #ifndef ORC_CORE_H
 #define ORC_CORE_H
 
+#include "budget.h"
 #include "orc.h"
 
-enum { ORC_TENANT = 1, ORC_VM = 2 }; /* levels of buckets */
+enum { ORC_TENANT = 2, ORC_VM = 3 }; /* levels of buckets */
 
 struct orc_ring {
 	/* Producer and consumer index on cache lines of their own, so that neither invalidates the other's. */
@@ -28,7 +29,7 @@ struct orc_share {
 	_Atomic int64_t used;  /* ns, and at least what the others had when it came back */
 	_Atomic int64_t below; /* a tenant's: `used` of the VM of it that was let in last */
 };
-struct orc_share *orc_bucket_share(orc_bucket *);
+struct orc_share *orc_bucket_share(orc_bucket *); /* of one that orc_bucket_new made: a process's own affair */
 
 /* The way from the run loop into Python. An answer takes some microseconds, a part of a string some tens. */
 enum { ORC_PATIENCE = 1000 * 1000 };
@@ -58,6 +59,7 @@ struct orc_fleet {
 	_Atomic orc_ns urgent_until;
 	struct orc_gate gate;
 	struct orc_capper *capper; /* owner; NULL until the first cap */
+	orc_budget *budget;        /* the host's, if it is shared; NULL: it is not */
 };
 
 /* One who looks up on a bus without a lock. */

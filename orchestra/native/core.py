@@ -13,13 +13,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntFlag
 from threading import Lock
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
 from ..model.errors import ResourceLimit
 from ..model.spec import Limit, Meter
 from . import ffi, lib
+
+if TYPE_CHECKING:
+    from .shared import SharedBucket, SharedBuckets
 
 __all__ = [
     "BUCKETS",
@@ -31,6 +34,7 @@ __all__ = [
     "VcpuCore",
     "install_signal",
     "monotonic_ns",
+    "put_limit",
     "reason_name",
 ]
 
@@ -39,7 +43,8 @@ METER_NUMBERS: Final = {
     Meter.EXITS: int(lib.ORC_EXITS),
     Meter.ANSWERS: int(lib.ORC_ANSWERS),
 }
-LEVELS: Final = ("host", "tenant", "vm", "vcpu")
+LEVELS: Final = ("host", "fleet", "tenant", "vm", "vcpu")
+"""Of buckets, from the widest to the narrowest. A fleet's own is the host's, but where fleets share the host's."""
 BUCKETS: Final = tuple(
     f"{level}.{meter}" for meter in sorted(METER_NUMBERS, key=METER_NUMBERS.__getitem__) for level in LEVELS
 )
@@ -104,6 +109,14 @@ class Command(IntFlag):
     CAP = int(lib.ORC_CAP)  # it has had its part of this period; only the C core waits for it
 
 
+def put_limit(bucket: Any, limit: Limit | None, now: int) -> bool:
+    """In force for this ``orc_bucket *`` at `now` ns. False: others change its limit without end."""
+    if limit is None:
+        return not lib.orc_bucket_set(bucket, 0.0, 1.0, -1, now)
+    delay = -1 if limit.max_delay is None else round(limit.max_delay * 1e9)
+    return not lib.orc_bucket_set(bucket, float(limit.rate), float(limit.tokens), delay, now)
+
+
 class Bucket:
     """A GCRA bucket of the C core with a limit that can change at any time."""
 
@@ -120,11 +133,7 @@ class Bucket:
         if limit == self.limit:
             return
         self.limit = limit
-        if limit is None:
-            lib.orc_bucket_set(self.handle, 0.0, 1.0, -1, now)
-        else:
-            delay = -1 if limit.max_delay is None else round(limit.max_delay * 1e9)
-            lib.orc_bucket_set(self.handle, float(limit.rate), float(limit.tokens), delay, now)
+        put_limit(self.handle, limit, now)  # nobody else sets it
 
     def take(self, now: int) -> int:
         """Take a token, in the order of those who come. When its turn is: `now` or before it, if that is at once."""
@@ -158,6 +167,12 @@ class FleetCore:
         self.sites: Any = ffi.new("struct orc_site[]", int(lib.ORC_SITES))
         self.sums: Any = ffi.new("struct orc_sums *")
         self.more: Any = ffi.new("struct orc_more[]", REASONS)
+        self.shared: SharedBuckets | None = None
+
+    def share(self, buckets: SharedBuckets) -> None:
+        """Before it has vCPUs: have them charge the host's buckets, which other processes charge as well."""
+        buckets.share_with(self.handle)
+        self.shared = buckets
 
     def drain(self, core: VcpuCore | None = None, *, most: int = BATCH) -> memoryview:
         """The next batch of records, raw `struct orc_record`; empty if there are none. Valid until the next call.
@@ -203,6 +218,9 @@ class FleetCore:
     def close(self) -> None:
         lib.orc_fleet_free(self.handle)
         self.handle = ffi.NULL
+        if self.shared is not None:
+            self.shared.leave()
+            self.shared = None
 
 
 @attrs.frozen
@@ -264,12 +282,12 @@ class VcpuCore:
         if self.handle == ffi.NULL:
             raise MemoryError("orc_vcpu_new")
 
-    def set_bucket(self, meter: Meter, level: int, bucket: Bucket) -> None:
-        """Before it runs. `level`: 0 host, 1 tenant, 2 VM, 3 vCPU."""
+    def set_bucket(self, meter: Meter, level: int, bucket: Bucket | SharedBucket) -> None:
+        """Before it runs. `level`: 0 host, 1 fleet, 2 tenant, 3 VM, 4 vCPU."""
         lib.orc_vcpu_set_bucket(self.handle, METER_NUMBERS[meter], level, bucket.handle)
 
-    def set_buckets(self, buckets: Sequence[Bucket | None]) -> None:
-        """Before it runs: those of the first `Meter` for host, tenant, VM and vCPU, then those of the next."""
+    def set_buckets(self, buckets: Sequence[Bucket | SharedBucket | None]) -> None:
+        """Before it runs: those of the first `Meter` for host, fleet, tenant, VM and vCPU, then those of the next."""
         handles = [ffi.NULL if bucket is None else bucket.handle for bucket in buckets]
         lib.orc_vcpu_set_buckets(self.handle, ffi.new("orc_bucket *[]", handles))
 

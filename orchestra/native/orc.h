@@ -8,7 +8,7 @@
  *   reader   a worker thread that reads dirty logs
  * Where nothing is said, a function is the owner's.
  *
- * Locks: bucket->lock (among writers of its limit), capper->lock, orc_dirty's two, bus->lock (among owners), fleet->gate.lock, those of
+ * Locks: capper->lock, orc_dirty's two, bus->lock (among owners), fleet->gate.lock, those of
  * devices: uart->lock, then console->lock or interrupts->lock. Of the others none is held while another is taken, but
  * dirty->lock before its sums_lock; under capper->lock vCPUs are commanded and kicked, which takes none. A runner takes
  * none but devices' (and dirty->lock, when it reads the log at its end), so that nobody waits until one has its CPU back:
@@ -67,7 +67,7 @@ typedef int64_t orc_ns; /* nanoseconds on the fleet's clock: CLOCK_MONOTONIC, or
 
 enum {
 	ORC_REASONS = 64, /* exit reasons counted one by one; the last counter takes every number from it up */
-	ORC_LEVELS = 4,   /* host, tenant, VM, vCPU */
+	ORC_LEVELS = 5,   /* host, fleet (if the host's is shared with other fleets), tenant, VM, vCPU */
 	ORC_METERS = 3,
 	ORC_BUS_LOCKS = 0,
 	ORC_EXITS = 1,   /* accesses: a string instruction's exit is as many as it has elements */
@@ -101,6 +101,8 @@ enum orc_why {
  * who still wait, each of whom may go that much earlier; nobody who comes later goes before them. Only a bucket's first
  * limit starts with all of its burst.
  *
+ * All of these take no lock, and processes may share a bucket (budget.h says what that takes).
+ *
  * Events are charged when they are seen, and what waits is the vCPU that caused them, so with one vCPU the events
  * themselves keep to burst + rate * t; with several, each may have one event more in flight at the very start. */
 typedef struct orc_bucket orc_bucket;
@@ -109,16 +111,17 @@ typedef struct orc_vcpu orc_vcpu;
 
 orc_bucket *orc_bucket_new(void);
 void orc_bucket_free(orc_bucket *);
-/* Sets the limit; rate <= 0: none. max_delay < 0: unbounded. Owner. */
-void orc_bucket_set(orc_bucket *, double rate, double burst, orc_ns max_delay, orc_ns now);
+/* Sets the limit; rate <= 0: none. max_delay < 0: unbounded. 0; -EBUSY: others change it all the time, and it is as they
+ * left it. Any thread. */
+int orc_bucket_set(orc_bucket *, double rate, double burst, orc_ns max_delay, orc_ns now);
 bool orc_bucket_limited(const orc_bucket *);
 
 struct orc_ticket {
 	int64_t number;  /* in 1/65536 tokens */
 	orc_ns charged;  /* when */
-	int64_t waits;   /* what of it was charged, if its turn had not come; 0 once it is left */
+	int64_t waits;   /* what the bucket owes for it, if its turn had not come; 0 once it is left */
 };
-/* True if its turn has not come: it has to wait, and orc_bucket_leave is owed. */
+/* True if its turn has not come: it has to wait, and orc_bucket_leave is owed, before the limit it left by is forgotten. */
 bool orc_bucket_charge(orc_bucket *, orc_ns now, struct orc_ticket *out);
 /* The same for `n` events at once, which have one ticket: that of the last of them. */
 bool orc_bucket_charge_many(orc_bucket *, orc_u64 n, orc_ns now, struct orc_ticket *out);
@@ -126,6 +129,29 @@ bool orc_bucket_charge_many(orc_bucket *, orc_u64 n, orc_ns now, struct orc_tick
 void orc_bucket_leave(orc_bucket *, struct orc_ticket *);
 /* When the ticket's turn is: by the tokens, and at the latest by max_delay. ORC_NEVER if the bucket has no limit. */
 void orc_bucket_turn(const orc_bucket *, const struct orc_ticket *, orc_ns *by_tokens, orc_ns *by_delay);
+/* What it is limited to; rate 0: no limit, and the rest is the last one's. */
+struct orc_limit {
+	double rate, burst, debt; /* a second; tokens; tokens that were given beyond those made by `now`, the burst included */
+	orc_ns max_delay;
+};
+void orc_bucket_limit(const orc_bucket *, orc_ns now, struct orc_limit *out);
+
+/* ---- budget.c ------------------------------------------------------------------------------------------------- */
+
+/* A host's buckets, one for each meter, in a file that processes share (budget.h). */
+typedef struct orc_budget orc_budget;
+int orc_budget_create(void); /* a descriptor, close-on-exec; or a negative errno */
+/* Maps the file; `fd` is duplicated. NULL, with why in *problem: errno is 0 if the file is at fault (it is none of these, or of
+ * another version, or may still shrink), else what the host lacks. */
+orc_budget *orc_budget_attach(int fd, const char **problem);
+void orc_budget_detach(orc_budget *); /* no fleet has it */
+int orc_budget_fd(const orc_budget *);
+orc_bucket *orc_budget_bucket(orc_budget *, int meter);
+uint32_t orc_budget_changes(const orc_budget *); /* how many changes of limits were told; wraps */
+/* A limit of it changed: wakes whoever waits, in all processes. */
+void orc_budget_changed(orc_budget *);
+/* Before the fleet has a vCPU: their waits end when a limit of the budget changes. It outlives the fleet. */
+void orc_fleet_share(orc_fleet *, orc_budget *);
 
 /* ---- ring.c --------------------------------------------------------------------------------------------------- */
 

@@ -231,13 +231,12 @@ orc_ns orc_account(orc_vcpu *v, struct orc_record *record, orc_ns now, bool tell
 	v->accesses = 1;
 	if (waits) {
 		at = turn(v, &by_tokens, &slowest);
-		waits = at > now;
-		if (!waits)
+		v->waiting = at > now;
+		if (!v->waiting) {
+			leave(v);
 			at = ORC_NEVER;
+		}
 	}
-	v->waiting = waits;
-	if (!waits)
-		leave(v);
 	v->wait_counted = false;
 
 	if (tells) {
@@ -331,6 +330,7 @@ void orc_futex_wait_until(_Atomic uint32_t *word, uint32_t seen, orc_ns until)
 
 bool orc_wait_turn(orc_vcpu *v)
 {
+	orc_budget *budget = v->fleet->budget;
 	orc_ns now = orc_now(), at, by_tokens;
 	unsigned slowest;
 	bool served;
@@ -338,9 +338,10 @@ bool orc_wait_turn(orc_vcpu *v)
 	orc_vcpu_wait_begin(v, now);
 	for (;;) {
 		uint32_t seen = atomic_load_explicit(&v->wakes, memory_order_seq_cst);
-		struct timespec until;
+		uint32_t changes = budget ? orc_budget_changes(budget) : 0;
 
-		/* Read after `wakes`: a command or limit that comes later also changes `wakes`, and the futex returns. */
+		/* Read after `wakes` and `changes`: a command or limit that comes later also changes one of them, and the futex
+		 * returns. */
 		if (atomic_load_explicit(&v->commands, memory_order_seq_cst)) {
 			served = false;
 			break;
@@ -352,8 +353,10 @@ bool orc_wait_turn(orc_vcpu *v)
 		}
 		if (slowest != atomic_load_explicit(&wait_in_force(v)->slowest, memory_order_relaxed)) /* a limit changed */
 			wait_step(v, now, now, slowest);
-		until = (struct timespec){.tv_sec = at / 1000000000, .tv_nsec = at % 1000000000};
-		futex_wait_until(&v->wakes, seen, &until);
+		if (budget)
+			orc_budget_wait(budget, &v->wakes, seen, changes, at);
+		else
+			orc_futex_wait_until(&v->wakes, seen, at);
 		now = orc_now();
 	}
 	orc_vcpu_wait_end(v, now, served);

@@ -54,8 +54,9 @@ class VmFacts:
         by_reason: its exits by the kernel's name of the reason ("io", "mmio", "x86_bus_lock", ...).
         by_vcpu: the vCPUs that did something, by index.
         throttled_by: the seconds of `throttled` by the limit whose turn was the last: "vm.exits" is the VM's own on
-            exits; the levels are "host", "tenant", "vm" and "vcpu". Of what was really so: what a dry run would have
-            held is not in it, and a replay has none.
+            exits; the levels are "host", "tenant", "vm" and "vcpu". In a fleet that shares a `HostBudget` that budget
+            is "host", and the fleet's own limit "fleet". Of what was really so: what a dry run would have held is not
+            in it, and a replay has none.
 
     `cpu`, `run_delay`, `capped`, `work` and the pages are None where this host, or this guest, does not tell: never 0
     for "unknown".

@@ -40,6 +40,8 @@ class Given:
             raise JournalError(f"a limit in the journal can't be: {dict(row.details)}")
         if action.vcpu is not None:
             return None  # a VM's vCPUs are taken as alike
+        if row.given == "host_budget":
+            return None  # what the other processes used of it is not in this journal
         if action.vm is None and action.tenant is None:
             self.knows_host = self.knows_host or action.meter is Meter.BUS_LOCKS
             if getattr(self._rules, action.meter.field) is not None:

@@ -1,0 +1,163 @@
+"""A host's budget that several processes share: its buckets in shared memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import attrs
+
+from ..model.errors import SpecError
+from ..model.spec import Limit, Meter, as_meter, optional_limit
+from ..native.shared import SharedBuckets
+
+__all__ = ["HostBudget", "HostBudgetStatistics"]
+
+
+@attrs.frozen
+class HostBudgetStatistics:
+    """What is in force for all that share it.
+
+    Attributes:
+        wait: by meter, seconds that whoever charges it now would wait. It is what was given out and not made yet,
+            by all processes together; a process that was killed has left its part of it, one event of each vCPU.
+        changes: how often a limit was changed, by any process; wraps at 2**32.
+        fleets: of this process that use it.
+    """
+
+    limit: Limit | None
+    exit_limit: Limit | None
+    answer_limit: Limit | None
+    wait: Mapping[Meter, float]
+    changes: int
+    fleets: int
+
+
+class HostBudget:
+    """One budget for all VMs of a host, in however many processes they run. `create` makes one, `attach` joins it, and
+    ``open_fleet(host_budget=...)`` charges it.
+
+    It is a file in memory, which goes with the last process that has it. Whoever has its descriptor may change its
+    limits. A process may die at any moment: the others keep the exact rate, and nobody waits for it.
+    """
+
+    def __init__(self, buckets: SharedBuckets) -> None:
+        self._buckets = buckets
+
+    @classmethod
+    def create(
+        cls,
+        limit: Limit | None = None,
+        *,
+        exit_limit: Limit | None = None,
+        answer_limit: Limit | None = None,
+    ) -> HostBudget:
+        """A new one.
+
+        Parameters:
+            limit: bus locks per second of all VMs of all processes together; None: no limit.
+            exit_limit: the same for exits of any kind.
+            answer_limit: the same for accesses that Python answers.
+
+        Raises:
+            SpecError: not a limit.
+            ResourceLimit: the host has no descriptor or memory left.
+        """
+        limits = {Meter.BUS_LOCKS: limit, Meter.EXITS: exit_limit, Meter.ANSWERS: answer_limit}
+        for meter, given in limits.items():
+            optional_limit(meter.field, given)
+        made = SharedBuckets.create()
+        for meter, given in limits.items():
+            if given is not None:
+                made.set(meter, given)
+        return cls(made)
+
+    @classmethod
+    def attach(cls, source: int | str | Path) -> HostBudget:
+        """Share one that another process has made.
+
+        Parameters:
+            source: its descriptor, inherited (``subprocess.Popen(pass_fds=[budget.fd])``) or received over a socket; it
+                stays yours, and may be closed afterwards. Or a path that leads to it, such as "/proc/<pid>/fd/<fd>".
+
+        Raises:
+            SpecError: it is no budget, or one of another version of orchestra, or may be truncated by those that have
+                it. The message says which.
+            ResourceLimit: the host has no descriptor or memory left.
+        """
+        if isinstance(source, int) and not isinstance(source, bool):
+            return cls(SharedBuckets(source))
+        if not isinstance(source, str | Path):
+            raise SpecError(f"source={source!r}: must be a descriptor or a path")
+        try:
+            fd = os.open(source, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        except (OSError, ValueError) as error:
+            raise SpecError(f"source={str(source)!r}: can't be opened for reading and writing: {error}") from None
+        try:
+            return cls(SharedBuckets(fd))
+        finally:
+            os.close(fd)
+
+    @property
+    def buckets(self) -> SharedBuckets:
+        """For the fleets that use it."""
+        return self._buckets
+
+    @property
+    def fd(self) -> int:
+        """To pass to the processes that are to share it. It is closed with this object."""
+        self._buckets.check_open()
+        return self._buckets.fd
+
+    @property
+    def limit(self) -> Limit | None:
+        """On bus locks, as in force, whoever set it."""
+        return self._buckets.look(Meter.BUS_LOCKS)[0]
+
+    @property
+    def exit_limit(self) -> Limit | None:
+        return self._buckets.look(Meter.EXITS)[0]
+
+    @property
+    def answer_limit(self) -> Limit | None:
+        return self._buckets.look(Meter.ANSWERS)[0]
+
+    def set_limit(self, limit: Limit | None, *, meter: Meter | str = Meter.BUS_LOCKS) -> None:
+        """Change a limit for all processes: at once, also for waits in progress.
+
+        Raises:
+            SpecError: not a limit, or not a meter.
+            StateError: closed.
+        """
+        self._buckets.set(as_meter(meter), optional_limit("limit", limit))
+
+    def statistics(self) -> HostBudgetStatistics:
+        """Raises:
+        StateError: closed.
+        """
+        looked = {meter: self._buckets.look(meter) for meter in Meter}
+        limits: dict[str, Any] = {meter.field: limit for meter, (limit, _) in looked.items()}
+        wait = {meter: wait for meter, (_, wait) in looked.items()}
+        return HostBudgetStatistics(**limits, wait=wait, changes=self._buckets.changes(), fleets=self._buckets.users)
+
+    def close(self) -> None:
+        """Leave it; the others keep it. May be called again.
+
+        Raises:
+            StateError: a fleet of this process still uses it.
+        """
+        self._buckets.close()
+
+    def __enter__(self) -> HostBudget:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<HostBudget fd={self._buckets.fd}>"
