@@ -10,22 +10,20 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator, Mapping
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import attrs
 
 from ..actions import Throttle, Unthrottle
 from ..errors import SpecError
-from ..spec import Limit, Meter, as_meter
-from .facts import Facts, VmFacts, count_of
+from ..spec import Limit
+from .facts import Facts
 from .maxmin import max_min
+from .metered import Memory, Metered, presses
 from .ranges import above, within
 from .signals import HARM, Signals, calm, check_signal
 
 __all__ = ["Adaptive"]
-
-WAITED: Final = 0.05
-"""Part of a tick that a VM waited for its turn, from which it counts as wanting more than it got."""
 
 LATE: Final = 0.05
 """Seconds by which a vCPU may come late to its turn and still catch up: what the bursts are made for."""
@@ -60,7 +58,8 @@ class _Vm:
     here: bool = True
 
 
-class Adaptive:
+@attrs.define(eq=False, slots=False)
+class Adaptive(Metered):
     """Hold the noisy back while a signal says that somebody suffers, and let them go when it is over.
 
     While every signal is below its threshold nothing is limited. When one is over it, those VMs that do more than the
@@ -103,46 +102,32 @@ class Adaptive:
         SpecError: a parameter is out of its range, or a signal is not known.
     """
 
-    def __init__(
-        self,
-        signals: Mapping[str, float] | None = None,
-        *,
-        clear: float = 0.5,
-        floor: float = 10.0,
-        increase: float = 0.1,
-        decrease: float = 0.5,
-        meter: Meter | str = Meter.BUS_LOCKS,
-        interval: float = 0.1,
-        max_delay: float | None = 1.0,
-        name: str | None = None,
-    ) -> None:
-        over = {"lock_slowdown": 1.5, "memory_slowdown": 1.5} if signals is None else dict(signals)
+    KIND: ClassVar[str] = "adaptive"
+
+    _signals: Mapping[str, float] | None = None
+    _clear: float = attrs.field(default=0.5, kw_only=True)
+    _floor: float = attrs.field(default=10.0, kw_only=True)
+    _increase: float = attrs.field(default=0.1, kw_only=True)
+    _decrease: float = attrs.field(default=0.5, kw_only=True)
+    _max_delay: float | None = attrs.field(default=1.0, kw_only=True)
+
+    def __attrs_post_init__(self) -> None:
+        over = {"lock_slowdown": 1.5, "memory_slowdown": 1.5} if self._signals is None else dict(self._signals)
         if not over:
             raise SpecError("signals={}: name at least one, with its threshold")
         for signal, threshold in over.items():
             above(f"signals[{signal!r}]", threshold, calm(check_signal(signal, HARM)), "(what it is in the calm)")
+        within("clear", self._clear, 0, 1, "of the threshold")
+        Limit(rate=self._floor, max_delay=self._max_delay)  # checks both
+        within("increase", self._increase, 1e-4, 10, "a second")
+        within("decrease", self._decrease, 0.1, 0.9, "of the level")
+        super().__attrs_post_init__()
         self._over = over
-        self._clear = within("clear", clear, 0, 1, "of the threshold")
-        self._floor = Limit(rate=floor, max_delay=max_delay).rate
-        self._max_delay = max_delay
-        self._increase = within("increase", increase, 1e-4, 10, "a second")
-        self._decrease = within("decrease", decrease, 0.1, 0.9, "of the level")
-        self._meter = as_meter(meter)
-        self._interval = within("interval", interval, 1e-4, 3600, "seconds")
-        self._name = name or ("adaptive" if self._meter is Meter.BUS_LOCKS else f"adaptive-{self._meter}")
-        self._signals = Signals(over, meter=self._meter, floor=self._floor)
-        self._vms: dict[str, _Vm] = {}
+        self._harm = Signals(over, meter=self.meter, floor=self._floor)
+        self._vms: Memory[_Vm] = Memory()
         self._level: float | None = None
         self._start = self._hurt = 0.0
         self._settling = False
-
-    @property
-    def name(self) -> str:
-        return self._name
-
-    @property
-    def meter(self) -> Meter:
-        return self._meter
 
     @property
     def signals(self) -> tuple[str, ...]:
@@ -150,16 +135,12 @@ class Adaptive:
         return tuple(self._over)
 
     @property
-    def interval(self) -> float | None:
-        return self._interval
-
-    @property
     def level(self) -> float | None:
         """Events per second that the noisy may do together; None: they are free."""
         return self._level
 
     def decide(self, facts: Facts) -> list[Throttle | Unthrottle]:
-        self._signals.look(facts)
+        self._harm.look(facts)
         self._look(facts)
         harm, clear, evidence = self._judge(facts)
         if self._level is None:
@@ -175,7 +156,7 @@ class Adaptive:
         if harm and not self._settling:
             self._hurt = max(least, min(self._level, total))
             if self._level > least:
-                self._signals.begin()
+                self._harm.begin()
             self._level = self._hurt * self._decrease
             self._settling = True  # what was decided now shows at the tick after the next
         else:
@@ -194,10 +175,8 @@ class Adaptive:
     # ---- who does what, and who suffers -----------------------------------------------------------------------------
 
     def _look(self, facts: Facts) -> None:
-        """Keep book of those above the floor; all of those that are held back already stay on it."""
-        for name, launch in facts.gone:
-            if (ended := self._vms.get(name)) is not None and ended.launch == launch:
-                del self._vms[name]
+        """Remember those above the floor; all of those that are held back already stay."""
+        self._vms.end(facts.gone)
         for vm in self._vms.values():
             vm.rate, vm.here = 0.0, False
         for told in facts.vms.values():
@@ -205,24 +184,16 @@ class Adaptive:
             if count is None:
                 continue
             rate = count / facts.interval
-            known = self._vms.get(told.name)
-            if known is not None and known.launch != told.launch:
-                del self._vms[told.name]  # another VM of that name starts without limits
-                known = None
+            known = self._vms.of(told)
             if known is None and rate <= self._floor:
                 continue
             vm = self._vms[told.name] = known or _Vm(told.name, told.launch, told.weight)
             vm.rate, vm.weight, vm.here = rate, told.weight, True
-            vm.asked.append(math.inf if self._waited(vm, told, facts.interval) else rate)
+            wants_more = vm.limit is not None and presses(told, facts.interval)
+            vm.asked.append(math.inf if wants_more else rate)
         for vm in self._vms.values():
             if not vm.here:
                 vm.asked.append(0.0)
-
-    def _count(self, vm: VmFacts) -> int | None:
-        return count_of(vm, self._meter)
-
-    def _waited(self, vm: _Vm, told: VmFacts, interval: float) -> bool:
-        return vm.limit is not None and told.throttled > WAITED * interval
 
     def _judge(self, facts: Facts) -> tuple[bool, bool, dict[str, Any]]:
         victims = [name for name in facts.vms if name not in self._vms]
@@ -230,7 +201,7 @@ class Adaptive:
         harm, clear = False, True
         evidence: dict[str, Any] = {}
         for name, over in self._over.items():
-            value, victim = self._signals.worst(name, victims)
+            value, victim = self._harm.worst(name, victims)
             rest = calm(name)
             bad = value is not None and value > over
             harm = harm or bad
@@ -248,7 +219,7 @@ class Adaptive:
     def _begin(self, facts: Facts, evidence: dict[str, Any]) -> Iterator[Throttle]:
         self._start = self._hurt = sum(vm.rate for vm in self._vms.values())
         self._level = max(self._start * self._decrease, self._least())
-        self._signals.begin()
+        self._harm.begin()
         self._settling = True
         yield from self._limits(evidence)
 
@@ -259,7 +230,7 @@ class Adaptive:
                 yield Unthrottle(
                     vm=vm.name,
                     launch=vm.launch,
-                    meter=self._meter,
+                    meter=self.meter,
                     reason="nobody suffers any more",
                     evidence=evidence,
                 )
@@ -296,7 +267,7 @@ class Adaptive:
                 vm=name,
                 launch=vm.launch,
                 limit=vm.limit,
-                meter=self._meter,
+                meter=self.meter,
                 reason=self._reason(rate, evidence),
                 evidence={
                     **evidence,
@@ -310,7 +281,7 @@ class Adaptive:
             )
 
     def _reason(self, rate: float, evidence: dict[str, Any]) -> str:
-        unit = f"{rate:.6g} {self._meter.replace('_', ' ')}/s"
+        unit = f"{rate:.6g} {self.meter.replace('_', ' ')}/s"
         if "hurts" not in evidence:
             return f"{unit}: let go step by step, as it hurts less"
         name = evidence["hurts"]
