@@ -12,7 +12,7 @@ from closed_loop import SECOND, Guest, World, during, steady
 from orchestra.actions import Action, CapCpu, Evict, Isolate, Pause, Rejoin, Resume, Stop, Throttle, Unthrottle, Warn
 from orchestra.errors import SpecError
 from orchestra.policy import Condition, Facts, Guard, HostFacts, Ladder, Policy, Rung, Step, VmFacts, default_steps
-from orchestra.policy.ladder import PATIENCE
+from orchestra.policy.standing import PATIENCE
 from orchestra.spec import Limit, Meter
 
 TICK = 0.1
