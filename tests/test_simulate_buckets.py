@@ -15,18 +15,15 @@ from hypothesis import example, given, settings, strategies as st
 
 import closed_loop
 from orchestra.actions import SetLimit
-from orchestra.native import ffi, lib
-from orchestra.native.core import Bucket
 from orchestra.policy import StaticLimits
-from orchestra.policy.inforce import HOST, InForce
 from orchestra.simulate import QemuWindow, Scenario
 from orchestra.simulate.behaviours import Steady
-from orchestra.simulate.buckets import Buckets, Windows, shared_waits
+from orchestra.simulate.buckets import Windows, shared_waits
 from orchestra.simulate.cpus import LimitSpec
 from orchestra.simulate.layout import Layout
 from orchestra.simulate.scenario import Hosts, Tenants, Vms
 from orchestra.simulate.world import World
-from orchestra.spec import Limit, Meter, Tenant
+from orchestra.spec import Limit, Tenant
 
 
 @attrs.frozen
@@ -301,84 +298,6 @@ def test_a_changed_limit_keeps_what_was_left_as_in_the_core():
     world.holds.apply(0, "p", SetLimit(vm="g0-0", limit=Limit(rate=10, burst=500, max_delay=None)), world.now)
     world.step()
     assert world.locks[0] == pytest.approx(2150 + 10 + 10)  # of the rate before it and since, and no new burst
-
-
-class Core:
-    """The core's bucket, asked for no more than it has."""
-
-    def __init__(self) -> None:
-        self._bucket, self._ticket = Bucket(), ffi.new("struct orc_ticket *")
-
-    def set(self, limit: Limit | None, now: float) -> None:
-        self._bucket.set(limit, round(now * 1e9))
-
-    def take(self, now: float) -> bool:
-        """One token, if it has one. (Whoever takes the last has to wait, but has it.)"""
-        lib.orc_bucket_charge(self._bucket.handle, round(now * 1e9), self._ticket)
-        lib.orc_bucket_leave(self._bucket.handle, self._ticket)
-        tokens, delay = ffi.new("int64_t *"), ffi.new("int64_t *")
-        lib.orc_bucket_turn(self._bucket.handle, self._ticket, tokens, delay)
-        assert self._bucket.limit is not None
-        return bool((tokens[0] - now * 1e9) * self._bucket.limit.rate / 1e9 < 1 + 1e-6)
-
-    def close(self) -> None:
-        self._bucket.close()
-
-
-class Simulated:
-    def __init__(self) -> None:
-        self._bucket, self._place = Buckets(1), np.array([0])
-
-    def set(self, limit: Limit | None, now: float) -> None:
-        self._bucket.set(0, limit, now)
-
-    def take(self, now: float) -> float:
-        """As many as it has."""
-        left = float(self._bucket.available(self._place, now, 0.0)[0])
-        self._bucket.take(self._place, np.array([left]), np.array([left]), now)
-        return left
-
-
-class Rehearsed:
-    def __init__(self) -> None:
-        self._held, self._limit = InForce(), None
-
-    def set(self, limit: Limit | None, now: float) -> None:
-        self._held._now = now
-        self._held.set_base(HOST, Meter.EXITS, limit)
-
-    def take(self, now: float) -> float:
-        (bucket,) = self._held._buckets[Meter.EXITS].values()
-        left = bucket.room(now, 0.0)
-        bucket.take(left, now, 0.0)
-        return left
-
-
-round_limits = st.builds(Limit, rate=st.floats(0.1, 50), burst=st.floats(1, 30), max_delay=st.none())
-
-
-@pytest.mark.parametrize("fluid", [Simulated, Rehearsed])
-@settings(deadline=None)
-@given(st.lists(st.tuples(st.floats(0, 3), st.sampled_from(["set", "none", "take"]), round_limits), max_size=30))
-def test_limits_that_come_and_go_leave_as_many_tokens_as_in_the_core(fluid, steps):
-    core, model, now, limited = Core(), fluid(), 1.0, False
-    core.set(Limit(rate=1, burst=10, max_delay=None), now)
-    model.set(Limit(rate=1, burst=10, max_delay=None), now)
-    limited = True
-    for pause, step, limit in [*steps, (0.0, "set", Limit(rate=2, burst=1000, max_delay=None)), (0.0, "take", None)]:
-        now += pause
-        if step == "take" and limited:
-            left = model.take(now)
-            taken = 0
-            while core.take(now):
-                taken += 1
-            assert taken == pytest.approx(left, abs=1.001)  # the core gives whole ones
-            break
-        if step != "take":
-            limited = step == "set"
-            for one in (core, model):
-                one.set(limit if limited else None, now)
-    core.close()
 
 
 def test_waits_use_up_the_budget_and_no_more():

@@ -3,6 +3,38 @@
 Sources: Chiu and Jain, "Analysis of the increase and decrease algorithms for congestion avoidance" (1989): of the
 linear controls, additive increase with multiplicative decrease converges to a fair and efficient point. That growth
 speeds up once the level that last hurt is passed without harm is CUBIC's idea (RFC 9438).
+
+    no level      nobody suffers: all are free
+    harm          level = decrease * what the noisy did together; not at the tick after, which shows the time before
+    in the clear  level grows by increase * (level that hurt last) a second; once it is above that, twofold a second
+    all free      once the level has reached what the noisy did together at the start
+    limits        the floor for each, and by weighted max-min a part of the rest of the level
+
+A worked timeline, of ``Adaptive({"cpu_pressure": 0.5}, increase=1.0)`` and two VMs that want 1200 and 400 bus locks a
+second. It hurts above 1000/s, until 0.6 s:
+
+    time  did: a     b  harm   level  limits: a     b
+   0.1 s    1200   400  yes     800        400   400
+   0.2 s     400   400  no      960        520   520
+   0.3 s     520   400  no     1120        680   680
+   0.4 s     680   400  yes     540        270   270
+   0.5 s     270   270  no      648        324   324
+   0.6 s     324   324  no      756        378   378
+   0.7 s     378   378  no      864        432   432
+   0.8 s     432   400  no      972        486   486
+   0.9 s     486   400  no     1080        540   540
+   1.0 s     540   400  no     1158        718   718
+   1.1 s     718   400  no     1241        801   801
+   1.2 s     801   400  no     1330        890   890
+   1.3 s     890   400  no     1425        985   985
+   1.4 s     985   400  no     1527       1087  1087
+   1.5 s    1087   400  no        -          -     -
+
+- 0.1 s: the level is half of the 1600/s that hurt, and each may do 400/s. `b` wants no more.
+- 0.2 s: in the clear. The level grows by 160/s in each tick: by as much as hurt last, a second.
+- 0.4 s: it hurts at 1080/s, so half of that is the level.
+- 1.0 s: 1080/s have passed without harm. From here on the level doubles each second.
+- 1.5 s: the level has reached 1600/s, what the two did at the start.
 """
 
 from __future__ import annotations

@@ -2,17 +2,25 @@
 
 Source of the patience that grows with each relapse: route flap damping (RFC 2439).
 
-A worked timeline, of a VM on ``Ladder(default_steps(over=1000, highest="cap_cpu"))`` that wants 5000 bus locks a second
-for 4 s, rests for 12 s, and comes back for 1 s:
+`standing` has the states, and which event leads from which to which. A worked timeline, of a VM on
+``Ladder(default_steps(over=1000, highest="cap_cpu"))`` that wants 5000 bus locks a second for 4 s, rests for 12 s, and
+comes back for 1 s:
 
-TIMELINE
-- 0.1 s: the first tick over 1000/s is answered by a warning. The throttle's dwell, 1 s, begins.
-- 1.2 s: it is throttled to 500/s. It presses against that limit: so it is neither bad (it is held) nor in the clear (it
-  still wants), and stays where it is.
-- From 4 s on it rests. After 10 s in the clear it leaves the throttle, and is on probation for 10 s.
-- 16.2 s: it is back. One bad tick is enough on probation. Its relapse doubles the time in the clear that is asked for:
-  20 s for each of the two steps.
+    time    does  step      standing   action
+   0.1 s  5000/s  warn      held       Warn
+   1.1 s  5000/s  throttle  held       Throttle to 500/s
+  14.0 s     0/s  warn      returning  Unthrottle
+  16.1 s  5000/s  throttle  held       Throttle to 500/s
+  37.0 s     0/s  warn      returning  Unthrottle
+
+- 0.1 s: the first tick over 1000/s is answered by a warning. From here on the throttle's dwell, 1 s, is counted.
+- 1.1 s: the VM is throttled to 500/s. It presses against that limit. So it is neither bad, as it is held, nor in the
+  clear, as it wants more. It stays where it is.
+- 14.0 s: it has been in the clear since 4 s, for the 10 s that the step asks for. For 10 s more it is on probation.
+- 16.1 s: on probation one bad tick is enough. That is a relapse: 20 s in the clear are asked for from now on.
+- 37.0 s: back to the warning, and 20 s later off the ladder. When its probation is over, the VM is forgotten.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping

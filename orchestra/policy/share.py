@@ -1,4 +1,32 @@
-"""Weighted max-min sharing of the host's budget: who asks for little gets it, the greedy share the rest by weight."""
+"""Weighted max-min sharing of the host's budget: a VM that asks for less than its share gets what it asks for, and the
+others divide the rest by weight.
+
+    what a VM did     it hardly waited: that is what it asked for. It waited: it asked for more than it got (inf).
+    its demand        the most of what it asked for in the last `memory` ticks
+    set aside for it  its demand and the headroom
+    its share         weighted max-min: the budget among the tenants, and each tenant's part among its VMs
+    its limit         its share, if that is less than what is set aside for it; else none
+
+A worked timeline, of ``WeightedShare(Limit(rate=1000))`` and three VMs of the same weight that want 2000, 900 and 100
+bus locks a second. `c` ends its work at 0.6 s:
+
+    time  did: a    b    c  asked for: a    b    c  limits: a    b
+   0.1 s      667  300   33        inf  inf  inf     333  333  set
+   0.2 s      333  333  100        inf  inf  inf     333  333
+   0.3 s      333  333  100        inf  inf  inf     333  333
+   0.4 s      333  333  100        inf  inf  100     445  445  set
+   0.5 s      445  445  100        inf  inf  100     445  445
+   0.6 s      445  445  100        inf  inf  100     445  445
+   0.7 s      445  445    0        inf  inf  100     445  445
+   0.8 s      445  445    0        inf  inf  100     445  445
+   0.9 s      445  445    0        inf  inf    -     500  500  set
+   1.0 s      500  500    0        inf  inf    -     500  500
+
+- 0.1 s: the host's bucket slowed all three, so each seems to want more than it got, and each has a third.
+- 0.4 s: `c` did 100/s for three ticks without waiting. So 110/s, with the headroom, are set aside for it, it has no
+  limit any more, and `a` and `b` divide the other 890/s.
+- 0.9 s: `c` was idle for three ticks. What was set aside for it is lent to the others.
+"""
 
 from __future__ import annotations
 

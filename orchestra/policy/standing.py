@@ -1,16 +1,16 @@
 """Where a VM stands on a ladder: states, events, and what follows from them.
 
-    new VM     worse                  worse: one step higher
-      |      .--------> HELD <--------------------.
-      v     /            | \\______________________/
-     OBSERVED            |  \\
-      |   ^ ^            |   \\ better: one step lower
-      |   |  \\ better,   |    v
-      |   |   '----------'   RETURNING ---> HELD      worse: one step higher, at once if it is a relapse
-      |   |    lowest step    |  | ^
-      |   '-------------------'  '-'  better: one step lower
-      v
-    forgotten   calm: nothing left to remember; also STOPPED, when it was gone for long enough
+                   worse                        worse: one step higher
+    OBSERVED ──────────────────▶ HELD ──────────────────────────▶ HELD, or STOPPED on the step that ends the VM
+     │    ▲                       │                                         │
+     │    │                       │ better: one step lower                  │ better
+     │    │ better, from          ▼                                         ▼
+     │    └──────────────── RETURNING ──▶ HELD                          forgotten
+     │      the lowest step   │   ▲       worse; at once on probation
+     │                        └───┘
+     │ calm                   better: one step lower
+     ▼
+    forgotten
 
 Somebody else may let a paused VM go on (*released*). That is a step down as well, with nothing left to be done.
 """

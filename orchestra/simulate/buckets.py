@@ -1,9 +1,9 @@
 """Token buckets and QEMU's windows as fluids: a tick at a time, for many guests at once.
 
-How a bucket fills and empties is `policy/buckets`' arithmetic. Here it is worked out how long guests wait for it. A vCPU that wants to lock
-n times in a tick does something else for z = tick / n between two locks. If it also waits W for each turn, it does
-tick / (z + W) locks. W is what makes those that share a bucket use up just what the bucket has: its tokens at the
-tick's start and those that the tick brings. A vCPU under several buckets waits for the slowest, as in the core.
+How a bucket fills and empties is the arithmetic of `policy/buckets`. This is how long guests wait for one. A vCPU that
+wants to lock n times in a tick does something else for z = tick / n between two locks. If it also waits W for each
+turn, it does tick / (z + W) locks. W is what makes those that share a bucket use up just what the bucket has: its tokens at
+the tick's start and those that the tick brings. A vCPU under several buckets waits for the slowest, as in the core.
 
 What this leaves out is the order of events within a tick: tests/test_simulate_buckets.py compares it with the core,
 docs/simulate.md says how far it is off.
@@ -21,8 +21,7 @@ __all__ = ["Buckets", "Windows", "shared_waits"]
 
 
 class Buckets:
-    """One `policy.buckets.Bucket` for each of many places, as columns; most have no limit. Tokens are brought up to date
-    when they are looked at."""
+    """One `policy.buckets.Bucket` for each of many places, as columns; most have no limit."""
 
     def __init__(self, size: int) -> None:
         self.rate = np.full(size, np.inf)  # in force; inf: no limit is
