@@ -2,8 +2,9 @@
 
 How a bucket fills and empties is the arithmetic of `policy/buckets`. This is how long guests wait for one. A vCPU that
 wants to lock n times in a tick does something else for z = tick / n between two locks. If it also waits W for each
-turn, it does tick / (z + W) locks. W is what makes those that share a bucket use up just what the bucket has: its tokens at
-the tick's start and those that the tick brings. A vCPU under several buckets waits for the slowest, as in the core.
+turn, it does tick / (z + W) locks. W is what makes those that share a bucket use up just what the bucket has: its
+tokens at the tick's start and those that the tick brings. A vCPU under several buckets waits for the slowest, as in the
+core.
 
 What this leaves out is the order of events within a tick: tests/test_simulate_buckets.py compares it with the core,
 docs/simulate.md says how far it is off.
