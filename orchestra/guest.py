@@ -35,7 +35,7 @@ from .errors import OrchestraError, ResourceLimit, StateError
 from .holding import Holding, Level, PendingIo
 from .inbox import Inbox
 from .memory import GuestMemory
-from .native.core import BUCKETS, Command, Counters, FleetCore, VcpuCore
+from .native.core import NOT_HELD, Command, Counters, FleetCore, VcpuCore
 from .profile import Row, Samples
 from .spec import DebugConsole, ExitPort, Limit, Meter, Serial, VmSpec
 from .vcpu import Vcpu
@@ -591,7 +591,7 @@ class Guest:
 
     def look(self, index: int, now: int) -> tuple[dict[int, int], int, list[int], int]:
         """As `VcpuCore.look`."""
-        return self._cores[index].look(now) if self.final is None else ({}, 0, [0] * len(BUCKETS), 0)
+        return self._cores[index].look(now) if self.final is None else ({}, 0, NOT_HELD, 0)
 
     def tell(self, mask: int) -> None:
         if self.final is None:

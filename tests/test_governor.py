@@ -469,6 +469,9 @@ class Clocks:
     def run_delay(self, tid: int) -> int | None:
         return self.waited.get(tid, 0)
 
+    def forget(self, tid: int) -> None: ...
+    def close(self) -> None: ...
+
 
 @pytest.fixture
 def clocks(monkeypatch) -> Clocks:

@@ -1,5 +1,6 @@
-"""WeightedShare in a closed loop: guests and time are a small model, so every run is the same. The buckets are the core's:
-an event takes a ticket in every bucket at once, and its vCPU waits for the latest turn of them.
+"""WeightedShare in a closed loop: guests and time are a small model, so every run is the same.
+
+The buckets are the core's: an event takes a ticket in every bucket at once, and its vCPU waits for the latest turn.
 """
 
 from __future__ import annotations

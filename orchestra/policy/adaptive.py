@@ -41,7 +41,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any, ClassVar, Final
 
 import attrs
@@ -49,11 +49,11 @@ import attrs
 from ..actions import Throttle, Unthrottle
 from ..errors import SpecError
 from ..spec import Limit
-from .facts import Facts
-from .maxmin import max_min
+from .facts import Facts, VmFacts
+from .maxmin import divide
 from .metered import Memory, Metered, presses
 from .ranges import above, within
-from .signals import HARM, Signals, calm, check_signal
+from .signals import HARM, VICTIMS, Signals, calm, check_signal
 
 __all__ = ["Adaptive"]
 
@@ -155,6 +155,7 @@ class Adaptive(Metered):
         within("decrease", self._decrease, 0.1, 0.9, "of the level")
         super().__attrs_post_init__()
         self._over = over
+        self._hears_victims = any(signal in VICTIMS for signal in over)
         self._harm = Signals(over, meter=self.meter, floor=self._floor)
         self._vms: Memory[_Vm] = Memory()
         self._level: float | None = None
@@ -173,12 +174,10 @@ class Adaptive(Metered):
 
     def decide(self, facts: Facts) -> list[Throttle | Unthrottle]:
         self._harm.look(facts)
-        self._look(facts)
-        harm, clear, evidence = self._judge(facts)
         if self._level is None:
-            if not harm:
-                self._vms.clear()
-            return list(self._begin(facts, evidence)) if harm and self._vms else []
+            return self._free_so_far(facts)
+        self._look(facts)
+        harm, clear, evidence = self._judge(facts, self._vms)
         if not self._vms:  # others of the same names have taken their places
             self._level = None
             return []
@@ -206,6 +205,17 @@ class Adaptive(Metered):
 
     # ---- who does what, and who suffers -----------------------------------------------------------------------------
 
+    def _free_so_far(self, facts: Facts) -> list[Throttle | Unthrottle]:
+        """Nobody is held. This runs for each active VM in each tick: nothing is remembered of one until it hurts."""
+        most, count = self._floor * facts.interval, self._count
+        noisy = {told.name: told for told in facts.vms.values() if (count(told) or 0) > most}
+        harm, _, evidence = self._judge(facts, noisy)
+        if not (harm and noisy):
+            return []
+        for told in noisy.values():
+            self._add(told, count(told) / facts.interval)
+        return list(self._begin(evidence))
+
     def _look(self, facts: Facts) -> None:
         """Remember those above the floor; all of those that are held back already stay."""
         self._vms.end(facts.gone)
@@ -217,19 +227,28 @@ class Adaptive(Metered):
                 continue
             rate = count / facts.interval
             known = self._vms.of(told)
-            if known is None and rate <= self._floor:
+            if known is None:
+                if rate > self._floor:
+                    self._add(told, rate)
                 continue
-            vm = self._vms[told.name] = known or _Vm(told.name, told.launch, told.weight)
-            vm.rate, vm.weight, vm.here = rate, told.weight, True
-            wants_more = vm.limit is not None and presses(told, facts.interval)
-            vm.asked.append(math.inf if wants_more else rate)
+            known.rate, known.weight, known.here = rate, told.weight, True
+            wants_more = known.limit is not None and presses(told, facts.interval)
+            known.asked.append(math.inf if wants_more else rate)
         for vm in self._vms.values():
             if not vm.here:
                 vm.asked.append(0.0)
 
-    def _judge(self, facts: Facts) -> tuple[bool, bool, dict[str, Any]]:
-        victims = [name for name in facts.vms if name not in self._vms]
-        victims += [name for name, vm in facts.others.items() if (self._count(vm) or 0) <= self._floor * facts.interval]
+    def _add(self, told: VmFacts, rate: float) -> None:
+        vm = self._vms[told.name] = _Vm(told.name, told.launch, told.weight, rate=rate)
+        vm.asked.append(rate)
+
+    def _judge(self, facts: Facts, noisy: Container[str]) -> tuple[bool, bool, dict[str, Any]]:
+        """Whether it hurts, whether it is in the clear, and by which figures. The noisy are no victims."""
+        victims: list[str] = []
+        if self._hears_victims:
+            most = self._floor * facts.interval
+            victims = [name for name in facts.vms if name not in noisy]
+            victims += [name for name, vm in facts.others.items() if (self._count(vm) or 0) <= most]
         harm, clear = False, True
         evidence: dict[str, Any] = {}
         for name, over in self._over.items():
@@ -248,7 +267,7 @@ class Adaptive(Metered):
 
     # ---- what to do about it ----------------------------------------------------------------------------------------
 
-    def _begin(self, facts: Facts, evidence: dict[str, Any]) -> Iterator[Throttle]:
+    def _begin(self, evidence: dict[str, Any]) -> Iterator[Throttle]:
         self._start = self._hurt = sum(vm.rate for vm in self._vms.values())
         self._level = max(self._start * self._decrease, self._least())
         self._harm.begin()
@@ -279,7 +298,7 @@ class Adaptive(Metered):
         wants = [max(vm.asked) * 1.1 for vm in vms]
         base = [min(self._floor, want) for want in wants]
         rest = max(0.0, level - sum(base))
-        more = max_min(rest, [want - b for want, b in zip(wants, base, strict=True)], [vm.weight for vm in vms])
+        more = divide(rest, [want - b for want, b in zip(wants, base, strict=True)], [vm.weight for vm in vms])
         level_of = [m / vm.weight for m, vm in zip(more, vms, strict=True)]
         water = max([rest / sum(vm.weight for vm in vms) if sum(more) < rest * (1 - 1e-9) else 0.0, *level_of])
         return {vm.name: self._floor + water * vm.weight for vm in vms}

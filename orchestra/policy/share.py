@@ -40,7 +40,7 @@ import attrs
 from ..actions import Throttle, Unthrottle
 from ..spec import Limit, optional_limit
 from .facts import Facts
-from .maxmin import max_min
+from .maxmin import divide
 from .metered import WAITED, Memory, Metered, longest_wait
 from .pace import paced, within_reach
 from .ranges import within
@@ -216,8 +216,8 @@ class WeightedShare(Metered):
     def _shares(self, facts: Facts, budget: float, tenants: Mapping[str, list[_Vm]]) -> dict[str, float]:
         demands = [min(sum([vm.want for vm in vms]), self._cap(facts, tenant)) for tenant, vms in tenants.items()]
         shares: dict[str, float] = {}
-        for part, vms in zip(max_min(budget, demands, self._weights(facts, tenants)), tenants.values(), strict=True):
-            parts = max_min(part, [vm.want for vm in vms], [vm.weight for vm in vms])
+        for part, vms in zip(divide(budget, demands, self._weights(facts, tenants)), tenants.values(), strict=True):
+            parts = divide(part, [vm.want for vm in vms], [vm.weight for vm in vms])
             shares.update(zip([vm.name for vm in vms], parts, strict=True))
         return shares
 
@@ -226,7 +226,7 @@ class WeightedShare(Metered):
     ) -> None:
         """Keep book of what each did beyond its share. It rests for that by what it would have if all were greedy."""
         caps = [self._cap(facts, tenant) for tenant in tenants]
-        for part, vms in zip(max_min(budget, caps, self._weights(facts, tenants)), tenants.values(), strict=True):
+        for part, vms in zip(divide(budget, caps, self._weights(facts, tenants)), tenants.values(), strict=True):
             whole = sum([vm.weight for vm in vms])
             for vm in vms:
                 fair = part * vm.weight / whole
