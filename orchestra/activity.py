@@ -244,7 +244,11 @@ class Activity:
             # Clamped: runner and governor read the clock each for itself, so a wait may end "before" it was looked at.
             held = [max(0, far - before) for far, before in zip(held_so_far, vcpu.held, strict=True)]
             vcpu.held, held = held_so_far, held if any(held) else None
-        used, waited = self._times(vcpu, now)
+        used = waited = None
+        if self._threads is not None:
+            with vcpu.guest.vcpus[vcpu.index].living() as tid:  # or the figures could be another thread's
+                if tid is not None:
+                    used, waited = self._times(self._threads, tid, vcpu, now)
         capped = self._capped(vcpu, now) if vcpu.vm.was_capped else None
         if exits or used:
             self.logs.stir(vcpu.vm, vcpu.looked, now)
@@ -257,14 +261,8 @@ class Activity:
         # Whoever made an exit may just have begun to wait for its turn, and will account nothing until that has come.
         return bool(exits or held or used or capped)
 
-    def _times(self, vcpu: _Vcpu, now: int) -> tuple[int | None, int | None]:
+    def _times(self, threads: ThreadTimes, tid: int, vcpu: _Vcpu, now: int) -> tuple[int | None, int | None]:
         """CPU time and run-queue delay since the last look."""
-        if self._threads is None:
-            return None, None
-        with vcpu.guest.vcpus[vcpu.index].living() as tid:  # or the figures could be another thread's
-            return (None, None) if tid is None else self._times_of(self._threads, tid, vcpu, now)
-
-    def _times_of(self, threads: ThreadTimes, tid: int, vcpu: _Vcpu, now: int) -> tuple[int | None, int | None]:
         ran = threads.cpu(tid)
         if ran is None:
             return None, None
@@ -338,13 +336,15 @@ class Activity:
     def _vm_facts(self, vm: Vm, did: Mapping[int, _Did], work: float | None, dirty: _Dirty | None) -> VmFacts:
         """Runs for each active VM in each tick: it does no more than it has to."""
         seen = self._fleet.bus_locks
-        vcpus = tuple([_vcpu_facts(index, one, seen) for index, one in sorted(did.items())])
-        if len(vcpus) == 1:
-            (both,) = did.values()
-            sums = vcpus[0]
+        vcpus: tuple[VcpuFacts, ...]
+        if len(did) == 1:
+            ((index, both),) = did.items()
+            sums = _vcpu_facts(index, both, seen)
+            vcpus = (sums,)
         else:
             both = functools.reduce(_Did.sum, did.values(), _Did({}))
             sums = _vcpu_facts(0, both, seen)
+            vcpus = tuple([_vcpu_facts(index, one, seen) for index, one in sorted(did.items())])
         spec = vm.spec
         return VmFacts(
             vm.name,

@@ -24,7 +24,7 @@ PER_THREAD: Final = 4  # CPUCLOCK_PERTHREAD_MASK
 SCHED: Final = 2  # CPUCLOCK_SCHED: nanoseconds that it ran
 
 KEPT: Final = 128
-"""Files that are kept open, of the threads that were asked for last: to open and close one costs four times what it
+"""Files that are kept open, of the threads that were first seen last: to open and close one costs four times what it
 costs to read it. More than this would be many of the 1,024 descriptors that a process may have by default."""
 
 
@@ -40,7 +40,7 @@ class ThreadTimes:
 
     def __init__(self, tasks: Path = TASKS) -> None:
         self._tasks = str(tasks)
-        self._files: dict[int, int] = {}  # by thread, in the order in which they were read last
+        self._files: dict[int, int] = {}  # by thread, in the order in which they were opened
         self.absent: Mapping[str, str] = {}
         own = threading.get_native_id()
         try:
@@ -80,15 +80,11 @@ class ThreadTimes:
     def _read(self, tid: int) -> list[bytes]:
         """Nanoseconds that it ran, and that it waited; how often it ran."""
         files = self._files
-        file = files.pop(tid, None)
-        if file is not None:
+        if (file := files.get(tid)) is not None:
             try:
-                told = os.pread(file, 128, 0).split()
+                return os.pread(file, 128, 0).split()
             except OSError:  # that thread is gone; another may have its number
-                os.close(file)
-            else:
-                files[tid] = file
-                return told
+                self.forget(tid)
         file = os.open(f"{self._tasks}/{tid}/schedstat", os.O_RDONLY | os.O_CLOEXEC)
         try:
             told = os.pread(file, 128, 0).split()
