@@ -222,20 +222,35 @@ class Activity:
         # One that waits for its turn accounts nothing meanwhile, but it is not idle: it is looked at until it did not
         # wait any more.
         ids = self._again.union(self._fleet.core.active())
+        again = {id for id in ids if (vcpu := vcpus.get(id)) is not None and self._look(vcpu, now)}
         turn = self._turn
         for _ in range(min(IN_TURN, len(turn))):
             id = turn.popleft()
-            if id in vcpus:
+            if (vcpu := vcpus.get(id)) is not None:
                 turn.append(id)
-                ids.add(id)
-        self._again = {id for id in ids if (vcpu := vcpus.get(id)) is not None and self._look(vcpu, now)}
+                if id not in ids and self._look(vcpu, now, idle=True):
+                    again.add(id)
+        self._again = again
         self._looked = now
         self._reading = self.host.read()
         self._tenants = None
         self._facts.clear()
 
-    def _look(self, vcpu: _Vcpu, now: int) -> bool:
-        """Whether it is to be looked at the next time, whatever the core says."""
+    def _look(self, vcpu: _Vcpu, now: int, *, idle: bool = False) -> bool:
+        """Whether it is to be looked at the next time, whatever the core says.
+
+        Parameters:
+            idle: the core knows of nothing that it did, and it did not wait when it was looked at last. If its thread
+                did not run either, it did nothing.
+        """
+        used = waited = None
+        if self._threads is not None:
+            with vcpu.guest.vcpus[vcpu.index].living() as tid:  # or the figures could be another thread's
+                if tid is not None:
+                    used, waited = self._times(self._threads, tid, vcpu, now)
+        if idle and not used:
+            vcpu.looked = now
+            return False
         exits, locks_so_far, held_so_far, answers_so_far = vcpu.guest.look(vcpu.index, now)
         bus_locks, vcpu.bus_locks = max(0, locks_so_far - vcpu.bus_locks), locks_so_far
         answers, vcpu.answers = max(0, answers_so_far - vcpu.answers), answers_so_far
@@ -244,11 +259,6 @@ class Activity:
             # Clamped: runner and governor read the clock each for itself, so a wait may end "before" it was looked at.
             held = [max(0, far - before) for far, before in zip(held_so_far, vcpu.held, strict=True)]
             vcpu.held, held = held_so_far, held if any(held) else None
-        used = waited = None
-        if self._threads is not None:
-            with vcpu.guest.vcpus[vcpu.index].living() as tid:  # or the figures could be another thread's
-                if tid is not None:
-                    used, waited = self._times(self._threads, tid, vcpu, now)
         capped = self._capped(vcpu, now) if vcpu.vm.was_capped else None
         if exits or used:
             self.logs.stir(vcpu.vm, vcpu.looked, now)
