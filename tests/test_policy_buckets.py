@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings, strategies as st
 
+from orchestra.model.spec import Limit, Meter
 from orchestra.native import ffi, lib
 from orchestra.native.core import Bucket as CoreBucket
 from orchestra.policy.buckets import Bucket
-from orchestra.policy.inforce import HOST, InForce
+from orchestra.policy.enforcement import HOST, Enforcement
 from orchestra.simulate.buckets import Buckets
-from orchestra.spec import Limit, Meter
 
 UNIT = 1 / 65536
 """The core counts in these parts of a token."""
@@ -108,7 +108,7 @@ class Held:
     """What a replay and a dry run go by."""
 
     def __init__(self) -> None:
-        self.held = InForce()
+        self.held = Enforcement()
 
     def put(self, limit: Limit | None, now: float) -> None:
         self.held._now = now

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 import pytest
 
 from flows import TICK, facts
-from orchestra.actions import Throttle, Unthrottle
+from orchestra.model.actions import Throttle, Unthrottle
+from orchestra.model.spec import Limit
 from orchestra.policy import (
     Adaptive,
     HostFacts,
@@ -21,7 +22,6 @@ from orchestra.policy import (
     share,
 )
 from orchestra.policy.standing import TRANSITIONS, Standing
-from orchestra.spec import Limit
 
 
 class Guests:

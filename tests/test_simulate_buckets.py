@@ -14,7 +14,8 @@ import pytest
 from hypothesis import example, given, settings, strategies as st
 
 import closed_loop
-from orchestra.actions import SetLimit
+from orchestra.model.actions import SetLimit
+from orchestra.model.spec import Limit, Tenant
 from orchestra.policy import StaticLimits
 from orchestra.simulate import QemuWindow, Scenario
 from orchestra.simulate.behaviours import Steady
@@ -23,7 +24,6 @@ from orchestra.simulate.cpus import LimitSpec
 from orchestra.simulate.layout import Layout
 from orchestra.simulate.scenario import Hosts, Tenants, Vms
 from orchestra.simulate.world import World
-from orchestra.spec import Limit, Tenant
 
 
 @attrs.frozen

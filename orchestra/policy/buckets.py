@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 import attrs
 
-from ..spec import Limit
+from ..model.spec import Limit
 
 __all__ = ["Bucket", "earned", "spent"]
 

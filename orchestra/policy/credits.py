@@ -17,12 +17,12 @@ from typing import Any, ClassVar, Final
 
 import attrs
 
-from ..actions import Action, Throttle
-from ..spec import Limit
+from ..model.actions import Action, Throttle
+from ..model.spec import Limit
 from .facts import Facts, VmFacts
 from .metered import Metered, presses
-from .once import Once
-from .ranges import within
+from .retry import Once
+from .validation import within
 
 __all__ = ["BurstCredits"]
 

@@ -28,12 +28,12 @@ from typing import Any, ClassVar, Final
 
 import attrs
 
-from ..actions import Action, CapCpu, Evict, Isolate, Pause, Stop, Throttle, Warn
-from ..effects import inverse
+from ..model.actions import Action, CapCpu, Evict, Isolate, Pause, Stop, Throttle, Warn
+from ..model.effects import inverse
 from .facts import Facts, VmFacts
+from .harm import HARM, Signals
 from .metered import WAITED, Memory, Metered, longest_wait, presses
 from .reading import Reading
-from .signals import HARM, Signals
 from .standing import TRANSITIONS, Event, LadderState, Move, Standing
 from .steps import Rung, Step, check_steps, default_steps
 

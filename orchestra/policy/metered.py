@@ -11,9 +11,9 @@ from typing import ClassVar, Final, Protocol, TypeVar
 
 import attrs
 
-from ..spec import Limit, Meter, as_meter
+from ..model.spec import Limit, Meter, as_meter
 from .facts import VmFacts
-from .ranges import within
+from .validation import within
 
 __all__ = ["WAITED", "Memory", "Metered", "longest_wait", "presses"]
 

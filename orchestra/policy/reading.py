@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from operator import attrgetter
 from typing import Final
 
-from ..spec import Meter
+from ..model.spec import Meter
 from .facts import Facts, VmFacts, count_of
-from .signals import OWN, Signals
+from .harm import OWN, Signals
 from .steps import Condition, Step
 
 __all__ = ["Reading"]

@@ -37,13 +37,13 @@ from typing import Any, ClassVar, Final
 
 import attrs
 
-from ..actions import Throttle, Unthrottle
-from ..spec import Limit, optional_limit
+from ..model.actions import Throttle, Unthrottle
+from ..model.spec import Limit, optional_limit
 from .facts import Facts
 from .maxmin import divide
 from .metered import WAITED, Memory, Metered, longest_wait
-from .pace import paced, within_reach
-from .ranges import within
+from .rates import paced, within_reach
+from .validation import within
 
 __all__ = ["WeightedShare"]
 

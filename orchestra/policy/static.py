@@ -8,12 +8,12 @@ from typing import ClassVar
 
 import attrs
 
-from ..actions import Action, Throttle
-from ..errors import SpecError
-from ..spec import Limit, optional_limit
+from ..model.actions import Action, Throttle
+from ..model.errors import SpecError
+from ..model.spec import Limit, optional_limit
 from .facts import Facts
 from .metered import Metered
-from .once import Once
+from .retry import Once
 
 __all__ = ["StaticLimits"]
 

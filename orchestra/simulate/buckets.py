@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import math
 
+from ..model.spec import Limit
 from ..policy.buckets import Bucket, earned, spent
-from ..spec import Limit
 from .arrays import Floats, Ints, np
 
 __all__ = ["Buckets", "Windows", "shared_waits"]
