@@ -259,7 +259,7 @@ def test_over_many_hosts_single_guests_are_off_by_little():
 wanted_rates = st.just(0.0) | st.floats(0.001, 5000)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(st.tuples(wanted_rates, wanted_rates), min_size=2, max_size=40),
     st.sampled_from([0.05, 1.0, 3.0]),
