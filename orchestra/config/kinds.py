@@ -183,7 +183,8 @@ def _is_optional(to: Any) -> bool:
 def _hints(kind: Callable[..., Any]) -> dict[str, Any]:
     if isinstance(kind, type) and attrs.has(kind):
         attrs.resolve_types(kind)
-        found: dict[str, Any] = {field.alias or field.name: field.type for field in attrs.fields(kind) if field.init}
+        fields = {field.alias: field.type for field in attrs.fields(kind)}
+        found: dict[str, Any] = {name: fields[name] for name in inspect.signature(kind).parameters}
     else:
         found = typing.get_type_hints(kind.__init__ if isinstance(kind, type) else kind)  # type: ignore[misc]  # a class
         found.pop("return", None)
