@@ -53,16 +53,10 @@ from .facts import Facts, VmFacts
 from .harm import HARM, VICTIMS, Signals, calm, check_signal
 from .maxmin import divide
 from .metered import Memory, Metered, presses
+from .rates import FASTEST, LATE, LEAST_BURST
 from .validation import above, within
 
 __all__ = ["Adaptive"]
-
-LATE: Final = 0.05
-"""Seconds by which a vCPU may come late to its turn and still catch up: what the bursts are made for."""
-
-AHEAD: Final = 2
-"""Events that a limit lets pass at once in any case. With one, a guest waits after each of its events until the next
-has been earned, and works only then: one that asks for no more than its limit would get half of it."""
 
 MEMORY: Final = 3
 """Ticks for which what a VM asked for counts: the largest one does."""
@@ -73,8 +67,6 @@ HIGHER: Final = 0.1
 
 SLOWLY: Final = 0.1
 """Between the clear and the threshold the level rises at this part of its speed: nothing stays for ever."""
-
-FASTEST: Final = 1e9
 
 
 @attrs.define(eq=False)
@@ -313,7 +305,7 @@ class Adaptive(Metered):
             old = None if vm.limit is None else vm.limit.rate
             if not vm.here or (old is not None and old * (1 - lower) <= rate <= old * (1 + HIGHER)):
                 continue  # who is idle, or gone, is told when it comes back
-            vm.limit = Limit(rate=rate, burst=min(AHEAD + rate * LATE, FASTEST), max_delay=self._max_delay)
+            vm.limit = Limit(rate=rate, burst=min(LEAST_BURST + rate * LATE, FASTEST), max_delay=self._max_delay)
             yield Throttle(
                 vm=name,
                 launch=vm.launch,

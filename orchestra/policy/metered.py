@@ -1,6 +1,6 @@
 """What policies have in common: a meter, an interval and a name, what they remember of each VM, and who presses.
 
-`pace` is the one to copy for small arithmetic, `credits` for a whole policy.
+`credits` is the policy to copy.
 """
 
 from __future__ import annotations
