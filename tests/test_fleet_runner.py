@@ -18,8 +18,6 @@ from orchestra.fleet.observer import IN_TURN, Observer
 from orchestra.machine.vcpu import Vcpu
 from orchestra.testing import wait_until
 
-pytestmark = pytest.mark.timed
-
 FOR_EVER = hlt(after=1e9)
 FAIL = ScriptedExit("debug", args=(1, 0, 0, 0))
 
@@ -470,6 +468,9 @@ class Clocks:
 
     def run_delay(self, tid: int) -> int | None:
         return self.waited.get(tid, 0)
+
+    def forget(self, tid: int) -> None: ...
+    def close(self) -> None: ...
 
 
 @pytest.fixture

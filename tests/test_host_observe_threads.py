@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from pathlib import Path
@@ -65,6 +66,40 @@ def test_a_kernel_without_schedstat_is_named_and_not_taken_for_one_without_delay
     (folder / "schedstat").write_text("500 70 3\n")
     assert ThreadTimes(tmp_path).run_delay(own) == 70
     assert "can't be read" in ThreadTimes(tmp_path / "nowhere").absent["run_delay"]
+
+
+def test_files_are_kept_open_for_so_many_threads_and_no_longer_than_they_are_needed(tmp_path, monkeypatch):
+    def open_files() -> int:
+        return sum(str(tmp_path) in os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd"))
+
+    monkeypatch.setattr("orchestra.host.observe.threads.KEPT", 3)
+    for tid in [threading.get_native_id(), *range(1, 6)]:
+        (tmp_path / str(tid)).mkdir()
+        (tmp_path / str(tid) / "schedstat").write_text(f"500 {70 + tid} 3\n")
+    times = ThreadTimes(tmp_path)
+    assert open_files() == 0
+    for _ in range(2):
+        assert [times.run_delay(tid) for tid in range(1, 6)] == [71, 72, 73, 74, 75]
+        assert open_files() == 3
+    times.forget(5)
+    times.forget(5)
+    assert open_files() == 2
+    times.close()
+    assert open_files() == 0
+
+
+def test_a_thread_that_has_the_number_of_one_that_is_gone_is_told_for_itself():
+    times, numbers = ThreadTimes(), []
+    thread = threading.Thread(
+        target=lambda: numbers.append((threading.get_native_id(), times.run_delay(threading.get_native_id())))
+    )
+    thread.start()
+    thread.join()
+    ((tid, _),) = numbers
+    while Path(f"/proc/self/task/{tid}").exists():
+        time.sleep(0)
+    assert times.run_delay(tid) is None  # the file that was kept says nothing of whoever comes
+    times.close()
 
 
 def test_here_both_are_told_or_the_reason_is():

@@ -25,7 +25,7 @@ from orchestra.model.actions import (
 from orchestra.model.errors import SpecError
 from orchestra.model.spec import Limit, Meter
 from orchestra.policy import Condition, Facts, Guard, HostFacts, Ladder, Policy, Rung, Step, VmFacts, default_steps
-from orchestra.policy.ladder import PATIENCE
+from orchestra.policy.standing import PATIENCE
 
 TICK = 0.1
 BAD = Condition("bus_locks", 100)

@@ -1,7 +1,6 @@
-"""WeightedShare in a closed loop: guests, buckets and time are a small model, so every run is the same.
+"""WeightedShare in a closed loop: guests and time are a small model, so every run is the same.
 
-The buckets follow native/bucket.c: an event takes a ticket in every bucket at once, and its vCPU waits for the latest
-turn of them.
+The buckets are the core's: an event takes a ticket in every bucket at once, and its vCPU waits for the latest turn.
 """
 
 from __future__ import annotations
@@ -13,11 +12,13 @@ from itertools import count
 
 import attrs
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 from orchestra.model.actions import Throttle, Unthrottle
 from orchestra.model.errors import SpecError
 from orchestra.model.spec import Limit, Meter, Tenant
+from orchestra.native import ffi, lib
+from orchestra.native.core import Bucket as CoreBucket
 from orchestra.policy import Facts, Policy, VmFacts, WeightedShare
 
 HOST = Limit(rate=1000, burst=100, max_delay=1.0)
@@ -25,29 +26,30 @@ GREEDY = 20e-6  # seconds of work between two events
 
 
 class Bucket:
-    """A GCRA whose limit can change while tickets wait."""
+    """The core's, in seconds."""
 
     def __init__(self, limit: Limit | None = None) -> None:
-        self.last = self.made = self.since = 0.0
-        self.limit = limit
+        self._core = CoreBucket()
+        self._tokens, self._delay = ffi.new("int64_t *"), ffi.new("int64_t *")
+        self.set(limit, 0.0)
 
-    def tokens(self, now: float) -> float:
-        return self.made + (0.0 if self.limit is None else max(0.0, now - self.since) * self.limit.rate)
+    @property
+    def limit(self) -> Limit | None:
+        return self._core.limit
 
     def set(self, limit: Limit | None, now: float) -> None:
-        self.made, self.since = self.tokens(now), now
-        if self.limit is None:
-            self.last = self.made
-        self.limit = limit
+        self._core.set(limit, round(now * 1e9))
 
-    def charge(self, now: float) -> float:
-        self.last = max(self.last, self.tokens(now)) + 1
-        return self.last
+    def charge(self, now: float) -> object:
+        ticket = ffi.new("struct orc_ticket *")
+        lib.orc_bucket_charge(self._core.handle, round(now * 1e9), ticket)
+        return ticket
 
-    def turn(self, ticket: float) -> float:
+    def turn(self, ticket: object) -> float:
         if self.limit is None:
             return -math.inf
-        return self.since + (ticket - (self.limit.tokens - 1) - self.made) / self.limit.rate
+        lib.orc_bucket_turn(self._core.handle, ticket, self._tokens, self._delay)
+        return float(min(self._tokens[0], self._delay[0])) / 1e9
 
 
 @attrs.define(eq=False)
@@ -95,7 +97,7 @@ class World:
         self._order = count()
         self._wakes: list[tuple[float, int, Guest]] = []
         # [vCPU's guest, its tickets, when it was looked at last]
-        self._waiting: list[tuple[Guest, list[tuple[Bucket, float]], float]] = []
+        self._waiting: list[tuple[Guest, list[tuple[Bucket, object]], float]] = []
         for guest in self.guests.values():
             for _ in range(guest.vcpus):
                 self._wake(0.0, guest)
@@ -455,10 +457,13 @@ def test_what_is_remembered_follows_the_vms_that_are_active() -> None:
         max_size=5,
     )
 )
+@example([("brass", 8.0, 5e4), ("brass", 10.0, 5e4), ("brass", 1.5, 80)])
 def test_whoever_shares_everybody_gets_its_demand_or_its_fair_share(fleet: list[tuple[str, float, float]]) -> None:
+    """Once the greedy have spent the bursts of their new limits. Until then the host's bucket is used up, and one that
+    asks for a little more than its share waits for its turn there."""
     tenants = {"gold": 3.0, "brass": 1.0, "tin": 1.0}  # tin is not among the tenants told
     guests = [Guest(str(i), steady(demand), tenant, weight) for i, (tenant, weight, demand) in enumerate(fleet)]
-    world = World(WeightedShare(), guests, [GOLD, BRASS]).run(4.0)
+    world = World(WeightedShare(), guests, [GOLD, BRASS]).run(10.0)
     total = sum(tenants[tenant] for tenant in {tenant for tenant, _, _ in fleet})
     for i, (tenant, weight, demand) in enumerate(fleet):
         part = weight / sum(w for t, w, _ in fleet if t == tenant)

@@ -5,24 +5,21 @@ from __future__ import annotations
 import heapq
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import attrs
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 import closed_loop
 from orchestra.model.actions import SetLimit
-from orchestra.model.spec import Limit, Meter, Tenant
-from orchestra.native import ffi, lib
-from orchestra.native.core import Bucket
+from orchestra.model.spec import Limit, Tenant
 from orchestra.policy import StaticLimits
-from orchestra.policy.enforcement import HOST, Enforcement
 from orchestra.simulate import QemuWindow, Scenario
 from orchestra.simulate.behaviours import Steady
-from orchestra.simulate.buckets import Buckets, Windows, shared_waits
+from orchestra.simulate.buckets import Windows, shared_waits
 from orchestra.simulate.cpus import LimitSpec
 from orchestra.simulate.layout import Layout
 from orchestra.simulate.scenario import Hosts, Tenants, Vms
@@ -84,12 +81,21 @@ def even(asked: Scenario, *factories: Any, window: QemuWindow | None = None) -> 
     return world
 
 
-def exact(guests: Sequence[Guest], host: Limit | None, tenants: Sequence[Tenant], seconds: float) -> list[int]:
+def uneven(rate: float, chance: random.Random) -> Callable[[float, list[int]], float]:
+    """The times between two locks are a fifth off the mean, at most."""
+    return lambda now, seen: rate / chance.uniform(0.8, 1.2)
+
+
+def exact(
+    guests: Sequence[Guest],
+    host: Limit | None,
+    tenants: Sequence[Tenant],
+    seconds: float,
+    locking: Callable[[float], Callable[[float, list[int]], float]] = closed_loop.steady,
+) -> list[int]:
     """Locks that the same guests make under the core's own buckets."""
     played = [
-        closed_loop.Guest(
-            f"g{i}-0", closed_loop.steady(guest.rate), tenant=guest.tenant, vcpus=guest.vcpus, own=guest.limit
-        )
+        closed_loop.Guest(f"g{i}-0", locking(guest.rate), tenant=guest.tenant, vcpus=guest.vcpus, own=guest.limit)
         for i, guest in enumerate(guests)
     ]
     world = closed_loop.World(StaticLimits(), played, tenants=tenants, limit=host)
@@ -171,18 +177,59 @@ guests = st.builds(
 )
 
 
-# The same hosts each time: how far a single guest is off has no bound for any host (a third, once in some hundreds).
-@settings(max_examples=25, derandomize=True)
+def let_through(limit: Limit | None, members: Sequence[Guest], wanted: float, seconds: float) -> float:
+    """The most of `wanted` that a bucket lets through, with what `max_delay` lets go beyond it."""
+    if limit is None:
+        return wanted
+    released = 0.0 if limit.max_delay is None else sum(guest.vcpus for guest in members) * seconds / limit.max_delay
+    return min(wanted, limit.tokens + limit.rate * seconds + released)
+
+
+def bounds(several: Sequence[Guest], host: Limit | None, of_a: Limit | None, seconds: float) -> tuple[float, float]:
+    """What all guests do together at least and at most, in whatever order they come: the asymptotic bounds of a closed
+    network (Lazowska et al., Quantitative System Performance, chapter 5). A vCPU waits at worst for one token of each
+    vCPU under its bucket; at best it never waits, as long as there are tokens."""
+
+    def longest(limit: Limit | None, members: Sequence[Guest]) -> float:
+        if limit is None:
+            return 0.0
+        queue = sum(guest.vcpus for guest in members) / limit.rate
+        return queue if limit.max_delay is None else min(queue, limit.max_delay)
+
+    of = {tenant: [guest for guest in several if guest.tenant == tenant] for tenant in "ab"}
+    limits = {"a": of_a, "b": None}
+    low = high = 0.0
+    for tenant, members in of.items():
+        free = 0.0
+        for guest in members:
+            wait = max(longest(guest.limit, [guest]), longest(limits[tenant], members), longest(host, several))
+            low += guest.vcpus * seconds / (1 / guest.rate + wait)
+            free += let_through(guest.limit, [guest], guest.rate * guest.vcpus * seconds, seconds)
+        high += let_through(limits[tenant], members, free, seconds)
+    return low, let_through(host, several, high, seconds)
+
+
+@settings(max_examples=25, deadline=None)
 @given(st.lists(guests, min_size=1, max_size=4), st.none() | limits, st.none() | limits)
+@example([Guest(5.0), Guest(5.0), Guest(6.0)], None, Limit(rate=16.0, burst=2.0, max_delay=None))
+@example([Guest(6.0), Guest(17.0)], None, Limit(rate=6.0, burst=2.0, max_delay=None))
 def test_any_small_host_fares_as_under_the_core(several, host, of_a):
+    """Guests that lock like a clock get into step with each other under a bucket that few share: one of them finds it
+    empty at each of its turns, and another never does. A fluid knows of no such order, and no real guest keeps to one:
+    so here the guests' times vary. What chance does beyond that is not the fluid's either: where a bucket has just what
+    its guests ask for and hardly any burst, tokens overflow while they think. How much, the bounds of what they can do
+    in any order say. Else what they do together is hardly off."""
     tenants = [Tenant("a", limit=of_a), Tenant("b")]
     world = even(scenario(several, host, tenants))
     for _ in range(10):
         world.step()
-    done = exact(several, host, tenants, 10.0)
-    # Who shares a bucket with few others finds its turns in step with theirs, which a fluid knows nothing of: docs/
-    # simulate.md says how far single guests are off. What they do together hardly is.
-    assert world.locks.sum() == pytest.approx(sum(done), rel=0.05, abs=4 * len(done))
+    chance = random.Random(1)
+    done = exact(several, host, tenants, 10.0, lambda rate: uneven(rate, chance))
+    low, high = bounds(several, host, of_a, 10.0)
+    vcpus = sum(guest.vcpus for guest in several)
+    for together in (world.locks.sum(), sum(done)):
+        assert 0.97 * low - 2 * vcpus <= together <= 1.03 * high + 2 * vcpus
+    assert world.locks.sum() == pytest.approx(sum(done), rel=0.05, abs=max(high - low, 4 * len(done)))
     for i, count in enumerate(done):
         assert world.locks[i] == pytest.approx(count, rel=0.3, abs=5), several[i]
 
@@ -251,83 +298,6 @@ def test_a_changed_limit_keeps_what_was_left_as_in_the_core():
     world.holds.apply(0, "p", SetLimit(vm="g0-0", limit=Limit(rate=10, burst=500, max_delay=None)), world.now)
     world.step()
     assert world.locks[0] == pytest.approx(2150 + 10 + 10)  # of the rate before it and since, and no new burst
-
-
-class Core:
-    """The core's bucket, asked for no more than it has."""
-
-    def __init__(self) -> None:
-        self._bucket, self._ticket = Bucket(), ffi.new("struct orc_ticket *")
-
-    def set(self, limit: Limit | None, now: float) -> None:
-        self._bucket.set(limit, round(now * 1e9))
-
-    def take(self, now: float) -> bool:
-        """One token, if it has one. (Whoever takes the last has to wait, but has it.)"""
-        lib.orc_bucket_charge(self._bucket.handle, round(now * 1e9), self._ticket)
-        lib.orc_bucket_leave(self._bucket.handle, self._ticket)
-        tokens, delay = ffi.new("int64_t *"), ffi.new("int64_t *")
-        lib.orc_bucket_turn(self._bucket.handle, self._ticket, tokens, delay)
-        assert self._bucket.limit is not None
-        return bool((tokens[0] - now * 1e9) * self._bucket.limit.rate / 1e9 < 1 + 1e-6)
-
-    def close(self) -> None:
-        self._bucket.close()
-
-
-class Simulated:
-    def __init__(self) -> None:
-        self._bucket, self._place = Buckets(1), np.array([0])
-
-    def set(self, limit: Limit | None, now: float) -> None:
-        self._bucket.set(0, limit, now)
-
-    def take(self, now: float) -> float:
-        """As many as it has."""
-        left = float(self._bucket.available(self._place, now, 0.0)[0])
-        self._bucket.take(self._place, np.array([left]), np.array([left]), now)
-        return left
-
-
-class Rehearsed:
-    def __init__(self) -> None:
-        self._held, self._limit = Enforcement(), None
-
-    def set(self, limit: Limit | None, now: float) -> None:
-        self._held._now = now
-        self._held.set_base(HOST, Meter.EXITS, limit)
-
-    def take(self, now: float) -> float:
-        (bucket,) = self._held._buckets[Meter.EXITS].values()
-        left = bucket.room(now, 0.0)
-        bucket.take(left, now, 0.0)
-        return left
-
-
-round_limits = st.builds(Limit, rate=st.floats(0.1, 50), burst=st.floats(1, 30), max_delay=st.none())
-
-
-@pytest.mark.parametrize("fluid", [Simulated, Rehearsed])
-@given(st.lists(st.tuples(st.floats(0, 3), st.sampled_from(["set", "none", "take"]), round_limits), max_size=30))
-def test_limits_that_come_and_go_leave_as_many_tokens_as_in_the_core(fluid, steps):
-    core, model, now, limited = Core(), fluid(), 1.0, False
-    core.set(Limit(rate=1, burst=10, max_delay=None), now)
-    model.set(Limit(rate=1, burst=10, max_delay=None), now)
-    limited = True
-    for pause, step, limit in [*steps, (0.0, "set", Limit(rate=2, burst=1000, max_delay=None)), (0.0, "take", None)]:
-        now += pause
-        if step == "take" and limited:
-            left = model.take(now)
-            taken = 0
-            while core.take(now):
-                taken += 1
-            assert taken == pytest.approx(left, abs=1.001)  # the core gives whole ones
-            break
-        if step != "take":
-            limited = step == "set"
-            for one in (core, model):
-                one.set(limit if limited else None, now)
-    core.close()
 
 
 def test_waits_use_up_the_budget_and_no_more():

@@ -6,6 +6,7 @@ CPU at the last look are looked at again; of the others a few, in turn, so that 
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
@@ -19,9 +20,8 @@ from ..machine.control import VmControl
 from ..machine.instance import Instance
 from ..machine.statistics import by_bucket
 from ..model.spec import Limit, Meter, Tenant
-from ..native.core import BUCKETS, FleetCore, reason_name
+from ..native.core import NOT_HELD, FleetCore, reason_name
 from ..policy import Facts, VcpuFacts, VmFacts
-from ..policy.facts import add_known
 from .dirty import DirtyLogs, Told
 
 __all__ = ["Observer", "Window"]
@@ -50,14 +50,15 @@ class Fleet(Protocol):
 
 @attrs.define(eq=False)
 class _Vcpu:
-    """A vCPU and what it had done when it was looked at last. Times in nanoseconds."""
+    """A vCPU, its thread's number, and what it had done when it was looked at last. Times in nanoseconds."""
 
     vm: VmControl
     guest: Instance
     index: int
+    tid: int | None = None
     bus_locks: int = 0
     answers: int = 0
-    held: list[int] = attrs.field(factory=lambda: [0] * len(BUCKETS))
+    held: list[int] = NOT_HELD
     cpu: int = 0
     run_delay: int = 0
     capped: int = 0
@@ -65,17 +66,39 @@ class _Vcpu:
 
 
 @attrs.define(eq=False)
-class _Sum:
-    """What a vCPU did since a time; exits by the kernel's number of the reason, waits for its turn by `BUCKETS`. None:
-    nobody told."""
+class _Did:
+    """What a vCPU did between two looks, or longer; exits by the kernel's number of the reason, waits for its turn by
+    `BUCKETS` (None: it did not wait). Times: None: nobody told.
 
-    exits: dict[int, int] = attrs.field(factory=dict)
+    What one look found is shared by all windows and stays as it is; only a `sum` of several is added to.
+    """
+
+    exits: dict[int, int]
     bus_locks: int = 0
     answers: int = 0
-    held: list[int] = attrs.field(factory=lambda: [0] * len(BUCKETS))
+    held: list[int] | None = None
     cpu: int | None = None
     run_delay: int | None = None
     capped: int | None = None
+    summed: bool = False
+
+    def sum(self, other: _Did) -> _Did:
+        """Both; this one itself if it is a sum already."""
+        to = self if self.summed else attrs.evolve(self, exits=dict(self.exits), summed=True)
+        exits = to.exits
+        for reason, count in other.exits.items():
+            exits[reason] = exits.get(reason, 0) + count
+        to.bus_locks += other.bus_locks
+        to.answers += other.answers
+        if other.held is not None:
+            to.held = other.held if to.held is None else [a + b for a, b in zip(to.held, other.held, strict=True)]
+        if other.cpu is not None:
+            to.cpu = (to.cpu or 0) + other.cpu
+        if other.run_delay is not None:
+            to.run_delay = (to.run_delay or 0) + other.run_delay
+        if other.capped is not None:
+            to.capped = (to.capped or 0) + other.capped
+        return to
 
 
 @attrs.define(eq=False)
@@ -92,15 +115,20 @@ class Window:
 
     since: int
     reading: HostReading
-    vms: dict[VmControl, dict[int, _Sum]] = attrs.field(factory=dict)
+    vms: dict[VmControl, dict[int, _Did]] = attrs.field(factory=dict)
     work: dict[VmControl, float] = attrs.field(factory=dict)
     dirty: dict[VmControl, _Dirty] = attrs.field(factory=dict)
     gone: list[tuple[str, int]] = attrs.field(factory=list)
     users: int = 0
 
-    def of(self, vm: VmControl, index: int) -> _Sum:
-        """A vCPU's."""
-        return self.vms.setdefault(vm, {}).setdefault(index, _Sum())
+    def add(self, vm: VmControl, index: int, did: _Did) -> None:
+        """A vCPU did this."""
+        of = self.vms.get(vm)
+        if of is None:
+            self.vms[vm] = {index: did}
+        else:
+            before = of.get(index)
+            of[index] = did if before is None else before.sum(did)
 
 
 class Observer:
@@ -140,7 +168,7 @@ class Observer:
         with guest.vcpus[index].living() as tid:
             if tid is not None:
                 # What its thread has used so far was for its own start.
-                vcpu.cpu = self._threads.cpu(tid) or 0
+                vcpu.tid, vcpu.cpu = tid, self._threads.cpu(tid) or 0
                 self._turn.append(id)
                 self.host.add_thread(tid)
 
@@ -150,8 +178,15 @@ class Observer:
         vcpu = self._vcpus.pop(id, None)
         if vcpu is not None:
             self._look(vcpu, self._fleet.now())
+            if self._threads is not None and vcpu.tid is not None:
+                self._threads.forget(vcpu.tid)
             self.dirty(self.logs.forget(vcpu.vm, vcpu.guest.dirty))
         self._again.discard(id)
+
+    def end(self) -> None:
+        """All vCPUs are gone for good."""
+        if self._threads is not None:
+            self._threads.close()
 
     def ended(self, vm: VmControl) -> None:
         """A VM has ended for good."""
@@ -184,20 +219,35 @@ class Observer:
         # One that waits for its turn accounts nothing meanwhile, but it is not idle: it is looked at until it did not
         # wait any more.
         ids = self._again.union(self._fleet.core.active())
+        again = {id for id in ids if (vcpu := vcpus.get(id)) is not None and self._look(vcpu, now)}
         turn = self._turn
         for _ in range(min(IN_TURN, len(turn))):
             id = turn.popleft()
-            if id in vcpus:
+            if (vcpu := vcpus.get(id)) is not None:
                 turn.append(id)
-                ids.add(id)
-        self._again = {id for id in ids if (vcpu := vcpus.get(id)) is not None and self._look(vcpu, now)}
+                if id not in ids and self._look(vcpu, now, idle=True):
+                    again.add(id)
+        self._again = again
         self._looked = now
         self._reading = self.host.read()
         self._tenants = None
         self._facts.clear()
 
-    def _look(self, vcpu: _Vcpu, now: int) -> bool:
-        """Whether it is to be looked at the next time, whatever the core says."""
+    def _look(self, vcpu: _Vcpu, now: int, *, idle: bool = False) -> bool:
+        """Whether it is to be looked at the next time, whatever the core says.
+
+        Parameters:
+            idle: the core knows of nothing that it did, and it did not wait when it was looked at last. If its thread
+                did not run either, it did nothing.
+        """
+        used = waited = None
+        if self._threads is not None:
+            with vcpu.guest.vcpus[vcpu.index].living() as tid:  # or the figures could be another thread's
+                if tid is not None:
+                    used, waited = self._times(self._threads, tid, vcpu, now)
+        if idle and not used:
+            vcpu.looked = now
+            return False
         exits, locks_so_far, held_so_far, answers_so_far = vcpu.guest.cores.look(vcpu.index, now)
         bus_locks, vcpu.bus_locks = max(0, locks_so_far - vcpu.bus_locks), locks_so_far
         answers, vcpu.answers = max(0, answers_so_far - vcpu.answers), answers_so_far
@@ -206,38 +256,20 @@ class Observer:
             # Clamped: runner and governor read the clock each for itself, so a wait may end "before" it was looked at.
             held = [max(0, far - before) for far, before in zip(held_so_far, vcpu.held, strict=True)]
             vcpu.held, held = held_so_far, held if any(held) else None
-        used, waited = self._times(vcpu, now)
-        capped = self._capped(vcpu, now)
+        capped = self._capped(vcpu, now) if vcpu.vm.was_capped else None
         if exits or used:
             self.logs.stir(vcpu.vm, vcpu.looked, now)
         vcpu.looked = now
         if not (exits or bus_locks or held or used or capped):
             return False
+        did = _Did(exits, bus_locks, answers, held, used, waited, capped)
         for window in self._windows:
-            total = window.of(vcpu.vm, vcpu.index)
-            for reason, count in exits.items():
-                total.exits[reason] = total.exits.get(reason, 0) + count
-            total.bus_locks += bus_locks
-            if held is not None:
-                total.held = [sum(both) for both in zip(total.held, held, strict=True)]
-            total.answers += answers
-            if used is not None:
-                total.cpu = (total.cpu or 0) + used
-            if waited is not None:
-                total.run_delay = (total.run_delay or 0) + waited
-            if capped is not None:
-                total.capped = (total.capped or 0) + capped
+            window.add(vcpu.vm, vcpu.index, did)
         # Whoever made an exit may just have begun to wait for its turn, and will account nothing until that has come.
         return bool(exits or held or used or capped)
 
-    def _times(self, vcpu: _Vcpu, now: int) -> tuple[int | None, int | None]:
+    def _times(self, threads: ThreadTimes, tid: int, vcpu: _Vcpu, now: int) -> tuple[int | None, int | None]:
         """CPU time and run-queue delay since the last look."""
-        if self._threads is None:
-            return None, None
-        with vcpu.guest.vcpus[vcpu.index].living() as tid:  # or the figures could be another thread's
-            return (None, None) if tid is None else self._times_of(self._threads, tid, vcpu, now)
-
-    def _times_of(self, threads: ThreadTimes, tid: int, vcpu: _Vcpu, now: int) -> tuple[int | None, int | None]:
         ran = threads.cpu(tid)
         if ran is None:
             return None, None
@@ -256,9 +288,7 @@ class Observer:
             waited = None if waited is None else min(waited, most)
         return used, waited
 
-    def _capped(self, vcpu: _Vcpu, now: int) -> int | None:
-        if not vcpu.vm.was_capped:
-            return None
+    def _capped(self, vcpu: _Vcpu, now: int) -> int:
         held = vcpu.guest.restraint.capped(vcpu.index, now)
         capped, vcpu.capped = max(0, held - vcpu.capped), held
         return capped
@@ -310,47 +340,51 @@ class Observer:
             gone=tuple(window.gone),
         )
 
-    def _vm_facts(self, vm: VmControl, sums: Mapping[int, _Sum], work: float | None, dirty: _Dirty | None) -> VmFacts:
+    def _vm_facts(self, vm: VmControl, did: Mapping[int, _Did], work: float | None, dirty: _Dirty | None) -> VmFacts:
+        """Runs for each active VM in each tick: it does no more than it has to."""
         seen = self._fleet.bus_locks
-        vcpus = tuple(
-            VcpuFacts(
-                index=index,
-                bus_locks=one.bus_locks if seen else None,
-                exits=sum(one.exits.values()),
-                throttled=sum(one.held) / 1e9,
-                cpu=_seconds(one.cpu),
-                run_delay=_seconds(one.run_delay),
-                capped=_seconds(one.capped),
-                answers=one.answers,
-            )
-            for index, one in sorted(sums.items())
-        )
-        reasons: dict[str, int] = {}
-        for one in sums.values():
-            for number, count in one.exits.items():
-                name = reason_name(number)
-                reasons[name] = reasons.get(name, 0) + count
+        vcpus: tuple[VcpuFacts, ...]
+        if len(did) == 1:
+            ((index, both),) = did.items()
+            sums = _vcpu_facts(index, both, seen)
+            vcpus = (sums,)
+        else:
+            both = functools.reduce(_Did.sum, did.values(), _Did({}))
+            sums = _vcpu_facts(0, both, seen)
+            vcpus = tuple([_vcpu_facts(index, one, seen) for index, one in sorted(did.items())])
+        spec = vm.spec
         return VmFacts(
-            name=vm.name,
-            tenant=vm.tenant,
-            weight=vm.spec.weight,
-            vcpus=vm.spec.vcpus,
-            bus_locks=sum(one.bus_locks for one in sums.values()) if seen else None,
-            exits=sum(reasons.values()),
-            throttled=sum(vcpu.throttled for vcpu in vcpus),
-            answers=sum(vcpu.answers for vcpu in vcpus),
-            launch=vm.launch,
-            cpu=add_known(vcpu.cpu for vcpu in vcpus),
-            run_delay=add_known(vcpu.run_delay for vcpu in vcpus),
-            capped=add_known(vcpu.capped for vcpu in vcpus),
-            work=work,
-            by_reason=reasons,
-            by_vcpu=vcpus,
-            dirty_pages=None if dirty is None else dirty.pages,
-            dirty_rate=self.logs.rate(vm) if dirty is None else dirty.pages * 1e9 / dirty.time,
-            throttled_by=by_bucket(one.held for one in sums.values()),
+            vm.name,
+            vm.tenant,
+            spec.weight,
+            spec.vcpus,
+            sums.bus_locks,
+            sums.exits,
+            sums.throttled,
+            vm.launch,
+            sums.cpu,
+            sums.run_delay,
+            sums.capped,
+            work,
+            None if dirty is None else dirty.pages,
+            self.logs.rate(vm) if dirty is None else dirty.pages * 1e9 / dirty.time,
+            {reason_name(number): count for number, count in both.exits.items()},
+            vcpus,
+            sums.answers,
+            by_bucket([both.held]) if both.held else {},
         )
 
 
-def _seconds(nanoseconds: int | None) -> float | None:
-    return None if nanoseconds is None else nanoseconds / 1e9
+def _vcpu_facts(index: int, did: _Did, seen: bool) -> VcpuFacts:
+    """`seen`: bus locks are."""
+    cpu, run_delay, capped = did.cpu, did.run_delay, did.capped
+    return VcpuFacts(
+        index,
+        did.bus_locks if seen else None,
+        sum(did.exits.values()),
+        sum(did.held) / 1e9 if did.held else 0.0,
+        None if cpu is None else cpu / 1e9,
+        None if run_delay is None else run_delay / 1e9,
+        None if capped is None else capped / 1e9,
+        did.answers,
+    )

@@ -241,6 +241,7 @@ class PolicyRunner:
         """All VMs have ended: the last of what they did is told to who only looks."""
         now = self._fleet.now()
         self._activity.look(now)
+        self._activity.end()
         self._activity.dirty(self._activity.logs.take())
         observer = self._observer
         if observer is None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import attrs
 
 from ..backend import Detection
-from ..native.core import BUCKETS, Counters, VcpuCore
+from ..native.core import NOT_HELD, Counters, VcpuCore
 from ..profile import Row, Samples
 from .contain import contained
 from .context import InstanceContext
@@ -49,7 +49,7 @@ class Cores:
 
     def look(self, index: int, now: int) -> tuple[dict[int, int], int, list[int], int]:
         """As `VcpuCore.look`."""
-        return ({}, 0, [0] * len(BUCKETS), 0) if self._life.has_ended else self._cores[index].look(now)
+        return ({}, 0, NOT_HELD, 0) if self._life.has_ended else self._cores[index].look(now)
 
     def tell(self, mask: int) -> None:
         """Have exits of these kinds told to subscribers."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import base64
 import math
+import typing
 from collections.abc import Callable, Mapping
 from enum import Enum
 from functools import cache
@@ -140,6 +141,8 @@ def _encode_object(value: Any, at: At, other: Callable[[Any], Any] | None) -> di
     for field, key, remedy in _fields(cast(Any, kind)):
         one = getattr(value, field)
         try:
+            if remedy:
+                _refuse_live(kind, field, one)
             data[key] = _encode(one, (*at, key), other)
         except SpecError as error:
             if not remedy or isinstance(error, _Live):
@@ -149,6 +152,21 @@ def _encode_object(value: Any, at: At, other: Callable[[Any], Any] | None) -> di
                 f"{remedy}"
             ) from None
     return data
+
+
+def _refuse_live(kind: type, field: str, value: object) -> None:
+    """Whatever class a live object is of: of those in the field's annotation it is none that data make."""
+    data = _data_types(typing.get_type_hints(kind)[field])
+    for one in value if isinstance(value, tuple) else (value,):
+        if attrs.has(type(one)) and not isinstance(one, data):
+            raise SpecError(f"{shown(one)} is of this process only")
+
+
+def _data_types(kind: Any) -> tuple[type, ...]:
+    """The classes in an annotation that data make objects of."""
+    inner = [one for part in typing.get_args(kind) for one in _data_types(part)]
+    own = isinstance(kind, type) and attrs.has(kind) and not getattr(kind, "_is_protocol", False)
+    return (*inner, kind) if own else tuple(inner)
 
 
 class _Live(SpecError):

@@ -59,11 +59,9 @@ def parameters(kind: Callable[..., Any]) -> Mapping[str, Parameter]:
     """What it takes, by name, in its order."""
     if isinstance(kind, type) and attrs.has(kind):
         hints = typing.get_type_hints(kind)
-        return {
-            one.alias: Parameter(hints[one.name], one.default is attrs.NOTHING)
-            for one in attrs.fields(kind)
-            if one.init
-        }
+        fields = {one.alias: one for one in attrs.fields(kind) if one.init}
+        ordered = [fields[name] for name in inspect.signature(kind).parameters]  # what is inherited comes last, by name
+        return {one.alias: Parameter(hints[one.name], one.default is attrs.NOTHING) for one in ordered}
     hints = typing.get_type_hints(kind.__init__ if isinstance(kind, type) else kind)  # type: ignore[misc]  # a class
     found = inspect.signature(kind).parameters
     return {name: Parameter(hints[name], one.default is one.empty) for name, one in found.items()}

@@ -340,5 +340,8 @@ def _alternatives(arguments: tuple[Any, ...]) -> tuple[list[Any], dict[str, Any]
 
 
 def _is_live(kind: Any) -> bool:
-    """A type of live objects, which no data make: a function, or a protocol."""
-    return get_origin(kind) is Callable or bool(getattr(kind, "_is_protocol", False))
+    """A type of live objects, which no data make: a function, a protocol, or a class that is none of the words."""
+    if get_origin(kind) is not None or not isinstance(kind, type):
+        return get_origin(kind) is Callable
+    made = hasattr(kind, "from_data") or is_open_set(kind) or attrs.has(kind) or issubclass(kind, Enum | Iterable)
+    return bool(getattr(kind, "_is_protocol", False)) or not (made or kind in _PLAIN)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BUCKETS",
+    "NOT_HELD",
     "Bucket",
     "Command",
     "Counters",
@@ -52,6 +53,8 @@ BUCKETS: Final = tuple(
 
 RING_RECORDS: Final = 4096
 NEVER: Final = int(lib.ORC_NEVER)
+NOT_HELD: Final = [0] * len(BUCKETS)
+"""What `VcpuCore.look` tells of a vCPU that never waited for its turn. Nobody changes it."""
 
 
 def _reason_names() -> dict[int, str]:
@@ -377,8 +380,13 @@ class VcpuCore:
         Python so far."""
         sums, more = self.fleet.sums, self.fleet.more
         changed = lib.orc_vcpu_look(self.handle, sums, self._seen, more, now)
-        exits = {int(more[i].reason): int(more[i].exits) for i in range(changed)}
-        return exits, int(sums.bus_locks), ffi.unpack(sums.held, len(BUCKETS)), int(sums.answers)
+        # Each vCPU that was active is asked in each tick. cffi's numbers are Python's: to convert them once more would
+        # cost as much as reading them.
+        exits = {}
+        for i in range(changed):
+            one = more[i]
+            exits[one.reason] = one.exits
+        return exits, sums.bus_locks, ffi.unpack(sums.held, len(BUCKETS)) if sums.throttled else NOT_HELD, sums.answers
 
     def sample(self, every: int) -> None:
         """Sample every so many bus locks, and the first; 0: none. At any time."""

@@ -3,36 +3,60 @@
 Sources: Chiu and Jain, "Analysis of the increase and decrease algorithms for congestion avoidance" (1989): of the
 linear controls, additive increase with multiplicative decrease converges to a fair and efficient point. That growth
 speeds up once the level that last hurt is passed without harm is CUBIC's idea (RFC 9438).
+
+    no level      nobody suffers: all are free
+    harm          level = decrease * what the noisy did together; not at the tick after, which shows the time before
+    in the clear  level grows by increase * (level that hurt last) a second; once it is above that, twofold a second
+    all free      once the level has reached what the noisy did together at the start
+    limits        the floor for each, and by weighted max-min a part of the rest of the level
+
+A worked timeline, of ``Adaptive({"cpu_pressure": 0.5}, increase=1.0)`` and two VMs that want 1200 and 400 bus locks a
+second. It hurts above 1000/s, until 0.6 s:
+
+    time  did: a     b  harm   level  limits: a     b
+   0.1 s    1200   400  yes     800        400   400
+   0.2 s     400   400  no      960        520   520
+   0.3 s     520   400  no     1120        680   680
+   0.4 s     680   400  yes     540        270   270
+   0.5 s     270   270  no      648        324   324
+   0.6 s     324   324  no      756        378   378
+   0.7 s     378   378  no      864        432   432
+   0.8 s     432   400  no      972        486   486
+   0.9 s     486   400  no     1080        540   540
+   1.0 s     540   400  no     1158        718   718
+   1.1 s     718   400  no     1241        801   801
+   1.2 s     801   400  no     1330        890   890
+   1.3 s     890   400  no     1425        985   985
+   1.4 s     985   400  no     1527       1087  1087
+   1.5 s    1087   400  no        -          -     -
+
+- 0.1 s: the level is half of the 1600/s that hurt, and each may do 400/s. `b` wants no more.
+- 0.2 s: in the clear. The level grows by 160/s in each tick: by as much as hurt last, a second.
+- 0.4 s: it hurts at 1080/s, so half of that is the level.
+- 1.0 s: 1080/s have passed without harm. From here on the level doubles each second.
+- 1.5 s: the level has reached 1600/s, what the two did at the start.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping
-from typing import Any, Final
+from collections.abc import Container, Iterator, Mapping
+from typing import Any, ClassVar, Final
 
 import attrs
 
 from ..model.actions import Throttle, Unthrottle
 from ..model.errors import SpecError
-from ..model.spec import Limit, Meter, as_meter
-from .facts import Facts, VmFacts, count_of
-from .harm import HARM, Signals, calm, check_signal
-from .maxmin import max_min
+from ..model.spec import Limit
+from .facts import Facts, VmFacts
+from .harm import HARM, VICTIMS, Signals, calm, check_signal
+from .maxmin import divide
+from .metered import Memory, Metered, presses
+from .rates import FASTEST, LATE, LEAST_BURST
 from .validation import above, within
 
 __all__ = ["Adaptive"]
-
-WAITED: Final = 0.05
-"""Part of a tick that a VM waited for its turn, from which it counts as wanting more than it got."""
-
-LATE: Final = 0.05
-"""Seconds by which a vCPU may come late to its turn and still catch up: what the bursts are made for."""
-
-AHEAD: Final = 2
-"""Events that a limit lets pass at once in any case. With one, a guest waits after each of its events until the next
-has been earned, and works only then: one that asks for no more than its limit would get half of it."""
 
 MEMORY: Final = 3
 """Ticks for which what a VM asked for counts: the largest one does."""
@@ -43,8 +67,6 @@ HIGHER: Final = 0.1
 
 SLOWLY: Final = 0.1
 """Between the clear and the threshold the level rises at this part of its speed: nothing stays for ever."""
-
-FASTEST: Final = 1e9
 
 
 @attrs.define(eq=False)
@@ -60,7 +82,8 @@ class _Vm:
     here: bool = True
 
 
-class Adaptive:
+@attrs.define(eq=False, slots=False)
+class Adaptive(Metered):
     """Hold the noisy back while a signal says that somebody suffers, and let them go when it is over.
 
     While every signal is below its threshold nothing is limited. When one is over it, those VMs that do more than the
@@ -103,46 +126,33 @@ class Adaptive:
         SpecError: a parameter is out of its range, or a signal is not known.
     """
 
-    def __init__(
-        self,
-        signals: Mapping[str, float] | None = None,
-        *,
-        clear: float = 0.5,
-        floor: float = 10.0,
-        increase: float = 0.1,
-        decrease: float = 0.5,
-        meter: Meter | str = Meter.BUS_LOCKS,
-        interval: float = 0.1,
-        max_delay: float | None = 1.0,
-        name: str | None = None,
-    ) -> None:
-        over = {"lock_slowdown": 1.5, "memory_slowdown": 1.5} if signals is None else dict(signals)
+    KIND: ClassVar[str] = "adaptive"
+
+    _signals: Mapping[str, float] | None = None
+    _clear: float = attrs.field(default=0.5, kw_only=True)
+    _floor: float = attrs.field(default=10.0, kw_only=True)
+    _increase: float = attrs.field(default=0.1, kw_only=True)
+    _decrease: float = attrs.field(default=0.5, kw_only=True)
+    _max_delay: float | None = attrs.field(default=1.0, kw_only=True)
+
+    def __attrs_post_init__(self) -> None:
+        over = {"lock_slowdown": 1.5, "memory_slowdown": 1.5} if self._signals is None else dict(self._signals)
         if not over:
             raise SpecError("signals={}: name at least one, with its threshold")
         for signal, threshold in over.items():
             above(f"signals[{signal!r}]", threshold, calm(check_signal(signal, HARM)), "(what it is in the calm)")
+        within("clear", self._clear, 0, 1, "of the threshold")
+        Limit(rate=self._floor, max_delay=self._max_delay)  # checks both
+        within("increase", self._increase, 1e-4, 10, "a second")
+        within("decrease", self._decrease, 0.1, 0.9, "of the level")
+        super().__attrs_post_init__()
         self._over = over
-        self._clear = within("clear", clear, 0, 1, "of the threshold")
-        self._floor = Limit(rate=floor, max_delay=max_delay).rate
-        self._max_delay = max_delay
-        self._increase = within("increase", increase, 1e-4, 10, "a second")
-        self._decrease = within("decrease", decrease, 0.1, 0.9, "of the level")
-        self._meter = as_meter(meter)
-        self._interval = within("interval", interval, 1e-4, 3600, "seconds")
-        self._name = name or ("adaptive" if self._meter is Meter.BUS_LOCKS else f"adaptive-{self._meter}")
-        self._signals = Signals(over, meter=self._meter, floor=self._floor)
-        self._vms: dict[str, _Vm] = {}
+        self._hears_victims = any(signal in VICTIMS for signal in over)
+        self._harm = Signals(over, meter=self.meter, floor=self._floor)
+        self._vms: Memory[_Vm] = Memory()
         self._level: float | None = None
         self._start = self._hurt = 0.0
         self._settling = False
-
-    @property
-    def name(self) -> str:
-        return self._name
-
-    @property
-    def meter(self) -> Meter:
-        return self._meter
 
     @property
     def signals(self) -> tuple[str, ...]:
@@ -150,22 +160,16 @@ class Adaptive:
         return tuple(self._over)
 
     @property
-    def interval(self) -> float | None:
-        return self._interval
-
-    @property
     def level(self) -> float | None:
         """Events per second that the noisy may do together; None: they are free."""
         return self._level
 
     def decide(self, facts: Facts) -> list[Throttle | Unthrottle]:
-        self._signals.look(facts)
-        self._look(facts)
-        harm, clear, evidence = self._judge(facts)
+        self._harm.look(facts)
         if self._level is None:
-            if not harm:
-                self._vms.clear()
-            return list(self._begin(facts, evidence)) if harm and self._vms else []
+            return self._free_so_far(facts)
+        self._look(facts)
+        harm, clear, evidence = self._judge(facts, self._vms)
         if not self._vms:  # others of the same names have taken their places
             self._level = None
             return []
@@ -175,7 +179,7 @@ class Adaptive:
         if harm and not self._settling:
             self._hurt = max(least, min(self._level, total))
             if self._level > least:
-                self._signals.begin()
+                self._harm.begin()
             self._level = self._hurt * self._decrease
             self._settling = True  # what was decided now shows at the tick after the next
         else:
@@ -193,11 +197,20 @@ class Adaptive:
 
     # ---- who does what, and who suffers -----------------------------------------------------------------------------
 
+    def _free_so_far(self, facts: Facts) -> list[Throttle | Unthrottle]:
+        """Nobody is held. This runs for each active VM in each tick: nothing is remembered of one until it hurts."""
+        most, count = self._floor * facts.interval, self._count
+        noisy = {told.name: told for told in facts.vms.values() if (count(told) or 0) > most}
+        harm, _, evidence = self._judge(facts, noisy)
+        if not (harm and noisy):
+            return []
+        for told in noisy.values():
+            self._add(told, count(told) / facts.interval)
+        return list(self._begin(evidence))
+
     def _look(self, facts: Facts) -> None:
-        """Keep book of those above the floor; all of those that are held back already stay on it."""
-        for name, launch in facts.gone:
-            if (ended := self._vms.get(name)) is not None and ended.launch == launch:
-                del self._vms[name]
+        """Remember those above the floor; all of those that are held back already stay."""
+        self._vms.end(facts.gone)
         for vm in self._vms.values():
             vm.rate, vm.here = 0.0, False
         for told in facts.vms.values():
@@ -205,32 +218,33 @@ class Adaptive:
             if count is None:
                 continue
             rate = count / facts.interval
-            known = self._vms.get(told.name)
-            if known is not None and known.launch != told.launch:
-                del self._vms[told.name]  # another VM of that name starts without limits
-                known = None
-            if known is None and rate <= self._floor:
+            known = self._vms.of(told)
+            if known is None:
+                if rate > self._floor:
+                    self._add(told, rate)
                 continue
-            vm = self._vms[told.name] = known or _Vm(told.name, told.launch, told.weight)
-            vm.rate, vm.weight, vm.here = rate, told.weight, True
-            vm.asked.append(math.inf if self._waited(vm, told, facts.interval) else rate)
+            known.rate, known.weight, known.here = rate, told.weight, True
+            wants_more = known.limit is not None and presses(told, facts.interval)
+            known.asked.append(math.inf if wants_more else rate)
         for vm in self._vms.values():
             if not vm.here:
                 vm.asked.append(0.0)
 
-    def _count(self, vm: VmFacts) -> int | None:
-        return count_of(vm, self._meter)
+    def _add(self, told: VmFacts, rate: float) -> None:
+        vm = self._vms[told.name] = _Vm(told.name, told.launch, told.weight, rate=rate)
+        vm.asked.append(rate)
 
-    def _waited(self, vm: _Vm, told: VmFacts, interval: float) -> bool:
-        return vm.limit is not None and told.throttled > WAITED * interval
-
-    def _judge(self, facts: Facts) -> tuple[bool, bool, dict[str, Any]]:
-        victims = [name for name in facts.vms if name not in self._vms]
-        victims += [name for name, vm in facts.others.items() if (self._count(vm) or 0) <= self._floor * facts.interval]
+    def _judge(self, facts: Facts, noisy: Container[str]) -> tuple[bool, bool, dict[str, Any]]:
+        """Whether it hurts, whether it is in the clear, and by which figures. The noisy are no victims."""
+        victims: list[str] = []
+        if self._hears_victims:
+            most = self._floor * facts.interval
+            victims = [name for name in facts.vms if name not in noisy]
+            victims += [name for name, vm in facts.others.items() if (self._count(vm) or 0) <= most]
         harm, clear = False, True
         evidence: dict[str, Any] = {}
         for name, over in self._over.items():
-            value, victim = self._signals.worst(name, victims)
+            value, victim = self._harm.worst(name, victims)
             rest = calm(name)
             bad = value is not None and value > over
             harm = harm or bad
@@ -245,10 +259,10 @@ class Adaptive:
 
     # ---- what to do about it ----------------------------------------------------------------------------------------
 
-    def _begin(self, facts: Facts, evidence: dict[str, Any]) -> Iterator[Throttle]:
+    def _begin(self, evidence: dict[str, Any]) -> Iterator[Throttle]:
         self._start = self._hurt = sum(vm.rate for vm in self._vms.values())
         self._level = max(self._start * self._decrease, self._least())
-        self._signals.begin()
+        self._harm.begin()
         self._settling = True
         yield from self._limits(evidence)
 
@@ -259,7 +273,7 @@ class Adaptive:
                 yield Unthrottle(
                     vm=vm.name,
                     launch=vm.launch,
-                    meter=self._meter,
+                    meter=self.meter,
                     reason="nobody suffers any more",
                     evidence=evidence,
                 )
@@ -276,7 +290,7 @@ class Adaptive:
         wants = [max(vm.asked) * 1.1 for vm in vms]
         base = [min(self._floor, want) for want in wants]
         rest = max(0.0, level - sum(base))
-        more = max_min(rest, [want - b for want, b in zip(wants, base, strict=True)], [vm.weight for vm in vms])
+        more = divide(rest, [want - b for want, b in zip(wants, base, strict=True)], [vm.weight for vm in vms])
         level_of = [m / vm.weight for m, vm in zip(more, vms, strict=True)]
         water = max([rest / sum(vm.weight for vm in vms) if sum(more) < rest * (1 - 1e-9) else 0.0, *level_of])
         return {vm.name: self._floor + water * vm.weight for vm in vms}
@@ -291,12 +305,12 @@ class Adaptive:
             old = None if vm.limit is None else vm.limit.rate
             if not vm.here or (old is not None and old * (1 - lower) <= rate <= old * (1 + HIGHER)):
                 continue  # who is idle, or gone, is told when it comes back
-            vm.limit = Limit(rate=rate, burst=min(AHEAD + rate * LATE, FASTEST), max_delay=self._max_delay)
+            vm.limit = Limit(rate=rate, burst=min(LEAST_BURST + rate * LATE, FASTEST), max_delay=self._max_delay)
             yield Throttle(
                 vm=name,
                 launch=vm.launch,
                 limit=vm.limit,
-                meter=self._meter,
+                meter=self.meter,
                 reason=self._reason(rate, evidence),
                 evidence={
                     **evidence,
@@ -310,7 +324,7 @@ class Adaptive:
             )
 
     def _reason(self, rate: float, evidence: dict[str, Any]) -> str:
-        unit = f"{rate:.6g} {self._meter.replace('_', ' ')}/s"
+        unit = f"{rate:.6g} {self.meter.replace('_', ' ')}/s"
         if "hurts" not in evidence:
             return f"{unit}: let go step by step, as it hurts less"
         name = evidence["hurts"]

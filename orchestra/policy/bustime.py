@@ -19,6 +19,7 @@ from .validation import within
 __all__ = ["CPU_MODELS", "BusTime", "CpuModel"]
 
 
+@attrs.define(eq=False, slots=False)
 class BusTime:
     """Hold the host to a part of the time of its memory bus, tenants to parts of their own, and share it fairly.
 
@@ -42,32 +43,28 @@ class BusTime:
         SpecError: a parameter is out of its range, or the budget comes to less than a lock in 1000 s.
     """
 
-    def __init__(
-        self,
-        share: float,
-        *,
-        frequency: float = 2e9,
-        model: str | CpuModel = "default",
-        tenants: Mapping[str, float] | None = None,
-        fair: bool = True,
-        burst: float = 0.05,
-        max_delay: float | None = 1.0,
-        interval: float = 0.1,
-        name: str = "bus-time",
-    ) -> None:
-        self.share = within("share", share, 1e-9, 1, "of the bus, such as 0.05 for 5 %")
-        self.frequency = within("frequency", frequency, 1e6, 1e11, "Hz")
-        self.model = _model(model)
-        self._burst = within("burst", burst, 0, 3600, "seconds")
-        self._max_delay = max_delay
-        self._name = name
+    share: float
+    frequency: float = attrs.field(default=2e9, kw_only=True)
+    _model: str | CpuModel = attrs.field(default="default", kw_only=True)
+    _tenants: Mapping[str, float] | None = attrs.field(default=None, kw_only=True)
+    _fair: bool = attrs.field(default=True, kw_only=True)
+    _burst: float = attrs.field(default=0.05, kw_only=True)
+    _max_delay: float | None = attrs.field(default=1.0, kw_only=True)
+    _interval: float = attrs.field(default=0.1, kw_only=True)
+    name: str = attrs.field(default="bus-time", kw_only=True)
+
+    def __attrs_post_init__(self) -> None:
+        within("share", self.share, 1e-9, 1, "of the bus, such as 0.05 for 5 %")
+        within("frequency", self.frequency, 1e6, 1e11, "Hz")
+        within("burst", self._burst, 0, 3600, "seconds")
+        self.model = _checked(self._model)
         self.limit = self._limit("share", self.share)
         self.tenants = {
             pattern: self._limit(f"tenants[{pattern!r}]", within(f"tenants[{pattern!r}]", part, 1e-9, 1, "of the bus"))
-            for pattern, part in (tenants or {}).items()
+            for pattern, part in (self._tenants or {}).items()
         }
         self._static = StaticLimits(tenants=self.tenants, host=self.limit)
-        self._fair = WeightedShare(self.limit, interval=interval) if fair else None
+        self._sharing = WeightedShare(self.limit, interval=self._interval) if self._fair else None
 
     def _limit(self, field: str, share: float) -> Limit:
         rate = share * self.frequency / (self.model.cycles * self.model.damage)
@@ -77,26 +74,22 @@ class BusTime:
         return Limit(rate=rate, burst=burst, max_delay=self._max_delay)
 
     @property
-    def name(self) -> str:
-        return self._name
-
-    @property
     def meter(self) -> Meter:
         return Meter.BUS_LOCKS
 
     @property
     def interval(self) -> float | None:
-        return None if self._fair is None else self._fair.interval
+        return None if self._sharing is None else self._sharing.interval
 
     def decide(self, facts: Facts) -> list[Throttle | Unthrottle]:
         actions: list[Throttle | Unthrottle] = [self._explained(action) for action in self._static.decide(facts)]
-        if self._fair is None:
+        if self._sharing is None:
             return actions
         # What a tenant can't have is not to be set aside for it.
         tenants = (
             {name: self._capped(tenant) for name, tenant in facts.tenants.items()} if self.tenants else facts.tenants
         )
-        return actions + self._fair.decide(attrs.evolve(facts, tenants=tenants))
+        return actions + self._sharing.decide(attrs.evolve(facts, tenants=tenants))
 
     def _capped(self, tenant: Tenant) -> Tenant:
         cap = self._static.tenant_limit(tenant.name)
@@ -124,7 +117,7 @@ class BusTime:
         return attrs.evolve(action, evidence=evidence, reason=reason)
 
 
-def _model(model: str | CpuModel) -> CpuModel:
+def _checked(model: str | CpuModel) -> CpuModel:
     if isinstance(model, CpuModel):
         return model
     if model not in CPU_MODELS:

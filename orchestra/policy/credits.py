@@ -13,20 +13,18 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import attrs
 
 from ..model.actions import Action, Throttle
-from ..model.spec import Limit, Meter, as_meter
-from .facts import Facts, VmFacts, count_of
+from ..model.spec import Limit
+from .facts import Facts, VmFacts
+from .metered import Metered, presses
 from .retry import Once
 from .validation import within
 
 __all__ = ["BurstCredits"]
-
-WAITED: Final = 0.05
-"""Part of a tick that it waited, from which a VM without credits counts as held back."""
 
 WELL: Final = 0.1
 """Part of the most credits that it may have, from which a VM that had none counts as recovered."""
@@ -41,7 +39,8 @@ class _Account:
     gone: bool = False
 
 
-class BurstCredits:
+@attrs.define(eq=False, slots=False)
+class BurstCredits(Metered):
     """Let each VM do `baseline` events a second for good, and more for as long as it has saved for.
 
     A VM earns a credit with each event that the baseline gives it and that it leaves, up to `most`; above the baseline
@@ -66,39 +65,22 @@ class BurstCredits:
         SpecError: a parameter is out of its range.
     """
 
-    def __init__(
-        self,
-        baseline: float,
-        most: float,
-        *,
-        launch: float | None = None,
-        max_delay: float | None = 10.0,
-        meter: Meter | str = Meter.BUS_LOCKS,
-        interval: float = 0.1,
-        name: str | None = None,
-    ) -> None:
-        self._most = within("most", most, 2, 1e9, "credits")
-        self._limit = Limit(rate=baseline, burst=most, max_delay=max_delay)
-        self._launch = self._most if launch is None else within("launch", launch, 0, most, "credits")
-        self._interval = within("interval", interval, 1e-4, 3600, "seconds")
-        self._meter = as_meter(meter)
-        self._name = name or ("burst-credits" if self._meter is Meter.BUS_LOCKS else f"burst-credits-{self._meter}")
+    KIND: ClassVar[str] = "burst-credits"
+
+    _baseline: float
+    _most: float
+    _launch: float | None = attrs.field(default=None, kw_only=True)
+    _max_delay: float | None = attrs.field(default=10.0, kw_only=True)
+
+    def __attrs_post_init__(self) -> None:
+        super().__attrs_post_init__()
+        within("most", self._most, 2, 1e9, "credits")
+        self._limit = Limit(rate=self._baseline, burst=self._most, max_delay=self._max_delay)
+        self._first = self._most if self._launch is None else within("launch", self._launch, 0, self._most, "credits")
         self._accounts: dict[str, _Account] = {}
         self._opened = Once()
         self._time = 0
         self._closing: list[tuple[int, str]] = []  # when an account of one that is gone is worth what a new one is
-
-    @property
-    def name(self) -> str:
-        return self._name
-
-    @property
-    def meter(self) -> Meter:
-        return self._meter
-
-    @property
-    def interval(self) -> float | None:
-        return self._interval
 
     @property
     def balances(self) -> Mapping[str, float]:
@@ -109,7 +91,7 @@ class BurstCredits:
         """Credits of a VM; at `time` (ns on the fleet's clock) if it did nothing since. One never seen has `launch`."""
         account = self._accounts.get(vm)
         if account is None:
-            return self._launch
+            return self._first
         return account.balance if time is None else self._earned(account, time)
 
     def decide(self, facts: Facts) -> list[Throttle]:
@@ -126,24 +108,30 @@ class BurstCredits:
         return min(self._most, account.balance + max(0, time - account.seen) / 1e9 * self._limit.rate)
 
     def _actions(self, facts: Facts) -> Iterator[Throttle]:
+        """Runs for each active VM in each tick: it does no more than it has to."""
+        start = facts.time - round(facts.interval * 1e9)
+        most, rate, gained = self._most, self._limit.rate, self._limit.rate * facts.interval
+        few = max(1.0, gained)
+        count, accounts = self._count, self._accounts
         for vm in facts.vms.values():
-            used = count_of(vm, self._meter)
+            used = count(vm)
             if used is None:
                 continue
-            account = self._accounts.get(vm.name)
-            start = facts.time - round(facts.interval * 1e9)
+            account = accounts.get(vm.name)
             if account is None:
-                account = self._accounts[vm.name] = _Account(-1, start, self._launch)
+                account = accounts[vm.name] = _Account(-1, start, self._first)
             account.gone = False
-            before = self._earned(account, start)
+            before = account.balance
+            if account.seen < start:
+                before = min(most, before + (start - account.seen) / 1e9 * rate)
             # Earned and spent within the tick: in which order is not known, so the balance stops at `most` at its end.
-            account.balance = min(self._most, max(0.0, before + self._limit.rate * facts.interval - used))
+            account.balance = min(most, max(0.0, before + gained - used))
             account.seen = facts.time
             account.launch = vm.launch
             if self._opened.due((vm.name, vm.launch), facts.time):
                 account.out = False
                 yield from self._open(vm, account, used, facts)
-            else:
+            elif account.out or account.balance < few:
                 yield from self._turn(vm, account, used, facts)
         self._close(facts)
 
@@ -155,12 +143,12 @@ class BurstCredits:
             account = self._accounts.get(name)
             if account is not None and account.launch == launch:
                 account.gone = True
-                owes = max(0.0, self._launch - self._earned(account, facts.time))
+                owes = max(0.0, self._first - self._earned(account, facts.time))
                 heapq.heappush(self._closing, (facts.time + math.ceil(owes / self._limit.rate * 1e9), name))
         while self._closing and self._closing[0][0] <= facts.time:
             _, name = heapq.heappop(self._closing)
             account = self._accounts.get(name)
-            if account is not None and account.gone and self._earned(account, facts.time) >= self._launch * (1 - 1e-9):
+            if account is not None and account.gone and self._earned(account, facts.time) >= self._first * (1 - 1e-9):
                 del self._accounts[name]
 
     def _open(self, vm: VmFacts, account: _Account, used: int, facts: Facts) -> Iterator[Throttle]:
@@ -173,7 +161,7 @@ class BurstCredits:
 
     def _turn(self, vm: VmFacts, account: _Account, used: int, facts: Facts) -> Iterator[Throttle]:
         spent = account.balance < max(1.0, self._limit.rate * facts.interval)
-        if not account.out and spent and vm.throttled > WAITED * facts.interval:
+        if not account.out and spent and presses(vm, facts.interval):
             account.out = True
             reason = f"burst credits used up: held to the baseline of {self._limit.rate:g}/s"
             yield self._say(vm, account, used, facts, self._limit, reason)
@@ -191,4 +179,4 @@ class BurstCredits:
             "interval": facts.interval,
             "launch": vm.launch,
         }
-        return Throttle(vm=vm.name, launch=vm.launch, limit=limit, meter=self._meter, reason=reason, evidence=evidence)
+        return Throttle(vm=vm.name, launch=vm.launch, limit=limit, meter=self.meter, reason=reason, evidence=evidence)

@@ -14,6 +14,7 @@ import attrs
 from ..model.actions import Action, CapCpu, SetLimit, Throttle
 from ..model.effects import EFFECTS, Holdings, Key, What, key_of
 from ..model.spec import Limit, Meter, Tenant, tightest
+from .buckets import Bucket
 
 __all__ = ["FREE", "Asked", "Enforcement", "Passed"]
 
@@ -56,40 +57,6 @@ class Passed:
 FREE: Final = Passed(1.0)
 
 
-@attrs.define(eq=False)
-class _Bucket:
-    """`tokens` are those of the time `at`, in seconds of the model's clock; made by `last`, the limit in force or the
-    one that was taken off, at whose rate it goes on (orchestra/native/orc.h)."""
-
-    base: Limit | None = None
-    limit: Limit | None = None
-    last: Limit | None = None
-    tokens: float = 0.0
-    at: float = 0.0
-
-    def set(self, throttles: Iterable[Limit], now: float) -> None:
-        self._settle(now)
-        self.limit = tightest(self.base, throttles)
-        if self.limit is not None:  # a new bucket is full; one that grows later fills up as time goes
-            self.tokens = self.limit.tokens if self.last is None else min(self.tokens, self.limit.tokens)
-            self.last = self.limit
-
-    def room(self, now: float, seconds: float) -> float:
-        assert self.limit is not None
-        self._settle(now)
-        return self.tokens + self.limit.rate * seconds
-
-    def take(self, events: float, now: float, seconds: float) -> None:
-        assert self.limit is not None
-        self.tokens = min(self.limit.tokens, max(0.0, self.room(now, seconds) - events))
-        self.at = now + seconds
-
-    def _settle(self, now: float) -> None:
-        if self.last is not None and now > self.at:
-            self.tokens = min(self.last.tokens, self.tokens + self.last.rate * (now - self.at))
-        self.at = now
-
-
 class Enforcement:
     """Limits, caps, pauses, isolation, and who is gone."""
 
@@ -100,8 +67,9 @@ class Enforcement:
         tenants: Mapping[str, Tenant] | None = None,
         answer_limit: Limit | None = None,
     ) -> None:
-        self._buckets: dict[Meter, dict[Place, _Bucket]] = {meter: {} for meter in Meter}
-        self._off: dict[Meter, dict[Place, _Bucket]] = {meter: {} for meter in Meter}  # whose limit was taken off
+        self._buckets: dict[Meter, dict[Place, Bucket]] = {meter: {} for meter in Meter}
+        self._off: dict[Meter, dict[Place, Bucket]] = {meter: {} for meter in Meter}  # whose limit was taken off
+        self._bases: dict[tuple[Meter, Place], Limit] = {}
         self._holdings = Holdings()
         self._caps: dict[str, float] = {}  # these two follow from it
         self._paused: set[str] = set()
@@ -120,12 +88,13 @@ class Enforcement:
 
     def set_base(self, place: Place, meter: Meter, limit: Limit | None) -> None:
         """Set the limit itself, apart from throttles."""
-        bucket = self._buckets[meter].get(place)
-        if (None if bucket is None else bucket.base) == limit:
+        if self._bases.get((meter, place)) == limit:
             return
-        bucket = self._bucket(meter, place)
-        bucket.base = limit
-        self._set(meter, place, bucket)
+        if limit is None:
+            del self._bases[meter, place]
+        else:
+            self._bases[meter, place] = limit
+        self._set(meter, place)
 
     def host_limit(self, meter: Meter) -> Limit | None:
         """As in force."""
@@ -189,8 +158,7 @@ class Enforcement:
         held, vm = self._holdings.at(key).values(), key.vm or ""
         match key.what:
             case What.THROTTLE:
-                meter, place = Meter(key.meter), _place(key.vm, key.tenant)
-                self._set(meter, place, self._bucket(meter, place))
+                self._set(Meter(key.meter), _place(key.vm, key.tenant))
             case What.CAP:
                 shares = [one.action.share for one in held if isinstance(one.action, CapCpu)]
                 self._caps[vm] = min((share for share in shares if share is not None), default=1.0)
@@ -199,24 +167,23 @@ class Enforcement:
             case What.PAUSE:
                 (self._paused.add if held else self._paused.discard)(vm)
 
-    def _bucket(self, meter: Meter, place: Place) -> _Bucket:
-        """The one that is there, limited or not; else a new one."""
-        buckets = self._buckets[meter]
-        if place not in buckets:
-            buckets[place] = self._off[meter].pop(place) if place in self._off[meter] else _Bucket()
-        return buckets[place]
-
-    def _set(self, meter: Meter, place: Place, bucket: _Bucket) -> None:
+    def _set(self, meter: Meter, place: Place) -> None:
+        """Have the bucket there keep to what is set and held there: the one that is there, limited or not; else a new
+        one."""
         vm, tenant = (place[1] if place[0] == kind else None for kind in ("vm", "tenant"))
         held = self._holdings.at(Key(What.THROTTLE, meter.value, vm, tenant, None)).values()
-        bucket.set([one.action.limit for one in held if isinstance(one.action, Throttle)], self._now)
-        if bucket.limit is None:
-            self._off[meter][place] = self._buckets[meter].pop(place)
+        throttles = [one.action.limit for one in held if isinstance(one.action, Throttle)]
+        buckets, off = self._buckets[meter], self._off[meter]
+        bucket = buckets.pop(place, None) or off.pop(place, None) or Bucket()
+        bucket.put(tightest(self._bases.get((meter, place)), throttles), self._now)
+        (off if bucket.limit is None else buckets)[place] = bucket
 
     def _free(self, vm: str) -> None:
         self._holdings.forget(vm)
         for buckets in (*self._buckets.values(), *self._off.values()):
             buckets.pop(("vm", vm), None)
+        for meter in Meter:
+            self._bases.pop((meter, ("vm", vm)), None)
         self._caps.pop(vm, None)
         self._paused.discard(vm)
 
@@ -244,9 +211,9 @@ class Enforcement:
             bucket.take(_through(meter, names, asked, parts), now, interval)
         return {name: self._passed(name, asked[name], runs.get(name, 1.0), parts[name], interval) for name in parts}
 
-    def _limited(self, asked: Mapping[str, Asked]) -> dict[Place, list[tuple[Meter, _Bucket]]]:
+    def _limited(self, asked: Mapping[str, Asked]) -> dict[Place, list[tuple[Meter, Bucket]]]:
         """The buckets that anybody of these is under, from the narrowest place to the widest."""
-        found: dict[Place, list[tuple[Meter, _Bucket]]] = {}
+        found: dict[Place, list[tuple[Meter, Bucket]]] = {}
         for meter, buckets in self._buckets.items():
             if len(buckets) > len(asked) + 1:
                 tenants = {one.tenant for one in asked.values()}
@@ -277,7 +244,7 @@ class Enforcement:
     def _hold(
         self,
         meter: Meter,
-        bucket: _Bucket,
+        bucket: Bucket,
         names: Collection[str],
         asked: Mapping[str, Asked],
         parts: dict[str, float],

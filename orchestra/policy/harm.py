@@ -18,15 +18,16 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Collection, Iterable
+from operator import attrgetter
 from typing import Final
 
 import attrs
 
 from ..model.errors import SpecError
 from ..model.spec import Meter
-from .facts import Facts, VmFacts, count_of
+from .facts import Facts, VmFacts
 
-__all__ = ["HARM", "OWN", "Signals", "calm", "check_signal"]
+__all__ = ["HARM", "OWN", "VICTIMS", "Signals", "calm", "check_signal"]
 
 HOST: Final = ("lock_ns", "memory_ns", "cpu_pressure", "memory_pressure", "io_pressure")
 SLOWDOWN: Final = {"lock_slowdown": "lock_ns", "memory_slowdown": "memory_ns"}
@@ -180,7 +181,7 @@ class Signals:
 
     def __init__(self, names: Iterable[str], *, meter: Meter = Meter.BUS_LOCKS, floor: float = FLOOR) -> None:
         self._names = tuple(check_signal(name, HARM) for name in names)
-        self._meter = meter
+        self._count = attrgetter(meter.value)
         self._floor = floor
         self._host: dict[str, float | None] = {}
         self._usual: dict[str, _Usual] = {name: _Usual() for name in self._names if name in SLOWDOWN}
@@ -212,9 +213,13 @@ class Signals:
 
     def _quiet(self, facts: Facts) -> bool:
         """Nobody was noisy, nor in the tick before: what is measured may be as late as that."""
-        counts = ((count_of(vm, self._meter), vm) for vm in facts.heard.values())
-        most = self._floor * facts.interval
-        now = all(count is None or count <= most + AHEAD * vm.vcpus for count, vm in counts)
+        most, count_of = self._floor * facts.interval, self._count
+        now = True
+        for vm in facts.heard.values():
+            count = count_of(vm)
+            if count is not None and count > most + AHEAD * vm.vcpus:
+                now = False
+                break
         quiet = now and self._was_quiet
         self._was_quiet = now
         return quiet

@@ -1,62 +1,57 @@
 """A ladder of steps, from a warning to the end of a VM: each when the one before did not help, each with a way back.
 
 Source of the patience that grows with each relapse: route flap damping (RFC 2439).
+
+`standing` has the states, and which event leads from which to which. A worked timeline, of a VM on
+``Ladder(default_steps(over=1000, highest="cap_cpu"))`` that wants 5000 bus locks a second for 4 s, rests for 12 s, and
+comes back for 1 s:
+
+    time    does  step      standing   action
+   0.1 s  5000/s  warn      held       Warn
+   1.1 s  5000/s  throttle  held       Throttle to 500/s
+  14.0 s     0/s  warn      returning  Unthrottle
+  16.1 s  5000/s  throttle  held       Throttle to 500/s
+  37.0 s     0/s  warn      returning  Unthrottle
+
+- 0.1 s: the first tick over 1000/s is answered by a warning. From here on the throttle's dwell, 1 s, is counted.
+- 1.1 s: the VM is throttled to 500/s. It presses against that limit. So it is neither bad, as it is held, nor in the
+  clear, as it wants more. It stays where it is.
+- 14.0 s: it has been in the clear since 4 s, for the 10 s that the step asks for. For 10 s more it is on probation.
+- 16.1 s: on probation one bad tick is enough. That is a relapse: 20 s in the clear are asked for from now on.
+- 37.0 s: back to the warning, and 20 s later off the ladder. When its probation is over, the VM is forgotten.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable, Iterator
-from typing import Any, Final
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, ClassVar, Final
 
 import attrs
 
-from ..model.actions import Action, CapCpu, Evict, Isolate, Pause, Rejoin, Resume, Stop, Throttle, Unthrottle, Warn
-from ..model.spec import Limit, Meter, as_meter
-from .facts import Facts, VmFacts, count_of
-from .harm import HARM, OWN, Signals
-from .steps import Condition, Rung, Step, check_steps, default_steps
-from .validation import within
+from ..model.actions import Action, CapCpu, Evict, Isolate, Pause, Stop, Throttle, Warn
+from ..model.effects import inverse
+from .facts import Facts, VmFacts
+from .harm import HARM, Signals
+from .metered import WAITED, Memory, Metered, longest_wait, presses
+from .reading import Reading
+from .standing import TRANSITIONS, Event, LadderState, Move, Standing
+from .steps import Rung, Step, check_steps, default_steps
 
 __all__ = ["Ladder"]
-
-WAITED: Final = 0.05
-"""Part of a tick that a VM waited for its turn, from which it counts as pressing against its limit."""
 
 LEAK: Final = 0.25
 """How fast the time in which it was bad is forgotten while it is not: one that misbehaves for more than
 LEAK / (1 + LEAK), a fifth of the time, gets caught in the long run."""
 
-PATIENCE: Final = 16
-"""The most by which relapses multiply the time in the clear that is asked for."""
+CLEAR_FOR: Final = 1e-9
+"""Seconds by which sums of ticks may be off: ten of 0.1 s are a second."""
+
+FIRST_TICKS: Final = 2
+"""Ticks after a pause that may still tell of the time before it."""
 
 
-@attrs.define(eq=False)
-class _Climber:
-    """One VM that is on the ladder. `at` steps are in force: the last is ``steps[at - 1]``."""
-
-    name: str
-    launch: int
-    vcpus: int
-    since: int
-    at: int = 0
-    bad: float = 0.0
-    good: float = 0.0
-    absent: float = 0.0
-    busy: int = 0
-    relapses: int = 0
-    probation: dict[int, int] = attrs.field(factory=dict)  # step: until when one bad tick is enough
-    visits: dict[int, int] = attrs.field(factory=dict)
-    moved: int = 0  # in this tick: 1 up, -1 down
-    risen: bool = True  # its last move was up
-
-    @property
-    def factor(self) -> int:
-        """By how much its relapses multiply the time in the clear that is asked for."""
-        return min(PATIENCE, 1 << min(self.relapses, 30))
-
-
-class Ladder:
+@attrs.define(eq=False, slots=False)
+class Ladder(Metered):
     """Take steps against a VM that hurts others: one at a time, each with its condition, and back the same way.
 
     The steps taken stack: a VM on the third is held by all three. Time that was bad counts up, and is forgotten four
@@ -80,141 +75,115 @@ class Ladder:
         SpecError: the steps are out of order, can never be taken, or would punish a VM for keeping to its throttle.
     """
 
-    def __init__(
-        self,
-        steps: Iterable[Step] | None = None,
-        *,
-        meter: Meter | str = Meter.BUS_LOCKS,
-        interval: float = 0.1,
-        name: str | None = None,
-    ) -> None:
-        self._meter = as_meter(meter)
-        self._interval = within("interval", interval, 1e-4, 3600, "seconds")
-        self.steps = default_steps(meter=self._meter) if steps is None else tuple(steps)
-        check_steps(self.steps, self._meter, self._interval)
-        self._name = name or ("ladder" if self._meter is Meter.BUS_LOCKS else f"ladder-{self._meter}")
+    KIND: ClassVar[str] = "ladder"
+
+    _steps: Iterable[Step] | None = None
+
+    def __attrs_post_init__(self) -> None:
+        super().__attrs_post_init__()
+        self.steps = default_steps(meter=self.meter) if self._steps is None else tuple(self._steps)
+        check_steps(self.steps, self.meter, self._interval)
         over: dict[str, float] = {}
         for condition in (condition for step in self.steps for condition in step.when):
             if condition.signal in HARM:
                 over[condition.signal] = min(condition.over, over.get(condition.signal, condition.over))
-        self._signals = Signals(over)
+        self._harm = Signals(over)
         self._over = tuple(over)
-        self._vms: dict[str, _Climber] = {}
-
-    @property
-    def name(self) -> str:
-        return self._name
-
-    @property
-    def meter(self) -> Meter:
-        return self._meter
+        self._vms: Memory[LadderState] = Memory()
 
     @property
     def signals(self) -> tuple[str, ...]:
         """What it listens to beside the VM itself: the fleet switches on what that needs."""
         return self._over
 
-    @property
-    def interval(self) -> float | None:
-        return self._interval
-
     def rung(self, vm: str) -> Rung:
         """Where a VM is."""
-        climber = self._vms.get(vm)
-        return Rung.OBSERVE if climber is None or not climber.at else self.steps[climber.at - 1].rung
+        state = self._vms.get(vm)
+        return Rung.OBSERVE if state is None else self._rung(state.at)
+
+    def _rung(self, at: int) -> Rung:
+        return self.steps[at - 1].rung if at else Rung.OBSERVE
 
     def decide(self, facts: Facts) -> list[Action]:
-        self._signals.look(facts)
-        for name, launch in facts.gone:
-            if name in self._vms and self._vms[name].launch == launch:
-                del self._vms[name]
-        reading = _Reading(facts, self._meter, self._signals)
+        self._harm.look(facts)
+        self._vms.end(facts.gone)
+        reading = Reading(facts, self.meter, self._harm)
+        first = self.steps[0]
         for vm in facts.vms.values():
-            climber = self._vms.get(vm.name)
-            if climber is not None and climber.launch != vm.launch:  # another of that name: nothing holds it yet
-                del self._vms[vm.name]
-                climber = None
-            if climber is None and reading.holds(self.steps[0], vm):
-                self._vms[vm.name] = _Climber(vm.name, vm.launch, vm.vcpus, facts.time)
-        actions: list[Action] = []
-        for climber in list(self._vms.values()):
-            actions += self._step(climber, facts, reading)
-        return actions
+            if self._vms.of(vm) is None and reading.holds(first, vm):
+                self._vms[vm.name] = LadderState(vm.name, vm.launch, vm.vcpus, facts.time)
+        return [action for state in list(self._vms.values()) for action in self._step(state, facts, reading)]
 
     def refused(self, action: Action, reason: str) -> None:
         """An action of this ladder was not carried out: the VM is where it was, and the time starts anew."""
-        climber = self._vms.get(action.vm or "")
-        if climber is None:
-            return
-        if climber.moved > 0 and climber.at and isinstance(action, _UP[self.steps[climber.at - 1].rung]):
-            climber.visits[climber.at] -= 1
-            climber.at -= 1
-        elif climber.moved < 0 and climber.at < len(self.steps):
-            if not isinstance(action, _DOWN.get(self.steps[climber.at].rung, ())):
-                return
-            climber.at += 1
-            climber.probation.pop(climber.at, None)
-        else:
-            return
-        climber.bad = climber.good = 0.0
-        climber.moved = 0
+        state = self._vms.get(action.vm or "")
+        if state is not None and state.asked is type(action):
+            state.stay()
 
-    # ---- up and down ------------------------------------------------------------------------------------------------
+    # ---- what happens to a VM, and what follows ---------------------------------------------------------------------
 
-    def _step(self, climber: _Climber, facts: Facts, reading: _Reading) -> Iterator[Action]:
-        vm = facts.vms.get(climber.name)
-        climber.absent = 0.0 if vm is not None else climber.absent + facts.interval
-        climber.moved = 0
-        if self._let_go(climber, vm):
-            self._leave(climber, facts)
-            climber.probation.pop(climber.at + 1)  # whoever let it go on knows why
-            climber.visits[climber.at + 1] -= 1
-            return
-        bad = self._is_bad(climber, vm, reading)
-        if bad:
-            climber.bad += facts.interval
-        else:
-            climber.bad = max(0.0, climber.bad - LEAK * facts.interval)
-        climber.good = climber.good + facts.interval if self._is_clear(climber, vm, facts, reading) else 0.0
-        if bad and self._may_rise(climber, facts.time):
-            yield self._up(climber, vm, facts, reading)
-        elif climber.at and climber.good >= self._patience(climber) - 1e-9:
-            if self.steps[climber.at - 1].rung is Rung.STOP:
-                del self._vms[climber.name]  # there is nothing left to go back
-            else:
-                yield from self._down(climber, facts)
-        elif not (climber.at or bad or climber.bad) and facts.time >= max(climber.probation.values(), default=0):
-            del self._vms[climber.name]
+    def _step(self, state: LadderState, facts: Facts, reading: Reading) -> Iterator[Action]:
+        vm = facts.vms.get(state.name)
+        event = self._event(state, vm, facts, reading)
+        state.asked = None
+        move = None if event is None else TRANSITIONS.get((state.standing, event))
+        if move is Move.FORGET:
+            del self._vms[state.name]
+        elif event is Event.RELEASED:
+            step = state.at
+            state.fall(facts.time, self.steps[step - 1].tail)
+            del state.probation[step]  # whoever let it go on knows why
+            state.visits[step] -= 1
+        elif move is not None:
+            action = self._up(state, vm, facts, reading) if move is Move.UP else self._down(state, facts)
+            if action is not None:
+                state.asked = type(action)
+                yield action
 
-    def _let_go(self, climber: _Climber, vm: VmFacts | None) -> bool:
-        """It does something, so it is not paused any more. (The first ticks may still tell of the time before.)"""
-        paused = any(step.rung is Rung.PAUSE for step in self.steps[: climber.at])
-        climber.busy = climber.busy + 1 if paused and vm is not None and vm.exits else 0
-        return climber.busy > 2
+    def _event(self, state: LadderState, vm: VmFacts | None, facts: Facts, reading: Reading) -> Event | None:
+        """Count the time, and say what happened. What is worse goes before what is better."""
+        interval = facts.interval
+        state.absent = 0.0 if vm is not None else state.absent + interval
+        if self._is_released(state, vm):
+            return Event.RELEASED
+        bad = self._is_bad(state, vm, reading)
+        state.bad = state.bad + interval if bad else max(0.0, state.bad - LEAK * interval)
+        state.good = state.good + interval if self._is_clear(state, vm, facts, reading) else 0.0
+        if bad and self._may_rise(state, facts.time):
+            return Event.WORSE
+        if state.at:
+            return Event.BETTER if state.good >= self._patience(state) - CLEAR_FOR else None
+        probation = max(state.probation.values(), default=0)
+        return Event.CALM if not (bad or state.bad) and facts.time >= probation else None
 
-    def _is_bad(self, climber: _Climber, vm: VmFacts | None, reading: _Reading) -> bool:
-        if climber.at == len(self.steps):
+    def _is_released(self, state: LadderState, vm: VmFacts | None) -> bool:
+        paused = any(step.rung is Rung.PAUSE for step in self.steps[: state.at])
+        state.busy = state.busy + 1 if paused and vm is not None and vm.exits else 0
+        return state.busy > FIRST_TICKS
+
+    def _is_bad(self, state: LadderState, vm: VmFacts | None, reading: Reading) -> bool:
+        if state.at == len(self.steps):
             return False
-        step = self.steps[climber.at]
-        if climber.visits.get(climber.at, 0) < step.returns:
+        step = self.steps[state.at]
+        if state.visits.get(state.at, 0) < step.returns:
             return False
-        if not step.when:
-            return climber.risen  # on the way down there is nothing that calls for it again
+        if not step.when:  # on the way down there is nothing that calls for it again
+            return state.standing is not Standing.RETURNING
         return vm is not None and reading.holds(step, vm)
 
-    def _may_rise(self, climber: _Climber, time: int) -> bool:
-        step = self.steps[climber.at]
-        return climber.bad >= step.dwell - 1e-9 or bool(step.when and time < climber.probation.get(climber.at + 1, 0))
+    def _may_rise(self, state: LadderState, time: int) -> bool:
+        step = self.steps[state.at]
+        return state.bad >= step.dwell - CLEAR_FOR or bool(step.when and state.on_probation(state.at + 1, time))
 
-    def _is_clear(self, climber: _Climber, vm: VmFacts | None, facts: Facts, reading: _Reading) -> bool:
-        if not climber.at:
+    def _is_clear(self, state: LadderState, vm: VmFacts | None, facts: Facts, reading: Reading) -> bool:
+        if not state.at:
             return True
-        steps = self.steps[: climber.at]
+        steps = self.steps[: state.at]
         throttle = next((step.limit for step in steps if step.limit is not None), None)
         if vm is None:
-            return throttle is None or climber.absent > _longest_wait(throttle, climber.vcpus)
-        if throttle is not None and vm.throttled > WAITED * facts.interval:
-            rate = reading.own(self._meter, vm) or 0.0
+            return throttle is None or state.absent > longest_wait(throttle, state.vcpus)
+        if throttle is not None and presses(vm, facts.interval):
+            rate = reading.own(self.meter, vm) or 0.0
             # Two events more or less in a tick say nothing about a rate. What waits at a lower rate waits for others.
             if rate + 2 / facts.interval >= throttle.rate / 2:
                 return False
@@ -223,20 +192,22 @@ class Ladder:
         when = next((step.when for step in reversed(steps) if step.when), ())
         return any(reading.clear(condition, vm, factor) for condition in when)
 
-    def _patience(self, climber: _Climber) -> float:
+    def _patience(self, state: LadderState) -> float:
         """Seconds in the clear that are asked for."""
-        step = self.steps[climber.at - 1]
-        return step.clear if step.rung is Rung.STOP else step.clear * climber.factor
+        step = self.steps[state.at - 1]
+        return step.clear if step.rung is Rung.STOP else step.clear * state.patience
 
-    def _up(self, climber: _Climber, vm: VmFacts | None, facts: Facts, reading: _Reading) -> Action:
-        step = self.steps[climber.at]
-        relapse = facts.time < climber.probation.get(climber.at + 1, 0)
-        climber.relapses += relapse
-        evidence = self._evidence(climber, facts) | {
+    # ---- up and down ------------------------------------------------------------------------------------------------
+
+    def _up(self, state: LadderState, vm: VmFacts | None, facts: Facts, reading: Reading) -> Action:
+        step, below = self.steps[state.at], self._rung(state.at)
+        relapse = state.on_probation(state.at + 1, facts.time)
+        state.relapses += relapse
+        evidence = self._evidence(state, facts) | {
             "step": step.rung.value,
-            "from": Rung.OBSERVE.value if not climber.at else self.steps[climber.at - 1].rung.value,
-            "relapses": climber.relapses,
-            "times": climber.visits.get(climber.at + 1, 0) + 1,
+            "from": below.value,
+            "relapses": state.relapses,
+            "times": state.visits.get(state.at + 1, 0) + 1,
         }
         parts = []
         for condition in step.when:
@@ -246,145 +217,44 @@ class Ladder:
             if value is not None:
                 parts.append(f"{condition.signal} {value:.6g} over {condition.over:g}")
         if step.returns:
-            parts.append(f"{evidence['from']} for the {climber.visits.get(climber.at, 0)}. time")
+            parts.append(f"{below.value} for the {state.visits.get(state.at, 0)}. time")
         why = " and ".join(parts) or "still here"
-        how = "a relapse on probation" if relapse else f"for {climber.bad:.3g} s"
-        climber.at += 1
-        climber.visits[climber.at] = climber.visits.get(climber.at, 0) + 1
-        climber.moved, climber.risen, climber.since = 1, True, facts.time
-        climber.bad = climber.good = 0.0
-        return _take(step, climber, self._meter, f"{step.rung.value}: {why}, {how}", evidence)
+        how = "a relapse on probation" if relapse else f"for {state.bad:.3g} s"
+        state.rise(facts.time, Standing.STOPPED if step.rung is Rung.STOP else Standing.HELD)
+        return self._take(step, state, f"{step.rung.value}: {why}, {how}", evidence)
 
-    def _down(self, climber: _Climber, facts: Facts) -> Iterator[Action]:
-        step = self.steps[climber.at - 1]
-        evidence = self._evidence(climber, facts) | {
+    def _down(self, state: LadderState, facts: Facts) -> Action | None:
+        """The action that takes back what the step did; None: there is nothing to take back."""
+        step, good = self.steps[state.at - 1], state.good
+        evidence = self._evidence(state, facts) | {
             "step": step.rung.value,
-            "clear": round(climber.good, 6),
-            "asked": self._patience(climber),
-            "relapses": climber.relapses,
+            "clear": round(good, 6),
+            "asked": self._patience(state),
+            "relapses": state.relapses,
         }
-        self._leave(climber, facts)
-        climber.moved = -1
-        below = Rung.OBSERVE if not climber.at else self.steps[climber.at - 1].rung
-        reason = f"back to {below.value}: {evidence['clear']:.4g} s in the clear"
-        yield from _undo(step, climber, self._meter, reason, evidence)
+        state.fall(facts.time, step.tail)
+        back = inverse(self._take(step, state, "", {}))
+        reason = f"back to {self._rung(state.at).value}: {round(good, 6):.4g} s in the clear"
+        return None if back is None else attrs.evolve(back, reason=reason, evidence=evidence)
 
-    def _leave(self, climber: _Climber, facts: Facts) -> None:
-        tail = self.steps[climber.at - 1].tail * climber.factor
-        climber.probation[climber.at] = facts.time + round(tail * 1e9)
-        climber.at -= 1
-        climber.risen, climber.since, climber.busy = False, facts.time, 0
-        climber.bad = climber.good = 0.0
+    def _take(self, step: Step, state: LadderState, reason: str, evidence: dict[str, Any]) -> Action:
+        about: Any = {"vm": state.name, "launch": state.launch, "reason": reason, "evidence": evidence}
+        if step.limit is not None:
+            return Throttle(limit=step.limit, meter=self.meter, **about)
+        if step.cpu is not None:
+            return CapCpu(share=step.cpu, **about)
+        return _ACTIONS[step.rung](**about)
 
-    def _evidence(self, climber: _Climber, facts: Facts) -> dict[str, Any]:
-        stayed = round((facts.time - climber.since) / 1e9, 6)
-        return {"launch": climber.launch, "on_step_for": stayed, "interval": facts.interval}
-
-
-class _Reading:
-    """One tick's signals."""
-
-    def __init__(self, facts: Facts, meter: Meter, signals: Signals) -> None:
-        self._facts, self._meter, self._signals = facts, meter, signals
-
-    @functools.cached_property
-    def _total(self) -> float:
-        counts = (count_of(vm, self._meter) for vm in self._facts.vms.values())
-        return sum(count for count in counts if count is not None)
-
-    @functools.cached_property
-    def _worst(self) -> dict[str, list[tuple[float, str]]]:
-        """The two VMs that suffer most: a VM is no victim of its own."""
-        told = ((name, self._signals.victims(name)) for name in ("run_delay", "work_drop"))
-        return {
-            name: sorted(((value, vm) for vm, value in victims.items()), reverse=True)[:2] for name, victims in told
-        }
-
-    def own(self, signal: str, vm: VmFacts) -> float | None:
-        """What the VM itself does."""
-        seconds = self._facts.interval
-        match signal:
-            case "bus_locks":
-                return None if vm.bus_locks is None else vm.bus_locks / seconds
-            case "exits" | "answers":
-                return float(getattr(vm, signal)) / seconds
-            case "cpu":
-                return None if vm.cpu is None else vm.cpu / seconds / vm.vcpus
-            case "dirty_pages":
-                return vm.dirty_rate
-        # "share"
-        count = count_of(vm, self._meter)
-        return None if count is None else count / self._total if self._total else 0.0
-
-    def value(self, signal: str, vm: VmFacts) -> float | None:
-        if signal in OWN:
-            return self.own(signal, vm)
-        if signal in self._worst:
-            return next((value for value, name in self._worst[signal] if name != vm.name), None)
-        return self._signals.host(signal)
-
-    def holds(self, step: Step, vm: VmFacts) -> bool:
-        values = ((self.value(condition.signal, vm), condition.over) for condition in step.when)
-        return all(value is not None and value > over for value, over in values)
-
-    def clear(self, condition: Condition, vm: VmFacts, factor: float) -> bool:
-        """`factor`: what a cap took from the VM's own figures. What is absent is no reason to hold anybody."""
-        value = self.value(condition.signal, vm)
-        if value is None:
-            return True
-        return value * (factor if condition.signal in OWN else 1.0) <= condition.clear_at
+    def _evidence(self, state: LadderState, facts: Facts) -> dict[str, Any]:
+        stayed = round((facts.time - state.since) / 1e9, 6)
+        return {"launch": state.launch, "on_step_for": stayed, "interval": facts.interval}
 
 
-_UP: Final[dict[Rung, type]] = {
+_ACTIONS: Final[Mapping[Rung, Callable[..., Action]]] = {
     Rung.WARN: Warn,
-    Rung.THROTTLE: Throttle,
-    Rung.CAP_CPU: CapCpu,
     Rung.ISOLATE: Isolate,
     Rung.PAUSE: Pause,
     Rung.EVICT: Evict,
     Rung.STOP: Stop,
 }
-_DOWN: Final[dict[Rung, type]] = {
-    Rung.THROTTLE: Unthrottle,
-    Rung.CAP_CPU: CapCpu,
-    Rung.ISOLATE: Rejoin,
-    Rung.PAUSE: Resume,
-}
-
-
-def _take(step: Step, vm: _Climber, meter: Meter, reason: str, evidence: dict[str, Any]) -> Action:
-    match step.rung:
-        case Rung.THROTTLE:
-            assert step.limit is not None
-            return Throttle(
-                vm=vm.name, launch=vm.launch, limit=step.limit, meter=meter, reason=reason, evidence=evidence
-            )
-        case Rung.CAP_CPU:
-            return CapCpu(vm=vm.name, launch=vm.launch, share=step.cpu, reason=reason, evidence=evidence)
-        case Rung.ISOLATE:
-            return Isolate(vm=vm.name, launch=vm.launch, reason=reason, evidence=evidence)
-        case Rung.PAUSE:
-            return Pause(vm=vm.name, launch=vm.launch, reason=reason, evidence=evidence)
-        case Rung.EVICT:
-            return Evict(vm=vm.name, launch=vm.launch, reason=reason, evidence=evidence)
-        case Rung.STOP:
-            return Stop(vm=vm.name, launch=vm.launch, reason=reason, evidence=evidence)
-    return Warn(vm=vm.name, launch=vm.launch, reason=reason, evidence=evidence)
-
-
-def _undo(step: Step, vm: _Climber, meter: Meter, reason: str, evidence: dict[str, Any]) -> Iterator[Action]:
-    match step.rung:
-        case Rung.THROTTLE:
-            yield Unthrottle(vm=vm.name, launch=vm.launch, meter=meter, reason=reason, evidence=evidence)
-        case Rung.CAP_CPU:
-            yield CapCpu(vm=vm.name, launch=vm.launch, share=None, reason=reason, evidence=evidence)
-        case Rung.ISOLATE:
-            yield Rejoin(vm=vm.name, launch=vm.launch, reason=reason, evidence=evidence)
-        case Rung.PAUSE:
-            yield Resume(vm=vm.name, launch=vm.launch, reason=reason, evidence=evidence)
-
-
-def _longest_wait(limit: Limit, vcpus: int) -> float:
-    """A VM with a low limit can be silent because every one of its vCPUs waits for its turn."""
-    longest = 2 * vcpus / limit.rate
-    return longest if limit.max_delay is None else min(longest, 2 * limit.max_delay)
+"""Those that need nothing but the VM; a throttle and a cap need their step's figures."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from ..model.errors import SpecError
 
-__all__ = ["max_min"]
+__all__ = ["divide", "max_min"]
 
 
 def max_min(budget: float, demands: Sequence[float], weights: Sequence[float]) -> list[float]:
@@ -40,9 +40,13 @@ def max_min(budget: float, demands: Sequence[float], weights: Sequence[float]) -
     for weight in weights:
         if not 0 < weight < math.inf:
             raise SpecError(f"weights: {weight!r} is among them; each must be more than 0 and finite")
-    if sum(demands) <= budget:
-        return [float(demand) for demand in demands]
+    return [float(share) for share in divide(budget, demands, weights)]
 
+
+def divide(budget: float, demands: Sequence[float], weights: Sequence[float]) -> list[float]:
+    """`max_min` of numbers that are known to be in their ranges, for those who divide in each tick."""
+    if sum(demands) <= budget:
+        return list(demands)
     shares = [0.0] * len(demands)
     order = sorted(range(len(demands)), key=lambda i: demands[i] / weights[i])
     # The weight of those not served yet. Summed up from the end, as subtracting served ones would leave rounding errors
@@ -60,6 +64,6 @@ def max_min(budget: float, demands: Sequence[float], weights: Sequence[float]) -
             for j in order[at:]:
                 shares[j] = level * weights[j]
             break
-        shares[i] = float(demands[i])
+        shares[i] = demands[i]
         left = max(0.0, left - shares[i])
     return shares

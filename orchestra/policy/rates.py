@@ -8,7 +8,7 @@ import attrs
 
 from ..model.spec import Limit
 
-__all__ = ["FASTEST", "LATE", "LEAST_BURST", "SLOWEST", "paced", "unfelt"]
+__all__ = ["FASTEST", "LATE", "LEAST_BURST", "SLOWEST", "paced", "unfelt", "within_reach"]
 
 LEAST_BURST: Final = 2.0
 """With a burst of 1 a guest waits after each event until the next has been earned, and works only then: one that asks
@@ -21,9 +21,14 @@ SLOWEST: Final = 1e-9
 FASTEST: Final = 1e9
 
 
+def within_reach(rate: float) -> float:
+    """The rate nearest to this one that a limit can have."""
+    return min(max(rate, SLOWEST), FASTEST)
+
+
 def paced(rate: float, max_delay: float | None) -> Limit:
     """What policies hold a VM to: a rate, brought into its range, with a burst for turns that come late."""
-    rate = min(max(rate, SLOWEST), FASTEST)
+    rate = within_reach(rate)
     return Limit(rate=rate, burst=min(max(LEAST_BURST, 1 + rate * LATE), FASTEST), max_delay=max_delay)
 
 

@@ -1,26 +1,51 @@
-"""Weighted max-min sharing of the host's budget: who asks for little gets it, the greedy share the rest by weight."""
+"""Weighted max-min sharing of the host's budget: a VM that asks for less than its share gets what it asks for, and the
+others divide the rest by weight.
+
+    what a VM did     it hardly waited: that is what it asked for. It waited: it asked for more than it got (inf).
+    its demand        the most of what it asked for in the last `memory` ticks
+    set aside for it  its demand and the headroom
+    its share         weighted max-min: the budget among the tenants, and each tenant's part among its VMs
+    its limit         its share, if that is less than what is set aside for it; else none
+
+A worked timeline, of ``WeightedShare(Limit(rate=1000))`` and three VMs of the same weight that want 2000, 900 and 100
+bus locks a second. `c` ends its work at 0.6 s:
+
+    time  did: a    b    c  asked for: a    b    c  limits: a    b
+   0.1 s      667  300   33        inf  inf  inf     333  333  set
+   0.2 s      333  333  100        inf  inf  inf     333  333
+   0.3 s      333  333  100        inf  inf  inf     333  333
+   0.4 s      333  333  100        inf  inf  100     445  445  set
+   0.5 s      445  445  100        inf  inf  100     445  445
+   0.6 s      445  445  100        inf  inf  100     445  445
+   0.7 s      445  445    0        inf  inf  100     445  445
+   0.8 s      445  445    0        inf  inf  100     445  445
+   0.9 s      445  445    0        inf  inf    -     500  500  set
+   1.0 s      500  500    0        inf  inf    -     500  500
+
+- 0.1 s: the host's bucket slowed all three, so each seems to want more than it got, and each has a third.
+- 0.4 s: `c` did 100/s for three ticks without waiting. So 110/s, with the headroom, are set aside for it, it has no
+  limit any more, and `a` and `b` divide the other 890/s.
+- 0.9 s: `c` was idle for three ticks. What was set aside for it is lent to the others.
+"""
 
 from __future__ import annotations
 
 import math
 from collections import deque
 from collections.abc import Iterator, Mapping
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import attrs
 
 from ..model.actions import Throttle, Unthrottle
-from ..model.spec import Limit, Meter, as_meter, optional_limit
-from .facts import Facts, count_of
-from .maxmin import max_min
-from .rates import paced
+from ..model.spec import Limit, optional_limit
+from .facts import Facts
+from .maxmin import divide
+from .metered import WAITED, Memory, Metered, longest_wait
+from .rates import paced, within_reach
 from .validation import within
 
 __all__ = ["WeightedShare"]
-
-WAITED: Final = 0.05
-"""Share of a tick that one vCPU may wait for its turn without its VM being taken for greedy. Such a VM would do at most
-1/(1 - WAITED) of what was seen, which the headroom covers."""
 
 ROOM: Final = 0.98
 """A budget that is used for less than this held nobody back."""
@@ -52,7 +77,8 @@ class _Vm:
     want: float = 0.0  # and the headroom: what is set aside for it
 
 
-class WeightedShare:
+@attrs.define(eq=False, slots=False)
+class WeightedShare(Metered):
     """Share the host's budget among tenants by weight and, inside each, among its VMs by weight (weighted max-min).
 
     At each tick it looks at what each VM asked for. A VM that hardly waited got all it wanted: that much and a headroom
@@ -79,50 +105,31 @@ class WeightedShare:
         SpecError: a parameter is out of its range.
     """
 
-    def __init__(
-        self,
-        limit: Limit | None = None,
-        *,
-        interval: float = 0.1,
-        meter: Meter | str = Meter.BUS_LOCKS,
-        headroom: float = 0.1,
-        tolerance: float = 0.02,
-        memory: int = 3,
-        name: str | None = None,
-    ) -> None:
-        self._limit = optional_limit("limit", limit)
-        self._interval = within("interval", interval, 1e-4, 3600, "seconds")
-        self._headroom = within("headroom", headroom, 0.06, 10, "of the demand")
-        self._tolerance = within("tolerance", tolerance, 0, 0.5, "of the limit")
-        self._memory = int(within("memory", memory, 1, 1000, "ticks"))
-        self._meter = as_meter(meter)
-        self._name = name or ("weighted-share" if self._meter is Meter.BUS_LOCKS else f"weighted-share-{self._meter}")
-        self._vms: dict[str, _Vm] = {}
-        self._tick = 0
+    KIND: ClassVar[str] = "weighted-share"
 
-    @property
-    def name(self) -> str:
-        return self._name
+    _limit: Limit | None = None
+    _headroom: float = attrs.field(default=0.1, kw_only=True)
+    _tolerance: float = attrs.field(default=0.02, kw_only=True)
+    _memory: int = attrs.field(default=3, kw_only=True)
+
+    def __attrs_post_init__(self) -> None:
+        optional_limit("limit", self._limit)
+        super().__attrs_post_init__()
+        within("headroom", self._headroom, 0.06, 10, "of the demand")
+        within("tolerance", self._tolerance, 0, 0.5, "of the limit")
+        self._ticks = int(within("memory", self._memory, 1, 1000, "ticks"))
+        self._vms: Memory[_Vm] = Memory()
+        self._tick = 0
 
     @property
     def limit(self) -> Limit | None:
         """The budget that it shares; None: the host's limit."""
         return self._limit
 
-    @property
-    def meter(self) -> Meter:
-        return self._meter
-
-    @property
-    def interval(self) -> float | None:
-        return self._interval
-
     def decide(self, facts: Facts) -> list[Throttle | Unthrottle]:
-        host = self._limit or getattr(facts, self._meter.field)
+        host = self._limit or getattr(facts, self.meter.field)
         budget = math.inf if host is None else host.rate
-        for name, launch in facts.gone:
-            if name in self._vms and self._vms[name].launch == launch:
-                del self._vms[name]
+        self._vms.end(facts.gone)
         self._look(facts, budget)
         tenants: dict[str, list[_Vm]] = {}
         for vm in self._vms.values():
@@ -135,49 +142,52 @@ class WeightedShare:
 
     def _cap(self, facts: Facts, tenant: str) -> float:
         known = facts.tenants.get(tenant)
-        limit = None if known is None else getattr(known, self._meter.field)
+        limit = None if known is None else getattr(known, self.meter.field)
         return math.inf if limit is None else limit.rate
 
     def _look(self, facts: Facts, budget: float) -> None:
         """Runs for each active VM in each tick: it does no more than it has to."""
         self._tick += 1
-        interval, meter, vms = facts.interval, self._meter, self._vms
+        tick, interval, count_of, vms = self._tick, facts.interval, self._count, self._vms
+        most = WAITED * interval
+        headroom = 1 + self._headroom
         total = 0.0
         by_tenant: dict[str, float] = {}
         waited: list[_Vm] = []
         for told in facts.vms.values():
-            count = count_of(told, meter)
+            count = count_of(told)
             if count is None:
                 continue
             rate = count / interval
             total += rate
-            by_tenant[told.tenant] = by_tenant.get(told.tenant, 0.0) + rate
+            tenant = told.tenant
+            by_tenant[tenant] = by_tenant.get(tenant, 0.0) + rate
             vm = vms.get(told.name)
             if vm is None or vm.launch != told.launch:  # another of that name starts without limits
-                vm = vms[told.name] = _Vm(
-                    told.name, told.launch, told.tenant, told.weight, told.vcpus, deque(maxlen=self._memory)
-                )
-            vm.tick, vm.rate, vm.throttled = self._tick, rate, told.throttled
+                asked: deque[float] = deque(maxlen=self._ticks)
+                vm = vms[told.name] = _Vm(told.name, told.launch, tenant, told.weight, told.vcpus, asked)
+            vm.tick, vm.rate, vm.throttled, vm.absent = tick, rate, told.throttled, 0.0
             if vm.limit is not None:
                 vm.lost = rate > 1.5 * (vm.limit.rate + vm.limit.tokens / interval)
-            if told.throttled > WAITED * interval:
+            if told.throttled > most:  # as `presses`
                 waited.append(vm)
             else:
                 vm.held, vm.ceiling = 0, None
                 vm.asked.append(rate)
+                vm.demand = max(vm.asked)
+                vm.want = vm.demand * headroom
         for vm in waited:
             used_up = total >= ROOM * budget or by_tenant[vm.tenant] >= ROOM * self._cap(facts, vm.tenant)
             vm.asked.append(self._asked(vm, interval, not used_up))
-        headroom = 1 + self._headroom
+            vm.demand = max(vm.asked)
+            vm.want = vm.demand * headroom
         for vm in vms.values():
-            if vm.tick != self._tick:
+            if vm.tick != tick:
                 vm.absent += interval
                 vm.rate = vm.throttled = 0.0
                 vm.asked.append(math.inf if _may_be_waiting(vm) else 0.0)
-            elif vm.absent:
-                vm.absent = 0.0
-            vm.demand = max(vm.asked)
-            vm.want = vm.demand * headroom
+                vm.demand = max(vm.asked)
+                vm.want = vm.demand * headroom
 
     def _asked(self, vm: _Vm, interval: float, room: bool) -> float:
         """Of one that waited."""
@@ -189,7 +199,7 @@ class WeightedShare:
         # only after some ticks: a limit that was lowered first makes its VM pay back the larger burst.
         if room and vm.limit is not None and vm.rate + 2 / interval < 0.9 * vm.limit.rate:
             vm.held += 1
-            if vm.held > self._memory:
+            if vm.held > self._ticks:
                 vm.asked.clear()
                 vm.ceiling = vm.rate
                 return vm.rate
@@ -206,8 +216,8 @@ class WeightedShare:
     def _shares(self, facts: Facts, budget: float, tenants: Mapping[str, list[_Vm]]) -> dict[str, float]:
         demands = [min(sum([vm.want for vm in vms]), self._cap(facts, tenant)) for tenant, vms in tenants.items()]
         shares: dict[str, float] = {}
-        for part, vms in zip(max_min(budget, demands, self._weights(facts, tenants)), tenants.values(), strict=True):
-            parts = max_min(part, [vm.want for vm in vms], [vm.weight for vm in vms])
+        for part, vms in zip(divide(budget, demands, self._weights(facts, tenants)), tenants.values(), strict=True):
+            parts = divide(part, [vm.want for vm in vms], [vm.weight for vm in vms])
             shares.update(zip([vm.name for vm in vms], parts, strict=True))
         return shares
 
@@ -216,7 +226,7 @@ class WeightedShare:
     ) -> None:
         """Keep book of what each did beyond its share. It rests for that by what it would have if all were greedy."""
         caps = [self._cap(facts, tenant) for tenant in tenants]
-        for part, vms in zip(max_min(budget, caps, self._weights(facts, tenants)), tenants.values(), strict=True):
+        for part, vms in zip(divide(budget, caps, self._weights(facts, tenants)), tenants.values(), strict=True):
             whole = sum([vm.weight for vm in vms])
             for vm in vms:
                 fair = part * vm.weight / whole
@@ -234,30 +244,29 @@ class WeightedShare:
                 continue
             del self._vms[vm.name]
             if vm.limit is not None:
-                yield self._release(vm, f"idle for {self._memory} ticks")
+                yield self._release(vm, f"idle for {self._ticks} ticks")
 
     def _changes(self, facts: Facts, host: Limit | None, shares: dict[str, float]) -> Iterator[Throttle | Unthrottle]:
         max_delay = Limit(rate=1).max_delay if host is None else host.max_delay
-        limits: list[tuple[_Vm, Limit]] = []
+        rates: list[tuple[_Vm, float, float]] = []  # and by which part it is off
         moved = False
         for vm in self._vms.values():
-            share = shares[vm.name]
+            share, old = shares[vm.name], vm.limit
             # Set when it takes or wants more than its share now, taken away only once its share has the headroom too.
-            if share < (vm.asked[-1] if vm.limit is None else vm.want):
-                limit = paced(share, max_delay)
-                limits.append((vm, limit))
-                off = 0.0 if vm.limit is None else abs(limit.rate - vm.limit.rate) / vm.limit.rate
-                moved = moved or off > self._tolerance
-            elif vm.limit is not None and not vm.ahead:
+            if share < (vm.asked[-1] if old is None else vm.want):
+                rate = within_reach(share)
+                off = math.inf if old is None else abs(rate - old.rate) / old.rate
+                rates.append((vm, rate, off))
+                moved = moved or self._tolerance < off < math.inf
+            elif old is not None and not vm.ahead:
                 yield self._release(vm, "the budget has room for what it asks for")
         # When one has to move, all that are off do, so that they keep their ratios and add up.
         least = self._tolerance / 4 if moved else self._tolerance
-        for vm, limit in limits:
+        for vm, rate, off in rates:
             old = vm.limit
-            near = old is not None and abs(limit.rate - old.rate) <= least * old.rate
-            if old is None or vm.lost or not near or old.max_delay != max_delay:
-                vm.limit, vm.lost = limit, False
-                yield self._throttle(vm, limit, facts, host)
+            if old is None or vm.lost or off > least or old.max_delay != max_delay:
+                vm.limit, vm.lost = paced(rate, max_delay), False
+                yield self._throttle(vm, vm.limit, facts, host)
 
     def _throttle(self, vm: _Vm, limit: Limit, facts: Facts, host: Limit | None) -> Throttle:
         tenant = facts.tenants.get(vm.tenant)
@@ -273,20 +282,16 @@ class WeightedShare:
             "tenant_weight": 1.0 if tenant is None else tenant.weight,
             "budget": None if host is None else host.rate,
         }
-        reason = f"fair share: {limit.rate:.6g} {self._meter.replace('_', ' ')}/s of {whole}"
-        return Throttle(vm=vm.name, launch=vm.launch, limit=limit, meter=self._meter, reason=reason, evidence=evidence)
+        reason = f"fair share: {limit.rate:.6g} {self.meter.replace('_', ' ')}/s of {whole}"
+        return Throttle(vm=vm.name, launch=vm.launch, limit=limit, meter=self.meter, reason=reason, evidence=evidence)
 
     def _release(self, vm: _Vm, reason: str) -> Unthrottle:
         evidence = {"rate": round(vm.rate, 3), "demand": round(vm.demand, 3)} if vm.demand < math.inf else {}
         vm.limit = None
-        return Unthrottle(vm=vm.name, launch=vm.launch, meter=self._meter, reason=reason, evidence=evidence)
+        return Unthrottle(vm=vm.name, launch=vm.launch, meter=self.meter, reason=reason, evidence=evidence)
 
 
 def _may_be_waiting(vm: _Vm) -> bool:
-    """A VM with a low limit can be silent for some ticks because every one of its vCPUs waits for its turn."""
     if vm.limit is None or not math.isinf(vm.demand):
         return False
-    longest = 2 * vm.vcpus / vm.limit.rate
-    if vm.limit.max_delay is not None:
-        longest = min(longest, 2 * vm.limit.max_delay)
-    return vm.absent <= longest
+    return vm.absent <= longest_wait(vm.limit, vm.vcpus)

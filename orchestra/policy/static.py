@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
+from typing import ClassVar
+
+import attrs
 
 from ..model.actions import Action, Throttle
 from ..model.errors import SpecError
-from ..model.spec import Limit, Meter, as_meter, optional_limit
+from ..model.spec import Limit, optional_limit
 from .facts import Facts
+from .metered import Metered
 from .retry import Once
-from .validation import within
 
 __all__ = ["StaticLimits"]
 
 
-class StaticLimits:
+@attrs.define(eq=False, slots=False)
+class StaticLimits(Metered):
     """Hold VMs, tenants and the host to fixed limits, each from the moment it is first seen.
 
     Limits stack, and the tighter counts: this one never loosens what a spec says. One that was refused is asked for
@@ -34,41 +38,29 @@ class StaticLimits:
         SpecError: a limit is not a `Limit`, or the interval is out of its range.
     """
 
-    def __init__(
-        self,
-        vms: Mapping[str, Limit] | None = None,
-        tenants: Mapping[str, Limit] | None = None,
-        host: Limit | None = None,
-        *,
-        meter: Meter | str = Meter.BUS_LOCKS,
-        interval: float = 0.1,
-        name: str | None = None,
-    ) -> None:
-        self._vms = _checked("vms", vms)
-        self._tenants = _checked("tenants", tenants)
-        self._host = optional_limit("host", host)
-        self._meter = as_meter(meter)
-        self._name = name or ("static-limits" if self._meter is Meter.BUS_LOCKS else f"static-limits-{self._meter}")
-        self._interval = within("interval", interval, 1e-6, 1e6, "seconds")
+    KIND: ClassVar[str] = "static-limits"
+    INTERVALS: ClassVar[tuple[float, float]] = (1e-6, 1e6)
+
+    _vms: Mapping[str, Limit] | None = None
+    _tenants: Mapping[str, Limit] | None = None
+    _host: Limit | None = None
+
+    def __attrs_post_init__(self) -> None:
+        self._by_vm = _checked("vms", self._vms)
+        self._by_tenant = _checked("tenants", self._tenants)
+        optional_limit("host", self._host)
+        super().__attrs_post_init__()
         self._places, self._launches = Once(), Once()
         self._seen: dict[str, int] = {}  # launches, of those that were limited at the last tick
         self._time = 0
 
     @property
-    def name(self) -> str:
-        return self._name
-
-    @property
-    def meter(self) -> Meter:
-        return self._meter
-
-    @property
     def interval(self) -> float | None:
-        return self._interval if self._vms or self._places.waiting else None
+        return self._interval if self._by_vm or self._places.waiting else None
 
     def tenant_limit(self, tenant: str) -> Limit | None:
         """What a tenant of that name is held to."""
-        found = _find(self._tenants, tenant)
+        found = _find(self._by_tenant, tenant)
         return None if found is None else found[1]
 
     def decide(self, facts: Facts) -> list[Throttle]:
@@ -84,33 +76,33 @@ class StaticLimits:
 
     def _new(self, facts: Facts) -> Iterator[Throttle]:
         if self._host is not None and self._places.due(None, facts.time):
-            yield Throttle(limit=self._host, meter=self._meter, reason="static limit of the host")
+            yield Throttle(limit=self._host, meter=self.meter, reason="static limit of the host")
         for name in facts.tenants:
             if not self._places.due(name, facts.time):
                 continue
-            if (found := _find(self._tenants, name)) is not None:
+            if (found := _find(self._by_tenant, name)) is not None:
                 pattern, limit = found
                 yield Throttle(
                     tenant=name,
                     limit=limit,
-                    meter=self._meter,
+                    meter=self.meter,
                     reason=f"static limit of tenant {name}",
                     evidence={"pattern": pattern},
                 )
-        if not self._vms:
+        if not self._by_vm:
             return
         self._launches.forget(facts.gone)
         for name, vm in facts.vms.items():
             if not self._launches.due((name, vm.launch), facts.time):  # another VM of that name starts without limits
                 continue
             self._seen[name] = vm.launch
-            if (found := _find(self._vms, name)) is not None:
+            if (found := _find(self._by_vm, name)) is not None:
                 pattern, limit = found
                 yield Throttle(
                     vm=name,
                     launch=vm.launch,
                     limit=limit,
-                    meter=self._meter,
+                    meter=self.meter,
                     reason=f"static limit of VMs named {pattern}",
                     evidence={"pattern": pattern},
                 )

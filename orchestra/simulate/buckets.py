@@ -1,9 +1,10 @@
 """Token buckets and QEMU's windows as fluids: a tick at a time, for many guests at once.
 
-What the C core does lock by lock (`native/bucket.c`) is worked out here for a whole tick. A vCPU that wants to lock
-n times in a tick does something else for z = tick / n between two locks. If it also waits W for each turn, it does
-tick / (z + W) locks. W is what makes those that share a bucket use up just what the bucket has: its tokens at the
-tick's start and those that the tick brings. A vCPU under several buckets waits for the slowest, as in the core.
+How a bucket fills and empties is the arithmetic of `policy/buckets`. This is how long guests wait for one. A vCPU that
+wants to lock n times in a tick does something else for z = tick / n between two locks. If it also waits W for each
+turn, it does tick / (z + W) locks. W is what makes those that share a bucket use up just what the bucket has: its
+tokens at the tick's start and those that the tick brings. A vCPU under several buckets waits for the slowest, as in the
+core.
 
 What this leaves out is the order of events within a tick: tests/test_simulate_buckets.py compares it with the core,
 docs/simulate.md says how far it is off.
@@ -14,56 +15,50 @@ from __future__ import annotations
 import math
 
 from ..model.spec import Limit
+from ..policy.buckets import Bucket, earned, spent
 from .arrays import Floats, Ints, np
 
 __all__ = ["Buckets", "Windows", "shared_waits"]
 
 
 class Buckets:
-    """One bucket for each of many places; most have no limit. Tokens are brought up to date when they are looked at."""
+    """One `policy.buckets.Bucket` for each of many places, as columns; most have no limit."""
 
     def __init__(self, size: int) -> None:
-        self.rate = np.full(size, np.inf)
+        self.rate = np.full(size, np.inf)  # in force; inf: no limit is
         self.burst = np.zeros(size)
         self.delay = np.full(size, np.inf)
-        self._kept = np.full(size, np.nan)  # the rate of a limit that was taken off; nan: there was none
+        self._last = np.zeros(size)  # the rate in force, or that of the last limit; 0: there was none
         self._tokens = np.zeros(size)
         self._at = np.zeros(size)
         self.limited = 0
 
     def set(self, index: int, limit: Limit | None, now: float) -> None:
-        """Put a limit in force. As in the core: the first starts full, a changed one keeps what was left, and one that
-        is set again what there would be if the old one had gone on unused."""
+        """Put a limit in force, or take it off."""
         was = math.isfinite(self.rate[index])
-        if limit is None:
-            if was:
-                self._kept[index] = self.rate[index]
-            self.rate[index], self.delay[index] = np.inf, np.inf
-            self.limited -= was
-            return
-        left = limit.tokens
-        if was or not math.isnan(self._kept[index]):
-            self.rate[index] = self.rate[index] if was else self._kept[index]
-            left = self._left(np.array([index]), now)[0]
-        self.rate[index], self.burst[index] = limit.rate, limit.tokens
-        self.delay[index] = np.inf if limit.max_delay is None else limit.max_delay
-        self._tokens[index], self._at[index] = min(left, limit.tokens), now
-        self.limited += not was
+        columns = self._last, self.burst, self._tokens, self._at
+        one = Bucket(None, *(float(column[index]) for column in columns))
+        one.put(limit, now)
+        for column, value in zip(columns, (one.rate, one.burst, one.tokens, one.at), strict=True):
+            column[index] = value
+        self.rate[index] = np.inf if limit is None else limit.rate
+        self.delay[index] = np.inf if limit is None or limit.max_delay is None else limit.max_delay
+        self.limited += (limit is not None) - was
 
     def fill(self, limit: Limit, places: Ints) -> None:
         """The same for many places that had no limit yet, at time 0."""
-        self.rate[places], self.burst[places] = limit.rate, limit.tokens
+        self.rate[places] = self._last[places] = limit.rate
+        self._tokens[places] = self.burst[places] = limit.tokens
         self.delay[places] = np.inf if limit.max_delay is None else limit.max_delay
-        self._tokens[places] = limit.tokens
         self.limited += len(places)
-
-    def _left(self, places: Ints, now: float) -> Floats:
-        tokens = self._tokens[places] + self.rate[places] * (now - self._at[places])
-        return np.minimum(tokens, self.burst[places])
 
     def available(self, places: Ints, now: float, tick: float) -> Floats:
         """Locks that may be made in the tick that begins at `now`."""
-        return self._left(places, now) + self.rate[places] * tick
+        rate = self.rate[places]
+        tokens: Floats = earned(
+            self._tokens[places], rate, self.burst[places], now - self._at[places], least=np.minimum
+        )
+        return tokens + rate * tick
 
     def alone(self, places: Ints, vcpus: Floats, think: Floats) -> Floats:
         """How long a vCPU that has a bucket to itself waits at each turn at least, if the bucket holds less than two.
@@ -75,7 +70,7 @@ class Buckets:
 
     def take(self, places: Ints, available: Floats, used: Floats, end: float) -> None:
         """Charge what was used of `available` by the tick's end."""
-        self._tokens[places] = np.minimum(np.maximum(available - used, 0.0), self.burst[places])
+        self._tokens[places] = spent(available, used, self.burst[places], least=np.minimum, most=np.maximum)
         self._at[places] = end
 
 

@@ -21,7 +21,7 @@ from .fairness import fair_shares, jain
 from .holds import Holds
 from .layout import Layout
 
-__all__ = ["BINS", "EDGES", "Metrics", "quantile"]
+__all__ = ["BINS", "EDGES", "Metrics", "Seen", "quantile"]
 
 BINS: Final = 240
 """Points of a plot over time, at most."""
@@ -47,6 +47,29 @@ def quantile(histogram: Floats, part: float) -> float:
         return 1.0
     at = int(np.searchsorted(np.cumsum(histogram), part * total * (1 - 1e-12)))
     return 1.0 if at == 0 else EDGES[min(at, STEPS - 1)]
+
+
+@attrs.frozen(eq=False)
+class Seen:
+    """What VMs did in a span of time: columns, with an entry for each of `vms`.
+
+    Attributes:
+        want, done: locks that they wanted to make, and made.
+        waited: seconds for which their vCPUs waited for limits.
+        held: whether anything held them.
+    """
+
+    start: float
+    end: float
+    vms: Ints
+    want: Floats
+    done: Floats
+    waited: Floats
+    held: Bools
+
+    @property
+    def seconds(self) -> float:
+        return self.end - self.start
 
 
 @attrs.define(eq=False)
@@ -112,19 +135,10 @@ class Metrics:
 
     # ---- each tick --------------------------------------------------------------------------------------------------
 
-    def add(
-        self,
-        start: float,
-        end: float,
-        vms: Ints,
-        wants: Floats,
-        done: Floats,
-        waited: Floats,
-        held: Bools,
-        share: Floats,
-    ) -> None:
-        """A tick: who wanted how many locks, made how many, waited how long, was held at all; the hosts' bus shares."""
-        layout, at, seconds = self.layout, self._bin(start), end - start
+    def add(self, seen: Seen, share: Floats) -> None:
+        """A tick. `share`: the part of each host's bus that locks took."""
+        layout, at, seconds = self.layout, self._bin(seen.start), seen.seconds
+        vms, wants, done, waited, held = seen.vms, seen.want, seen.done, seen.waited, seen.held
         groups = len(layout.scenario.vms)
         group = layout.group[vms]
         self.seconds[at] += seconds
@@ -138,22 +152,23 @@ class Metrics:
 
         window = self._window
         new = vms[held]
-        self._first[new] = np.minimum(self._first[new], start)
+        self._first[new] = np.minimum(self._first[new], seen.start)
         if layout.scenario.tick >= WINDOW:
-            self._judge(start, end, vms, wants, done, waited, held)
+            self._judge(seen)
             return
         window.want[vms] += wants
         window.done[vms] += done
         window.waited[vms] += waited
         window.held[vms] |= held
         window.seen.append(vms)
-        if end - window.start >= self._length - 1e-9:
-            self._close(end)
+        if seen.end - window.start >= self._length - 1e-9:
+            self._close(seen.end)
 
     def _close(self, end: float) -> None:
         window = self._window
         vms = np.unique(np.concatenate(window.seen))
-        self._judge(window.start, end, vms, window.want[vms], window.done[vms], window.waited[vms], window.held[vms])
+        want, done, waited, held = window.want[vms], window.done[vms], window.waited[vms], window.held[vms]
+        self._judge(Seen(window.start, end, vms, want, done, waited, held))
         for sums in (window.want, window.done, window.waited):
             sums[vms] = 0.0
         window.held[vms] = False
@@ -177,10 +192,9 @@ class Metrics:
 
     # ---- each window ------------------------------------------------------------------------------------------------
 
-    def _judge(
-        self, start: float, end: float, vms: Ints, want: Floats, done: Floats, waited: Floats, held: Bools
-    ) -> None:
-        layout, seconds, at = self.layout, end - start, self._bin(start)
+    def _judge(self, seen: Seen) -> None:
+        layout, seconds, at, start, end = self.layout, seen.seconds, self._bin(seen.start), seen.start, seen.end
+        vms, want, done, waited, held = seen.vms, seen.want, seen.done, seen.waited, seen.held
         host = layout.host[vms]
         budget = layout.budget * seconds
         contended = np.bincount(host, want, layout.hosts) > budget

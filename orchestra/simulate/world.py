@@ -11,7 +11,7 @@ from .engines import Engines
 from .holds import Holds
 from .hosts import Hosts
 from .layout import Layout
-from .metrics import Metrics
+from .metrics import Metrics, Seen
 from .policies import Factory, QemuWindow
 
 __all__ = ["World"]
@@ -106,7 +106,7 @@ class World:
         self.now = end
         self._step += 1
         held = (waited > 0.01 * vcpus * tick) | (asked < 0.99 * wants)
-        self.tally.add(start, end, vms, wants, done, waited, held, share)
+        self.tally.add(Seen(start, end, vms, wants, done, waited, held), share)
         doing = vms[(asked > 0) | (waited > 0)] if holds.hindered else vms
         self.engines.end_pauses(end)
         self.hosts.tick(end, doing)

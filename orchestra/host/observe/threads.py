@@ -1,8 +1,8 @@
 """CPU time and run-queue delay of threads of this process, each asked for by itself.
 
-The clock of a thread costs about a microsecond and tells whether it ran at all; its schedstat costs ten times that, and
-is only worth reading if it did: the kernel adds a wait for a CPU up when it ends (kernel/sched/stats.h,
-sched_info_arrive).
+The clock of a thread costs about a microsecond and tells whether it ran at all. Its schedstat costs twice that, and ten
+times if its file is not open yet. It is only worth reading if the thread ran: the kernel adds a wait for a CPU up when
+that ends (kernel/sched/stats.h, sched_info_arrive).
 
 Sources: clock_getcpuclockid(3) and include/linux/posix-timers_types.h for the clock's number; Documentation/scheduler/
 sched-stats.rst for /proc/PID/schedstat.
@@ -17,33 +17,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-import attrs
-
 __all__ = ["ThreadTimes"]
 
 TASKS: Final = Path("/proc/self/task")
 PER_THREAD: Final = 4  # CPUCLOCK_PERTHREAD_MASK
 SCHED: Final = 2  # CPUCLOCK_SCHED: nanoseconds that it ran
 
-
-@attrs.frozen
-class _Schedstat:
-    ran: int
-    waited: int
-    slices: int
-
-
-def _schedstat(folder: Path | str, tid: int) -> _Schedstat:
-    fd = os.open(f"{folder}/{tid}/schedstat", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        ran, waited, slices = os.read(fd, 128).split()
-    finally:
-        os.close(fd)
-    return _Schedstat(int(ran), int(waited), int(slices))
+KEPT: Final = 128
+"""Files that are kept open, of the threads that were first seen last: to open and close one costs four times what it
+costs to read it. More than this would be many of the 1,024 descriptors that a process may have by default."""
 
 
 class ThreadTimes:
-    """Any thread.
+    """Any thread. `close` it.
 
     Attributes:
         absent: why a signal is missing here, by its name.
@@ -54,15 +40,17 @@ class ThreadTimes:
 
     def __init__(self, tasks: Path = TASKS) -> None:
         self._tasks = str(tasks)
+        self._files: dict[int, int] = {}  # by thread, in the order in which they were opened
         self.absent: Mapping[str, str] = {}
         own = threading.get_native_id()
         try:
             # A kernel without the figures has the file all the same, with zeros in it.
-            missing = "" if _schedstat(tasks, own).slices else "this kernel was built without CONFIG_SCHED_INFO"
-        except (OSError, ValueError) as error:
+            missing = "" if int(self._read(own)[2]) else "this kernel was built without CONFIG_SCHED_INFO"
+        except (OSError, ValueError, IndexError) as error:
             missing = f"{tasks}/TID/schedstat can't be read ({error})"
         if missing:
             self.absent = {"run_delay": missing}
+        self.forget(own)
 
     def cpu(self, tid: int) -> int | None:
         """Nanoseconds that the thread ran; None if it is gone."""
@@ -76,6 +64,34 @@ class ThreadTimes:
         if self.absent:
             return None
         try:
-            return _schedstat(self._tasks, tid).waited
-        except (OSError, ValueError):
+            return int(self._read(tid)[1])
+        except (OSError, ValueError, IndexError):
             return None
+
+    def forget(self, tid: int) -> None:
+        """The thread is gone, or will not be asked for again."""
+        if (file := self._files.pop(tid, None)) is not None:
+            os.close(file)
+
+    def close(self) -> None:
+        for tid in list(self._files):
+            self.forget(tid)
+
+    def _read(self, tid: int) -> list[bytes]:
+        """Nanoseconds that it ran, and that it waited; how often it ran."""
+        files = self._files
+        if (file := files.get(tid)) is not None:
+            try:
+                return os.pread(file, 128, 0).split()
+            except OSError:  # that thread is gone; another may have its number
+                self.forget(tid)
+        file = os.open(f"{self._tasks}/{tid}/schedstat", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            told = os.pread(file, 128, 0).split()
+        except BaseException:
+            os.close(file)
+            raise
+        files[tid] = file
+        if len(files) > KEPT:
+            self.forget(next(iter(files)))
+        return told

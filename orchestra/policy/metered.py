@@ -1,0 +1,91 @@
+"""What policies have in common: a meter, an interval and a name, what they remember of each VM, and who presses.
+
+`credits` is the policy to copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from operator import attrgetter
+from typing import ClassVar, Final, Protocol, TypeVar
+
+import attrs
+
+from ..model.spec import Limit, Meter, as_meter
+from .facts import VmFacts
+from .validation import within
+
+__all__ = ["WAITED", "Memory", "Metered", "longest_wait", "presses"]
+
+WAITED: Final = 0.05
+"""Part of a tick: a VM whose vCPUs together wait for longer than that presses against its limit, and wants more than it
+got. One that waits for less would do at most 1 / (1 - WAITED) of what was seen, which the headroom of the sharing
+policies covers. The C core's own delays, below a millisecond each, stay below it."""
+
+
+def presses(vm: VmFacts, interval: float) -> bool:
+    """Whether a VM pressed against its limits in an interval: it wanted more than they let through."""
+    return vm.throttled > WAITED * interval
+
+
+def longest_wait(limit: Limit, vcpus: int) -> float:
+    """Seconds for which a VM may be silent because each of its vCPUs waits for its turn. Twice the wait for one token
+    each: a turn may come late, and a tick may begin in the middle of one."""
+    longest = 2 * vcpus / limit.rate
+    return longest if limit.max_delay is None else min(longest, 2 * limit.max_delay)
+
+
+class Remembered(Protocol):
+    """Of one VM. `launch`: its generation; another VM of the same name has another."""
+
+    launch: int
+
+
+S = TypeVar("S", bound=Remembered)
+
+
+class Memory(dict[str, S]):
+    """What a policy remembers of each VM, by its name. Another VM of that name starts with nothing."""
+
+    def end(self, gone: Iterable[tuple[str, int]]) -> None:
+        """Forget the VMs that have ended (`Facts.gone`)."""
+        for name, launch in gone:
+            one = self.get(name)
+            if one is not None and one.launch == launch:
+                del self[name]
+
+    def of(self, vm: VmFacts) -> S | None:
+        """What is remembered of this very VM. What is known of an earlier launch is forgotten."""
+        one = self.get(vm.name)
+        if one is not None and one.launch != vm.launch:
+            del self[vm.name]
+            return None
+        return one
+
+
+@attrs.define(eq=False, slots=False, kw_only=True)
+class Metered:
+    """A policy that counts one meter. A subclass names its kind, and what its interval may be.
+
+    Attributes:
+        name: in the journal: as given, or its kind and the meter.
+        meter: what it counts.
+    """
+
+    KIND: ClassVar[str]
+    INTERVALS: ClassVar[tuple[float, float]] = (1e-4, 3600.0)
+
+    _meter: Meter | str = Meter.BUS_LOCKS
+    _interval: float = 0.1
+    _name: str | None = None
+
+    def __attrs_post_init__(self) -> None:
+        self.meter = as_meter(self._meter)
+        self.name = self._name or (self.KIND if self.meter is Meter.BUS_LOCKS else f"{self.KIND}-{self.meter}")
+        within("interval", self._interval, *self.INTERVALS, "seconds")
+        self._count = attrgetter(self.meter.value)  # of `VmFacts`; None where the host does not tell
+
+    @property
+    def interval(self) -> float | None:
+        """Seconds between two ticks."""
+        return self._interval
