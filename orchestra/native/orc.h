@@ -61,6 +61,34 @@
 #ifndef KVM_STATS_UNIT_BOOLEAN
 #define KVM_STATS_UNIT_BOOLEAN (0x4 << 4)
 #endif
+#ifndef KVM_GET_SREGS2
+#define KVM_CAP_SREGS2 200
+struct kvm_sregs2 {
+	struct kvm_segment cs, ds, es, fs, gs, ss, tr, ldt;
+	struct kvm_dtable gdt, idt;
+	__u64 cr0, cr2, cr3, cr4, cr8, efer, apic_base, flags, pdptrs[4];
+};
+#define KVM_SREGS2_FLAGS_PDPTRS_VALID 1
+#define KVM_GET_SREGS2 _IOR(KVMIO, 0xcc, struct kvm_sregs2)
+#define KVM_SET_SREGS2 _IOW(KVMIO, 0xcd, struct kvm_sregs2)
+#endif
+#ifndef KVM_VCPU_TSC_CTRL
+#define KVM_VCPU_TSC_CTRL 0
+#define KVM_VCPU_TSC_OFFSET 0
+#endif
+#ifndef KVM_CLOCK_REALTIME
+#define KVM_CLOCK_REALTIME (1 << 2)
+#define KVM_CLOCK_HOST_TSC (1 << 3)
+#endif
+
+/* struct kvm_clock_data with the members that it has had since Linux 5.16; before, they were padding. */
+struct orc_kvm_clock {
+	uint64_t clock;
+	uint32_t flags, pad0;
+	uint64_t realtime, host_tsc;
+	uint32_t pad[4];
+};
+_Static_assert(sizeof(struct orc_kvm_clock) == sizeof(struct kvm_clock_data), "of the same size before and since");
 
 typedef uint64_t orc_u64;
 typedef int64_t orc_ns; /* nanoseconds on the fleet's clock: CLOCK_MONOTONIC, or trio's for the scripted backend */

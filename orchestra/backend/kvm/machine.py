@@ -17,6 +17,7 @@ from .. import Detection, EntryState
 from ..plan import entry_fields, memory_slots
 from ..registers import Registers, SpecialRegisters
 from ..threaded import ThreadedEngine
+from . import state
 from .cpuid import Cpuid
 from .dirty import DirtyLog
 from .ioctl import failure
@@ -53,10 +54,10 @@ class KvmEngine(ThreadedEngine):
         return f"KVM_RUN failed: {errno.errorcode.get(number, number)} ({os.strerror(number)})"
 
     def registers(self) -> Registers:
-        return self.vcpu.registers()
+        return self.vcpu.read(state.REGISTERS)
 
     def special_registers(self) -> SpecialRegisters:
-        return self.vcpu.special_registers()
+        return self.vcpu.read(state.SPECIAL)
 
     def close(self) -> None:
         self.core.unbind()
@@ -80,7 +81,7 @@ class KvmMachine:
         """Make all of it in one call into the core. Raises what `failure` makes of the step that failed."""
         plan = ffi.new("struct orc_plan *")
         slots = memory_slots(self.memory)
-        entries = ffi.new("struct orc_entry[]", [entry_fields(state) for state in states])
+        entries = ffi.new("struct orc_entry[]", [entry_fields(one) for one in states])
         fds, runs = ffi.new("int[]", len(cores)), ffi.new("struct kvm_run *[]", len(cores))
         plan.kvm, plan.bus_locks, plan.irqchip = kvm.fd, how["bus_locks"], spec.irqchip
         plan.identity_map, plan.tss, plan.run_size = IDENTITY_MAP_ADDRESS, TSS_ADDRESS, kvm.vcpu_mmap_size

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, TypeVar
 
 from ...errors import BusLockUnsupported, SpecError, StateError
 from ...memory import GuestMemory
@@ -11,10 +11,13 @@ from ...native import ffi, lib
 from ..plan import slot_flags
 from ..registers import new_struct
 from .ioctl import call, failure
+from .part import Part
 from .statistics import Statistic, StatisticsReader
 from .vcpu import KvmVcpu, map_run
 
 __all__ = ["KvmVm"]
+
+T = TypeVar("T")
 
 _REGION = ffi.typeof("struct kvm_userspace_memory_region *")
 _BUS_LOCK = lib.KVM_CAP_X86_BUS_LOCK_EXIT
@@ -37,7 +40,6 @@ class KvmVm:
         "_pages",
         "_statistics",
         "_vcpu_mmap_size",
-        "_xsave_size",
         "bus_lock_exits",
         "fd",
         "interrupts",
@@ -55,7 +57,6 @@ class KvmVm:
         self._has_vcpus = False
         self._pages: dict[int, int] = {}
         self._statistics: StatisticsReader | None = None
-        self._xsave_size: int | None = None
 
     @classmethod
     def adopt(cls, fd: int, vcpu_mmap_size: int, memory: GuestMemory, *, bus_lock_exits: bool) -> KvmVm:
@@ -131,6 +132,16 @@ class KvmVm:
             self.enable_bus_lock_exit()
         elif self.bus_lock_exits:
             raise StateError("bus-lock exits are on and KVM has no way to switch them off again; make a new VM")
+
+    # ---- its state
+
+    def read(self, part: Part[T]) -> T:
+        """One part of its state, such as `state.CLOCK`."""
+        return part.read(self)
+
+    def write(self, part: Part[T], value: T) -> None:
+        """Set one part of its state."""
+        part.write(self, value)
 
     # ---- memory
 
@@ -281,13 +292,6 @@ class KvmVm:
         except BaseException:
             os.close(fd)
             raise
-
-    @property
-    def xsave_size(self) -> int:
-        """Bytes of a vCPU's extended state: what KVM_CAP_XSAVE2 says, at least 4096."""
-        if self._xsave_size is None:
-            self._xsave_size = max(4096, self.extension(lib.KVM_CAP_XSAVE2))
-        return self._xsave_size
 
     def statistics(self) -> dict[str, Statistic]:
         """KVM's own statistics of the VM, by names that differ from kernel to kernel (KVM_GET_STATS_FD).
