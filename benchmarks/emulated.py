@@ -13,8 +13,8 @@ import attrs
 import trio
 
 import orchestra as orc
+from orchestra import boot
 from orchestra.backend.emulated.machine import EmulatedBackend
-from orchestra.boot import flat
 from orchestra.memory import GuestMemory
 from orchestra.native.core import FleetCore, VcpuCore
 
@@ -210,7 +210,7 @@ async def _engine(options: Options) -> list[Row]:
     for number in range(engines):
         spec = _spec(f"vm-{number}", "mix")
         core, memory = VcpuCore(fleet_core, number), GuestMemory(spec)
-        states = flat.load(spec, memory)
+        states = boot.load(spec, memory)
         start = time.perf_counter()
         machine = backend.create(spec, [core], memory, states, bus_locks=True)
         took.append((time.perf_counter() - start) * 1000)

@@ -6,7 +6,7 @@
 #   machine   vm, desired, succession, counted, guest, holding, vcpu, inbox   one VM: its tasks, its states
 #   parts     actuators/, devices/, boot/, budget, contain, profile/, signals/, workers   what a guest sees, uses, did
 #   silicon   backend/ (kvm, emulated, scripted), memory, native/   what executes a guest
-#   words     errors, extras, spec, exits, actions, effects, codec, policy/   plain data and pure functions
+#   words     errors, extras, checks, memoryspec, bootspec, spec, exits, actions, effects, codec, policy/   plain data
 #
 #   spec → VM → exits → policy → actions → fleet → VM
 """Run many KVM virtual machines from one async program, and keep noisy neighbours quiet."""
@@ -115,12 +115,15 @@ from .policy import (
 )
 from .profile import Instruction, Profile, SymbolError, Symbols
 from .spec import (
+    BootSpec,
     DebugConsole,
     ExitPort,
     FlatImage,
     GiB,
     KiB,
+    Layout,
     Limit,
+    Memory,
     MemoryRegion,
     Meter,
     MiB,
@@ -140,6 +143,7 @@ __all__ = [
     "Adaptive",
     "Applied",
     "BackendUnavailable",
+    "BootSpec",
     "BurstCredits",
     "BusLock",
     "BusLockUnsupported",
@@ -185,7 +189,9 @@ __all__ = [
     "KvmError",
     "KvmUnsupported",
     "Ladder",
+    "Layout",
     "Limit",
+    "Memory",
     "MemoryFault",
     "MemoryRegion",
     "Meter",

@@ -16,13 +16,13 @@ from typing import Any, Final, Protocol, cast
 import attrs
 import trio
 
+from . import boot
 from .actions import Action, Failed, Halted, Outcome, Rejoin, Shutdown, State, Stopped
 from .actuators.bandwidth import CpuCgroup
 from .actuators.caps import Caps, CgroupCaps, RunLoopCaps
 from .actuators.placement import Quarantine
 from .backend import Backend, Detection, Machine
 from .backend.kvm.dirty import DirtyLog, read_logs
-from .boot import flat
 from .budget import Budgets, connect
 from .contain import contained
 from .counted import ZERO
@@ -215,7 +215,7 @@ class Guest:
                 self._cores.append(core)
                 connect(core, self._levels[index])
                 core.set_buses(self.ports.handle, self.mmio.handle)
-            states = flat.load(spec, self.memory)
+            states = boot.load(spec, self.memory)
             self._machine = house.backend.create(spec, self._cores, self.memory, states, bus_locks=house.bus_locks)
             try:
                 self.vcpus = [Vcpu(self, index, engine) for index, engine in enumerate(self._machine.engines)]

@@ -8,11 +8,10 @@ from typing import Any, Literal
 
 import attrs
 
-from orchestra import FlatImage, MiB, VmSpec, exits
+from orchestra import FlatImage, MiB, VmSpec, boot, exits
 from orchestra.actions import Failed, Halted, Outcome, Shutdown, Stopped
 from orchestra.backend.emulated.machine import EmulatedBackend
 from orchestra.backend.kvm.machine import KvmBackend
-from orchestra.boot import flat
 from orchestra.devices.bus import Bus
 from orchestra.memory import GuestMemory
 from orchestra.native.core import Command, Counters, FleetCore, VcpuCore, monotonic_ns
@@ -135,12 +134,12 @@ def play(
     `data`: what else memory holds at first. `debug`: for `guest_debug`. `goes_on`: exits that do not end it here.
     `prepare`: called before it runs, and what it returns once it has ended.
     """
-    boot = FlatImage(code=code, load=load, mode=mode)
-    spec = VmSpec(name="guest", boot=boot, memory=memory, regions=tuple(regions), bus_lock_detection=detection)
+    image = FlatImage(code=code, load=load, mode=mode)
+    spec = VmSpec(name="guest", boot=image, memory=memory, regions=tuple(regions), bus_lock_detection=detection)
     guest_memory, fleet = GuestMemory(spec), FleetCore()
     core, host = VcpuCore(fleet, 1), _Host()
     core.set_buses(host.ports.handle, host.mmio.handle)
-    states = flat.load(spec, guest_memory)
+    states = boot.load(spec, guest_memory)
     for address, content in data:
         guest_memory.write(address, content)
     machine = backend.create(spec, [core], guest_memory, states, bus_locks=backend.bus_lock_detection() is not None)

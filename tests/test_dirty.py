@@ -20,9 +20,9 @@ from orchestra.backend.kvm.dirty import DirtyLog, read_logs
 from orchestra.backend.scripted import hlt
 from orchestra.devices.requests import Request
 from orchestra.journal import Journal, read_journal, schema
+from orchestra.memoryspec import PAGE
 from orchestra.native import ffi, lib
 from orchestra.policy import HostFacts, VmFacts
-from orchestra.spec import PAGE
 
 FIRST = 0x10000
 PARAMETERS = 0x8000

@@ -91,7 +91,7 @@ class Registers:
 _REGISTERS = tuple(field.name for field in attrs.fields(Registers))
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, cache_hash=True)
 class Segment:
     """A segment register with its hidden part; `limit` in bytes, whatever `g` says."""
 

@@ -24,7 +24,8 @@ from ..native import ffi, lib
 from ..native.core import NEVER, REASON_NUMBERS, Command, VcpuCore
 from ..native.records import BUS_LOCK, Fields, build, unpack
 from ..spec import VmSpec
-from . import Detection, EntryState, Why
+from . import Detection, Why
+from .entry import EntryState
 from .registers import Registers
 
 __all__ = [
@@ -159,7 +160,7 @@ class ScriptedEngine:
         self._record: Any = build("hlt")
         self._errno = 0
         self._read: tuple[int, int] | None = None
-        self._registers = Registers(rip=state.rip, rsp=state.rsp, rdi=state.rdi)
+        self._registers = state.registers
 
     async def run(self) -> Why:
         await trio.lowlevel.checkpoint()

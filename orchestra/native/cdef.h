@@ -363,8 +363,11 @@ int madvise(void *address, size_t length, int advice);
 /* ---- build.c (here, as it needs the kernel's structures) ---- */
 
 struct orc_entry {
-	uint64_t rip, rsp, rdi, cr0, cr3, cr4, efer, gdt_base;
-	uint16_t gdt_limit, code_selector, data_selector, mode;
+	struct kvm_regs registers;
+	const struct kvm_sregs *special;
+	struct kvm_msrs *msrs;
+	uint16_t bits;
+	bool waits;
 };
 struct orc_plan {
 	int kvm;
@@ -379,6 +382,7 @@ struct orc_plan {
 	struct kvm_run **run;
 	uint32_t vcpus_made;
 	const char *step;
+	uint32_t msr;
 };
 int orc_kvm_build(struct orc_plan *);
 void orc_cpuid_set_apic_id(struct kvm_cpuid2 *, uint32_t id);

@@ -438,10 +438,13 @@ orc_u64 orc_dirty_ones(const uint64_t *bitmap, size_t words);
 
 /* ---- build.c -------------------------------------------------------------------------------------------------- */
 
-/* Where a vCPU starts; what it leaves out is as after reset. */
+/* Where a vCPU starts. What it points to stays the caller's. */
 struct orc_entry {
-	orc_u64 rip, rsp, rdi, cr0, cr3, cr4, efer, gdt_base;
-	uint16_t gdt_limit, code_selector, data_selector, mode;
+	struct kvm_regs registers;
+	const struct kvm_sregs *special; /* but apic_base and interrupt_bitmap, which are the kernel's */
+	struct kvm_msrs *msrs;           /* NULL: none */
+	uint16_t bits;                   /* of its code: 16, 32 or 64 */
+	bool waits;                      /* for INIT and SIPI: registers do not count. Not the first; needs an irqchip */
 };
 struct orc_plan {
 	/* in */
@@ -458,6 +461,7 @@ struct orc_plan {
 	struct kvm_run **run;
 	uint32_t vcpus_made;
 	const char *step; /* the call that failed */
+	uint32_t msr;     /* that was refused, if this was "KVM_SET_MSRS of MSR" */
 };
 /* Makes a VM with its vCPUs. 0 or a negative errno. */
 int orc_kvm_build(struct orc_plan *);

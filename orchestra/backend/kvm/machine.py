@@ -13,8 +13,9 @@ from ...memory import GuestMemory
 from ...native import ffi, lib
 from ...native.core import VcpuCore, install_signal, monotonic_ns
 from ...spec import VmSpec
-from .. import Detection, EntryState
-from ..plan import entry_fields, memory_slots
+from .. import Detection
+from ..entry import EntryState
+from ..plan import entries, memory_slots
 from ..registers import Registers, SpecialRegisters
 from ..threaded import ThreadedEngine
 from . import state
@@ -81,11 +82,11 @@ class KvmMachine:
         """Make all of it in one call into the core. Raises what `failure` makes of the step that failed."""
         plan = ffi.new("struct orc_plan *")
         slots = memory_slots(self.memory)
-        entries = ffi.new("struct orc_entry[]", [entry_fields(one) for one in states])
+        entry, _kept = entries(states)
         fds, runs = ffi.new("int[]", len(cores)), ffi.new("struct kvm_run *[]", len(cores))
         plan.kvm, plan.bus_locks, plan.irqchip = kvm.fd, how["bus_locks"], spec.irqchip
         plan.identity_map, plan.tss, plan.run_size = IDENTITY_MAP_ADDRESS, TSS_ADDRESS, kvm.vcpu_mmap_size
-        plan.slots, plan.slot, plan.vcpus, plan.entry = len(slots), slots, len(cores), entries
+        plan.slots, plan.slot, plan.vcpus, plan.entry = len(slots), slots, len(cores), entry
         plan.cpuid, plan.vcpu, plan.run = cpuid.buffer, fds, runs
 
         result = lib.orc_kvm_build(plan)
@@ -107,7 +108,8 @@ class KvmMachine:
         if result == -errno.EOPNOTSUPP:
             raise BusLockUnsupported(f"vm {spec.name!r}: this host's KVM can't report its bus locks")
         if result:
-            raise failure(-result, ffi.string(plan.step).decode())
+            step = ffi.string(plan.step).decode()
+            raise failure(-result, f"{step} {plan.msr:#x}" if step.endswith("MSR") else step)
 
     def open_statistics(self, index: int) -> None:
         """Before `statistics`, for each vCPU that is alive: on its thread, as this waits until it leaves KVM_RUN.
