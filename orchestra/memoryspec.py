@@ -64,7 +64,8 @@ class Memory:
             a multiple of 2 MiB. Not with "file".
         dirty_ring: log written pages in a ring of so many entries for each vCPU, a power of two from 1,024 to 65,536,
             instead of a bitmap. Reading it costs what was written and not what there is, which pays for big memories of
-            which little is written. A full ring stops the guest until it was read. None: a bitmap. Either is in use
+            which little is written. A full ring stops the guest until it was read, and a KVM without hardware may write
+            over it: readers are then told that every page was written. None: a bitmap. Either is in use
             only while pages are logged (`VmSpec.log_dirty`).
     """
 

@@ -120,6 +120,14 @@ int orc_kvm_build(struct orc_plan *plan)
 		STEP(KVM_CREATE_IRQCHIP, plan->vm, 0);
 		STEP(KVM_CREATE_PIT2, plan->vm, &pit);
 	}
+	if (plan->dirty_ring) {
+		/* Before the first vCPU, whose ring is made with it. */
+		struct kvm_enable_cap cap = {.args = {plan->dirty_ring * sizeof(struct kvm_dirty_gfn)}};
+
+		STEP(KVM_CHECK_EXTENSION, plan->vm, KVM_CAP_DIRTY_LOG_RING_ACQ_REL);
+		cap.cap = rc ? KVM_CAP_DIRTY_LOG_RING_ACQ_REL : KVM_CAP_DIRTY_LOG_RING;
+		STEP(KVM_ENABLE_CAP, plan->vm, &cap);
+	}
 	for (uint32_t i = 0; i < plan->slots; i++)
 		STEP(KVM_SET_USER_MEMORY_REGION, plan->vm, &plan->slot[i]);
 	for (uint32_t i = 0; i < plan->vcpus; i++) {

@@ -253,6 +253,17 @@ int orc_dirty_log(orc_dirty *, bool on);
 int orc_dirty_read(orc_dirty *const logs[], size_t n);
 void orc_dirty_sums(orc_dirty *, struct orc_dirty_sums *out);
 uint64_t orc_dirty_ones(const uint64_t *bitmap, size_t words);
+typedef struct orc_dirty_reader orc_dirty_reader;
+int orc_dirty_rings(orc_dirty *, uint32_t entries, const int *vcpu, uint32_t vcpus);
+int orc_dirty_open(orc_dirty *, orc_dirty_reader **out);
+size_t orc_dirty_words(const orc_dirty *);
+int orc_dirty_take(orc_dirty_reader *, uint64_t *bitmap);
+int orc_dirty_shut(orc_dirty_reader *);
+void orc_dirty_mark(orc_dirty *, uint64_t address, uint64_t size);
+void orc_vcpu_set_dirty(orc_vcpu *, orc_dirty *, uint32_t ring);
+struct kvm_dirty_gfn { ...; };
+#define KVM_CAP_DIRTY_LOG_RING ...
+#define KVM_CAP_DIRTY_LOG_RING_ACQ_REL ...
 
 /* ---- linux/kvm.h: vCPU ---- */
 
@@ -372,6 +383,7 @@ struct orc_entry {
 struct orc_plan {
 	int kvm;
 	bool bus_locks, irqchip;
+	uint32_t dirty_ring;
 	uint64_t identity_map, tss, run_size;
 	uint32_t slots, vcpus;
 	struct kvm_userspace_memory_region *slot;

@@ -152,10 +152,11 @@ class EmulatedBackend:
             ), can
         if spec.irqchip:
             return "irqchip=True: the emulated backend delivers no interrupts", can
-        if spec.log_dirty or any(region.log_dirty for region in spec.regions):
+        ring = spec.backing.dirty_ring
+        if ring is not None or spec.log_dirty or any(region.log_dirty for region in spec.regions):
             return (
-                "log_dirty=True: the emulated backend does not see which pages a guest writes, as asking at each write "
-                "would make it up to four times as slow"
+                f"{'log_dirty=True' if ring is None else f'dirty_ring={ring}'}: the emulated backend does not see "
+                "which pages a guest writes, as asking at each write would make it up to four times as slow"
             ), can
         return None
 

@@ -86,6 +86,8 @@ class KvmMachine:
         fds, runs = ffi.new("int[]", len(cores)), ffi.new("struct kvm_run *[]", len(cores))
         plan.kvm, plan.bus_locks, plan.irqchip = kvm.fd, how["bus_locks"], spec.irqchip
         plan.identity_map, plan.tss, plan.run_size = IDENTITY_MAP_ADDRESS, TSS_ADDRESS, kvm.vcpu_mmap_size
+        ring = spec.backing.dirty_ring or 0
+        plan.dirty_ring = ring
         plan.slots, plan.slot, plan.vcpus, plan.entry = len(slots), slots, len(cores), entry
         plan.cpuid, plan.vcpu, plan.run = cpuid.buffer, fds, runs
 
@@ -104,12 +106,21 @@ class KvmMachine:
                 self.engines.append(KvmEngine(cores[index], vcpu, how["sync_regs"]))
                 lib.orc_vcpu_profile_memory(cores[index].handle, slots, len(slots))
             self._slots = slots  # as long as the vCPUs that read code through it
-            self.dirty = DirtyLog(plan.vm, slots)
+            if not result:
+                self._log_dirty(slots, ring, [fds[index] for index in made])
         if result == -errno.EOPNOTSUPP:
             raise BusLockUnsupported(f"vm {spec.name!r}: this host's KVM can't report its bus locks")
         if result:
             step = ffi.string(plan.step).decode()
             raise failure(-result, f"{step} {plan.msr:#x}" if step.endswith("MSR") else step)
+
+    def _log_dirty(self, slots: Any, ring: int, vcpus: Sequence[int]) -> None:
+        assert self.vm is not None
+        self.dirty = DirtyLog(self.vm.fd, slots, ring, vcpus)
+        self.memory.on_write = self.dirty.written
+        if ring:
+            for index, engine in enumerate(self.engines):
+                lib.orc_vcpu_set_dirty(engine.core.handle, self.dirty.handle, index)
 
     def open_statistics(self, index: int) -> None:
         """Before `statistics`, for each vCPU that is alive: on its thread, as this waits until it leaves KVM_RUN.
@@ -153,6 +164,8 @@ class KvmBackend:
         self._cpuids: list[Cpuid] = []
         # api.rst 4.4: KVM_CAP_MAX_VCPUS; without it as many as recommended; without that, 4
         self._max_vcpus = kvm.extension(lib.KVM_CAP_MAX_VCPUS) or kvm.extension(lib.KVM_CAP_NR_VCPUS) or 4
+        rings = (lib.KVM_CAP_DIRTY_LOG_RING_ACQ_REL, lib.KVM_CAP_DIRTY_LOG_RING)
+        self._most_ring = max(map(kvm.extension, rings)) // ffi.sizeof("struct kvm_dirty_gfn")
         self._sync_regs = bool(kvm.extension(lib.KVM_CAP_SYNC_REGS) & lib.KVM_SYNC_X86_REGS)
 
     @classmethod
@@ -215,6 +228,14 @@ class KvmBackend:
         """Why this host's KVM can't run that VM, and what to do; None: nothing is known to be in the way."""
         if spec.vcpus > self._max_vcpus:
             return f"vcpus={spec.vcpus}: this host's KVM allows at most {self._max_vcpus} in a VM", "ask for fewer"
+        ring, most = spec.backing.dirty_ring, self._most_ring
+        if ring is not None and ring > most:
+            what = (
+                f"dirty_ring={ring}: this host's KVM allows at most {most} entries"
+                if most
+                else (f"dirty_ring={ring}: this host's KVM keeps no rings of written pages (Linux 5.11)")
+            )
+            return what, "leave it out: written pages are then logged in bitmaps"
         wanted, given = spec.bus_lock_detection, self.bus_lock_detection()
         if wanted is not None and given is not None and wanted != given:
             what = f"bus_lock_detection={wanted!r}: this host's CPU reports them {given}"
