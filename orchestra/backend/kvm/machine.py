@@ -19,7 +19,7 @@ from ..plan import entries, memory_slots
 from ..registers import Registers, SpecialRegisters
 from ..threaded import ThreadedEngine
 from . import state
-from .cpuid import Cpuid
+from .cpuid import Cpuid, make_cpuid
 from .dirty import DirtyLog
 from .ioctl import failure
 from .system import Kvm
@@ -161,7 +161,8 @@ class KvmBackend:
     def __init__(self, kvm: Kvm, why: str) -> None:
         self.kvm = kvm
         self.why = why
-        self._cpuids: list[Cpuid] = []
+        self._cpuids: dict[tuple[int, bool], list[Cpuid]] = {}
+        self._supported = kvm.supported_cpuid().entries()
         # api.rst 4.4: KVM_CAP_MAX_VCPUS; without it as many as recommended; without that, 4
         self._max_vcpus = kvm.extension(lib.KVM_CAP_MAX_VCPUS) or kvm.extension(lib.KVM_CAP_NR_VCPUS) or 4
         rings = (lib.KVM_CAP_DIRTY_LOG_RING_ACQ_REL, lib.KVM_CAP_DIRTY_LOG_RING)
@@ -207,18 +208,20 @@ class KvmBackend:
         bus_locks: bool,
     ) -> KvmMachine:
         machine = KvmMachine(memory)
-        # A table belongs to one thread at a time, and making one takes as long as the rest.
+        # A table belongs to one thread at a time, and making one takes as long as the rest. There is one kind of them
+        # for each number of vCPUs, and those of a fleet are few.
+        tables = self._cpuids.setdefault((spec.vcpus, bool(spec.irqchip)), [])
         try:
-            cpuid = self._cpuids.pop()
+            cpuid = tables.pop()
         except IndexError:
-            cpuid = self.kvm.supported_cpuid()
+            cpuid = Cpuid.from_entries(make_cpuid(self._supported, spec.vcpus, bool(spec.irqchip)))
         try:
             machine.build(self.kvm, spec, cores, states, cpuid, bus_locks=bus_locks, sync_regs=self._sync_regs)
         except BaseException:
             machine.close()
             raise
         finally:
-            self._cpuids.append(cpuid)
+            tables.append(cpuid)
         return machine
 
     def limits_changed(self) -> None:
