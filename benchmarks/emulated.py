@@ -13,9 +13,9 @@ import attrs
 import trio
 
 import orchestra as orc
-from orchestra import boot
 from orchestra.backend.emulated.machine import EmulatedBackend
-from orchestra.memory import GuestMemory
+from orchestra.backend.memory import GuestMemory
+from orchestra.machine import boot
 from orchestra.native.core import FleetCore, VcpuCore
 
 from . import floor

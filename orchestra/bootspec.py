@@ -1,7 +1,7 @@
 """What a VM boots: an open set of boot specs. Each checks itself against a VM, and names the function that loads it.
 
 A class of your own that derives from `BootSpec` goes wherever ours do: into `VmSpec.boot` and through the codec.
-`FlatImage` is the one to copy, with its loader in orchestra/boot/flat.py.
+`FlatImage` is the one to copy, with its loader in orchestra/machine/boot/flat.py.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import ClassVar, Final, Literal
 import attrs
 
 from .checks import fail, whole
-from .errors import SpecError
 from .memoryspec import MAX_MEMORY, PAGE
+from .model.errors import SpecError
 
 __all__ = ["STACKS", "BootSpec", "FlatImage", "Layout"]
 

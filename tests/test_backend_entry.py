@@ -12,14 +12,14 @@ from hypothesis import given, strategies as st
 
 import orchestra as orc
 from conftest import Stage
-from orchestra import codec
 from orchestra.backend.entry import APPLICATION_PROCESSOR, REAL, EntryState, Mode, segment_of
 from orchestra.backend.kvm.machine import KvmBackend, KvmMachine
 from orchestra.backend.kvm.state import LAPIC, MP_STATE, REGISTERS, SPECIAL, XSAVE
-from orchestra.backend.plan import entries
+from orchestra.backend.memory import GuestMemory
+from orchestra.backend.memory_layout import entries
 from orchestra.backend.registers import DescriptorTable, MpState, Registers, Segment
-from orchestra.errors import KvmError, SpecError
-from orchestra.memory import GuestMemory
+from orchestra.model import codec
+from orchestra.model.errors import KvmError, SpecError
 from orchestra.native import ffi
 from orchestra.native.core import FleetCore, VcpuCore
 

@@ -30,7 +30,7 @@ from orchestra.backend.kvm.system import Kvm
 from orchestra.backend.kvm.vcpu import KvmVcpu
 from orchestra.backend.kvm.vm import KvmVm
 from orchestra.backend.registers import SpecialRegisters2
-from orchestra.errors import BackendUnavailable, KvmError, KvmUnsupported, SpecError
+from orchestra.model.errors import BackendUnavailable, KvmError, KvmUnsupported, SpecError
 from orchestra.native import ffi, lib
 
 pytestmark = pytest.mark.kvm

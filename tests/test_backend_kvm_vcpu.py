@@ -13,29 +13,12 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from orchestra.backend.kvm import state, vcpu as vcpu_module
 from orchestra.backend.kvm.cpuid import CpuidEntry
 from orchestra.backend.kvm.ioctl import call
-from orchestra.backend.kvm.state import (
-    CPUID,
-    DEBUG,
-    EVENTS,
-    FPU,
-    MP_STATE,
-    REGISTERS,
-    SPECIAL,
-    XCRS,
-    XSAVE,
-)
+from orchestra.backend.kvm.state import CPUID, DEBUG, EVENTS, FPU, MP_STATE, REGISTERS, SPECIAL, XCRS, XSAVE
 from orchestra.backend.kvm.system import Kvm
 from orchestra.backend.kvm.vcpu import KvmVcpu
 from orchestra.backend.kvm.vm import KvmVm
-from orchestra.backend.registers import (
-    DebugRegisters,
-    DescriptorTable,
-    MpState,
-    Registers,
-    Segment,
-    SpecialRegisters,
-)
-from orchestra.errors import BackendUnavailable, KvmError, SpecError, StateError
+from orchestra.backend.registers import DebugRegisters, DescriptorTable, MpState, Registers, Segment, SpecialRegisters
+from orchestra.model.errors import BackendUnavailable, KvmError, SpecError, StateError
 from orchestra.native import ffi, lib
 
 pytestmark = pytest.mark.kvm

@@ -11,12 +11,13 @@ from hypothesis import given, strategies as st
 
 import orchestra as orc
 from conftest import Stage, blank
-from orchestra import EmulatedBackend, dirty
+from orchestra import EmulatedBackend
 from orchestra.backend.kvm.dirty import DirtyPages, DirtyReader, read_logs
 from orchestra.backend.kvm.machine import KvmBackend
-from orchestra.errors import KvmError, SpecError
+from orchestra.fleet import dirty
 from orchestra.memoryspec import PAGE
-from test_dirty import FIRST, NEVER, PARAMETERS, in_rounds, writer
+from orchestra.model.errors import KvmError, SpecError
+from test_fleet_dirty import FIRST, NEVER, PARAMETERS, in_rounds, writer
 
 OURS = {0, 0x1000, PARAMETERS}
 """Where the guest's stack, code and parameters are: some KVMs take what is read for the first time for written."""

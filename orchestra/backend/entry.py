@@ -14,7 +14,7 @@ from typing import Final, Literal
 
 import attrs
 
-from ..errors import SpecError
+from ..model.errors import SpecError
 from .registers import DescriptorTable, Registers, Segment, SpecialRegisters
 
 __all__ = [

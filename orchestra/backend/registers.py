@@ -13,7 +13,7 @@ from typing import Any
 
 import attrs
 
-from ..errors import SpecError
+from ..model.errors import SpecError
 from ..native import ffi, lib
 
 __all__ = [

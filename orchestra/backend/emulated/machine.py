@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from threading import Lock
 from typing import Any, Final
 
-from ...errors import BackendUnavailable, SpecError
-from ...memory import GuestMemory
+from ...model.errors import BackendUnavailable, SpecError
+from ...model.spec import VmSpec
 from ...native import ffi, lib
 from ...native.core import VcpuCore, monotonic_ns
-from ...spec import VmSpec
 from .. import Detection
 from ..entry import EntryState
-from ..plan import entries, memory_slots
+from ..memory import GuestMemory
+from ..memory_layout import entries, memory_slots
 from ..registers import Registers, SpecialRegisters
 from ..threaded import ThreadedEngine
 from . import library

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, Final
 
-from ...errors import BusLockUnsupported, OrchestraError, SpecError
-from ...memory import GuestMemory
+from ...model.errors import BusLockUnsupported, OrchestraError, SpecError
+from ...model.spec import VmSpec
 from ...native import ffi, lib
 from ...native.core import VcpuCore, install_signal, monotonic_ns
-from ...spec import VmSpec
 from .. import Detection
 from ..entry import EntryState
-from ..plan import entries, memory_slots
+from ..memory import GuestMemory
+from ..memory_layout import entries, memory_slots
 from ..registers import Registers, SpecialRegisters
 from ..threaded import ThreadedEngine
 from . import state

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, Protocol, TypeVar
 
-from ...errors import KvmError, KvmUnsupported, SpecError
+from ...model.errors import KvmError, KvmUnsupported, SpecError
 from ...native import ffi, lib
 from .ioctl import call
 

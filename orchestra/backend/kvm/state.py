@@ -22,7 +22,7 @@ from typing import Any, Final
 
 import attrs
 
-from ...errors import KvmError, KvmUnsupported, SpecError
+from ...model.errors import KvmError, KvmUnsupported, SpecError
 from ...native import ffi, lib
 from ..registers import DebugRegisters, MpState, Registers, SpecialRegisters, SpecialRegisters2, new_struct
 from .cpuid import Cpuid, CpuidEntry

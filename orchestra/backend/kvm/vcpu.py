@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ...errors import KvmError, StateError
+from ...model.errors import KvmError, StateError
 from ...native import ffi, lib
 from ..registers import new_struct
 from .ioctl import call, failure

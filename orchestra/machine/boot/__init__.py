@@ -1,0 +1,31 @@
+"""What a guest finds in memory and registers when it starts. One module for each kind of image."""
+
+from __future__ import annotations
+
+from pkgutil import resolve_name
+from typing import Any
+
+from ...backend.entry import EntryState
+from ...backend.memory import GuestMemory
+from ...model.errors import SpecError
+from ...model.spec import VmSpec
+
+__all__ = ["load"]
+
+
+def load(spec: VmSpec, memory: GuestMemory) -> list[EntryState]:
+    """Have what the VM boots written into its memory; where each vCPU starts.
+
+    Raises:
+        SpecError: the boot spec's loader is missing, or did not tell of every vCPU.
+        OrchestraError: what the loader raises.
+    """
+    boot, name = spec.boot, type(spec.boot).__name__
+    try:
+        loader: Any = resolve_name(boot.loader)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise SpecError(f"boot: the loader of {name}, {boot.loader!r}, can't be imported: {error}") from error
+    states: list[EntryState] = loader(boot, spec.layout, memory)
+    if len(states) != spec.vcpus:
+        raise SpecError(f"boot: {boot.loader!r} told where {len(states)} vCPUs start, and the VM has {spec.vcpus}")
+    return states
