@@ -14,8 +14,8 @@ from hypothesis import given, settings, strategies as st
 
 from orchestra.backend import memory as memory_module
 from orchestra.backend.memory import _HUGE_POOL, GuestMemory
-from orchestra.memoryspec import HUGE_PAGE, MAX_MEMORY, PAGE, Memory
 from orchestra.model.errors import FileError, GuestMemoryError, ResourceLimit
+from orchestra.model.memory import HUGE_PAGE, MAX_MEMORY, PAGE, Memory
 from orchestra.model.spec import FlatImage, GiB, MemoryRegion, MiB, VmSpec
 from orchestra.native import ffi
 

@@ -15,7 +15,7 @@ from orchestra.backend.entry import REAL, EntryState
 from orchestra.backend.memory import GuestMemory
 from orchestra.backend.registers import Registers
 from orchestra.machine import boot as boots
-from orchestra.memoryspec import PAGE
+from orchestra.model.memory import PAGE
 from orchestra.model.spec import FlatImage, GiB, MiB, VmSpec
 
 PG, PE = 1 << 31, 1

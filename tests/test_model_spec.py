@@ -10,8 +10,8 @@ import attrs
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from orchestra.memoryspec import MAX_MEMORY, MMIO_HOLE, PAGE
 from orchestra.model.errors import SpecError
+from orchestra.model.memory import MAX_MEMORY, MMIO_HOLE, PAGE
 from orchestra.model.spec import (
     DebugConsole,
     ExitPort,

@@ -24,8 +24,8 @@ from typing import Any, Final
 
 import attrs
 
-from ..memoryspec import HUGE_PAGE, Memory
 from ..model.errors import FileError, GuestMemoryError, ResourceLimit
+from ..model.memory import HUGE_PAGE, Memory
 from ..model.spec import VmSpec
 from ..native import ffi, lib
 

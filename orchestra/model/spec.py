@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 import attrs
 
-from ..bootspec import BootSpec, FlatImage, Layout
-from ..checks import fail as _fail, number as _number, whole as _whole
-from ..memoryspec import GiB, KiB, Memory, MemoryRegion, MiB, check_size, ram_ranges
+from .boot import BootSpec, FlatImage, Layout
+from .checks import fail as _fail, number as _number, whole as _whole
 from .errors import SpecError
+from .memory import GiB, KiB, Memory, MemoryRegion, MiB, check_size, ram_ranges
 
 if TYPE_CHECKING:
     from attrs import Attribute

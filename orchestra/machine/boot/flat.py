@@ -12,8 +12,8 @@ from typing import Final
 from ...backend.entry import APPLICATION_PROCESSOR, REAL, EntryState, Mode, long_mode, protected_mode, segment_of
 from ...backend.memory import GuestMemory
 from ...backend.registers import DescriptorTable, Registers
-from ...bootspec import STACKS, FlatImage, Layout
-from ...memoryspec import PAGE, GiB, MiB
+from ...model.boot import STACKS, FlatImage, Layout
+from ...model.memory import PAGE, GiB, MiB
 
 __all__ = ["load"]
 

@@ -12,8 +12,8 @@ from typing import ClassVar, Final, Literal
 import attrs
 
 from .checks import fail, whole
-from .memoryspec import MAX_MEMORY, PAGE
-from .model.errors import SpecError
+from .errors import SpecError
+from .memory import MAX_MEMORY, PAGE
 
 __all__ = ["STACKS", "BootSpec", "FlatImage", "Layout"]
 
@@ -102,7 +102,7 @@ class FlatImage(BootSpec):
     stack of 4 KiB of its own below the tables (the first 8 vCPUs; others set up their own).
     """
 
-    loader: ClassVar[str] = "orchestra.boot.flat:load"
+    loader: ClassVar[str] = "orchestra.machine.boot.flat:load"
 
     code: bytes = attrs.field(repr=lambda code: f"<{len(code)} bytes>")
     load: int = 0x1000

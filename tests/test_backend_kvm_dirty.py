@@ -15,8 +15,8 @@ from orchestra import EmulatedBackend
 from orchestra.backend.kvm.dirty import DirtyPages, DirtyReader, read_logs
 from orchestra.backend.kvm.machine import KvmBackend
 from orchestra.fleet import dirty
-from orchestra.memoryspec import PAGE
 from orchestra.model.errors import KvmError, SpecError
+from orchestra.model.memory import PAGE
 from test_fleet_dirty import FIRST, NEVER, PARAMETERS, in_rounds, writer
 
 OURS = {0, 0x1000, PARAMETERS}
