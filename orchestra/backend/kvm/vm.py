@@ -192,10 +192,8 @@ class KvmVm:
         this process writes into guest memory is not in the log.
 
         KVM_GET_DIRTY_LOG, which starts the log over: what one reader has seen no other will. So a log has one owner. Of
-        a VM in a fleet that is its `DirtyLog`, which counts pages and forgets which they were; calling this as well
-        takes pages from its figures, and the other way round. Who needs the pages themselves (a snapshot, a live
-        migration) must become the owner, have the others told of what it reads, and may then enable
-        KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, with which this call starts nothing over any more.
+        a VM in a fleet that is its `DirtyLog`: calling this as well takes pages from its readers. Whoever needs the
+        pages (a snapshot, a live migration) opens a `DirtyLog.reader`.
 
         Raises SpecError (no such slot), KvmError (ENOENT: not logged).
         """
