@@ -23,6 +23,7 @@ SOURCES = [
     "build.c",
     "cap.c",
     "dirty.c",
+    "dirty_ring.c",
     "names.c",
     "decode.c",
     "unicorn.c",
@@ -40,7 +41,7 @@ SOURCES = [
     "profile.c",
     "profile_unicorn.c",
 ]
-HEADERS = ["orc.h", "core.h", "decode.h", "unicorn.h", "emulate.h", "cdef.h"]
+HEADERS = ["orc.h", "core.h", "dirty.h", "decode.h", "unicorn.h", "emulate.h", "cdef.h"]
 
 ffibuilder = FFI()
 ffibuilder.cdef((HERE / "cdef.h").read_text())

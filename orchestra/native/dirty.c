@@ -13,60 +13,12 @@
  * not two. Nor does KVM_DIRTY_LOG_INITIALLY_SET help: it saves the pass over the page tables when logging begins by calling
  * every page dirty, so that pass came with the first reading, and that reading would say nothing.
  *
- * The rings: each vCPU writes the pages into a ring of its own, mapped here, and leaves KVM_RUN when it is nearly full. An
- * entry goes from dirty to collected, by us, and with KVM_RESET_DIRTY_RINGS to free, when the kernel protects its page again
- * (linux/kvm.h, struct kvm_dirty_gfn). Where the CPU logs pages by itself (PML), those of a vCPU that is in the guest come
- * with its next exit: late, and not lost. */
+ * The rings: dirty_ring.c. */
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <unistd.h>
 
-#include "core.h"
-
-enum { PAGE_SHIFT = 12, WORD = 64 };
-#define NONE UINT32_MAX
-
-struct orc_dirty_reader {
-	orc_dirty *log;
-	struct orc_dirty_reader *next;
-	uint64_t *bitmap; /* of all slots in a row, as `first` has them */
-};
-
-/* Of one vCPU. */
-struct ring {
-	struct kvm_dirty_gfn *entry; /* NULL: it is not mapped */
-	uint32_t next;               /* the first that was not collected; goes on beyond `entries` */
-	bool ran_over;               /* the kernel goes on behind it, nobody knows where */
-};
-
-struct orc_dirty {
-	pthread_mutex_t lock; /* over all but the sums: one reader at a time, and none once the VM is closed */
-	int vm;               /* -1: closed */
-	struct kvm_userspace_memory_region *slot;
-	size_t slots, words;  /* words: of all bitmaps together */
-	size_t *first;        /* of each slot: the word where its bitmap begins */
-	bool *wanted;         /* of each slot: its pages are to be counted, or: whoever reads, it is logged */
-	uint64_t *fresh;      /* what was just collected */
-	struct orc_dirty_reader counting, *readers; /* the latter do not have the former among them */
-	_Atomic bool read;    /* there are some */
-	struct ring *ring;
-	uint32_t rings, entries; /* entries: of each ring; 0: the kernel keeps bitmaps */
-	pthread_mutex_t sums_lock; /* over these alone, so that whoever looks never waits for the kernel */
-	struct orc_dirty_sums sums;
-};
-
-static size_t pages_of(const struct kvm_userspace_memory_region *slot)
-{
-	return slot->memory_size >> PAGE_SHIFT;
-}
-
-/* The kernel fills whole words (api.rst, KVM_GET_DIRTY_LOG), and leaves the bits past the last page clear. */
-static size_t words_of(const struct kvm_userspace_memory_region *slot)
-{
-	return (pages_of(slot) + WORD - 1) / WORD;
-}
+#include "dirty.h"
 
 orc_u64 orc_dirty_ones(const uint64_t *bitmap, size_t words)
 {
@@ -101,7 +53,7 @@ orc_dirty *orc_dirty_new(int vm, struct kvm_userspace_memory_region *slot, size_
 	d->wanted = calloc(slots + 1, sizeof(*d->wanted));
 	for (size_t i = 0; d->first && d->wanted && i < slots; i++) {
 		d->first[i] = d->words;
-		d->words += words_of(&slot[i]);
+		d->words += orc_dirty_words_of(&slot[i]);
 		d->wanted[i] = slot[i].flags & KVM_MEM_LOG_DIRTY_PAGES;
 	}
 	/* a bit for each page; of what is never logged not a byte is touched */
@@ -117,39 +69,11 @@ orc_dirty *orc_dirty_new(int vm, struct kvm_userspace_memory_region *slot, size_
 	return d;
 }
 
-static size_t ring_bytes(const orc_dirty *d)
-{
-	return d->entries * sizeof(struct kvm_dirty_gfn);
-}
-
-int orc_dirty_rings(orc_dirty *d, uint32_t entries, const int *vcpu, uint32_t vcpus)
-{
-	d->ring = calloc(vcpus + 1, sizeof(*d->ring));
-	if (!d->ring)
-		return -ENOMEM;
-	d->entries = entries;
-	for (; d->rings < vcpus; d->rings++) {
-		void *entry = mmap(NULL, ring_bytes(d), PROT_READ | PROT_WRITE, MAP_SHARED, vcpu[d->rings],
-				   KVM_DIRTY_LOG_PAGE_OFFSET * sysconf(_SC_PAGESIZE));
-
-		if (entry == MAP_FAILED)
-			return -errno;
-		d->ring[d->rings].entry = entry;
-	}
-	return 0;
-}
-
-static void unmap_rings(orc_dirty *d)
-{
-	while (d->rings)
-		munmap(d->ring[--d->rings].entry, ring_bytes(d));
-}
-
 void orc_dirty_free(orc_dirty *d)
 {
 	if (!d)
 		return;
-	unmap_rings(d);
+	orc_dirty_unmap_rings(d);
 	pthread_mutex_destroy(&d->lock);
 	pthread_mutex_destroy(&d->sums_lock);
 	free(d->ring);
@@ -176,140 +100,12 @@ static int collect_bitmaps(orc_dirty *d, bool *any)
 		rc = orc_ioctl(d->vm, KVM_GET_DIRTY_LOG, &log);
 		if (rc < 0) {
 			error = (int)rc;
-			memset(d->fresh + d->first[i], 0, words_of(&d->slot[i]) * sizeof(*d->fresh));
+			memset(d->fresh + d->first[i], 0, orc_dirty_words_of(&d->slot[i]) * sizeof(*d->fresh));
 		} else {
 			*any = true;
 		}
 	}
 	return error;
-}
-
-static void note(orc_dirty *d, uint32_t number, uint64_t page)
-{
-	for (size_t i = 0; i < d->slots; i++)
-		if (d->slot[i].slot == number && page < pages_of(&d->slot[i]))
-			d->fresh[d->first[i] + page / WORD] |= 1ull << page % WORD;
-}
-
-static bool is_dirty(const struct ring *ring, uint32_t number, const orc_dirty *d)
-{
-	/* The kernel writes `flags` last, and frees what it finds collected: so ours are an acquire and a release (api.rst,
-	 * KVM_CAP_DIRTY_LOG_RING_ACQ_REL). */
-	const struct kvm_dirty_gfn *e = &ring->entry[number & (d->entries - 1)];
-
-	return (__atomic_load_n(&e->flags, __ATOMIC_ACQUIRE) & KVM_DIRTY_GFN_F_MASK) == KVM_DIRTY_GFN_F_DIRTY;
-}
-
-static void set_collected(const struct ring *ring, uint32_t number, const orc_dirty *d)
-{
-	__atomic_store_n(&ring->entry[number & (d->entries - 1)].flags, KVM_DIRTY_GFN_F_RESET, __ATOMIC_RELEASE);
-}
-
-static void note_entry(orc_dirty *d, const struct ring *ring)
-{
-	const struct kvm_dirty_gfn *e = &ring->entry[ring->next & (d->entries - 1)];
-
-	note(d, e->slot & 0xffff, e->offset); /* above that: the address space, which is SMM's or not */
-}
-
-/* How many entries of it were collected. */
-static uint32_t collect_ring(orc_dirty *d, struct ring *ring)
-{
-	uint32_t n = 0;
-
-	for (; n < d->entries && is_dirty(ring, ring->next, d); n++, ring->next++) {
-		note_entry(d, ring);
-		set_collected(ring, ring->next, d);
-	}
-	return n;
-}
-
-/* Pages are lost: each may be one. Only for those who need to know which; what is counted stays what was seen. */
-static void suspect_all(orc_dirty *d)
-{
-	for (size_t i = 0; i < d->slots; i++) {
-		size_t pages = pages_of(&d->slot[i]);
-
-		if (d->slot[i].flags & KVM_MEM_LOG_DIRTY_PAGES)
-			for (struct orc_dirty_reader *r = d->readers; r; r = r->next)
-				for (size_t page = 0; page < pages; page++)
-					r->bitmap[d->first[i] + page / WORD] |= 1ull << page % WORD;
-	}
-}
-
-static int reset(orc_dirty *d)
-{
-	long rc = orc_ioctl(d->vm, KVM_RESET_DIRTY_RINGS, NULL);
-
-	return rc < 0 ? (int)rc : 0;
-}
-
-/* The kernel has gone round once more since `next`, and is behind the dirty entries that begin there. Collects all of it,
- * and has the kernel, which counts the entries that it wrote over, count them as collected too. */
-static uint32_t collect_round(orc_dirty *d, struct ring *ring)
-{
-	uint32_t start = ring->next, n = collect_ring(d, ring);
-
-	suspect_all(d);
-	if (n == d->entries)
-		return n; /* where it goes on nobody knows */
-	for (; ring->next != start + d->entries; ring->next++) {
-		if (is_dirty(ring, ring->next, d))
-			note_entry(d, ring);
-		set_collected(ring, ring->next, d);
-	}
-	reset(d);
-	for (ring->next = start; ring->next != start + n; ring->next++)
-		set_collected(ring, ring->next, d);
-	ring->ran_over = false;
-	return 1;
-}
-
-/* Of a ring that ran over, or that the kernel calls full. The kernel goes on somewhere behind `next`, and waits for the
- * entries before that to be collected. If it is full of nothing, that is far behind: a quarter of it is fewer than the kernel
- * takes for used, which is all but 64 entries, or all but 576 (PML) of 1,024 or more. It says again that it is full until
- * enough are collected. */
-static uint32_t catch_up(orc_dirty *d, struct ring *ring, bool full)
-{
-	uint32_t gap = 0;
-
-	if (is_dirty(ring, ring->next, d)) {
-		if (ring->ran_over && is_dirty(ring, ring->next - 1, d))
-			return collect_round(d, ring);
-		ring->ran_over = false;
-		return collect_ring(d, ring);
-	}
-	while (gap < d->entries && !is_dirty(ring, ring->next + gap, d))
-		gap++;
-	if (gap == d->entries && !full)
-		return 0; /* nothing was written since */
-	ring->ran_over = gap == d->entries;
-	if (ring->ran_over)
-		gap = d->entries / 4;
-	for (uint32_t i = 0; i < gap; i++)
-		set_collected(ring, ring->next++, d);
-	return gap + (ring->ran_over ? 0 : collect_ring(d, ring));
-}
-
-/* A ring never becomes quite full where a vCPU leaves KVM_RUN as soon as the kernel sees that it is about to: of the last
- * entries it needs a few. A KVM that executes many instructions before it looks (one without hardware does) writes over
- * the oldest. `full`: the number of the one that is, or NONE. */
-static int collect_rings(orc_dirty *d, uint32_t full)
-{
-	bool any = false;
-
-	for (uint32_t i = 0; i < d->rings; i++) {
-		struct ring *ring = &d->ring[i];
-		bool astray = ring->ran_over || i == full;
-		uint32_t n = astray ? catch_up(d, ring, i == full) : collect_ring(d, ring);
-
-		if (n == d->entries) {
-			ring->ran_over = true;
-			suspect_all(d);
-		}
-		any = any || n;
-	}
-	return any ? reset(d) : 0;
 }
 
 static void add(uint64_t *to, const uint64_t *from, size_t words)
@@ -323,13 +119,13 @@ static void add_counted(orc_dirty *d)
 {
 	for (size_t i = 0; i < d->slots; i++)
 		if (d->wanted[i])
-			add(d->counting.bitmap + d->first[i], d->fresh + d->first[i], words_of(&d->slot[i]));
+			add(d->counting.bitmap + d->first[i], d->fresh + d->first[i], orc_dirty_words_of(&d->slot[i]));
 }
 
 /* Reads what is in the log, and gives it to all readers. *any: some of it could be read. */
 static int collect_some(orc_dirty *d, uint32_t full, bool *any)
 {
-	int error = d->entries ? collect_rings(d, full) : collect_bitmaps(d, any);
+	int error = d->entries ? orc_dirty_collect_rings(d, full) : collect_bitmaps(d, any);
 
 	*any = *any || d->entries;
 	add_counted(d);
@@ -345,7 +141,7 @@ static int collect(orc_dirty *d)
 {
 	bool any = false;
 
-	return collect_some(d, NONE, &any);
+	return collect_some(d, ORC_DIRTY_NO_RING, &any);
 }
 
 /* Takes what there is to be counted. */
@@ -357,7 +153,7 @@ static int count(orc_dirty *d)
 
 	if (d->vm < 0 || !is_counted(d))
 		return 0;
-	error = collect_some(d, NONE, &any);
+	error = collect_some(d, ORC_DIRTY_NO_RING, &any);
 	if (!any)
 		return error;
 	pthread_mutex_lock(&d->sums_lock);
@@ -581,6 +377,6 @@ void orc_dirty_close(orc_dirty *d)
 	if (d->vm >= 0 && d->readers)
 		collect(d); /* what was written last, for who takes it later */
 	d->vm = -1;
-	unmap_rings(d);
+	orc_dirty_unmap_rings(d);
 	pthread_mutex_unlock(&d->lock);
 }
