@@ -10,8 +10,10 @@ import struct
 from pathlib import Path
 
 import pytest
+import trio
 from hypothesis import given, settings, strategies as st
 
+from orchestra import Shutdown
 from orchestra.backend import memory as memory_module
 from orchestra.backend.memory import _HUGE_POOL, GuestMemory
 from orchestra.model.errors import FileError, GuestMemoryError, ResourceLimit
@@ -278,6 +280,25 @@ def test_a_kernel_without_huge_pages_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr(memory_module.mmap, "mmap", lambda *_, **__: (_ for _ in ()).throw(OSError(errno.EINVAL, "no")))
     with pytest.raises(ResourceLimit, match="this kernel has no huge pages of 2 MiB"):
         made_of(Memory(HUGE_PAGE, huge_pages=True))
+
+
+def ram_file(folder: Path) -> str:
+    path = folder / "ram"
+    path.write_bytes(bytes(MiB - PAGE) + b"in the file".ljust(PAGE, b"\0"))
+    return str(path)
+
+
+@pytest.mark.parametrize("backing", ["anonymous", "shared", "file"])
+async def test_guests_run_in_memory_of_any_kind_on_every_backend(stage, backing, tmp_path):
+    path = ram_file(tmp_path) if backing == "file" else None
+    spec = stage.spec("exit_port", memory=Memory(MiB, backing=backing, path=path))
+    async with stage.open() as fleet:
+        vm = await fleet.launch(spec)
+        with trio.fail_after(20):
+            assert await vm.wait() == Shutdown(code=42)
+        assert vm.read_memory(spec.boot.load, len(spec.boot.code)) == spec.boot.code
+        assert vm.read_memory(MiB - PAGE, 11) == (b"in the file" if path else bytes(11))
+        assert (vm.guest.memory.descriptor is not None) == (backing == "shared")
 
 
 # ---- its end

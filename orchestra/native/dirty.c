@@ -108,47 +108,63 @@ static int collect_bitmaps(orc_dirty *d, bool *any)
 	return error;
 }
 
-static void add(uint64_t *to, const uint64_t *from, size_t words)
+/* Gives what was collected to all readers. `count`: takes what there is to be counted, and returns how many pages. */
+static orc_u64 share_out(orc_dirty *d, bool count)
 {
-	for (size_t i = 0; i < words; i++)
-		if (from[i]) /* so that a page of a bitmap that is all clear stays untouched */
-			to[i] |= from[i];
+	orc_u64 pages = 0;
+	bool kept = false;
+
+	for (size_t i = 0; i < d->slots; i++) {
+		uint64_t *fresh = d->fresh + d->first[i], *counting = d->counting.bitmap + d->first[i];
+
+		for (size_t w = 0, words = orc_dirty_words_of(&d->slot[i]); w < words; w++) {
+			uint64_t all = fresh[w];
+
+			if (all) { /* most are not, and pages of a bitmap that is all clear stay untouched */
+				for (struct orc_dirty_reader *r = d->readers; r; r = r->next)
+					r->bitmap[d->first[i] + w] |= all;
+				fresh[w] = 0;
+				all = d->wanted[i] ? all : 0;
+			}
+			if (d->kept && counting[w]) {
+				all |= counting[w];
+				counting[w] = 0;
+			}
+			if (all && count) {
+				pages += (orc_u64)__builtin_popcountll(all);
+			} else if (all) {
+				counting[w] = all;
+				kept = true;
+			}
+		}
+	}
+	d->kept = kept;
+	return pages;
 }
 
-static void add_counted(orc_dirty *d)
-{
-	for (size_t i = 0; i < d->slots; i++)
-		if (d->wanted[i])
-			add(d->counting.bitmap + d->first[i], d->fresh + d->first[i], orc_dirty_words_of(&d->slot[i]));
-}
-
-/* Reads what is in the log, and gives it to all readers. *any: some of it could be read. */
+/* Reads what is in the log into `fresh`. *any: some of it could be read. */
 static int collect_some(orc_dirty *d, uint32_t full, bool *any)
 {
-	int error = d->entries ? orc_dirty_collect_rings(d, full) : collect_bitmaps(d, any);
-
-	*any = *any || d->entries;
-	add_counted(d);
-	for (struct orc_dirty_reader *r = d->readers; r; r = r->next)
-		add(r->bitmap, d->fresh, d->words);
-	for (size_t i = 0; i < d->words; i++)
-		if (d->fresh[i])
-			d->fresh[i] = 0;
-	return error;
+	*any = d->entries != 0;
+	return d->entries ? orc_dirty_collect_rings(d, full) : collect_bitmaps(d, any);
 }
 
-static int collect(orc_dirty *d)
+/* For all readers; what is to be counted is kept. */
+static int collect(orc_dirty *d, uint32_t full)
 {
-	bool any = false;
+	bool any;
+	int error = collect_some(d, full, &any);
 
-	return collect_some(d, ORC_DIRTY_NO_RING, &any);
+	share_out(d, false);
+	return error;
 }
 
 /* Takes what there is to be counted. */
 static int count(orc_dirty *d)
 {
 	orc_ns now = orc_now();
-	bool any = false;
+	orc_u64 pages;
+	bool any;
 	int error;
 
 	if (d->vm < 0 || !is_counted(d))
@@ -156,13 +172,11 @@ static int count(orc_dirty *d)
 	error = collect_some(d, ORC_DIRTY_NO_RING, &any);
 	if (!any)
 		return error;
+	pages = share_out(d, true);
 	pthread_mutex_lock(&d->sums_lock);
-	d->sums.pages += orc_dirty_ones(d->counting.bitmap, d->words);
+	d->sums.pages += pages;
 	d->sums.read = now;
 	pthread_mutex_unlock(&d->sums_lock);
-	for (size_t i = 0; i < d->words; i++)
-		if (d->counting.bitmap[i])
-			d->counting.bitmap[i] = 0;
 	return error;
 }
 
@@ -234,7 +248,7 @@ int orc_dirty_log(orc_dirty *d, bool on)
 		pthread_mutex_lock(&d->lock);
 		count(d); /* a slot that is not logged any more has lost its log */
 		if (d->vm >= 0 && d->readers && !is_counted(d))
-			collect(d); /* what is logged for others until now is not counted */
+			collect(d, ORC_DIRTY_NO_RING); /* what is logged for others until now is not counted */
 		memcpy(before, d->wanted, d->slots * sizeof(*before));
 		for (size_t i = 0; i < d->slots; i++)
 			d->wanted[i] = on && !(d->slot[i].flags & KVM_MEM_READONLY);
@@ -280,7 +294,7 @@ int orc_dirty_open(orc_dirty *d, struct orc_dirty_reader **out)
 		reader->bitmap = calloc(d->words + 1, sizeof(*reader->bitmap));
 	if (was && reader && reader->bitmap) {
 		pthread_mutex_lock(&d->lock);
-		rc = d->vm < 0 ? -EBADF : collect(d); /* what was written before is the others' */
+		rc = d->vm < 0 ? -EBADF : collect(d, ORC_DIRTY_NO_RING); /* what was written before is the others' */
 		if (!rc) {
 			reader->log = d;
 			reader->next = d->readers;
@@ -311,7 +325,7 @@ int orc_dirty_take(struct orc_dirty_reader *reader, uint64_t *bitmap)
 	int rc;
 
 	pthread_mutex_lock(&d->lock);
-	rc = d->vm < 0 ? 0 : collect(d);
+	rc = d->vm < 0 ? 0 : collect(d, ORC_DIRTY_NO_RING);
 	memcpy(bitmap, reader->bitmap, d->words * sizeof(*bitmap));
 	memset(reader->bitmap, 0, d->words * sizeof(*bitmap));
 	pthread_mutex_unlock(&d->lock);
@@ -326,7 +340,7 @@ int orc_dirty_shut(struct orc_dirty_reader *reader)
 
 	pthread_mutex_lock(&d->lock);
 	if (d->vm >= 0)
-		collect(d); /* for the others: what is not logged any more has lost its log */
+		collect(d, ORC_DIRTY_NO_RING); /* for the others: what is not logged any more has lost its log */
 	unlink_reader(reader);
 	if (was)
 		rc = set_flags(d, was);
@@ -362,11 +376,10 @@ void orc_dirty_mark(orc_dirty *d, orc_u64 address, orc_u64 size)
 
 int orc_dirty_drain(orc_dirty *d, uint32_t ring)
 {
-	bool any = false;
 	int rc;
 
 	pthread_mutex_lock(&d->lock);
-	rc = d->vm < 0 ? 0 : collect_some(d, ring, &any);
+	rc = d->vm < 0 ? 0 : collect(d, ring);
 	pthread_mutex_unlock(&d->lock);
 	return rc;
 }
@@ -375,7 +388,7 @@ void orc_dirty_close(orc_dirty *d)
 {
 	pthread_mutex_lock(&d->lock);
 	if (d->vm >= 0 && d->readers)
-		collect(d); /* what was written last, for who takes it later */
+		collect(d, ORC_DIRTY_NO_RING); /* what was written last, for who takes it later */
 	d->vm = -1;
 	orc_dirty_unmap_rings(d);
 	pthread_mutex_unlock(&d->lock);

@@ -29,6 +29,7 @@ struct orc_dirty {
 	bool *wanted;         /* of each slot: its pages are to be counted, or: whoever reads, it is logged */
 	uint64_t *fresh;      /* what was just collected */
 	struct orc_dirty_reader counting, *readers; /* the latter do not have the former among them */
+	bool kept;            /* there are pages in counting.bitmap, collected for others and not counted yet */
 	_Atomic bool read;    /* there are some */
 	struct orc_dirty_ring *ring;
 	uint32_t rings, entries; /* entries: of each ring; 0: the kernel keeps bitmaps */
