@@ -302,6 +302,23 @@ def load_none(spec: Knock, layout: orc.Layout, memory: GuestMemory) -> list[Entr
 
 
 @attrs.frozen
+class Idle(Knock):
+    loader = f"{__name__}:load_idle"
+
+
+def load_idle(spec: Knock, layout: orc.Layout, memory: GuestMemory) -> list[EntryState]:
+    return [*load_knock(spec, layout, memory)[1:], APPLICATION_PROCESSOR]
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize(("vcpus", "irqchip"), [(1, True), (2, False)])
+async def test_a_loader_that_has_vcpus_wait_for_a_signal_that_can_not_come_is_named(vcpus, irqchip, nothing_left):
+    async with orc.open_fleet(backend="kvm") as fleet:
+        with pytest.raises(SpecError, match="load_idle' has vCPUs wait"):
+            await fleet.launch(orc.VmSpec(name="vm", boot=Idle(0x2000), vcpus=vcpus, irqchip=irqchip))
+
+
+@attrs.frozen
 class Odd(Knock):
     loader = f"{__name__}:load_odd"
 
