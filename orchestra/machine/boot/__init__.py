@@ -20,7 +20,7 @@ def load(spec: VmSpec, memory: GuestMemory) -> list[EntryState]:
     """Have what the VM boots written into its memory; where each vCPU starts.
 
     Raises:
-        SpecError: the boot spec's loader is missing, did not tell of every vCPU, or has one wait for a signal that can't
+        SpecError: the boot spec's loader is missing, does not tell of every vCPU, or has one wait for what can't
             come.
         OrchestraError: what the loader raises.
     """
