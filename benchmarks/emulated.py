@@ -15,7 +15,7 @@ import trio
 import orchestra as orc
 from orchestra.backend.emulated.machine import EmulatedBackend
 from orchestra.backend.memory import GuestMemory
-from orchestra.machine.boot import flat
+from orchestra.machine import boot
 from orchestra.native.core import FleetCore, VcpuCore
 
 from . import floor
@@ -210,7 +210,7 @@ async def _engine(options: Options) -> list[Row]:
     for number in range(engines):
         spec = _spec(f"vm-{number}", "mix")
         core, memory = VcpuCore(fleet_core, number), GuestMemory(spec)
-        states = flat.load(spec, memory)
+        states = boot.load(spec, memory)
         start = time.perf_counter()
         machine = backend.create(spec, [core], memory, states, bus_locks=True)
         took.append((time.perf_counter() - start) * 1000)

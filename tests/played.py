@@ -12,7 +12,7 @@ from orchestra import FlatImage, MiB, VmSpec
 from orchestra.backend.emulated.machine import EmulatedBackend
 from orchestra.backend.kvm.machine import KvmBackend
 from orchestra.backend.memory import GuestMemory
-from orchestra.machine.boot import flat
+from orchestra.machine import boot
 from orchestra.machine.devices.bus import Bus
 from orchestra.machine.vcpu import Vcpu
 from orchestra.model import exits
@@ -136,12 +136,12 @@ def play(
     `data`: what else memory holds at first. `debug`: for `guest_debug`. `goes_on`: exits that do not end it here.
     `prepare`: called before it runs, and what it returns once it has ended.
     """
-    boot = FlatImage(code=code, load=load, mode=mode)
-    spec = VmSpec(name="guest", boot=boot, memory=memory, regions=tuple(regions), bus_lock_detection=detection)
+    image = FlatImage(code=code, load=load, mode=mode)
+    spec = VmSpec(name="guest", boot=image, memory=memory, regions=tuple(regions), bus_lock_detection=detection)
     guest_memory, fleet = GuestMemory(spec), FleetCore()
     core, host = VcpuCore(fleet, 1), _Host()
     core.set_buses(host.ports.handle, host.mmio.handle)
-    states = flat.load(spec, guest_memory)
+    states = boot.load(spec, guest_memory)
     for address, content in data:
         guest_memory.write(address, content)
     machine = backend.create(spec, [core], guest_memory, states, bus_locks=backend.bus_lock_detection() is not None)

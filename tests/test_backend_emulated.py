@@ -13,7 +13,7 @@ import pytest
 from orchestra import FlatImage, Halted, Limit, MemoryRegion, Shutdown, VmSpec, open_fleet
 from orchestra.backend.emulated.machine import EmulatedBackend
 from orchestra.backend.memory import GuestMemory
-from orchestra.machine.boot import flat
+from orchestra.machine import boot
 from orchestra.model import exits
 from orchestra.native import lib
 from orchestra.native.core import Command, FleetCore, VcpuCore
@@ -306,7 +306,7 @@ def test_memory_that_is_written_when_its_engine_is_closed_already_touches_nothin
     spec = VmSpec(name="guest", boot=FlatImage(code=HLT))
     memory, fleet = GuestMemory(spec), FleetCore()
     core = VcpuCore(fleet, 1)
-    machine = emulated.create(spec, [core], memory, flat.load(spec, memory), bus_locks=True)
+    machine = emulated.create(spec, [core], memory, boot.load(spec, memory), bus_locks=True)
     machine.engines[0].close()
     monkeypatch.setattr("orchestra.backend.emulated.machine.lib", Library())
     memory.write(0x1000, HLT)

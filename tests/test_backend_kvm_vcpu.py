@@ -10,9 +10,10 @@ import attrs
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from orchestra.backend.kvm import vcpu as vcpu_module
+from orchestra.backend.kvm import state, vcpu as vcpu_module
 from orchestra.backend.kvm.cpuid import CpuidEntry
 from orchestra.backend.kvm.ioctl import call
+from orchestra.backend.kvm.state import CPUID, DEBUG, EVENTS, FPU, MP_STATE, REGISTERS, SPECIAL, XCRS, XSAVE
 from orchestra.backend.kvm.system import Kvm
 from orchestra.backend.kvm.vcpu import KvmVcpu
 from orchestra.backend.kvm.vm import KvmVm
@@ -54,16 +55,17 @@ def guest(vm, vcpu) -> Iterator[mmap.mmap]:
     pages = mmap.mmap(-1, 0x10000)
     pointer = ffi.from_buffer(pages)
     vm.set_memory(0, 0, len(pages), pointer)
-    vcpu.update_special(real_mode)
-    vcpu.set_registers(Registers(rip=0x1000))
+    enter_real_mode(vcpu, 0x1000)
     yield pages
     vm.set_memory(0, 0, 0, 0)
     ffi.release(pointer)
     pages.close()
 
 
-def real_mode(sregs):
-    sregs.cs.base = sregs.cs.selector = 0
+def enter_real_mode(vcpu, rip):
+    special = vcpu.read(SPECIAL)
+    vcpu.write(SPECIAL, attrs.evolve(special, cs=attrs.evolve(special.cs, base=0, selector=0)))
+    vcpu.write(REGISTERS, Registers(rip=rip))
 
 
 def run(vcpu):
@@ -79,26 +81,18 @@ def run(vcpu):
 def test_general_registers_come_back_as_they_were_set(vcpu, values):
     names = [field.name for field in attrs.fields(Registers) if field.name != "rflags"]
     registers = Registers(**dict(zip(names, values, strict=True)))
-    vcpu.set_registers(registers)
-    assert vcpu.registers() == registers
+    vcpu.write(REGISTERS, registers)
+    assert vcpu.read(REGISTERS) == registers
 
 
 @pytest.mark.parametrize("value", [-1, 1 << 64, "1", None])
 def test_a_register_that_is_no_unsigned_64_bit_number_is_named(vcpu, value):
     with pytest.raises(SpecError, match="r9="):
-        vcpu.set_registers(Registers(r9=value))
-
-
-def test_one_structure_sets_the_registers_of_many_vcpus(vm, vcpu):
-    prepared = Registers(rip=0x1234, rdi=7).to_struct()
-    with vm.create_vcpu(1) as other:
-        for each in (vcpu, other):
-            each.write_regs(prepared)
-        assert vcpu.registers() == other.registers() == Registers(rip=0x1234, rdi=7)
+        vcpu.write(REGISTERS, Registers(r9=value))
 
 
 def test_special_registers_come_back_as_they_were_set(vcpu):
-    read = vcpu.special_registers()
+    read = vcpu.read(SPECIAL)
     changed = attrs.evolve(
         read,
         ds=attrs.evolve(read.ds, base=0x12340, selector=0x1234),
@@ -106,32 +100,24 @@ def test_special_registers_come_back_as_they_were_set(vcpu):
         cr2=0xABC000,
     )
     assert changed != read
-    vcpu.set_special_registers(changed)
-    assert vcpu.special_registers() == changed
-
-
-def test_special_registers_can_be_changed_in_place(vcpu):
-    before = vcpu.special_registers()
-    vcpu.update_special(real_mode)
-    after = vcpu.special_registers()
-    assert after.cs.base == after.cs.selector == 0
-    assert attrs.evolve(after, cs=before.cs) == before
+    vcpu.write(SPECIAL, changed)
+    assert vcpu.read(SPECIAL) == changed
 
 
 def test_a_special_register_that_does_not_fit_is_named(vcpu):
-    read = vcpu.special_registers()
+    read = vcpu.read(SPECIAL)
     with pytest.raises(SpecError, match="gdt="):
-        vcpu.set_special_registers(attrs.evolve(read, gdt=DescriptorTable(limit=1 << 16)))
+        vcpu.write(SPECIAL, attrs.evolve(read, gdt=DescriptorTable(limit=1 << 16)))
     with pytest.raises(SpecError, match="cs="):
-        vcpu.set_special_registers(attrs.evolve(read, cs=Segment(type=-1)))
+        vcpu.write(SPECIAL, attrs.evolve(read, cs=Segment(type=-1)))
     with pytest.raises(SpecError, match="interrupt_bitmap="):
-        vcpu.set_special_registers(attrs.evolve(read, interrupt_bitmap=(0,) * 5))
+        vcpu.write(SPECIAL, attrs.evolve(read, interrupt_bitmap=(0,) * 5))
 
 
 def test_a_state_that_no_cpu_can_be_in_is_the_kernels_error(vcpu):
-    impossible = attrs.evolve(vcpu.special_registers(), cr0=0x8000_0000, cr4=0)  # paging without protection
+    impossible = attrs.evolve(vcpu.read(SPECIAL), cr0=0x8000_0000, cr4=0)  # paging without protection
     with pytest.raises(KvmError, match="KVM_SET_SREGS: Invalid argument"):
-        vcpu.set_special_registers(impossible)
+        vcpu.write(SPECIAL, impossible)
 
 
 @given(numbers=st.lists(U64, min_size=7, max_size=7), bits=st.integers(0, 255), base=U64)
@@ -150,35 +136,35 @@ def test_special_registers_survive_the_way_through_the_kernels_structure(numbers
 
 def test_debug_registers_come_back_as_they_were_set(vcpu):
     registers = DebugRegisters(db=(0x1000, 0x2000, 0, 0xFFFF_FFFF), dr6=0xFFFF0FF1, dr7=0x401)
-    vcpu.set_debug_registers(registers)
-    assert vcpu.debug_registers() == registers
+    vcpu.write(DEBUG, registers)
+    assert vcpu.read(DEBUG) == registers
     with pytest.raises(SpecError, match="db="):
-        vcpu.set_debug_registers(DebugRegisters(db=(0, 0, 0, -1)))
+        vcpu.write(DEBUG, DebugRegisters(db=(0, 0, 0, -1)))
 
 
 # ---- CPUID and MSRs
 
 
-def test_cpuid_is_taken_as_a_buffer_a_table_and_a_list(kvm, vm):
+def test_cpuid_comes_back_as_it_was_set(kvm, vcpu):
     table = kvm.supported_cpuid()
-    for index, form in enumerate((table.with_apic_id(0), table, table.entries())):
-        with vm.create_vcpu(index) as vcpu:
-            vcpu.set_cpuid(form)
-            got = {(entry.function, entry.index): entry for entry in vcpu.cpuid()}
-            assert got[(0, 0)] == table.find(0)
-            assert len(got) == len(table)
+    vcpu.write(CPUID, table.entries())
+    got = {(entry.function, entry.index): entry for entry in vcpu.read(CPUID)}
+    assert got[(0, 0)] == table.find(0)
+    assert len(got) == len(table)
 
 
 def test_a_guest_reads_its_number_from_cpuid(kvm, vm, vcpu, guest):
     guest[0x1000:0x1009] = b"\x66\xb8\x01\x00\x00\x00\x0f\xa2\xf4"  # mov eax, 1; cpuid; hlt
-    vcpu.set_cpuid(kvm.supported_cpuid().with_apic_id(0x2A))
+    table = kvm.supported_cpuid()
+    table.with_apic_id(0x2A)
+    vcpu.write(CPUID, table.entries())
     assert run(vcpu) == EXIT_HLT
-    assert vcpu.registers().rbx >> 24 == 0x2A
+    assert vcpu.read(REGISTERS).rbx >> 24 == 0x2A
 
 
 def test_too_many_cpuid_entries_are_the_kernels_error(vcpu):
     with pytest.raises(KvmError, match="KVM_SET_CPUID2: Argument list too long"):
-        vcpu.set_cpuid([CpuidEntry(function=0)] * 300)
+        vcpu.write(CPUID, [CpuidEntry(function=0)] * 300)
 
 
 SYSENTER_CS, SYSENTER_ESP, NO_MSR = 0x174, 0x175, 0xDEAD
@@ -215,70 +201,70 @@ def test_an_msr_value_that_does_not_fit_is_refused(vcpu):
 # ---- opaque state
 
 
-@pytest.mark.parametrize("part", ["fpu", "xsave", "vcpu_events"])
+@pytest.mark.parametrize("part", [FPU, XSAVE, EVENTS], ids=repr)
 def test_opaque_state_can_be_read_and_written_back(vcpu, part):
-    state = getattr(vcpu, part)()
-    assert isinstance(state, bytes)
-    getattr(vcpu, f"set_{part}")(state)
-    assert getattr(vcpu, part)() == state
+    read = vcpu.read(part)
+    assert isinstance(read, bytes)
+    vcpu.write(part, read)
+    assert vcpu.read(part) == read
 
 
-@pytest.mark.parametrize("part", ["fpu", "xsave", "vcpu_events"])
+@pytest.mark.parametrize("part", [FPU, XSAVE, EVENTS], ids=repr)
 def test_opaque_state_of_another_size_is_refused(vcpu, part):
-    state = getattr(vcpu, part)()
-    for wrong in (b"", state[:-1], state + b"\0"):
-        with pytest.raises(SpecError, match=f"{len(wrong)} bytes, must be {len(state)}"):
-            getattr(vcpu, f"set_{part}")(wrong)
+    read = vcpu.read(part)
+    for wrong in (b"", read[:-1], read + b"\0"):
+        with pytest.raises(SpecError, match=f"{len(wrong)} bytes, must be {len(read)}"):
+            vcpu.write(part, wrong)
 
 
 def test_the_extended_state_is_as_large_as_the_kernel_says(vm, vcpu):
-    assert len(vcpu.xsave()) == vm.xsave_size == max(4096, vm.extension(lib.KVM_CAP_XSAVE2))
+    assert len(vcpu.read(XSAVE)) == max(4096, vm.extension(lib.KVM_CAP_XSAVE2))
 
 
 @pytest.mark.parametrize(("says", "size", "ioctl"), [(0, 4096, "KVM_GET_XSAVE"), (11008, 11008, "KVM_GET_XSAVE2")])
 def test_a_larger_extended_state_is_read_by_the_newer_ioctl(vcpu, monkeypatch, says, size, ioctl):
     monkeypatch.setattr(KvmVm, "extension", lambda *_: says)
     asked = []
-    monkeypatch.setattr(vcpu_module, "call", lambda _fd, name, area: asked.append((name, ffi.sizeof(area))))
-    assert len(vcpu.xsave()) == size
+    monkeypatch.setattr(state, "call", lambda _fd, name, area: asked.append((name, ffi.sizeof(area))))
+    assert len(vcpu.read(XSAVE)) == size
     assert asked == [(ioctl, size)]
 
 
 def test_xcr0_comes_back_as_it_was_set(vcpu):
-    xcrs = vcpu.xcrs()
+    xcrs = vcpu.read(XCRS)
     assert xcrs[0] & 1
-    vcpu.set_xcrs(xcrs)
-    assert vcpu.xcrs() == xcrs
+    vcpu.write(XCRS, xcrs)
+    assert vcpu.read(XCRS) == xcrs
     with pytest.raises(KvmError, match="KVM_SET_XCRS"):
-        vcpu.set_xcrs({0: 1 << 62 | 1})
+        vcpu.write(XCRS, {0: 1 << 62 | 1})
     with pytest.raises(SpecError, match="xcrs="):
-        vcpu.set_xcrs(dict.fromkeys(range(17), 1))
+        vcpu.write(XCRS, dict.fromkeys(range(17), 1))
 
 
 # ---- state, debugging, the clock
 
 
 def test_a_vcpu_without_an_irqchip_is_runnable_and_cannot_be_halted_from_outside(vcpu):
-    assert vcpu.mp_state() is MpState.RUNNABLE
-    vcpu.set_mp_state(MpState.RUNNABLE)
+    assert vcpu.read(MP_STATE) is MpState.RUNNABLE
+    vcpu.write(MP_STATE, MpState.RUNNABLE)
     with pytest.raises(KvmError, match="KVM_SET_MP_STATE"):
-        vcpu.set_mp_state(MpState.SIPI_RECEIVED)
+        vcpu.write(MP_STATE, MpState.SIPI_RECEIVED)
 
 
 def test_with_an_irqchip_the_second_vcpu_waits_to_be_started(vm):
     vm.create_irqchip()
     with vm.create_vcpu(0) as first, vm.create_vcpu(1) as second:
-        assert first.mp_state() is MpState.RUNNABLE
-        assert second.mp_state() is MpState.UNINITIALIZED
-        second.set_mp_state(MpState.HALTED)
-        assert second.mp_state() is MpState.HALTED
+        assert first.read(MP_STATE) is MpState.RUNNABLE
+        assert second.read(MP_STATE) is MpState.UNINITIALIZED
+        second.write(MP_STATE, MpState.HALTED)
+        assert second.read(MP_STATE) is MpState.HALTED
 
 
 def test_a_single_stepped_guest_stops_after_each_instruction(vcpu, guest):
     guest[0x1000:0x1003] = b"\x90\x90\xf4"
     vcpu.guest_debug(lib.KVM_GUESTDBG_ENABLE | lib.KVM_GUESTDBG_SINGLESTEP)
     assert run(vcpu) == EXIT_DEBUG
-    assert vcpu.registers().rip == 0x1001
+    assert vcpu.read(REGISTERS).rip == 0x1001
     vcpu.guest_debug(0)
     assert run(vcpu) == EXIT_HLT
     with pytest.raises(SpecError, match="debugreg"):
@@ -329,7 +315,7 @@ def test_after_close_there_is_no_run_structure_to_touch(vm):
     with pytest.raises(StateError, match="closed"):
         _ = vcpu.run
     with pytest.raises(KvmError) as caught:
-        vcpu.registers()
+        vcpu.read(REGISTERS)
     assert caught.value.errno == errno.EBADF
 
 
@@ -337,5 +323,5 @@ def test_a_vcpu_outlives_the_descriptors_it_came_from(kvm):
     with kvm.create_vm() as vm:
         vcpu = vm.create_vcpu(0)
     with vcpu:
-        assert vcpu.registers().rip == 0xFFF0
-        assert call(vcpu.fd, "KVM_GET_REGS", vcpu.read_regs()) == 0
+        assert vcpu.read(REGISTERS).rip == 0xFFF0
+        assert call(vcpu.fd, "KVM_GET_REGS", Registers().to_struct()) == 0

@@ -10,9 +10,11 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import attrs
 import pytest
 
 from orchestra.backend.kvm import vm as vm_module
+from orchestra.backend.kvm.state import REGISTERS, SPECIAL
 from orchestra.backend.kvm.system import Kvm
 from orchestra.backend.kvm.vm import KvmVm
 from orchestra.backend.registers import Registers
@@ -72,11 +74,9 @@ def start(vm, memory, code, address=0x1000):
     vm.set_memory(0, 0, len(memory.pages), memory.pointer)
     vcpu = vm.create_vcpu(0)
 
-    def real_mode(sregs):
-        sregs.cs.base = sregs.cs.selector = 0
-
-    vcpu.update_special(real_mode)
-    vcpu.set_registers(Registers(rip=address))
+    special = vcpu.read(SPECIAL)
+    vcpu.write(SPECIAL, attrs.evolve(special, cs=attrs.evolve(special.cs, base=0, selector=0)))
+    vcpu.write(REGISTERS, Registers(rip=address))
     return vcpu
 
 

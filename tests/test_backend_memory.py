@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import errno
 import mmap
+import os
+import re
+import struct
+from pathlib import Path
 
 import pytest
+import trio
 from hypothesis import given, settings, strategies as st
 
-from orchestra.backend.memory import GuestMemory
-from orchestra.model.errors import GuestMemoryError, ResourceLimit
-from orchestra.model.spec import MAX_MEMORY, PAGE, FlatImage, GiB, MemoryRegion, MiB, VmSpec
+from orchestra import Shutdown
+from orchestra.backend import memory as memory_module
+from orchestra.backend.memory import _HUGE_POOL, GuestMemory
+from orchestra.model.errors import FileError, GuestMemoryError, ResourceLimit
+from orchestra.model.memory import HUGE_PAGE, MAX_MEMORY, PAGE, Memory
+from orchestra.model.spec import FlatImage, GiB, MemoryRegion, MiB, VmSpec
 from orchestra.native import ffi
 
 HOLE = range(16 * PAGE, 18 * PAGE)
 RAM = 8 * PAGE
 
 
-def spec(memory: int = RAM, *regions: MemoryRegion) -> VmSpec:
+def spec(memory: int | Memory = RAM, *regions: MemoryRegion) -> VmSpec:
     return VmSpec(name="vm", boot=FlatImage(code=b"\xf4"), memory=memory, regions=regions)
 
 
-def of(*regions: MemoryRegion, memory: int = RAM) -> GuestMemory:
+def of(*regions: MemoryRegion, memory: int | Memory = RAM) -> GuestMemory:
     return GuestMemory(spec(memory, *regions))
 
 
@@ -111,12 +119,6 @@ def test_addresses_and_sizes_are_whole_numbers_from_0(memory, address, size):
         memory.read(address, size)
 
 
-def test_zero_gives_every_page_back(memory):
-    memory.write(0, b"x" * RAM)
-    memory.zero()
-    assert memory.read(0, RAM + 4 * PAGE) == bytes(RAM + 4 * PAGE)
-
-
 def test_host_address_is_where_the_backend_finds_the_bytes(memory):
     memory.write(RAM + 5, b"hello")
     assert bytes(ffi.buffer(ffi.cast("char *", memory.regions[1].host + 5), 5)) == b"hello"
@@ -129,6 +131,174 @@ def test_ram_above_3_gib_is_two_mappings_around_the_hole():
     with pytest.raises(GuestMemoryError):
         big.read(3 * GiB, 1)
     big.close()
+
+
+def test_a_structure_is_unpacked_from_one_copy(memory, monkeypatch):
+    layout = struct.Struct("<HIQ")
+    memory.write(0x10, layout.pack(1, 2, 3))
+    reads = []
+    read = GuestMemory.read
+    monkeypatch.setattr(GuestMemory, "read", lambda self, *what: reads.append(what) or read(self, *what))
+    assert memory.unpack(layout, 0x10) == (1, 2, 3)
+    assert reads == [(0x10, 14)]
+    with pytest.raises(GuestMemoryError):
+        memory.unpack(layout, RAM + 4 * PAGE - 13)
+
+
+# ---- what it is made of
+
+
+def made_of(memory: Memory | int = RAM, **more: object) -> GuestMemory:
+    made = VmSpec(name="vm", boot=FlatImage(code=b"\xf4", load=0), memory=memory)
+    return GuestMemory(made, **more)
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "memory"
+    path.write_bytes(b"".join(bytes([page]) * PAGE for page in range(8)))
+    return path
+
+
+def test_shared_memory_is_seen_through_its_descriptor_by_whoever_has_it():
+    memory = made_of(Memory(RAM, backing="shared"))
+    with mmap.mmap(memory.descriptor, RAM) as other:
+        memory.write(0x123, b"from here")
+        assert other[0x123:0x12C] == b"from here"
+        other[0x2000:0x2005] = b"there"
+        assert memory.read(0x2000, 5) == b"there"
+        memory.close()
+        assert other[0x123:0x12C] == b"from here"  # their mapping is their own
+    assert memory.descriptor is None
+
+
+def test_shared_memory_can_not_be_cut_short_or_made_longer_by_whoever_has_it():
+    memory = made_of(Memory(RAM, backing="shared"))
+    for size in (0, RAM - PAGE, RAM + PAGE):
+        with pytest.raises(PermissionError):
+            os.ftruncate(memory.descriptor, size)
+    memory.close()
+
+
+def test_ram_around_the_hole_lies_in_one_descriptor_in_its_order():
+    memory = made_of(Memory(3 * GiB + PAGE, backing="shared"))
+    memory.write(4 * GiB, b"high")
+    assert os.pread(memory.descriptor, 4, 3 * GiB) == b"high"
+    memory.close()
+
+
+def test_only_shared_memory_has_a_descriptor(memory, image):
+    assert memory.descriptor is None
+    private = made_of(Memory(RAM, backing="file", path=str(image)))
+    assert private.descriptor is None
+    private.close()
+
+
+def test_memory_of_a_file_holds_what_it_holds_and_never_changes_it(image):
+    before = image.read_bytes()
+    memory = made_of(Memory(RAM, backing="file", path=str(image)))
+    assert memory.read(0, RAM) == before
+    memory.write(3 * PAGE - 2, b"ours")
+    assert memory.read(3 * PAGE - 2, 5) == b"ours\3"
+    assert image.read_bytes() == before
+    memory.close()
+
+
+def test_many_memories_over_one_template_do_not_see_each_other(image):
+    descriptor = os.open(image, os.O_RDONLY)
+    memories = [made_of(template=descriptor) for _ in range(3)]
+    os.close(descriptor)  # theirs stay
+    for number, memory in enumerate(memories):
+        memory.write(5 * PAGE, bytes([number]) * 4)
+    assert [memory.read(5 * PAGE, 5) for memory in memories] == [bytes([n]) * 4 + b"\5" for n in range(3)]
+    for memory in memories:
+        memory.close()
+
+
+def test_a_memfd_that_is_a_template_can_not_be_cut_short_from_then_on():
+    template = os.memfd_create("template", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(template, RAM)
+    memory = made_of(template=template)
+    with pytest.raises(PermissionError):
+        os.ftruncate(template, PAGE)
+    assert memory.read(RAM - 1, 1) == b"\0"  # which would have ended the process
+    memory.close()
+    os.close(template)
+
+
+@pytest.mark.parametrize("size", [0, 1, RAM - 1])
+def test_a_file_that_is_too_short_is_refused_with_both_sizes(tmp_path, size):
+    path = tmp_path / "short"
+    path.write_bytes(bytes(size))
+    with pytest.raises(FileError, match=f"short: has {size} bytes, and the VM's RAM {RAM}"):
+        made_of(Memory(RAM, backing="file", path=str(path)))
+
+
+def test_what_is_no_readable_regular_file_is_refused_by_its_name(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for name, what in [("none", "No such file"), (".", "is no regular file"), ("pipe", "is no regular file")]:
+        path = str(tmp_path / name)
+        with pytest.raises(FileError, match=f"{re.escape(path)}: .*{what}"):
+            made_of(Memory(RAM, backing="file", path=path))
+    with pytest.raises(FileError, match=r"descriptor 12345: .*Bad file descriptor"):
+        made_of(template=12345)
+
+
+def free_huge_pages() -> int:
+    try:
+        return int(_HUGE_POOL.read_text())
+    except OSError:
+        return -1
+
+
+@pytest.mark.parametrize("backing", ["anonymous", "shared"])
+def test_huge_pages_that_the_host_does_not_have_are_counted_and_the_remedy_is_named(backing):
+    free = free_huge_pages()
+    if free < 0:
+        pytest.skip("this kernel has no huge pages of 2 MiB")
+    wanted = free + 5
+    with pytest.raises(ResourceLimit, match=rf"needs {wanted} huge .* has {free} free .* `sysctl vm.nr_hugepages=N`"):
+        made_of(Memory(wanted * HUGE_PAGE, backing=backing, huge_pages=True))
+
+
+@pytest.mark.parametrize("backing", ["anonymous", "shared"])
+def test_huge_pages_come_from_the_hosts_pool_and_go_back(backing):
+    free = free_huge_pages()
+    if free < 2:
+        pytest.skip(f"this host's pool has {max(free, 0)} free huge pages (vm.nr_hugepages)")
+    memory = made_of(Memory(2 * HUGE_PAGE, backing=backing, huge_pages=True))
+    memory.write(HUGE_PAGE - 2, b"1234")
+    assert memory.read(HUGE_PAGE - 2, 4) == b"1234"
+    assert free_huge_pages() < free
+    assert memory.regions[0].host % HUGE_PAGE == 0
+    memory.close()
+    assert free_huge_pages() == free
+
+
+def test_a_kernel_without_huge_pages_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory_module, "_HUGE_POOL", tmp_path / "none")
+    monkeypatch.setattr(memory_module.mmap, "mmap", lambda *_, **__: (_ for _ in ()).throw(OSError(errno.EINVAL, "no")))
+    with pytest.raises(ResourceLimit, match="this kernel has no huge pages of 2 MiB"):
+        made_of(Memory(HUGE_PAGE, huge_pages=True))
+
+
+def ram_file(folder: Path) -> str:
+    path = folder / "ram"
+    path.write_bytes(bytes(MiB - PAGE) + b"in the file".ljust(PAGE, b"\0"))
+    return str(path)
+
+
+@pytest.mark.parametrize("backing", ["anonymous", "shared", "file"])
+async def test_guests_run_in_memory_of_any_kind_on_every_backend(stage, backing, tmp_path):
+    path = ram_file(tmp_path) if backing == "file" else None
+    spec = stage.spec("exit_port", memory=Memory(MiB, backing=backing, path=path))
+    async with stage.open() as fleet:
+        vm = await fleet.launch(spec)
+        with trio.fail_after(20):
+            assert await vm.wait() == Shutdown(code=42)
+        assert vm.read_memory(spec.boot.load, len(spec.boot.code)) == spec.boot.code
+        assert vm.read_memory(MiB - PAGE, 11) == (b"in the file" if path else bytes(11))
+        assert (vm.guest.memory.descriptor is not None) == (backing == "shared")
 
 
 # ---- its end
@@ -189,11 +359,15 @@ ADDRESSES = st.one_of(
 
 
 @settings(max_examples=100)
-@given(st.lists(st.tuples(ADDRESSES, st.one_of(st.binary(max_size=20), st.integers(0, 5 * PAGE))), max_size=25))
-def test_any_accesses_do_what_they_would_on_plain_bytes(accesses):
+@given(
+    st.lists(st.tuples(ADDRESSES, st.one_of(st.binary(max_size=20), st.integers(0, 5 * PAGE))), max_size=25),
+    st.sampled_from(["anonymous", "shared"]),
+)
+def test_any_accesses_do_what_they_would_on_plain_bytes(accesses, backing):
     memory = of(
         MemoryRegion(address=SPANS[1].start, size=len(SPANS[1])),
         MemoryRegion(address=SPANS[2].start, size=len(SPANS[2])),
+        memory=Memory(RAM, backing=backing),
     )
     model = bytearray(HOLE.stop + PAGE)
     inside = set().union(*(set(range(span.start, span.stop, PAGE)) for span in SPANS))

@@ -11,8 +11,10 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from orchestra.backend import EntryState, RunResult, choose
+from orchestra.backend import RunResult, choose
+from orchestra.backend.entry import REAL, EntryState
 from orchestra.backend.memory import GuestMemory
+from orchestra.backend.registers import Registers
 from orchestra.backend.scripted import (
     ScriptedBackend,
     ScriptedEngine,
@@ -86,7 +88,7 @@ async def rig(
         core.set_bucket(meter, 2, bucket)
     wanted = spec(vcpus=vcpus)
     memory = GuestMemory(wanted)
-    states = [EntryState(mode=64, rip=0x1000, rsp=0x8000, rdi=id) for id in range(vcpus)]
+    states = [EntryState(mode=REAL, registers=Registers(rip=0x1000, rsp=0x8000, rdi=id)) for id in range(vcpus)]
     machine = backend.create(wanted, cores, memory, states, bus_locks=bus_locks)
     # Python answers everywhere, so that each access comes back: what the core answers is tested with its buses.
     ports, mmio = Bus("ports", 1 << 16), Bus("mmio", 1 << 52)

@@ -20,7 +20,7 @@ from orchestra.backend.scripted import hlt
 from orchestra.fleet import dirty
 from orchestra.journal import Journal, read_journal, schema
 from orchestra.machine.devices.requests import Request
-from orchestra.model.spec import PAGE
+from orchestra.model.memory import PAGE
 from orchestra.native import ffi, lib
 from orchestra.policy import HostFacts, VmFacts
 

@@ -95,7 +95,7 @@ async def test_statistics_and_facts_come_back_as_they_were(autojump_clock):
         assert decode(orc.FleetStatistics, through_json(fleet.statistics())) == fleet.statistics()
 
 
-VM = {"name": "a", "boot": {"code": "9A=="}}
+VM: dict[str, Any] = {"name": "a", "boot": {"kind": "FlatImage", "code": "9A=="}}
 
 
 @pytest.mark.parametrize(
@@ -114,14 +114,25 @@ VM = {"name": "a", "boot": {"code": "9A=="}}
         (orc.Action, {"kind": "Throttle", "vm": "a", "limit": {"rate": -1}}, "limit.rate=-1"),
         (orc.Action, {"kind": "Throttle", "limit": {"rate": 1}, "meter": "cows"}, "meter"),
         (orc.Action, {"kind": "Pause", "vm": 5}, "vm=5: must be a text"),
-        (orc.VmSpec, VM | {"boot": {"code": "!!"}}, "boot.code='!!': must be bytes in base64"),
+        (orc.VmSpec, VM | {"boot": {"kind": "FlatImage", "code": "!!"}}, "boot.code='!!': must be bytes in base64"),
         (orc.VmSpec, VM | {"devices": [{"kind": "Sound"}]}, r"devices\[0\].kind='Sound'"),
         (orc.VmSpec, VM | {"regions": [{"address": 1, "size": 4096}]}, r"regions\[0\]: "),
-        (orc.VmSpec, VM | {"boot": {"code": "9A==", "mode": 8}}, "boot.mode=8: must be one of 16, 32, 64"),
-        (orc.VmSpec, VM | {"boot": {"code": "9A==", "mode": 16**6000}}, "boot.mode=a number beyond 64 bits: must be"),
+        (
+            orc.VmSpec,
+            VM | {"boot": {"kind": "FlatImage", "code": "9A==", "mode": 8}},
+            "boot.mode=8: must be one of 16, 32, 64",
+        ),
+        (
+            orc.VmSpec,
+            VM | {"boot": {"kind": "FlatImage", "code": "9A==", "mode": 16**6000}},
+            "boot.mode=a number beyond 64 bits: must be",
+        ),
         (orc.VmSpec, VM | {"vcpus": 16**6000}, "vcpus"),
         (orc.VmSpec, VM | {"labels": {"a": 1}}, "labels.a=1: must be a text"),
-        (orc.VmSpec, VM | {"boot": {"kind": "Serial", "code": "9A=="}}, "boot.kind='Serial': must be 'FlatImage'"),
+        (orc.VmSpec, VM | {"boot": {"kind": "Serial", "code": "9A=="}}, "boot.kind='Serial': must be one of FlatImage"),
+        (orc.VmSpec, VM | {"boot": {"code": "9A=="}}, "boot.kind=None: must be one of FlatImage"),
+        (orc.VmSpec, VM | {"memory": {"kind": "Memory", "size": 5}}, "memory: size=5: must be from 4096"),
+        (orc.VmSpec, VM | {"memory": {"size": 4096, "pages": 1}}, "memory"),
     ],
 )
 def test_what_is_wrong_is_named_with_its_path(kind, data, message):

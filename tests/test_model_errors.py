@@ -16,6 +16,7 @@ BUILTIN = {
     "FileError": ValueError,
     "GuestMemoryError": IndexError,
     "KvmError": OSError,
+    "KvmUnsupported": OSError,
     "NoSuchBackend": ValueError,
     "OrchestraError": Exception,
     "ResourceLimit": OSError,

@@ -11,16 +11,15 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from orchestra.model.errors import SpecError
+from orchestra.model.memory import MAX_MEMORY, MMIO_HOLE, PAGE
 from orchestra.model.spec import (
-    MAX_MEMORY,
-    MMIO_HOLE,
-    PAGE,
     DebugConsole,
     ExitPort,
     FlatImage,
     GiB,
     KiB,
     Limit,
+    Memory,
     MemoryRegion,
     Meter,
     MiB,
@@ -231,10 +230,41 @@ def test_16_bit_image_may_fill_all_the_memory_as_it_needs_no_tables():
 @pytest.mark.parametrize("mode", [32, 64])
 def test_tables_and_stacks_lie_below_the_end_of_the_first_ram(mode):
     made = spec(boot=flat(mode=mode), vcpus=3)
-    assert made.tables == range(MiB - 12 * PAGE, MiB - 2 * PAGE)
-    assert made.stacks == range(MiB - 15 * PAGE, MiB - 12 * PAGE)
-    assert spec(boot=flat(mode=mode), vcpus=100).stacks == range(MiB - 20 * PAGE, MiB - 12 * PAGE)
-    assert spec(boot=flat(mode=mode), memory=5 * GiB).tables.stop == 3 * GiB - 2 * PAGE
+    image = made.boot
+    assert image.tables(made.layout) == range(MiB - 12 * PAGE, MiB - 2 * PAGE)
+    assert image.stacks(made.layout) == range(MiB - 15 * PAGE, MiB - 12 * PAGE)
+    assert image.stacks(spec(boot=image, vcpus=100).layout) == range(MiB - 20 * PAGE, MiB - 12 * PAGE)
+    assert image.tables(spec(boot=image, memory=5 * GiB).layout).stop == 3 * GiB - 2 * PAGE
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"size": PAGE - 1}, "size=4095: must be from 4096"),
+        ({"size": PAGE + 1}, "size=4097: must be a multiple of 4096 bytes"),
+        ({"size": MiB, "huge_pages": True}, "size=1048576: must be from 2097152"),
+        ({"size": 3 * MiB, "huge_pages": True}, "must be a multiple of 2097152 bytes"),
+        ({"size": MiB, "backing": "disk"}, "backing='disk': must be"),
+        ({"size": MiB, "backing": "file"}, 'path=None: must be given with backing="file"'),
+        ({"size": MiB, "path": "x"}, "path='x': must be given with"),
+        ({"size": MiB, "backing": "file", "path": ""}, "path='': must be the name of a file"),
+        ({"size": MiB, "backing": "file", "path": "a\0b"}, "must be the name of a file"),
+        ({"size": 2 * MiB, "backing": "file", "path": "x", "huge_pages": True}, "huge_pages=True: must be False"),
+        ({"size": MiB, "huge_pages": 1}, "huge_pages=1: must be True or False"),
+        ({"size": MiB, "dirty_ring": 512}, "dirty_ring=512: must be from 1024 to 65536"),
+        ({"size": MiB, "dirty_ring": 3000}, "dirty_ring=3000: must be a power of two"),
+    ],
+)
+def test_a_memory_that_can_not_be_names_what_and_why(arguments, message):
+    with pytest.raises(SpecError, match=message):
+        Memory(**arguments)
+
+
+def test_memory_is_a_number_or_says_what_it_is_made_of():
+    assert spec(memory=5 * GiB).backing == Memory(5 * GiB)
+    made = spec(memory=Memory(5 * GiB, backing="shared"))
+    assert made.backing is made.memory
+    assert made.ram == spec(memory=5 * GiB).ram
 
 
 def test_specs_are_equal_by_value_frozen_and_hashable():
@@ -346,9 +376,10 @@ def test_any_vm_is_refused_or_laid_out_without_overlap(arguments):
         assert any(made.boot.load in span and made.boot.span[-1] in span for span in spans)
         assert any(made.boot.start in span for span in spans)
         if made.boot.mode != 16:
-            assert 0 <= made.stacks.start < made.stacks.stop == made.tables.start
-            assert made.tables.stop <= made.ram[0].stop
-            assert made.boot.span.stop <= made.stacks.start or made.tables.stop <= made.boot.span.start
+            stacks, tables = made.boot.stacks(made.layout), made.boot.tables(made.layout)
+            assert 0 <= stacks.start < stacks.stop == tables.start
+            assert tables.stop <= made.ram[0].stop
+            assert made.boot.span.stop <= stacks.start or tables.stop <= made.boot.span.start
         assert 1 <= made.vcpus <= 4096
 
 

@@ -28,7 +28,7 @@ class ControlPlane:
         self.alert = alert
         self._seen: dict[str, tuple[float, int]] = {}  # seconds throttled until the last look, and looks in a row
 
-    async def create(self, customer: str, name: str, image: orc.FlatImage, plan: str = "small") -> orc.Vm:
+    async def create(self, customer: str, name: str, image: orc.BootSpec, plan: str = "small") -> orc.Vm:
         return await self.fleet.launch(
             orc.VmSpec(
                 name=f"{customer}.{name}",

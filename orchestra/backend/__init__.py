@@ -14,13 +14,12 @@ from collections.abc import Sequence
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-import attrs
-
 from ..model.errors import NoSuchBackend
 from ..model.spec import VmSpec
 from ..native import lib
 from ..native.core import VcpuCore
 from ..native.records import Fields
+from .entry import EntryState
 from .memory import GuestMemory
 
 if TYPE_CHECKING:
@@ -44,23 +43,6 @@ class RunResult(IntEnum):
 
 Detection = Literal["fault-like", "trap-like", "unknown"]
 """When a bus lock is reported: before the instruction (AMD), behind it (Intel), or nobody knows."""
-
-
-@attrs.frozen
-class EntryState:
-    """The CPU state that a boot loader asks for; what it leaves out is as after reset."""
-
-    mode: int
-    rip: int
-    rsp: int = 0
-    rdi: int = 0
-    cr0: int = 0
-    cr3: int = 0
-    cr4: int = 0
-    efer: int = 0
-    gdt: tuple[int, int] | None = None  # base, limit
-    code_selector: int = 0
-    data_selector: int = 0
 
 
 class Engine(Protocol):

@@ -1,21 +1,44 @@
-"""Guest memory: anonymous mappings, and the one checked door to them."""
+"""Guest memory: what its pages are made of, and the one checked door to them.
+
+    anonymous     pages of this process alone
+    shared        a memfd: `GuestMemory.descriptor` can be handed to other processes
+    file          private pages over a file: one that is named, or a descriptor (a template, a snapshot's memory)
+
+The guest changes its memory at any moment, also between two looks of ours. So whoever takes something from it reads it
+once (`read` and `unpack` copy), checks the copy, and never looks at the memory again for it.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import mmap
+import os
+import stat
+import struct
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import attrs
 
-from ..model.errors import GuestMemoryError, ResourceLimit
-from ..model.spec import MemoryRegion, VmSpec
+from ..model.errors import FileError, GuestMemoryError, ResourceLimit
+from ..model.memory import HUGE_PAGE, Memory
+from ..model.spec import VmSpec
 from ..native import ffi, lib
 
 __all__ = ["GuestMemory", "Region", "unmap"]
 
-# mmap.MAP_NORESERVE has no name in Python before 3.13; the value is x86-64's (asm-generic/mman-common.h: 0x4000).
-_FLAGS: Final = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+# What Python has no names for, with x86-64's values (asm-generic/mman-common.h, linux/mman.h, linux/memfd.h).
+_MAP_NORESERVE: Final = getattr(mmap, "MAP_NORESERVE", 0x4000)
+_MAP_HUGE_2MB: Final = 0x40000 | 21 << 26  # MAP_HUGETLB, of 2^21 bytes
+_MFD_HUGE_2MB: Final = 0x0004 | 21 << 26
+_HUGE_POOL: Final = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
+
+# Python keeps a duplicate of a descriptor that it maps; from 3.13 on one may say no.
+_UNTRACKED: Final[dict[str, Any]] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
 
 ZAPPED: Final = 4 << 20
 """Bytes that are given back in one call, half a millisecond of work. While the kernel unmaps, whoever maps something in
@@ -37,40 +60,96 @@ class Region:
     def host(self) -> int:
         return int(ffi.cast("uintptr_t", self.view))
 
+    def drop(self) -> None:
+        """Unmap it in one piece."""
+        ffi.release(self.view)
+        self.mapping.close()
+
 
 class GuestMemory:
     """The memory of one VM. Closing it unmaps; no access is possible afterwards.
 
     Reads and writes are copies and not atomic against a running guest, as with any VMM.
+
+    Parameters:
+        spec: whose memory; RAM and regions are as it says.
+        template: a descriptor with what the RAM holds at first, in the order of its addresses; the VM gets private
+            pages over it. It stays the caller's, who may close it. None: as the spec says.
+
+    Raises:
+        ResourceLimit: the host has not that much memory, or huge pages; the message names the limit.
+        FileError: the file can't be read, is no regular file, or is too short.
     """
 
-    def __init__(self, spec: VmSpec) -> None:
+    def __init__(self, spec: VmSpec, template: int | None = None) -> None:
         self.regions: list[Region] = []
         # Told of address and size after each write from outside: whoever executes translated code has to know.
         self.on_write: Callable[[int, int], object] | None = None
+        self._descriptor = -1
         try:
-            for span in spec.ram:
-                self._map(span, log_dirty=spec.log_dirty)
+            if template is None:
+                self._map_ram(spec)
+            else:
+                self._map_file(spec, template, f"descriptor {template}")
             for region in spec.regions:
-                self._map_region(region, spec.log_dirty)
+                log_dirty = region.log_dirty or (spec.log_dirty and not region.readonly)
+                self._map(region.span, readonly=region.readonly, log_dirty=log_dirty)
+                self.write(region.address, region.contents)
         except BaseException:
-            self.close()
+            for made in self.detach():
+                made.drop()  # at once, however large it is: hardly a page was touched
             raise
 
-    def _map(self, span: range, readonly: bool = False, log_dirty: bool = False) -> None:
+    # ---- making
+
+    def _map_ram(self, spec: VmSpec) -> None:
+        memory = spec.backing
+        if memory.backing == "file":
+            assert memory.path is not None
+            with _opened(memory.path) as file:
+                self._map_file(spec, file, memory.path)
+            return
+        if memory.backing == "shared":
+            self._descriptor = _memfd(memory, spec.name)
+        offset = 0
+        for span in spec.ram:
+            self._map(span, log_dirty=spec.log_dirty, huge=memory.huge_pages, file=self._descriptor, offset=offset)
+            offset += len(span)
+
+    def _map_file(self, spec: VmSpec, file: int, name: str) -> None:
+        """RAM of private pages over a file."""
+        _check_file(file, name, spec.backing.size)
+        offset = 0
+        for span in spec.ram:
+            self._map(span, log_dirty=spec.log_dirty, file=file, offset=offset, private=True)
+            offset += len(span)
+
+    def _map(
+        self,
+        span: range,
+        *,
+        readonly: bool = False,
+        log_dirty: bool = False,
+        huge: bool = False,
+        file: int = -1,
+        offset: int = 0,
+        private: bool = False,
+    ) -> None:
+        more: dict[str, Any] = {}
+        if file < 0:
+            # Pages are not accounted for before they are used, but huge ones: these must be there, or the first touch
+            # of one that is not ends the process.
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (_MAP_HUGE_2MB if huge else _MAP_NORESERVE)
+        else:
+            flags = mmap.MAP_PRIVATE | _MAP_NORESERVE if private else mmap.MAP_SHARED
+            more = {"offset": offset, **_UNTRACKED}
         try:
-            mapping = mmap.mmap(-1, len(span), flags=_FLAGS)
+            mapping = mmap.mmap(file, len(span), flags=flags, **more)
         except (OSError, OverflowError, ValueError) as error:
-            raise ResourceLimit(
-                getattr(error, "errno", 0) or 0,
-                f"memory: {len(span)} bytes can't be mapped ({error}); the host's limits are `ulimit -v`, "
-                "vm.max_map_count and vm.overcommit_memory",
-            ) from error
+            raise _no_memory(len(span), huge, error) from error
         self.regions.append(Region(span, mapping, ffi.from_buffer(mapping), readonly, log_dirty))
 
-    def _map_region(self, region: MemoryRegion, log_dirty: bool) -> None:
-        self._map(region.span, region.readonly, region.log_dirty or (log_dirty and not region.readonly))
-        self.write(region.address, region.contents)
+    # ---- the door
 
     def _pieces(self, address: int, size: int) -> Iterator[tuple[Region, int, int]]:
         """The regions under a range, each with offset and length in it."""
@@ -90,13 +169,21 @@ class GuestMemory:
             size -= length
 
     def read(self, address: int, size: int) -> bytes:
-        """Copy `size` bytes at guest-physical `address`.
+        """Copy `size` bytes at guest-physical `address`, each of them once.
 
         Raises:
             GuestMemoryError: not all of the range is memory, or the memory is released.
         """
         pieces = list(self._pieces(address, size))  # all are looked up before anything is copied
         return b"".join(region.mapping[offset : offset + length] for region, offset, length in pieces)
+
+    def unpack(self, layout: struct.Struct, address: int) -> tuple[Any, ...]:
+        """A structure at `address`, of one copy: what its fields say of one another is still to be checked.
+
+        Raises:
+            GuestMemoryError: as `read`.
+        """
+        return layout.unpack(self.read(address, layout.size))
 
     def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
         """Copy `data` to guest-physical `address`. Read-only regions are so for the guest, not for you.
@@ -112,10 +199,13 @@ class GuestMemory:
         if self.on_write is not None and done:
             self.on_write(address, done)
 
-    def zero(self) -> None:
-        """Give all pages back: they read as zeros. For a VM that starts over."""
-        for region in self.regions:
-            region.mapping.madvise(mmap.MADV_DONTNEED)
+    # ---- what it is, and its end
+
+    @property
+    def descriptor(self) -> int | None:
+        """The memfd of shared RAM, which has the ranges of the RAM one after the other. It can't shrink or grow. None:
+        the RAM is not shared, or released. It is closed with the memory: duplicate it to keep it."""
+        return self._descriptor if self._descriptor >= 0 else None
 
     def spans(self) -> Iterable[range]:
         return (region.span for region in self.regions)
@@ -127,6 +217,9 @@ class GuestMemory:
     def detach(self) -> list[Region]:
         """No access is possible from now on. What is left to `unmap`, on any thread."""
         regions, self.regions = self.regions, []
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)  # the pages stay until the last mapping goes
         return regions
 
     def close(self) -> None:
@@ -140,5 +233,70 @@ def unmap(regions: Sequence[Region]) -> None:
         size = len(region.span)
         for start in range(0, size, ZAPPED):
             lib.madvise(region.view + start, min(ZAPPED, size - start), mmap.MADV_DONTNEED)
-        ffi.release(region.view)
-        region.mapping.close()
+        region.drop()
+
+
+# ---- what the host gives
+
+
+def _memfd(memory: Memory, name: str) -> int:
+    """A memfd for all of the RAM. Its size is sealed, also for those who it is handed to: a page that is gone would end
+    this process at the next touch."""
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | (_MFD_HUGE_2MB if memory.huge_pages else 0)
+    try:
+        descriptor = os.memfd_create(f"orchestra {name}", flags)
+    except OSError as error:
+        raise _no_memory(memory.size, memory.huge_pages, error) from error
+    try:
+        os.ftruncate(descriptor, memory.size)
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    except OSError as error:
+        os.close(descriptor)
+        raise _no_memory(memory.size, memory.huge_pages, error) from error
+    return descriptor
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[int]:
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # not to wait for the writer of a pipe
+    except OSError as error:
+        raise FileError(f"{path}: can't be read as a VM's memory: {os.strerror(error.errno or 0)}") from error
+    try:
+        yield file
+    finally:
+        os.close(file)
+
+
+def _check_file(file: int, name: str, size: int) -> None:
+    try:
+        found = os.fstat(file)
+    except OSError as error:
+        raise FileError(f"{name}: can't be read as a VM's memory: {os.strerror(error.errno or 0)}") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise FileError(f"{name}: is no regular file: a VM's memory needs one")
+    if found.st_size < size:
+        raise FileError(f"{name}: has {found.st_size} bytes, and the VM's RAM {size}: it must be as long, at least")
+    # A memfd may be kept from becoming shorter under us; a file on a disk may not, and one that is sealed is as it is.
+    with contextlib.suppress(OSError):
+        fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+
+
+def _no_memory(size: int, huge: bool, error: Exception) -> ResourceLimit:
+    number = getattr(error, "errno", 0) or 0
+    if not huge:
+        return ResourceLimit(
+            number,
+            f"memory: {size} bytes can't be mapped ({error}); the host's limits are `ulimit -v`, vm.max_map_count and "
+            "vm.overcommit_memory",
+        )
+    needed = -(-size // HUGE_PAGE)
+    try:
+        free = int(_HUGE_POOL.read_text())
+    except (OSError, ValueError):
+        return ResourceLimit(number or errno.ENOMEM, "memory: huge_pages=True: this kernel has no huge pages of 2 MiB")
+    return ResourceLimit(
+        number or errno.ENOMEM,
+        f"memory: huge_pages=True needs {needed} huge pages of 2 MiB, and the host's pool has {free} free ({error}): "
+        f"reserve more with `sysctl vm.nr_hugepages=N`, at best right after the host has started",
+    )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 from ..native import ffi, lib
-from . import EntryState
+from .entry import EntryState, Mode
 from .memory import GuestMemory
+from .registers import new_struct
 
-__all__ = ["entry_fields", "memory_slots", "slot_flags"]
+__all__ = ["entries", "memory_slots", "slot_flags"]
 
 
 def slot_flags(readonly: bool, log_dirty: bool) -> int:
@@ -26,20 +29,34 @@ def memory_slots(memory: GuestMemory) -> Any:
     return slots
 
 
-def entry_fields(state: EntryState) -> dict[str, int]:
-    """The fields of a ``struct orc_entry``."""
-    base, limit = state.gdt or (0, 0)
-    return {
-        "mode": state.mode,
-        "rip": state.rip,
-        "rsp": state.rsp,
-        "rdi": state.rdi,
-        "cr0": state.cr0,
-        "cr3": state.cr3,
-        "cr4": state.cr4,
-        "efer": state.efer,
-        "gdt_base": base,
-        "gdt_limit": limit,
-        "code_selector": state.code_selector,
-        "data_selector": state.data_selector,
-    }
+@functools.lru_cache(maxsize=64)  # a fleet's VMs start in a few modes, and making one takes 20 us
+def _special(mode: Mode) -> Any:
+    """``struct kvm_sregs *``, to be read only."""
+    return mode.special.to_struct()
+
+
+def _msrs(msrs: tuple[tuple[int, int], ...]) -> Any:
+    entries = [{"index": index, "data": value} for index, value in msrs]
+    return new_struct("struct kvm_msrs *", {"nmsrs": len(msrs), "entries": entries})
+
+
+def entries(states: Sequence[EntryState]) -> tuple[Any, list[Any]]:
+    """A ``struct orc_entry[]``, and what it points to, which must be kept as long.
+
+    Raises:
+        SpecError: a value does not fit its register.
+    """
+    made = ffi.new("struct orc_entry[]", len(states))
+    kept: list[Any] = []  # what was made, and not what is read from the structure: that owns nothing
+
+    def keep(pointer: Any) -> Any:
+        kept.append(pointer)
+        return pointer
+
+    for entry, state in zip(made, states, strict=True):
+        entry.bits, entry.waits = state.mode.bits, state.waits
+        entry.registers = state.registers.to_struct()[0]
+        entry.special = keep(_special(state.mode))
+        if state.msrs:
+            entry.msrs = keep(_msrs(state.msrs))
+    return made, kept

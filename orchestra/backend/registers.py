@@ -1,6 +1,7 @@
 """The registers of an x86 vCPU as plain frozen data, shaped like the kernel's structures.
 
-Field by field these are ``struct kvm_regs``, ``kvm_sregs``, ``kvm_segment``, ``kvm_dtable`` and ``kvm_debugregs`` of
+Field by field these are ``struct kvm_regs``, ``kvm_sregs``, ``kvm_sregs2``, ``kvm_segment``, ``kvm_dtable`` and
+``kvm_debugregs`` of
 Linux' ``arch/x86/include/uapi/asm/kvm.h``.
 """
 
@@ -15,7 +16,15 @@ import attrs
 from ..model.errors import SpecError
 from ..native import ffi, lib
 
-__all__ = ["DebugRegisters", "DescriptorTable", "MpState", "Registers", "Segment", "SpecialRegisters"]
+__all__ = [
+    "DebugRegisters",
+    "DescriptorTable",
+    "MpState",
+    "Registers",
+    "Segment",
+    "SpecialRegisters",
+    "SpecialRegisters2",
+]
 
 
 class MpState(IntEnum):
@@ -82,7 +91,7 @@ class Registers:
 _REGISTERS = tuple(field.name for field in attrs.fields(Registers))
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, cache_hash=True)
 class Segment:
     """A segment register with its hidden part; `limit` in bytes, whatever `g` says."""
 
@@ -126,11 +135,8 @@ class DescriptorTable:
 
 
 @attrs.frozen(kw_only=True)
-class SpecialRegisters:
-    """Segments, descriptor tables and control registers (KVM_GET_SREGS). Change one with ``attrs.evolve``.
-
-    `interrupt_bitmap` has the bit of an external interrupt that is injected and not yet delivered: 4 words of 64 bits.
-    """
+class _Special:
+    """What both of the kernel's structures for special registers have."""
 
     cs: Segment
     ds: Segment
@@ -149,20 +155,57 @@ class SpecialRegisters:
     cr8: int
     efer: int
     apic_base: int
+
+    def _values(self) -> dict[str, Any]:
+        values: dict[str, Any] = {name: getattr(self, name).as_dict() for name in (*_SEGMENTS, *_TABLES)}
+        return values | {name: getattr(self, name) for name in _CONTROL}
+
+    @staticmethod
+    def _read(struct: Any) -> dict[str, Any]:
+        values: dict[str, Any] = {name: Segment.from_struct(getattr(struct, name)) for name in _SEGMENTS}
+        values |= {name: DescriptorTable.from_struct(getattr(struct, name)) for name in _TABLES}
+        return values | {name: getattr(struct, name) for name in _CONTROL}
+
+
+@attrs.frozen(kw_only=True)
+class SpecialRegisters(_Special):
+    """Segments, descriptor tables and control registers (KVM_GET_SREGS). Change one with ``attrs.evolve``.
+
+    `interrupt_bitmap` has the bit of an external interrupt that is injected and not yet delivered: 4 words of 64 bits.
+    """
+
     interrupt_bitmap: tuple[int, ...] = (0, 0, 0, 0)
 
     def to_struct(self) -> Any:
         """As a new ``struct kvm_sregs *``. Raises SpecError for a value that does not fit its field."""
-        values: dict[str, Any] = {name: getattr(self, name).as_dict() for name in (*_SEGMENTS, *_TABLES)}
-        values |= {name: getattr(self, name) for name in _CONTROL}
-        return new_struct("struct kvm_sregs *", values | {"interrupt_bitmap": self.interrupt_bitmap})
+        return new_struct("struct kvm_sregs *", self._values() | {"interrupt_bitmap": self.interrupt_bitmap})
 
     @classmethod
     def from_struct(cls, struct: Any) -> SpecialRegisters:
-        values: dict[str, Any] = {name: Segment.from_struct(getattr(struct, name)) for name in _SEGMENTS}
-        values |= {name: DescriptorTable.from_struct(getattr(struct, name)) for name in _TABLES}
-        values |= {name: getattr(struct, name) for name in _CONTROL}
-        return cls(**values, interrupt_bitmap=tuple(struct.interrupt_bitmap))
+        return cls(**cls._read(struct), interrupt_bitmap=tuple(struct.interrupt_bitmap))
+
+
+@attrs.frozen(kw_only=True)
+class SpecialRegisters2(_Special):
+    """The same as KVM_GET_SREGS2 tells it.
+
+    `pdptrs` are the page-directory pointers that a guest with 32-bit PAE paging has loaded; None: it has no such
+    paging.
+    """
+
+    pdptrs: tuple[int, int, int, int] | None = None
+
+    def to_struct(self) -> Any:
+        """As a new ``struct kvm_sregs2 *``. Raises SpecError for a value that does not fit its field."""
+        flags = 0 if self.pdptrs is None else lib.KVM_SREGS2_FLAGS_PDPTRS_VALID
+        pdptrs = (0, 0, 0, 0) if self.pdptrs is None else self.pdptrs
+        return new_struct("struct kvm_sregs2 *", self._values() | {"flags": flags, "pdptrs": pdptrs})
+
+    @classmethod
+    def from_struct(cls, struct: Any) -> SpecialRegisters2:
+        valid = struct.flags & lib.KVM_SREGS2_FLAGS_PDPTRS_VALID
+        a, b, c, d = struct.pdptrs
+        return cls(**cls._read(struct), pdptrs=(a, b, c, d) if valid else None)
 
 
 _SEGMENTS = ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")

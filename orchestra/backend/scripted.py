@@ -23,7 +23,8 @@ from ..model.spec import VmSpec
 from ..native import ffi, lib
 from ..native.core import NEVER, REASON_NUMBERS, Command, VcpuCore
 from ..native.records import BUS_LOCK, Fields, build, unpack
-from . import Detection, EntryState, RunResult
+from . import Detection, RunResult
+from .entry import EntryState
 from .memory import GuestMemory
 from .registers import Registers
 
@@ -159,7 +160,7 @@ class ScriptedEngine:
         self._record: Any = build("hlt")
         self._errno = 0
         self._read: tuple[int, int] | None = None
-        self._registers = Registers(rip=state.rip, rsp=state.rsp, rdi=state.rdi)
+        self._registers = state.registers
 
     async def run(self) -> RunResult:
         await trio.lowlevel.checkpoint()

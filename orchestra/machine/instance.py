@@ -21,7 +21,7 @@ from ..model.actions import Failed, Halted, Outcome, Shutdown, Stopped
 from ..model.errors import OrchestraError, ResourceLimit
 from ..model.spec import DebugConsole, ExitPort, Serial, VmSpec
 from ..native.core import Command, VcpuCore
-from .boot import flat
+from . import boot
 from .budget import Budgets, connect
 from .calls import Calls
 from .contain import contained
@@ -162,7 +162,7 @@ class Instance:
                 self._cores.append(core)
                 connect(core, self._levels[index])
                 core.set_buses(self.ports.handle, self.mmio.handle)
-            states = flat.load(spec, self.memory)
+            states = boot.load(spec, self.memory)
             self._machine = house.backend.create(spec, self._cores, self.memory, states, bus_locks=house.bus_locks)
             try:
                 self.vcpus += [Vcpu(self, index, engine) for index, engine in enumerate(self._machine.engines)]

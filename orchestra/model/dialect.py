@@ -19,7 +19,7 @@ def _tagged() -> dict[str, type]:
     exit_types = [kind for kind in vars(exits).values() if isinstance(kind, type) and issubclass(kind, exits.Exit)]
     unions = (actions.Action, actions.Outcome, spec.DeviceSpec)
     found = [kind for union in unions for kind in get_args(union)]
-    return {kind.__name__: kind for kind in [*found, *exit_types, spec.FlatImage]}
+    return {kind.__name__: kind for kind in [*found, *exit_types, spec.Memory]}
 
 
 TAGGED: Final[Mapping[str, type]] = _tagged()

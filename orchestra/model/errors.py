@@ -11,6 +11,7 @@ __all__ = [
     "FileError",
     "GuestMemoryError",
     "KvmError",
+    "KvmUnsupported",
     "NoSuchBackend",
     "OrchestraError",
     "ResourceLimit",
@@ -78,6 +79,10 @@ class BusLockUnsupported(BackendUnavailable):
 
 class KvmError(OrchestraError, OSError):
     """A KVM ioctl failed in a way that has no name of its own here. Carries the ioctl's name and `errno`."""
+
+
+class KvmUnsupported(KvmError):
+    """This host's KVM, or its CPU, lacks a capability that is needed; the message names it."""
 
 
 class ResourceLimit(KvmError):

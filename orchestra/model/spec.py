@@ -6,7 +6,6 @@ Every check names the field, the value and the remedy, and is made here at the e
 from __future__ import annotations
 
 import itertools
-import math
 import re
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
@@ -14,19 +13,25 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 import attrs
 
+from .boot import BootSpec, FlatImage, Layout
+from .checks import fail as _fail, number as _number, whole as _whole
 from .errors import SpecError
+from .memory import GiB, KiB, Memory, MemoryRegion, MiB, check_size, ram_ranges
 
 if TYPE_CHECKING:
     from attrs import Attribute
 
 __all__ = [
+    "BootSpec",
     "DebugConsole",
     "DeviceSpec",
     "ExitPort",
     "FlatImage",
     "GiB",
     "KiB",
+    "Layout",
     "Limit",
+    "Memory",
     "MemoryRegion",
     "Meter",
     "MiB",
@@ -36,18 +41,9 @@ __all__ = [
     "VmSpec",
 ]
 
-KiB: Final = 1024
-MiB: Final = 1024 * KiB
-GiB: Final = 1024 * MiB
-
-PAGE: Final = 4096
 MAX_VCPUS: Final = 4096
-MAX_MEMORY: Final = 1 << 46
 PORTS: Final = 1 << 16
 IRQS: Final = 24
-STACKS: Final = 8
-MMIO_HOLE: Final = range(0xC000_0000, 0x1_0000_0000)
-"""Guest-physical addresses that hold no RAM: the local APIC, the I/O APIC and MMIO devices live there, as on a PC."""
 
 
 class Meter(StrEnum):
@@ -63,34 +59,6 @@ class Meter(StrEnum):
     def field(self) -> str:
         """What a spec, a tenant, a fleet and a file of rules call a limit on it."""
         return {Meter.BUS_LOCKS: "limit", Meter.EXITS: "exit_limit", Meter.ANSWERS: "answer_limit"}[self]
-
-
-def _fail(field: str, value: object, remedy: str) -> SpecError:
-    try:
-        shown = repr(value)
-    except ValueError:  # an int of more than 4300 digits has none
-        shown = f"<{type(value).__name__}>"
-    return SpecError(f"{field}={shown if len(shown) <= 200 else shown[:200] + '...'}: {remedy}")
-
-
-def _number(field: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _fail(field, value, "must be a number")
-    try:
-        number = float(value)
-    except OverflowError:  # an int beyond the floats
-        number = math.inf
-    if not math.isfinite(number):
-        raise _fail(field, value, "must be finite; leave the limit out (None) for no limit")
-    return number
-
-
-def _whole(field: str, value: object, low: int, high: int, unit: str = "") -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise _fail(field, value, f"must be a whole number{unit}")
-    if not low <= value <= high:
-        raise _fail(field, value, f"must be from {low} to {high}{unit}")
-    return value
 
 
 def _check_name(field: str, value: object) -> str:
@@ -214,88 +182,6 @@ def _check_weight(value: object) -> None:
         raise _fail("weight", value, "must be more than 0 and at most 1e6")
 
 
-@attrs.frozen
-class MemoryRegion:
-    """More guest memory, beside the RAM of `VmSpec.memory`.
-
-    Parameters:
-        address: guest-physical, a multiple of 4096.
-        size: bytes, a multiple of 4096.
-        readonly: a guest's write leaves KVM_RUN as MMIO (KVM_MEM_READONLY) instead of reaching the memory.
-        log_dirty: written pages are logged and counted, whatever `VmSpec.log_dirty` says of the rest.
-        contents: the first bytes of the region.
-    """
-
-    address: int
-    size: int
-    readonly: bool = False
-    log_dirty: bool = False
-    contents: bytes = attrs.field(default=b"", repr=lambda contents: f"<{len(contents)} bytes>")
-
-    def __attrs_post_init__(self) -> None:
-        _whole("region address", self.address, 0, MAX_MEMORY)
-        _whole("region size", self.size, PAGE, MAX_MEMORY, " bytes")
-        for field in ("address", "size"):
-            if getattr(self, field) % PAGE:
-                raise _fail(f"region {field}", getattr(self, field), f"must be a multiple of {PAGE}")
-        check_flag("region log_dirty", self.log_dirty)
-        if not isinstance(self.contents, bytes | bytearray | memoryview):
-            raise _fail("region contents", self.contents, "must be bytes")
-        object.__setattr__(self, "contents", bytes(self.contents))
-        if len(self.contents) > self.size:
-            raise _fail("region contents", f"{len(self.contents)} bytes", f"must fit the region's {self.size} bytes")
-
-    @property
-    def span(self) -> range:
-        return range(self.address, self.address + self.size)
-
-
-@attrs.frozen
-class FlatImage:
-    """A raw image in guest memory, entered directly in the given mode.
-
-    Parameters:
-        code: the image.
-        load: guest-physical address of its first byte.
-        entry: where execution starts (default: at `load`).
-        mode: 16 (real mode, all segments at 0), 32 (protected mode, flat segments, no paging) or 64 (long mode, the
-            first 4 GiB mapped one to one). For 32 and 64 a GDT, for 64 also page tables, are written into the last
-            48 KiB of the first RAM region; the image must leave them alone unless it brings its own.
-
-    Every vCPU starts at `entry` with interrupts off, its number in ``DI``/``EDI``/``RDI`` and, in modes 32 and 64, a
-    stack of 4 KiB of its own below the tables (the first 8 vCPUs; others set up their own).
-    """
-
-    code: bytes = attrs.field(repr=lambda code: f"<{len(code)} bytes>")
-    load: int = 0x1000
-    entry: int | None = None
-    mode: Literal[16, 32, 64] = 16
-
-    def __attrs_post_init__(self) -> None:
-        if not isinstance(self.code, bytes | bytearray | memoryview) or not len(self.code):
-            raise _fail("code", self.code, "must be the image's bytes, at least one")
-        object.__setattr__(self, "code", bytes(self.code))
-        if not isinstance(self.mode, int) or self.mode not in (16, 32, 64):
-            raise _fail("mode", self.mode, "must be 16, 32 or 64")
-        _whole("load", self.load, 0, MAX_MEMORY)
-        if self.entry is None:
-            object.__setattr__(self, "entry", self.load)
-        _whole("entry", self.entry, 0, MAX_MEMORY)
-        if self.mode == 16 and self.start > 0xFFFF:
-            raise _fail("entry", hex(self.start), "must be below 64 KiB in 16-bit mode (CS starts at 0)")
-        if self.mode != 16 and self.start > 0xFFFF_FFFF:
-            raise _fail("entry", hex(self.start), "must be below 4 GiB, which is what a flat image has mapped")
-
-    @property
-    def start(self) -> int:
-        assert self.entry is not None
-        return self.entry
-
-    @property
-    def span(self) -> range:
-        return range(self.load, self.load + len(self.code))
-
-
 def _check_port(value: object, width: int) -> None:
     _whole("port", value, 0, PORTS - width, f", as the device has {width} of the {PORTS} ports" if width > 1 else "")
 
@@ -386,8 +272,9 @@ class VmSpec:
 
     Parameters:
         name: unique in its fleet.
-        boot: what to run.
-        memory: bytes of RAM from address 0, a multiple of 4096. Above 3 GiB it continues at 4 GiB.
+        boot: what to run: a `FlatImage`, or another `BootSpec`.
+        memory: bytes of RAM from address 0, a multiple of 4096. Above 3 GiB it continues at 4 GiB. Or a `Memory`, which
+            says as well what it is made of.
         vcpus: how many virtual CPUs.
         tenant: a tenant that the fleet was opened with; None: the tenant "default".
         weight: this VM's share relative to its tenant's other VMs.
@@ -416,8 +303,8 @@ class VmSpec:
     """
 
     name: str
-    boot: FlatImage
-    memory: int = 1 * MiB
+    boot: BootSpec
+    memory: int | Memory = 1 * MiB
     vcpus: int = 1
     tenant: str | None = None
     weight: float = 1.0
@@ -439,11 +326,10 @@ class VmSpec:
 
     def __attrs_post_init__(self) -> None:
         _check_name("name", self.name)
-        if not isinstance(self.boot, FlatImage):
-            raise _fail("boot", self.boot, "must be a FlatImage")
-        _whole("memory", self.memory, PAGE, MAX_MEMORY, " bytes")
-        if self.memory % PAGE:
-            raise _fail("memory", self.memory, f"must be a multiple of {PAGE} bytes")
+        if not isinstance(self.boot, BootSpec):
+            raise _fail("boot", self.boot, "must be a BootSpec, such as FlatImage(code=...)")
+        if not isinstance(self.memory, Memory):
+            check_size("memory", self.memory)
         _whole("vcpus", self.vcpus, 1, MAX_VCPUS)
         if self.tenant is not None:
             _check_name("tenant", self.tenant)
@@ -474,51 +360,26 @@ class VmSpec:
     @property
     def ram(self) -> tuple[range, ...]:
         """Guest-physical ranges of the RAM, around the MMIO hole."""
-        if self.memory <= MMIO_HOLE.start:
-            return (range(self.memory),)
-        return range(MMIO_HOLE.start), range(MMIO_HOLE.stop, MMIO_HOLE.stop + self.memory - MMIO_HOLE.start)
+        return ram_ranges(self.backing.size)
+
+    @property
+    def backing(self) -> Memory:
+        """What the RAM is made of, also where `memory` is just a number."""
+        return self.memory if isinstance(self.memory, Memory) else Memory(self.memory)
+
+    @property
+    def layout(self) -> Layout:
+        """What it has for what it boots."""
+        ram = self.ram
+        spans = sorted([*ram, *(region.span for region in self.regions)], key=lambda span: span.start)
+        return Layout(ram=ram, memory=tuple(spans), vcpus=self.vcpus, irqchip=bool(self.irqchip))
 
     def _check_layout(self) -> None:
-        spans = sorted([*self.ram, *(region.span for region in self.regions)], key=lambda span: span.start)
-        for low, high in itertools.pairwise(spans):
+        layout = self.layout
+        for low, high in itertools.pairwise(layout.memory):
             if high.start < low.stop:
                 raise SpecError(
                     f"regions: {high.start:#x}-{high.stop - 1:#x} overlaps {low.start:#x}-{low.stop - 1:#x}; "
                     "RAM starts at 0 and is `memory` bytes: move the region or make the memory smaller"
                 )
-        boot = self.boot
-        if not any(boot.load in span and boot.span.stop <= span.stop for span in spans):
-            raise SpecError(
-                f"boot: the image needs {boot.span.start:#x}-{boot.span.stop - 1:#x}, which is not inside the guest's "
-                f"memory of {self.memory:#x} bytes: give it more memory or another load address"
-            )
-        if not any(boot.start in span for span in spans):
-            raise SpecError(f"entry={boot.start:#x}: lies outside the guest's memory of {self.memory:#x} bytes")
-        if boot.mode != 16:
-            ours = range(self.stacks.start, self.tables.stop)
-            if ours.start < 0:
-                raise _fail(
-                    "memory",
-                    self.memory,
-                    f"{boot.mode}-bit mode needs at least {self.memory - ours.start} bytes, for its tables and stacks",
-                )
-            if boot.span.start < ours.stop and ours.start < boot.span.stop:
-                raise SpecError(
-                    f"boot: the image at {boot.span.start:#x}-{boot.span.stop - 1:#x} overlaps the stacks and the "
-                    f"descriptor and page tables at {ours.start:#x}-{ours.stop - 1:#x}: give it more memory"
-                )
-
-    @property
-    def tables(self) -> range:
-        """Where descriptor and page tables of a 32 or 64-bit `FlatImage` go: the end of the first RAM region.
-
-        8 KiB above them stay free, for guests that put a small stack at the very end of their memory.
-        """
-        end = self.ram[0].stop
-        return range(end - 12 * PAGE, end - 2 * PAGE)
-
-    @property
-    def stacks(self) -> range:
-        """Where the stacks of the first vCPUs of a 32 or 64-bit `FlatImage` are, from the top down."""
-        top = self.tables.start
-        return range(top - min(self.vcpus, STACKS) * PAGE, top)
+        self.boot.check(layout)

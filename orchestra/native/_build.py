@@ -24,6 +24,7 @@ SOURCES = [
     "build.c",
     "cap.c",
     "dirty.c",
+    "dirty_ring.c",
     "names.c",
     "decode.c",
     "unicorn.c",
@@ -41,7 +42,7 @@ SOURCES = [
     "profile.c",
     "profile_unicorn.c",
 ]
-HEADERS = ["orc.h", "core.h", "budget.h", "decode.h", "unicorn.h", "emulate.h", "cdef.h"]
+HEADERS = ["orc.h", "core.h", "budget.h", "dirty.h", "decode.h", "unicorn.h", "emulate.h", "cdef.h"]
 
 ffibuilder = FFI()
 ffibuilder.cdef((HERE / "cdef.h").read_text())

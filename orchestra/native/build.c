@@ -7,8 +7,6 @@
 
 #include "orc.h"
 
-enum { SEGMENT_DATA = 0x3, SEGMENT_CODE = 0xb }; /* accessed, and writable or readable (Intel SDM vol. 3, table 3-1) */
-
 void orc_cpuid_set_apic_id(struct kvm_cpuid2 *cpuid, uint32_t id)
 {
 	/* Where a leaf carries the (initial, x2, extended) APIC id: Intel SDM vol. 2 CPUID, AMD APM vol. 3 app. E. */
@@ -24,32 +22,30 @@ void orc_cpuid_set_apic_id(struct kvm_cpuid2 *cpuid, uint32_t id)
 	}
 }
 
-static void set_segment(struct kvm_segment *s, uint16_t selector, uint8_t type)
+/* Who a vCPU is stays the kernel's to say: its APIC base has the address, and marks the boot processor. Nor does an entry
+ * state have an interrupt that is on its way. */
+static void enter_at(struct kvm_sregs *s, const struct kvm_sregs *entry)
 {
-	*s = (struct kvm_segment){.limit = 0xffffffff, .selector = selector, .type = type, .present = 1, .db = 1, .s = 1,
-				  .g = 1};
+	__u64 apic_base = s->apic_base;
+
+	*s = *entry;
+	s->apic_base = apic_base;
+	memset(s->interrupt_bitmap, 0, sizeof s->interrupt_bitmap);
 }
 
-static void enter_at(struct kvm_sregs *s, const struct orc_entry *entry)
+/* As firmware leaves a local APIC for a guest that has not looked at it yet: the PICs' interrupts come in by LINT0, and
+ * NMIs by LINT1 (Intel MultiProcessor Specification 1.4, 3.6.2.2, virtual wire mode). */
+static void wire_lints(struct kvm_lapic_state *apic)
 {
-	if (entry->mode == 16) {
-		s->cs.base = 0;
-		s->cs.selector = 0;
-		return;
-	}
-	set_segment(&s->cs, entry->code_selector, SEGMENT_CODE);
-	if (entry->mode == 64) {
-		s->cs.l = 1;
-		s->cs.db = 0;
-	}
-	set_segment(&s->ds, entry->data_selector, SEGMENT_DATA);
-	s->es = s->fs = s->gs = s->ss = s->ds;
-	s->gdt.base = entry->gdt_base;
-	s->gdt.limit = entry->gdt_limit;
-	s->cr0 = entry->cr0;
-	s->cr3 = entry->cr3;
-	s->cr4 = entry->cr4;
-	s->efer = entry->efer;
+	enum { LINT0 = 0x350, LINT1 = 0x360, DELIVERY = 7 << 8, NMI = 4 << 8, EXT_INT = 7 << 8, MASKED = 1 << 16 };
+	uint32_t value;
+
+	memcpy(&value, apic->regs + LINT0, sizeof value);
+	value = (value & ~(uint32_t)(DELIVERY | MASKED)) | EXT_INT;
+	memcpy(apic->regs + LINT0, &value, sizeof value);
+	memcpy(&value, apic->regs + LINT1, sizeof value);
+	value = (value & ~(uint32_t)(DELIVERY | MASKED)) | NMI;
+	memcpy(apic->regs + LINT1, &value, sizeof value);
 }
 
 /* The name stays behind for the message. */
@@ -59,6 +55,45 @@ static void enter_at(struct kvm_sregs *s, const struct orc_entry *entry)
 		if ((rc = orc_ioctl_value(fd, name, (unsigned long)(argument))) < 0)      \
 			return (int)rc;                                                   \
 	} while (0)
+
+/* The order counts: CPUID says which MSRs there are; MSRs come before registers, which they give their meaning. */
+static int set_up(struct orc_plan *plan, uint32_t i)
+{
+	const struct orc_entry *entry = &plan->entry[i];
+	int vcpu = plan->vcpu[i];
+	struct kvm_sregs sregs;
+	long rc;
+
+	orc_cpuid_set_apic_id(plan->cpuid, i);
+	STEP(KVM_SET_CPUID2, vcpu, plan->cpuid);
+	if (entry->msrs) {
+		STEP(KVM_SET_MSRS, vcpu, entry->msrs);
+		if (rc < (long)entry->msrs->nmsrs) { /* the number of those that were set, before one that was refused */
+			plan->msr = entry->msrs->entries[rc].index;
+			plan->step = "KVM_SET_MSRS of MSR";
+			return -EINVAL;
+		}
+	}
+	if (plan->irqchip) {
+		struct kvm_lapic_state apic;
+
+		STEP(KVM_GET_LAPIC, vcpu, &apic);
+		wire_lints(&apic);
+		STEP(KVM_SET_LAPIC, vcpu, &apic);
+	}
+	if (entry->waits)
+		return 0; /* KVM has made it so: all but the boot processor wait for INIT and SIPI where there are local APICs */
+	STEP(KVM_GET_SREGS, vcpu, &sregs);
+	enter_at(&sregs, entry->special);
+	STEP(KVM_SET_SREGS, vcpu, &sregs);
+	STEP(KVM_SET_REGS, vcpu, &entry->registers);
+	if (plan->irqchip && i) {
+		struct kvm_mp_state runnable = {.mp_state = KVM_MP_STATE_RUNNABLE};
+
+		STEP(KVM_SET_MP_STATE, vcpu, &runnable);
+	}
+	return 0;
+}
 
 int orc_kvm_build(struct orc_plan *plan)
 {
@@ -85,12 +120,17 @@ int orc_kvm_build(struct orc_plan *plan)
 		STEP(KVM_CREATE_IRQCHIP, plan->vm, 0);
 		STEP(KVM_CREATE_PIT2, plan->vm, &pit);
 	}
+	if (plan->dirty_ring) {
+		/* Before the first vCPU, whose ring is made with it. */
+		struct kvm_enable_cap cap = {.args = {plan->dirty_ring * sizeof(struct kvm_dirty_gfn)}};
+
+		STEP(KVM_CHECK_EXTENSION, plan->vm, KVM_CAP_DIRTY_LOG_RING_ACQ_REL);
+		cap.cap = rc ? KVM_CAP_DIRTY_LOG_RING_ACQ_REL : KVM_CAP_DIRTY_LOG_RING;
+		STEP(KVM_ENABLE_CAP, plan->vm, &cap);
+	}
 	for (uint32_t i = 0; i < plan->slots; i++)
 		STEP(KVM_SET_USER_MEMORY_REGION, plan->vm, &plan->slot[i]);
 	for (uint32_t i = 0; i < plan->vcpus; i++) {
-		struct orc_entry *entry = &plan->entry[i];
-		struct kvm_regs regs = {.rip = entry->rip, .rsp = entry->rsp, .rdi = entry->rdi, .rflags = 2};
-		struct kvm_sregs sregs;
 		void *run;
 
 		STEP(KVM_CREATE_VCPU, plan->vm, i);
@@ -104,18 +144,9 @@ int orc_kvm_build(struct orc_plan *plan)
 		}
 		plan->run[i] = run;
 		plan->vcpus_made = i + 1;
-		orc_cpuid_set_apic_id(plan->cpuid, i);
-		STEP(KVM_SET_CPUID2, plan->vcpu[i], plan->cpuid);
-		STEP(KVM_GET_SREGS, plan->vcpu[i], &sregs);
-		enter_at(&sregs, entry);
-		STEP(KVM_SET_SREGS, plan->vcpu[i], &sregs);
-		STEP(KVM_SET_REGS, plan->vcpu[i], &regs);
-		if (plan->irqchip) {
-			/* With local APICs all but the first would wait for INIT and SIPI. */
-			struct kvm_mp_state runnable = {.mp_state = KVM_MP_STATE_RUNNABLE};
-
-			STEP(KVM_SET_MP_STATE, plan->vcpu[i], &runnable);
-		}
+		rc = set_up(plan, i);
+		if (rc)
+			return (int)rc;
 	}
 	return 0;
 }

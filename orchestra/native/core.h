@@ -119,6 +119,8 @@ struct orc_vcpu {
 	int fd, error;
 	bool sync_regs;
 	struct kvm_run *run;
+	orc_dirty *dirty; /* NULL: it has no ring of written pages */
+	uint32_t dirty_ring;
 	orc_emulator *emulator;
 	struct orc_reader on_ports, on_mmio;
 	struct orc_io io;

@@ -44,31 +44,32 @@ uint64_t orc_msr(const struct orc_emulator *e, uint32_t number)
 static int set_up(struct orc_emulator *e, const struct orc_entry *entry)
 {
 	const struct orc_unicorn *u = e->u;
+	const struct kvm_regs *r = &entry->registers;
+	const struct kvm_sregs *s = entry->special;
+	/* in the order of unicorn's numbers */
+	const uint64_t general[] = {r->rax, r->rcx, r->rdx, r->rbx, r->rsp, r->rbp, r->rsi, r->rdi,
+				    r->r8,  r->r9,  r->r10, r->r11, r->r12, r->r13, r->r14, r->r15};
+	uc_x86_mmr gdt = {.base = s->gdt.base, .limit = s->gdt.limit}, idt = {.base = s->idt.base, .limit = s->idt.limit};
 	/* After reset: Intel SDM vol. 3, table 9-1. */
-	uc_x86_mmr gdt = {.base = entry->gdt_base, .limit = entry->mode == 16 ? 0xffff : entry->gdt_limit};
-	uc_x86_mmr idt = {.limit = 0xffff}, task = {.limit = 0xffff, .flags = 0x8b00}, local = {.limit = 0xffff, .flags = 0x8200};
+	uc_x86_mmr task = {.limit = 0xffff, .flags = 0x8b00}, local = {.limit = 0xffff, .flags = 0x8200};
 	int rc;
 
-	if ((rc = u->uc_context_restore(e->uc, u->fresh[entry->mode == 16 ? 0 : entry->mode == 32 ? 1 : 2])))
+	if ((rc = u->uc_context_restore(e->uc, u->fresh[entry->bits == 16 ? 0 : entry->bits == 32 ? 1 : 2])))
 		return rc;
 	for (int i = 0; i < 16; i++)
-		orc_set_register(e, orc_unicorn_general(u)[i], 0);
-	if (entry->mode != 16) {
-		orc_set_register(e, u->n.UC_X86_REG_CR4, entry->cr4);
-		orc_set_register(e, u->n.UC_X86_REG_CR3, entry->cr3);
-		orc_set_register(e, u->n.UC_X86_REG_CR0, entry->cr0);
-	} else {
-		orc_set_register(e, u->n.UC_X86_REG_CR0, 0x60000010);
+		orc_set_register(e, orc_unicorn_general(u)[i], general[i]);
+	if (entry->bits != 16) {
+		orc_set_register(e, u->n.UC_X86_REG_CR4, s->cr4);
+		orc_set_register(e, u->n.UC_X86_REG_CR3, s->cr3);
 	}
+	orc_set_register(e, u->n.UC_X86_REG_CR0, s->cr0);
 	u->uc_reg_write(e->uc, u->n.UC_X86_REG_GDTR, &gdt);
 	u->uc_reg_write(e->uc, u->n.UC_X86_REG_TR, &task);
 	u->uc_reg_write(e->uc, u->n.UC_X86_REG_LDTR, &local);
 	u->uc_reg_write(e->uc, u->n.UC_X86_REG_IDTR, &idt);
-	orc_set_register(e, u->n.UC_X86_REG_CR2, 0);
-	orc_set_register(e, u->n.UC_X86_REG_RIP, entry->rip);
-	orc_set_register(e, u->n.UC_X86_REG_RSP, entry->rsp);
-	orc_set_register(e, u->n.UC_X86_REG_RDI, entry->rdi);
-	orc_set_register(e, u->n.UC_X86_REG_EFLAGS, 2);
+	orc_set_register(e, u->n.UC_X86_REG_CR2, s->cr2);
+	orc_set_register(e, u->n.UC_X86_REG_RIP, r->rip);
+	orc_set_register(e, u->n.UC_X86_REG_EFLAGS, r->rflags);
 	return 0;
 }
 
@@ -120,7 +121,7 @@ orc_emulator *orc_emulator_new(const orc_unicorn *u, const struct kvm_userspace_
 	if (!rc)
 		rc = orc_memory_map(e, regions, n);
 	if (!rc)
-		rc = run_in(e, entry->rip);
+		rc = run_in(e, entry->registers.rip);
 	if (!rc)
 		rc = set_up(e, entry);
 	if (!rc)

@@ -33,6 +33,12 @@ void orc_vcpu_bind_kvm(orc_vcpu *v, int fd, struct kvm_run *run, bool sync_regs)
 	v->witness = &orc_kvm_witness;
 }
 
+void orc_vcpu_set_dirty(orc_vcpu *v, orc_dirty *dirty, uint32_t ring)
+{
+	v->dirty = dirty;
+	v->dirty_ring = ring;
+}
+
 void orc_take_data(struct orc_record *r, const void *data, size_t size)
 {
 	r->data_size = (uint8_t)(size < sizeof r->data ? size : sizeof r->data);
@@ -237,6 +243,15 @@ static enum orc_why run_guest(orc_vcpu *v)
 		case KVM_EXIT_TPR_ACCESS:
 		case KVM_EXIT_IOAPIC_EOI:
 			break; /* nothing is to be done: not a matter for Python, which no meter would charge for */
+		case KVM_EXIT_DIRTY_RING_FULL:
+			if (!v->dirty)
+				return ORC_EXIT;
+			rc = orc_dirty_drain(v->dirty, v->dirty_ring);
+			if (rc) {
+				v->error = -rc;
+				return ORC_ERROR;
+			}
+			break;
 		case KVM_EXIT_IO:
 		case KVM_EXIT_MMIO:
 			why = answer(v);

@@ -5,19 +5,19 @@
  *   maker    a worker thread that sets a VM up: makes vCPUs, and frees those that never ran, if that fails
  *   runner   the one thread that runs a vCPU: accounts exits, waits, writes the vCPU's ring
  *   capper   the fleet's, while there are caps: commands and kicks the vCPUs that have one
- *   reader   a worker thread that reads dirty logs
+ *   reader   a worker thread that reads dirty logs, or takes written pages
  * Where nothing is said, a function is the owner's.
  *
  * Locks: capper->lock, orc_dirty's two, bus->lock (among owners), fleet->gate.lock, those of
  * devices: uart->lock, then console->lock or interrupts->lock. Of the others none is held while another is taken, but
  * dirty->lock before its sums_lock; under capper->lock vCPUs are commanded and kicked, which takes none. A runner takes
- * none but devices' (and dirty->lock, when it reads the log at its end), so that nobody waits until one has its CPU back:
+ * none but devices' (and dirty->lock, when its ring of written pages is full, and at its end), so that nobody waits until one has its CPU back:
  * what runners write is written for readers that do not wait.
  *
  * Lifetimes. What a thread may touch outlives that thread's last look at it:
  *   runner   ends first; it was joined, or (where there is none) its task has ended. It then waits for no turn, pushes
  *            nothing and takes no ticket. From then on its vCPU is only the owner's and the capper's.
- *   what bind_* and profile_memory were given (kvm_run, descriptor, emulator, memory slots)
+ *   what bind_*, set_dirty and profile_memory were given (kvm_run, descriptor, emulator, memory slots)
  *            orc_vcpu_unbind first: it takes the cap off, and waits for the capper if it is at this vCPU. Then they may be
  *            unmapped, closed and freed, on any thread.
  *   orc_vcpu orc_vcpu_free, after that and after all who might wake it (an answer that comes late) know that it is gone;
@@ -58,9 +58,40 @@
 #define KVM_CAP_XSAVE2 208
 #define KVM_GET_XSAVE2 _IOR(KVMIO, 0xcf, struct kvm_xsave)
 #endif
+#ifndef KVM_CAP_DIRTY_LOG_RING_ACQ_REL
+#define KVM_CAP_DIRTY_LOG_RING_ACQ_REL 223
+#endif
 #ifndef KVM_STATS_UNIT_BOOLEAN
 #define KVM_STATS_UNIT_BOOLEAN (0x4 << 4)
 #endif
+#ifndef KVM_GET_SREGS2
+#define KVM_CAP_SREGS2 200
+struct kvm_sregs2 {
+	struct kvm_segment cs, ds, es, fs, gs, ss, tr, ldt;
+	struct kvm_dtable gdt, idt;
+	__u64 cr0, cr2, cr3, cr4, cr8, efer, apic_base, flags, pdptrs[4];
+};
+#define KVM_SREGS2_FLAGS_PDPTRS_VALID 1
+#define KVM_GET_SREGS2 _IOR(KVMIO, 0xcc, struct kvm_sregs2)
+#define KVM_SET_SREGS2 _IOW(KVMIO, 0xcd, struct kvm_sregs2)
+#endif
+#ifndef KVM_VCPU_TSC_CTRL
+#define KVM_VCPU_TSC_CTRL 0
+#define KVM_VCPU_TSC_OFFSET 0
+#endif
+#ifndef KVM_CLOCK_REALTIME
+#define KVM_CLOCK_REALTIME (1 << 2)
+#define KVM_CLOCK_HOST_TSC (1 << 3)
+#endif
+
+/* struct kvm_clock_data with the members that it has had since Linux 5.16; before, they were padding. */
+struct orc_kvm_clock {
+	uint64_t clock;
+	uint32_t flags, pad0;
+	uint64_t realtime, host_tsc;
+	uint32_t pad[4];
+};
+_Static_assert(sizeof(struct orc_kvm_clock) == sizeof(struct kvm_clock_data), "of the same size before and since");
 
 typedef uint64_t orc_u64;
 typedef int64_t orc_ns; /* nanoseconds on the fleet's clock: CLOCK_MONOTONIC, or trio's for the scripted backend */
@@ -412,39 +443,64 @@ long orc_ioctl_value(int fd, unsigned long request, unsigned long argument);
 
 /* ---- dirty.c -------------------------------------------------------------------------------------------------- */
 
-/* The dirty log of a VM and its one reader: a reading takes what it tells out of the log. Any thread, all of them; those
- * that ask the kernel wait for each other. */
+/* The dirty log of a VM and its one owner: a reading takes what it tells out of the kernel's log, and gives it to all
+ * readers. Any thread, all of them; those that ask the kernel wait for each other. */
 typedef struct orc_dirty orc_dirty;
 struct orc_dirty_sums {
 	orc_u64 pages; /* that readings found, so far: a page counts once in each */
 	orc_ns read;   /* when the last reading began; 0: there was none */
-	bool on;       /* some of the memory is logged */
+	bool on;       /* pages of some of the memory are counted */
 };
-/* Of a VM with these slots, which stay the caller's and as long as this; only their flags are changed, by orc_dirty_log.
- * NULL: no memory. */
+/* Of a VM with these slots, which stay the caller's and as long as this; only their flags are changed. Those that are logged
+ * already are counted. NULL: no memory. */
 orc_dirty *orc_dirty_new(int vm, struct kvm_userspace_memory_region *slot, size_t slots);
-void orc_dirty_free(orc_dirty *); /* nobody uses it any more */
+/* Before any vCPU runs, of a VM whose KVM_CAP_DIRTY_LOG_RING was enabled with so many entries, a power of two. 0 or a
+ * negative errno, when only orc_dirty_free is left. */
+int orc_dirty_rings(orc_dirty *, uint32_t entries, const int *vcpu, uint32_t vcpus);
+void orc_dirty_free(orc_dirty *); /* nobody uses it any more; readers are shut */
 /* Before the VM's descriptor is closed: waits for a reading in progress, and from then on there is nothing to read. */
 void orc_dirty_close(orc_dirty *);
-/* Logs every slot that the guest may write, or none; also while it runs. What was in the log is read first. 0 or a negative
- * errno: all is as it was. */
+
+/* Counts what is written into every slot that the guest may write, or into none; also while it runs. What was in the log is
+ * read first. 0 or a negative errno: all is as it was. */
 int orc_dirty_log(orc_dirty *, bool on);
-/* Reads and counts what is in these logs. 0, or the negative errno of one that could not be read. */
+/* Counts what was written into the slots of these that are counted. 0, or the negative errno of one that can't be read. */
 int orc_dirty_read(orc_dirty *const logs[], size_t n);
 void orc_dirty_sums(orc_dirty *, struct orc_dirty_sums *out); /* waits for nobody */
 orc_u64 orc_dirty_ones(const uint64_t *bitmap, size_t words);
 
+/* One who is told which pages are written from now on, in all that the guest may write, whoever else reads. It has them
+ * logged as long as it is open. 0 or a negative errno (-EBADF: the VM is closed). */
+typedef struct orc_dirty_reader orc_dirty_reader;
+int orc_dirty_open(orc_dirty *, orc_dirty_reader **out);
+/* Words that a bitmap of all slots has: each slot's in a row, as many as its pages need. */
+size_t orc_dirty_words(const orc_dirty *);
+/* What was written since it was opened or took last. 0, or a negative errno: some of it comes with the next. */
+int orc_dirty_take(orc_dirty_reader *, uint64_t *bitmap);
+int orc_dirty_shut(orc_dirty_reader *); /* frees it. 0, or a negative errno: pages are logged for nobody */
+
+/* The host wrote guest memory, which no log of the kernel's sees: readers are told, and nothing is counted. After the write. */
+void orc_dirty_mark(orc_dirty *, orc_u64 address, orc_u64 size);
+/* That ring is full: makes room in all. 0 or a negative errno. */
+int orc_dirty_drain(orc_dirty *, uint32_t ring);
+/* Before the runner starts: whose log it drains when its ring, of that number, is full. It must outlive the binding. */
+void orc_vcpu_set_dirty(orc_vcpu *, orc_dirty *, uint32_t ring);
+
 /* ---- build.c -------------------------------------------------------------------------------------------------- */
 
-/* Where a vCPU starts; what it leaves out is as after reset. */
+/* Where a vCPU starts. What it points to stays the caller's. */
 struct orc_entry {
-	orc_u64 rip, rsp, rdi, cr0, cr3, cr4, efer, gdt_base;
-	uint16_t gdt_limit, code_selector, data_selector, mode;
+	struct kvm_regs registers;
+	const struct kvm_sregs *special; /* but apic_base and interrupt_bitmap, which are the kernel's */
+	struct kvm_msrs *msrs;           /* NULL: none */
+	uint16_t bits;                   /* of its code: 16, 32 or 64 */
+	bool waits;                      /* for INIT and SIPI: registers do not count. Not the first; needs an irqchip */
 };
 struct orc_plan {
 	/* in */
 	int kvm;
 	bool bus_locks, irqchip;
+	uint32_t dirty_ring; /* entries of each vCPU's ring of written pages; 0: the kernel keeps bitmaps */
 	orc_u64 identity_map, tss, run_size;
 	uint32_t slots, vcpus;
 	struct kvm_userspace_memory_region *slot;
@@ -456,6 +512,7 @@ struct orc_plan {
 	struct kvm_run **run;
 	uint32_t vcpus_made;
 	const char *step; /* the call that failed */
+	uint32_t msr;     /* that was refused, if this was "KVM_SET_MSRS of MSR" */
 };
 /* Makes a VM with its vCPUs. 0 or a negative errno. */
 int orc_kvm_build(struct orc_plan *);

@@ -70,6 +70,7 @@ void orc_vcpu_unbind(orc_vcpu *v)
 	orc_vcpu_cap(v, 1); /* first: until then the capper may be about to kick it */
 	v->run = NULL;
 	v->fd = -1;
+	v->dirty = NULL;
 	v->emulator = NULL;
 	v->witness = NULL;
 	v->slot = NULL;

@@ -9,7 +9,7 @@ from typing import Final, TypeAlias
 from ..backend import Detection
 from ..backend.scripted import ScriptedBackend, ScriptedExit, bus_lock, hlt, io_write, triple_fault
 from ..model.errors import OrchestraError, SpecError
-from ..model.spec import FlatImage, VmSpec
+from ..model.spec import BootSpec, VmSpec
 from . import guests
 
 __all__ = ["backend", "script"]
@@ -22,7 +22,7 @@ NO_EMULATION: Final = 1  # KVM_INTERNAL_ERROR_EMULATION
 YEARS: Final = 365.25 * 86400.0
 
 
-def script(image: FlatImage, detection: Detection | None = "fault-like") -> Script:
+def script(image: BootSpec, detection: Detection | None = "fault-like") -> Script:
     """What each vCPU of a ready guest does; to be played from its start each time.
 
     Parameters:

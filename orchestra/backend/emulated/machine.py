@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from threading import Lock
-from typing import Any
+from typing import Any, Final
 
 from ...model.errors import BackendUnavailable, SpecError
 from ...model.spec import VmSpec
 from ...native import ffi, lib
 from ...native.core import VcpuCore, monotonic_ns
-from .. import Detection, EntryState
+from .. import Detection
+from ..entry import EntryState
 from ..memory import GuestMemory
-from ..memory_layout import entry_fields, memory_slots
+from ..memory_layout import entries, memory_slots
 from ..registers import Registers, SpecialRegisters
 from ..threaded import ThreadedEngine
 from . import library
@@ -66,6 +67,25 @@ class EmulatedEngine(ThreadedEngine):
             self._emulator = ffi.NULL
 
 
+SEGMENTS: Final = {16: (0, 0), 32: (0x08, 0x18), 64: (0x10, 0x18)}
+"""Selectors of the code and data segments with which library.py's ``enter.bin`` gets into each mode."""
+
+
+def _check_entry(state: EntryState) -> None:
+    """Raises SpecError: unicorn can't start a CPU like that."""
+    mode, special = state.mode, state.mode.special
+    code, data = SEGMENTS[mode.bits]
+    found = [(special.cs.selector, special.cs.base)]
+    found += [(one.selector, one.base) for one in (special.ds, special.es, special.fs, special.gs, special.ss)]
+    if found != [(code, 0)] + [(data, 0)] * 5:
+        raise SpecError(
+            f"boot: the emulated backend starts {mode.bits}-bit guests with flat segments, code at selector {code:#x} "
+            f"and data at {data:#x}, as FlatImage has them; backend='kvm' takes others"
+        )
+    if state.msrs:
+        raise SpecError("boot: the emulated backend starts guests with MSRs as after reset; backend='kvm' can set them")
+
+
 class EmulatedMachine:
     """One VM on unicorn."""
 
@@ -78,7 +98,8 @@ class EmulatedMachine:
         self.memory = memory
         self._unicorn = unicorn  # it must outlive its CPUs
         self.engines: list[EmulatedEngine] = []
-        slots, entry = memory_slots(memory), ffi.new("struct orc_entry *", entry_fields(state))
+        _check_entry(state)
+        slots, (entry, _kept) = memory_slots(memory), entries([state])
         failed = ffi.new("char const **")
         emulator = lib.orc_emulator_new(unicorn, slots, len(slots), entry, failed)
         if emulator == ffi.NULL:
@@ -131,10 +152,11 @@ class EmulatedBackend:
             ), can
         if spec.irqchip:
             return "irqchip=True: the emulated backend delivers no interrupts", can
-        if spec.log_dirty or any(region.log_dirty for region in spec.regions):
+        ring = spec.backing.dirty_ring
+        if ring is not None or spec.log_dirty or any(region.log_dirty for region in spec.regions):
             return (
-                "log_dirty=True: the emulated backend does not see which pages a guest writes, as asking at each write "
-                "would make it up to four times as slow"
+                f"{'log_dirty=True' if ring is None else f'dirty_ring={ring}'}: the emulated backend does not see "
+                "which pages a guest writes, as asking at each write would make it up to four times as slow"
             ), can
         return None
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
 
 import attrs
 
@@ -11,7 +11,9 @@ from ...model.errors import SpecError
 from ...native import ffi, lib
 from ..registers import new_struct
 
-__all__ = ["Cpuid", "CpuidEntry"]
+__all__ = ["Cpuid", "CpuidEntry", "make_cpuid"]
+
+INDEXED: Final = int(lib.KVM_CPUID_FLAG_SIGNIFCANT_INDEX)
 
 
 @attrs.frozen(kw_only=True)
@@ -74,7 +76,7 @@ class Cpuid:
         return None
 
     def with_apic_id(self, index: int) -> Any:
-        """Patch the table in place for the vCPU number `index` and return its buffer, for `KvmVcpu.set_cpuid`.
+        """Patch the table in place for the vCPU number `index` and return its buffer.
 
         KVM gives a vCPU its number as APIC id; a guest that reads another one from CPUID starts the wrong CPUs.
         """
@@ -82,3 +84,80 @@ class Cpuid:
             raise SpecError(f"index={index!r}: must be a vCPU number, from 0")
         lib.orc_cpuid_set_apic_id(self.buffer, index)
         return self.buffer
+
+
+# ---- made from what the host's KVM can give
+
+
+def make_cpuid(supported: Iterable[CpuidEntry], vcpus: int, local_apics: bool) -> list[CpuidEntry]:
+    """What CPUID tells a guest with so many vCPUs. All that KVM supports, but for what is not so in a VM:
+
+    - It is a guest, and may look for its hypervisor's leaves. The local APIC's timer has deadlines if there is one.
+    - One package of as many cores as it has vCPUs, each of one thread. What the host's own topology is, a guest would
+      read from leaves that KVM copies from the CPU that happens to answer.
+    - No power management: turbo, energy bias and UMWAIT (which would keep a core asleep that others wait for) are the
+      host's. No performance counters and no debug store, as no state of them is kept.
+
+    The APIC ids are those of vCPU 0: `Cpuid.with_apic_id` and the core patch them for each.
+
+    Parameters:
+        supported: what KVM_GET_SUPPORTED_CPUID says.
+        local_apics: it has an in-kernel irqchip.
+
+    Sources: Intel SDM vol. 2, CPUID; AMD APM vol. 3, appendix E; Linux, Documentation/virt/kvm/api.rst,
+    KVM_GET_SUPPORTED_CPUID (TSC_DEADLINE).
+    """
+    entries = [one for one in supported if one.function not in (0xB, 0x1F)]
+    has_topology = any(one.function == 0 and one.eax >= 0xB for one in entries)
+    made = [_made(one, vcpus, local_apics) for one in entries]
+    return made + (_topology(0xB, vcpus) if has_topology else [])
+
+
+def _width(vcpus: int) -> int:
+    """Bits of the APIC id that number a package's processors."""
+    return (vcpus - 1).bit_length()
+
+
+def _made(entry: CpuidEntry, vcpus: int, local_apics: bool) -> CpuidEntry:
+    many = vcpus > 1
+    match entry.function:
+        case 0x1:
+            most = min(1 << _width(vcpus), 255)  # of 8 bits
+            return attrs.evolve(
+                entry,
+                ebx=entry.ebx & 0xFF00FFFF | most << 16,
+                ecx=_bits(entry.ecx, {31: True, 24: local_apics, 15: False}),  # hypervisor, TSC deadline, PDCM
+                edx=_bits(entry.edx, {28: many, 21: False}),  # several processors, debug store
+            )
+        case 0x4 if entry.eax & 0x1F:  # a cache: who shares it, and cores in the package
+            shared = vcpus - 1 if entry.eax >> 5 & 7 >= 3 else 0
+            return attrs.evolve(entry, eax=entry.eax & 0x3FFF | min(shared, 0xFFF) << 14 | min(vcpus - 1, 63) << 26)
+        case 0x6:  # turbo, energy bias
+            return attrs.evolve(entry, eax=_bits(entry.eax, {1: False}), ecx=_bits(entry.ecx, {3: False}))
+        case 0x7 if entry.index == 0:  # UMWAIT
+            return attrs.evolve(entry, ecx=_bits(entry.ecx, {5: False}))
+        case 0xA:
+            return attrs.evolve(entry, eax=0, ebx=0, ecx=0, edx=0)
+        case 0x80000008:  # AMD: cores less one, and the width of their numbers; Intel keeps these bits clear
+            counts = min(vcpus - 1, 255) | _width(vcpus) << 12
+            return attrs.evolve(entry, ecx=entry.ecx & ~0xF0FF | counts if entry.ecx & 0xF0FF else entry.ecx)
+        case 0x8000001E:  # AMD: one thread to a core, one node
+            return attrs.evolve(entry, ebx=entry.ebx & ~0xFFFF, ecx=entry.ecx & ~0x7FF)
+    return entry
+
+
+def _bits(value: int, bits: Mapping[int, bool]) -> int:
+    for number, on in bits.items():
+        value = value | 1 << number if on else value & ~(1 << number)
+    return value
+
+
+def _topology(function: int, vcpus: int) -> list[CpuidEntry]:
+    """The levels of processors: threads of a core, cores of the package, and no more. KVM tells the first alone since
+    Linux 6.2."""
+    thread, core, none = 1, 2, 0
+    levels = [(thread, 0, 1), (core, _width(vcpus), vcpus), (none, 0, 0)]
+    return [
+        CpuidEntry(function=function, index=index, flags=INDEXED, eax=width, ebx=count, ecx=kind << 8 | index)
+        for index, (kind, width, count) in enumerate(levels)
+    ]

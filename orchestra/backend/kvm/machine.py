@@ -12,12 +12,14 @@ from ...model.errors import BusLockUnsupported, OrchestraError, SpecError
 from ...model.spec import VmSpec
 from ...native import ffi, lib
 from ...native.core import VcpuCore, install_signal, monotonic_ns
-from .. import Detection, EntryState
+from .. import Detection
+from ..entry import EntryState
 from ..memory import GuestMemory
-from ..memory_layout import entry_fields, memory_slots
+from ..memory_layout import entries, memory_slots
 from ..registers import Registers, SpecialRegisters
 from ..threaded import ThreadedEngine
-from .cpuid import Cpuid
+from . import state
+from .cpuid import Cpuid, make_cpuid
 from .dirty import DirtyLog
 from .ioctl import failure
 from .system import Kvm
@@ -53,10 +55,10 @@ class KvmEngine(ThreadedEngine):
         return f"KVM_RUN failed: {errno.errorcode.get(number, number)} ({os.strerror(number)})"
 
     def registers(self) -> Registers:
-        return self.vcpu.registers()
+        return self.vcpu.read(state.REGISTERS)
 
     def special_registers(self) -> SpecialRegisters:
-        return self.vcpu.special_registers()
+        return self.vcpu.read(state.SPECIAL)
 
     def close(self) -> None:
         self.core.unbind()
@@ -80,11 +82,13 @@ class KvmMachine:
         """Make all of it in one call into the core. Raises what `failure` makes of the step that failed."""
         plan = ffi.new("struct orc_plan *")
         slots = memory_slots(self.memory)
-        entries = ffi.new("struct orc_entry[]", [entry_fields(state) for state in states])
+        entry, _kept = entries(states)
         fds, runs = ffi.new("int[]", len(cores)), ffi.new("struct kvm_run *[]", len(cores))
         plan.kvm, plan.bus_locks, plan.irqchip = kvm.fd, how["bus_locks"], spec.irqchip
         plan.identity_map, plan.tss, plan.run_size = IDENTITY_MAP_ADDRESS, TSS_ADDRESS, kvm.vcpu_mmap_size
-        plan.slots, plan.slot, plan.vcpus, plan.entry = len(slots), slots, len(cores), entries
+        ring = spec.backing.dirty_ring or 0
+        plan.dirty_ring = ring
+        plan.slots, plan.slot, plan.vcpus, plan.entry = len(slots), slots, len(cores), entry
         plan.cpuid, plan.vcpu, plan.run = cpuid.buffer, fds, runs
 
         result = lib.orc_kvm_build(plan)
@@ -102,11 +106,21 @@ class KvmMachine:
                 self.engines.append(KvmEngine(cores[index], vcpu, how["sync_regs"]))
                 lib.orc_vcpu_profile_memory(cores[index].handle, slots, len(slots))
             self._slots = slots  # as long as the vCPUs that read code through it
-            self.dirty = DirtyLog(plan.vm, slots)
+            if not result:
+                self._log_dirty(slots, ring, [fds[index] for index in made])
         if result == -errno.EOPNOTSUPP:
             raise BusLockUnsupported(f"vm {spec.name!r}: this host's KVM can't report its bus locks")
         if result:
-            raise failure(-result, ffi.string(plan.step).decode())
+            step = ffi.string(plan.step).decode()
+            raise failure(-result, f"{step} {plan.msr:#x}" if step.endswith("MSR") else step)
+
+    def _log_dirty(self, slots: Any, ring: int, vcpus: Sequence[int]) -> None:
+        assert self.vm is not None
+        self.dirty = DirtyLog(self.vm.fd, slots, ring, vcpus)
+        self.memory.on_write = self.dirty.written
+        if ring:
+            for index, engine in enumerate(self.engines):
+                lib.orc_vcpu_set_dirty(engine.core.handle, self.dirty.handle, index)
 
     def open_statistics(self, index: int) -> None:
         """Before `statistics`, for each vCPU that is alive: on its thread, as this waits until it leaves KVM_RUN.
@@ -147,9 +161,12 @@ class KvmBackend:
     def __init__(self, kvm: Kvm, why: str) -> None:
         self.kvm = kvm
         self.why = why
-        self._cpuids: list[Cpuid] = []
+        self._cpuids: dict[tuple[int, bool], list[Cpuid]] = {}
+        self._supported = kvm.supported_cpuid().entries()
         # api.rst 4.4: KVM_CAP_MAX_VCPUS; without it as many as recommended; without that, 4
         self._max_vcpus = kvm.extension(lib.KVM_CAP_MAX_VCPUS) or kvm.extension(lib.KVM_CAP_NR_VCPUS) or 4
+        rings = (lib.KVM_CAP_DIRTY_LOG_RING_ACQ_REL, lib.KVM_CAP_DIRTY_LOG_RING)
+        self._most_ring = max(map(kvm.extension, rings)) // ffi.sizeof("struct kvm_dirty_gfn")
         self._sync_regs = bool(kvm.extension(lib.KVM_CAP_SYNC_REGS) & lib.KVM_SYNC_X86_REGS)
 
     @classmethod
@@ -191,18 +208,20 @@ class KvmBackend:
         bus_locks: bool,
     ) -> KvmMachine:
         machine = KvmMachine(memory)
-        # A table belongs to one thread at a time, and making one takes as long as the rest.
+        # A table belongs to one thread at a time, and making one takes as long as the rest. There is one kind of them
+        # for each number of vCPUs, and those of a fleet are few.
+        tables = self._cpuids.setdefault((spec.vcpus, bool(spec.irqchip)), [])
         try:
-            cpuid = self._cpuids.pop()
+            cpuid = tables.pop()
         except IndexError:
-            cpuid = self.kvm.supported_cpuid()
+            cpuid = Cpuid.from_entries(make_cpuid(self._supported, spec.vcpus, bool(spec.irqchip)))
         try:
             machine.build(self.kvm, spec, cores, states, cpuid, bus_locks=bus_locks, sync_regs=self._sync_regs)
         except BaseException:
             machine.close()
             raise
         finally:
-            self._cpuids.append(cpuid)
+            tables.append(cpuid)
         return machine
 
     def limits_changed(self) -> None:
@@ -212,6 +231,14 @@ class KvmBackend:
         """Why this host's KVM can't run that VM, and what to do; None: nothing is known to be in the way."""
         if spec.vcpus > self._max_vcpus:
             return f"vcpus={spec.vcpus}: this host's KVM allows at most {self._max_vcpus} in a VM", "ask for fewer"
+        ring, most = spec.backing.dirty_ring, self._most_ring
+        if ring is not None and ring > most:
+            what = (
+                f"dirty_ring={ring}: this host's KVM allows at most {most} entries"
+                if most
+                else (f"dirty_ring={ring}: this host's KVM keeps no rings of written pages (Linux 5.11)")
+            )
+            return what, "leave it out: written pages are then logged in bitmaps"
         wanted, given = spec.bus_lock_detection, self.bus_lock_detection()
         if wanted is not None and given is not None and wanted != given:
             what = f"bus_lock_detection={wanted!r}: this host's CPU reports them {given}"

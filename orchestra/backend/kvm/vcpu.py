@@ -1,18 +1,18 @@
-"""KVM's third level: a vCPU, its registers and its ``struct kvm_run``."""
+"""KVM's third level: a vCPU, its ``struct kvm_run`` and the way to its state."""
 
 from __future__ import annotations
 
 import errno
 import mmap
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from ...model.errors import KvmError, SpecError, StateError
+from ...model.errors import KvmError, StateError
 from ...native import ffi, lib
-from ..registers import DebugRegisters, MpState, Registers, SpecialRegisters, new_struct
-from .cpuid import Cpuid, CpuidEntry
+from ..registers import new_struct
 from .ioctl import call, failure
+from .part import Part
 from .statistics import Statistic, StatisticsReader
 
 if TYPE_CHECKING:
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 __all__ = ["KvmVcpu", "map_run"]
 
+T = TypeVar("T")
+
 _RUN = ffi.typeof("struct kvm_run *")
-_REGS = ffi.typeof("struct kvm_regs *")
-_SREGS = ffi.typeof("struct kvm_sregs *")
 _MOST_MSRS = 255  # one call takes fewer than MAX_IO_MSRS (256, arch/x86/kvm/x86.c)
 
 
@@ -60,68 +60,19 @@ class KvmVcpu:
             raise StateError("the vCPU is closed and its kvm_run is gone")
         return self._run
 
-    # ---- general and special registers; those with a struct are for the launch path
+    # ---- its state
 
-    def read_regs(self) -> Any:
-        """KVM_GET_REGS as a new ``struct kvm_regs *``."""
-        regs = ffi.new(_REGS)
-        call(self.fd, "KVM_GET_REGS", regs)
-        return regs
+    def extension(self, number: int) -> int:
+        """What KVM_CHECK_EXTENSION says for its VM."""
+        return self._vm.extension(number)
 
-    def write_regs(self, regs: Any) -> None:
-        """KVM_SET_REGS from a ``struct kvm_regs *``, which may be used for many vCPUs."""
-        call(self.fd, "KVM_SET_REGS", regs)
+    def read(self, part: Part[T]) -> T:
+        """One part of its state, such as `state.REGISTERS`."""
+        return part.read(self)
 
-    def registers(self) -> Registers:
-        return Registers.from_struct(self.read_regs())
-
-    def set_registers(self, registers: Registers) -> None:
-        """Raises SpecError for a value that is no unsigned 64-bit number."""
-        self.write_regs(registers.to_struct())
-
-    def read_sregs(self) -> Any:
-        """KVM_GET_SREGS as a new ``struct kvm_sregs *``."""
-        sregs = ffi.new(_SREGS)
-        call(self.fd, "KVM_GET_SREGS", sregs)
-        return sregs
-
-    def write_sregs(self, sregs: Any) -> None:
-        """KVM_SET_SREGS from a ``struct kvm_sregs *``. Raises KvmError (EINVAL: no state that a CPU can be in)."""
-        call(self.fd, "KVM_SET_SREGS", sregs)
-
-    def special_registers(self) -> SpecialRegisters:
-        return SpecialRegisters.from_struct(self.read_sregs())
-
-    def set_special_registers(self, registers: SpecialRegisters) -> None:
-        """Raises SpecError (a value that does not fit), KvmError (EINVAL: no state that a CPU can be in)."""
-        self.write_sregs(registers.to_struct())
-
-    def update_special(self, change: Callable[[Any], object]) -> None:
-        """Read, change and write the special registers: `change` is called with the ``struct kvm_sregs *``."""
-        sregs = self.read_sregs()
-        change(sregs)
-        self.write_sregs(sregs)
-
-    # ---- what the CPU is
-
-    def set_cpuid(self, cpuid: Any) -> None:
-        """KVM_SET_CPUID2, before the first KVM_RUN.
-
-        Parameters:
-            cpuid: a ``struct kvm_cpuid2 *`` (such as `Cpuid.with_apic_id` returns), a `Cpuid`, or `CpuidEntry` objects.
-        """
-        if isinstance(cpuid, Cpuid):
-            cpuid = cpuid.buffer
-        elif not isinstance(cpuid, ffi.CData):
-            cpuid = Cpuid.from_entries(cpuid).buffer
-        call(self.fd, "KVM_SET_CPUID2", cpuid)
-
-    def cpuid(self) -> list[CpuidEntry]:
-        """KVM_GET_CPUID2: what was set, with what KVM keeps up to date in it."""
-        room = 256  # KVM_MAX_CPUID_ENTRIES, the most that a vCPU can have
-        buffer = ffi.new("struct kvm_cpuid2 *", {"nent": room, "entries": room})
-        call(self.fd, "KVM_GET_CPUID2", buffer)
-        return Cpuid(buffer).entries()
+    def write(self, part: Part[T], value: T) -> None:
+        """Set one part of its state."""
+        part.write(self, value)
 
     def msrs(self, indices: Iterable[int]) -> dict[int, int]:
         """The values of the MSRs `indices` (KVM_GET_MSRS). Raises KvmError, which names the first that KVM refuses."""
@@ -151,75 +102,7 @@ class KvmVcpu:
                 )
             yield msrs.entries, done
 
-    # ---- the rest of the state, opaque where nobody looks into it
-
-    def fpu(self) -> bytes:
-        """``struct kvm_fpu`` as it is (KVM_GET_FPU); `xsave` has all of it and more."""
-        return self._get_opaque("KVM_GET_FPU", "struct kvm_fpu")
-
-    def set_fpu(self, state: bytes) -> None:
-        self._set_opaque("KVM_SET_FPU", "struct kvm_fpu", state)
-
-    def vcpu_events(self) -> bytes:
-        """Pending exceptions, interrupts, NMIs and SMIs: ``struct kvm_vcpu_events`` as it is."""
-        return self._get_opaque("KVM_GET_VCPU_EVENTS", "struct kvm_vcpu_events")
-
-    def set_vcpu_events(self, state: bytes) -> None:
-        self._set_opaque("KVM_SET_VCPU_EVENTS", "struct kvm_vcpu_events", state)
-
-    def _get_opaque(self, name: str, kind: str) -> bytes:
-        struct = ffi.new(f"{kind} *")
-        call(self.fd, name, struct)
-        return bytes(ffi.buffer(struct))
-
-    def _set_opaque(self, name: str, kind: str, state: bytes) -> None:
-        struct = ffi.new(f"{kind} *")
-        _copy_exactly(kind, ffi.buffer(struct), state)
-        call(self.fd, name, struct)
-
-    def xsave(self) -> bytes:
-        """The extended state (x87, SSE, AVX and on) in the CPU's XSAVE format, `KvmVm.xsave_size` bytes."""
-        size = self._vm.xsave_size
-        area = ffi.new("uint64_t[]", (size + 7) // 8)
-        # KVM_GET_XSAVE writes 4096 bytes and fails if the guest's state is larger.
-        call(self.fd, "KVM_GET_XSAVE2" if size > 4096 else "KVM_GET_XSAVE", area)
-        return bytes(ffi.buffer(area)[:size])
-
-    def set_xsave(self, state: bytes) -> None:
-        """KVM_SET_XSAVE. Raises SpecError (another size than this host's), KvmError (EINVAL: features it lacks)."""
-        size = self._vm.xsave_size
-        area = ffi.new("uint64_t[]", (size + 7) // 8)
-        _copy_exactly("xsave", memoryview(ffi.buffer(area))[:size], state)
-        call(self.fd, "KVM_SET_XSAVE", area)
-
-    def xcrs(self) -> dict[int, int]:
-        """The extended control registers by number: XCR0 under 0 (KVM_GET_XCRS)."""
-        xcrs = ffi.new("struct kvm_xcrs *")
-        call(self.fd, "KVM_GET_XCRS", xcrs)
-        return {xcrs.xcrs[i].xcr: xcrs.xcrs[i].value for i in range(xcrs.nr_xcrs)}
-
-    def set_xcrs(self, values: Mapping[int, int]) -> None:
-        """KVM_SET_XCRS. Raises SpecError (more than 16), KvmError (EINVAL: features that the host lacks)."""
-        entries = [{"xcr": number, "value": value} for number, value in values.items()]
-        call(self.fd, "KVM_SET_XCRS", new_struct("struct kvm_xcrs *", {"nr_xcrs": len(entries), "xcrs": entries}))
-
-    def mp_state(self) -> MpState:
-        state = ffi.new("struct kvm_mp_state *")
-        call(self.fd, "KVM_GET_MP_STATE", state)
-        return MpState(state.mp_state)
-
-    def set_mp_state(self, state: MpState) -> None:
-        """Raises KvmError (EINVAL: a state that needs an in-kernel irqchip)."""
-        call(self.fd, "KVM_SET_MP_STATE", new_struct("struct kvm_mp_state *", {"mp_state": int(state)}))
-
-    def debug_registers(self) -> DebugRegisters:
-        debugregs = ffi.new("struct kvm_debugregs *")
-        call(self.fd, "KVM_GET_DEBUGREGS", debugregs)
-        return DebugRegisters.from_struct(debugregs)
-
-    def set_debug_registers(self, registers: DebugRegisters) -> None:
-        """Raises SpecError (a value that does not fit), KvmError (EINVAL: bits 32 and up of DR6 or DR7)."""
-        call(self.fd, "KVM_SET_DEBUGREGS", registers.to_struct())
+    # ---- debugging and the clock
 
     def guest_debug(self, control: int, debugreg: Sequence[int] = ()) -> None:
         """Debug the guest from outside (KVM_SET_GUEST_DEBUG): its traps then come as KVM_EXIT_DEBUG.
@@ -274,9 +157,3 @@ class KvmVcpu:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _copy_exactly(what: str, target: Any, state: bytes) -> None:
-    if len(state) != len(target):
-        raise SpecError(f"{what}: {len(state)} bytes, must be {len(target)}: read it on a host like this one")
-    target[:] = state

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, TypeVar
 
 from ...model.errors import BusLockUnsupported, SpecError, StateError
 from ...native import ffi, lib
@@ -11,10 +11,13 @@ from ..memory import GuestMemory
 from ..memory_layout import slot_flags
 from ..registers import new_struct
 from .ioctl import call, failure
+from .part import Part
 from .statistics import Statistic, StatisticsReader
 from .vcpu import KvmVcpu, map_run
 
 __all__ = ["KvmVm"]
+
+T = TypeVar("T")
 
 _REGION = ffi.typeof("struct kvm_userspace_memory_region *")
 _BUS_LOCK = lib.KVM_CAP_X86_BUS_LOCK_EXIT
@@ -37,7 +40,6 @@ class KvmVm:
         "_pages",
         "_statistics",
         "_vcpu_mmap_size",
-        "_xsave_size",
         "bus_lock_exits",
         "fd",
         "interrupts",
@@ -55,7 +57,6 @@ class KvmVm:
         self._has_vcpus = False
         self._pages: dict[int, int] = {}
         self._statistics: StatisticsReader | None = None
-        self._xsave_size: int | None = None
 
     @classmethod
     def adopt(cls, fd: int, vcpu_mmap_size: int, memory: GuestMemory, *, bus_lock_exits: bool) -> KvmVm:
@@ -132,6 +133,16 @@ class KvmVm:
         elif self.bus_lock_exits:
             raise StateError("bus-lock exits are on and KVM has no way to switch them off again; make a new VM")
 
+    # ---- its state
+
+    def read(self, part: Part[T]) -> T:
+        """One part of its state, such as `state.CLOCK`."""
+        return part.read(self)
+
+    def write(self, part: Part[T], value: T) -> None:
+        """Set one part of its state."""
+        part.write(self, value)
+
     # ---- memory
 
     def set_memory(
@@ -181,10 +192,8 @@ class KvmVm:
         this process writes into guest memory is not in the log.
 
         KVM_GET_DIRTY_LOG, which starts the log over: what one reader has seen no other will. So a log has one owner. Of
-        a VM in a fleet that is its `DirtyLog`, which counts pages and forgets which they were; calling this as well
-        takes pages from its figures, and the other way round. Who needs the pages themselves (a snapshot, a live
-        migration) must become the owner, have the others told of what it reads, and may then enable
-        KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, with which this call starts nothing over any more.
+        a VM in a fleet that is its `DirtyLog`: calling this as well takes pages from its readers. Whoever needs the
+        pages (a snapshot, a live migration) opens a `DirtyLog.reader`.
 
         Raises SpecError (no such slot), KvmError (ENOENT: not logged).
         """
@@ -281,13 +290,6 @@ class KvmVm:
         except BaseException:
             os.close(fd)
             raise
-
-    @property
-    def xsave_size(self) -> int:
-        """Bytes of a vCPU's extended state: what KVM_CAP_XSAVE2 says, at least 4096."""
-        if self._xsave_size is None:
-            self._xsave_size = max(4096, self.extension(lib.KVM_CAP_XSAVE2))
-        return self._xsave_size
 
     def statistics(self) -> dict[str, Statistic]:
         """KVM's own statistics of the VM, by names that differ from kernel to kernel (KVM_GET_STATS_FD).

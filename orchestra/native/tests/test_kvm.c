@@ -451,6 +451,39 @@ static void a_log_that_cant_be_read_is_told_and_the_others_are_read(void)
 	guest_free(&g);
 }
 
+static void readers_and_the_count_get_the_same_pages_and_none_gets_those_before_it_came(void)
+{
+	struct guest g;
+	struct kvm_userspace_memory_region slot;
+	orc_dirty_reader *first, *late;
+	uint64_t bitmap[(SIZE >> 12) / 64 + 1];
+	size_t words;
+	orc_dirty *d;
+
+	if (!guest_new(&g, writes, writes_end))
+		return;
+	slot = whole(&g);
+	d = orc_dirty_new(g.vm, &slot, 1);
+	words = orc_dirty_words(d);
+	CHECK(words <= sizeof(bitmap) / sizeof(*bitmap));
+	CHECK(!orc_dirty_log(d, true) && !orc_dirty_open(d, &first));
+	CHECK(orc_kvm_run(g.vcpu) == ORC_EXIT);
+	CHECK(!orc_dirty_read(&d, 1) && dirty_sums(d).pages == WRITES);
+	CHECK(!orc_dirty_open(d, &late));
+	CHECK(!orc_dirty_take(late, bitmap) && orc_dirty_ones(bitmap, words) == 0);
+	CHECK(!orc_dirty_take(first, bitmap) && orc_dirty_ones(bitmap, words) == WRITES);
+	CHECK(!orc_dirty_take(first, bitmap) && orc_dirty_ones(bitmap, words) == 0);
+	orc_dirty_mark(d, 0xfff, 2); /* the host writes over the end of a page */
+	CHECK(!orc_dirty_take(late, bitmap) && bitmap[0] == 3);
+	CHECK(!orc_dirty_log(d, false) && slot.flags == KVM_MEM_LOG_DIRTY_PAGES, "still logged, for the readers");
+	CHECK(!orc_dirty_shut(late) && slot.flags == KVM_MEM_LOG_DIRTY_PAGES);
+	orc_dirty_close(d);
+	CHECK(!orc_dirty_take(first, bitmap) && bitmap[0] == 3, "what was not taken stays");
+	CHECK(!orc_dirty_shut(first));
+	orc_dirty_free(d);
+	guest_free(&g);
+}
+
 enum { READINGS = 200 };
 
 static void *read_often(void *argument)
@@ -618,6 +651,7 @@ const struct test kvm_tests[] = {
 	TEST(what_was_written_before_logging_ends_counts),
 	TEST(logging_is_all_or_nothing_and_leaves_out_what_the_guest_may_not_write),
 	TEST(a_log_that_cant_be_read_is_told_and_the_others_are_read),
+	TEST(readers_and_the_count_get_the_same_pages_and_none_gets_those_before_it_came),
 	TEST(a_log_may_be_read_switched_and_closed_by_several_threads_at_once),
 	{NULL, NULL},
 };

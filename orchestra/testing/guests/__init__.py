@@ -22,7 +22,7 @@ from typing import Any, Final, Literal
 import attrs
 
 from ...model.errors import SpecError
-from ...model.spec import FlatImage, VmSpec
+from ...model.spec import BootSpec, FlatImage, VmSpec
 
 __all__ = [
     "CODE",
@@ -67,9 +67,9 @@ class Behaviour:
     code: bytes
 
 
-def read(image: FlatImage) -> Behaviour | None:
+def read(image: BootSpec) -> Behaviour | None:
     """What the image does; None: it is not one of these."""
-    if len(image.code) <= _PARAMETERS.size:
+    if not isinstance(image, FlatImage) or len(image.code) <= _PARAMETERS.size:
         return None
     period, _, port, signature = _PARAMETERS.unpack(image.code[-_PARAMETERS.size :])
     name = signature.rstrip(b"\0")
@@ -143,12 +143,14 @@ def _spec(guest: str, name: str, more: dict[str, Any], *, period: float = 0.0, p
     signature = (_SIGNATURE + guest).encode()
     code = (Path(__file__).parent / f"{guest}.bin").read_bytes()
     parameters = _PARAMETERS.pack(round(period * 1e9), TSC_KHZ, port, signature)
-    made = VmSpec(name=name, boot=FlatImage(code=code + parameters, load=CODE, mode=64), **more)
-    needed = SLOTS + SLOT * made.vcpus
-    if needed > made.stacks.start:
+    image = FlatImage(code=code + parameters, load=CODE, mode=64)
+    made = VmSpec(name=name, boot=image, **more)
+    needed, stacks = SLOTS + SLOT * made.vcpus, image.stacks(made.layout)
+    if needed > stacks.start:
+        size = made.layout.size
         raise SpecError(
-            f"memory={made.memory}: a ready guest with {made.vcpus} vCPUs needs at least "
-            f"{made.memory + needed - made.stacks.start} bytes, in whole pages of 4096"
+            f"memory={size}: a ready guest with {made.vcpus} vCPUs needs at least {size + needed - stacks.start} "
+            "bytes, in whole pages of 4096"
         )
     return made
 

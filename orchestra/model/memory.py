@@ -1,0 +1,131 @@
+"""What a guest's memory is to be: sizes, regions, and what the pages are made of."""
+
+from __future__ import annotations
+
+from typing import Final, Literal
+
+import attrs
+
+from .checks import fail, whole
+
+__all__ = [
+    "HUGE_PAGE",
+    "MAX_MEMORY",
+    "MMIO_HOLE",
+    "PAGE",
+    "GiB",
+    "KiB",
+    "Memory",
+    "MemoryRegion",
+    "MiB",
+    "ram_ranges",
+]
+
+KiB: Final = 1024
+MiB: Final = 1024 * KiB
+GiB: Final = 1024 * MiB
+
+PAGE: Final = 4096
+HUGE_PAGE: Final = 2 * MiB
+MAX_MEMORY: Final = 1 << 46
+MMIO_HOLE: Final = range(0xC000_0000, 0x1_0000_0000)
+"""Guest-physical addresses that hold no RAM: the local APIC, the I/O APIC and MMIO devices live there, as on a PC."""
+
+RING: Final = (1024, 65536)
+"""Entries of a dirty ring. KVM keeps 64 of them, and up to 512 more where the CPU logs pages by itself, for what it
+writes before it can stop the guest; 65,536 are its maximum (virt/kvm/dirty_ring.c)."""
+
+
+def ram_ranges(size: int) -> tuple[range, ...]:
+    """Guest-physical ranges of that much RAM, around the MMIO hole."""
+    if size <= MMIO_HOLE.start:
+        return (range(size),)
+    return range(MMIO_HOLE.start), range(MMIO_HOLE.stop, MMIO_HOLE.stop + size - MMIO_HOLE.start)
+
+
+def check_size(field: str, size: object, unit: int = PAGE) -> None:
+    """Check bytes of RAM."""
+    if whole(field, size, unit, MAX_MEMORY, " bytes") % unit:
+        raise fail(field, size, f"must be a multiple of {unit} bytes")
+
+
+@attrs.frozen
+class Memory:
+    """A VM's RAM and what it is made of, where the number of bytes is not all there is to say.
+
+    Parameters:
+        size: bytes of RAM from address 0, a multiple of 4096. Above 3 GiB it continues at 4 GiB.
+        backing: "anonymous": pages of this process alone. "shared": a memfd, which other processes can be given.
+            "file": what is in `path`, in the order of the addresses; a page becomes the VM's own when it is first
+            written, and the file is never changed. Whoever makes that file shorter while a VM runs on it ends the
+            process (SIGBUS), so give it files that nobody else writes.
+        path: the file. It must be as long as the RAM, at least.
+        huge_pages: take pages of 2 MiB from the host's pool (`vm.nr_hugepages`), all of them at launch. `size` must be
+            a multiple of 2 MiB. Not with "file".
+        dirty_ring: log written pages in a ring of so many entries for each vCPU, a power of two from 1,024 to 65,536,
+            instead of a bitmap. Reading it costs what was written and not what there is, which pays for big memories of
+            which little is written. A full ring stops the guest until it was read, and a KVM without hardware may write
+            over it: readers are then told that every page was written. None: a bitmap. Either is in use
+            only while pages are logged (`VmSpec.log_dirty`).
+    """
+
+    size: int
+    backing: Literal["anonymous", "shared", "file"] = "anonymous"
+    path: str | None = None
+    huge_pages: bool = False
+    dirty_ring: int | None = None
+
+    def __attrs_post_init__(self) -> None:
+        if not isinstance(self.huge_pages, bool):
+            raise fail("huge_pages", self.huge_pages, "must be True or False")
+        check_size("size", self.size, HUGE_PAGE if self.huge_pages else PAGE)
+        if self.backing not in ("anonymous", "shared", "file"):
+            raise fail("backing", self.backing, 'must be "anonymous", "shared" or "file"')
+        if (self.backing == "file") != (self.path is not None):
+            raise fail("path", self.path, 'must be given with backing="file", and only then')
+        if self.path is not None and (not isinstance(self.path, str) or not self.path or "\0" in self.path):
+            raise fail("path", self.path, "must be the name of a file")
+        if self.huge_pages and self.backing == "file":
+            raise fail("huge_pages", True, 'must be False with backing="file": the file\'s own pages are used')
+        if self.dirty_ring is not None:
+            entries = whole("dirty_ring", self.dirty_ring, *RING, " entries")
+            if entries & (entries - 1):
+                raise fail("dirty_ring", entries, "must be a power of two")
+
+
+@attrs.frozen
+class MemoryRegion:
+    """More guest memory, beside the RAM of `VmSpec.memory`. It is anonymous, whatever the RAM is made of.
+
+    Parameters:
+        address: guest-physical, a multiple of 4096.
+        size: bytes, a multiple of 4096.
+        readonly: a guest's write leaves KVM_RUN as MMIO (KVM_MEM_READONLY) instead of reaching the memory.
+        log_dirty: written pages are logged and counted, whatever `VmSpec.log_dirty` says of the rest.
+        contents: the first bytes of the region.
+    """
+
+    address: int
+    size: int
+    readonly: bool = False
+    log_dirty: bool = False
+    contents: bytes = attrs.field(default=b"", repr=lambda contents: f"<{len(contents)} bytes>")
+
+    def __attrs_post_init__(self) -> None:
+        whole("region address", self.address, 0, MAX_MEMORY)
+        whole("region size", self.size, PAGE, MAX_MEMORY, " bytes")
+        for field in ("address", "size"):
+            if getattr(self, field) % PAGE:
+                raise fail(f"region {field}", getattr(self, field), f"must be a multiple of {PAGE}")
+        for field in ("readonly", "log_dirty"):
+            if not isinstance(getattr(self, field), bool):
+                raise fail(f"region {field}", getattr(self, field), "must be True or False")
+        if not isinstance(self.contents, bytes | bytearray | memoryview):
+            raise fail("region contents", self.contents, "must be bytes")
+        object.__setattr__(self, "contents", bytes(self.contents))
+        if len(self.contents) > self.size:
+            raise fail("region contents", f"{len(self.contents)} bytes", f"must fit the region's {self.size} bytes")
+
+    @property
+    def span(self) -> range:
+        return range(self.address, self.address + self.size)
