@@ -138,8 +138,8 @@ def maker(kvm: KvmBackend) -> Iterator[Maker]:
 def test_the_state_after_reset_is_the_kernels_own_but_for_the_code_segment(kvm):
     with kvm.kvm.create_vm() as vm, vm.create_vcpu(0) as vcpu:
         kernels = vcpu.read(SPECIAL)
-    # A CPU takes its reset vector, and sets the accessed bit or not. TR is a TSS of 16 bits on AMD, and of 32 bits, which
-    # every mode can be entered with, on Intel.
+    # A CPU takes its reset vector, and sets the accessed bit or not. TR is a TSS of 16 bits on AMD, and on Intel one of
+    # 32 bits, with which every mode can be entered.
     ours = attrs.evolve(REAL.special, apic_base=kernels.apic_base)
     for name in ("ds", "es", "fs", "gs", "ss", "cs", "tr", "ldt"):
         a, b = getattr(ours, name), getattr(kernels, name)
