@@ -69,7 +69,7 @@ def _threads(busy: int) -> Iterator[Callable[[orc.Fleet, orc.VmSpec], Awaitable[
     async def launch(fleet: orc.Fleet, spec: orc.VmSpec) -> None:
         with mock.patch.object(Vcpu, "tid", property(tid)):
             vm = await fleet.launch(spec)
-            for vcpu in vm.guest.vcpus:
+            for vcpu in vm._control.guest.vcpus:
                 vcpu._tid = vcpu.tid
 
     try:

@@ -42,7 +42,7 @@ def spec(stage: Stage, ring: int | None, name: str = "guest", log_dirty: bool = 
 
 @contextmanager
 def reading(vm: orc.Vm) -> Iterator[DirtyReader]:
-    with vm.guest.dirty.reader() as reader:
+    with vm._control.guest.dirty.reader() as reader:
         yield reader
 
 
@@ -74,7 +74,7 @@ async def test_a_reader_is_told_exactly_the_pages_written_since_it_took_last(kvm
 async def test_readers_and_the_count_do_not_take_pages_from_each_other(kvm, ring):
     async with kvm.open() as fleet, in_rounds(await fleet.launch(spec(kvm, ring, log_dirty=True))) as rounds:
         vm = fleet.vm("guest")
-        log = vm.guest.dirty
+        log = vm._control.guest.dirty
         with reading(vm) as one, reading(vm) as two:
             await rounds.one(20)
             assert taken(one) == span(FIRST, 20)
@@ -96,7 +96,7 @@ async def test_a_reader_is_told_of_nothing_that_was_written_before_it_came(kvm, 
         with reading(fleet.vm("guest")) as reader:
             await rounds.one(3)
             assert taken(reader) == span(FIRST, 3)
-        assert read_logs([fleet.vm("guest").guest.dirty]) is None
+        assert read_logs([fleet.vm("guest")._control.guest.dirty]) is None
         assert rounds.pages() == 20  # of the first 20 the later 3 are a part
 
 
@@ -109,12 +109,12 @@ async def test_without_counting_a_reader_has_pages_logged_and_none_are_counted(k
             await rounds.one(9)
             await vm.log_dirty(True)
             await rounds.one(3)
-            assert read_logs([vm.guest.dirty]) is None
+            assert read_logs([vm._control.guest.dirty]) is None
             assert rounds.pages() == 3
             await vm.log_dirty(False)
             await rounds.one(2, FIRST + 20 * PAGE)
             assert taken(reader) == span(FIRST, 9) | span(FIRST + 20 * PAGE, 2)
-        assert [slot.flags for slot in vm.guest.dirty._slots] == [0]  # logged for nobody
+        assert [slot.flags for slot in vm._control.guest.dirty._slots] == [0]  # logged for nobody
 
 
 @pytest.mark.kvm
@@ -125,7 +125,7 @@ async def test_what_the_host_writes_for_the_guest_is_told_to_readers_and_not_cou
             vm.write_memory(FIRST + 5 * PAGE - 1, b"ab")
             vm.write_memory(SIZE - 1, b"c")
             assert taken(reader) == span(FIRST + 4 * PAGE, 2) | {SIZE - PAGE}
-        assert read_logs([vm.guest.dirty]) is None
+        assert read_logs([vm._control.guest.dirty]) is None
         assert rounds.pages() == 0
 
 
@@ -134,7 +134,7 @@ async def test_a_reader_still_takes_what_was_written_last_when_the_vm_has_ended(
     async with kvm.open() as fleet:
         vm = await fleet.launch(spec(kvm, ring))
         async with in_rounds(vm) as rounds:
-            reader = vm.guest.dirty.reader()
+            reader = vm._control.guest.dirty.reader()
             await rounds.one(11)
         await vm.stop()
         assert taken(reader) == span(FIRST, 11)
@@ -142,7 +142,7 @@ async def test_a_reader_still_takes_what_was_written_last_when_the_vm_has_ended(
         reader.close()
         reader.close()
         with pytest.raises(KvmError, match="Bad file descriptor"):
-            vm.guest.dirty.reader()
+            vm._control.guest.dirty.reader()
 
 
 @pytest.mark.kvm
@@ -170,11 +170,11 @@ async def test_several_threads_may_take_count_and_write_while_the_guest_does(kvm
         ends = threading.Event()
 
         def take() -> None:
-            with vm.guest.dirty.reader() as reader:
+            with vm._control.guest.dirty.reader() as reader:
                 begun.set()
                 while not ends.is_set():
                     found.update(reader.take())
-                    read_logs([vm.guest.dirty])
+                    read_logs([vm._control.guest.dirty])
                 found.update(reader.take())
 
         begun = threading.Event()
@@ -211,7 +211,7 @@ async def test_bitmap_and_ring_tell_the_same_pages_whoever_reads_when(kvm):
                 for vm, rounds in zip(vms, (first, second), strict=True):
                     with reading(vm) as one, reading(vm) as two:
                         readers, due, counted = {"one": one, "two": two}, {"one": set(), "two": set()}, set()
-                        read_logs([vm.guest.dirty])
+                        read_logs([vm._control.guest.dirty])
                         before = rounds.pages()
                         for pages, start, who in example:
                             await rounds.one(pages, FIRST + start * PAGE)
@@ -223,7 +223,7 @@ async def test_bitmap_and_ring_tell_the_same_pages_whoever_reads_when(kvm):
                                 assert taken(readers[who]) == due[who], (vm.name, example)
                                 due[who] = set()
                             elif who:
-                                assert read_logs([vm.guest.dirty]) is None
+                                assert read_logs([vm._control.guest.dirty]) is None
                                 assert rounds.pages() - before == len(counted), (vm.name, example)
                                 before, counted = rounds.pages(), set()
                         told.append([taken(one), taken(two)])

@@ -298,7 +298,7 @@ async def test_guests_run_in_memory_of_any_kind_on_every_backend(stage, backing,
             assert await vm.wait() == Shutdown(code=42)
         assert vm.read_memory(spec.boot.load, len(spec.boot.code)) == spec.boot.code
         assert vm.read_memory(MiB - PAGE, 11) == (b"in the file" if path else bytes(11))
-        assert (vm.guest.memory.descriptor is not None) == (backing == "shared")
+        assert (vm._control.guest.memory.descriptor is not None) == (backing == "shared")
 
 
 # ---- its end

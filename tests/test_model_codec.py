@@ -131,7 +131,7 @@ VM: dict[str, Any] = {"name": "a", "boot": {"kind": "FlatImage", "code": "9A=="}
         (orc.VmSpec, VM | {"labels": {"a": 1}}, "labels.a=1: must be a text"),
         (orc.VmSpec, VM | {"boot": {"kind": "Serial", "code": "9A=="}}, "boot.kind='Serial': must be one of FlatImage"),
         (orc.VmSpec, VM | {"boot": {"code": "9A=="}}, "boot.kind=None: must be one of FlatImage"),
-        (orc.VmSpec, VM | {"memory": {"kind": "Memory", "size": 5}}, "memory: size=5: must be from 4096"),
+        (orc.VmSpec, VM | {"memory": {"kind": "Memory", "size": 5}}, "memory.size=5: must be from 4096"),
         (orc.VmSpec, VM | {"memory": {"size": 4096, "pages": 1}}, "memory"),
     ],
 )
