@@ -6,7 +6,7 @@
 #   machine   vm, desired, succession, counted, guest, holding, vcpu, inbox   one VM: its tasks, its states
 #   parts     actuators/, devices/, boot/, budget, contain, profile/, signals/, workers   what a guest sees, uses, did
 #   silicon   backend/ (kvm, emulated, scripted), memory, native/   what executes a guest
-#   words     errors, extras, spec, exits, actions, effects, codec, policy/   plain data and pure functions
+#   words     errors, extras, checks, devicespec, spec, exits, actions, effects, codec, policy/   data, pure functions
 #
 #   spec → VM → exits → policy → actions → fleet → VM
 """Run many KVM virtual machines from one async program, and keep noisy neighbours quiet."""
@@ -39,7 +39,9 @@ from .actions import (
 from .backend.emulated.machine import EmulatedBackend
 from .backend.scripted import ScriptedBackend, ScriptedExit
 from .devices.bus import Device
+from .devices.peripheral import Hooks, Peripheral
 from .devices.requests import Request
+from .devicespec import DebugConsole, DeviceSpec, Digest, Doorbell, ExitPort, Line, Serial, Wiring
 from .errors import (
     BackendUnavailable,
     BusLockUnsupported,
@@ -114,8 +116,6 @@ from .policy import (
 )
 from .profile import Instruction, Profile, SymbolError, Symbols
 from .spec import (
-    DebugConsole,
-    ExitPort,
     FlatImage,
     GiB,
     KiB,
@@ -124,7 +124,6 @@ from .spec import (
     Meter,
     MiB,
     Restart,
-    Serial,
     Tenant,
     VmSpec,
 )
@@ -149,7 +148,10 @@ __all__ = [
     "Debug",
     "DebugConsole",
     "Device",
+    "DeviceSpec",
+    "Digest",
     "DirtyRingFull",
+    "Doorbell",
     "EmulatedBackend",
     "Evict",
     "ExceptionExit",
@@ -169,6 +171,7 @@ __all__ = [
     "GuestMemoryError",
     "Halted",
     "Hlt",
+    "Hooks",
     "HostFacts",
     "Hypercall",
     "Hyperv",
@@ -184,6 +187,7 @@ __all__ = [
     "KvmError",
     "Ladder",
     "Limit",
+    "Line",
     "MemoryFault",
     "MemoryRegion",
     "Meter",
@@ -198,6 +202,7 @@ __all__ = [
     "Outcome",
     "Pause",
     "PendingIo",
+    "Peripheral",
     "Policy",
     "Profile",
     "Rdmsr",
@@ -246,6 +251,7 @@ __all__ = [
     "Warn",
     "Watch",
     "WeightedShare",
+    "Wiring",
     "Wrmsr",
     "Xen",
     "default_steps",

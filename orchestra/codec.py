@@ -26,7 +26,7 @@ from typing import Any, Final, Literal, TypeVar, Union, cast, get_args, get_orig
 
 import attrs
 
-from . import actions, exits, spec
+from . import actions, devicespec, exits, spec
 from .errors import SpecError
 
 __all__ = ["KIND", "TAGGED", "VERSION", "decode", "encode", "from_document", "to_document"]
@@ -47,12 +47,17 @@ _WORDS: Final = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 def _tagged() -> dict[str, type]:
     """The classes that carry their name."""
     exit_types = [kind for kind in vars(exits).values() if isinstance(kind, type) and issubclass(kind, exits.Exit)]
-    unions = (actions.Action, actions.Outcome, spec.DeviceSpec)
+    unions = (actions.Action, actions.Outcome)
     found = [kind for union in unions for kind in get_args(union)]
     return {kind.__name__: kind for kind in [*found, *exit_types, spec.FlatImage]}
 
 
 TAGGED: Final[Mapping[str, type]] = _tagged()
+"""Those of closed unions. The device specs, an open set, are looked up when they are needed."""
+
+
+def _is_tagged(kind: type) -> bool:
+    return TAGGED.get(kind.__name__) is kind or issubclass(kind, devicespec.DeviceSpec)
 
 
 # ---- to data --------------------------------------------------------------------------------------------------------
@@ -99,7 +104,7 @@ def _encode(value: Any, path: str, depth: int) -> Any:
     if isinstance(value, list | tuple | set | frozenset):
         return [_encode(one, f"{path}[{i}]", depth + 1) for i, one in enumerate(value)]
     if attrs.has(type(value)):
-        data = {KIND: type(value).__name__} if type(value).__name__ in TAGGED else {}
+        data = {KIND: type(value).__name__} if _is_tagged(type(value)) else {}
         for field in attrs.fields(type(value)):
             if field.init:
                 data[field.alias] = _encode(getattr(value, field.name), _at(path, field.alias), depth + 1)
@@ -122,7 +127,7 @@ def from_document(kind: type[T], data: object) -> T:
     version = rest.pop(VERSION_KEY, None)
     if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= VERSION:
         raise SpecError(f"{VERSION_KEY}={_short(version)}: must be the version of the format, from 1 to {VERSION}")
-    name = rest.get(KIND) if kind.__name__ in TAGGED else rest.pop(KIND, None)
+    name = rest.get(KIND) if _is_tagged(kind) else rest.pop(KIND, None)
     if name != kind.__name__:
         raise SpecError(f"{KIND}={_short(name)}: must be {kind.__name__!r}")
     return decode(kind, rest)
@@ -159,6 +164,8 @@ def _decode(kind: Any, data: object, path: str, depth: int) -> Any:
         return _decode_mapping(arguments, data, path, depth)
     if origin is not None and issubclass(origin, Collection):
         return [_decode(arguments[0], one, f"{path}[{i}]", depth + 1) for i, one in enumerate(_list(data, path))]
+    if kind is devicespec.DeviceSpec:
+        return _decode_open(devicespec.DeviceSpec.kinds(), data, path, depth)
     if isinstance(kind, type):
         if attrs.has(kind):
             return _decode_class(kind, data, path, depth)
@@ -190,6 +197,15 @@ def _decode_union(arguments: tuple[Any, ...], data: object, path: str, depth: in
     raise errors[0] if errors else _wrong(path, data, "must be null")
 
 
+def _decode_open(kinds: Mapping[str, type], data: object, path: str, depth: int) -> Any:
+    """One of an open set: those that were imported."""
+    name = _object(data, path).get(KIND)
+    if not isinstance(name, str) or name not in kinds:
+        known = ", ".join(sorted(kinds))
+        raise _wrong(_at(path, KIND), name, f"must be one of {known}, or of a module that is imported before")
+    return _decode_class(kinds[name], data, path, depth)
+
+
 def _decode_tuple(arguments: tuple[Any, ...], data: object, path: str, depth: int) -> tuple[Any, ...]:
     values = _list(data, path)
     if arguments and arguments[-1] is Ellipsis:
@@ -209,7 +225,7 @@ def _decode_mapping(arguments: tuple[Any, ...], data: object, path: str, depth: 
 
 def _decode_class(kind: type, data: object, path: str, depth: int) -> Any:
     given = dict(_object(data, path))
-    if kind.__name__ in TAGGED and (name := given.pop(KIND, kind.__name__)) != kind.__name__:
+    if _is_tagged(kind) and (name := given.pop(KIND, kind.__name__)) != kind.__name__:
         raise _wrong(_at(path, KIND), name, f"must be {kind.__name__!r}")
     fields = {field.alias: field for field in attrs.fields(kind) if field.init}
     for key in given:

@@ -16,7 +16,7 @@ from typing import Any, Final, Protocol, cast
 import attrs
 import trio
 
-from .actions import Action, Failed, Halted, Outcome, Rejoin, Shutdown, State, Stopped
+from .actions import Action, Failed, Halted, Outcome, Rejoin, State, Stopped
 from .actuators.bandwidth import CpuCgroup
 from .actuators.caps import Caps, CgroupCaps, RunLoopCaps
 from .actuators.placement import Quarantine
@@ -27,17 +27,16 @@ from .budget import Budgets, connect
 from .contain import contained
 from .counted import ZERO
 from .desired import Desired
+from .devices.assembly import Assembly
 from .devices.bus import Bus, Handler
 from .devices.console import Console
-from .devices.ports import DebugConsolePort, ExitDevice
-from .devices.serial import Uart16550
 from .errors import OrchestraError, ResourceLimit, StateError
 from .holding import Holding, Level, PendingIo
 from .inbox import Inbox
 from .memory import GuestMemory
 from .native.core import BUCKETS, Command, Counters, FleetCore, VcpuCore
 from .profile import Row, Samples
-from .spec import DebugConsole, ExitPort, Limit, Meter, Serial, VmSpec
+from .spec import Limit, Meter, VmSpec
 from .vcpu import Vcpu
 from .workers import Workers
 
@@ -125,6 +124,7 @@ class Guest:
         self.cap_failed: Callable[[OrchestraError], object] = lambda error: None
         self.vcpus: list[Vcpu] = []
         self.memory: GuestMemory
+        self.devices: Assembly | None = None
         self.samples = Samples()  # a Vm puts its own there, as it lives on over restarts
         self.holding = Holding(spec.vcpus, lambda level: self.reached(level))
         self._machine: Machine
@@ -167,8 +167,6 @@ class Guest:
             await trio.lowlevel.checkpoint()
             self._build()
         try:
-            for device in self.spec.devices:
-                self._plug(device)
             for ports, mmio, handler in devices():
                 self.claim(ports, mmio, handler)
             told = house.told(self.name)
@@ -218,6 +216,7 @@ class Guest:
             states = flat.load(spec, self.memory)
             self._machine = house.backend.create(spec, self._cores, self.memory, states, bus_locks=house.bus_locks)
             try:
+                self.devices = Assembly(self, self._machine, self._console, house.post)
                 self.vcpus = [Vcpu(self, index, engine) for index, engine in enumerate(self._machine.engines)]
                 self._done = [trio.Event() for _ in self.vcpus]
                 for vcpu in self.vcpus:
@@ -238,17 +237,6 @@ class Guest:
         self.command(set=Command.STOP)
         for vcpu in self.vcpus:
             vcpu.join()
-
-    def _plug(self, device: object) -> None:
-        match device:
-            case DebugConsole(port=port):
-                self.claim(range(port, port + 1), None, DebugConsolePort(port, self._console))
-            case ExitPort(port=port):
-                self.claim(range(port, port + 4), None, ExitDevice(lambda code: self.end(Shutdown(code=code))))
-            case Serial(port=port, irq=irq):
-                wired = irq is not None and self.spec.irqchip
-                interrupts = self._machine.interrupts if wired else None
-                self.claim(range(port, port + 8), None, Uart16550(self._console, interrupts, irq or 0))
 
     def claim(self, ports: range | None, mmio: range | None, handler: Handler) -> None:
         """Give ranges of the buses to a handler; all of them or, with an error, none."""
@@ -289,6 +277,8 @@ class Guest:
             async with trio.open_nursery() as nursery:
                 for vcpu in self.vcpus:
                     nursery.start_soon(self._run_vcpu, vcpu)
+                if self.devices is not None and self.devices.listens:
+                    nursery.start_soon(self.devices.run, self.ended)
                 try:
                     await ready()
                     self.command(clear=Command.HOLD)
@@ -352,6 +342,8 @@ class Guest:
         if self.final is not None:
             return  # none of them runs
         self.holding.begin()
+        if self.devices is not None:
+            self.devices.hold()
         self._pause_began = self.now()
         self.command(set=Command.PAUSE)
         for vcpu in self.vcpus:
@@ -367,6 +359,8 @@ class Guest:
         for vcpu in self.vcpus:
             vcpu.pausing = False
         self._caps.hurry(False)
+        if self.devices is not None:
+            self.devices.let_go()
         self.command(clear=Command.PAUSE)
 
     @property
@@ -622,6 +616,8 @@ class Guest:
     async def _give_back(self) -> None:
         """No runner is left. All but the memory is given back; what goes wrong with one thing keeps no other."""
         problems: list[str] = []
+        if self.devices is not None:
+            self.devices.stop(problems)
         self._finish(problems)
         await self.house.workers.run(lambda: self._close(problems), self.house.workers.teardown)
         for core in self._cores:  # here, as the fleet's thread looks for those that have something to tell

@@ -6,23 +6,21 @@ Every check names the field, the value and the remedy, and is made here at the e
 from __future__ import annotations
 
 import itertools
-import math
 import re
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import attrs
 
+from .checks import fail as _fail, number as _number, whole as _whole
+from .devicespec import DeviceSpec, check_wiring, irqchip_kind
 from .errors import SpecError
 
 if TYPE_CHECKING:
     from attrs import Attribute
 
 __all__ = [
-    "DebugConsole",
-    "DeviceSpec",
-    "ExitPort",
     "FlatImage",
     "GiB",
     "KiB",
@@ -31,7 +29,6 @@ __all__ = [
     "Meter",
     "MiB",
     "Restart",
-    "Serial",
     "Tenant",
     "VmSpec",
 ]
@@ -43,8 +40,6 @@ GiB: Final = 1024 * MiB
 PAGE: Final = 4096
 MAX_VCPUS: Final = 4096
 MAX_MEMORY: Final = 1 << 46
-PORTS: Final = 1 << 16
-IRQS: Final = 24
 STACKS: Final = 8
 MMIO_HOLE: Final = range(0xC000_0000, 0x1_0000_0000)
 """Guest-physical addresses that hold no RAM: the local APIC, the I/O APIC and MMIO devices live there, as on a PC."""
@@ -63,34 +58,6 @@ class Meter(StrEnum):
     def field(self) -> str:
         """What a spec, a tenant, a fleet and a file of rules call a limit on it."""
         return {Meter.BUS_LOCKS: "limit", Meter.EXITS: "exit_limit", Meter.ANSWERS: "answer_limit"}[self]
-
-
-def _fail(field: str, value: object, remedy: str) -> SpecError:
-    try:
-        shown = repr(value)
-    except ValueError:  # an int of more than 4300 digits has none
-        shown = f"<{type(value).__name__}>"
-    return SpecError(f"{field}={shown if len(shown) <= 200 else shown[:200] + '...'}: {remedy}")
-
-
-def _number(field: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _fail(field, value, "must be a number")
-    try:
-        number = float(value)
-    except OverflowError:  # an int beyond the floats
-        number = math.inf
-    if not math.isfinite(number):
-        raise _fail(field, value, "must be finite; leave the limit out (None) for no limit")
-    return number
-
-
-def _whole(field: str, value: object, low: int, high: int, unit: str = "") -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise _fail(field, value, f"must be a whole number{unit}")
-    if not low <= value <= high:
-        raise _fail(field, value, f"must be from {low} to {high}{unit}")
-    return value
 
 
 def _check_name(field: str, value: object) -> str:
@@ -296,46 +263,6 @@ class FlatImage:
         return range(self.load, self.load + len(self.code))
 
 
-def _check_port(value: object, width: int) -> None:
-    _whole("port", value, 0, PORTS - width, f", as the device has {width} of the {PORTS} ports" if width > 1 else "")
-
-
-@attrs.frozen
-class DebugConsole:
-    """A write-only port whose bytes go to the VM's console (QEMU's ``isa-debugcon``). Reads give the port's number."""
-
-    port: int = 0xE9
-
-    def __attrs_post_init__(self) -> None:
-        _check_port(self.port, 1)
-
-
-@attrs.frozen
-class ExitPort:
-    """A port that ends the VM when written: outcome ``Shutdown`` with the value as its code (``isa-debug-exit``)."""
-
-    port: int = 0xF4
-
-    def __attrs_post_init__(self) -> None:
-        _check_port(self.port, 4)
-
-
-@attrs.frozen
-class Serial:
-    """A 16550A serial port; its output goes to the VM's console. COM1 is port 0x3f8, interrupt 4."""
-
-    port: int = 0x3F8
-    irq: int | None = 4
-
-    def __attrs_post_init__(self) -> None:
-        _check_port(self.port, 8)
-        if self.irq is not None:
-            _whole("irq", self.irq, 0, IRQS - 1)
-
-
-DeviceSpec: TypeAlias = DebugConsole | ExitPort | Serial
-
-
 @attrs.frozen
 class Restart:
     """What to do when a VM ends.
@@ -398,8 +325,9 @@ class VmSpec:
             second, and as many at once after a rest.
         vcpu_limit, vcpu_exit_limit, vcpu_answer_limit: the same for each vCPU by itself.
         regions: memory beside the RAM.
-        devices: what the guest finds at which port.
-        irqchip: give it in-kernel interrupt controllers and a timer (PIC, I/O APIC, local APICs, PIT). Then HLT waits
+        devices: what the guest finds on its buses: `DeviceSpec` objects, ours or your own.
+        irqchip: give it in-kernel interrupt controllers. True or "full": PIC, I/O APIC, local APICs and a timer (PIT).
+            "split": the local APICs alone, for guests whose devices have MSIs and no interrupt lines. Then HLT waits
             for an interrupt in the kernel; without, a HLT on every vCPU ends the VM as ``Halted``.
         bus_lock_detection: where a bus lock is reported, for the emulated backend to choose: "fault-like" (before the
             instruction, as AMD does) or "trap-like" (behind it, as Intel does). None: as the host does.
@@ -429,7 +357,7 @@ class VmSpec:
     vcpu_answer_limit: Limit | None = None
     regions: tuple[MemoryRegion, ...] = attrs.field(default=(), converter=_to_tuple)
     devices: tuple[DeviceSpec, ...] = attrs.field(default=(), converter=_to_tuple)
-    irqchip: bool = False
+    irqchip: bool | Literal["full", "split"] = False
     bus_lock_detection: Literal["fault-like", "trap-like"] | None = None
     sample_every: int = 100
     log_dirty: bool = False
@@ -467,8 +395,8 @@ class VmSpec:
             if not isinstance(region, MemoryRegion):
                 raise _fail("regions", region, "must be MemoryRegion objects")
         for device in self.devices:
-            if not isinstance(device, DebugConsole | ExitPort | Serial):
-                raise _fail("devices", device, "must be DebugConsole, ExitPort or Serial; attach your own to the Vm")
+            if not isinstance(device, DeviceSpec):
+                raise _fail("devices", device, "must be DeviceSpec objects, such as Serial(); `Vm.attach` takes others")
         self._check_layout()
 
     @property
@@ -486,6 +414,7 @@ class VmSpec:
                     f"regions: {high.start:#x}-{high.stop - 1:#x} overlaps {low.start:#x}-{low.stop - 1:#x}; "
                     "RAM starts at 0 and is `memory` bytes: move the region or make the memory smaller"
                 )
+        check_wiring(self.devices, irqchip_kind(self.irqchip), spans)
         boot = self.boot
         if not any(boot.load in span and boot.span.stop <= span.stop for span in spans):
             raise SpecError(

@@ -10,13 +10,12 @@ import attrs
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from orchestra.devicespec import DebugConsole, ExitPort, Serial
 from orchestra.errors import SpecError
 from orchestra.spec import (
     MAX_MEMORY,
     MMIO_HOLE,
     PAGE,
-    DebugConsole,
-    ExitPort,
     FlatImage,
     GiB,
     KiB,
@@ -25,7 +24,6 @@ from orchestra.spec import (
     Meter,
     MiB,
     Restart,
-    Serial,
     Tenant,
     VmSpec,
     as_meter,

@@ -18,6 +18,7 @@ from typing import Any, Final, TypeAlias
 import attrs
 import trio
 
+from ..devicespec import unwired
 from ..errors import SpecError
 from ..memory import GuestMemory
 from ..native import ffi, lib
@@ -291,6 +292,7 @@ class ScriptedMachine:
 
     dirty = None
     interrupts = None
+    wires = None
 
     def __init__(self, engines: Sequence[ScriptedEngine], memory: GuestMemory) -> None:
         self.engines = engines
@@ -330,8 +332,10 @@ class ScriptedBackend:
         return round(trio.current_time() * 1e9) + 1  # never 0, which the core reads as "not waiting"
 
     def check(self, spec: VmSpec) -> None:
-        if spec.irqchip:
-            raise SpecError(f"vm {spec.name!r}: irqchip=True needs backend='kvm'; a script takes no interrupts")
+        if what := unwired(spec.devices, spec.irqchip):
+            raise SpecError(
+                f"vm {spec.name!r}: {what} needs backend='kvm'; a script has no interrupts and no ioeventfds"
+            )
 
     def create(
         self,

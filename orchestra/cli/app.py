@@ -12,9 +12,10 @@ from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from cyclopts import App, CycloptsError, Parameter
 
+from ..devicespec import DebugConsole, DeviceSpec, ExitPort, Serial
 from ..errors import FileError, OrchestraError, SpecError
 from ..extras import DISTRIBUTION
-from ..spec import DebugConsole, DeviceSpec, ExitPort, FlatImage, Limit, Serial, VmSpec
+from ..spec import FlatImage, Limit, VmSpec
 from .numbers import parse_rate, parse_seconds, parse_size
 from .times import parse_time
 

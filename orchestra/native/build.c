@@ -79,7 +79,13 @@ int orc_kvm_build(struct orc_plan *plan)
 			return -EOPNOTSUPP; /* KVM_ENABLE_CAP would return 0 and do nothing */
 		STEP(KVM_ENABLE_CAP, plan->vm, &cap);
 	}
-	if (plan->irqchip) {
+	if (plan->irqchip == ORC_SPLIT_IRQCHIP) {
+		/* No pin is kept for an I/O APIC in user space: there is none. */
+		struct kvm_enable_cap cap = {.cap = KVM_CAP_SPLIT_IRQCHIP, .args = {0}};
+
+		STEP(KVM_ENABLE_CAP, plan->vm, &cap);
+	}
+	if (plan->irqchip == ORC_FULL_IRQCHIP) {
 		struct kvm_pit_config pit = {.flags = KVM_PIT_SPEAKER_DUMMY};
 
 		STEP(KVM_CREATE_IRQCHIP, plan->vm, 0);
@@ -110,7 +116,7 @@ int orc_kvm_build(struct orc_plan *plan)
 		enter_at(&sregs, entry);
 		STEP(KVM_SET_SREGS, plan->vcpu[i], &sregs);
 		STEP(KVM_SET_REGS, plan->vcpu[i], &regs);
-		if (plan->irqchip) {
+		if (plan->irqchip != ORC_NO_IRQCHIP) {
 			/* With local APICs all but the first would wait for INIT and SIPI. */
 			struct kvm_mp_state runnable = {.mp_state = KVM_MP_STATE_RUNNABLE};
 

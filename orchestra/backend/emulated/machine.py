@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from threading import Lock
 from typing import Any
 
+from ...devicespec import unwired
 from ...errors import BackendUnavailable, SpecError
 from ...memory import GuestMemory
 from ...native import ffi, lib
@@ -71,6 +72,7 @@ class EmulatedMachine:
 
     dirty = None
     interrupts = None
+    wires = None
 
     def __init__(
         self, unicorn: Any, memory: GuestMemory, core: VcpuCore, state: EntryState, how: tuple[Detection, bool]
@@ -129,8 +131,8 @@ class EmulatedBackend:
                 f"vcpus={spec.vcpus}: the emulated backend gives a VM one vCPU, as several would not see each other's "
                 "atomic operations"
             ), can
-        if spec.irqchip:
-            return "irqchip=True: the emulated backend delivers no interrupts", can
+        if what := unwired(spec.devices, spec.irqchip):
+            return f"{what}: the emulated backend delivers no interrupts and has no ioeventfds", can
         if spec.log_dirty or any(region.log_dirty for region in spec.regions):
             return (
                 "log_dirty=True: the emulated backend does not see which pages a guest writes, as asking at each write "

@@ -1,0 +1,40 @@
+"""Checks of single values, for the words: each error names the field, the value and the remedy."""
+
+from __future__ import annotations
+
+import math
+
+from .errors import SpecError
+
+__all__ = ["fail", "number", "whole"]
+
+
+def fail(field: str, value: object, remedy: str) -> SpecError:
+    """The error that says it. The value is shown in at most 200 characters."""
+    try:
+        shown = repr(value)
+    except ValueError:  # an int of more than 4300 digits has none
+        shown = f"<{type(value).__name__}>"
+    return SpecError(f"{field}={shown if len(shown) <= 200 else shown[:200] + '...'}: {remedy}")
+
+
+def number(field: str, value: object) -> float:
+    """Check that `value` is a finite number; a truth value is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise fail(field, value, "must be a number")
+    try:
+        found = float(value)
+    except OverflowError:  # an int beyond the floats
+        found = math.inf
+    if not math.isfinite(found):
+        raise fail(field, value, "must be finite; leave the limit out (None) for no limit")
+    return found
+
+
+def whole(field: str, value: object, low: int, high: int, unit: str = "") -> int:
+    """Check that `value` is a whole number from `low` to `high`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise fail(field, value, f"must be a whole number{unit}")
+    if not low <= value <= high:
+        raise fail(field, value, f"must be from {low} to {high}{unit}")
+    return value
