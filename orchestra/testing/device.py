@@ -60,6 +60,7 @@ class DeviceRig:
         spec: of the device.
         memory: bytes of guest memory, from address 0.
         state: go on from there; None: power-on.
+        now: what time it is.
 
     Attributes:
         device: the device.
@@ -69,12 +70,12 @@ class DeviceRig:
         codes: what it shut the VM down with.
     """
 
-    def __init__(self, spec: DeviceSpec, *, memory: int = 64 * 1024, state: object = None) -> None:
+    def __init__(self, spec: DeviceSpec, *, memory: int = 64 * 1024, state: object = None, now: int = 1) -> None:
         wiring = spec.wiring()
         self.memory = GuestMemory(VmSpec(name="rig", boot=FlatImage(code=b"\xf4"), memory=memory))
         self.line, self.pulse = RecordedLine(), RecordedPulse()
         self.msis = tuple(RecordedMsi() for _ in range(wiring.msis))
-        self.now = 1
+        self.now = now
         self.codes: list[int] = []
         self.console = Console(lambda wake: wake())
         self._timers = Timers(lambda: self.now, lambda: None)
@@ -117,8 +118,9 @@ class DeviceRig:
 
     def again(self) -> DeviceRig:
         """Another rig, whose device goes on from this one's state, and with a copy of its memory."""
-        other = DeviceRig(self.device.spec, memory=len(self.memory.regions[0].span), state=self.device.state())
-        other.memory.write(0, self.memory.read(0, len(self.memory.regions[0].span)))
+        size = len(self.memory.regions[0].span)
+        other = DeviceRig(self.device.spec, memory=size, state=self.device.state(), now=self.now)
+        other.memory.write(0, self.memory.read(0, size))
         return other
 
     def close(self) -> None:

@@ -21,7 +21,10 @@ MSI_ADDRESSES: Final = range(0xFEE0_0000, 0xFEF0_0000)
 has for guests with more than 255 vCPUs, it would not be one; none of ours asks for that."""
 
 MOST_ROUTES: Final = 4096
-"""KVM_MAX_IRQ_ROUTES, of which the I/O APIC and the PICs use 40."""
+"""KVM_MAX_IRQ_ROUTES (include/linux/kvm_host.h), which no header for user space has."""
+
+LINE_ROUTES: Final = IRQS + 16
+"""Of these, those of the I/O APIC and the two PICs."""
 
 
 class Routes:
@@ -46,7 +49,7 @@ class Routes:
             ResourceLimit: KVM has no more of them.
         """
         with self._lock:
-            if self._next >= MOST_ROUTES - IRQS - 16:
+            if self._next - IRQS + LINE_ROUTES >= MOST_ROUTES:
                 raise ResourceLimit(0, f"KVM_SET_GSI_ROUTING: a VM has {MOST_ROUTES} routes at most: use fewer devices")
             gsi, self._next = self._next, self._next + 1
             return gsi
@@ -160,7 +163,8 @@ class KvmWires:
 
     def msi(self) -> Msi:
         """Raises ResourceLimit (no descriptor or route left), KvmError."""
-        msi = Msi(_eventfd(), self.routes, self.routes.add())
+        gsi = self.routes.add()
+        msi = Msi(_eventfd(), self.routes, gsi)
         self._pulses.append(msi)
         self._vm.irqfd(msi.fd, msi.gsi)
         return msi
