@@ -80,19 +80,21 @@ class Line:
 
     Parameters:
         gsi: its number.
-        trigger: "level": the device holds the line while it wants attention. "edge": each `fire` is one interrupt,
-            which is made in the kernel (irqfd).
+        trigger: "level": the device holds the line for as long as it wants attention. "edge": each `fire` is one
+            interrupt, which is made in the kernel (irqfd). "resample": level-triggered for the guest; `fire` raises the
+            line in the kernel, the guest's end of interrupt lowers it there and tells the device
+            (`Peripheral.acknowledged`), which fires again if it still wants attention.
         optional: the device works without it, where the VM has no irqchip.
     """
 
     gsi: int
-    trigger: Literal["level", "edge"] = "level"
+    trigger: Literal["level", "edge", "resample"] = "level"
     optional: bool = False
 
     def __attrs_post_init__(self) -> None:
         whole("irq", self.gsi, 0, IRQS - 1)
-        if self.trigger not in ("level", "edge"):
-            raise fail("trigger", self.trigger, 'must be "level" or "edge"')
+        if self.trigger not in ("level", "edge", "resample"):
+            raise fail("trigger", self.trigger, 'must be "level", "edge" or "resample"')
 
 
 @attrs.frozen

@@ -20,7 +20,7 @@ class Alarm(orc.DeviceSpec):
 
     port: int = 0x600
     irq: int = 5
-    trigger: Literal["level", "edge"] = "level"
+    trigger: Literal["level", "edge", "resample"] = "level"
 
     def wiring(self) -> orc.Wiring:
         return orc.Wiring(ports=range(self.port, self.port + 8), line=orc.Line(self.irq, self.trigger))
@@ -44,11 +44,16 @@ class AlarmDevice(orc.Peripheral[Alarm, AlarmState]):
     def _expired(self) -> None:
         self._rung += 1
         self._hold(True)
-        self.hooks.pulse.fire()  # one of the two is wired, as the spec says
 
     def _hold(self, level: bool) -> None:
         self._level = level
-        self.hooks.line.set(level)
+        self.hooks.line.set(level)  # one of the two is wired, as the spec says
+        if level:
+            self.hooks.pulse.fire()
+
+    def acknowledged(self) -> None:
+        if self._level:  # the guest ended the interrupt, and did not look what it was for
+            self.hooks.pulse.fire()
 
     def read(self, offset: int, size: int) -> int:
         if offset == 0 and size == 4:

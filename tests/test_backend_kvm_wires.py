@@ -11,7 +11,7 @@ import pytest
 import trio
 
 import orchestra as orc
-from alarm import Alarm, AlarmState
+from alarm import Alarm, AlarmDevice, AlarmState
 from conftest import guest
 from orchestra.backend.kvm.machine import KvmBackend
 from orchestra.backend.kvm.system import Kvm
@@ -214,7 +214,7 @@ async def test_with_a_split_irqchip_hlt_waits_for_an_interrupt_and_stop_ends_it(
             assert await vm.stop() == orc.Stopped("stop()")
 
 
-@pytest.mark.parametrize(("trigger", "icw1"), [("level", 0x19), ("edge", 0x11)])
+@pytest.mark.parametrize(("trigger", "icw1"), [("level", 0x19), ("edge", 0x11), ("resample", 0x19)])
 async def test_an_alarm_interrupts_a_guest_by_its_line(trigger, icw1, nothing_left):
     spec = orc.VmSpec(
         name="vm",
@@ -248,3 +248,28 @@ async def test_routes_leave_the_lines_of_the_irqchip_where_they_were(nothing_lef
         await vm.resume()
         with trio.fail_after(20):
             assert await vm.wait() == orc.Shutdown("exit port", 2)
+
+
+async def test_a_line_that_is_resampled_is_raised_again_if_the_device_still_wants_attention(nothing_left, monkeypatch):
+    """The guest ends an interrupt without a look at its cause, as it does where several devices share a line."""
+    ends: list[bool] = []
+    read, acknowledged = AlarmDevice.read, AlarmDevice.acknowledged
+
+    def overlooks(alarm: AlarmDevice, offset: int, size: int) -> int:
+        return read(alarm, offset, size) if ends else 0
+
+    def counted(alarm: AlarmDevice) -> None:
+        ends.append(alarm.state().level)
+        acknowledged(alarm)
+
+    monkeypatch.setattr(AlarmDevice, "read", overlooks)
+    monkeypatch.setattr(AlarmDevice, "acknowledged", counted)
+    devices = [Alarm(trigger="resample"), orc.ExitPort()]
+    spec = orc.VmSpec(name="vm", boot=orc.FlatImage(code=guest("alarm")), irqchip="full", devices=devices)
+    async with orc.open_fleet(backend="kvm") as fleet:
+        vm = await fleet.launch(spec, paused=True)
+        vm.write_memory(0x8000, struct.pack("<IHB", 2, 0, 0x19))
+        await vm.resume()
+        with trio.fail_after(20):
+            assert await vm.wait() == orc.Shutdown("exit port", 3)
+    assert ends[0]  # it was still high at the first end, and fell afterwards, or the guest would have had no second

@@ -122,7 +122,7 @@ def test_all_of_ours_name_a_device_that_is_there():
         assert implementation(kind()).State
 
 
-@given(st.integers(0, 0xFFF8), st.integers(0, 23), st.sampled_from(["level", "edge"]))
+@given(st.integers(0, 0xFFF8), st.integers(0, 23), st.sampled_from(["level", "edge", "resample"]))
 def test_a_spec_of_somebody_elses_goes_through_the_codec(port, irq, trigger):
     given_ = spec(Alarm(port, irq, trigger), orc.Serial(), orc.Digest())
     assert decode(orc.VmSpec, encode(given_)) == given_

@@ -43,6 +43,11 @@ class Wires(Protocol):
 
     def line(self, gsi: int) -> InterruptLine: ...
     def pulse(self, gsi: int) -> InterruptPulse: ...
+
+    def resampled(self, gsi: int) -> tuple[InterruptPulse, int]:
+        """A pulse that raises the line until the guest ends the interrupt, and an eventfd (non-blocking) that counts
+        these ends."""
+
     def msi(self) -> MsiVector: ...
 
     def doorbell(self, address: int, size: int, value: int | None, *, pio: bool) -> int:

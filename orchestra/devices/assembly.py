@@ -82,6 +82,7 @@ class Plugged:
     Attributes:
         lock: held while it is called, by whoever calls it.
         bells: the eventfds of its doorbells.
+        ends: the one that tells when the guest ends its interrupt, if its line is resampled.
     """
 
     name: str
@@ -89,6 +90,10 @@ class Plugged:
     lock: RLock
     wiring: Wiring
     bells: list[int] = attrs.Factory(list)
+    ends: int | None = None
+
+    def acknowledge(self, times: int) -> None:
+        self.device.acknowledged()
 
 
 class Assembly:
@@ -133,7 +138,7 @@ class Assembly:
         kind, wiring, lock = implementation(spec), spec.wiring(), RLock()
         name = f"{type(spec).__name__} at {_where(wiring)}"
         plugged = self._makes = Plugged(name, None, lock, wiring)  # type: ignore[arg-type]  # in a moment
-        hooks = self._hooks(wiring)
+        hooks = self._hooks(plugged)
         plugged.device = kind(spec, hooks) if state is None else kind.from_state(spec, hooks, state)
         self._makes = None
         board, wires = self._board, self._machine.wires
@@ -147,15 +152,19 @@ class Assembly:
             plugged.bells.append(wires.doorbell(address, bell.size, bell.value, pio=pio))
         self.plugged.append(plugged)
 
-    def _hooks(self, wiring: Wiring) -> Hooks:
-        wires, line = self._machine.wires, wiring.line
+    def _hooks(self, plugged: Plugged) -> Hooks:
+        wires, wiring = self._machine.wires, plugged.wiring
+        line = wiring.line
         level: InterruptLine = NOWHERE
         pulse: InterruptPulse = NOWHERE
         if wires is not None and line is not None and irqchip_kind(self._board.spec.irqchip) == "full":
-            if line.trigger == "level":
-                level = wires.line(line.gsi)
-            else:
-                pulse = wires.pulse(line.gsi)
+            match line.trigger:
+                case "level":
+                    level = wires.line(line.gsi)
+                case "edge":
+                    pulse = wires.pulse(line.gsi)
+                case "resample":
+                    pulse, plugged.ends = wires.resampled(line.gsi)
         return Hooks(
             memory=Dma(self._board.memory),
             timer=self._new_timer,
@@ -178,8 +187,8 @@ class Assembly:
 
     @property
     def listens(self) -> bool:
-        """There are doorbells or timers, so `run` has something to do."""
-        return bool(self._owner) or any(plugged.bells for plugged in self.plugged)
+        """There are doorbells, ends of interrupts or timers, so `run` has something to do."""
+        return bool(self._owner) or any(plugged.bells or plugged.ends is not None for plugged in self.plugged)
 
     async def run(self, ended: trio.Event) -> None:
         """Serve doorbells and timers until the guest has ended."""
@@ -189,7 +198,9 @@ class Assembly:
             async with trio.open_nursery() as nursery:
                 for plugged in self.plugged:
                     for number, fd in enumerate(plugged.bells):
-                        nursery.start_soon(self._listen, plugged, number, fd)
+                        nursery.start_soon(self._listen, plugged, fd, partial(plugged.device.rang, number))
+                    if plugged.ends is not None:
+                        nursery.start_soon(self._listen, plugged, plugged.ends, plugged.acknowledge)
                 if self._owner:
                     nursery.start_soon(self._watch_timers)
                 await ended.wait()
@@ -197,16 +208,12 @@ class Assembly:
         finally:
             self._bucket.close()
 
-    async def _listen(self, plugged: Plugged, number: int, fd: int) -> None:
-        if self._restored:  # what the guest had rung for is not in its state
-            await self._serve(plugged, partial(plugged.device.rang, number, 1))
+    async def _listen(self, plugged: Plugged, fd: int, tell: Callable[[int], object]) -> None:
+        if self._restored:  # what the kernel had counted is in no state
+            await self._serve(plugged, partial(tell, 1))
         while True:
             await trio.lowlevel.wait_readable(fd)
-            await self._serve(plugged, partial(self._ring, plugged, number, fd))
-
-    def _ring(self, plugged: Plugged, number: int, fd: int) -> None:
-        if times := _taken(fd):
-            plugged.device.rang(number, times)
+            await self._serve(plugged, partial(_tell, fd, tell))
 
     async def _watch_timers(self) -> None:
         while True:
@@ -295,6 +302,11 @@ class Assembly:
 def _where(wiring: Wiring) -> str:
     found = (("ports", wiring.ports), ("mmio", wiring.mmio))
     return " and ".join(f"{bus} {span.start:#x}" for bus, span in found if span is not None)
+
+
+def _tell(fd: int, tell: Callable[[int], object]) -> None:
+    if times := _taken(fd):
+        tell(times)
 
 
 def _taken(fd: int) -> int:

@@ -52,7 +52,7 @@ class Hooks:
     Attributes:
         memory: the guest's.
         line: its level-triggered line (`Wiring.line`); `NOWHERE` if it has none, or if the VM has no irqchip.
-        pulse: the same, if its line is edge-triggered.
+        pulse: the same, if its line is edge-triggered or resampled.
         msis: its message-signalled interrupts, as many as `Wiring.msis` says.
         timer: makes a timer that calls a function of the device. In `__init__` only.
         console: where output for the VM's owner goes.
@@ -117,6 +117,9 @@ class Peripheral(ABC, Generic[SpecT, StateT]):
 
         After a restore, each doorbell is rung once more than the guest did: look for work, and don't count on it.
         """
+
+    def acknowledged(self) -> None:
+        """Of a resampled line: the guest has ended the interrupt, and the line is low. Fire again if there is more."""
 
     @abstractmethod
     def reset(self) -> None:

@@ -149,7 +149,7 @@ class KvmWires:
         self.routes = Routes(vm.interrupts, lines=irqchip == "full")
         self._vm = vm
         self._pulses: list[Pulse] = []
-        self._bells: list[int] = []
+        self._bells: list[int] = []  # eventfds that the kernel writes
 
     def line(self, gsi: int) -> Line:
         return Line(self._vm.interrupts, gsi)
@@ -160,6 +160,15 @@ class KvmWires:
         self._pulses.append(pulse)
         self._vm.irqfd(pulse.fd, gsi)
         return pulse
+
+    def resampled(self, gsi: int) -> tuple[Pulse, int]:
+        """Raises ResourceLimit (no descriptor left), KvmError."""
+        pulse = Pulse(_eventfd())
+        self._pulses.append(pulse)
+        ends = _eventfd()
+        self._bells.append(ends)
+        self._vm.irqfd(pulse.fd, gsi, resample_fd=ends)
+        return pulse, ends
 
     def msi(self) -> Msi:
         """Raises ResourceLimit (no descriptor or route left), KvmError."""
