@@ -13,7 +13,20 @@
 
 from __future__ import annotations
 
-from .actions import (
+from .backend.emulated.machine import EmulatedBackend
+from .backend.scripted import ScriptedBackend, ScriptedExit
+from .devicespec import DebugConsole, DeviceSpec, Digest, Doorbell, ExitPort, Line, Serial, Wiring
+from .fleet.channels import Exits, ExitsStatistics
+from .fleet.fleet import Fleet
+from .fleet.open import open_fleet
+from .fleet.statistics import FleetStatistics, TenantStatistics
+from .fleet.watch import Watch
+from .machine.devices.bus import Device
+from .machine.devices.peripheral import Hooks, Peripheral
+from .machine.devices.requests import Request
+from .machine.holding import PendingIo
+from .machine.vm import VcpuStatistics, Vm, VmStatistics
+from .model.actions import (
     Action,
     Applied,
     CapCpu,
@@ -36,13 +49,7 @@ from .actions import (
     Unthrottle,
     Warn,
 )
-from .backend.emulated.machine import EmulatedBackend
-from .backend.scripted import ScriptedBackend, ScriptedExit
-from .devices.bus import Device
-from .devices.peripheral import Hooks, Peripheral
-from .devices.requests import Request
-from .devicespec import DebugConsole, DeviceSpec, Digest, Doorbell, ExitPort, Line, Serial, Wiring
-from .errors import (
+from .model.errors import (
     BackendUnavailable,
     BusLockUnsupported,
     FileError,
@@ -57,7 +64,7 @@ from .errors import (
     UnknownVm,
     VmExists,
 )
-from .exits import (
+from .model.exits import (
     BusLock,
     Debug,
     DirtyRingFull,
@@ -86,9 +93,7 @@ from .exits import (
     Wrmsr,
     Xen,
 )
-from .fleet import Fleet
-from .holding import PendingIo
-from .opening import open_fleet
+from .model.spec import FlatImage, GiB, KiB, Limit, MemoryRegion, Meter, MiB, Restart, Tenant, VmSpec
 from .policy import (
     CPU_MODELS,
     Adaptive,
@@ -115,22 +120,6 @@ from .policy import (
     only,
 )
 from .profile import Instruction, Profile, SymbolError, Symbols
-from .spec import (
-    FlatImage,
-    GiB,
-    KiB,
-    Limit,
-    MemoryRegion,
-    Meter,
-    MiB,
-    Restart,
-    Tenant,
-    VmSpec,
-)
-from .statistics import FleetStatistics, TenantStatistics
-from .subscription import Exits, ExitsStatistics
-from .vm import VcpuStatistics, Vm, VmStatistics
-from .watch import Watch
 
 __all__ = [
     "CPU_MODELS",

@@ -13,7 +13,7 @@ from typing import ClassVar, Final, Literal, TypeAlias
 import attrs
 
 from .checks import fail, whole
-from .errors import SpecError
+from .model.errors import SpecError
 
 __all__ = [
     "DebugConsole",
@@ -241,7 +241,7 @@ def _check_port(value: object, width: int) -> None:
 class DebugConsole(DeviceSpec):
     """A write-only port whose bytes go to the VM's console (QEMU's ``isa-debugcon``). Reads give the port's number."""
 
-    implementation: ClassVar[str] = "orchestra.devices.ports:DebugConsolePort"
+    implementation: ClassVar[str] = "orchestra.machine.devices.ports:DebugConsolePort"
 
     port: int = 0xE9
 
@@ -256,7 +256,7 @@ class DebugConsole(DeviceSpec):
 class ExitPort(DeviceSpec):
     """A port that ends the VM when written: outcome ``Shutdown`` with the value as its code (``isa-debug-exit``)."""
 
-    implementation: ClassVar[str] = "orchestra.devices.ports:ExitDevice"
+    implementation: ClassVar[str] = "orchestra.machine.devices.ports:ExitDevice"
 
     port: int = 0xF4
 
@@ -274,7 +274,7 @@ class Serial(DeviceSpec):
     Without an irqchip it works all the same, and its interrupt goes nowhere.
     """
 
-    implementation: ClassVar[str] = "orchestra.devices.serial:Uart16550"
+    implementation: ClassVar[str] = "orchestra.machine.devices.serial:Uart16550"
 
     port: int = 0x3F8
     irq: int | None = 4
@@ -291,7 +291,7 @@ class Serial(DeviceSpec):
 
 @attrs.frozen
 class Digest(DeviceSpec):
-    """A device that computes the CRC-32 of guest memory: the one to copy (``orchestra/devices/digest.py``).
+    """A device that computes the CRC-32 of guest memory: the one to copy (``orchestra/machine/devices/digest.py``).
 
     The guest writes a descriptor into its memory, tells the device where that is, and rings. The device writes the
     result into the descriptor and interrupts. See docs/devices.md for its registers.
@@ -300,7 +300,7 @@ class Digest(DeviceSpec):
         base: guest-physical address of its registers, a multiple of 8.
     """
 
-    implementation: ClassVar[str] = "orchestra.devices.digest:DigestDevice"
+    implementation: ClassVar[str] = "orchestra.machine.devices.digest:DigestDevice"
     SIZE: ClassVar[int] = 0x28
     DOORBELL: ClassVar[int] = 0x20
 

@@ -17,8 +17,8 @@ from orchestra.backend.kvm.machine import KvmBackend
 from orchestra.backend.kvm.system import Kvm
 from orchestra.backend.kvm.vm import KvmVm
 from orchestra.backend.kvm.wires import MOST_ROUTES, KvmWires
-from orchestra.devices.digest import DigestState
-from orchestra.errors import KvmError, ResourceLimit
+from orchestra.machine.devices.digest import DigestState
+from orchestra.model.errors import KvmError, ResourceLimit
 from orchestra.native import ffi, lib
 
 pytestmark = pytest.mark.kvm

@@ -13,10 +13,10 @@ from trio.testing import wait_all_tasks_blocked
 import orchestra as orc
 from bells import Bells, BellsDevice, Clock, ClockDevice, Kept
 from conftest import Stage, blank, guest, play
+from orchestra.backend.memory import GuestMemory
 from orchestra.backend.scripted import hlt, io_write
-from orchestra.devices.assembly import Assembly, Dma
-from orchestra.errors import GuestMemoryError, StateError
-from orchestra.memory import GuestMemory
+from orchestra.machine.devices.assembly import Assembly, Dma
+from orchestra.model.errors import GuestMemoryError, StateError
 from orchestra.testing import wait_until
 
 KVM = pytest.mark.kvm
@@ -228,7 +228,7 @@ class Here:
     """A board without a VM."""
 
     def __init__(self, spec: orc.VmSpec) -> None:
-        from orchestra.devices.bus import Bus
+        from orchestra.machine.devices.bus import Bus
 
         self.spec = spec
         self.ports, self.mmio = Bus("ports", 1 << 16), Bus("mmio", 1 << 52)

@@ -15,7 +15,7 @@ from hypothesis import given, strategies as st
 import orchestra as orc
 from conftest import guest
 from orchestra.backend.kvm.machine import KvmEngine
-from orchestra.devices.digest import LONGEST, DigestState
+from orchestra.machine.devices.digest import LONGEST, DigestState
 from orchestra.testing import DeviceRig
 
 ID, STATUS, DESCRIPTOR, MSI_ADDRESS, MSI_DATA, RESET, DOORBELL, SERVED = 0, 4, 8, 0x10, 0x18, 0x1C, 0x20, 0x24

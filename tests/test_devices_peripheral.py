@@ -9,11 +9,11 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 import orchestra as orc
 from alarm import Alarm, AlarmState
-from orchestra.codec import decode, encode
-from orchestra.devices.digest import DigestState
-from orchestra.devices.ports import Stateless
-from orchestra.devices.serial import UartState
-from orchestra.errors import StateError
+from orchestra.machine.devices.digest import DigestState
+from orchestra.machine.devices.ports import Stateless
+from orchestra.machine.devices.serial import UartState
+from orchestra.model.codec import decode, encode
+from orchestra.model.errors import StateError
 from orchestra.testing import DeviceRig
 
 SPECS = [orc.Serial(), orc.DebugConsole(), orc.ExitPort(), orc.Digest(), Alarm()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import given, strategies as st
 
-from orchestra.devices.timers import LONGEST, SHORTEST, Timers
+from orchestra.machine.devices.timers import LONGEST, SHORTEST, Timers
 
 
 class Clock:

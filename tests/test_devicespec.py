@@ -11,9 +11,9 @@ from hypothesis import given, strategies as st
 
 import orchestra as orc
 from alarm import Alarm
-from orchestra.codec import decode, encode, from_document, to_document
-from orchestra.devices.peripheral import implementation
 from orchestra.devicespec import DeviceSpec, Irqchip, irqchip_kind, unwired
+from orchestra.machine.devices.peripheral import implementation
+from orchestra.model.codec import decode, encode, from_document, to_document
 
 HALT = orc.FlatImage(code=b"\xf4")
 

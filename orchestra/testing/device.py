@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..devices.console import Console
-from ..devices.peripheral import Hooks, Peripheral, implementation
-from ..devices.timers import Timers, VmTimer
+from ..backend.memory import GuestMemory
 from ..devicespec import DeviceSpec
-from ..memory import GuestMemory
-from ..spec import FlatImage, VmSpec
+from ..machine.devices.console import Console
+from ..machine.devices.peripheral import Hooks, Peripheral, implementation
+from ..machine.devices.timers import Timers, VmTimer
+from ..model.spec import FlatImage, VmSpec
 
 __all__ = ["DeviceRig", "RecordedMsi", "RecordedPulse"]
 

@@ -7,13 +7,13 @@ from threading import Lock
 from typing import Any
 
 from ...devicespec import unwired
-from ...errors import BackendUnavailable, SpecError
-from ...memory import GuestMemory
+from ...model.errors import BackendUnavailable, SpecError
+from ...model.spec import VmSpec
 from ...native import ffi, lib
 from ...native.core import VcpuCore, monotonic_ns
-from ...spec import VmSpec
 from .. import Detection, EntryState
-from ..plan import entry_fields, memory_slots
+from ..memory import GuestMemory
+from ..memory_layout import entry_fields, memory_slots
 from ..registers import Registers, SpecialRegisters
 from ..threaded import ThreadedEngine
 from . import library

@@ -9,7 +9,7 @@ from threading import Lock
 from typing import Any, Final
 
 from ...devicespec import IRQS, Irqchip
-from ...errors import OrchestraError, ResourceLimit
+from ...model.errors import OrchestraError, ResourceLimit
 from ...native import ffi, lib
 from .ioctl import failure
 from .vm import KvmVm
