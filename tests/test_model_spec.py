@@ -10,7 +10,7 @@ import attrs
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from orchestra.devicespec import DebugConsole, ExitPort, Serial
+from orchestra.model.devices import DebugConsole, ExitPort, Serial
 from orchestra.model.errors import SpecError
 from orchestra.model.spec import (
     MAX_MEMORY,

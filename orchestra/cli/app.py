@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from cyclopts import App, CycloptsError, Parameter
 
-from ..devicespec import DebugConsole, DeviceSpec, ExitPort, Serial
+from ..model.devices import DebugConsole, DeviceSpec, ExitPort, Serial
 from ..model.errors import FileError, OrchestraError, SpecError
 from ..model.extras import DISTRIBUTION
 from ..model.spec import FlatImage, Limit, VmSpec

@@ -26,8 +26,7 @@ from typing import Any, Final, Literal, TypeVar, Union, cast, get_args, get_orig
 
 import attrs
 
-from .. import devicespec
-from . import actions, exits, spec
+from . import actions, devices, exits, spec
 from .errors import SpecError
 
 __all__ = ["KIND", "TAGGED", "VERSION", "decode", "encode", "from_document", "to_document"]
@@ -58,7 +57,7 @@ TAGGED: Final[Mapping[str, type]] = _tagged()
 
 
 def _is_tagged(kind: type) -> bool:
-    return TAGGED.get(kind.__name__) is kind or issubclass(kind, devicespec.DeviceSpec)
+    return TAGGED.get(kind.__name__) is kind or issubclass(kind, devices.DeviceSpec)
 
 
 # ---- to data --------------------------------------------------------------------------------------------------------
@@ -165,8 +164,8 @@ def _decode(kind: Any, data: object, path: str, depth: int) -> Any:
         return _decode_mapping(arguments, data, path, depth)
     if origin is not None and issubclass(origin, Collection):
         return [_decode(arguments[0], one, f"{path}[{i}]", depth + 1) for i, one in enumerate(_list(data, path))]
-    if kind is devicespec.DeviceSpec:
-        return _decode_open(devicespec.DeviceSpec.kinds(), data, path, depth)
+    if kind is devices.DeviceSpec:
+        return _decode_open(devices.DeviceSpec.kinds(), data, path, depth)
     if isinstance(kind, type):
         if attrs.has(kind):
             return _decode_class(kind, data, path, depth)

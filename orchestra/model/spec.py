@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import attrs
 
-from ..checks import fail as _fail, number as _number, whole as _whole
-from ..devicespec import DeviceSpec, check_wiring, irqchip_kind
+from .checks import fail as _fail, number as _number, whole as _whole
+from .devices import DeviceSpec, check_wiring, irqchip_kind
 from .errors import SpecError
 
 if TYPE_CHECKING:

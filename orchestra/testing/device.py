@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from ..backend.memory import GuestMemory
-from ..devicespec import DeviceSpec
 from ..machine.devices.console import Console
 from ..machine.devices.peripheral import Hooks, Peripheral, implementation
 from ..machine.devices.timers import Timers, VmTimer
+from ..model.devices import DeviceSpec
 from ..model.spec import FlatImage, VmSpec
 
 __all__ = ["DeviceRig", "RecordedMsi", "RecordedPulse"]

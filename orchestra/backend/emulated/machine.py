@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from threading import Lock
 from typing import Any
 
-from ...devicespec import unwired
+from ...model.devices import unwired
 from ...model.errors import BackendUnavailable, SpecError
 from ...model.spec import VmSpec
 from ...native import ffi, lib
@@ -31,7 +31,7 @@ class EmulatedEngine(ThreadedEngine):
         lib.orc_vcpu_bind_emulator(core.handle, emulator, detection == "trap-like", bus_locks)
 
     def run(self) -> int:
-        return lib.orc_emulator_run(self._handle)  # type: ignore[no-any-return]  # a Why, without the cost of making one
+        return lib.orc_emulator_run(self._handle)  # type: ignore[no-any-return]  # a RunResult, without the cost of making one
 
     def error(self) -> str:
         return f"unicorn failed: {ffi.string(lib.orc_emulator_failed(self._emulator)).decode()}"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, Final
 
-from ...devicespec import irqchip_kind
+from ...model.devices import irqchip_kind
 from ...model.errors import BusLockUnsupported, OrchestraError, SpecError
 from ...model.spec import VmSpec
 from ...native import ffi, lib
@@ -44,7 +44,7 @@ class KvmEngine(ThreadedEngine):
         lib.orc_vcpu_bind_kvm(core.handle, vcpu.fd, vcpu.run, sync_regs)
 
     def run(self) -> int:
-        return lib.orc_kvm_run(self._handle)  # type: ignore[no-any-return]  # a Why, without the cost of making one
+        return lib.orc_kvm_run(self._handle)  # type: ignore[no-any-return]  # a RunResult, without the cost of making one
 
     def resumed(self) -> None:
         try:

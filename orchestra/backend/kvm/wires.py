@@ -8,7 +8,7 @@ from contextlib import suppress
 from threading import Lock
 from typing import Any, Final
 
-from ...devicespec import IRQS, Irqchip
+from ...model.devices import IRQS, Irqchip
 from ...model.errors import OrchestraError, ResourceLimit
 from ...native import ffi, lib
 from .ioctl import failure

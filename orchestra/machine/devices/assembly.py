@@ -24,8 +24,8 @@ import trio
 from ...backend import Machine
 from ...backend.memory import GuestMemory
 from ...backend.wiring import InterruptLine, InterruptPulse
-from ...devicespec import DeviceSpec, Wiring, irqchip_kind
 from ...model.actions import Failed, Outcome, Shutdown
+from ...model.devices import DeviceSpec, Wiring, irqchip_kind
 from ...model.errors import GuestMemoryError, StateError
 from ...model.spec import VmSpec
 from ...native.core import Bucket

@@ -8,7 +8,7 @@ from typing import Any, Final
 import attrs
 import trio
 
-from ...checks import whole
+from ...model.checks import whole
 from ...model.errors import SpecError
 from ...native import ffi, lib
 

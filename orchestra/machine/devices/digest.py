@@ -26,8 +26,8 @@ from typing import Final
 
 import attrs
 
-from ...checks import whole
-from ...devicespec import Digest
+from ...model.checks import whole
+from ...model.devices import Digest
 from ...model.errors import GuestMemoryError
 from .peripheral import Hooks, Peripheral
 

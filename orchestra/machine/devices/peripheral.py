@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Final, Generic, Protocol, TypeVar
 import attrs
 
 from ...backend.wiring import InterruptLine, InterruptPulse, MsiVector
-from ...devicespec import DeviceSpec
+from ...model.devices import DeviceSpec
 from ...model.errors import SpecError, StateError
 from .console import Console
 from .timers import Timer

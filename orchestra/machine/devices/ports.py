@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import attrs
 
-from ...devicespec import DebugConsole, ExitPort
+from ...model.devices import DebugConsole, ExitPort
 from ...native import ffi, lib
 from .bus import NativeDevice
 from .peripheral import Hooks, Peripheral

@@ -6,7 +6,7 @@ from typing import Any
 
 import attrs
 
-from ...devicespec import Serial
+from ...model.devices import Serial
 from ...model.errors import SpecError
 from ...native import ffi, lib
 from .bus import NativeDevice

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from .model.errors import SpecError
+from .errors import SpecError
 
 __all__ = ["fail", "number", "whole"]
 

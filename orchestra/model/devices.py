@@ -13,7 +13,7 @@ from typing import ClassVar, Final, Literal, TypeAlias
 import attrs
 
 from .checks import fail, whole
-from .model.errors import SpecError
+from .errors import SpecError
 
 __all__ = [
     "DebugConsole",

@@ -11,9 +11,9 @@ from hypothesis import given, strategies as st
 
 import orchestra as orc
 from alarm import Alarm
-from orchestra.devicespec import DeviceSpec, Irqchip, irqchip_kind, unwired
 from orchestra.machine.devices.peripheral import implementation
 from orchestra.model.codec import decode, encode, from_document, to_document
+from orchestra.model.devices import DeviceSpec, Irqchip, irqchip_kind, unwired
 
 HALT = orc.FlatImage(code=b"\xf4")
 
@@ -155,7 +155,7 @@ def test_two_devices_of_one_name_are_an_error_that_names_both_modules():
         pass
 
     try:
-        with pytest.raises(orc.SpecError, match=r"'Serial': orchestra.devicespec and test_devicespec"):
+        with pytest.raises(orc.SpecError, match=r"'Serial': orchestra.model.devices and test_model_devices"):
             DeviceSpec.kinds()
     finally:
         del Serial
