@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -262,7 +263,10 @@ class Wired:
 
 
 def assembly(here: Here, machine: Any, states: Any = None) -> Assembly:
-    return Assembly(here, machine, None, lambda function: function(), states)  # type: ignore[arg-type]
+    def at_once(function: Callable[[], object]) -> None:
+        function()
+
+    return Assembly(here, machine, None, at_once, at_once, states)  # type: ignore[arg-type]
 
 
 DEVICES = blank(devices=[Bells(), Clock()])

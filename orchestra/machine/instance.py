@@ -216,7 +216,8 @@ class Instance:
             states = flat.load(spec, self.memory)
             self._machine = house.backend.create(spec, self._cores, self.memory, states, bus_locks=house.bus_locks)
             try:
-                self.devices = Assembly(self, self._machine, self._console, house.post)
+                in_turn = partial(house.inbox.put, (spec.tenant or "default", spec.name))
+                self.devices = Assembly(self, self._machine, self._console, house.post, in_turn)
                 self.vcpus = [Vcpu(self, index, engine) for index, engine in enumerate(self._machine.engines)]
                 self._done = [trio.Event() for _ in self.vcpus]
                 for vcpu in self.vcpus:

@@ -6,7 +6,7 @@
                     timers      → Timers                        expiries:   a task → device
 
 Rings and expiries are served on the fleet's thread, under the same lock as accesses, and paced like them: a guest that
-rings all the time is served as often as its `answer_limit` lets Python answer it.
+rings all the time is served as often as its `answer_limit` lets Python answer it, and takes turns with all others.
 """
 
 from __future__ import annotations
@@ -101,6 +101,7 @@ class Assembly:
 
     Parameters:
         post: runs a function soon on the fleet's thread; from any thread.
+        in_turn: runs one in this VM's turn among all that ask (`machine.inbox`).
         states: as `state` returned them for such a spec: the devices go on from there. None: power-on.
 
     Raises:
@@ -115,12 +116,13 @@ class Assembly:
         machine: Machine,
         console: Console,
         post: Callable[..., object],
+        in_turn: Callable[[Callable[[], object]], object],
         states: Sequence[object] | None = None,
     ) -> None:
         specs = board.spec.devices
         if states is not None and len(states) != len(specs):
             raise StateError(f"vm {board.spec.name!r}: {len(states)} states for {len(specs)} devices")
-        self._board, self._machine, self._console, self._post = board, machine, console, post
+        self._board, self._machine, self._console, self._in_turn = board, machine, console, in_turn
         self._changed, self._held = trio.Event(), False  # the event is replaced at each change
         self._timers = Timers(board.now, lambda: post(self._wake))
         self._owner: dict[int, Plugged] = {}  # of a timer, by its identity
@@ -249,13 +251,16 @@ class Assembly:
             plugged.lock.release()
 
     async def _turn(self) -> None:
+        """Until the VM's pace lets it go on, and then until it is served among those of its tenant and the others."""
         assert self._bucket is not None
         now = self._board.now()
         turn = self._bucket.take(now)
-        await trio.lowlevel.checkpoint()
         while turn > now:
             await trio.sleep((turn - now) / 1e9)
             now = self._board.now()
+        served = trio.Event()
+        self._in_turn(served.set)
+        await served.wait()
 
     def _wake(self) -> None:
         self._changed.set()
