@@ -16,7 +16,7 @@ from bells import Bells, BellsDevice, Clock, ClockDevice, Kept
 from conftest import Stage, blank, guest, play
 from orchestra.backend.memory import GuestMemory
 from orchestra.backend.scripted import hlt, io_write
-from orchestra.machine.devices.assembly import Assembly, Dma
+from orchestra.machine.devices.assembly import RING, Assembly, Dma
 from orchestra.model.errors import GuestMemoryError, StateError
 from orchestra.testing import wait_until
 
@@ -59,7 +59,9 @@ async def test_rings_reach_the_device_on_the_fleets_thread_and_what_is_no_ring_i
 @KVM
 async def test_a_guest_that_rings_for_ever_is_served_as_often_as_its_answers_allow(nothing_left):
     async with orc.open_fleet(backend="kvm") as fleet:
-        vm = await fleet.launch(spec("bell_storm_64", answer_limit=orc.Limit(rate=50, burst=5)), paused=True)
+        vm = await fleet.launch(
+            spec("bell_storm_64", answer_limit=orc.Limit(rate=50 * RING, burst=5 * RING)), paused=True
+        )
         bells: BellsDevice = device(vm)
         begun = trio.current_time()
         await vm.resume()

@@ -5,14 +5,16 @@
                   ─ doorbells ──→ ioeventfds                    rings:      kernel → eventfd → a task → device
                     timers      → Timers                        expiries:   a task → device
 
-Rings and expiries are served on the fleet's thread, under the same lock as accesses, and paced like them: a guest that
-rings all the time is served as often as its `answer_limit` lets Python answer it, and takes turns with all others.
+Rings and expiries are served on the fleet's thread, under the same lock as accesses, and paced like them: they are
+charged to a budget as large as the VM's `answer_limit`, by the time that they take the event loop, and take turns with
+those of all others.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from threading import RLock
@@ -38,6 +40,17 @@ from .timers import Timers, VmTimer
 __all__ = ["Assembly", "Board", "Dma"]
 
 log: Final = logging.getLogger("orchestra")
+
+RING: Final = 20
+"""Answers that a ring or an expiry counts as. An answer takes the interpreter for about 6 us (`ANSWER_LIMIT`). To wake
+a task on the event loop, give it its turn and have it wait again takes 0.1 ms of the loop's CPU time."""
+
+ANSWER: Final = 6_000
+"""Nanoseconds. For so much work of the device it counts as one more."""
+
+GRID: Final = 5_000_000
+"""Nanoseconds. Those that have to wait for their turn are served at multiples of this, so that the event loop wakes
+once for all of them, and not once for each."""
 
 BUSY: Final = 0.0005
 """Seconds until a device is tried again that a vCPU is in. An access takes Python some microseconds."""
@@ -129,6 +142,7 @@ class Assembly:
         self._makes: Plugged | None = None
         self._stopped = False
         self._bucket: Bucket | None = None
+        self._worth = 0  # answers that what was served is worth and that were not charged yet
         self.plugged: list[Plugged] = []
         for index, spec in enumerate(specs):
             self._plug(spec, None if states is None else states[index])
@@ -215,7 +229,9 @@ class Assembly:
             await self._serve(plugged, partial(tell, 1))
         while True:
             await trio.lowlevel.wait_readable(fd)
-            await self._serve(plugged, partial(_tell, fd, tell))
+            # Who had to wait for its pace looks again itself: the descriptor needs no look of the event loop's.
+            while await self._serve(plugged, partial(_tell, fd, tell)) and await self._waited():
+                pass
 
     async def _watch_timers(self) -> None:
         while True:
@@ -228,39 +244,47 @@ class Assembly:
                     await changed.wait()
             for timer, setting in self._timers.due():
                 await self._serve(self._owner[id(timer)], partial(self._expire, timer, setting))
+                await self._waited()
 
     def _expire(self, timer: VmTimer, setting: int) -> None:
         if self._timers.taken(timer, setting):
             timer.expired()
 
-    async def _serve(self, plugged: Plugged, call: Callable[[], object]) -> None:
-        """Call a device: in its turn, not while the VM is held, and with no vCPU in the device. What it raises is the
-        end of this VM."""
-        await self._turn()
+    async def _serve(self, plugged: Plugged, call: Callable[[], object]) -> object:
+        """Call a device: in the VM's turn among all others, not while the VM is held, and with no vCPU in the device.
+        What it raises is the end of this VM."""
+        served = trio.Event()
+        self._in_turn(served.set)
+        await served.wait()
         while self._held or not plugged.lock.acquire(blocking=False):
             if self._held:
                 await self._changed.wait()
             else:  # a vCPU is in it, perhaps for long: the event loop is everybody's and waits for no lock
                 await trio.sleep(BUSY)
+        begun = time.thread_time_ns()
         try:  # nothing is awaited here, so a pause finds all of it done or nothing of it
-            call()
+            return call()
         except Exception as error:
             log.error("vm %s: device %s failed", self._board.spec.name, plugged.name, exc_info=error)
             self._board.end(Failed(f"device {plugged.name} failed: {error!r}"))
+            return None
         finally:
             plugged.lock.release()
+            self._worth += RING + (time.thread_time_ns() - begun) // ANSWER
 
-    async def _turn(self) -> None:
-        """Until the VM's pace lets it go on, and then until it is served among those of its tenant and the others."""
+    async def _waited(self) -> bool:
+        """Pay for what was served. False: it was within the budget, and there was nothing to wait for."""
         assert self._bucket is not None
+        worth, self._worth = self._worth, 0
         now = self._board.now()
-        turn = self._bucket.take(now)
+        turn = self._bucket.take(now, worth) if worth else now
+        if turn <= now:
+            return False
+        turn += -turn % GRID
         while turn > now:
             await trio.sleep((turn - now) / 1e9)
             now = self._board.now()
-        served = trio.Event()
-        self._in_turn(served.set)
-        await served.wait()
+        return True
 
     def _wake(self) -> None:
         self._changed.set()
@@ -309,9 +333,11 @@ def _where(wiring: Wiring) -> str:
     return " and ".join(f"{bus} {span.start:#x}" for bus, span in found if span is not None)
 
 
-def _tell(fd: int, tell: Callable[[int], object]) -> None:
-    if times := _taken(fd):
+def _tell(fd: int, tell: Callable[[int], object]) -> bool:
+    times = _taken(fd)
+    if times:
         tell(times)
+    return times > 0
 
 
 def _taken(fd: int) -> int:
