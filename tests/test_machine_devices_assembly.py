@@ -16,7 +16,8 @@ from bells import Bells, BellsDevice, Clock, ClockDevice, Kept
 from conftest import Stage, blank, guest, play
 from orchestra.backend.memory import GuestMemory
 from orchestra.backend.scripted import hlt, io_write
-from orchestra.machine.devices.assembly import RING, Assembly, Dma
+from orchestra.machine.devices.assembly import Assembly, Dma
+from orchestra.machine.devices.service import RING
 from orchestra.model.errors import GuestMemoryError, StateError
 from orchestra.testing import wait_until
 
@@ -311,6 +312,17 @@ async def test_a_reset_is_power_on_for_all_of_them_and_forgets_what_was_rung_for
         await wait_all_tasks_blocked(0.01)
         ended.set()
     assert made.plugged[0].device.rings == []  # type: ignore[attr-defined]
+    machine.close()
+    here.memory.close()
+
+
+async def test_devices_that_were_made_are_stopped_if_another_can_not_be(monkeypatch):
+    here, machine = Here(blank(devices=[Clock(), Clock()])), Wired()
+    stopped: list[object] = []
+    monkeypatch.setattr(ClockDevice, "stop", lambda clock: stopped.append(clock))
+    with pytest.raises(orc.SpecError, match="0x600-0x600 is claimed by ClockDevice already"):
+        assembly(here, machine)
+    assert len(stopped) == 2
     machine.close()
     here.memory.close()
 
