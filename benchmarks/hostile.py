@@ -54,6 +54,7 @@ class Flood:
     more: dict[str, object] = attrs.field(factory=dict)
 
 
+RINGS = {"irqchip": "full", "devices": (orc.Digest(base=MMIO.start),)}
 TALKS = {"devices": (orc.Serial(), orc.DebugConsole())}
 FLOODS = {
     "string reads, a device answers": Flood("insb", device=True),
@@ -70,6 +71,7 @@ FLOODS = {
     "serial port and debug console, followed": Flood("talk", followed=True, more=TALKS),
     "CPUID and MSRs": Flood("cpuid"),
     "halts and timer interrupts": Flood("tick", more={"irqchip": True}),
+    "rings of a doorbell": Flood("rings", more=RINGS),
     "failures, restarted": Flood("crash", more={"restart": "on-failure"}),
     "resets": Flood("reset", mode=32, more={"on_reset": "reset"}),
 }

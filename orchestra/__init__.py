@@ -23,6 +23,7 @@ from .fleet.statistics import FleetStatistics, TenantStatistics
 from .fleet.watch import Watch
 from .machine.desired import AskedCap, AskedLimit, Desired, LimitStack, PlacedLimits
 from .machine.devices.bus import Device
+from .machine.devices.peripheral import Hooks, Peripheral
 from .machine.devices.requests import Request
 from .machine.holding import PendingIo
 from .machine.hostbudget import HostBudget, HostBudgetStatistics
@@ -51,6 +52,7 @@ from .model.actions import (
     Warn,
 )
 from .model.codec import CodecError, decode, encode, from_document, to_document
+from .model.devices import DebugConsole, DeviceSpec, Digest, Doorbell, ExitPort, Line, Serial, Wiring
 from .model.errors import (
     BackendUnavailable,
     BusLockUnsupported,
@@ -99,8 +101,6 @@ from .model.exits import (
 from .model.journalspec import JournalSpec, JournalStatistics
 from .model.spec import (
     BootSpec,
-    DebugConsole,
-    ExitPort,
     FlatImage,
     GiB,
     KiB,
@@ -111,7 +111,6 @@ from .model.spec import (
     Meter,
     MiB,
     Restart,
-    Serial,
     Tenant,
     VmSpec,
 )
@@ -167,7 +166,10 @@ __all__ = [
     "DebugConsole",
     "Desired",
     "Device",
+    "DeviceSpec",
+    "Digest",
     "DirtyRingFull",
+    "Doorbell",
     "EmulatedBackend",
     "Evict",
     "ExceptionExit",
@@ -188,6 +190,7 @@ __all__ = [
     "GuestMemoryError",
     "Halted",
     "Hlt",
+    "Hooks",
     "HostBudget",
     "HostBudgetStatistics",
     "HostFacts",
@@ -210,6 +213,7 @@ __all__ = [
     "Layout",
     "Limit",
     "LimitStack",
+    "Line",
     "Memory",
     "MemoryFault",
     "MemoryRegion",
@@ -225,6 +229,7 @@ __all__ = [
     "Outcome",
     "Pause",
     "PendingIo",
+    "Peripheral",
     "PlacedLimits",
     "Policy",
     "PolicySpec",
@@ -275,6 +280,7 @@ __all__ = [
     "Warn",
     "Watch",
     "WeightedShare",
+    "Wiring",
     "Wrmsr",
     "Xen",
     "decode",

@@ -34,7 +34,7 @@ INTERNAL = {
     orc.Exits: "mask put backlog wake end",
     Requests: "submit end close",
     Request: "value give_back put_among",
-    Console: "handle write wake close",
+    Console: "handle write wake close state from_state",
     orc.Watch: "close",
 }
 PROTOCOLS = {"__aiter__", "__anext__", "__aenter__", "__aexit__"}

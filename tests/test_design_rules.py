@@ -113,6 +113,18 @@ RULES = {
         "test_journal_causes": ["test_what_why_names_first_held_the_vm_for_longest_by_the_counters"],
     },
     17: {"test_policy_engine": ["test_live_replayed_and_simulated_rule_the_same"]},
+    18: {
+        "test_machine_devices_digest": [
+            "test_a_descriptor_is_read_once_however_the_guest_changes_it_meanwhile",
+            "test_a_descriptor_that_is_no_memory_breaks_it_until_it_is_reset",
+        ],
+        "test_machine_devices_peripheral": ["test_any_accesses_are_survived_and_what_is_read_fits_its_size"],
+        "test_machine_devices_assembly": ["test_a_device_that_fails_at_a_ring_ends_its_vm_by_name_and_no_other"],
+    },
+    19: {
+        "test_machine_devices_digest": ["test_a_guest_rings_without_an_exit_and_is_interrupted_without_python"],
+        "test_machine_devices_assembly": ["test_a_timer_expires_on_the_fleets_clock"],
+    },
 }
 
 

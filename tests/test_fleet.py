@@ -697,7 +697,7 @@ async def no_thread(function: Callable, *args: object, **more: object) -> None:
 
 
 @pytest.mark.kvm
-@pytest.mark.parametrize("step", ["GuestMemory", "boot", "Uart16550", "Vcpu"])
+@pytest.mark.parametrize("step", ["GuestMemory", "boot", "Assembly", "Vcpu"])
 async def test_whatever_fails_in_a_launch_rolls_it_back(nothing_left, monkeypatch, step):
     stage = Stage("kvm")
     spec = stage.spec("halt", vcpus=2, devices=[orc.Serial()])

@@ -11,8 +11,10 @@ import attrs
 import pytest
 from hypothesis import given, strategies as st
 
+import orchestra as orc
 from orchestra.machine.devices.bus import Bus, Claim, Device
 from orchestra.machine.devices.console import Console
+from orchestra.machine.devices.peripheral import Hooks
 from orchestra.machine.devices.ports import DebugConsolePort
 from orchestra.machine.devices.requests import Requests
 from orchestra.model.errors import SpecError, StateError
@@ -26,6 +28,11 @@ class Null:
 
     def write(self, offset: int, size: int, value: int) -> None:
         pass
+
+
+def debug_console(console: Console) -> DebugConsolePort:
+    """A device of the core."""
+    return DebugConsolePort(orc.DebugConsole(), Hooks(memory=None, timer=None, console=console, shut_down=print))  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -453,7 +460,7 @@ def test_what_is_not_answered_is_looked_up_again(bus):
 
 
 def test_a_program_that_claims_and_releases_for_ever_keeps_one_table_for_each_vcpu_at_most(bus):
-    device = DebugConsolePort(0xE9, Console(lambda wake: wake()))
+    device = debug_console(Console(lambda wake: wake()))
     with vcpu_on(bus), vcpu_on(bus):
         for _ in range(1000):
             bus.release(bus.claim(range(4), device))
@@ -464,7 +471,7 @@ def test_a_program_that_claims_and_releases_for_ever_keeps_one_table_for_each_vc
 
 def test_a_device_of_the_core_answers_without_python(bus):
     console = Console(lambda wake: wake())
-    bus.claim(range(0xE9, 0xEA), DebugConsolePort(0xE9, console))
+    bus.claim(range(0xE9, 0xEA), debug_console(console))
     with vcpu_on(bus) as vcpu:
         assert vcpu.write(0xE9, 1, b"hello" * 200) == []
         assert console.output == b"hello" * 200

@@ -10,7 +10,9 @@ import trio
 from hypothesis import given, strategies as st
 from trio.testing import wait_all_tasks_blocked
 
-from orchestra.machine.devices.console import KEPT, Console
+from orchestra.machine.devices.console import KEPT, Console, ConsoleState
+from orchestra.model.codec import decode, encode
+from orchestra.model.errors import SpecError
 
 
 def at_once(function: Callable[[], None]) -> None:
@@ -206,3 +208,25 @@ def test_any_writes_keep_their_end(pieces):
         assert len(got) >= min(len(whole), KEPT)
 
     trio.run(main)
+
+
+# ---- state
+
+
+@given(st.lists(st.integers(0, KEPT), max_size=4), st.binary(max_size=50))
+def test_a_console_that_goes_on_keeps_the_same_and_counts_on(sizes, more):
+    console = Console(at_once)
+    for number, size in enumerate(sizes):
+        console.write(bytes([number]) * size)
+    state = decode(ConsoleState, encode(console.state()))
+    again = Console.from_state(at_once, state)
+    for one in (console, again):
+        one.write(more)
+    assert (again.total, again.output) == (console.total, console.output)
+    assert again.state() == console.state()
+
+
+@pytest.mark.parametrize(("total", "kept"), [(3, b"ab"), (1, b"ab"), (KEPT + 1, b"ab"), (-1, b"")])
+def test_a_console_can_not_have_kept_more_or_less_than_it_does(total, kept):
+    with pytest.raises(SpecError, match=r"kept|total"):
+        ConsoleState(total, kept)

@@ -9,15 +9,22 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+import orchestra as orc
 from orchestra.machine.devices.bus import Device
 from orchestra.machine.devices.console import Console
-from orchestra.machine.devices.serial import Uart16550
+from orchestra.machine.devices.peripheral import Hooks
+from orchestra.machine.devices.serial import Uart16550, UartState
 from orchestra.native import ffi, lib
 
 DATA, IER, IIR, FCR, LCR, MCR, LSR, MSR, SCR = 0, 1, 2, 2, 3, 4, 5, 6, 7
 RX, THRE, LINE, MODEM = 1, 2, 4, 8  # IER
 DLAB, LOOP, FIFOS, CLEAR_RX = 0x80, 0x10, 1, 2
 NONE = 1  # IIR: no interrupt is pending
+
+
+def hooks(console: Console | None = None, interrupts: Any = None) -> Hooks:
+    console = console or Console(lambda wake: wake())
+    return Hooks(memory=None, timer=None, console=console, shut_down=print, interrupts=interrupts)  # type: ignore[arg-type]
 
 
 class Uart(Uart16550):
@@ -420,26 +427,85 @@ def test_a_string_does_what_its_elements_do_one_after_the_other(registers, recei
     assert (whole.output, whole.level) == (single.output, single.level)
 
 
+# ---- state
+
+
+def test_the_state_has_all_of_it_the_oldest_byte_first(rig):
+    rig.write(FCR, FIFOS)
+    rig.uart.receive(b"xab")
+    rig.read(DATA)
+    rig.write(LCR, DLAB)
+    rig.write(DATA, 0x34)
+    rig.write(LCR, 3)
+    rig.write(IER, RX)
+    rig.write(SCR, 7)
+    assert rig.uart.state() == UartState(b"ab", ier=RX, lcr=3, scratch=7, fcr=FIFOS, divisor=0x34, level=True)
+
+
+def test_after_a_reset_it_is_as_it_was_made_and_its_line_is_low(rig):
+    rig.write(FCR, FIFOS)
+    rig.write(IER, RX)
+    rig.uart.receive(b"x")
+    assert rig.level
+    rig.uart.reset()
+    assert rig.uart.state() == UartState()
+    assert not rig.level
+
+
+def test_one_that_goes_on_raises_its_line_again(rig):
+    rig.write(IER, THRE)
+    other = Rig()
+    other.uart.restore(rig.uart.state())
+    assert other.line == [True]  # the irqchip may be another one, and know nothing of it
+    assert other.interrupt() == 2
+    assert other.line == [True, False]
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        UartState(received=bytes(17), fcr=FIFOS),
+        UartState(received=b"ab"),  # without a FIFO there is room for one
+        UartState(ier=0x10),
+        UartState(ier=256),
+        UartState(ier=-1),
+        UartState(mcr=0x20),
+        UartState(fcr=CLEAR_RX),
+        UartState(line_errors=4),
+        UartState(modem_changes=0x10),
+        UartState(divisor=1 << 16),
+        UartState(level=True),  # of which nothing is the cause
+        UartState(ier="1"),  # type: ignore[arg-type]
+    ],
+    ids=str,
+)
+def test_a_state_that_no_uart_can_be_in_is_refused_and_changes_nothing(rig, state):
+    rig.write(SCR, 7)
+    with pytest.raises(orc.SpecError, match=r"received|serial port"):
+        rig.uart.restore(state)
+    assert rig.uart.state() == UartState(scratch=7)
+
+
 # ---- on a console
 
 
 def test_what_it_transmits_is_on_the_console():
     console = Console(lambda wake: wake())
-    uart = Uart16550(console)
+    uart = Uart16550(orc.Serial(), hooks(console))
     for byte in b"hello":
         uart.write(DATA, 1, byte)
     assert console.output == b"hello"
 
 
 def test_an_interrupt_that_is_wired_to_nothing_is_none():
-    uart = Uart16550(Console(lambda wake: wake()))
+    uart = Uart16550(orc.Serial(irq=None), hooks())
     uart.write(IER, 1, THRE)
     assert uart.read(IIR, 1) == 2
 
 
 def test_interrupt_lines_of_a_vm_that_was_closed_are_set_nowhere():
     interrupts = ffi.gc(lib.orc_interrupts_new(1 << 20), lib.orc_interrupts_free)  # no such descriptor
-    uart = Uart16550(Console(lambda wake: wake()), interrupts, 4)
+    uart = Uart16550(orc.Serial(irq=4), hooks(interrupts=interrupts))
     assert lib.orc_interrupts_set(interrupts, 4, True) < 0
     lib.orc_interrupts_close(interrupts)
     assert lib.orc_interrupts_set(interrupts, 4, True) == 0

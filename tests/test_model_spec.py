@@ -10,11 +10,10 @@ import attrs
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from orchestra.model.devices import DebugConsole, ExitPort, Serial
 from orchestra.model.errors import SpecError
 from orchestra.model.memory import MAX_MEMORY, MMIO_HOLE, PAGE
 from orchestra.model.spec import (
-    DebugConsole,
-    ExitPort,
     FlatImage,
     GiB,
     KiB,
@@ -24,7 +23,6 @@ from orchestra.model.spec import (
     Meter,
     MiB,
     Restart,
-    Serial,
     Tenant,
     VmSpec,
     as_meter,

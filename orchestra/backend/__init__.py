@@ -21,6 +21,7 @@ from ..native.core import VcpuCore
 from ..native.records import Fields
 from .entry import EntryState
 from .memory import GuestMemory
+from .wiring import Wires
 
 if TYPE_CHECKING:
     from .detection import Asked
@@ -103,7 +104,11 @@ class Machine(Protocol):
     @property
     def interrupts(self) -> Any:
         """The lines of its irqchip for devices of the core: ``orc_interrupts *``, which outlives the machine. None: it
-        has no irqchip."""
+        has none."""
+
+    @property
+    def wires(self) -> Wires | None:
+        """Interrupts and doorbells for devices; None: this backend has neither, and refuses specs that need them."""
 
     def close(self) -> None:
         """Release everything but the memory, which its owner closes."""

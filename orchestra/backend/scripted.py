@@ -18,6 +18,7 @@ from typing import Any, Final, TypeAlias
 import attrs
 import trio
 
+from ..model.devices import unwired
 from ..model.errors import SpecError
 from ..model.spec import VmSpec
 from ..native import ffi, lib
@@ -292,6 +293,7 @@ class ScriptedMachine:
 
     dirty = None
     interrupts = None
+    wires = None
 
     def __init__(self, engines: Sequence[ScriptedEngine], memory: GuestMemory) -> None:
         self.engines = engines
@@ -331,8 +333,10 @@ class ScriptedBackend:
         return round(trio.current_time() * 1e9) + 1  # never 0, which the core reads as "not waiting"
 
     def check(self, spec: VmSpec) -> None:
-        if spec.irqchip:
-            raise SpecError(f"vm {spec.name!r}: irqchip=True needs backend='kvm'; a script takes no interrupts")
+        if what := unwired(spec.devices, spec.irqchip):
+            raise SpecError(
+                f"vm {spec.name!r}: {what} needs backend='kvm'; a script has no interrupts and no ioeventfds"
+            )
 
     def create(
         self,

@@ -12,9 +12,10 @@ from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from cyclopts import App, CycloptsError, Parameter
 
+from ..model.devices import DebugConsole, DeviceSpec, ExitPort, Serial
 from ..model.errors import FileError, OrchestraError, SpecError
 from ..model.extras import DISTRIBUTION
-from ..model.spec import DebugConsole, DeviceSpec, ExitPort, FlatImage, Limit, Serial, VmSpec
+from ..model.spec import FlatImage, Limit, VmSpec
 from ..output.numbers import parse_rate, parse_seconds, parse_size
 from ..output.times import parse_time
 

@@ -17,9 +17,9 @@ import trio
 from ..backend import Machine
 from ..backend.kvm.dirty import DirtyLog, read_logs
 from ..backend.memory import GuestMemory
-from ..model.actions import Failed, Halted, Outcome, Shutdown, Stopped
+from ..model.actions import Failed, Halted, Outcome, Stopped
 from ..model.errors import OrchestraError, ResourceLimit
-from ..model.spec import DebugConsole, ExitPort, Serial, VmSpec
+from ..model.spec import VmSpec
 from ..native.core import Command, VcpuCore
 from . import boot
 from .budget import Budgets, connect
@@ -28,9 +28,8 @@ from .contain import contained
 from .context import InstanceContext, Owner
 from .cores import Cores
 from .desired import Desired
+from .devices.assembly import Assembly
 from .devices.buses import Buses
-from .devices.ports import DebugConsolePort, ExitDevice
-from .devices.serial import Uart16550
 from .holding import Holding, Level
 from .lifecycle import Event, Lifecycle
 from .pausing import Pausing
@@ -77,6 +76,7 @@ class Instance:
         self.ports, self.mmio = self.buses.ports, self.buses.mmio
         self.vcpus: list[Vcpu] = []
         self.memory: GuestMemory
+        self.devices: Assembly | None = None
         self._cores: list[VcpuCore] = []
         self.cores = Cores(
             house, self.life, self._cores, owner.samples, spec.bus_lock_detection or house.bus_lock_detection
@@ -116,8 +116,6 @@ class Instance:
             await trio.lowlevel.checkpoint()
             self._build()
         try:
-            for device in self.spec.devices:
-                self._plug(device)
             for ports, mmio, handler in self._owner.claims:
                 self.buses.claim(ports, mmio, handler)
             self.cores.tell(house.told(self.name))
@@ -165,6 +163,8 @@ class Instance:
             states = boot.load(spec, self.memory)
             self._machine = house.backend.create(spec, self._cores, self.memory, states, bus_locks=house.bus_locks)
             try:
+                in_turn = partial(house.inbox.put, (spec.tenant or "default", spec.name))
+                self.devices = Assembly(self, self._machine, self._console, house.post, in_turn)
                 self.vcpus += [Vcpu(self, index, engine) for index, engine in enumerate(self._machine.engines)]
                 self._done = [trio.Event() for _ in self.vcpus]
                 for vcpu in self.vcpus:
@@ -186,17 +186,6 @@ class Instance:
         for vcpu in self.vcpus:
             vcpu.join()
 
-    def _plug(self, device: object) -> None:
-        match device:
-            case DebugConsole(port=port):
-                self.buses.claim(range(port, port + 1), None, DebugConsolePort(port, self._console))
-            case ExitPort(port=port):
-                self.buses.claim(range(port, port + 4), None, ExitDevice(lambda code: self.end(Shutdown(code=code))))
-            case Serial(port=port, irq=irq):
-                wired = irq is not None and self.spec.irqchip
-                interrupts = self._machine.interrupts if wired else None
-                self.buses.claim(range(port, port + 8), None, Uart16550(self._console, interrupts, irq or 0))
-
     def talked(self) -> None:
         """A vCPU wrote to the console, and somebody waits for that."""
         self._console.wake()
@@ -216,6 +205,8 @@ class Instance:
             async with trio.open_nursery() as nursery:
                 for vcpu in self.vcpus:
                     nursery.start_soon(self._run_vcpu, vcpu)
+                if self.devices is not None and self.devices.listens:
+                    nursery.start_soon(self.devices.run, self._ended)
                 try:
                     await ready()
                     self.command(clear=Command.HOLD)
@@ -349,6 +340,8 @@ class Instance:
     async def _give_back(self) -> Failed | None:
         """No runner is left. All but the memory is given back; what goes wrong with one thing keeps no other."""
         problems: list[str] = []
+        if self.devices is not None:
+            self.devices.stop(problems)
         self._finish(problems)
         await self.house.workers.run(lambda: self._close(problems), self.house.workers.teardown)
         self.cores.close(self.name, problems)  # here, as the fleet's thread looks for those with something to tell

@@ -7,6 +7,7 @@ from typing import Literal, Protocol, cast
 
 from ..host.control.caps import Caps
 from ..native.core import Command
+from .devices.assembly import Assembly
 from .devices.bus import Bus
 from .holding import Holding, Level, PendingIo
 from .lifecycle import Lifecycle
@@ -22,6 +23,7 @@ class Run(Protocol):
     holding: Holding
     vcpus: list[Vcpu]
     mmio: Bus
+    devices: Assembly | None
     now: Callable[[], int]
 
     def command(self, set: int = 0, clear: int = 0) -> None: ...
@@ -41,6 +43,8 @@ class Pausing:
         if run.life.has_ended:
             return
         holding.begin()
+        if run.devices is not None:
+            run.devices.hold()
         self._began = run.now()
         run.command(set=Command.PAUSE)
         for vcpu in run.vcpus:
@@ -58,6 +62,8 @@ class Pausing:
         for vcpu in run.vcpus:
             vcpu.pausing = False
         self._caps.hurry(False)
+        if run.devices is not None:
+            run.devices.let_go()
         run.command(clear=Command.PAUSE)
 
     def pending(self) -> tuple[PendingIo, ...]:

@@ -17,7 +17,7 @@ KIND: Final = "kind"
 def _tagged() -> dict[str, type]:
     """The classes that carry their name."""
     exit_types = [kind for kind in vars(exits).values() if isinstance(kind, type) and issubclass(kind, exits.Exit)]
-    unions = (actions.Action, actions.Outcome, spec.DeviceSpec)
+    unions = (actions.Action, actions.Outcome)
     found = [kind for union in unions for kind in get_args(union)]
     return {kind.__name__: kind for kind in [*found, *exit_types, spec.Memory]}
 

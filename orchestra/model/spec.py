@@ -9,12 +9,13 @@ import itertools
 import re
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import attrs
 
 from .boot import BootSpec, FlatImage, Layout
 from .checks import fail as _fail, number as _number, whole as _whole
+from .devices import DeviceSpec, check_wiring, irqchip_kind
 from .errors import SpecError
 from .memory import GiB, KiB, Memory, MemoryRegion, MiB, check_size, ram_ranges
 
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BootSpec",
-    "DebugConsole",
-    "DeviceSpec",
-    "ExitPort",
     "FlatImage",
     "GiB",
     "KiB",
@@ -36,14 +34,11 @@ __all__ = [
     "Meter",
     "MiB",
     "Restart",
-    "Serial",
     "Tenant",
     "VmSpec",
 ]
 
 MAX_VCPUS: Final = 4096
-PORTS: Final = 1 << 16
-IRQS: Final = 24
 
 
 class Meter(StrEnum):
@@ -182,46 +177,6 @@ def _check_weight(value: object) -> None:
         raise _fail("weight", value, "must be more than 0 and at most 1e6")
 
 
-def _check_port(value: object, width: int) -> None:
-    _whole("port", value, 0, PORTS - width, f", as the device has {width} of the {PORTS} ports" if width > 1 else "")
-
-
-@attrs.frozen
-class DebugConsole:
-    """A write-only port whose bytes go to the VM's console (QEMU's ``isa-debugcon``). Reads give the port's number."""
-
-    port: int = 0xE9
-
-    def __attrs_post_init__(self) -> None:
-        _check_port(self.port, 1)
-
-
-@attrs.frozen
-class ExitPort:
-    """A port that ends the VM when written: outcome ``Shutdown`` with the value as its code (``isa-debug-exit``)."""
-
-    port: int = 0xF4
-
-    def __attrs_post_init__(self) -> None:
-        _check_port(self.port, 4)
-
-
-@attrs.frozen
-class Serial:
-    """A 16550A serial port; its output goes to the VM's console. COM1 is port 0x3f8, interrupt 4."""
-
-    port: int = 0x3F8
-    irq: int | None = 4
-
-    def __attrs_post_init__(self) -> None:
-        _check_port(self.port, 8)
-        if self.irq is not None:
-            _whole("irq", self.irq, 0, IRQS - 1)
-
-
-DeviceSpec: TypeAlias = DebugConsole | ExitPort | Serial
-
-
 @attrs.frozen
 class Restart:
     """What to do when a VM ends.
@@ -285,8 +240,9 @@ class VmSpec:
             second, and as many at once after a rest.
         vcpu_limit, vcpu_exit_limit, vcpu_answer_limit: the same for each vCPU by itself.
         regions: memory beside the RAM.
-        devices: what the guest finds at which port.
-        irqchip: give it in-kernel interrupt controllers and a timer (PIC, I/O APIC, local APICs, PIT). Then HLT waits
+        devices: what the guest finds on its buses: `DeviceSpec` objects, ours or your own.
+        irqchip: give it in-kernel interrupt controllers. True or "full": PIC, I/O APIC, local APICs and a timer (PIT).
+            "split": the local APICs alone, for guests whose devices have MSIs and no interrupt lines. Then HLT waits
             for an interrupt in the kernel; without, a HLT on every vCPU ends the VM as ``Halted``.
         bus_lock_detection: where a bus lock is reported, for the emulated backend to choose: "fault-like" (before the
             instruction, as AMD does) or "trap-like" (behind it, as Intel does). None: as the host does.
@@ -316,7 +272,7 @@ class VmSpec:
     vcpu_answer_limit: Limit | None = None
     regions: tuple[MemoryRegion, ...] = attrs.field(default=(), converter=_to_tuple)
     devices: tuple[DeviceSpec, ...] = attrs.field(default=(), converter=_to_tuple)
-    irqchip: bool = False
+    irqchip: bool | Literal["full", "split"] = False
     bus_lock_detection: Literal["fault-like", "trap-like"] | None = None
     sample_every: int = 100
     log_dirty: bool = False
@@ -353,8 +309,8 @@ class VmSpec:
             if not isinstance(region, MemoryRegion):
                 raise _fail("regions", region, "must be MemoryRegion objects")
         for device in self.devices:
-            if not isinstance(device, DebugConsole | ExitPort | Serial):
-                raise _fail("devices", device, "must be DebugConsole, ExitPort or Serial; attach your own to the Vm")
+            if not isinstance(device, DeviceSpec):
+                raise _fail("devices", device, "must be DeviceSpec objects, such as Serial(); `Vm.attach` takes others")
         self._check_layout()
 
     @property
@@ -382,4 +338,5 @@ class VmSpec:
                     f"regions: {high.start:#x}-{high.stop - 1:#x} overlaps {low.start:#x}-{low.stop - 1:#x}; "
                     "RAM starts at 0 and is `memory` bytes: move the region or make the memory smaller"
                 )
+        check_wiring(self.devices, irqchip_kind(self.irqchip), list(layout.memory))
         self.boot.check(layout)

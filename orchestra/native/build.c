@@ -114,7 +114,13 @@ int orc_kvm_build(struct orc_plan *plan)
 			return -EOPNOTSUPP; /* KVM_ENABLE_CAP would return 0 and do nothing */
 		STEP(KVM_ENABLE_CAP, plan->vm, &cap);
 	}
-	if (plan->irqchip) {
+	if (plan->irqchip == ORC_SPLIT_IRQCHIP) {
+		/* No pin is kept for an I/O APIC in user space: there is none. */
+		struct kvm_enable_cap cap = {.cap = KVM_CAP_SPLIT_IRQCHIP, .args = {0}};
+
+		STEP(KVM_ENABLE_CAP, plan->vm, &cap);
+	}
+	if (plan->irqchip == ORC_FULL_IRQCHIP) {
 		struct kvm_pit_config pit = {.flags = KVM_PIT_SPEAKER_DUMMY};
 
 		STEP(KVM_CREATE_IRQCHIP, plan->vm, 0);

@@ -124,6 +124,7 @@ typedef struct orc_console orc_console;
 orc_console *orc_console_new(void);
 void orc_console_free(orc_console *);
 bool orc_console_put(orc_console *, const uint8_t *, size_t);
+bool orc_console_load(orc_console *, uint64_t total, const uint8_t *, size_t);
 uint64_t orc_console_total(orc_console *);
 size_t orc_console_copy(orc_console *, uint64_t *position, uint8_t *out, size_t room);
 bool orc_console_want(orc_console *, uint64_t position);
@@ -134,6 +135,8 @@ typedef struct orc_interrupts orc_interrupts;
 orc_interrupts *orc_interrupts_new(int vm);
 void orc_interrupts_free(orc_interrupts *);
 int orc_interrupts_set(orc_interrupts *, uint32_t gsi, bool level);
+struct orc_route { uint64_t address; uint32_t data, gsi; };
+int orc_interrupts_route(orc_interrupts *, bool lines, const struct orc_route *, size_t n);
 void orc_interrupts_close(orc_interrupts *);
 typedef struct orc_uart orc_uart;
 typedef void (*orc_uart_output)(void *to, orc_vcpu *by, const uint8_t *, size_t);
@@ -142,6 +145,16 @@ orc_uart *orc_uart_new(orc_uart_output, void *to, orc_uart_interrupt, void *line
 orc_uart *orc_serial_new(orc_console *, orc_interrupts *, uint32_t gsi);
 orc_device *orc_uart_device(orc_uart *);
 size_t orc_uart_receive(orc_uart *, const uint8_t *, size_t);
+enum { ORC_UART_FIFO, ... };
+struct orc_uart_state {
+	uint8_t received[...], waiting;
+	uint8_t ier, lcr, mcr, scratch, fcr, line_errors, modem_changes;
+	uint16_t divisor;
+	bool thre_pending, level;
+};
+void orc_uart_save(orc_uart *, struct orc_uart_state *);
+bool orc_uart_load(orc_uart *, const struct orc_uart_state *);
+void orc_uart_reset(orc_uart *);
 
 void orc_vcpu_bind_kvm(orc_vcpu *, int fd, struct kvm_run *, bool sync_regs);
 enum orc_why orc_kvm_run(orc_vcpu *);
@@ -179,6 +192,10 @@ extern const struct orc_name orc_capabilities[], orc_exit_reasons[];
 #define KVM_CAP_BINARY_STATS_FD ...
 #define KVM_CAP_READONLY_MEM ...
 #define KVM_CAP_XSAVE2 ...
+#define KVM_CAP_IRQFD ...
+#define KVM_CAP_IOEVENTFD ...
+#define KVM_CAP_IRQ_ROUTING ...
+#define KVM_CAP_SPLIT_IRQCHIP ...
 #define KVM_BUS_LOCK_DETECTION_OFF ...
 #define KVM_BUS_LOCK_DETECTION_EXIT ...
 #define KVM_RUN_X86_SMM ...
@@ -392,9 +409,11 @@ struct orc_entry {
 	uint16_t bits;
 	bool waits;
 };
+enum orc_irqchip { ORC_NO_IRQCHIP, ORC_FULL_IRQCHIP, ORC_SPLIT_IRQCHIP, ... };
 struct orc_plan {
 	int kvm;
-	bool bus_locks, irqchip;
+	bool bus_locks;
+	enum orc_irqchip irqchip;
 	uint32_t dirty_ring;
 	uint64_t identity_map, tss, run_size;
 	uint32_t slots, vcpus;

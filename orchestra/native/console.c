@@ -71,6 +71,21 @@ bool orc_console_put(orc_console *c, const uint8_t *data, size_t size)
 	return wanted;
 }
 
+bool orc_console_load(orc_console *c, orc_u64 total, const uint8_t *data, size_t size)
+{
+	if (size > ORC_CONSOLE_KEPT || size > total || (size < total && size != ORC_CONSOLE_KEPT))
+		return false;
+	if (size < total) { /* as much as it ever keeps: `grow` would not, once something was overwritten */
+		c->kept = malloc(ORC_CONSOLE_KEPT);
+		if (!c->kept)
+			return false;
+		c->room = ORC_CONSOLE_KEPT;
+	}
+	c->total = total - size;
+	orc_console_put(c, data, size);
+	return true;
+}
+
 orc_u64 orc_console_total(orc_console *c)
 {
 	orc_u64 total;

@@ -138,10 +138,10 @@ class Bucket:
         self.limit = limit
         put_limit(self.handle, limit, now)  # nobody else sets it
 
-    def take(self, now: int) -> int:
-        """Take a token, in the order of those who come. When its turn is: `now` or before it, if that is at once."""
+    def take(self, now: int, count: int = 1) -> int:
+        """Take tokens, in the order of those who come. When the turn of the last is: `now` or before, if at once."""
         ticket, by_tokens, by_delay = ffi.new("struct orc_ticket *"), ffi.new("int64_t *"), ffi.new("int64_t *")
-        if not lib.orc_bucket_charge(self.handle, now, ticket):
+        if not lib.orc_bucket_charge_many(self.handle, count, now, ticket):
             return now
         lib.orc_bucket_turn(self.handle, ticket, by_tokens, by_delay)
         return int(min(by_tokens[0], by_delay[0]))

@@ -400,6 +400,8 @@ typedef struct orc_console orc_console;
 orc_console *orc_console_new(void);
 void orc_console_free(orc_console *);
 bool orc_console_put(orc_console *, const uint8_t *, size_t); /* whether the one who waits for output is to be told */
+/* A new console as one that has had `total` bytes, of which these are the last that it kept. False: it can't have. */
+bool orc_console_load(orc_console *, orc_u64 total, const uint8_t *, size_t);
 orc_u64 orc_console_total(orc_console *);
 /* Output from *position on, or the oldest that is kept, as much as there is room for; *position goes on with it. */
 size_t orc_console_copy(orc_console *, orc_u64 *position, uint8_t *out, size_t room);
@@ -416,6 +418,13 @@ typedef struct orc_interrupts orc_interrupts;
 orc_interrupts *orc_interrupts_new(int vm);
 void orc_interrupts_free(orc_interrupts *);
 int orc_interrupts_set(orc_interrupts *, uint32_t gsi, bool level); /* 0, also when closed, or a negative errno */
+/* Where message-signalled interrupts go, by their GSI. These and no others from now on, in one step; with `lines` those of
+ * the I/O APIC and the PICs as well, as they are by default. 0, also when closed, or a negative errno: all is as it was. */
+struct orc_route {
+	orc_u64 address;
+	uint32_t data, gsi;
+};
+int orc_interrupts_route(orc_interrupts *, bool lines, const struct orc_route *, size_t n);
 void orc_interrupts_close(orc_interrupts *); /* before the VM's descriptor is: waits for whoever sets one */
 
 /* A 16550A. `output` takes what it transmits, `interrupt` the level of its line; both are called with its lock held, on the
@@ -428,6 +437,19 @@ orc_uart *orc_serial_new(orc_console *, orc_interrupts *, uint32_t gsi); /* on t
 orc_device *orc_uart_device(orc_uart *);
 /* Bytes from the other side: how many fitted. Any thread. */
 size_t orc_uart_receive(orc_uart *, const uint8_t *, size_t);
+/* All that it keeps, but who it is wired to. `received`: the oldest byte first. */
+enum { ORC_UART_FIFO = 16 };
+struct orc_uart_state {
+	uint8_t received[ORC_UART_FIFO], waiting;
+	uint8_t ier, lcr, mcr, scratch, fcr, line_errors, modem_changes;
+	uint16_t divisor;
+	bool thre_pending, level;
+};
+void orc_uart_save(orc_uart *, struct orc_uart_state *);
+/* As one that was saved. The line is set to its level, whatever it was. False: no UART can be in that state, and this one is
+ * as it was. Any thread. */
+bool orc_uart_load(orc_uart *, const struct orc_uart_state *);
+void orc_uart_reset(orc_uart *); /* as it was made */
 
 /* ---- kvm.c ---------------------------------------------------------------------------------------------------- */
 
@@ -496,10 +518,16 @@ struct orc_entry {
 	uint16_t bits;                   /* of its code: 16, 32 or 64 */
 	bool waits;                      /* for INIT and SIPI: registers do not count. Not the first; needs an irqchip */
 };
+enum orc_irqchip {
+	ORC_NO_IRQCHIP,
+	ORC_FULL_IRQCHIP,  /* PICs, I/O APIC, local APICs, PIT */
+	ORC_SPLIT_IRQCHIP, /* local APICs alone: MSIs and no lines */
+};
 struct orc_plan {
 	/* in */
 	int kvm;
-	bool bus_locks, irqchip;
+	bool bus_locks;
+	enum orc_irqchip irqchip;
 	uint32_t dirty_ring; /* entries of each vCPU's ring of written pages; 0: the kernel keeps bitmaps */
 	orc_u64 identity_map, tss, run_size;
 	uint32_t slots, vcpus;

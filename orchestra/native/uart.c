@@ -16,8 +16,11 @@ enum {
 	LSR_DATA = 1, LSR_OVERRUN = 2, LSR_THRE = 0x20, LSR_IDLE = 0x40,
 	MSR_CTS = 0x10, MSR_DSR = 0x20, MSR_RI = 0x40, MSR_DCD = 0x80,
 	MSR_CHANGED = 4, /* each line's bit says four bits lower that it changed */
-	FIFO = 16,
+	FIFO = ORC_UART_FIFO,
 };
+
+/* Of each register the bits that it can have; what a saved state is held to. */
+enum { IER_BITS = 0x0f, MCR_BITS = 0x1f, MODEM_BITS = 0x0f };
 
 struct orc_uart {
 	orc_device device;
@@ -165,7 +168,7 @@ static void write_register(orc_uart *u, orc_vcpu *by, orc_u64 number, uint8_t va
 	case 1:
 		if (value & IER_THRE && !(u->ier & IER_THRE))
 			u->thre_pending = true;
-		u->ier = value & 0x0f;
+		u->ier = value & IER_BITS;
 		break;
 	case 2:
 		/* A change of FIFO mode clears the FIFOs; without the enable bit the others are not programmed. */
@@ -178,7 +181,7 @@ static void write_register(orc_uart *u, orc_vcpu *by, orc_u64 number, uint8_t va
 		break;
 	case 4:
 		before = modem_lines(u);
-		u->mcr = value & 0x1f;
+		u->mcr = value & MCR_BITS;
 		/* The ring indicator tells its trailing edge only, the others any change. */
 		u->modem_changes |= ((before ^ modem_lines(u)) & ~(MSR_RI & modem_lines(u))) >> MSR_CHANGED;
 		break;
@@ -229,15 +232,84 @@ static void free_uart(orc_device *d)
 	free(u);
 }
 
+/* ---- state ---------------------------------------------------------------------------------------------------- */
+
+static void power_on(struct orc_uart_state *s)
+{
+	*s = (struct orc_uart_state){.divisor = 12 /* 9600 baud, as firmware leaves it */};
+}
+
+void orc_uart_save(orc_uart *u, struct orc_uart_state *s)
+{
+	pthread_mutex_lock(&u->lock);
+	*s = (struct orc_uart_state){
+		.waiting = u->waiting, .ier = u->ier, .lcr = u->lcr, .mcr = u->mcr, .scratch = u->scratch, .fcr = u->fcr,
+		.line_errors = u->line_errors, .modem_changes = u->modem_changes, .divisor = u->divisor,
+		.thre_pending = u->thre_pending, .level = u->level};
+	for (uint8_t i = 0; i < u->waiting; i++)
+		s->received[i] = u->received[(u->first + i) % FIFO];
+	pthread_mutex_unlock(&u->lock);
+}
+
+static void take_over(orc_uart *u, const struct orc_uart_state *s)
+{
+	memcpy(u->received, s->received, FIFO);
+	u->first = 0;
+	u->waiting = s->waiting;
+	u->ier = s->ier;
+	u->lcr = s->lcr;
+	u->mcr = s->mcr;
+	u->scratch = s->scratch;
+	u->fcr = s->fcr;
+	u->line_errors = s->line_errors;
+	u->modem_changes = s->modem_changes;
+	u->divisor = s->divisor;
+	u->thre_pending = s->thre_pending;
+}
+
+/* Into a state, and its line to the level that follows: also if it is the same, as the irqchip may be another one. */
+static void enter(orc_uart *u, const struct orc_uart_state *s)
+{
+	pthread_mutex_lock(&u->lock);
+	take_over(u, s);
+	u->level = cause(u) != IIR_NONE;
+	u->interrupt(u->line, u->level);
+	pthread_mutex_unlock(&u->lock);
+}
+
+bool orc_uart_load(orc_uart *u, const struct orc_uart_state *s)
+{
+	const orc_uart of = {.ier = s->ier, .waiting = s->waiting, .line_errors = s->line_errors,
+			     .modem_changes = s->modem_changes, .thre_pending = s->thre_pending};
+
+	if (s->ier & ~IER_BITS || s->mcr & ~MCR_BITS || s->modem_changes & ~MODEM_BITS || s->line_errors & ~LSR_OVERRUN ||
+	    (s->fcr && !(s->fcr & FCR_ENABLE)) || s->waiting > (s->fcr & FCR_ENABLE ? FIFO : 1) ||
+	    s->level != (cause(&of) != IIR_NONE))
+		return false;
+	enter(u, s);
+	return true;
+}
+
+void orc_uart_reset(orc_uart *u)
+{
+	struct orc_uart_state s;
+
+	power_on(&s);
+	enter(u, &s);
+}
+
 static void set_up(orc_uart *u, orc_uart_output output, void *to, orc_uart_interrupt interrupt, void *line)
 {
+	struct orc_uart_state s;
+
 	memset(u, 0, sizeof *u);
 	u->device = (orc_device){answer, free_uart};
 	u->output = output;
 	u->to = to;
 	u->interrupt = interrupt;
 	u->line = line;
-	u->divisor = 12; /* 9600 baud, as firmware leaves it */
+	power_on(&s);
+	take_over(u, &s); /* and nobody is told of the line, which is low */
 	pthread_mutex_init(&u->lock, NULL);
 }
 

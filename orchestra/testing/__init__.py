@@ -26,11 +26,13 @@ from ..backend.scripted import (
     mmio_write,
     triple_fault,
 )
+from .device import DeviceRig
 from .guests import crashing, halting, io_heavy, quiet, spinning, split_locking
 from .scripts import backend, script
 from .waiting import run, wait_state, wait_until
 
 __all__ = [
+    "DeviceRig",
     "ScriptedBackend",
     "ScriptedExit",
     "backend",

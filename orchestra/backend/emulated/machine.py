@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from threading import Lock
 from typing import Any, Final
 
+from ...model.devices import unwired
 from ...model.errors import BackendUnavailable, SpecError
 from ...model.spec import VmSpec
 from ...native import ffi, lib
@@ -91,6 +92,7 @@ class EmulatedMachine:
 
     dirty = None
     interrupts = None
+    wires = None
 
     def __init__(
         self, unicorn: Any, memory: GuestMemory, core: VcpuCore, state: EntryState, how: tuple[Detection, bool]
@@ -150,8 +152,8 @@ class EmulatedBackend:
                 f"vcpus={spec.vcpus}: the emulated backend gives a VM one vCPU, as several would not see each other's "
                 "atomic operations"
             ), can
-        if spec.irqchip:
-            return "irqchip=True: the emulated backend delivers no interrupts", can
+        if what := unwired(spec.devices, spec.irqchip):
+            return f"{what}: the emulated backend delivers no interrupts and has no ioeventfds", can
         ring = spec.backing.dirty_ring
         if ring is not None or spec.log_dirty or any(region.log_dirty for region in spec.regions):
             return (

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, Final
 
+from ...model.devices import irqchip_kind
 from ...model.errors import BusLockUnsupported, OrchestraError, SpecError
 from ...model.spec import VmSpec
 from ...native import ffi, lib
@@ -25,12 +26,15 @@ from .ioctl import failure
 from .system import Kvm
 from .vcpu import KvmVcpu
 from .vm import KvmVm
+from .wires import KvmWires
 
 __all__ = ["KvmBackend", "KvmEngine", "KvmMachine"]
 
 # Three pages and one below 4 GiB and above the APICs, where every VMM has them (api.rst, KVM_SET_TSS_ADDR).
 TSS_ADDRESS: Final = 0xFFFB_D000
 IDENTITY_MAP_ADDRESS: Final = 0xFFFB_C000
+
+IRQCHIPS: Final = {"none": lib.ORC_NO_IRQCHIP, "full": lib.ORC_FULL_IRQCHIP, "split": lib.ORC_SPLIT_IRQCHIP}
 
 
 class KvmEngine(ThreadedEngine):
@@ -74,6 +78,7 @@ class KvmMachine:
         self.vm: KvmVm | None = None
         self.dirty: DirtyLog | None = None
         self.interrupts: Any = None
+        self.wires: KvmWires | None = None
         self._slots: Any = None
 
     def build(
@@ -84,7 +89,7 @@ class KvmMachine:
         slots = memory_slots(self.memory)
         entry, _kept = entries(states)
         fds, runs = ffi.new("int[]", len(cores)), ffi.new("struct kvm_run *[]", len(cores))
-        plan.kvm, plan.bus_locks, plan.irqchip = kvm.fd, how["bus_locks"], spec.irqchip
+        plan.kvm, plan.bus_locks, plan.irqchip = kvm.fd, how["bus_locks"], IRQCHIPS[irqchip_kind(spec.irqchip)]
         plan.identity_map, plan.tss, plan.run_size = IDENTITY_MAP_ADDRESS, TSS_ADDRESS, kvm.vcpu_mmap_size
         ring = spec.backing.dirty_ring or 0
         plan.dirty_ring = ring
@@ -101,7 +106,9 @@ class KvmMachine:
                 self.vm = KvmVm.adopt(plan.vm, kvm.vcpu_mmap_size, self.memory, bus_lock_exits=how["bus_locks"])
                 vcpus = [KvmVcpu(self.vm, fds[index], runs[index], kvm.vcpu_mmap_size) for index in made]
                 nobodys.pop_all()
-            self.interrupts = self.vm.interrupts if spec.irqchip else None
+            irqchip = irqchip_kind(spec.irqchip)
+            self.interrupts = self.vm.interrupts if irqchip == "full" else None
+            self.wires = KvmWires(self.vm, irqchip)
             for index, vcpu in enumerate(vcpus):
                 self.engines.append(KvmEngine(cores[index], vcpu, how["sync_regs"]))
                 lib.orc_vcpu_profile_memory(cores[index].handle, slots, len(slots))
@@ -145,6 +152,8 @@ class KvmMachine:
         with ExitStack() as stack:  # from the last to the first, whatever becomes of one of them
             if self.vm is not None:
                 stack.callback(self.vm.close)
+            if self.wires is not None:
+                stack.callback(self.wires.close)
             for engine in self.engines:
                 stack.callback(engine.close)
             if self.dirty is not None:
@@ -243,6 +252,9 @@ class KvmBackend:
         if wanted is not None and given is not None and wanted != given:
             what = f"bus_lock_detection={wanted!r}: this host's CPU reports them {given}"
             return what, "leave it out, or choose with backend='emulated'"
+        for capability, needed in _kernel_parts(spec):
+            if needed and not self.kvm.extension(getattr(lib, capability)):
+                return f"{needed}: this host's KVM has no {capability}", "use Linux 4.5 or newer, on x86-64"
         return None
 
     def check(self, spec: VmSpec) -> None:
@@ -251,6 +263,19 @@ class KvmBackend:
 
     def close(self) -> None:
         self.kvm.close()
+
+
+def _kernel_parts(spec: VmSpec) -> tuple[tuple[str, str], ...]:
+    """Capabilities beyond those that each VM needs, each with what needs it; empty if nothing of this spec does."""
+    irqchip, wirings = irqchip_kind(spec.irqchip), [(type(one).__name__, one.wiring()) for one in spec.devices]
+    interrupts = next((name for name, wiring in wirings if wiring.msis), "")
+    bells = next((name for name, wiring in wirings if wiring.doorbells), "")
+    return (
+        ("KVM_CAP_SPLIT_IRQCHIP", 'irqchip="split"' * (irqchip == "split")),
+        ("KVM_CAP_IRQ_ROUTING", interrupts and f"the interrupts of {interrupts}"),
+        ("KVM_CAP_IRQFD", interrupts and f"the interrupts of {interrupts}"),
+        ("KVM_CAP_IOEVENTFD", bells and f"the doorbells of {bells}"),
+    )
 
 
 def cpu_vendor() -> str:

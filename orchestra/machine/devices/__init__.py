@@ -1,1 +1,5 @@
-"""What a guest sees on its buses. A device takes register accesses; adapters give it its output, interrupt and end."""
+"""What a guest sees on its buses: register machines, made from specs and wired by `assembly`.
+
+It may import the backends (for memory, interrupts and doorbells) and the words; a device knows of no VM and no trio.
+The one to copy: `digest.py`.
+"""

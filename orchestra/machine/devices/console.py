@@ -5,13 +5,31 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable
 from typing import Any, Final
 
+import attrs
 import trio
 
+from ...model.checks import whole
+from ...model.errors import SpecError
 from ...native import ffi, lib
 
-__all__ = ["Console"]
+__all__ = ["Console", "ConsoleState"]
 
 KEPT: Final = int(lib.ORC_CONSOLE_KEPT)
+
+
+@attrs.frozen
+class ConsoleState:
+    """How many bytes were ever written, and the last of them: all, or as many as are kept."""
+
+    total: int = 0
+    kept: bytes = attrs.field(default=b"", repr=lambda kept: f"<{len(kept)} bytes>")
+
+    def __attrs_post_init__(self) -> None:
+        whole("total", self.total, 0, (1 << 64) - 1)
+        if len(self.kept) != min(self.total, KEPT):
+            raise SpecError(
+                f"kept: of {self.total} bytes it has the last {min(self.total, KEPT)}, not {len(self.kept)}"
+            )
 
 
 class Console:
@@ -29,6 +47,19 @@ class Console:
         self._notify = notify
         self._closed = False
         self._changed = trio.Event()
+
+    @classmethod
+    def from_state(cls, notify: Callable[[Callable[[], None]], None], state: ConsoleState) -> Console:
+        """One that has had that output."""
+        console = cls(notify)
+        if not lib.orc_console_load(console.handle, state.total, ffi.from_buffer(state.kept), len(state.kept)):
+            raise MemoryError("orc_console_load")
+        return console
+
+    def state(self) -> ConsoleState:
+        """What it has had so far. Any thread."""
+        kept, total = self._since(max(self.total - KEPT, 0))
+        return ConsoleState(total, kept)
 
     def write(self, data: bytes) -> None:
         """Add output. Any thread."""

@@ -2,33 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import attrs
 
+from ...model.devices import DebugConsole, ExitPort
 from ...native import ffi, lib
 from .bus import NativeDevice
-from .console import Console
+from .peripheral import Hooks, Peripheral
 
-__all__ = ["DebugConsolePort", "ExitDevice"]
+__all__ = ["DebugConsolePort", "ExitDevice", "Stateless"]
 
 
-class DebugConsolePort(NativeDevice):
-    """Bytes written go to `console`; a read gives the low byte of the port's number, by which guests detect it."""
+@attrs.frozen
+class Stateless:
+    """The state of a device that keeps nothing."""
 
-    def __init__(self, port: int, console: Console) -> None:
-        self._console = console  # it must outlive the device
-        self.native = ffi.gc(lib.orc_debug_console_new(console.handle, port & 0xFF), lib.orc_device_free)
+
+class DebugConsolePort(NativeDevice, Peripheral[DebugConsole, Stateless]):
+    """Bytes written go to the console; a read gives the low byte of the port's number, by which guests detect it."""
+
+    State = Stateless
+
+    def __init__(self, spec: DebugConsole, hooks: Hooks) -> None:
+        super().__init__(spec, hooks)  # the console must outlive the device
+        self.native = ffi.gc(lib.orc_debug_console_new(hooks.console.handle, spec.port & 0xFF), lib.orc_device_free)
         if self.native == ffi.NULL:
             raise MemoryError("orc_debug_console_new")
 
+    def reset(self) -> None:
+        """Nothing: what it has said stays with the console."""
 
-class ExitDevice(NativeDevice):
+    def state(self) -> Stateless:
+        return Stateless()
+
+    def restore(self, state: Stateless) -> None: ...
+
+
+class ExitDevice(NativeDevice, Peripheral[ExitPort, Stateless]):
     """A write ends the VM with the value as its code. Reads, which the core answers, are 0."""
 
-    def __init__(self, end: Callable[[int], None]) -> None:
-        self._end = end
+    State = Stateless
+
+    def __init__(self, spec: ExitPort, hooks: Hooks) -> None:
+        super().__init__(spec, hooks)
         self.native = ffi.gc(lib.orc_exit_port_new(), lib.orc_device_free)
         if self.native == ffi.NULL:
             raise MemoryError("orc_exit_port_new")
 
     def write(self, offset: int, size: int, value: int) -> None:
-        self._end(value)
+        self.hooks.shut_down(value)
+
+    def reset(self) -> None:
+        """Nothing."""
+
+    def state(self) -> Stateless:
+        return Stateless()
+
+    def restore(self, state: Stateless) -> None: ...

@@ -4,24 +4,43 @@ from __future__ import annotations
 
 from typing import Any
 
+import attrs
+
+from ...model.devices import Serial
+from ...model.errors import SpecError
 from ...native import ffi, lib
 from .bus import NativeDevice
-from .console import Console
+from .peripheral import Hooks, Peripheral
 
-__all__ = ["Uart16550"]
+__all__ = ["Uart16550", "UartState"]
 
 
-class Uart16550(NativeDevice):
-    """Eight registers. What is transmitted goes to `console`; `receive` feeds it.
+@attrs.frozen
+class UartState:
+    """Its registers. `received` are the bytes that wait in the FIFO, the oldest first; `level` is that of its line."""
 
-    Parameters:
-        interrupts: the lines of an irqchip (``orc_interrupts *``), one of which it is wired to; None: to none.
-        gsi: which of them.
-    """
+    received: bytes = b""
+    ier: int = 0
+    lcr: int = 0
+    mcr: int = 0
+    scratch: int = 0
+    fcr: int = 0
+    line_errors: int = 0
+    modem_changes: int = 0
+    divisor: int = 12
+    thre_pending: bool = False
+    level: bool = False
 
-    def __init__(self, console: Console, interrupts: Any = None, gsi: int = 0) -> None:
-        self._kept = (console, interrupts)  # they must outlive the device
-        self._adopt(lib.orc_serial_new(console.handle, ffi.NULL if interrupts is None else interrupts, gsi))
+
+class Uart16550(NativeDevice, Peripheral[Serial, UartState]):
+    """Eight registers. What is transmitted goes to the VM's console; `receive` feeds it."""
+
+    State = UartState
+
+    def __init__(self, spec: Serial, hooks: Hooks) -> None:
+        super().__init__(spec, hooks)  # the hooks must outlive the device
+        interrupts = ffi.NULL if spec.irq is None or hooks.interrupts is None else hooks.interrupts
+        self._adopt(lib.orc_serial_new(hooks.console.handle, interrupts, spec.irq or 0))
 
     def _adopt(self, handle: Any) -> None:
         if handle == ffi.NULL:
@@ -32,3 +51,25 @@ class Uart16550(NativeDevice):
     def receive(self, data: bytes) -> int:
         """Bytes from the other side; returns how many fitted in the FIFO. Callers keep the rest. Any thread."""
         return int(lib.orc_uart_receive(self._handle, ffi.from_buffer(data), len(data)))
+
+    def reset(self) -> None:
+        lib.orc_uart_reset(self._handle)
+
+    def state(self) -> UartState:
+        raw = ffi.new("struct orc_uart_state *")
+        lib.orc_uart_save(self._handle, raw)
+        received = bytes(ffi.buffer(raw.received, raw.waiting))
+        fields = attrs.fields_dict(UartState).keys() - {"received"}
+        return UartState(received=received, **{name: getattr(raw, name) for name in fields})
+
+    def restore(self, state: UartState) -> None:
+        values = attrs.asdict(state)
+        received = values.pop("received")
+        if len(received) > lib.ORC_UART_FIFO:
+            raise SpecError(f"received={received!r}: must be at most {lib.ORC_UART_FIFO} bytes, as the FIFO has")
+        try:
+            raw = ffi.new("struct orc_uart_state *", {**values, "received": received, "waiting": len(received)})
+        except (OverflowError, TypeError) as error:
+            raise SpecError(f"serial port: {state}: a register's value does not fit ({error})") from None
+        if not lib.orc_uart_load(self._handle, raw):
+            raise SpecError(f"serial port: {state}: no 16550A can be in that state")

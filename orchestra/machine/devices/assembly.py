@@ -1,0 +1,204 @@
+"""The devices of one run of a VM: made from their specs, wired, listened to, and ended.
+
+    spec.wiring() ─ addresses ──→ claims on the buses           accesses:   vCPU thread → device, under the claim's lock
+                  ─ line, msis ─→ Hooks (backend/wiring)        interrupts: any thread → eventfd or line → kernel
+                  ─ doorbells ──→ ioeventfds                    rings:      kernel → eventfd → a task → device
+                    timers      → Timers                        expiries:   a task → device
+
+How rings and expiries are served, `service` says.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from threading import RLock
+from typing import Final, Protocol
+
+import trio
+
+from ...backend import Machine
+from ...backend.memory import GuestMemory
+from ...backend.wiring import InterruptLine, InterruptPulse
+from ...model.actions import Outcome, Shutdown
+from ...model.devices import DeviceSpec, Wiring, irqchip_kind
+from ...model.errors import GuestMemoryError, StateError
+from ...model.spec import VmSpec
+from ..contain import contained
+from .bus import Bus
+from .console import Console
+from .peripheral import NOWHERE, Hooks, implementation
+from .service import Plugged, Service, taken
+
+__all__ = ["Assembly", "Board", "Dma"]
+
+log: Final = logging.getLogger("orchestra")
+
+
+class Board(Protocol):
+    """What the devices of a VM are plugged into: its run."""
+
+    spec: VmSpec
+    ports: Bus
+    mmio: Bus
+    memory: GuestMemory
+
+    def now(self) -> int: ...
+    def end(self, outcome: Outcome) -> None: ...
+
+
+class Dma:
+    """Guest memory as devices have it: what the guest may not write, it can't have a device write."""
+
+    def __init__(self, memory: GuestMemory) -> None:
+        self._memory = memory
+
+    def read(self, address: int, size: int) -> bytes:
+        return self._memory.read(address, size)
+
+    def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
+        stop = address + memoryview(data).nbytes
+        for region in self._memory.regions:
+            span = region.span
+            if region.readonly and address < span.stop and span.start < stop:
+                raise GuestMemoryError(
+                    f"address {address:#x}, {stop - address} bytes: {span.start:#x}-{span.stop - 1:#x} is read-only"
+                )
+        self._memory.write(address, data)
+
+
+class Assembly:
+    """All devices that a spec names, in its order. It is made on any thread; its methods are the fleet's thread's.
+
+    Parameters:
+        post: runs a function soon on the fleet's thread; from any thread.
+        in_turn: runs one in this VM's turn among all that ask (`machine.inbox`).
+        states: as `state` returned them for such a spec: the devices go on from there. None: power-on.
+
+    Raises:
+        SpecError: a device's addresses are taken, or its implementation can't be found, or a state can't be.
+        StateError: the states are of other devices.
+        KvmError, ResourceLimit: the kernel won't give it what it needs.
+    """
+
+    def __init__(
+        self,
+        board: Board,
+        machine: Machine,
+        console: Console,
+        post: Callable[..., object],
+        in_turn: Callable[[Callable[[], object]], object],
+        states: Sequence[object] | None = None,
+    ) -> None:
+        specs = board.spec.devices
+        if states is not None and len(states) != len(specs):
+            raise StateError(f"vm {board.spec.name!r}: {len(states)} states for {len(specs)} devices")
+        self._board, self._machine, self._console = board, machine, console
+        limit = board.spec.answer_limit
+        self._service = Service(board.spec.name, board.now, board.end, limit, in_turn, post)
+        self._service.going_on = states is not None
+        self._makes: Plugged | None = None
+        self._stopped = False
+        self.plugged: list[Plugged] = []
+        try:
+            for index, spec in enumerate(specs):
+                self._plug(spec, None if states is None else states[index])
+        except BaseException:
+            self.stop()
+            raise
+
+    # ---- plugging
+
+    def _plug(self, spec: DeviceSpec, state: object) -> None:
+        kind, wiring, lock = implementation(spec), spec.wiring(), RLock()
+        name = f"{type(spec).__name__} at {_where(wiring)}"
+        plugged = self._makes = Plugged(name, None, lock, wiring)  # type: ignore[arg-type]  # in a moment
+        hooks = self._hooks(plugged)
+        plugged.device = kind(spec, hooks) if state is None else kind.from_state(spec, hooks, state)
+        self._makes = None
+        self.plugged.append(plugged)
+        board, wires = self._board, self._machine.wires
+        if wiring.ports is not None:
+            board.ports.claim(wiring.ports, plugged.device, lock)
+        if wiring.mmio is not None:
+            board.mmio.claim(wiring.mmio, plugged.device, lock)
+        for bell in wiring.doorbells:
+            assert wires is not None  # or the backend had refused the spec
+            address, pio = wiring.address(bell), bell.bus == "ports"
+            plugged.bells.append(wires.doorbell(address, bell.size, bell.value, pio=pio))
+
+    def _hooks(self, plugged: Plugged) -> Hooks:
+        wires, wiring = self._machine.wires, plugged.wiring
+        line = wiring.line
+        level: InterruptLine = NOWHERE
+        pulse: InterruptPulse = NOWHERE
+        if wires is not None and line is not None and irqchip_kind(self._board.spec.irqchip) == "full":
+            match line.trigger:
+                case "level":
+                    level = wires.line(line.gsi)
+                case "edge":
+                    pulse = wires.pulse(line.gsi)
+                case "resample":
+                    pulse, plugged.ends = wires.resampled(line.gsi)
+        return Hooks(
+            memory=Dma(self._board.memory),
+            timer=lambda expired: self._service.new_timer(self._makes, expired),
+            console=self._console,
+            shut_down=lambda code: self._board.end(Shutdown(code=code)),
+            line=level,
+            pulse=pulse,
+            msis=tuple(wires.msi() for _ in range(wiring.msis)) if wires is not None else (),
+            interrupts=self._machine.interrupts,
+        )
+
+    # ---- rings and expiries
+
+    @property
+    def listens(self) -> bool:
+        """There are doorbells, ends of interrupts or timers, so `run` has something to do."""
+        return self._service.has_timers or any(plugged.listened for plugged in self.plugged)
+
+    async def run(self, ended: trio.Event) -> None:
+        """Serve doorbells and timers until the guest has ended."""
+        await self._service.run(self.plugged, ended)
+
+    # ---- what becomes of the VM
+
+    def hold(self) -> None:
+        """The VM pauses: from now on nothing reaches a device by ring or timer, until `let_go`."""
+        self._service.hold()
+
+    def let_go(self) -> None:
+        """It goes on. Timers that expired meanwhile do so now."""
+        self._service.let_go()
+
+    def state(self) -> tuple[object, ...]:
+        """Of each device, in the order of the spec. While the VM is quiesced."""
+        found = []
+        for plugged in self.plugged:
+            with plugged.lock:
+                found.append(plugged.device.state())
+        return tuple(found)
+
+    def reset(self) -> None:
+        """All devices as at power-on, and rings that nobody heard are forgotten. While no vCPU runs."""
+        for plugged in self.plugged:
+            with plugged.lock:
+                plugged.device.reset()
+                for fd in [*plugged.bells, *([] if plugged.ends is None else [plugged.ends])]:
+                    taken(fd)
+
+    def stop(self, problems: list[str] | None = None) -> None:
+        """The guest has ended and `run` is over. What goes wrong with one device keeps no other."""
+        if self._stopped:
+            return
+        self._stopped = True
+        self._service.timers.close()
+        for plugged in self.plugged:
+            with contained(f"vm {self._board.spec.name}: stop of device {plugged.name}", problems), plugged.lock:
+                plugged.device.stop()
+
+
+def _where(wiring: Wiring) -> str:
+    found = (("ports", wiring.ports), ("mmio", wiring.mmio))
+    return " and ".join(f"{bus} {span.start:#x}" for bus, span in found if span is not None)

@@ -1,0 +1,155 @@
+"""What a device is: a class with its surroundings injected, and a frozen class beside it with all of its state."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pkgutil import resolve_name
+from typing import Any, ClassVar, Final, Generic, Protocol, TypeVar
+
+import attrs
+
+from ...backend.wiring import InterruptLine, InterruptPulse, MsiVector
+from ...model.devices import DeviceSpec
+from ...model.errors import SpecError, StateError
+from .console import Console
+from .timers import Timer
+
+__all__ = ["NOWHERE", "Hooks", "Memory", "Peripheral", "implementation"]
+
+SpecT = TypeVar("SpecT", bound=DeviceSpec)
+StateT = TypeVar("StateT")
+
+
+class Memory(Protocol):
+    """The guest's memory, checked. Any thread.
+
+    The guest changes it under your hands: read what belongs together in one call, check what you got, and never read it
+    again. An address that is no memory, or for a write memory that the guest may not write either, raises
+    `GuestMemoryError`, before anything is copied.
+    """
+
+    def read(self, address: int, size: int) -> bytes: ...
+    def write(self, address: int, data: bytes | bytearray | memoryview) -> None: ...
+
+
+class Nowhere:
+    """An interrupt that nobody wired."""
+
+    fd: Final = -1
+
+    def set(self, level: bool) -> None: ...
+    def fire(self) -> None: ...
+
+
+NOWHERE: Final = Nowhere()
+
+
+@attrs.frozen(eq=False)
+class Hooks:
+    """A device's surroundings. It has no other way to touch its machine.
+
+    Attributes:
+        memory: the guest's.
+        line: its level-triggered line (`Wiring.line`); `NOWHERE` if it has none, or if the VM has no irqchip.
+        pulse: the same, if its line is edge-triggered or resampled.
+        msis: its message-signalled interrupts, as many as `Wiring.msis` says.
+        timer: makes a timer that calls a function of the device. In `__init__` only.
+        console: where output for the VM's owner goes.
+        shut_down: ends the VM as ``Shutdown`` with that code. Any thread.
+        interrupts: the irqchip's lines for a device of the core (``orc_interrupts *``); None: there are none.
+    """
+
+    memory: Memory
+    timer: Callable[[Callable[[], None]], Timer]
+    console: Console
+    shut_down: Callable[[int], None]
+    line: InterruptLine = NOWHERE
+    pulse: InterruptPulse = NOWHERE
+    msis: tuple[MsiVector, ...] = ()
+    interrupts: Any = None
+
+
+class Peripheral(ABC, Generic[SpecT, StateT]):
+    """A device of a spec. `orchestra/machine/devices/digest.py` is the one to copy.
+
+    Calls of one device never overlap: accesses come on vCPU threads, all others on the fleet's thread. (A device of the
+    core has a lock of its own.) None of them may block: what takes long belongs on a thread of the device. The guest is
+    hostile: every offset, size (1, 2, 4, 8) and value must be survived, and so must any number of rings. What is raised
+    ends this VM as ``Failed``, which names the device, and no other VM.
+
+    Attributes:
+        State: the frozen attrs class that `state` returns. Its fields are values that the codec knows. What comes from
+            a file may be anything that its constructor lets pass: it or `restore` checks.
+    """
+
+    State: ClassVar[type[Any]]
+
+    def __init__(self, spec: SpecT, hooks: Hooks) -> None:
+        """As at power-on. On a worker thread: the VM is being built, and nobody is to be told anything yet."""
+        self.spec = spec
+        self.hooks = hooks
+
+    @classmethod
+    def from_state(cls, spec: SpecT, hooks: Hooks, state: object) -> Peripheral[SpecT, StateT]:
+        """One that goes on where `state` was taken: timers run on, an interrupt that was pending is made.
+
+        Raises:
+            StateError: it is no state of this class.
+            SpecError: no device can be in that state; the message names the field.
+        """
+        if not isinstance(state, cls.State):
+            raise StateError(f"{cls.__name__}: can't go on from {type(state).__name__}: it needs {cls.State.__name__}")
+        device = cls(spec, hooks)
+        device.restore(state)
+        return device
+
+    @abstractmethod
+    def read(self, offset: int, size: int) -> int:
+        """As `Device.read`; `offset` from the start of its ports or MMIO addresses."""
+
+    @abstractmethod
+    def write(self, offset: int, size: int, value: int) -> None:
+        """As `Device.write`."""
+
+    def rang(self, doorbell: int, times: int) -> None:
+        """The guest rang: number `doorbell` of `Wiring.doorbells`, so often since the last call; at least once.
+
+        After a restore, each doorbell is rung once more than the guest did: look for work, and don't count on it.
+        """
+
+    def acknowledged(self) -> None:
+        """Of a resampled line: the guest has ended the interrupt, and the line is low. Fire again if there is more."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Be as at power-on again: registers, timers, the level of the line, where interrupts go."""
+
+    def stop(self) -> None:
+        """The guest has ended, in whatever way: write out what is left. Once; no timer or ring comes after it."""
+
+    @abstractmethod
+    def state(self) -> StateT:
+        """All that it keeps, while its VM is quiesced. It goes on as if nothing had been asked."""
+
+    @abstractmethod
+    def restore(self, state: StateT) -> None:
+        """Be as that one was. Called on a new device, by `from_state`."""
+
+
+def implementation(spec: DeviceSpec) -> type[Peripheral[Any, Any]]:
+    """The class that a spec names, imported if need be.
+
+    Raises:
+        SpecError: there is none of that name, or it is no `Peripheral`.
+    """
+    name = type(spec).__name__
+    try:
+        found = resolve_name(type(spec).implementation)
+    except (AttributeError, ImportError, ValueError) as error:
+        raise SpecError(
+            f"device {name}: implementation={type(spec).implementation!r}: must be 'package.module:Class' ({error})"
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, Peripheral)):
+        raise SpecError(f"device {name}: implementation={type(spec).implementation!r}: must be a class of Peripheral")
+    return found

@@ -1,0 +1,224 @@
+"""What reaches a device without an access of the guest's: rings, ends of interrupts, timers that expired.
+
+    eventfd readable, timer due → the VM's turn among all → not while it is paused, no vCPU in the device → the device
+                                                                       what it cost is paid for before the next one
+
+All of it is the fleet's thread's, which is everybody's: so it is paced by what it costs, and never waits for a lock.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from threading import RLock
+from typing import Any, Final
+
+import attrs
+import trio
+
+from ...model.actions import Failed, Outcome
+from ...model.devices import Wiring
+from ...model.errors import StateError
+from ...model.spec import Limit
+from ...native.core import Bucket
+from .peripheral import Peripheral
+from .timers import Timers, VmTimer
+
+__all__ = ["RING", "Plugged", "Service", "taken"]
+
+log: Final = logging.getLogger("orchestra")
+
+RING: Final = 20
+"""Answers that a ring or an expiry counts as. An answer takes the interpreter for about 6 us (`ANSWER_LIMIT`). To wake
+a task on the event loop, give it its turn and have it wait again takes 0.1 ms of the loop's CPU time."""
+
+ANSWER: Final = 6_000
+"""Nanoseconds. For so much work of the device it counts as one more."""
+
+GRID: Final = 5_000_000
+"""Nanoseconds. Those that have to wait for their turn are served at multiples of this, so that the event loop wakes
+once for all of them, and not once for each."""
+
+BUSY: Final = 0.0005
+"""Seconds until a device is tried again that a vCPU is in. An access takes Python some microseconds."""
+
+
+@attrs.define(eq=False)
+class Plugged:
+    """A device with what it was wired by.
+
+    Attributes:
+        lock: held while it is called, by whoever calls it.
+        bells: the eventfds of its doorbells.
+        ends: the one that tells when the guest ends its interrupt, if its line is resampled.
+    """
+
+    name: str
+    device: Peripheral[Any, Any]
+    lock: RLock
+    wiring: Wiring
+    bells: list[int] = attrs.Factory(list)
+    ends: int | None = None
+
+    def acknowledge(self, times: int) -> None:
+        self.device.acknowledged()
+
+    @property
+    def listened(self) -> bool:
+        """The kernel has something to tell it."""
+        return bool(self.bells) or self.ends is not None
+
+
+class Service:
+    """Of the devices of one VM.
+
+    Parameters:
+        vm: its name, for the log.
+        now: the fleet's clock, in nanoseconds.
+        end: ends the VM. Any thread.
+        limit: what its devices' work may cost, in answers; None: anything.
+        in_turn: runs a function in this VM's turn among all that ask (`machine.inbox`).
+        post: runs a function soon on the fleet's thread; from any thread.
+    """
+
+    def __init__(
+        self,
+        vm: str,
+        now: Callable[[], int],
+        end: Callable[[Outcome], object],
+        limit: Limit | None,
+        in_turn: Callable[[Callable[[], object]], object],
+        post: Callable[..., object],
+    ) -> None:
+        self.timers = Timers(now, lambda: post(self._wake))
+        self.going_on = False  # the devices were made from states: what the kernel had counted is in none of them
+        self._vm, self._now, self._end, self._limit, self._in_turn = vm, now, end, limit, in_turn
+        self._owner: dict[int, Plugged] = {}  # of a timer, by its identity
+        self._changed, self._held = trio.Event(), False  # the event is replaced at each change
+        self._bucket: Bucket | None = None
+        self._worth = 0  # answers that what was served is worth and that were not charged yet
+
+    @property
+    def has_timers(self) -> bool:
+        return bool(self._owner)
+
+    def new_timer(self, plugged: Plugged | None, expired: Callable[[], None]) -> VmTimer:
+        """One more timer of a device that is just being made."""
+        if plugged is None:
+            raise StateError("a device makes its timers in __init__")
+        timer = self.timers.new(expired)
+        self._owner[id(timer)] = plugged  # Timers keeps it, so that its identity stays its own
+        return timer
+
+    async def run(self, devices: Iterable[Plugged], ended: trio.Event) -> None:
+        """Serve them until the guest has ended."""
+        self._bucket = Bucket()
+        self._bucket.set(self._limit, self._now())
+        try:
+            async with trio.open_nursery() as nursery:
+                for plugged in devices:
+                    for number, fd in enumerate(plugged.bells):
+                        nursery.start_soon(self._listen, plugged, fd, partial(plugged.device.rang, number))
+                    if plugged.ends is not None:
+                        nursery.start_soon(self._listen, plugged, plugged.ends, plugged.acknowledge)
+                if self._owner:
+                    nursery.start_soon(self._watch_timers)
+                await ended.wait()
+                nursery.cancel_scope.cancel()
+        finally:
+            self._bucket.close()
+
+    def hold(self) -> None:
+        """Nothing reaches a device from now on, until `let_go`."""
+        self._held = True
+
+    def let_go(self) -> None:
+        """It goes on. Timers that expired meanwhile do so now."""
+        self._held = False
+        self._wake()
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+    # ---- serving
+
+    async def _listen(self, plugged: Plugged, fd: int, tell: Callable[[int], object]) -> None:
+        if self.going_on:  # once more than the guest did
+            await self._serve(plugged, partial(tell, 1))
+        while True:
+            await trio.lowlevel.wait_readable(fd)
+            # Who had to wait for its pace looks again itself: the descriptor needs no look of the event loop's.
+            while await self._serve(plugged, partial(_tell, fd, tell)) and await self._waited():
+                pass
+
+    async def _watch_timers(self) -> None:
+        while True:
+            changed, at = self._changed, self.timers.next()
+            if at is None:
+                await changed.wait()
+                continue
+            if (left := at - self._now()) > 0:
+                with trio.move_on_after(left / 1e9):
+                    await changed.wait()
+            for timer, setting in self.timers.due():
+                await self._serve(self._owner[id(timer)], partial(self._expire, timer, setting))
+                await self._waited()
+
+    def _expire(self, timer: VmTimer, setting: int) -> None:
+        if self.timers.taken(timer, setting):
+            timer.expired()
+
+    async def _serve(self, plugged: Plugged, call: Callable[[], object]) -> object:
+        """Call a device: in the VM's turn among all others, not while the VM is held, and with no vCPU in the device.
+        What it raises is the end of this VM."""
+        served = trio.Event()
+        self._in_turn(served.set)
+        await served.wait()
+        while self._held or not plugged.lock.acquire(blocking=False):
+            if self._held:
+                await self._changed.wait()
+            else:  # a vCPU is in it, perhaps for long: the event loop is everybody's and waits for no lock
+                await trio.sleep(BUSY)
+        begun = time.thread_time_ns()
+        try:  # nothing is awaited here, so a pause finds all of it done or nothing of it
+            return call()
+        except Exception as error:
+            log.error("vm %s: device %s failed", self._vm, plugged.name, exc_info=error)
+            self._end(Failed(f"device {plugged.name} failed: {error!r}"))
+            return None
+        finally:
+            plugged.lock.release()
+            self._worth += RING + (time.thread_time_ns() - begun) // ANSWER
+
+    async def _waited(self) -> bool:
+        """Pay for what was served. False: it was within the budget, and there was nothing to wait for."""
+        assert self._bucket is not None
+        worth, self._worth = self._worth, 0
+        now = self._now()
+        turn = self._bucket.take(now, worth) if worth else now
+        if turn <= now:
+            return False
+        turn += -turn % GRID
+        while turn > now:
+            await trio.sleep((turn - now) / 1e9)
+            now = self._now()
+        return True
+
+
+def _tell(fd: int, tell: Callable[[int], object]) -> bool:
+    times = taken(fd)
+    if times:
+        tell(times)
+    return times > 0
+
+
+def taken(fd: int) -> int:
+    """How often it was rung since this was asked last."""
+    try:
+        return os.eventfd_read(fd)
+    except BlockingIOError:
+        return 0

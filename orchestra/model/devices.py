@@ -1,0 +1,317 @@
+"""What a guest finds on its buses: an open set of device specs, and what each declares of its wiring.
+
+A spec is plain data. It names the class that implements it, and `wiring` says what that class needs of the machine:
+addresses, interrupts, doorbells. Nothing else lists devices, so a class of your own that derives from `DeviceSpec`
+goes wherever ours do: into `VmSpec.devices`, through the codec, onto the buses. See docs/devices.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import ClassVar, Final, Literal, TypeAlias
+
+import attrs
+
+from .checks import fail, whole
+from .errors import SpecError
+
+__all__ = [
+    "DebugConsole",
+    "DeviceSpec",
+    "Digest",
+    "Doorbell",
+    "ExitPort",
+    "Irqchip",
+    "Line",
+    "Serial",
+    "Wiring",
+    "check_wiring",
+    "irqchip_kind",
+    "unwired",
+]
+
+PORTS: Final = 1 << 16
+PHYSICAL: Final = 1 << 52
+"""One more than the last guest-physical address that x86-64 has room for (Intel SDM vol. 3, 4.1.4: MAXPHYADDR)."""
+IRQS: Final = 24
+"""Lines of the in-kernel I/O APIC (KVM_IOAPIC_NUM_PINS). The first 16 of them reach the two PICs as well."""
+MOST_MSIS: Final = 64
+"""MSI vectors of one device. Each costs a descriptor; a virtio device has one for each queue and one more."""
+MOST_DOORBELLS: Final = 64
+CONTROLLERS: Final = range(0xFEC0_0000, 0xFEF0_0000)
+"""Where the I/O APIC (0xfec00000) and the local APICs (0xfee00000, and 1 MiB of MSI addresses) answer."""
+
+Irqchip: TypeAlias = Literal["none", "full", "split"]
+
+
+@attrs.frozen
+class Doorbell:
+    """A register whose write tells the device that there is work, without an exit of the guest: an ioeventfd.
+
+    The guest goes on at once, and the device is called on the fleet's thread (`Peripheral.rang`). A write that differs
+    in size or, with `value`, in value is no ring: it comes to `Peripheral.write` like any other.
+
+    Parameters:
+        offset: from the start of the device's MMIO addresses, or of its ports.
+        size: bytes of the write: 1, 2, 4 or 8.
+        value: only a write of this value rings; None: any.
+        bus: which of the device's ranges the offset belongs to.
+    """
+
+    offset: int
+    size: int = 4
+    value: int | None = None
+    bus: Literal["mmio", "ports"] = "mmio"
+
+    def __attrs_post_init__(self) -> None:
+        whole("doorbell offset", self.offset, 0, PHYSICAL)
+        if self.bus not in ("mmio", "ports"):
+            raise fail("doorbell bus", self.bus, 'must be "mmio" or "ports"')
+        sizes = (1, 2, 4, 8) if self.bus == "mmio" else (1, 2, 4)
+        if self.size not in sizes or isinstance(self.size, bool):
+            raise fail("doorbell size", self.size, f"must be one of {', '.join(map(str, sizes))} bytes")
+        if self.value is not None:
+            whole("doorbell value", self.value, 0, (1 << 8 * self.size) - 1)
+
+
+@attrs.frozen
+class Line:
+    """An interrupt line of the irqchip.
+
+    Parameters:
+        gsi: its number.
+        trigger: "level": the device holds the line for as long as it wants attention. "edge": each `fire` is one
+            interrupt, which is made in the kernel (irqfd). "resample": level-triggered for the guest; `fire` raises the
+            line in the kernel, the guest's end of interrupt lowers it there and tells the device
+            (`Peripheral.acknowledged`), which fires again if it still wants attention.
+        optional: the device works without it, where the VM has no irqchip.
+    """
+
+    gsi: int
+    trigger: Literal["level", "edge", "resample"] = "level"
+    optional: bool = False
+
+    def __attrs_post_init__(self) -> None:
+        whole("irq", self.gsi, 0, IRQS - 1)
+        if self.trigger not in ("level", "edge", "resample"):
+            raise fail("trigger", self.trigger, 'must be "level", "edge" or "resample"')
+
+
+@attrs.frozen
+class Wiring:
+    """What a device needs of its machine.
+
+    Parameters:
+        ports, mmio: addresses that it answers at; None: none on that bus.
+        line: its interrupt line.
+        msis: how many message-signalled interrupts it has. The guest programs where each one goes.
+        doorbells: registers that reach it without an exit.
+    """
+
+    ports: range | None = None
+    mmio: range | None = None
+    line: Line | None = None
+    msis: int = 0
+    doorbells: tuple[Doorbell, ...] = ()
+
+    def __attrs_post_init__(self) -> None:
+        if self.ports is None and self.mmio is None:
+            raise SpecError("ports=None, mmio=None: a device answers at one of them at least")
+        for name, span, end in (("ports", self.ports, PORTS), ("mmio", self.mmio, PHYSICAL)):
+            if span is not None and not (isinstance(span, range) and span.step == 1 and 0 <= span.start < span.stop):
+                raise fail(name, span, "must be a range of addresses with step 1, at least one")
+            if span is not None and span.stop > end:
+                raise fail(name, span, f"must lie in 0-{end - 1:#x}")
+        whole("msis", self.msis, 0, MOST_MSIS)
+        if len(self.doorbells) > MOST_DOORBELLS:
+            raise fail("doorbells", len(self.doorbells), f"must be at most {MOST_DOORBELLS}")
+        for bell in self.doorbells:
+            where = self.mmio if bell.bus == "mmio" else self.ports
+            if where is None or bell.offset + bell.size > len(where):
+                raise fail("doorbell offset", bell.offset, f"must lie within the device's {bell.bus}")
+
+    def address(self, bell: Doorbell) -> int:
+        """The port or guest-physical address of a doorbell."""
+        where = self.mmio if bell.bus == "mmio" else self.ports
+        assert where is not None
+        return where.start + bell.offset
+
+
+@attrs.frozen
+class DeviceSpec:
+    """The base of all device specs: derive a frozen attrs class from it, name its implementation, and say its wiring.
+
+    Attributes:
+        implementation: "package.module:Class" of its `Peripheral`, which is imported when a VM with it is launched.
+    """
+
+    implementation: ClassVar[str] = ""
+
+    def wiring(self) -> Wiring:
+        """What it needs of its machine."""
+        raise NotImplementedError(f"{type(self).__name__} must say its wiring")
+
+    @staticmethod
+    def kinds() -> Mapping[str, type[DeviceSpec]]:
+        """All device specs that this process has imported, by the name that data call them.
+
+        Raises:
+            SpecError: two classes have the same name.
+        """
+        found: dict[str, type[DeviceSpec]] = {}
+        for kind in _below(DeviceSpec):
+            other = found.setdefault(kind.__name__, kind)
+            if other is not kind:
+                raise SpecError(
+                    f"device {kind.__name__!r}: {other.__module__} and {kind.__module__} have one of that name: rename "
+                    "one of the classes"
+                )
+        return found
+
+
+def _below(base: type[DeviceSpec]) -> Iterable[type[DeviceSpec]]:
+    for kind in base.__subclasses__():
+        # A class with slots is made twice by attrs; the first lives on without this until the collector comes by.
+        if "__attrs_attrs__" in vars(kind):
+            yield kind
+            yield from _below(kind)
+
+
+def irqchip_kind(irqchip: bool | str) -> Irqchip:
+    """What `VmSpec.irqchip` means.
+
+    Raises:
+        SpecError: it is none of the values that it may have.
+    """
+    if isinstance(irqchip, bool):
+        return "full" if irqchip else "none"
+    if irqchip == "full" or irqchip == "split":
+        return irqchip  # type: ignore[return-value]  # mypy does not narrow str by ==
+    raise fail("irqchip", irqchip, 'must be True or "full" (all controllers in the kernel), "split", or False')
+
+
+def check_wiring(devices: Sequence[DeviceSpec], irqchip: Irqchip, memory: Iterable[range]) -> None:
+    """Check what the devices of a VM need against what it has. (Who overlaps whom on a bus, the bus itself says.)
+
+    Raises:
+        SpecError: a device needs interrupts that the VM has not, or its addresses are memory or an APIC's.
+    """
+    spans = list(memory)
+    for device in devices:
+        name, wiring = type(device).__name__, device.wiring()
+        if wiring.msis and irqchip == "none":
+            raise SpecError(f'{name}: its interrupts need irqchip="full" or irqchip="split"')
+        if wiring.line is not None and irqchip == "split":
+            raise SpecError(
+                f'{name}: irq={wiring.line.gsi}: irqchip="split" has no interrupt lines: use irqchip="full"'
+                + ", or irq=None" * wiring.line.optional
+            )
+        if wiring.line is not None and irqchip == "none" and not wiring.line.optional:
+            raise SpecError(f'{name}: irq={wiring.line.gsi}: needs irqchip="full"')
+        if (mmio := wiring.mmio) is not None:
+            taken = [("the guest's memory", span) for span in spans]
+            taken += [("the interrupt controllers", CONTROLLERS)] * (irqchip != "none")
+            for what, span in taken:
+                if mmio.start < span.stop and span.start < mmio.stop:
+                    raise SpecError(
+                        f"{name}: mmio {mmio.start:#x}-{mmio.stop - 1:#x} overlaps {what} at "
+                        f"{span.start:#x}-{span.stop - 1:#x}: give it another address"
+                    )
+
+
+def unwired(devices: Iterable[DeviceSpec], irqchip: bool | str) -> str | None:
+    """What a backend that has neither irqchip nor ioeventfds can't give this VM; None: it can give all of it."""
+    if irqchip_kind(irqchip) != "none":
+        return f"irqchip={irqchip!r}"
+    for device in devices:
+        wiring = device.wiring()
+        if wiring.doorbells:
+            return f"the doorbells of {type(device).__name__} (ioeventfd)"
+    return None
+
+
+# ---- ours
+
+
+def _check_port(value: object, width: int) -> None:
+    whole("port", value, 0, PORTS - width, f", as the device has {width} of the {PORTS} ports" if width > 1 else "")
+
+
+@attrs.frozen
+class DebugConsole(DeviceSpec):
+    """A write-only port whose bytes go to the VM's console (QEMU's ``isa-debugcon``). Reads give the port's number."""
+
+    implementation: ClassVar[str] = "orchestra.machine.devices.ports:DebugConsolePort"
+
+    port: int = 0xE9
+
+    def __attrs_post_init__(self) -> None:
+        _check_port(self.port, 1)
+
+    def wiring(self) -> Wiring:
+        return Wiring(ports=range(self.port, self.port + 1))
+
+
+@attrs.frozen
+class ExitPort(DeviceSpec):
+    """A port that ends the VM when written: outcome ``Shutdown`` with the value as its code (``isa-debug-exit``)."""
+
+    implementation: ClassVar[str] = "orchestra.machine.devices.ports:ExitDevice"
+
+    port: int = 0xF4
+
+    def __attrs_post_init__(self) -> None:
+        _check_port(self.port, 4)
+
+    def wiring(self) -> Wiring:
+        return Wiring(ports=range(self.port, self.port + 4))
+
+
+@attrs.frozen
+class Serial(DeviceSpec):
+    """A 16550A serial port; its output goes to the VM's console. COM1 is port 0x3f8, interrupt 4.
+
+    Without an irqchip it works all the same, and its interrupt goes nowhere.
+    """
+
+    implementation: ClassVar[str] = "orchestra.machine.devices.serial:Uart16550"
+
+    port: int = 0x3F8
+    irq: int | None = 4
+
+    def __attrs_post_init__(self) -> None:
+        _check_port(self.port, 8)
+        if self.irq is not None:
+            whole("irq", self.irq, 0, IRQS - 1)
+
+    def wiring(self) -> Wiring:
+        line = None if self.irq is None else Line(self.irq, optional=True)
+        return Wiring(ports=range(self.port, self.port + 8), line=line)
+
+
+@attrs.frozen
+class Digest(DeviceSpec):
+    """A device that computes the CRC-32 of guest memory: the one to copy (``orchestra/machine/devices/digest.py``).
+
+    The guest writes a descriptor into its memory, tells the device where that is, and rings. The device writes the
+    result into the descriptor and interrupts. See docs/devices.md for its registers.
+
+    Parameters:
+        base: guest-physical address of its registers, a multiple of 8.
+    """
+
+    implementation: ClassVar[str] = "orchestra.machine.devices.digest:DigestDevice"
+    SIZE: ClassVar[int] = 0x28
+    DOORBELL: ClassVar[int] = 0x20
+
+    base: int = 0xD000_0000
+
+    def __attrs_post_init__(self) -> None:
+        whole("base", self.base, 0, PHYSICAL - self.SIZE)
+        if self.base % 8:
+            raise fail("base", hex(self.base), "must be a multiple of 8, as its registers are up to 8 bytes wide")
+
+    def wiring(self) -> Wiring:
+        return Wiring(
+            mmio=range(self.base, self.base + self.SIZE), msis=1, doorbells=(Doorbell(self.DOORBELL, size=4),)
+        )

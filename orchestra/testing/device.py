@@ -1,0 +1,134 @@
+"""A device without a VM: its registers driven directly, its surroundings recorded, its clock set by the test."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..backend.memory import GuestMemory
+from ..machine.devices.console import Console
+from ..machine.devices.peripheral import Hooks, Peripheral, implementation
+from ..machine.devices.timers import Timers, VmTimer
+from ..model.devices import DeviceSpec
+from ..model.spec import FlatImage, VmSpec
+
+__all__ = ["DeviceRig", "RecordedMsi", "RecordedPulse"]
+
+
+class RecordedLine:
+    """A level-triggered line; `levels` has what it was set to, one after the other."""
+
+    def __init__(self) -> None:
+        self.levels: list[bool] = []
+
+    def set(self, level: bool) -> None:
+        self.levels.append(level)
+
+
+class RecordedPulse:
+    """An interrupt that counts."""
+
+    fd = -1
+
+    def __init__(self) -> None:
+        self.fired = 0
+
+    def fire(self) -> None:
+        self.fired += 1
+
+
+class RecordedMsi(RecordedPulse):
+    """The same, with where it goes. Like KVM's it takes no address that is not an interrupt's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.where: tuple[int, int] | None = None
+
+    def route(self, address: int, data: int) -> bool:
+        if not 0xFEE0_0000 <= address < 0xFEF0_0000:
+            return False
+        self.where = (address, data)
+        return True
+
+    def unroute(self) -> None:
+        self.where = None
+
+
+class DeviceRig:
+    """A device of that spec, with memory, interrupts and timers that a test can look at. Close it at the end.
+
+    Parameters:
+        spec: of the device.
+        memory: bytes of guest memory, from address 0.
+        state: go on from there; None: power-on.
+        now: what time it is.
+
+    Attributes:
+        device: the device.
+        memory: the guest's memory, which a test writes like the guest.
+        line, pulse, msis: its interrupts; `line.levels`, `pulse.fired`, `msis[0].fired` and `.where` say what it did.
+        now: the time, in nanoseconds. `advance` sets it.
+        codes: what it shut the VM down with.
+    """
+
+    def __init__(self, spec: DeviceSpec, *, memory: int = 64 * 1024, state: object = None, now: int = 1) -> None:
+        wiring = spec.wiring()
+        self.memory = GuestMemory(VmSpec(name="rig", boot=FlatImage(code=b"\xf4"), memory=memory))
+        self.line, self.pulse = RecordedLine(), RecordedPulse()
+        self.msis = tuple(RecordedMsi() for _ in range(wiring.msis))
+        self.now = now
+        self.codes: list[int] = []
+        self.console = Console(lambda wake: wake())
+        self._timers = Timers(lambda: self.now, lambda: None)
+        hooks = Hooks(
+            memory=self.memory,
+            timer=self._timers.new,
+            console=self.console,
+            shut_down=self.codes.append,
+            line=self.line,
+            pulse=self.pulse,
+            msis=self.msis,
+        )
+        kind = implementation(spec)
+        self.device: Peripheral[Any, Any] = kind(spec, hooks) if state is None else kind.from_state(spec, hooks, state)
+
+    def read(self, offset: int, size: int = 4) -> int:
+        """As a guest reads; what it gets, cut to its size."""
+        return self.device.read(offset, size) & (1 << 8 * size) - 1
+
+    def write(self, offset: int, value: int, size: int = 4) -> None:
+        """As a guest writes."""
+        self.device.write(offset, size, value)
+
+    def ring(self, doorbell: int = 0, times: int = 1) -> None:
+        """As a guest rings."""
+        self.device.rang(doorbell, times)
+
+    def advance(self, nanoseconds: int) -> None:
+        """Let time pass: each timer expires at its time, in their order."""
+        end = self.now + nanoseconds
+        while (at := self._timers.next()) is not None and at <= end:
+            self.now = max(self.now, at)
+            for timer, setting in self._timers.due():
+                self._expire(timer, setting)
+        self.now = end
+
+    def _expire(self, timer: VmTimer, setting: int) -> None:
+        if self._timers.taken(timer, setting):
+            timer.expired()
+
+    def again(self) -> DeviceRig:
+        """Another rig, whose device goes on from this one's state, and with a copy of its memory."""
+        size = len(self.memory.regions[0].span)
+        other = DeviceRig(self.device.spec, memory=size, state=self.device.state(), now=self.now)
+        other.memory.write(0, self.memory.read(0, size))
+        return other
+
+    def close(self) -> None:
+        """Unmap its memory."""
+        self.memory.close()
+
+    def __enter__(self) -> DeviceRig:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
