@@ -105,7 +105,7 @@ async def test_without_counting_a_reader_has_pages_logged_and_none_are_counted(k
     async with kvm.open() as fleet, in_rounds(await fleet.launch(spec(kvm, ring))) as rounds:
         vm = fleet.vm("guest")
         with reading(vm) as reader:
-            assert not vm.logs_dirty
+            assert not vm.desired.log_dirty
             await rounds.one(9)
             await vm.log_dirty(True)
             await rounds.one(3)

@@ -209,7 +209,7 @@ async def test_with_a_split_irqchip_hlt_waits_for_an_interrupt_and_stop_ends_it(
     async with orc.open_fleet(backend="kvm") as fleet:
         spec = orc.VmSpec(name="vm", boot=orc.FlatImage(code=guest("halt")), irqchip="split", vcpus=2)
         vm = await fleet.launch(spec)
-        assert vm.guest.devices.state() == ()
+        assert vm._control.guest.devices.state() == ()
         with trio.fail_after(20):
             assert await vm.stop() == orc.Stopped("stop()")
 
@@ -228,7 +228,7 @@ async def test_an_alarm_interrupts_a_guest_by_its_line(trigger, icw1, nothing_le
         await vm.resume()
         with trio.fail_after(20):
             assert await vm.wait() == orc.Shutdown("exit port", 3)
-        assert vm.guest.devices.state()[0] == AlarmState(None, 3, False)
+        assert vm._control.guest.devices.state()[0] == AlarmState(None, 3, False)
 
 
 async def test_routes_leave_the_lines_of_the_irqchip_where_they_were(nothing_left):
@@ -241,7 +241,7 @@ async def test_routes_leave_the_lines_of_the_irqchip_where_they_were(nothing_lef
     )
     async with orc.open_fleet(backend="kvm") as fleet:
         vm = await fleet.launch(spec, paused=True)
-        digest = vm.guest.devices.plugged[2].device
+        digest = vm._control.guest.devices.plugged[2].device
         digest.write(0x10, 8, 0xFEE0_0000)
         digest.write(0x18, 4, 0x30)
         assert digest.state() == DigestState(msi_address=0xFEE0_0000, msi_data=0x30, programmed=True)

@@ -37,7 +37,7 @@ def spec(source: str, **more: Any) -> orc.VmSpec:
 
 
 def device(vm: orc.Vm, index: int = 0) -> Any:
-    return vm.guest.devices.plugged[index].device
+    return vm._control.guest.devices.plugged[index].device
 
 
 # ---- doorbells
@@ -82,7 +82,7 @@ async def test_a_paused_vms_device_hears_nothing_until_it_goes_on(nothing_left):
         await wait_until(lambda: bells.rings)
         await vm.pause()
         heard = len(bells.rings)
-        os.eventfd_write(vm.guest.devices.plugged[0].bells[1], 1)  # as another vCPU could have, just before
+        os.eventfd_write(vm._control.guest.devices.plugged[0].bells[1], 1)  # as another vCPU could have, just before
         await wait_all_tasks_blocked(0.01)
         assert len(bells.rings) == heard
         await vm.resume()
@@ -110,7 +110,7 @@ async def test_a_device_that_fails_at_a_ring_ends_its_vm_by_name_and_no_other(no
 async def test_a_vcpu_that_is_in_the_device_for_long_holds_up_nobody_else(nothing_left):
     async with orc.open_fleet(backend="kvm") as fleet:
         vm = await fleet.launch(spec("bell_storm_64"), paused=True)
-        plugged = vm.guest.devices.plugged[0]
+        plugged = vm._control.guest.devices.plugged[0]
         entered, leave = threading.Event(), threading.Event()
 
         def stay() -> None:  # as an access that takes its time

@@ -27,6 +27,7 @@ from orchestra.backend.scripted import hlt
 from orchestra.fleet.channels import Dispatcher
 from orchestra.fleet.context import FleetContext
 from orchestra.fleet.observer import Observer
+from orchestra.fleet.recording import Recording
 from orchestra.host.control.caps import RunLoopCaps
 from orchestra.machine import workers
 from orchestra.machine.calls import Calls
@@ -413,7 +414,7 @@ STEPS = [
     (FleetContext, "retire"),
     (FleetContext, "released"),
     (FleetContext, "changed"),
-    (FleetContext, "_write_profile"),
+    (Recording, "profile"),
     (Observer, "ended"),
     (Observer, "forget"),
     (Dispatcher, "retire"),

@@ -134,11 +134,12 @@ def test_a_spec_of_somebody_elses_goes_through_the_codec(port, irq, trigger):
     ("device", "message"),
     [
         ({"kind": "Alarm", "port": "0x600"}, r"devices\[0\].port='0x600'"),
-        ({"kind": "Alarm", "volume": 1}, r"devices\[0\].volume: Alarm has no such key; it has irq, port, trigger"),
+        ({"kind": "Alarm", "volume": 1}, r"devices\[0\].volume: no such key; there are: port, irq, trigger"),
         ({"kind": "Nobody"}, r"devices\[0\].kind='Nobody': must be one of Alarm, .*Serial.*imported before"),
         ({"port": 1}, r"devices\[0\].kind=None: must be one of"),
         ({"kind": "DeviceSpec"}, r"devices\[0\].kind='DeviceSpec': must be one of"),
-        ("Serial", r"devices\[0\]='Serial': must be an object"),
+        ("Nobody", r"devices\[0\].kind='Nobody': must be one of"),
+        (["Serial"], r"devices\[0\]=\['Serial'\]: must be an object"),
     ],
 )
 def test_data_that_are_no_device_are_refused_with_the_path(device, message):

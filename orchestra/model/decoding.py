@@ -131,7 +131,7 @@ class Reading:
         return BAD if BAD in made.values() else made
 
     def _member(self, kind: Any, data: object, at: At) -> Any:
-        """One of an open set."""
+        """One of an open set. Of one that needs no more, just the kind will do."""
         kinds = kind.kinds()
         given = self.table({KIND: data} if isinstance(data, str) else data, at)
         if given is BAD:
