@@ -86,6 +86,7 @@ from .exits import (
 )
 from .fleet import Fleet
 from .holding import PendingIo
+from .native.channels import ExitBatch
 from .opening import open_fleet
 from .policy import (
     CPU_MODELS,
@@ -154,6 +155,7 @@ __all__ = [
     "Evict",
     "ExceptionExit",
     "Exit",
+    "ExitBatch",
     "ExitPort",
     "Exits",
     "ExitsStatistics",

@@ -190,6 +190,7 @@ class Fleet:
             steps: list[Callable[[Vm], object]] = [self._activity.ended, self._forget, self._write_profile]
             if vm.guest is not None:  # else: a launch that failed may be tried again, and somebody waits for it
                 steps.append(lambda vm: self._switchboard.vm_ended(vm.name))
+            steps.append(lambda vm: self._switchboard.vm_left(vm.name, vm.launch))
             if vm.stopping:
                 steps.append(Vm.release)
             for step in steps:
@@ -500,8 +501,9 @@ class Fleet:
 
     def register(self, core: VcpuCore, guest: Guest, index: int) -> None:
         self._guests[core.id] = guest
-        self._switchboard.reader.add(core.id, guest.name, index)
-        self._activity.add(core.id, self._vms[guest.name], guest, index)
+        vm = self._vms[guest.name]
+        self._switchboard.register(core, vm.name, vm.launch, index)
+        self._activity.add(core.id, vm, guest, index)
 
     def retire(self, cores: Iterable[VcpuCore]) -> None:
         cores = list(cores)

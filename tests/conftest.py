@@ -30,7 +30,8 @@ from orchestra.backend.scripted import (
     triple_fault,
 )
 from orchestra.memory import GuestMemory
-from orchestra.native import lib
+from orchestra.native import ffi, lib
+from orchestra.native.core import FleetCore, VcpuCore
 from orchestra.vcpu import Vcpu
 
 GUESTS = Path(__file__).parent / "guests"
@@ -255,6 +256,17 @@ def play(
     """A fleet whose VMs play scripts: by name, or one for all of them. Under `autojump_clock`."""
     scripts = script if isinstance(script, dict) else lambda spec, vcpu: script
     return open_fleet(backend=ScriptedBackend(scripts), **options)  # type: ignore[arg-type]
+
+
+def drained(fleet: FleetCore, core: VcpuCore | None = None) -> list[object]:
+    """What is in the rings of all, or of one: each record a ``struct orc_record *``."""
+    most, found = 1024, []
+    room = ffi.new("struct orc_record[]", most)
+    while n := (
+        lib.orc_fleet_drain(fleet.handle, room, most) if core is None else lib.orc_vcpu_drain(core.handle, room, most)
+    ):
+        found += [ffi.new("struct orc_record *", room[index]) for index in range(n)]
+    return found
 
 
 def blank(name: str = "guest", **more: object) -> VmSpec:

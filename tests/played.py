@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import attrs
 
+from conftest import drained
 from orchestra import FlatImage, MiB, VmSpec, exits
 from orchestra.actions import Failed, Halted, Outcome, Shutdown, Stopped
 from orchestra.backend.emulated.machine import EmulatedBackend
@@ -16,7 +17,7 @@ from orchestra.boot import flat
 from orchestra.devices.bus import Bus
 from orchestra.memory import GuestMemory
 from orchestra.native.core import Command, Counters, FleetCore, VcpuCore, monotonic_ns
-from orchestra.native.records import RecordReader, told_mask
+from orchestra.native.records import decode, told_mask, unpack
 from orchestra.spec import MemoryRegion
 from orchestra.vcpu import Vcpu
 
@@ -162,10 +163,7 @@ def play(
     timer.start()
     try:
         vcpu.drive()
-        reader, told = RecordReader(), []
-        reader.add(1, "guest", 0)
-        while batch := fleet.drain():
-            told += [exit for record, *_ in reader.split(batch) if (exit := reader.decode(record)) is not None]
+        told = [decode(unpack(record), "guest", 0) for record in drained(fleet)]
         assert host.outcome is not None
         return Played(
             outcome=host.outcome,

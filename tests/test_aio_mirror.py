@@ -34,7 +34,7 @@ INTERNAL = {
     "closing close",
     orc.Vm: "launch budgets vcpu_budgets release budget guest supervise close hold let_go end put_cap cap_of "
     "cap_settled place was_capped wait_parked wait_released",
-    orc.Exits: "mask put backlog wake end",
+    orc.Exits: "mask channel wake end next_batch next_batch_nowait",
     Requests: "submit end close",
     Request: "value give_back put_among",
     Console: "handle write wake close",

@@ -11,6 +11,7 @@ SOURCES = [
     "bucket.c",
     "gate.c",
     "ring.c",
+    "channel.c",
     "vcpu.c",
     "signal.c",
     "bus.c",

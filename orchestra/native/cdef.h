@@ -29,6 +29,7 @@ struct orc_record {
 	uint16_t reason, flags;
 	uint8_t has_rip, data_size;
 	uint8_t data[32];
+	uint32_t vm, vcpu;
 	...;
 };
 orc_fleet *orc_fleet_new(void);
@@ -37,6 +38,24 @@ int orc_fleet_eventfd(const orc_fleet *);
 bool orc_fleet_sleep(orc_fleet *);
 size_t orc_fleet_drain(orc_fleet *, struct orc_record *out, size_t most);
 size_t orc_vcpu_drain(orc_vcpu *, struct orc_record *out, size_t most);
+#define ORC_EVERY_VM ...
+#define ORC_NO_VM ...
+typedef struct orc_channel orc_channel;
+struct orc_channel { uint64_t received, missed; uint32_t waiting, vm; ...; };
+orc_channel *orc_channel_new(orc_fleet *, uint64_t mask, uint32_t vm, uint32_t capacity, bool drop_oldest);
+void orc_channel_end(orc_channel *);
+void orc_channel_free(orc_channel *);
+size_t orc_fleet_deliver(orc_fleet *, orc_vcpu *, struct orc_record *scratch, size_t most);
+size_t orc_channel_take(orc_channel *, struct orc_record *out, size_t most);
+void orc_channel_drop(orc_channel *);
+enum orc_column {
+	ORC_COLUMN_TIME, ORC_COLUMN_RIP, ORC_COLUMN_HAS_RIP, ORC_COLUMN_WAIT, ORC_COLUMN_VM, ORC_COLUMN_VCPU,
+	ORC_COLUMN_KIND, ORC_COLUMN_BUS_LOCK, ORC_COLUMN_GUEST_MODE, ORC_COLUMN_SMM, ORC_COLUMN_ADDRESS, ORC_COLUMN_SIZE,
+	ORC_COLUMN_WRITE, ORC_COLUMN_ARGUMENTS, ORC_COLUMN_DATA_SIZE, ORC_COLUMN_DATA, ...
+};
+void orc_records_column(const struct orc_record *, size_t n, enum orc_column, void *out);
+size_t orc_records_vms(const struct orc_record *, size_t n, uint32_t *out);
+void orc_vcpu_name(orc_vcpu *, uint32_t vm, uint32_t vcpu);
 void orc_fleet_look(orc_fleet *);
 size_t orc_fleet_active(orc_fleet *, uint32_t *out, size_t most);
 void orc_fleet_limits_changed(orc_fleet *);

@@ -57,6 +57,7 @@ struct orc_fleet {
 	_Atomic uint32_t making_way; /* how many do */
 	_Atomic orc_ns urgent_until;
 	struct orc_gate gate;
+	orc_channel *channels; /* owner */
 	struct orc_capper *capper; /* owner; NULL until the first cap */
 };
 
@@ -87,7 +88,7 @@ struct orc_wait {
 
 struct orc_vcpu {
 	orc_fleet *fleet;
-	uint32_t id;
+	uint32_t id, vm, number; /* the latter two as records have them */
 	struct orc_link ready, active, talking, throttled;
 	struct orc_ring ring;
 	bool dead; /* owner */
@@ -156,16 +157,20 @@ static inline void orc_count(_Atomic orc_u64 *counter, orc_u64 n)
 	atomic_store_explicit(counter, atomic_load_explicit(counter, memory_order_relaxed) + n, memory_order_relaxed);
 }
 
-/* Whether somebody listens to exits of that reason and flags. */
+/* Whether exits of that reason and flags are among those of a mask. */
+static inline bool orc_mask_has(orc_u64 mask, unsigned reason, unsigned flags)
+{
+	if (flags & KVM_RUN_X86_BUS_LOCK && mask & (1ull << ORC_TOLD_BUS_LOCK))
+		return true;
+	return mask & (1ull << (reason < ORC_REASONS - 1 ? reason : ORC_REASONS - 2));
+}
+
+/* Whether somebody listens to them. */
 static inline bool orc_tells(const orc_vcpu *v, unsigned reason, unsigned flags)
 {
 	orc_u64 told = atomic_load_explicit(&((orc_vcpu *)v)->told, memory_order_acquire);
 
-	if (!told)
-		return false;
-	if (flags & KVM_RUN_X86_BUS_LOCK && told & (1ull << ORC_TOLD_BUS_LOCK))
-		return true;
-	return told & (1ull << (reason < ORC_REASONS - 1 ? reason : ORC_REASONS - 2));
+	return told && orc_mask_has(told, reason, flags);
 }
 
 /* How a backend's vCPU is asked where it is, on the runner's thread at an exit. */

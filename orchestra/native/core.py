@@ -13,13 +13,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntFlag
 from threading import Lock
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
 from ..errors import ResourceLimit
 from ..spec import Limit, Meter
 from . import ffi, lib
+
+if TYPE_CHECKING:
+    from .channels import Channel
 
 __all__ = [
     "BUCKETS",
@@ -152,23 +155,19 @@ class FleetCore:
             )
         self.eventfd = int(lib.orc_fleet_eventfd(self.handle))
         self._records = ffi.new("struct orc_record[]", self.BATCH)
-        self._buffer = memoryview(ffi.buffer(self._records))
-        self._record_size = int(ffi.sizeof("struct orc_record"))
+        self.channels: set[Channel] = set()  # those that were not ended: the core has their addresses
         self._ids = ffi.new("uint32_t[]", self.BATCH)
         self.sites: Any = ffi.new("struct orc_site[]", int(lib.ORC_SITES))
         self.sums: Any = ffi.new("struct orc_sums *")
         self.more: Any = ffi.new("struct orc_more[]", REASONS)
 
-    def drain(self, core: VcpuCore | None = None, *, most: int = BATCH) -> memoryview:
-        """The next batch of records, raw `struct orc_record`; empty if there are none. Valid until the next call.
+    def deliver(self, core: VcpuCore | None = None, *, most: int = BATCH) -> int:
+        """Take the next records out of the rings, to all channels that want them: how many there were, up to `most`.
 
-        `core`: only its, whoever else has some; in the order in which it told them. `most`: so many at most.
+        `core`: only its, whoever else has some; in the order in which it told them.
         """
-        if core is None:
-            count = lib.orc_fleet_drain(self.handle, self._records, most)
-        else:
-            count = lib.orc_vcpu_drain(core.handle, self._records, most)
-        return self._buffer[: count * self._record_size]
+        vcpu = ffi.NULL if core is None else core.handle
+        return int(lib.orc_fleet_deliver(self.handle, vcpu, self._records, most))
 
     def may_sleep(self) -> bool:
         """Before waiting for `eventfd`: False if records came meanwhile."""
@@ -201,6 +200,8 @@ class FleetCore:
             lib.orc_fleet_urgent(self.handle, False)
 
     def close(self) -> None:
+        for channel in list(self.channels):
+            channel.end()
         lib.orc_fleet_free(self.handle)
         self.handle = ffi.NULL
 
@@ -272,6 +273,10 @@ class VcpuCore:
         """Before it runs: those of the first `Meter` for host, tenant, VM and vCPU, then those of the next."""
         handles = [ffi.NULL if bucket is None else bucket.handle for bucket in buckets]
         lib.orc_vcpu_set_buckets(self.handle, ffi.new("orc_bucket *[]", handles))
+
+    def set_name(self, vm: int, vcpu: int) -> None:
+        """Before it runs: the numbers of its VM and of itself, for its records."""
+        lib.orc_vcpu_name(self.handle, vm, vcpu)
 
     def set_buses(self, ports: Any, mmio: Any) -> None:
         """Before it runs: the core's tables of who answers its accesses (``orc_bus *``). On none, nobody does."""

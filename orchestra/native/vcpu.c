@@ -88,6 +88,12 @@ void orc_vcpu_set_buckets(orc_vcpu *v, orc_bucket *const buckets[ORC_METERS * OR
 			v->bucket[meter][level] = buckets[meter * ORC_LEVELS + level];
 }
 
+void orc_vcpu_name(orc_vcpu *v, uint32_t vm, uint32_t vcpu)
+{
+	v->vm = vm;
+	v->number = vcpu;
+}
+
 int orc_vcpu_tell(orc_vcpu *v, orc_u64 mask)
 {
 	if (mask && !v->ring.records) {
@@ -244,6 +250,8 @@ orc_ns orc_account(orc_vcpu *v, struct orc_record *record, orc_ns now, bool tell
 		record->time = (orc_u64)now;
 		record->wait = at == ORC_NEVER ? 0 : (orc_u64)(at - now);
 		record->id = v->id;
+		record->vm = v->vm;
+		record->vcpu = v->number;
 		orc_ring_put(v, record);
 	}
 	return at;
