@@ -76,7 +76,7 @@ class Fleet:
         self.bus_locks = detection is not None
         self.quarantine = quarantine
         self.cpu_cgroup = cpu_cgroup
-        self.inbox = Inbox(self.post)
+        self._inbox = Inbox(core)
         self.workers = Workers(backend.blocking)
         self._activity = Activity(self, host, ThreadTimes() if backend.blocking else None)
         # It may refuse a policy.
@@ -503,6 +503,8 @@ class Fleet:
         self._guests[core.id] = guest
         vm = self._vms[guest.name]
         self._switchboard.register(core, vm.name, vm.launch, index)
+        whose = (vm.tenant, vm.name)
+        self._inbox.add(core, guest.vcpus[index].engine, index, whose, (guest.ports, guest.mmio))
         self._activity.add(core.id, vm, guest, index)
 
     def retire(self, cores: Iterable[VcpuCore]) -> None:
@@ -510,6 +512,7 @@ class Fleet:
         self._switchboard.retire(cores)
         for core in cores:
             self._guests.pop(core.id, None)
+            self._inbox.remove(core.id)
             self._activity.forget(core.id)
 
     def _talked(self, id: int) -> None:
@@ -612,6 +615,7 @@ class Fleet:
         if observed is not None:
             self._governor.observe(self._write_down, observed)
         self._nursery.start_soon(self._switchboard.run)
+        self._nursery.start_soon(self._inbox.run)
         self._nursery.start_soon(self._governor.run)
 
     async def stop(self, reason: str = "the fleet was stopped") -> Mapping[str, Outcome]:

@@ -20,7 +20,7 @@ from .actions import Action, Failed, Halted, Outcome, Rejoin, Shutdown, State, S
 from .actuators.bandwidth import CpuCgroup
 from .actuators.caps import Caps, CgroupCaps, RunLoopCaps
 from .actuators.placement import Quarantine
-from .backend import Backend, Detection, Machine
+from .backend import Backend, Detection, Machine, Why
 from .backend.kvm.dirty import DirtyLog, read_logs
 from .boot import flat
 from .budget import Budgets, connect
@@ -33,7 +33,6 @@ from .devices.ports import DebugConsolePort, ExitDevice
 from .devices.serial import Uart16550
 from .errors import OrchestraError, ResourceLimit, StateError
 from .holding import Holding, Level, PendingIo
-from .inbox import Inbox
 from .memory import GuestMemory
 from .native.core import BUCKETS, Command, Counters, FleetCore, VcpuCore
 from .profile import Row, Samples
@@ -61,7 +60,6 @@ class House(Protocol):
     bus_lock_detection: Detection | None
     workers: Workers
     quarantine: Quarantine
-    inbox: Inbox
     cpu_cgroup: CpuCgroup | None
     """Where CPU caps are kept; None: in the run loop."""
 
@@ -382,9 +380,8 @@ class Guest:
         if self.final is not None or not vcpu.pausing or index in self._gone or self.is_quiesced(index):
             return None
         if asked is not None:
-            bus, request, since = asked
-            name, waits_for = bus.name, "a task"
-            address, size, write = request.address, request.size, request.write
+            name, waits_for = ("ports" if asked.bus == Why.IO else "mmio"), "a task"
+            address, size, write, since = asked.address, asked.size, asked.write, asked.since
         elif using is not None:
             access, since = vcpu.engine.access, self._pause_began
             name, waits_for = "mmio" if using in self.mmio.claims() else "ports", type(using.handler).__name__

@@ -15,9 +15,8 @@ from . import exits
 from .actions import Failed, Halted, Outcome, Shutdown, Stopped
 from .backend import Engine, Why
 from .devices.bus import Bus, Claim, Device
-from .devices.requests import Request
 from .native import ffi
-from .native.core import Command
+from .native.core import Command, Question
 from .native.records import decode
 
 __all__ = ["RESETS", "Vcpu"]
@@ -75,8 +74,9 @@ class Vcpu:
 
     Attributes:
         pausing: set by the fleet's thread once it has commanded a pause.
-        using: what a device of the VM's answers just now, and asked: what a task does, since when. Whoever has
-            commanded a pause and then sees one of them knows that no guest code runs until the pause is taken back.
+        using: what a device of the VM's answers just now. Whoever has commanded a pause and then sees it knows that no
+            guest code runs until the pause is taken back.
+        asked: what a task is to answer, once somebody may want to know: the vCPU was commanded meanwhile.
     """
 
     def __init__(self, host: Host, index: int, engine: Engine) -> None:
@@ -86,7 +86,7 @@ class Vcpu:
         self.core = engine.core
         self.pausing = False
         self.using: Claim | None = None
-        self.asked: tuple[Bus, Request, int] | None = None
+        self.asked: Question | None = None
         self.final_registers: Any = None
         self._parked_for = self._quiesced_for = 0
         self._was_held = False
@@ -183,8 +183,8 @@ class Vcpu:
     def life(self) -> Generator[int, Any, Outcome]:
         """From the first entry to the end; returns how it ended.
 
-        Where `using` and `asked` are set, the kernel has an access to complete at the next entry; a pause that was
-        commanded by then has it do so and no more (`unfinished` in native/kvm.c).
+        Where `using` is set, and while a task is asked, the kernel has an access to complete at the next entry; a pause
+        that was commanded by then has it do so and no more (`unfinished` in native/kvm.c).
         """
         host, access = self.host, self.engine.access
         io, mmio = Why.IO, Why.MMIO
@@ -210,11 +210,11 @@ class Vcpu:
                     self.using = None
                     if self._was_held:
                         self._resumed()
-                else:
-                    yield from self._ask(bus, claim)
-                    self.asked = None
-                    if self._was_held:
-                        self._resumed()
+                else:  # of an engine that does not block
+                    self.core.ask(host.now())
+                    yield from self._answered()
+            elif why == Why.ASKED:
+                yield from self._answered()
             elif why == Why.COMMAND:
                 commands = self.core.commands()
                 if commands & Command.STOP:
@@ -249,44 +249,29 @@ class Vcpu:
                     value = device.read(offset, size) & (1 << 8 * size) - 1
                     ffi.memmove(data + start, value.to_bytes(size, "little"), size)
 
-    def _ask(self, bus: Bus, claim: Claim) -> Generator[int, Any, None]:
-        """Have a task answer, element by element; pauses and stops come through meanwhile.
+    def _answered(self) -> Generator[int, Any, None]:
+        """Until what a task is asked was settled; pauses and stops come through meanwhile.
 
         What it does not answer, as it is stopped or nobody is there any more, goes back to the core.
         """
-        host, access = self.host, self.engine.access
-        address, size, write = access.address, access.size, bool(access.write)
-        for index in range(access.count):
-            where = access.data + index * size
-            with claim.lock:
-                if not claim.live:
-                    access.count = index
-                    return
-                since = host.now()
-                data = bytes(ffi.buffer(where, size)) if write else b""
-                request = claim.handler.submit(self.index, address, size, write, data, self.engine.wake)  # type: ignore[union-attr]  # not a Device
-            assert isinstance(request, Request)
-            self.asked = bus, request, since
-            while not (request.answered or request.returned):
-                seen = self.core.wakes()
-                commands = self.core.commands()
-                if commands & Command.STOP:
-                    access.count = index
-                    return
-                if commands & Command.CALL:
-                    for call in host.commanded(self.index):
-                        call()
-                    continue
-                if commands & Command.PAUSE:
-                    self._say_parked()
-                if not (request.answered or request.returned):
-                    yield seen
-            if not request.answered and not claim.live:
-                access.count = index
-                return
-            if not write:  # by one who keeps the claim and answers no more, ones, or it would be asked for ever
-                value = request.value if request.answered else (1 << 8 * size) - 1
-                ffi.memmove(where, value.to_bytes(size, "little"), size)
+        self.asked = self.core.question()
+        while self.core.is_asking():
+            seen = self.core.wakes()
+            commands = self.core.commands()
+            if commands & Command.STOP:
+                break
+            if commands & Command.CALL:
+                for call in self.host.commanded(self.index):
+                    call()
+                continue
+            if commands & Command.PAUSE:
+                self._say_parked()
+            if self.core.is_asking():
+                yield seen
+        self.core.settled()
+        self.asked = None
+        if self._was_held:
+            self._resumed()
 
     def _park(self) -> Generator[int, Any, None]:
         while True:

@@ -6,7 +6,6 @@ import logging
 import math
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from functools import partial
 from typing import Any, Final
 
 import trio
@@ -452,7 +451,7 @@ class Vm:
         Raises:
             SpecError: no range given, or one that is taken.
         """
-        requests = Requests(partial(self._house.inbox.put, (self.tenant, self.name)))
+        requests = Requests()
         self._claim(ports, mmio, requests)
         self._requests[requests] = (ports, mmio)
         try:

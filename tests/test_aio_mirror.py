@@ -29,14 +29,14 @@ MIRRORED = {
 }
 # What a class has for orchestra's own parts and not for users. A name that is new and in neither place fails a test.
 INTERNAL = {
-    orc.Fleet: "core inbox workers quarantine cpu_cgroup post next_id told register retire released did changed "
+    orc.Fleet: "core workers quarantine cpu_cgroup post next_id told register retire released did changed "
     "worked logged record apply_nowait check_limit budgets below takes_time begin finish start_soon closed start "
     "closing close",
     orc.Vm: "launch budgets vcpu_budgets release budget guest supervise close hold let_go end put_cap cap_of "
     "cap_settled place was_capped wait_parked wait_released",
     orc.Exits: "mask channel wake end next_batch next_batch_nowait",
-    Requests: "submit end close",
-    Request: "value give_back put_among",
+    Requests: "deliver end close",
+    Request: "answer_bytes give_back put_among",
     Console: "handle write wake close",
     orc.Watch: "close",
 }

@@ -16,6 +16,7 @@ SOURCES = [
     "signal.c",
     "bus.c",
     "access.c",
+    "ask.c",
     "console.c",
     "interrupts.c",
     "ports.c",

@@ -58,13 +58,15 @@ static bool go_on(orc_vcpu *v, const struct orc_table *t)
 		return false;
 	}
 	v->access = (struct orc_access){.address = address, .offset = address - claim->start, .claim = claim->version,
-					.size = size, .count = count, .write = io->write, .data = data};
+					.size = size, .count = count, .write = io->write, .task = claim->task, .data = data};
 	if (claim->device && claim->device->answer(claim->device, v, &v->access)) {
 		advance(io, size, count);
 		return false;
 	}
 	if (count > ORC_CHUNK)
 		v->access.count = ORC_CHUNK;
+	if (claim->task) /* which is asked for each element: who answers one may be another than who answers the next */
+		v->access.count = 1;
 	return true;
 }
 

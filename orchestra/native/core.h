@@ -42,14 +42,23 @@ struct orc_gate {
 	orc_vcpu *first;          /* those that wait, the last that came first */
 };
 
+/* Wakes the owner, but only if it sleeps. Whoever rings has pushed something before, as the owner sets `asleep` before it looks
+ * at the stacks. */
+struct orc_bell {
+	_Alignas(ORC_CACHE_LINE) _Atomic bool asleep;
+	int eventfd;
+};
+
 struct orc_fleet {
 	struct orc_stack ready;  /* vCPUs with records */
 	struct orc_stack active; /* vCPUs that accounted an exit since the last look */
 	struct orc_stack talking; /* vCPUs that wrote to a console which somebody follows */
 	struct orc_stack throttled; /* vCPUs that wait for a turn, or have since the limits changed */
-	_Alignas(ORC_CACHE_LINE) _Atomic bool asleep;
-	int eventfd;
-	struct orc_link *draining, *activating, *hearing; /* owner: taken from the stacks, not yet looked at */
+	struct orc_stack asking;    /* vCPUs that asked a task */
+	struct orc_bell told;  /* rung when there are records or output of a console */
+	struct orc_bell asked; /* rung when there are questions */
+	_Atomic bool polling;  /* one of those that wait for an answer looks for it */
+	struct orc_link *draining, *activating, *hearing, *answering; /* owner: taken from the stacks, not yet looked at */
 	uint32_t dead; /* owner: vCPUs that were freed and are still on a list */
 	_Atomic uint32_t vcpus; /* that were not freed; any thread makes them */
 	/* Somebody waits for a vCPU to come out: emulated guests make way, until then at most. */
@@ -79,6 +88,13 @@ struct orc_io {
 	uint8_t *data;
 };
 
+/* What a vCPU asks a task: ask.c. */
+struct orc_ask {
+	_Atomic orc_u64 word; /* number of the question, and enum orc_asked */
+	struct orc_question question; /* the runner's; the owner's while it is open */
+	uint8_t answer[8];            /* the owner's while it is open */
+};
+
 /* How long it has waited for turns, and since when it does now. */
 struct orc_wait {
 	_Atomic orc_u64 held[ORC_METERS * ORC_LEVELS]; /* ns, by the bucket whose turn was the last */
@@ -89,7 +105,7 @@ struct orc_wait {
 struct orc_vcpu {
 	orc_fleet *fleet;
 	uint32_t id, vm, number; /* the latter two as records have them */
-	struct orc_link ready, active, talking, throttled;
+	struct orc_link ready, active, talking, throttled, asking;
 	struct orc_ring ring;
 	bool dead; /* owner */
 	struct orc_cap *cap; /* owner; NULL: it has none */
@@ -122,6 +138,7 @@ struct orc_vcpu {
 	struct orc_reader on_ports, on_mmio;
 	struct orc_io io;
 	struct orc_access access;
+	struct orc_ask ask;
 	struct orc_record record;
 
 	/* Sampling of bus locks. */
@@ -149,7 +166,8 @@ static inline bool orc_is_listed(orc_vcpu *v)
 	return atomic_load_explicit(&v->ready.queued, memory_order_acquire) ||
 	       atomic_load_explicit(&v->active.queued, memory_order_acquire) ||
 	       atomic_load_explicit(&v->talking.queued, memory_order_acquire) ||
-	       atomic_load_explicit(&v->throttled.queued, memory_order_acquire);
+	       atomic_load_explicit(&v->throttled.queued, memory_order_acquire) ||
+	       atomic_load_explicit(&v->asking.queued, memory_order_acquire);
 }
 
 static inline void orc_count(_Atomic orc_u64 *counter, orc_u64 n)
@@ -213,12 +231,18 @@ int orc_signal_send(int thread); /* one of this process; 0 or a negative errno *
 /* As orc_vcpu_account. `tells`: what orc_tells said of this exit, asked once and before it was described: a subscription that
  * comes in between would otherwise have a record told that describes another exit. */
 orc_ns orc_account(orc_vcpu *, struct orc_record *, orc_ns now, bool tells);
-/* Runner: back from Python, and up to it with an access to answer (ORC_IO, ORC_MMIO; all else just goes). */
-void orc_back(orc_vcpu *);
-enum orc_why orc_up(orc_vcpu *, enum orc_why);
+/* Runner: a run of an engine, from Python and back to it. `guest` enters the guest until something is to be decided. What a task
+ * answers is asked and waited for here. */
+enum orc_why orc_run(orc_vcpu *, enum orc_why (*guest)(orc_vcpu *));
+/* Runner: waits for the answer. False: there is a command, and the question stays open. */
+bool orc_ask_wait(orc_vcpu *);
+/* Owner: the question that it has open, if it has. */
+bool orc_ask_take(orc_vcpu *, struct orc_question *out);
+void orc_bell_ring(struct orc_bell *);
 /* Runner: before it goes to Python to have an access answered, in its turn; and when it is back in C. */
 void orc_gate_enter(orc_vcpu *);
 void orc_gate_leave(orc_vcpu *); /* nothing if it did not enter */
+void orc_futex_wait(_Atomic uint32_t *word, uint32_t seen);
 /* Until the word is not `seen` any more, or an absolute time; or sooner: the caller looks. */
 void orc_futex_wait_until(_Atomic uint32_t *word, uint32_t seen, orc_ns until);
 

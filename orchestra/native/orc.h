@@ -86,6 +86,7 @@ enum orc_why {
 	ORC_COMMAND = 3,  /* commands are pending */
 	ORC_ERROR = 4,    /* KVM_RUN failed: orc_vcpu_errno */
 	ORC_ANSWERED = 5, /* of an access: it needs Python no more. No run returns with it */
+	ORC_ASKED = 6,    /* commands are pending while a task is asked: orc_ask_question */
 };
 
 /* ---- bucket.c ------------------------------------------------------------------------------------------------- */
@@ -323,6 +324,7 @@ struct orc_access {
 	orc_u64 address, offset; /* the latter from the claim's start */
 	orc_u64 claim;           /* its version */
 	uint32_t size, count, write;
+	uint32_t task; /* a task is to answer, and there is one element: orc_ask */
 	uint8_t *data;
 };
 /* Elements of a string instruction that Python answers before it gives up the interpreter lock and sees commands: a device
@@ -346,6 +348,7 @@ struct orc_claim {
 	orc_u64 start, last; /* first and last address */
 	orc_u64 version;     /* not 0, and no two claims have the same */
 	orc_device *device;  /* NULL: Python answers */
+	bool task;           /* Python's answer comes from a task, which the vCPU waits for without the interpreter */
 };
 typedef struct orc_bus orc_bus;
 orc_bus *orc_bus_new(void);
@@ -374,6 +377,35 @@ bool orc_access_next(orc_vcpu *);
 /* The one place where an access goes up to Python: orc_vcpu_access, `count` elements. */
 enum orc_why orc_access_up(orc_vcpu *);
 void orc_access_abandon(orc_vcpu *); /* nobody answers what is left of it: ones */
+
+/* ---- ask.c ---------------------------------------------------------------------------------------------------- */
+
+/* What becomes of a question. */
+enum orc_asked {
+	ORC_ASK_NONE = 0,
+	ORC_ASK_OPEN = 1,
+	ORC_ASK_ANSWERED = 2,
+	ORC_ASK_AGAIN = 3,  /* who claimed the address is gone: the core looks who is there now */
+	ORC_ASK_NOBODY = 4, /* who claimed it is there and answers no more: ones */
+};
+struct orc_question {
+	orc_u64 claim, address; /* the former its version */
+	orc_ns since;
+	uint32_t vcpu, number, bus, size, write; /* id of the vCPU; the question's number; ORC_IO or ORC_MMIO */
+	uint8_t data[8];                         /* what is written */
+};
+/* Runner: has a task asked for v->access, and rings for the owner. Engines that block do this within their run. */
+void orc_ask(orc_vcpu *, orc_ns now);
+void orc_ask_question(const orc_vcpu *, struct orc_question *out); /* the last one */
+bool orc_ask_open(const orc_vcpu *);
+/* Runner: takes what came of it, or withdraws it if it is open: v->access and its `count` say what was answered. */
+void orc_ask_settled(orc_vcpu *);
+/* Owner: takes up to `most` questions that are open. */
+size_t orc_fleet_asked(orc_fleet *, struct orc_question *out, size_t most);
+int orc_fleet_asked_eventfd(const orc_fleet *);
+bool orc_fleet_asked_sleep(orc_fleet *); /* as orc_fleet_sleep */
+/* Owner: settles a question, if it is open still, and wakes the runner. */
+bool orc_vcpu_settle(orc_vcpu *, uint32_t number, enum orc_asked, const void *answer, size_t size);
 
 /* ---- console.c, ports.c, interrupts.c, uart.c: devices --------------------------------------------------------- */
 

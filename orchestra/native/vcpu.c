@@ -194,18 +194,25 @@ void orc_vcpu_answered(orc_vcpu *v, uint32_t accesses, orc_ns now)
 		leave(v);
 }
 
-void orc_back(orc_vcpu *v)
+enum orc_why orc_run(orc_vcpu *v, enum orc_why (*guest)(orc_vcpu *))
 {
 	orc_gate_leave(v);
-	if (v->access.count) /* so many were answered, which may be fewer than Python was asked for */
-		orc_vcpu_answered(v, v->access.count, orc_now());
-}
+	for (;;) {
+		enum orc_why why;
 
-enum orc_why orc_up(orc_vcpu *v, enum orc_why why)
-{
-	if (why == ORC_IO || why == ORC_MMIO)
-		orc_gate_enter(v);
-	return why;
+		if (v->access.count) /* so many were answered, which may be fewer than Python was asked for */
+			orc_vcpu_answered(v, v->access.count, orc_now());
+		why = guest(v);
+		if (why != ORC_IO && why != ORC_MMIO)
+			return why;
+		if (!v->access.task) {
+			orc_gate_enter(v);
+			return why;
+		}
+		orc_ask(v, orc_now());
+		if (!orc_ask_wait(v))
+			return ORC_ASKED;
+	}
 }
 
 orc_ns orc_vcpu_account(orc_vcpu *v, struct orc_record *record, orc_ns now)
@@ -328,6 +335,11 @@ static void futex_wait_until(_Atomic uint32_t *word, uint32_t seen, const struct
 {
 	/* An absolute time on CLOCK_MONOTONIC: late wake-ups do not add up. EINTR, EAGAIN, ETIMEDOUT: the caller looks. */
 	syscall(SYS_futex, word, FUTEX_WAIT_BITSET | FUTEX_PRIVATE_FLAG, seen, until, NULL, FUTEX_BITSET_MATCH_ANY);
+}
+
+void orc_futex_wait(_Atomic uint32_t *word, uint32_t seen)
+{
+	futex_wait_until(word, seen, NULL);
 }
 
 void orc_futex_wait_until(_Atomic uint32_t *word, uint32_t seen, orc_ns until)
