@@ -20,19 +20,11 @@ import pytest
 from orchestra import ExitPort, FlatImage, Fleet, KvmError, OrchestraError, ScriptedBackend, VmSpec, open_fleet
 from orchestra.backend.emulated import library
 from orchestra.backend.kvm.system import Kvm
-from orchestra.backend.scripted import (
-    ScriptedExit,
-    hlt,
-    io_read,
-    io_write,
-    mmio_read,
-    mmio_write,
-    triple_fault,
-)
-from orchestra.memory import GuestMemory
+from orchestra.backend.memory import GuestMemory
+from orchestra.backend.scripted import ScriptedExit, hlt, io_read, io_write, mmio_read, mmio_write, triple_fault
+from orchestra.machine.vcpu import Vcpu
 from orchestra.native import ffi, lib
 from orchestra.native.core import FleetCore, VcpuCore
-from orchestra.vcpu import Vcpu
 
 GUESTS = Path(__file__).parent / "guests"
 COUNT, ROUNDS = 0x8000, 0x8004

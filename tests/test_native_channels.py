@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from orchestra import exits
-from orchestra.errors import ResourceLimit
+from orchestra.model import exits
+from orchestra.model.errors import ResourceLimit
 from orchestra.native import ffi, lib
 from orchestra.native.channels import EVERY_VM, NO_VM, Channel, ExitBatch
 from orchestra.native.core import FleetCore, VcpuCore

@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import conftest
-from orchestra.errors import ResourceLimit
-from orchestra.exits import OtherExit
+from orchestra.model.errors import ResourceLimit
+from orchestra.model.exits import OtherExit
+from orchestra.model.spec import Limit, Meter
 from orchestra.native import core as core_module, ffi, lib
 from orchestra.native.core import (
     BUCKETS,
@@ -32,7 +33,6 @@ from orchestra.native.core import (
     reason_name,
 )
 from orchestra.native.records import BUS_LOCK, TELL_BUS_LOCK, build, told_mask, unpack
-from orchestra.spec import Limit, Meter
 
 SECOND = 1_000_000_000
 EVERYTHING = (1 << 64) - 1

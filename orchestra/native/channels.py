@@ -8,8 +8,8 @@ from struct import calcsize
 from types import MappingProxyType
 from typing import Any, Final, overload
 
-from ..errors import ResourceLimit
-from ..exits import Exit
+from ..model.errors import ResourceLimit
+from ..model.exits import Exit
 from . import ffi, lib
 from .core import FleetCore
 from .records import KINDS, RECORD_SIZE, decode_all

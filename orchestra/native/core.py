@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
-from ..errors import ResourceLimit
-from ..spec import Limit, Meter
+from ..model.errors import ResourceLimit
+from ..model.spec import Limit, Meter
 from . import ffi, lib
 
 if TYPE_CHECKING:

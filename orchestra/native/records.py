@@ -1,4 +1,4 @@
-"""From the core's exit records to the named types of `orchestra.exits`."""
+"""From the core's exit records to the named types of `orchestra.model.exits`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Final, TypeAlias
 
-from .. import exits
+from ..model import exits
 from . import ffi, lib
 from .core import REASON_NUMBERS
 
