@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 import pytest
+from hypothesis import settings
 
 from orchestra import ExitPort, FlatImage, Fleet, KvmError, OrchestraError, ScriptedBackend, VmSpec, open_fleet
 from orchestra.backend.emulated import library
@@ -25,6 +26,10 @@ from orchestra.backend.scripted import ScriptedExit, hlt, io_read, io_write, mmi
 from orchestra.machine.vcpu import Vcpu
 from orchestra.native import ffi, lib
 from orchestra.native.core import FleetCore, VcpuCore
+
+# How long an example takes is a matter of what else runs on this machine, and no property of the code.
+settings.register_profile("orchestra", deadline=None)
+settings.load_profile("orchestra")
 
 GUESTS = Path(__file__).parent / "guests"
 COUNT, ROUNDS = 0x8000, 0x8004
