@@ -81,27 +81,6 @@ void orc_ask_settled(orc_vcpu *v)
 	atomic_store_explicit(&v->ask.word, word(number, ORC_ASK_NONE), memory_order_relaxed);
 }
 
-/* For the time of a few answers, whoever waits for one looks for it rather than sleeps, as KVM does for a guest that halts
- * (halt_poll_ns): to be put to sleep and woken again costs as much as a task takes to answer. One vCPU of a fleet at a time,
- * so however many ask, no more than one CPU is kept from others. */
-static void poll(orc_vcpu *v, uint32_t seen)
-{
-	enum { FOR_NS = 50 * 1000, LOOKS = 32 };
-	_Atomic bool *polling = &v->fleet->polling;
-	orc_ns until;
-
-	if (atomic_load_explicit(polling, memory_order_relaxed) ||
-	    atomic_exchange_explicit(polling, true, memory_order_acquire))
-		return;
-	for (until = orc_now() + FOR_NS; orc_now() < until;) {
-		for (int i = 0; i < LOOKS && orc_vcpu_wakes(v) == seen; i++)
-			__builtin_ia32_pause();
-		if (orc_vcpu_wakes(v) != seen)
-			break;
-	}
-	atomic_store_explicit(polling, false, memory_order_release);
-}
-
 bool orc_ask_wait(orc_vcpu *v)
 {
 	for (;;) {
@@ -114,9 +93,7 @@ bool orc_ask_wait(orc_vcpu *v)
 		}
 		if (orc_vcpu_commands(v) & ~(uint32_t)ORC_CAP) /* one that is capped uses nothing meanwhile */
 			return false;
-		poll(v, seen);
-		if (orc_vcpu_wakes(v) == seen)
-			orc_futex_wait(&v->wakes, seen);
+		orc_futex_wait(&v->wakes, seen);
 	}
 }
 

@@ -57,7 +57,6 @@ struct orc_fleet {
 	struct orc_stack asking;    /* vCPUs that asked a task */
 	struct orc_bell told;  /* rung when there are records or output of a console */
 	struct orc_bell asked; /* rung when there are questions */
-	_Atomic bool polling;  /* one of those that wait for an answer looks for it */
 	struct orc_link *draining, *activating, *hearing, *answering; /* owner: taken from the stacks, not yet looked at */
 	uint32_t dead; /* owner: vCPUs that were freed and are still on a list */
 	_Atomic uint32_t vcpus; /* that were not freed; any thread makes them */
