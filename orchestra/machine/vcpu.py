@@ -6,6 +6,7 @@ it. A worker thread drives it for engines that block, the fleet's thread for tho
 
 from __future__ import annotations
 
+import struct
 import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
@@ -39,6 +40,9 @@ SYSTEM_EVENTS: Final = {1: "shutdown", 2: "reset", 3: "crash"}
 TRIPLE_FAULT: Final = "triple fault"
 RESETS: Final = (TRIPLE_FAULT, f"system event: {SYSTEM_EVENTS[2]}")
 """Reasons of a `Shutdown` by which a guest asks to be reset, or for which a CPU would be."""
+_ACCESS: Final = struct.Struct("=4Q4I")
+"""The begin of `struct orc_access`, read at once: address, offset, claim, value, size, count, write, task."""
+_MASKS: Final = {size: (1 << 8 * size) - 1 for size in (1, 2, 4, 8)}
 _SHOWN: Final = ("rip", "rflags", "rsp", "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp")
 
 
@@ -186,13 +190,15 @@ class Vcpu:
         Where `using` is set, and while a task is asked, the kernel has an access to complete at the next entry; a pause
         that was commanded by then has it do so and no more (`unfinished` in native/kvm.c).
         """
-        host, access = self.host, self.engine.access
+        host, access, parts = self.host, self.engine.access, _ACCESS.unpack_from
+        fields = memoryview(ffi.buffer(access))
         io, mmio = RunResult.IO, RunResult.MMIO
         while True:
             why = yield RUN
             if why in (io, mmio):
                 bus = host.ports if why == io else host.mmio
-                claim = bus.claimed.get(access.claim)
+                asked = parts(fields)
+                claim = bus.claimed.get(asked[2])
                 if claim is None:
                     access.count = 0  # released since it was looked up: the core finds whoever is there now
                 elif claim.device is not None:
@@ -200,7 +206,7 @@ class Vcpu:
                     if self.pausing:  # looked at after `using` was set, as whoever pauses does it the other way round
                         self._say_parked()
                     try:
-                        self._use(claim, claim.device)
+                        self._use(claim, claim.device, asked)
                     except Exception as error:
                         direction = "write to" if access.write else "read of"
                         name = type(claim.handler).__name__
@@ -231,23 +237,31 @@ class Vcpu:
             else:
                 return self._failed(self.engine.error())
 
-    def _use(self, claim: Claim, device: Device) -> None:
+    def _use(self, claim: Claim, device: Device, access: tuple[int, ...]) -> None:
         """Let a device answer a chunk of the guest's access: several elements, if it is of a string instruction."""
-        access = self.engine.access
-        data, offset, size, write = access.data, access.offset, access.size, access.write
+        _, offset, _, value, size, count, write, _ = access
+        raw = self.engine.access
         with claim.lock:
-            for start in range(0, size * access.count, size):
-                if not claim.live:  # also if the device itself released it, in the element before
-                    access.count = start // size
-                    return
-                if write:
-                    value = data[start] if size == 1 else int.from_bytes(ffi.buffer(data + start, size), "little")
-                    device.write(offset, size, value)
-                elif size == 1:
-                    data[start] = device.read(offset, 1) & 0xFF
-                else:
-                    value = device.read(offset, size) & (1 << 8 * size) - 1
-                    ffi.memmove(data + start, value.to_bytes(size, "little"), size)
+            if not claim.live:
+                raw.count = 0
+            elif count > 1:
+                self._use_many(claim, device, raw)
+            elif write:
+                device.write(offset, size, value)
+            else:
+                raw.value = device.read(offset, size) & _MASKS[size]
+
+    def _use_many(self, claim: Claim, device: Device, access: Any) -> None:
+        data, offset, size, write = access.data, access.offset, access.size, access.write
+        for start in range(0, size * access.count, size):
+            if not claim.live:  # the device itself released it, in the element before
+                access.count = start // size
+                return
+            if write:
+                device.write(offset, size, int.from_bytes(ffi.buffer(data + start, size), "little"))
+            else:
+                value = device.read(offset, size) & _MASKS[size]
+                ffi.memmove(data + start, value.to_bytes(size, "little"), size)
 
     def _answered(self) -> Generator[int, Any, None]:
         """Until what a task is asked was settled; pauses and stops come through meanwhile.

@@ -110,7 +110,7 @@ int orc_signal_install(void);
 int orc_signal_number(void);
 
 enum { ORC_CHUNK, ... };
-struct orc_access { uint64_t address, offset, claim; uint32_t size, count, write, task; uint8_t *data; };
+struct orc_access { uint64_t address, offset, claim, value; uint32_t size, count, write, task; uint8_t *data; };
 bool orc_device_answer(orc_device *, uint64_t offset, uint32_t size, uint32_t count, bool write, void *data);
 void orc_device_free(orc_device *);
 struct orc_claim { uint64_t start, last, version; orc_device *device; bool task; };

@@ -84,6 +84,7 @@ struct orc_io {
 	orc_u64 address;
 	uint32_t size, count;
 	uint32_t done, byte; /* elements that are answered, and bytes of the next one */
+	orc_u64 value;       /* v->access.value, as it was handed out */
 	uint8_t *data;
 };
 
@@ -120,6 +121,7 @@ struct orc_vcpu {
 	_Alignas(ORC_CACHE_LINE) orc_bucket *bucket[ORC_METERS][ORC_LEVELS];
 	struct orc_ticket ticket[ORC_METERS][ORC_LEVELS];
 	bool charged[ORC_METERS];
+	orc_ns accounted;  /* when it accounted an exit last, in this run of the engine; 0: not yet */
 	uint32_t accesses; /* of the exit that is accounted next: orc_vcpu_weigh */
 	bool wait_counted;
 	bool waiting; /* a ticket is out whose turn had not come */
@@ -240,7 +242,7 @@ bool orc_ask_take(orc_vcpu *, struct orc_question *out);
 void orc_bell_ring(struct orc_bell *);
 /* Runner: before it goes to Python to have an access answered, in its turn; and when it is back in C. */
 void orc_gate_enter(orc_vcpu *);
-void orc_gate_leave(orc_vcpu *); /* nothing if it did not enter */
+orc_ns orc_gate_leave(orc_vcpu *); /* when; nothing, and 0, if it did not enter */
 void orc_futex_wait(_Atomic uint32_t *word, uint32_t seen);
 /* Until the word is not `seen` any more, or an absolute time; or sooner: the caller looks. */
 void orc_futex_wait_until(_Atomic uint32_t *word, uint32_t seen, orc_ns until);

@@ -323,6 +323,7 @@ int orc_signal_number(void);
 struct orc_access {
 	orc_u64 address, offset; /* the latter from the claim's start */
 	orc_u64 claim;           /* its version */
+	orc_u64 value;           /* of one element: what is at `data`. Of a read it may be set instead of that */
 	uint32_t size, count, write;
 	uint32_t task; /* a task is to answer, and there is one element: orc_ask */
 	uint8_t *data;

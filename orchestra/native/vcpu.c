@@ -196,12 +196,14 @@ void orc_vcpu_answered(orc_vcpu *v, uint32_t accesses, orc_ns now)
 
 enum orc_why orc_run(orc_vcpu *v, enum orc_why (*guest)(orc_vcpu *))
 {
-	orc_gate_leave(v);
-	for (;;) {
+	orc_ns now = v->gated ? orc_gate_leave(v) : 0;
+
+	for (;; now = 0) {
 		enum orc_why why;
 
 		if (v->access.count) /* so many were answered, which may be fewer than Python was asked for */
-			orc_vcpu_answered(v, v->access.count, orc_now());
+			orc_vcpu_answered(v, v->access.count, now ? now : orc_now());
+		v->accounted = 0;
 		why = guest(v);
 		if (why != ORC_IO && why != ORC_MMIO)
 			return why;
@@ -227,6 +229,7 @@ orc_ns orc_account(orc_vcpu *v, struct orc_record *record, orc_ns now, bool tell
 	orc_ns at = ORC_NEVER, by_tokens;
 	unsigned slowest;
 
+	v->accounted = now;
 	if (bus_lock) {
 		orc_count(&v->bus_locks, 1);
 		orc_profile_lock(v, record);
