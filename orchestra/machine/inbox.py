@@ -15,9 +15,9 @@ from .devices.requests import Request, Requests
 __all__ = ["Inbox", "Key"]
 
 LINGER: Final = 4
-"""Rounds of the event loop that the task stays awake after the last question. A guest that was answered asks again within
-two or three: to be woken for that costs both sides more than these rounds do. (Measured with one guest: 29 us of CPU time
-for an answer, and 37 when the task sleeps at once.)"""
+"""Rounds of the event loop that the task stays awake after the last question. A guest that was answered asks again
+within two or three: to be woken for that costs both sides more than these rounds do. (Measured with one guest: 29 us of
+CPU time for an answer, and 37 when the task sleeps at once.)"""
 
 Key: TypeAlias = tuple[str, str]
 """Tenant and VM."""
