@@ -94,8 +94,8 @@ class Inbox:
         while True:
             self.serve()
             if not self._tenants and core.may_sleep_unasked():
-                # At once, and not after a few rounds in which a guest might ask again. That is quicker on idle CPUs.
-                # But beside guests that spin, the kernel lets a thread that sleeps go first, and has one that spins wait.
+                # At once, and not after some rounds in which a guest might ask again: that is quicker on idle CPUs. But
+                # beside guests that spin, the kernel lets a thread that sleeps go first and one that spins wait.
                 await trio.lowlevel.wait_readable(core.asked_eventfd)
             else:
                 await trio.lowlevel.checkpoint()
