@@ -114,6 +114,7 @@ from .model.spec import (
     Tenant,
     VmSpec,
 )
+from .native.channels import ExitBatch
 from .policy import (
     CPU_MODELS,
     Adaptive,
@@ -174,6 +175,7 @@ __all__ = [
     "Evict",
     "ExceptionExit",
     "Exit",
+    "ExitBatch",
     "ExitPort",
     "Exits",
     "ExitsStatistics",

@@ -24,7 +24,8 @@ from orchestra.backend.kvm.system import Kvm
 from orchestra.backend.memory import GuestMemory
 from orchestra.backend.scripted import ScriptedExit, hlt, io_read, io_write, mmio_read, mmio_write, triple_fault
 from orchestra.machine.vcpu import Vcpu
-from orchestra.native import lib
+from orchestra.native import ffi, lib
+from orchestra.native.core import FleetCore, VcpuCore
 
 # How long an example takes is a matter of what else runs on this machine, and no property of the code.
 settings.register_profile("orchestra", deadline=None)
@@ -252,6 +253,17 @@ def play(
     """A fleet whose VMs play scripts: by name, or one for all of them. Under `autojump_clock`."""
     scripts = script if isinstance(script, dict) else lambda spec, vcpu: script
     return open_fleet(backend=ScriptedBackend(scripts), **options)  # type: ignore[arg-type]
+
+
+def drained(fleet: FleetCore, core: VcpuCore | None = None) -> list[object]:
+    """What is in the rings of all, or of one: each record a ``struct orc_record *``."""
+    most, found = 1024, []
+    room = ffi.new("struct orc_record[]", most)
+    while n := (
+        lib.orc_fleet_drain(fleet.handle, room, most) if core is None else lib.orc_vcpu_drain(core.handle, room, most)
+    ):
+        found += [ffi.new("struct orc_record *", room[index]) for index in range(n)]
+    return found
 
 
 def blank(name: str = "guest", **more: object) -> VmSpec:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import attrs
 
+from conftest import drained
 from orchestra import FlatImage, MiB, VmSpec
 from orchestra.backend.emulated.machine import EmulatedBackend
 from orchestra.backend.kvm.machine import KvmBackend
@@ -19,7 +20,7 @@ from orchestra.model import exits
 from orchestra.model.actions import Failed, Halted, Outcome, Shutdown, Stopped
 from orchestra.model.spec import MemoryRegion
 from orchestra.native.core import Command, Counters, FleetCore, VcpuCore, monotonic_ns
-from orchestra.native.records import RecordReader, told_mask
+from orchestra.native.records import decode, told_mask, unpack
 
 __all__ = ["MMIO", "PORTS", "Access", "Detection", "Played", "answer", "play"]
 
@@ -163,10 +164,7 @@ def play(
     timer.start()
     try:
         vcpu.drive()
-        reader, told = RecordReader(), []
-        reader.add(1, "guest", 0)
-        while batch := fleet.drain():
-            told += [exit for record, *_ in reader.split(batch) if (exit := reader.decode(record)) is not None]
+        told = [decode(unpack(record), "guest", 0) for record in drained(fleet)]
         assert host.outcome is not None
         return Played(
             outcome=host.outcome,

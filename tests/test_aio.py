@@ -182,6 +182,52 @@ def test_exits_are_received_in_every_way(door):
     run(main)
 
 
+def test_exits_cross_in_batches_as_they_are(door):
+    many = 700
+    script = [io_write(n, b"x") for n in range(many)]
+
+    async def main() -> None:
+        async with door.open({"guest": script}) as fleet:
+            vm = await fleet.launch(blank(), paused=True)
+            async with fleet.exits(orc.Io, vm=vm) as exits:
+                await vm.resume()
+                await vm.wait()
+                ports = [(await exits.receive()).port]  # and with it some cross that nobody asked for yet
+                sizes = []
+                async for batch in exits.batches(most=100):
+                    sizes.append(len(batch))
+                    ports += batch.address
+                    waiting = exits.statistics().waiting
+                    assert waiting == many - len(ports)
+                assert ports == list(range(many))
+                assert max(sizes) == 100
+                with pytest.raises(orc.SpecError, match="most=0"):
+                    await anext(exits.batches(0))
+
+    run(main)
+
+
+def test_a_cancelled_wait_for_a_batch_loses_none(door):
+    async def main() -> None:
+        script = {"guest": [io_write(n, b"x", after=0.001) for n in range(200)]}
+        async with door.open(script) as fleet, fleet.exits(orc.Io, vm="guest") as exits:
+            await fleet.launch(blank())
+            ports: list[int] = []
+
+            async def take() -> None:
+                async for batch in exits.batches():
+                    ports.extend(batch.address)
+
+            while len(ports) < 200:
+                task = asyncio.create_task(take())
+                await asyncio.wait([task], timeout=0.003)
+                task.cancel()
+                await asyncio.wait([task])
+            assert ports == list(range(200))
+
+    run(main)
+
+
 def test_exits_that_are_closed_end_for_whoever_waits(door):
     async def main() -> None:
         async with door.open() as fleet:

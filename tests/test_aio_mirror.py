@@ -31,9 +31,9 @@ MIRRORED = {
 INTERNAL = {
     orc.Fleet: "",
     orc.Vm: "launch",
-    orc.Exits: "mask put backlog wake end",
-    Requests: "submit end close",
-    Request: "value give_back put_among",
+    orc.Exits: "mask channel wake end next_batch next_batch_nowait",
+    Requests: "deliver end close",
+    Request: "answer_bytes give_back put_among",
     Console: "handle write wake close state from_state",
     orc.Watch: "close",
 }

@@ -7,10 +7,11 @@ import time
 
 import pytest
 import trio
-from trio.testing import wait_all_tasks_blocked
+from hypothesis import given, settings, strategies as st
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 import orchestra as orc
-from conftest import Stage, blank, play
+from conftest import Stage, blank, drained, play
 from orchestra.backend.scripted import ScriptedExit, bus_lock, hlt, io_write, mmio_write
 from orchestra.fleet.channels import FEWEST, LATE, PACE, SLOWEST, Dispatcher, next_pace
 from orchestra.native import lib
@@ -128,12 +129,12 @@ async def test_without_a_subscriber_nothing_goes_to_the_ring(autojump_clock):
         vm = await fleet.launch(blank())
         await vm.wait()
         assert vm.statistics().missed == 0
-        assert len(fleet._context.core.drain()) == 0
+        assert drained(fleet._context.core) == []
         async with fleet.exits():
             pass
         again = await fleet.launch(blank())
         await again.wait()
-        assert (again.statistics().missed, len(fleet._context.core.drain())) == (0, 0)
+        assert (again.statistics().missed, drained(fleet._context.core)) == (0, [])
 
 
 async def test_a_subscriber_to_one_vm_does_not_put_anothers_exits_into_the_ring(autojump_clock):
@@ -186,7 +187,7 @@ async def test_retiring_a_vcpu_delivers_its_records_and_leaves_the_others_alone(
     vcpus = [VcpuCore(core, id) for id in range(1, 33)]
     everything = switchboard.subscribe((), None, 100_000, "oldest")
     for vcpu in vcpus:
-        switchboard.reader.add(vcpu.id, f"vm{vcpu.id}", 0)
+        switchboard.register(vcpu, f"vm{vcpu.id}", vcpu.id, 0)
         vcpu.tell((1 << 64) - 1)
         for when in range(1, 3 * FleetCore.BATCH + 1):
             lib.orc_vcpu_account(vcpu.handle, build("hlt"), when)
@@ -352,6 +353,132 @@ async def test_iterating_over_what_is_waiting_lets_other_tasks_run(autojump_cloc
                 assert len([exit async for exit in exits]) == 1000
                 assert turns - before >= 10
                 nursery.cancel_scope.cancel()
+
+
+# ---- in batches
+
+
+async def test_batches_are_what_comes_one_by_one(autojump_clock):
+    script = [io_write(0x80 + n, bytes([n])) if n % 3 else bus_lock(after=0.01, rip=n) for n in range(200)]
+    async with play(script) as fleet:
+        async with fleet.exits(vm="guest") as exits, fleet.exits(vm="guest") as others:
+            vm = await fleet.launch(blank())
+            one_by_one = [exit async for exit in exits]
+            batches = [batch async for batch in others.batches(most=7)]
+            assert [exit for batch in batches for exit in batch] == one_by_one
+            assert max(map(len, batches)) <= 7
+            assert [time for batch in batches for time in batch.time] == [exit.time for exit in one_by_one]
+            assert {vm for batch in batches for vm in batch.vm} == {vm.launch}
+            assert others.statistics() == exits.statistics()
+        assert sum(vm.statistics().exits.values()) == len(one_by_one)
+
+
+async def test_a_batch_that_is_waited_for_comes_with_the_first_exit(autojump_clock):
+    async with play([bus_lock(after=1, rip=1), bus_lock(after=1, rip=2), FOR_EVER]) as fleet:
+        async with fleet.exits(orc.BusLock, vm="guest") as exits:
+            await fleet.launch(blank())
+            batches = exits.batches()
+            assert [list((await anext(batches)).rip) for _ in range(2)] == [[1], [2]]
+            with trio.move_on_after(1):
+                await anext(batches)
+            await batches.aclose()
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    script=st.lists(st.sampled_from(["lock", "io", "mmio", "pause"]), max_size=150),
+    takes=st.lists(st.tuples(st.sampled_from(["one", "now", "batch", "cancelled"]), st.integers(1, 100)), max_size=40),
+    capacity=st.integers(1, 200),
+    drop=st.sampled_from(["oldest", "newest"]),
+)
+def test_however_exits_are_taken_each_is_received_once_in_order_or_counted(script, takes, capacity, drop):
+    """One by one, without waiting, in batches, and after a cancelled wait, in any order on one channel: beside one that
+    is large enough for all of them, and the counters."""
+    play_one = {"lock": bus_lock(), "io": io_write(0x80, b"x"), "mmio": mmio_write(0xD0000000, b"y")}
+
+    async def main() -> None:
+        steps = [play_one.get(step, bus_lock(after=0.5)) for step in script]
+        async with play(steps) as fleet:
+            async with fleet.exits(vm="guest") as every, fleet.exits(vm="guest", capacity=capacity, drop=drop) as some:
+                vm = await fleet.launch(blank())
+                got: list[orc.Exit] = []
+                for how, most in takes:
+                    try:
+                        if how == "one":
+                            got.append(await some.receive())
+                        elif how == "now":
+                            got.append(some.receive_nowait())
+                        elif how == "batch":
+                            got += await some.next_batch(most)
+                        else:
+                            with trio.CancelScope() as scope:
+                                scope.cancel()
+                                await some.next_batch(most)
+                    except (trio.EndOfChannel, trio.WouldBlock):
+                        pass
+                    figures = some.statistics()
+                    assert figures.received == figures.missed + figures.waiting + len(got)
+                await vm.wait()
+                got += [exit async for exit in some]
+                told = [exit async for exit in every]
+            assert len(told) == sum(vm.statistics().exits.values())
+            figures = some.statistics()
+            assert (figures.received, figures.missed, figures.waiting) == (len(told), len(told) - len(got), 0)
+            places = iter(told)
+            assert all(any(one == exit for one in places) for exit in got), "a part of them, in their order"
+            assert fleet.statistics().missed == figures.missed
+
+    trio.run(main, clock=MockClock(autojump_threshold=0))
+
+
+@pytest.mark.parametrize("most", [0, -1, 10**9, True, 1.5, "7"])
+async def test_a_batch_of_no_size_is_refused(most):
+    async with play([]) as fleet, fleet.exits() as exits:
+        with pytest.raises(orc.SpecError, match=r"most=.*: must be from 1 to 1,000,000 exits"):
+            await anext(exits.batches(most))
+
+
+async def test_who_waits_for_a_batch_hears_of_the_end_and_of_a_second_one(autojump_clock):
+    async with play([FOR_EVER]) as fleet:
+        await fleet.launch(blank())
+        async with trio.open_nursery() as nursery, fleet.exits() as exits:
+
+            async def receive() -> None:
+                assert [batch async for batch in exits.batches()] == []
+
+            nursery.start_soon(receive)
+            await wait_all_tasks_blocked()
+            with pytest.raises(trio.BusyResourceError):
+                await anext(exits.batches())
+            await exits.aclose()
+
+
+# ---- names of VMs that have left
+
+
+async def test_what_waits_of_a_vm_that_has_left_still_says_its_name(autojump_clock):
+    async with play([bus_lock(rip=1), hlt()]) as fleet:
+        async with fleet.exits(orc.BusLock) as exits, fleet.exits(orc.BusLock) as closed:
+            for _ in range(3):
+                await (await fleet.launch(blank("same"))).wait()
+            closed.close()
+            assert [exit.vm for exit in await exits.next_batch(10)] == ["same"] * 3
+            await (await fleet.launch(blank("last"))).wait()
+            assert [exits.receive_nowait().vm, *(closed.receive_nowait().vm for _ in range(3))] == ["last"] + [
+                "same"
+            ] * 3
+
+
+async def test_who_never_receives_makes_no_fleet_remember_names_for_ever(autojump_clock, monkeypatch):
+    monkeypatch.setattr("orchestra.fleet.channels.RETIRED", 5)
+    async with play([bus_lock(), hlt()]) as fleet:
+        async with fleet.exits(orc.BusLock) as exits, fleet.exits(orc.Debug) as idle:
+            for n in range(8):
+                await (await fleet.launch(blank(f"vm-{n}"))).wait()
+            assert exits.statistics() == orc.ExitsStatistics(received=8, missed=6, waiting=2)
+            assert idle.statistics() == orc.ExitsStatistics(received=0, missed=0, waiting=0)
+            assert [exit.vm for exit in await exits.next_batch(10)] == ["vm-6", "vm-7"]
+            assert fleet.statistics().missed == 6
 
 
 # ---- bad input

@@ -267,7 +267,7 @@ def test_whole_address_space_can_be_claimed(bus):
 
 
 def test_device_answers_at_once_and_a_task_does_not(bus):
-    device, requests = Null(), Requests(lambda *_: None)
+    device, requests = Null(), Requests()
     assert isinstance(device, Device)
     assert bus.claim(range(4), device).device is device
     asked = bus.claim(range(4, 8), requests)

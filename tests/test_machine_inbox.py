@@ -1,99 +1,262 @@
-"""Who is served in a round of the event loop, whoever asks for how much."""
+"""Who is served in a round of the event loop, whoever asks for how much; and what becomes of a question."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+import threading
+from collections import Counter
+from collections.abc import Iterator
 
+import pytest
 import trio
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
+from orchestra.machine.devices.bus import Bus
+from orchestra.machine.devices.requests import Request, Requests
 from orchestra.machine.inbox import Inbox
+from orchestra.native import ffi, lib
+from orchestra.native.core import FleetCore, VcpuCore
+
+PORT, ONES = 0x80, 0xFF
 
 
-class Rounds:
-    """Rounds of an event loop, played by hand."""
+class Engine:
+    """Counts the kicks that an engine without a thread needs."""
 
     def __init__(self) -> None:
-        self.posted: list[Callable[[], None]] = []
-        self.inbox = Inbox(self.posted.append)
-        self.served: list[str] = []
+        self.kicks = 0
 
-    def put(self, tenant: str, vm: str, what: str) -> None:
-        self.inbox.put((tenant, vm), partial(self.served.append, what))
+    def kick(self) -> None:
+        self.kicks += 1
+
+
+class Guest:
+    """A VM whose vCPUs ask as an engine without a thread does; its port is claimed by a task."""
+
+    def __init__(self, rig: Rig, tenant: str, name: str, vcpus: int = 1) -> None:
+        self.tenant, self.name = tenant, name
+        self.ports, self.mmio = Bus("ports", 1 << 16), Bus("mmio", 1 << 52)
+        self.requests = Requests()
+        self.claim = self.ports.claim(range(PORT, PORT + 1), self.requests)
+        self.engine = Engine()
+        self.cores: list[VcpuCore] = []
+        self.data = [ffi.new("uint8_t[]", 8) for _ in range(vcpus)]
+        for index in range(vcpus):
+            core = VcpuCore(rig.core, rig.next_id())
+            core.set_buses(self.ports.handle, self.mmio.handle)
+            rig.inbox.add(core, self.engine, index, (tenant, name), (self.ports, self.mmio))
+            self.cores.append(core)
+
+    def ask(self, vcpu: int = 0) -> None:
+        core = self.cores[vcpu]
+        assert lib.orc_access_begin(core.handle, lib.ORC_IO, PORT, 1, 1, False, self.data[vcpu]) == lib.ORC_IO
+        core.ask(5)
+
+    def taken(self) -> list[Request]:
+        queue = list(self.requests._queue)
+        self.requests._queue.clear()
+        return queue
+
+
+class Rig:
+    def __init__(self) -> None:
+        self.core = FleetCore()
+        self.inbox = Inbox(self.core)
+        self.guests: list[Guest] = []
+        self._ids = 0
+
+    def next_id(self) -> int:
+        self._ids += 1
+        return self._ids
+
+    def guest(self, tenant: str, name: str, vcpus: int = 1) -> Guest:
+        self.guests.append(Guest(self, tenant, name, vcpus))
+        return self.guests[-1]
 
     def play(self) -> list[str]:
-        """What the next round serves."""
-        self.served.clear()
-        posted, self.posted[:] = list(self.posted), []
-        for call in posted:
-            call()
-        return list(self.served)
+        """Whose requests come to their tasks in the next round."""
+        self.inbox.serve()
+        return [f"{guest.name}{request.vcpu}" for guest in self.guests for request in guest.taken()]
+
+    def close(self) -> None:
+        for guest in self.guests:
+            for core in guest.cores:
+                core.close()
+        self.core.close()
 
 
-def test_each_tenant_has_one_call_in_a_round_however_many_it_has():
-    rounds = Rounds()
-    for n in range(100):
-        rounds.put("hostile", "flood", f"h{n}")
-    rounds.put("innocent", "vm", "i0")
-    assert rounds.play() == ["h0", "i0"]
-    rounds.put("innocent", "vm", "i1")
-    assert sorted(rounds.play()) == ["h1", "i1"]
-    assert rounds.play() == ["h2"]
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    made = Rig()
+    yield made
+    made.close()
 
 
-def test_the_vms_of_a_tenant_take_turns():
-    rounds = Rounds()
-    for vm in ("a", "b"):
-        for n in range(3):
-            rounds.put("acme", vm, f"{vm}{n}")
-    assert [rounds.play() for _ in range(7)] == [["a0"], ["b0"], ["a1"], ["b1"], ["a2"], ["b2"], []]
+# ---- turns
 
 
-def test_nothing_is_posted_while_there_is_nothing_to_do():
-    rounds = Rounds()
-    rounds.put("acme", "a", "one")
-    assert len(rounds.posted) == 1
-    rounds.put("acme", "b", "two")
-    assert len(rounds.posted) == 1, "it is called already"
-    assert rounds.play() == ["one"]
-    assert rounds.play() == ["two"]
-    assert not rounds.posted
+def test_each_tenant_has_one_question_in_a_round_however_many_it_has(rig):
+    hostile, innocent = rig.guest("hostile", "h", 20), rig.guest("innocent", "i", 2)
+    for vcpu in range(20):
+        hostile.ask(vcpu)
+    innocent.ask(0)
+    assert sorted(name[0] for name in rig.play()) == ["h", "i"]
+    innocent.ask(1)
+    assert sorted(name[0] for name in rig.play()) == ["h", "i"]
+    assert [len(rig.play()) for _ in range(19)] == [1] * 18 + [0]
 
 
-@given(st.lists(st.tuples(st.sampled_from("xyz"), st.sampled_from("ab"), st.booleans()), max_size=60))
-def test_all_are_served_those_of_a_vm_in_order(asked):
-    rounds = Rounds()
-    served: list[str] = []
-    for n, (tenant, vm, then_a_round) in enumerate(asked):
-        rounds.put(tenant, vm, f"{tenant}{vm} {n}")
+def test_the_vms_of_a_tenant_take_turns(rig):
+    one, two = rig.guest("acme", "a", 3), rig.guest("acme", "b", 3)
+    for vcpu in range(3):
+        one.ask(vcpu)
+        two.ask(vcpu)
+    served = ["".join(name[0] for name in rig.play()) for _ in range(7)]
+    assert sorted(served[:2]) == sorted(served[2:4]) == sorted(served[4:6]) == ["a", "b"]
+    assert served[6] == ""
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2), st.booleans()), max_size=40))
+def test_all_are_served_once_and_at_most_one_of_a_tenant_in_a_round(asked):
+    rig = Rig()
+    guests = [rig.guest(tenant, name, 3) for tenant, name in [("x", "a"), ("x", "b"), ("y", "c"), ("z", "d")]]
+    tenant_of = {guest.name: guest.tenant for guest in guests}
+    waiting: set[str] = set()
+
+    def round_() -> bool:
+        served = rig.play()
+        assert len({tenant_of[name[0]] for name in served}) == len(served)
+        assert {tenant_of[name[0]] for name in served} == {tenant_of[name[0]] for name in waiting}
+        waiting.difference_update(served)
+        for name in served:  # settled, so that this vCPU may ask again
+            guest = next(guest for guest in guests if guest.name == name[0])
+            guest.cores[int(name[1])].settled()
+        return bool(served)
+
+    for number, vcpu, then_a_round in asked:
+        name = f"{guests[number].name}{vcpu}"
+        if name not in waiting:
+            guests[number].ask(vcpu)
+            waiting.add(name)
         if then_a_round:
-            served += rounds.play()
-    while rounds.posted:
-        served += rounds.play()
-    wanted = [f"{tenant}{vm} {n}" for n, (tenant, vm, _) in enumerate(asked)]
-    assert sorted(served) == sorted(wanted)
-    for key in {name.split()[0] for name in wanted}:
-        assert [name for name in served if name.startswith(key)] == [name for name in wanted if name.startswith(key)]
+            round_()
+    while round_():
+        pass
+    assert not waiting
+    rig.close()
 
 
-async def test_threads_ask_and_none_is_lost():
-    token = trio.lowlevel.current_trio_token()
-    inbox, served, done = Inbox(token.run_sync_soon), [], trio.Event()
+# ---- what becomes of a question
 
-    def serve(what: tuple[int, int]) -> None:
-        served.append(what)
-        if len(served) == 4 * 200:
-            done.set()
 
-    def vcpu(number: int) -> None:
-        for n in range(200):
-            inbox.put((f"tenant {number % 2}", f"vm {number}"), partial(serve, (number, n)))
+def test_an_answer_goes_to_the_vcpu_that_asked_and_wakes_it(rig):
+    guest = rig.guest("acme", "a", 2)
+    guest.ask(0)
+    guest.ask(1)
+    rig.inbox.serve()
+    rig.inbox.serve()
+    for request in guest.taken():
+        assert (request.address, request.size, request.write, request.data) == (PORT, 1, False, b"")
+        before = guest.cores[request.vcpu].wakes()
+        request.answer(bytes([40 + request.vcpu]))
+        assert guest.cores[request.vcpu].wakes() != before
+    assert guest.engine.kicks == 2
+    for vcpu, core in enumerate(guest.cores):
+        assert not core.is_asking()
+        core.settled()
+        assert (guest.data[vcpu][0], lib.orc_vcpu_access(core.handle).count) == (40 + vcpu, 1)
 
-    with trio.fail_after(10):
+
+def test_a_question_about_a_claim_that_is_gone_goes_back_to_the_core(rig):
+    guest = rig.guest("acme", "a")
+    guest.ask()
+    guest.ports.release(guest.claim)
+    assert rig.play() == []
+    guest.cores[0].settled()
+    assert lib.orc_vcpu_access(guest.cores[0].handle).count == 0
+    assert not lib.orc_access_next(guest.cores[0].handle)
+    assert guest.data[0][0] == ONES
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_who_answers_no_more_gives_back_what_was_asked(rig, released):
+    guest = rig.guest("acme", "a")
+    guest.ask()
+    rig.inbox.serve()
+    if released:
+        guest.ports.release(guest.claim)
+    guest.requests.close()
+    guest.cores[0].settled()
+    answered = lib.orc_vcpu_access(guest.cores[0].handle).count
+    assert (answered, guest.data[0][0]) == ((0, 0) if released else (1, ONES))
+
+
+def test_an_answer_that_comes_too_late_changes_nothing(rig):
+    guest = rig.guest("acme", "a")
+    guest.ask()
+    rig.inbox.serve()
+    (late,) = guest.taken()
+    guest.cores[0].settled()  # it was told to stop
+    guest.ask()
+    late.answer(b"\1")
+    assert guest.cores[0].is_asking()
+    assert guest.engine.kicks == 0
+    guest.cores[0].settled()
+    assert guest.data[0][0] == 0
+
+
+def test_a_vcpu_that_has_ended_is_not_served_and_an_answer_to_it_is_no_error(rig):
+    guest = rig.guest("acme", "a", 2)
+    guest.ask(0)
+    rig.inbox.serve()
+    (late,) = guest.taken()
+    guest.ask(1)
+    for core in guest.cores:
+        rig.inbox.remove(core.id)
+        rig.inbox.remove(core.id)
+    assert rig.play() == []
+    for core in guest.cores:
+        core.close()
+    guest.cores.clear()
+    late.answer(b"\1")
+    assert guest.engine.kicks == 0
+
+
+# ---- the task
+
+
+async def test_threads_ask_and_each_gets_its_answer(rig):
+    """The runner's side as an engine that blocks has it: it asks, and sleeps on the futex."""
+    guests = [rig.guest(f"tenant {number % 2}", f"{number}", 2) for number in range(2)]
+    rounds, seen = 200, Counter[tuple[str, int]]()
+
+    def vcpu(guest: Guest, index: int) -> None:
+        core = guest.cores[index]
+        for n in range(rounds):
+            guest.ask(index)
+            while core.is_asking():
+                wakes = core.wakes()
+                if core.is_asking():
+                    lib.orc_vcpu_sleep(core.handle, wakes)
+            core.settled()
+            assert guest.data[index][0] == n % 256
+            seen[guest.name, index] += 1
+
+    async def answer(guest: Guest) -> None:
+        counts = [0, 0]
+        async for request in guest.requests:
+            request.answer(bytes([counts[request.vcpu] % 256]))
+            counts[request.vcpu] += 1
+
+    with trio.fail_after(30):
         async with trio.open_nursery() as nursery:
-            for number in range(4):
-                nursery.start_soon(trio.to_thread.run_sync, vcpu, number)
-        await done.wait()
-    for number in range(4):
-        assert [n for one, n in served if one == number] == list(range(200))
+            nursery.start_soon(rig.inbox.run)
+            for guest in guests:
+                nursery.start_soon(answer, guest)
+            threads = [threading.Thread(target=vcpu, args=(guest, n)) for guest in guests for n in range(2)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                await trio.to_thread.run_sync(thread.join)
+            nursery.cancel_scope.cancel()
+    assert seen == {(guest.name, n): rounds for guest in guests for n in range(2)}

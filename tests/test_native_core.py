@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from hypothesis import given, settings, strategies as st
 
+import conftest
 from orchestra.model.errors import ResourceLimit
 from orchestra.model.exits import OtherExit
 from orchestra.model.spec import Limit, Meter
@@ -64,11 +65,7 @@ def account(vcpu: VcpuCore, reason: str | int = "hlt", now: int = 1, flags: int 
 
 
 def drained(fleet: FleetCore) -> list[tuple[int, ...]]:
-    found: list[tuple[int, ...]] = []
-    while batch := fleet.drain():
-        records = ffi.from_buffer("struct orc_record[]", batch)
-        found += [unpack(ffi.addressof(records, i)) for i in range(len(records))]
-    return found
+    return [unpack(record) for record in conftest.drained(fleet)]
 
 
 def readable(fd: int) -> bool:
@@ -284,9 +281,9 @@ def test_records_of_one_vcpu_can_be_drained_alone(fleet):
         vcpu.tell(EVERYTHING)
         for time in (1, 2, 3):
             account(vcpu, now=time)
-    records = ffi.from_buffer("struct orc_record[]", fleet.drain(vcpus[1]))
+    records = conftest.drained(fleet, vcpus[1])
     assert [(record.id, record.time) for record in records] == [(1, 1), (1, 2), (1, 3)]
-    assert not fleet.drain(vcpus[1])
+    assert not conftest.drained(fleet, vcpus[1])
     assert sorted(record[ID] for record in drained(fleet)) == [0, 0, 0, 2, 2, 2]
     for vcpu in vcpus:
         vcpu.close()

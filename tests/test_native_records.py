@@ -10,19 +10,19 @@ import pytest
 from hypothesis import given, strategies as st
 
 from orchestra.model import exits
-from orchestra.native import ffi, lib, records
-from orchestra.native.core import REASON_NAMES, REASON_NUMBERS, FleetCore, VcpuCore
+from orchestra.native import ffi, records
+from orchestra.native.core import REASON_NAMES, REASON_NUMBERS
 from orchestra.native.records import (
     BUS_LOCK,
     GUEST_MODE,
+    RECORD_SIZE,
     SMM,
     TELL_BUS_LOCK,
-    RecordReader,
     build,
     decode,
+    decode_all,
     told_mask,
     unpack,
-    wants,
 )
 
 U64 = (1 << 64) - 1
@@ -77,16 +77,17 @@ def decoded(record: object) -> exits.Exit:
 
 
 def test_layout_is_that_of_the_c_struct():
-    names = ["time", "rip", "wait", "arg", "id", "reason", "flags", "has_rip", "data_size", "data"]
+    names = ["time", "rip", "wait", "arg", "id", "reason", "flags", "has_rip", "data_size", "data", "vm", "vcpu"]
     offsets = [ffi.offsetof("struct orc_record", name) for name in names]
-    assert offsets == [0, 8, 16, 24, 64, 68, 70, 72, 73, 74]
+    assert offsets == [0, 8, 16, 24, 64, 68, 70, 72, 73, 74, 108, 112]
     assert records._LAYOUT.size == ffi.sizeof("struct orc_record") == 128
-    raw = struct.pack("=8QI2H2B32s22x", *range(1, 14), b"data")
+    raw = struct.pack("=8QI2H2B32s2x2I12x", *range(1, 14), b"data", 14, 15)
     record = ffi.new("struct orc_record *")
     ffi.memmove(record, raw, len(raw))
     assert (record.time, record.rip, record.wait, list(record.arg)) == (1, 2, 3, [4, 5, 6, 7, 8])
     assert (record.id, record.reason, record.flags, record.has_rip, record.data_size) == (9, 10, 11, 12, 13)
     assert ffi.buffer(record.data)[:5] == b"data\0"
+    assert (record.vm, record.vcpu) == (14, 15)
 
 
 def test_every_reason_of_the_core_is_tried_here_and_has_a_type_of_its_own():
@@ -175,65 +176,23 @@ def test_known_reason_with_any_other_bytes_keeps_its_type(name, raw):
     assert type(decoded(record)) is REASONS[name][0]
 
 
-# ---- a drained batch
+# ---- records in a row
 
 
-def batch(*made: object) -> memoryview:
-    return memoryview(b"".join(bytes(ffi.buffer(record, 128)) for record in made))
-
-
-def told_by(id: int, reason: str) -> object:
+def told_by(vm: int, vcpu: int, reason: str) -> bytes:
     record = build(reason)
-    record.id = id
-    return record
+    record.vm, record.vcpu = vm, vcpu
+    return bytes(ffi.buffer(record, RECORD_SIZE))
 
 
-def test_reader_names_the_vcpu_of_each_record_in_order():
-    reader = RecordReader()
-    reader.add(1, "a", 0)
-    reader.add(2, "b", 5)
-    split = list(reader.split(batch(told_by(2, "hlt"), told_by(1, "nmi"), told_by(2, "intr"))))
-    assert [(vm, reason) for _, vm, reason, _ in split] == [
-        (vm, REASON_NUMBERS[name]) for vm, name in [("b", "hlt"), ("a", "nmi"), ("b", "intr")]
-    ]
-    read = [reader.decode(record) for record, *_ in split]
-    assert [(exit.vm, exit.vcpu, exit.kernel_name) for exit in read] == [
+def test_records_in_a_row_say_whose_they_are():
+    raw = told_by(2, 5, "hlt") + told_by(1, 0, "nmi") + told_by(2, 6, "intr")
+    assert [(exit.vm, exit.vcpu, exit.kernel_name) for exit in decode_all(raw, {1: "a", 2: "b"})] == [
         ("b", 5, "hlt"),
         ("a", 0, "nmi"),
-        ("b", 5, "intr"),
+        ("b", 6, "intr"),
     ]
-
-
-def test_reader_skips_records_of_vcpus_that_are_gone():
-    reader = RecordReader()
-    reader.add(1, "a", 0)
-    reader.remove(1)
-    reader.remove(1)
-    assert list(reader.split(batch(told_by(1, "hlt"), told_by(9, "hlt")))) == []
-    assert list(reader.split(batch())) == []
-
-
-def test_records_of_a_vcpu_that_went_while_they_waited_decode_to_nothing():
-    reader = RecordReader()
-    reader.add(1, "a", 0)
-    ((record, *_),) = reader.split(batch(told_by(1, "hlt")))
-    reader.remove(1)
-    assert reader.decode(record) is None
-
-
-@given(st.integers(0, 0xFFFF), st.integers(0, 7), st.sets(st.sampled_from(sorted(REASONS))))
-def test_python_and_the_core_agree_on_what_a_subscriber_wants(reason, flags, names):
-    mask = told_mask(tuple(REASONS[name][0] for name in names))
-    fleet, reader = FleetCore(), RecordReader()
-    core = VcpuCore(fleet, 1)
-    try:
-        reader.add(1, "a", 0)
-        core.tell(mask)
-        lib.orc_vcpu_account(core.handle, build(reason, flags=flags), 1)
-        assert len(list(reader.split(fleet.drain()))) == wants(mask, reason, flags)
-    finally:
-        core.close()
-        fleet.close()
+    assert decode_all(b"", {}) == []
 
 
 # ---- which reasons are told

@@ -18,6 +18,7 @@ from ..fleet import channels as subscription, watch
 from ..fleet.channels import ExitsStatistics
 from ..machine.devices import console, requests as queue
 from ..model.exits import Exit
+from ..native.channels import ExitBatch
 from ..policy import Facts
 from .bridge import Bridge
 from .wrapper import Wrapper, mirrors
@@ -30,15 +31,17 @@ ITEMS_PER_SLEEP: Final = 64
 
 @mirrors(subscription.Exits)
 class Exits(Wrapper[subscription.Exits]):
-    """In asyncio: exits cross over in batches of up to 256, so that a hop is paid for each batch. Those that have
-    crossed wait here: they count as `waiting`, are not dropped any more, and a cancelled `receive` loses none.
+    """In asyncio: exits cross over in batches (one by one: of up to 256), so that a hop is paid for each. Those that
+    have crossed wait here: they count as `waiting`, are not dropped any more, and a cancelled `receive` loses none.
     """
 
-    __slots__ = ("_crossed", "_taken")
+    __slots__ = ("_ahead", "_batch", "_crossed", "_taken")
 
     def __init__(self, bridge: Bridge, inner: subscription.Exits) -> None:
         super().__init__(bridge, inner)
-        self._crossed: deque[Exit] = deque()
+        self._crossed: deque[ExitBatch] = deque()
+        self._batch = ExitBatch(b"", {})  # the one that is received from now, one by one
+        self._ahead: list[Exit] = []  # what is left of it, the next one last
         self._taken = 0
 
     @property
@@ -53,35 +56,64 @@ class Exits(Wrapper[subscription.Exits]):
     def missed(self) -> int:
         return self._inner.missed
 
+    def _more(self) -> bool:
+        """None is left: go on with the next batch. False: none has crossed."""
+        if not self._crossed:
+            return False
+        self._batch = self._crossed.popleft()
+        self._ahead = [*self._batch][::-1]
+        return True
+
     async def receive(self) -> Exit:
         self._taken += 1
-        if self._crossed:
+        if self._ahead or self._crossed:
             await asyncio.sleep(0)
-        while not self._crossed:  # again, if another task took what came
-            await self._bridge.call(_batch, self._inner, keep=self._crossed.extend)
-        return self._crossed.popleft()
+        while not self._ahead and not self._more():  # again, if another task took what came
+            await self._bridge.call(self._inner.next_batch, BATCH, keep=self._crossed.append)
+        return self._ahead.pop()
 
     def receive_nowait(self) -> Exit:
-        if not self._crossed:
-            self._crossed.extend(self._bridge.sync(_waiting, self._inner))
-        return self._crossed.popleft()
+        if not self._ahead and not self._more():
+            self._crossed.append(self._bridge.sync(self._inner.next_batch_nowait, BATCH))
+            self._more()
+        return self._ahead.pop()
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> Exit:
         # As receive(), and no more than this for most of 100,000 exits a second.
-        if self._crossed and (self._taken + 1) % ITEMS_PER_SLEEP:
+        if self._ahead and (self._taken + 1) % ITEMS_PER_SLEEP:
             self._taken += 1
-            return self._crossed.popleft()
+            return self._ahead.pop()
         try:
             return await self.receive()
         except (trio.EndOfChannel, trio.ClosedResourceError):
             raise StopAsyncIteration from None
 
+    async def batches(self, most: int = 4096) -> AsyncGenerator[ExitBatch, None]:
+        subscription.check_batch(most)
+        while True:
+            if self._ahead:
+                self._crossed.appendleft(self._batch[-len(self._ahead) :])
+                self._ahead.clear()
+            if self._crossed:
+                await asyncio.sleep(0)
+            try:
+                while not self._crossed:
+                    await self._bridge.call(self._inner.next_batch, most, keep=self._crossed.append)
+            except (trio.EndOfChannel, trio.ClosedResourceError):
+                return
+            batch = self._crossed.popleft()
+            if len(batch) > most:
+                self._crossed.appendleft(batch[most:])
+                batch = batch[:most]
+            yield batch
+
     def statistics(self) -> ExitsStatistics:
         statistics = self._bridge.sync(self._inner.statistics)
-        return attrs.evolve(statistics, waiting=statistics.waiting + len(self._crossed))
+        here = len(self._ahead) + sum(map(len, self._crossed))
+        return attrs.evolve(statistics, waiting=statistics.waiting + here)
 
     def close(self) -> None:
         self._bridge.sync(self._inner.close)
@@ -97,28 +129,6 @@ class Exits(Wrapper[subscription.Exits]):
         self, kind: type[BaseException] | None, raised: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.aclose()
-
-
-_NONE_LEFT: Final = (trio.WouldBlock, trio.EndOfChannel, trio.ClosedResourceError)
-
-
-def _waiting(exits: subscription.Exits) -> list[Exit]:
-    """Those that wait, one at least."""
-    batch = [exits.receive_nowait()]
-    try:
-        while len(batch) < BATCH:
-            batch.append(exits.receive_nowait())
-    except _NONE_LEFT:
-        pass
-    return batch
-
-
-async def _batch(exits: subscription.Exits) -> list[Exit]:
-    first = await exits.receive()
-    try:
-        return [first, *_waiting(exits)]
-    except _NONE_LEFT:
-        return [first]
 
 
 @mirrors(queue.Request)

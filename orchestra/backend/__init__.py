@@ -40,6 +40,9 @@ class RunResult(IntEnum):
     ERROR = int(lib.ORC_ERROR)
     ANSWERED = int(lib.ORC_ANSWERED)
     """Of an access: the core needs nobody for it. No engine comes back with it."""
+    ASKED = int(lib.ORC_ASKED)
+    """Commands are pending while a task is asked. Only engines that block ask by themselves; of the others what a
+    task is to answer is `IO` or `MMIO`."""
 
 
 Detection = Literal["fault-like", "trap-like", "unknown"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from typing import Any, Final, Literal
 
 import attrs
@@ -11,13 +11,20 @@ import trio
 
 from ..model.errors import SpecError
 from ..model.exits import Exit
+from ..native.channels import EVERY_VM, NO_VM, Channel, ExitBatch
 from ..native.core import FleetCore, VcpuCore
-from ..native.records import RECORD_SIZE, RecordReader, told_mask, wants
+from ..native.records import RECORD_SIZE, decode_all, told_mask
 
 __all__ = ["Dispatcher", "Exits", "ExitsStatistics"]
 
-ITEMS_PER_CHECKPOINT: Final = 64
+AHEAD: Final = 64
+"""Exits that are made at once for whoever takes them one by one: a checkpoint and a copy from the channel for so many.
+More objects than that at a time would give Python's garbage collector work that takes longer than a ring lasts."""
+
+MOST_IN_BATCH: Final = 1_000_000
 RETIRED: Final = 10_000
+"""VMs that have left, whose names are kept for exits that wait. Someone who never receives must not make a fleet that
+launches and stops for years grow: then what waits is missed."""
 PACE: Final = 0.001
 """Seconds between two batches while exits keep coming. The first after a rest is delivered at once; in a storm, taking
 a few at a time would cost several times as much, and none is later than this unless the event loop is."""
@@ -42,10 +49,12 @@ class ExitsStatistics:
 
 
 class Exits(trio.abc.ReceiveChannel[Exit]):
-    """A bounded channel of exits: ``async for exit in exits``. One task at a time.
+    """A bounded channel of exits: ``async for exit in exits``, or ``async for batch in exits.batches()`` for several at
+    once as columns, which costs a fraction of it. One task at a time.
 
-    When it is full, exits are dropped and counted in `missed`; statistics and budgets count them all the same.
-    Iterating is a checkpoint whenever it has to wait, and every 64th time when it has not: at 300,000 exits a second a
+    When it is full, exits are dropped and counted in `missed`; statistics and budgets count them all the same. The next
+    64 exits to iterate over are made at once: they still count as `waiting`, and are not dropped any more.
+    Iterating is a checkpoint whenever it has to wait, and every 64th time when it has not: at 400,000 exits a second a
     checkpoint each would cost more than everything else.
     """
 
@@ -53,39 +62,27 @@ class Exits(trio.abc.ReceiveChannel[Exit]):
         self,
         kinds: tuple[type[Exit], ...],
         vm: str | None,
-        capacity: int,
-        drop: str,
-        reader: RecordReader,
+        channel: Channel,
+        names: Mapping[int, str],
         leave: Callable[[Exits], None],
     ) -> None:
         self.kinds = kinds
         self.vm = vm
-        self.missed = 0
         self.mask = told_mask(kinds)
-        self._decode = reader.decode
-        self._drop_oldest = drop == "oldest"
-        self._queue: deque[bytes] = deque(maxlen=capacity)
-        self._received = 0
-        self._taken = 0
+        self.channel = channel
+        self._names = names
+        self._ahead: list[Exit] = []  # made already, the next one last
+        self._records = b""  # what they were made of
         self._task: Any = None
         self._ended = self._closed = False
         self._leave = leave
 
-    def put(self, record: bytes) -> None:
-        queue = self._queue
-        self._received += 1
-        if len(queue) == queue.maxlen:
-            self.missed += 1
-            if not self._drop_oldest:
-                return
-        queue.append(record)
-
     @property
-    def backlog(self) -> int:
-        return len(self._queue)
+    def missed(self) -> int:
+        return self.channel.missed
 
     def wake(self) -> None:
-        if self._task is not None and (self._queue or self._ended):
+        if self._task is not None and (self.channel.waiting or self._ended):
             task, self._task = self._task, None
             trio.lowlevel.reschedule(task)
 
@@ -94,29 +91,25 @@ class Exits(trio.abc.ReceiveChannel[Exit]):
         self._ended = True
         self.wake()
 
-    async def receive(self) -> Exit:
-        """The next exit.
+    def _more(self) -> bool:
+        """None is made: make the next ones. False: none waits."""
+        if not self.channel.waiting:
+            return False
+        self._records = self.channel.take(AHEAD)
+        self._ahead = decode_all(self._records, self._names)
+        self._ahead.reverse()
+        return True
+
+    async def _wait(self) -> None:
+        """Until some wait, if none do.
 
         Raises:
-            trio.EndOfChannel: its VM or the fleet has ended and everything was received.
-            trio.BusyResourceError: another task is receiving.
+            trio.EndOfChannel: none will.
+            trio.BusyResourceError: another task waits for them.
         """
-        queue = self._queue
-        self._taken += 1
-        if queue:
-            await trio.lowlevel.checkpoint()
-        else:
-            await trio.lowlevel.checkpoint_if_cancelled()
-        while True:
-            while queue:
-                exit = self._decode(queue.popleft())
-                if exit is not None:
-                    return exit
-                self.missed += 1  # it waited for so long that nobody knows any more whose it was
-            if self._closed:
-                raise trio.ClosedResourceError("these exits were closed")
-            if self._ended:
-                raise trio.EndOfChannel
+        while not self.channel.waiting:
+            if self._closed or self._ended:
+                raise self._nothing()
             if self._task is not None:
                 raise trio.BusyResourceError("another task is receiving from these exits")
             self._task = trio.lowlevel.current_task()
@@ -127,6 +120,21 @@ class Exits(trio.abc.ReceiveChannel[Exit]):
 
             await trio.lowlevel.wait_task_rescheduled(abort)
 
+    async def receive(self) -> Exit:
+        """The next exit.
+
+        Raises:
+            trio.EndOfChannel: its VM or the fleet has ended and everything was received.
+            trio.BusyResourceError: another task is receiving.
+        """
+        if self._ahead or self.channel.waiting:
+            await trio.lowlevel.checkpoint()
+        else:
+            await trio.lowlevel.checkpoint_if_cancelled()
+        while not self._ahead and not self._more():  # again, if another task took what came
+            await self._wait()
+        return self._ahead.pop()
+
     def receive_nowait(self) -> Exit:
         """The next exit, if one waits.
 
@@ -134,41 +142,86 @@ class Exits(trio.abc.ReceiveChannel[Exit]):
             trio.WouldBlock: none does.
             trio.EndOfChannel: its VM or the fleet has ended and everything was received.
         """
-        self._taken += 1
-        while self._queue:
-            exit = self._decode(self._queue.popleft())
-            if exit is not None:
-                return exit
-            self.missed += 1
+        if self._ahead or self._more():
+            return self._ahead.pop()
+        raise self._nothing()
+
+    def _nothing(self) -> Exception:
+        """Why none waits."""
         if self._closed:
-            raise trio.ClosedResourceError("these exits were closed")
-        raise trio.EndOfChannel if self._ended else trio.WouldBlock
+            return trio.ClosedResourceError("these exits were closed")
+        return trio.EndOfChannel() if self._ended else trio.WouldBlock()
 
     async def __anext__(self) -> Exit:
-        # As receive(), without a second coroutine for each of 300,000 exits a second.
-        queue = self._queue
-        if queue and (self._taken + 1) % ITEMS_PER_CHECKPOINT:
-            self._taken += 1
-            exit = self._decode(queue.popleft())
-            if exit is not None:
-                return exit
-            self.missed += 1
+        # As receive(), and no more than this for most of 400,000 exits a second.
+        if self._ahead:
+            return self._ahead.pop()
         try:
             return await self.receive()
         except (trio.EndOfChannel, trio.ClosedResourceError):
             raise StopAsyncIteration from None
 
+    async def batches(self, most: int = 4096) -> AsyncGenerator[ExitBatch, None]:
+        """All exits from here on, several at once: as columns, and no object for each.
+
+        Ends as the channel does. Each iteration is a checkpoint; cancelling it loses no exit.
+
+        Parameters:
+            most: exits in a batch, from 1 to 1,000,000. It has as many as wait, and does not wait for more than one.
+
+        Raises:
+            SpecError: no such number.
+            trio.BusyResourceError: another task is receiving.
+        """
+        check_batch(most)
+        while True:
+            try:
+                batch = await self.next_batch(most)
+            except (trio.EndOfChannel, trio.ClosedResourceError):
+                return
+            yield batch
+
+    async def next_batch(self, most: int) -> ExitBatch:
+        """As `receive`, of several."""
+        if self._ahead or self.channel.waiting:
+            await trio.lowlevel.checkpoint()
+        else:
+            await trio.lowlevel.checkpoint_if_cancelled()
+        while not self._ahead and not self.channel.waiting:
+            await self._wait()
+        return self.next_batch_nowait(most)
+
+    def next_batch_nowait(self, most: int) -> ExitBatch:
+        """As `receive_nowait`, of several."""
+        if self._ahead:
+            records = self._records[-len(self._ahead) * RECORD_SIZE :][: most * RECORD_SIZE]
+            del self._ahead[-(len(records) // RECORD_SIZE) :]
+        elif self.channel.waiting:
+            records = self.channel.take(most)
+        else:
+            raise self._nothing()
+        return ExitBatch(records, self._names)
+
     def statistics(self) -> ExitsStatistics:
-        return ExitsStatistics(self._received, self.missed, len(self._queue))
+        channel = self.channel
+        return ExitsStatistics(channel.received, channel.missed, channel.waiting + len(self._ahead))
 
     def close(self) -> None:
-        self._closed = True
-        self.end()
-        self._leave(self)
+        if not self._closed:
+            self._closed = True
+            self._names = dict(self._names)  # what waits can still be taken, and from now on nobody asks if some does
+            self.end()
+            self._leave(self)
 
     async def aclose(self) -> None:
         self.close()
         await trio.lowlevel.checkpoint()
+
+
+def check_batch(most: object) -> None:
+    """Raise SpecError unless it is a number of exits that a batch can have."""
+    if isinstance(most, bool) or not isinstance(most, int) or not 1 <= most <= MOST_IN_BATCH:
+        raise SpecError(f"most={most!r}: must be from 1 to {MOST_IN_BATCH:,} exits")
 
 
 def next_pace(pace: float, late: float) -> float:
@@ -187,15 +240,25 @@ class Dispatcher:
 
     def __init__(self, core: FleetCore, paced: bool) -> None:
         self._paced = paced  # not where time is scripted
-        self.reader = RecordReader()
         self._core = core
         self._subscribers: list[Exits] = []
-        self._listeners: dict[str, list[Exits]] = {}  # of these, by VM; made as they are needed
+        self._names: dict[int, str] = {}  # of VMs by number, for records that may still wait
+        self._numbers: dict[str, int] = {}  # of those that are here
+        self._left: deque[int] = deque()
         self._missed = 0  # by channels that are closed
-        self._retired: list[int] = []  # ids whose records may still wait in a channel
         self._closed = False
         self._tell: Callable[[], None] = lambda: None
         self._talked: Callable[[int], None] = lambda id: None
+
+    def register(self, core: VcpuCore, vm: str, number: int, vcpu: int) -> None:
+        """Before it runs: whose exits this core tells. `number`: of the VM, and of no other before or after it."""
+        core.set_name(number, vcpu)
+        if self._numbers.get(vm) != number:
+            self._names[number] = vm
+            self._numbers[vm] = number
+            for subscriber in self._subscribers:
+                if subscriber.vm == vm:
+                    subscriber.channel.follow(number)
 
     def on_talk(self, talked: Callable[[int], None]) -> None:
         """`talked` is called with the id of a vCPU whose console has output that somebody waits for."""
@@ -223,40 +286,37 @@ class Dispatcher:
             raise SpecError(f"capacity={capacity!r}: must be from 1 to 10,000,000 exits")
         if drop not in ("oldest", "newest"):
             raise SpecError(f'drop={drop!r}: must be "oldest" or "newest"')
-        exits = Exits(kinds or (Exit,), vm, capacity, drop, self.reader, self._leave)
+        kinds = kinds or (Exit,)
+        number = EVERY_VM if vm is None else self._numbers.get(vm, NO_VM)
+        channel = Channel(self._core, told_mask(kinds), number, capacity, drop_oldest=drop == "oldest")
+        exits = Exits(kinds, vm, channel, self._names, self._leave)
         if self._closed:
+            channel.end()
             exits.end()
             return exits
         self._subscribers.append(exits)
-        self._listeners.clear()
         try:
             self._tell()
         except BaseException:
             self._subscribers.remove(exits)
-            self._listeners.clear()
+            channel.end()
             raise
         return exits
 
     def _leave(self, exits: Exits) -> None:
         if exits in self._subscribers:
             self._subscribers.remove(exits)
-            self._listeners.clear()
+            exits.channel.end()
             self._missed += exits.missed
             self._tell()
 
     def deliver(self, core: VcpuCore | None = None, *, most: int = FleetCore.BATCH) -> int:
         """Deliver one batch, of all or of one; how many exits it had."""
-        batch = self._core.drain(core, most=most)
-        if not batch:
-            return 0
-        listeners = self._listeners
-        for record, vm, reason, flags in self.reader.split(batch):
-            for subscriber in listeners[vm] if vm in listeners else self._listen(vm):
-                if wants(subscriber.mask, reason, flags):
-                    subscriber.put(record)
-        for subscriber in self._subscribers:
-            subscriber.wake()
-        return len(batch) // RECORD_SIZE
+        taken = self._core.deliver(core, most=most)
+        if taken:
+            for subscriber in self._subscribers:
+                subscriber.wake()
+        return taken
 
     def hear(self) -> int:
         """Wake those who wait for output of a console; how many vCPUs had some."""
@@ -264,10 +324,6 @@ class Dispatcher:
         for id in ids:
             self._talked(id)
         return len(ids)
-
-    def _listen(self, vm: str) -> list[Exits]:
-        self._listeners[vm] = [one for one in self._subscribers if one.vm is None or one.vm == vm]
-        return self._listeners[vm]
 
     async def run(self) -> None:
         """The drain task: sleeps on the eventfd, costs nothing while nobody subscribed or nothing happens."""
@@ -292,19 +348,25 @@ class Dispatcher:
     def retire(self, cores: Iterable[VcpuCore]) -> None:
         """Deliver what is left of these cores, which run no more, before they go. Others have to wait: they may never
         pause."""
-        cores = list(cores)
         for core in cores:
             while self.deliver(core):
                 pass
-        self._retired += [core.id for core in cores]
-        # Their names are needed until the last of their records was received. Someone who never receives must not make
-        # a fleet that launches and stops for years grow: then the oldest go, with what waits of them.
-        if not any(subscriber.backlog for subscriber in self._subscribers):
-            done, self._retired = self._retired, []
-        else:
-            done, self._retired = self._retired[:-RETIRED], self._retired[-RETIRED:]
-        for id in done:
-            self.reader.remove(id)
+
+    def vm_left(self, vm: str, number: int) -> None:
+        """None of its cores is there any more, and none comes: its name is needed until its exits were received."""
+        if number not in self._names:
+            return  # it came no further than that
+        if self._numbers.get(vm) == number:
+            del self._numbers[vm]
+        self._left.append(number)
+        waiting = [subscriber for subscriber in self._subscribers if subscriber.channel.waiting]
+        if waiting and len(self._left) <= RETIRED:
+            return
+        for subscriber in waiting:
+            subscriber.channel.drop()
+        for gone in self._left:
+            del self._names[gone]
+        self._left.clear()
 
     def vm_ended(self, vm: str) -> None:
         for subscriber in self._subscribers:
@@ -319,4 +381,5 @@ class Dispatcher:
         """No VM is left: every channel ends, those that are opened from now on included."""
         self._closed = True
         for subscriber in self._subscribers:
+            subscriber.channel.end()
             subscriber.end()

@@ -77,7 +77,7 @@ class FleetContext:
         self.bus_locks = resources.detection is not None
         self.quarantine = resources.quarantine
         self.cpu_cgroup = resources.cpu_cgroup
-        self.inbox = Inbox(self.post)
+        self.inbox = Inbox(resources.core)
         self.workers = Workers(backend.blocking)
         self.tenancy = Tenancy(spec, backend.now())
         self.records = Records(resources.recorder)
@@ -105,6 +105,7 @@ class FleetContext:
         if observed is not None:
             self.runner.observe(self.recording.write, observed)
         self._nursery.start_soon(self.dispatcher.run)
+        self._nursery.start_soon(self.inbox.run)
         self._nursery.start_soon(self.runner.run)
 
     async def close(self) -> None:
@@ -192,14 +193,17 @@ class FleetContext:
 
     def register(self, core: VcpuCore, guest: Instance, index: int) -> None:
         self._guests[core.id] = guest
-        self.dispatcher.reader.add(core.id, guest.name, index)
-        self.observer.add(core.id, self.controls[guest.name], guest, index)
+        vm = self.controls[guest.name]
+        self.dispatcher.register(core, vm.name, vm.launch, index)
+        self.inbox.add(core, guest.vcpus[index].engine, index, (vm.tenant, vm.name), (guest.ports, guest.mmio))
+        self.observer.add(core.id, vm, guest, index)
 
     def retire(self, cores: Iterable[VcpuCore]) -> None:
         cores = list(cores)
         self.dispatcher.retire(cores)
         for core in cores:
             self._guests.pop(core.id, None)
+            self.inbox.remove(core.id)
             self.observer.forget(core.id)
 
     def ended(self, vm: VmControl) -> Iterable[Callable[[VmControl], object]]:
@@ -209,6 +213,7 @@ class FleetContext:
         yield self.recording.profile
         if vm.guest is not None:  # else: a launch that failed may be tried again, and somebody waits for it
             yield lambda vm: self.dispatcher.vm_ended(vm.name)
+        yield lambda vm: self.dispatcher.vm_left(vm.name, vm.launch)
         if vm.stopping:
             yield VmControl.release
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal, Protocol, cast
 
+from ..backend import RunResult
 from ..host.control.caps import Caps
 from ..native.core import Command
 from .devices.assembly import Assembly
@@ -79,9 +80,8 @@ class Pausing:
         if not vcpu.pausing or settled:
             return None
         if asked is not None:
-            bus, request, since = asked
-            name, waits_for = bus.name, "a task"
-            address, size, write = request.address, request.size, request.write
+            name, waits_for = ("ports" if asked.bus == RunResult.IO else "mmio"), "a task"
+            address, size, write, since = asked.address, asked.size, asked.write, asked.since
         elif using is not None:
             access, since = vcpu.engine.access, self._began
             name, waits_for = "mmio" if using in self._run.mmio.claims() else "ports", type(using.handler).__name__

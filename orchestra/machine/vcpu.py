@@ -6,6 +6,7 @@ it. A worker thread drives it for engines that block, the fleet's thread for tho
 
 from __future__ import annotations
 
+import struct
 import threading
 from collections.abc import Callable, Generator
 from typing import Any, Final, Protocol
@@ -14,10 +15,9 @@ from ..backend import Engine, RunResult
 from ..model import exits
 from ..model.actions import Failed, Halted, Outcome, Shutdown, Stopped
 from ..native import ffi
-from ..native.core import Command
+from ..native.core import Command, Question
 from ..native.records import decode
 from .devices.bus import Bus, Claim, Device
-from .devices.requests import Request
 
 __all__ = ["RESETS", "Vcpu"]
 
@@ -39,6 +39,9 @@ SYSTEM_EVENTS: Final = {1: "shutdown", 2: "reset", 3: "crash"}
 TRIPLE_FAULT: Final = "triple fault"
 RESETS: Final = (TRIPLE_FAULT, f"system event: {SYSTEM_EVENTS[2]}")
 """Reasons of a `Shutdown` by which a guest asks to be reset, or for which a CPU would be."""
+_ACCESS: Final = struct.Struct("=4Q4I")
+"""The begin of `struct orc_access`, read at once: address, offset, claim, value, size, count, write, task."""
+_MASKS: Final = {size: (1 << 8 * size) - 1 for size in (1, 2, 4, 8)}
 _SHOWN: Final = ("rip", "rflags", "rsp", "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp")
 
 
@@ -90,8 +93,9 @@ class Vcpu:
 
     Attributes:
         pausing: set by the fleet's thread once it has commanded a pause.
-        using: what a device of the VM's answers just now, and asked: what a task does, since when. Whoever has
-            commanded a pause and then sees one of them knows that no guest code runs until the pause is taken back.
+        using: what a device of the VM's answers just now. Whoever has commanded a pause and then sees it knows that no
+            guest code runs until the pause is taken back.
+        asked: what a task is to answer, once somebody may want to know: the vCPU was commanded meanwhile.
     """
 
     def __init__(self, host: Host, index: int, engine: Engine) -> None:
@@ -101,7 +105,7 @@ class Vcpu:
         self.core = engine.core
         self.pausing = False
         self.using: Claim | None = None
-        self.asked: tuple[Bus, Request, int] | None = None
+        self.asked: Question | None = None
         self.final_registers: Any = None
         self._parked_for = self._quiesced_for = 0
         self._was_held = False
@@ -196,16 +200,18 @@ class Vcpu:
     def life(self) -> Generator[int, Any, Outcome]:
         """From the first entry to the end; returns how it ended.
 
-        Where `using` and `asked` are set, the kernel has an access to complete at the next entry; a pause that was
-        commanded by then has it do so and no more (`unfinished` in native/kvm.c).
+        Where `using` is set, and while a task is asked, the kernel has an access to complete at the next entry; a pause
+        that was commanded by then has it do so and no more (`unfinished` in native/kvm.c).
         """
-        host, access = self.host, self.engine.access
+        host, access, parts = self.host, self.engine.access, _ACCESS.unpack_from
+        fields = memoryview(ffi.buffer(access))
         io, mmio = RunResult.IO, RunResult.MMIO
         while True:
             why = yield RUN
             if why in (io, mmio):
                 bus = host.ports if why == io else host.mmio
-                claim = bus.claimed.get(access.claim)
+                asked = parts(fields)
+                claim = bus.claimed.get(asked[2])
                 if claim is None:
                     access.count = 0  # released since it was looked up: the core finds whoever is there now
                 elif claim.device is not None:
@@ -213,7 +219,7 @@ class Vcpu:
                     if self.pausing:  # looked at after `using` was set, as whoever pauses does it the other way round
                         self._say_parked()
                     try:
-                        self._use(claim, claim.device)
+                        self._use(claim, claim.device, asked)
                     except Exception as error:
                         direction = "write to" if access.write else "read of"
                         name = type(claim.handler).__name__
@@ -223,11 +229,11 @@ class Vcpu:
                     self.using = None
                     if self._was_held:
                         self._resumed()
-                else:
-                    yield from self._ask(bus, claim)
-                    self.asked = None
-                    if self._was_held:
-                        self._resumed()
+                else:  # of an engine that does not block
+                    self.core.ask(host.now())
+                    yield from self._answered()
+            elif why == RunResult.ASKED:
+                yield from self._answered()
             elif why == RunResult.COMMAND:
                 commands = self.core.commands()
                 if commands & Command.STOP:
@@ -244,62 +250,55 @@ class Vcpu:
             else:
                 return self._failed(self.engine.error())
 
-    def _use(self, claim: Claim, device: Device) -> None:
+    def _use(self, claim: Claim, device: Device, access: tuple[int, ...]) -> None:
         """Let a device answer a chunk of the guest's access: several elements, if it is of a string instruction."""
-        access = self.engine.access
-        data, offset, size, write = access.data, access.offset, access.size, access.write
+        _, offset, _, value, size, count, write, _ = access
+        raw = self.engine.access
         with claim.lock:
-            for start in range(0, size * access.count, size):
-                if not claim.live:  # also if the device itself released it, in the element before
-                    access.count = start // size
-                    return
-                if write:
-                    value = data[start] if size == 1 else int.from_bytes(ffi.buffer(data + start, size), "little")
-                    device.write(offset, size, value)
-                elif size == 1:
-                    data[start] = device.read(offset, 1) & 0xFF
-                else:
-                    value = device.read(offset, size) & (1 << 8 * size) - 1
-                    ffi.memmove(data + start, value.to_bytes(size, "little"), size)
+            if not claim.live:
+                raw.count = 0
+            elif count > 1:
+                self._use_many(claim, device, raw)
+            elif write:
+                device.write(offset, size, value)
+            else:
+                raw.value = device.read(offset, size) & _MASKS[size]
 
-    def _ask(self, bus: Bus, claim: Claim) -> Generator[int, Any, None]:
-        """Have a task answer, element by element; pauses and stops come through meanwhile.
+    def _use_many(self, claim: Claim, device: Device, access: Any) -> None:
+        data, offset, size, write = access.data, access.offset, access.size, access.write
+        for start in range(0, size * access.count, size):
+            if not claim.live:  # the device itself released it, in the element before
+                access.count = start // size
+                return
+            if write:
+                device.write(offset, size, int.from_bytes(ffi.buffer(data + start, size), "little"))
+            else:
+                value = device.read(offset, size) & _MASKS[size]
+                ffi.memmove(data + start, value.to_bytes(size, "little"), size)
+
+    def _answered(self) -> Generator[int, Any, None]:
+        """Until what a task is asked was settled; pauses and stops come through meanwhile.
 
         What it does not answer, as it is stopped or nobody is there any more, goes back to the core.
         """
-        host, access = self.host, self.engine.access
-        address, size, write = access.address, access.size, bool(access.write)
-        for index in range(access.count):
-            where = access.data + index * size
-            with claim.lock:
-                if not claim.live:
-                    access.count = index
-                    return
-                since = host.now()
-                data = bytes(ffi.buffer(where, size)) if write else b""
-                request = claim.handler.submit(self.index, address, size, write, data, self.engine.wake)  # type: ignore[union-attr]  # not a Device
-            assert isinstance(request, Request)
-            self.asked = bus, request, since
-            while not (request.answered or request.returned):
-                seen = self.core.wakes()
-                commands = self.core.commands()
-                if commands & Command.STOP:
-                    access.count = index
-                    return
-                if commands & Command.CALL:
-                    for call in host.commanded(self.index):
-                        call()
-                    continue
-                if commands & Command.PAUSE:
-                    self._say_parked()
-                if not (request.answered or request.returned):
-                    yield seen
-            if not request.answered and not claim.live:
-                access.count = index
-                return
-            if not write:  # by one who keeps the claim and answers no more, ones, or it would be asked for ever
-                value = request.value if request.answered else (1 << 8 * size) - 1
-                ffi.memmove(where, value.to_bytes(size, "little"), size)
+        self.asked = self.core.question()
+        while self.core.is_asking():
+            seen = self.core.wakes()
+            commands = self.core.commands()
+            if commands & Command.STOP:
+                break
+            if commands & Command.CALL:
+                for call in self.host.commanded(self.index):
+                    call()
+                continue
+            if commands & Command.PAUSE:
+                self._say_parked()
+            if self.core.is_asking():
+                yield seen
+        self.core.settled()
+        self.asked = None
+        if self._was_held:
+            self._resumed()
 
     def _park(self) -> Generator[int, Any, None]:
         while True:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
-from functools import partial
 from typing import Any
 
 import trio
@@ -251,7 +250,7 @@ class Vm:
             SpecError: no range given, or one that is taken.
         """
         control = self._control
-        requests = Requests(partial(control.house.inbox.put, (self.tenant, self.name)))
+        requests = Requests()
         control.claim(ports, mmio, requests)
         control.claims.add_requests(ports, mmio, requests)
         try:

@@ -58,13 +58,18 @@ static bool go_on(orc_vcpu *v, const struct orc_table *t)
 		return false;
 	}
 	v->access = (struct orc_access){.address = address, .offset = address - claim->start, .claim = claim->version,
-					.size = size, .count = count, .write = io->write, .data = data};
+					.size = size, .count = count, .write = io->write, .task = claim->task, .data = data};
 	if (claim->device && claim->device->answer(claim->device, v, &v->access)) {
 		advance(io, size, count);
 		return false;
 	}
 	if (count > ORC_CHUNK)
 		v->access.count = ORC_CHUNK;
+	if (count == 1)
+		memcpy(&v->access.value, data, size); /* the guest does not run: nobody else writes there */
+	io->value = v->access.value;
+	if (claim->task) /* which is asked for each element: who answers one may be another than who answers the next */
+		v->access.count = 1;
 	return true;
 }
 
@@ -77,6 +82,8 @@ bool orc_access_next(orc_vcpu *v)
 
 	if (!io->open)
 		return false;
+	if (v->access.count == 1 && !v->access.write && v->access.value != io->value)
+		memcpy(v->access.data, &v->access.value, v->access.size);
 	if (v->access.count)
 		advance(io, v->access.size, v->access.count); /* that was answered since */
 	v->access.count = 0;

@@ -9,7 +9,7 @@ typedef struct orc_bus orc_bus;
 typedef struct orc_device orc_device;
 enum { ORC_REASONS, ORC_LEVELS, ORC_METERS, ORC_BUS_LOCKS, ORC_EXITS, ORC_ANSWERS, ORC_TOLD_BUS_LOCK, ... };
 enum { ORC_STOP, ORC_PAUSE, ORC_CALL, ORC_HOLD, ORC_CAP, ... };
-enum orc_why { ORC_EXIT, ORC_IO, ORC_MMIO, ORC_COMMAND, ORC_ERROR, ORC_ANSWERED, ... };
+enum orc_why { ORC_EXIT, ORC_IO, ORC_MMIO, ORC_COMMAND, ORC_ERROR, ORC_ANSWERED, ORC_ASKED, ... };
 #define ORC_NEVER ...
 
 orc_bucket *orc_bucket_new(void);
@@ -41,6 +41,7 @@ struct orc_record {
 	uint16_t reason, flags;
 	uint8_t has_rip, data_size;
 	uint8_t data[32];
+	uint32_t vm, vcpu;
 	...;
 };
 orc_fleet *orc_fleet_new(void);
@@ -49,6 +50,24 @@ int orc_fleet_eventfd(const orc_fleet *);
 bool orc_fleet_sleep(orc_fleet *);
 size_t orc_fleet_drain(orc_fleet *, struct orc_record *out, size_t most);
 size_t orc_vcpu_drain(orc_vcpu *, struct orc_record *out, size_t most);
+#define ORC_EVERY_VM ...
+#define ORC_NO_VM ...
+typedef struct orc_channel orc_channel;
+struct orc_channel { uint64_t received, missed; uint32_t waiting, vm; ...; };
+orc_channel *orc_channel_new(orc_fleet *, uint64_t mask, uint32_t vm, uint32_t capacity, bool drop_oldest);
+void orc_channel_end(orc_channel *);
+void orc_channel_free(orc_channel *);
+size_t orc_fleet_deliver(orc_fleet *, orc_vcpu *, struct orc_record *scratch, size_t most);
+size_t orc_channel_take(orc_channel *, struct orc_record *out, size_t most);
+void orc_channel_drop(orc_channel *);
+enum orc_column {
+	ORC_COLUMN_TIME, ORC_COLUMN_RIP, ORC_COLUMN_HAS_RIP, ORC_COLUMN_WAIT, ORC_COLUMN_VM, ORC_COLUMN_VCPU,
+	ORC_COLUMN_KIND, ORC_COLUMN_BUS_LOCK, ORC_COLUMN_GUEST_MODE, ORC_COLUMN_SMM, ORC_COLUMN_ADDRESS, ORC_COLUMN_SIZE,
+	ORC_COLUMN_WRITE, ORC_COLUMN_ARGUMENTS, ORC_COLUMN_DATA_SIZE, ORC_COLUMN_DATA, ...
+};
+void orc_records_column(const struct orc_record *, size_t n, enum orc_column, void *out);
+size_t orc_records_vms(const struct orc_record *, size_t n, uint32_t *out);
+void orc_vcpu_name(orc_vcpu *, uint32_t vm, uint32_t vcpu);
 void orc_fleet_look(orc_fleet *);
 size_t orc_fleet_active(orc_fleet *, uint32_t *out, size_t most);
 void orc_fleet_limits_changed(orc_fleet *);
@@ -103,10 +122,10 @@ int orc_signal_install(void);
 int orc_signal_number(void);
 
 enum { ORC_CHUNK, ... };
-struct orc_access { uint64_t address, offset, claim; uint32_t size, count, write; uint8_t *data; };
+struct orc_access { uint64_t address, offset, claim, value; uint32_t size, count, write, task; uint8_t *data; };
 bool orc_device_answer(orc_device *, uint64_t offset, uint32_t size, uint32_t count, bool write, void *data);
 void orc_device_free(orc_device *);
-struct orc_claim { uint64_t start, last, version; orc_device *device; };
+struct orc_claim { uint64_t start, last, version; orc_device *device; bool task; };
 orc_bus *orc_bus_new(void);
 void orc_bus_free(orc_bus *);
 int orc_bus_replace(orc_bus *, const struct orc_claim *, size_t n);
@@ -118,6 +137,22 @@ struct orc_access *orc_vcpu_access(orc_vcpu *);
 bool orc_access_next(orc_vcpu *);
 enum orc_why orc_access_up(orc_vcpu *);
 void orc_access_abandon(orc_vcpu *);
+
+enum orc_asked { ORC_ASK_NONE, ORC_ASK_OPEN, ORC_ASK_ANSWERED, ORC_ASK_AGAIN, ORC_ASK_NOBODY, ... };
+struct orc_question {
+	uint64_t claim, address;
+	int64_t since;
+	uint32_t vcpu, number, bus, size, write;
+	uint8_t data[8];
+};
+void orc_ask(orc_vcpu *, int64_t now);
+void orc_ask_question(const orc_vcpu *, struct orc_question *out);
+bool orc_ask_open(const orc_vcpu *);
+void orc_ask_settled(orc_vcpu *);
+size_t orc_fleet_asked(orc_fleet *, struct orc_question *out, size_t most);
+int orc_fleet_asked_eventfd(const orc_fleet *);
+bool orc_fleet_asked_sleep(orc_fleet *);
+bool orc_vcpu_settle(orc_vcpu *, uint32_t number, enum orc_asked, const void *answer, size_t size);
 
 enum { ORC_CONSOLE_KEPT, ... };
 typedef struct orc_console orc_console;

@@ -43,14 +43,22 @@ struct orc_gate {
 	orc_vcpu *first;          /* those that wait, the last that came first */
 };
 
+/* Wakes the owner, but only if it sleeps. Whoever rings has pushed something before, as the owner sets `asleep` before it looks
+ * at the stacks. */
+struct orc_bell {
+	_Alignas(ORC_CACHE_LINE) _Atomic bool asleep;
+	int eventfd;
+};
+
 struct orc_fleet {
 	struct orc_stack ready;  /* vCPUs with records */
 	struct orc_stack active; /* vCPUs that accounted an exit since the last look */
 	struct orc_stack talking; /* vCPUs that wrote to a console which somebody follows */
 	struct orc_stack throttled; /* vCPUs that wait for a turn, or have since the limits changed */
-	_Alignas(ORC_CACHE_LINE) _Atomic bool asleep;
-	int eventfd;
-	struct orc_link *draining, *activating, *hearing; /* owner: taken from the stacks, not yet looked at */
+	struct orc_stack asking;    /* vCPUs that asked a task */
+	struct orc_bell told;  /* rung when there are records or output of a console */
+	struct orc_bell asked; /* rung when there are questions */
+	struct orc_link *draining, *activating, *hearing, *answering; /* owner: taken from the stacks, not yet looked at */
 	uint32_t dead; /* owner: vCPUs that were freed and are still on a list */
 	_Atomic uint32_t vcpus; /* that were not freed; any thread makes them */
 	/* Somebody waits for a vCPU to come out: emulated guests make way, until then at most. */
@@ -58,6 +66,7 @@ struct orc_fleet {
 	_Atomic uint32_t making_way; /* how many do */
 	_Atomic orc_ns urgent_until;
 	struct orc_gate gate;
+	orc_channel *channels; /* owner */
 	struct orc_capper *capper; /* owner; NULL until the first cap */
 	orc_budget *budget;        /* the host's, if it is shared; NULL: it is not */
 };
@@ -77,7 +86,15 @@ struct orc_io {
 	orc_u64 address;
 	uint32_t size, count;
 	uint32_t done, byte; /* elements that are answered, and bytes of the next one */
+	orc_u64 value;       /* v->access.value, as it was handed out */
 	uint8_t *data;
+};
+
+/* What a vCPU asks a task: ask.c. */
+struct orc_ask {
+	_Atomic orc_u64 word; /* number of the question, and enum orc_asked */
+	struct orc_question question; /* the runner's; the owner's while it is open */
+	uint8_t answer[8];            /* the owner's while it is open */
 };
 
 /* How long it has waited for turns, and since when it does now. */
@@ -89,8 +106,8 @@ struct orc_wait {
 
 struct orc_vcpu {
 	orc_fleet *fleet;
-	uint32_t id;
-	struct orc_link ready, active, talking, throttled;
+	uint32_t id, vm, number; /* the latter two as records have them */
+	struct orc_link ready, active, talking, throttled, asking;
 	struct orc_ring ring;
 	bool dead; /* owner */
 	struct orc_cap *cap; /* owner; NULL: it has none */
@@ -106,6 +123,7 @@ struct orc_vcpu {
 	_Alignas(ORC_CACHE_LINE) orc_bucket *bucket[ORC_METERS][ORC_LEVELS];
 	struct orc_ticket ticket[ORC_METERS][ORC_LEVELS];
 	bool charged[ORC_METERS];
+	orc_ns accounted;  /* when it accounted an exit last, in this run of the engine; 0: not yet */
 	uint32_t accesses; /* of the exit that is accounted next: orc_vcpu_weigh */
 	bool wait_counted;
 	bool waiting; /* a ticket is out whose turn had not come */
@@ -125,6 +143,7 @@ struct orc_vcpu {
 	struct orc_reader on_ports, on_mmio;
 	struct orc_io io;
 	struct orc_access access;
+	struct orc_ask ask;
 	struct orc_record record;
 
 	/* Sampling of bus locks. */
@@ -152,7 +171,8 @@ static inline bool orc_is_listed(orc_vcpu *v)
 	return atomic_load_explicit(&v->ready.queued, memory_order_acquire) ||
 	       atomic_load_explicit(&v->active.queued, memory_order_acquire) ||
 	       atomic_load_explicit(&v->talking.queued, memory_order_acquire) ||
-	       atomic_load_explicit(&v->throttled.queued, memory_order_acquire);
+	       atomic_load_explicit(&v->throttled.queued, memory_order_acquire) ||
+	       atomic_load_explicit(&v->asking.queued, memory_order_acquire);
 }
 
 static inline void orc_count(_Atomic orc_u64 *counter, orc_u64 n)
@@ -160,16 +180,20 @@ static inline void orc_count(_Atomic orc_u64 *counter, orc_u64 n)
 	atomic_store_explicit(counter, atomic_load_explicit(counter, memory_order_relaxed) + n, memory_order_relaxed);
 }
 
-/* Whether somebody listens to exits of that reason and flags. */
+/* Whether exits of that reason and flags are among those of a mask. */
+static inline bool orc_mask_has(orc_u64 mask, unsigned reason, unsigned flags)
+{
+	if (flags & KVM_RUN_X86_BUS_LOCK && mask & (1ull << ORC_TOLD_BUS_LOCK))
+		return true;
+	return mask & (1ull << (reason < ORC_REASONS - 1 ? reason : ORC_REASONS - 2));
+}
+
+/* Whether somebody listens to them. */
 static inline bool orc_tells(const orc_vcpu *v, unsigned reason, unsigned flags)
 {
 	orc_u64 told = atomic_load_explicit(&((orc_vcpu *)v)->told, memory_order_acquire);
 
-	if (!told)
-		return false;
-	if (flags & KVM_RUN_X86_BUS_LOCK && told & (1ull << ORC_TOLD_BUS_LOCK))
-		return true;
-	return told & (1ull << (reason < ORC_REASONS - 1 ? reason : ORC_REASONS - 2));
+	return told && orc_mask_has(told, reason, flags);
 }
 
 /* How a backend's vCPU is asked where it is, on the runner's thread at an exit. */
@@ -212,12 +236,18 @@ int orc_signal_send(int thread); /* one of this process; 0 or a negative errno *
 /* As orc_vcpu_account. `tells`: what orc_tells said of this exit, asked once and before it was described: a subscription that
  * comes in between would otherwise have a record told that describes another exit. */
 orc_ns orc_account(orc_vcpu *, struct orc_record *, orc_ns now, bool tells);
-/* Runner: back from Python, and up to it with an access to answer (ORC_IO, ORC_MMIO; all else just goes). */
-void orc_back(orc_vcpu *);
-enum orc_why orc_up(orc_vcpu *, enum orc_why);
+/* Runner: a run of an engine, from Python and back to it. `guest` enters the guest until something is to be decided. What a task
+ * answers is asked and waited for here. */
+enum orc_why orc_run(orc_vcpu *, enum orc_why (*guest)(orc_vcpu *));
+/* Runner: waits for the answer. False: there is a command, and the question stays open. */
+bool orc_ask_wait(orc_vcpu *);
+/* Owner: the question that it has open, if it has. */
+bool orc_ask_take(orc_vcpu *, struct orc_question *out);
+void orc_bell_ring(struct orc_bell *);
 /* Runner: before it goes to Python to have an access answered, in its turn; and when it is back in C. */
 void orc_gate_enter(orc_vcpu *);
-void orc_gate_leave(orc_vcpu *); /* nothing if it did not enter */
+orc_ns orc_gate_leave(orc_vcpu *); /* when; nothing, and 0, if it did not enter */
+void orc_futex_wait(_Atomic uint32_t *word, uint32_t seen);
 /* Until the word is not `seen` any more, or an absolute time; or sooner: the caller looks. */
 void orc_futex_wait_until(_Atomic uint32_t *word, uint32_t seen, orc_ns until);
 

@@ -11,7 +11,7 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from enum import IntFlag
+from enum import IntEnum, IntFlag
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,6 +22,7 @@ from ..model.spec import Limit, Meter
 from . import ffi, lib
 
 if TYPE_CHECKING:
+    from .channels import Channel
     from .shared import SharedBucket, SharedBuckets
 
 __all__ = [
@@ -31,7 +32,9 @@ __all__ = [
     "Command",
     "Counters",
     "FleetCore",
+    "Question",
     "Sampled",
+    "Settled",
     "VcpuCore",
     "install_signal",
     "monotonic_ns",
@@ -163,9 +166,10 @@ class FleetCore:
                 ffi.errno, f"eventfd: {os.strerror(ffi.errno)}: raise the limit on open files (ulimit -n)"
             )
         self.eventfd = int(lib.orc_fleet_eventfd(self.handle))
+        self.asked_eventfd = int(lib.orc_fleet_asked_eventfd(self.handle))
+        self._questions = ffi.new("struct orc_question[]", self.BATCH)
         self._records = ffi.new("struct orc_record[]", self.BATCH)
-        self._buffer = memoryview(ffi.buffer(self._records))
-        self._record_size = int(ffi.sizeof("struct orc_record"))
+        self.channels: set[Channel] = set()  # those that were not ended: the core has their addresses
         self._ids = ffi.new("uint32_t[]", self.BATCH)
         self.sites: Any = ffi.new("struct orc_site[]", int(lib.ORC_SITES))
         self.sums: Any = ffi.new("struct orc_sums *")
@@ -177,20 +181,26 @@ class FleetCore:
         buckets.share_with(self.handle)
         self.shared = buckets
 
-    def drain(self, core: VcpuCore | None = None, *, most: int = BATCH) -> memoryview:
-        """The next batch of records, raw `struct orc_record`; empty if there are none. Valid until the next call.
+    def deliver(self, core: VcpuCore | None = None, *, most: int = BATCH) -> int:
+        """Take the next records out of the rings, to all channels that want them: how many there were, up to `most`.
 
-        `core`: only its, whoever else has some; in the order in which it told them. `most`: so many at most.
+        `core`: only its, whoever else has some; in the order in which it told them.
         """
-        if core is None:
-            count = lib.orc_fleet_drain(self.handle, self._records, most)
-        else:
-            count = lib.orc_vcpu_drain(core.handle, self._records, most)
-        return self._buffer[: count * self._record_size]
+        vcpu = ffi.NULL if core is None else core.handle
+        return int(lib.orc_fleet_deliver(self.handle, vcpu, self._records, most))
 
     def may_sleep(self) -> bool:
         """Before waiting for `eventfd`: False if records came meanwhile."""
         return bool(lib.orc_fleet_sleep(self.handle))
+
+    def asked(self, most: int = BATCH) -> list[Question]:
+        """What vCPUs ask and nobody has taken yet, up to `most`."""
+        questions = self._questions
+        return [Question(questions[index]) for index in range(lib.orc_fleet_asked(self.handle, questions, most))]
+
+    def may_sleep_unasked(self) -> bool:
+        """Before waiting for `asked_eventfd`: False if questions came meanwhile."""
+        return bool(lib.orc_fleet_asked_sleep(self.handle))
 
     def active(self) -> list[int]:
         """Ids of the vCPUs that accounted an exit since the last call, and before this one."""
@@ -219,11 +229,35 @@ class FleetCore:
             lib.orc_fleet_urgent(self.handle, False)
 
     def close(self) -> None:
+        for channel in list(self.channels):
+            channel.end()
         lib.orc_fleet_free(self.handle)
         self.handle = ffi.NULL
         if self.shared is not None:
             self.shared.leave()
             self.shared = None
+
+
+class Question:
+    """An access that a task is to answer: `struct orc_question`. `vcpu`: the core's id; `number`: of the question."""
+
+    __slots__ = ("address", "bus", "claim", "data", "number", "since", "size", "vcpu", "write")
+
+    def __init__(self, raw: Any) -> None:
+        self.claim, self.address, self.since = raw.claim, raw.address, raw.since
+        self.vcpu, self.number, self.bus, self.size = raw.vcpu, raw.number, raw.bus, raw.size
+        self.write = raw.write != 0
+        self.data = bytes(ffi.buffer(raw.data, self.size)) if self.write else b""
+
+
+class Settled(IntEnum):
+    """What becomes of a question: `enum orc_asked`."""
+
+    ANSWERED = int(lib.ORC_ASK_ANSWERED)
+    AGAIN = int(lib.ORC_ASK_AGAIN)
+    """Who claimed the address is gone: the core looks who is there now."""
+    NOBODY = int(lib.ORC_ASK_NOBODY)
+    """Who claimed it is there and answers no more: ones."""
 
 
 @attrs.frozen
@@ -294,6 +328,10 @@ class VcpuCore:
         handles = [ffi.NULL if bucket is None else bucket.handle for bucket in buckets]
         lib.orc_vcpu_set_buckets(self.handle, ffi.new("orc_bucket *[]", handles))
 
+    def set_name(self, vm: int, vcpu: int) -> None:
+        """Before it runs: the numbers of its VM and of itself, for its records."""
+        lib.orc_vcpu_name(self.handle, vm, vcpu)
+
     def set_buses(self, ports: Any, mmio: Any) -> None:
         """Before it runs: the core's tables of who answers its accesses (``orc_bus *``). On none, nobody does."""
         self._buses = (ports, mmio)  # they must outlive it
@@ -346,6 +384,31 @@ class VcpuCore:
                 return False
             lib.orc_vcpu_wake(self.handle)
             return True
+
+    def ask(self, now: int) -> None:
+        """Have a task asked for the access at hand, as engines that block do by themselves. Runner."""
+        lib.orc_ask(self.handle, now)
+
+    def question(self) -> Question:
+        """What was asked last. Runner."""
+        question = ffi.new("struct orc_question *")
+        lib.orc_ask_question(self.handle, question)
+        return Question(question)
+
+    def is_asking(self) -> bool:
+        """That is not settled yet. Runner."""
+        return bool(lib.orc_ask_open(self.handle))
+
+    def settled(self) -> None:
+        """Take what came of it to the access at hand, or withdraw it. Runner."""
+        lib.orc_ask_settled(self.handle)
+
+    def settle(self, number: int, how: int, answer: bytes = b"") -> bool:
+        """Settle its question of that number and wake it. False: it is not open any more, or the core is closed. Any
+        time, fleet's thread."""
+        if self.handle == ffi.NULL:
+            return False
+        return bool(lib.orc_vcpu_settle(self.handle, number, how, answer, len(answer)))
 
     def unbind(self) -> None:
         """The runner has ended: let go of what an engine bound to it, which may then be unmapped, closed and freed.

@@ -85,14 +85,14 @@ static orc_ns had(const struct orc_gate *g, orc_vcpu *v, orc_ns now)
 }
 
 /* It holds the gate from now on. */
-static void admit(struct orc_gate *g, orc_vcpu *v)
+static void admit(struct orc_gate *g, orc_vcpu *v, orc_ns now)
 {
 	struct orc_share *tenant = share(v, ORC_TENANT);
 
 	v->gated = true;
 	if (v->gate_watched)
 		v->gate_cpu = cpu_time();
-	v->gate_entered = orc_now();
+	v->gate_entered = now;
 	atomic_store_explicit(&g->since, v->gate_entered, memory_order_relaxed);
 	advance(&g->now, used(tenant));
 	if (tenant)
@@ -170,7 +170,8 @@ void orc_gate_enter(orc_vcpu *v)
 
 	arrive(g, v);
 	if (take(g, NULL, v)) {
-		admit(g, v);
+		/* An exit that comes straight here was accounted a moment ago: reading the clock is no small part of an answer. */
+		admit(g, v, v->accounted ? v->accounted : orc_now());
 		return;
 	}
 	pthread_mutex_lock(&g->lock);
@@ -182,17 +183,17 @@ void orc_gate_enter(orc_vcpu *v)
 	held = wait_in_line(g, v);
 	pthread_mutex_unlock(&g->lock);
 	if (held)
-		admit(g, v);
+		admit(g, v, orc_now());
 }
 
-void orc_gate_leave(orc_vcpu *v)
+orc_ns orc_gate_leave(orc_vcpu *v)
 {
 	struct orc_gate *g = &v->fleet->gate;
 	orc_vcpu *holder = v, *next;
 	orc_ns now, time;
 
 	if (!v->gated)
-		return;
+		return 0;
 	v->gated = false;
 	now = orc_now();
 	time = had(g, v, now);
@@ -204,10 +205,10 @@ void orc_gate_leave(orc_vcpu *v)
 	}
 	if (!atomic_load_explicit(&g->waiting, memory_order_seq_cst)) {
 		if (!take(g, v, NULL)) /* it was passed: the gate is another's */
-			return;
+			return now;
 		/* seq_cst: either who has just come to wait finds the gate free, or it is seen here. */
 		if (!atomic_load_explicit(&g->waiting, memory_order_seq_cst))
-			return;
+			return now;
 		holder = NULL;
 	}
 	pthread_mutex_lock(&g->lock);
@@ -219,4 +220,5 @@ void orc_gate_leave(orc_vcpu *v)
 		orc_vcpu_wake(next); /* by the lock: it can't be gone before */
 	}
 	pthread_mutex_unlock(&g->lock);
+	return now;
 }

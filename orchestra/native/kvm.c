@@ -268,6 +268,5 @@ static enum orc_why run_guest(orc_vcpu *v)
 
 enum orc_why orc_kvm_run(orc_vcpu *v)
 {
-	orc_back(v);
-	return orc_up(v, run_guest(v));
+	return orc_run(v, run_guest);
 }

@@ -117,6 +117,7 @@ enum orc_why {
 	ORC_COMMAND = 3,  /* commands are pending */
 	ORC_ERROR = 4,    /* KVM_RUN failed: orc_vcpu_errno */
 	ORC_ANSWERED = 5, /* of an access: it needs Python no more. No run returns with it */
+	ORC_ASKED = 6,    /* commands are pending while a task is asked: orc_ask_question */
 };
 
 /* ---- bucket.c ------------------------------------------------------------------------------------------------- */
@@ -198,7 +199,9 @@ struct orc_record {
 	uint8_t has_rip;
 	uint8_t data_size;
 	uint8_t data[32];
-	uint8_t pad[22];
+	uint8_t pad[2];
+	uint32_t vm, vcpu; /* whose it is, as orc_vcpu_name has it */
+	uint8_t padding[12];
 };
 _Static_assert(sizeof(struct orc_record) == 2 * ORC_CACHE_LINE, "a record is two cache lines");
 
@@ -211,6 +214,43 @@ bool orc_fleet_sleep(orc_fleet *);
 size_t orc_fleet_drain(orc_fleet *, struct orc_record *out, size_t most);
 /* The same of one vCPU, whoever else has some. */
 size_t orc_vcpu_drain(orc_vcpu *, struct orc_record *out, size_t most);
+/* ---- channel.c: what a subscriber has yet to receive. The owner's, all of it. */
+
+#define ORC_EVERY_VM UINT32_MAX
+#define ORC_NO_VM (UINT32_MAX - 1)
+typedef struct orc_channel orc_channel;
+struct orc_channel {
+	orc_u64 received, missed; /* came to it; of these, dropped as it was full */
+	uint32_t waiting;         /* in it now */
+	uint32_t vm;              /* whose exits: ORC_EVERY_VM, ORC_NO_VM or a number of orc_vcpu_name; may be changed */
+	orc_u64 mask;             /* of which kinds: as orc_vcpu_tell */
+	uint32_t capacity, first;
+	bool drop_oldest; /* when it is full; else the newest */
+	struct orc_record *records;
+	orc_fleet *fleet;
+	orc_channel *next;
+};
+/* Of a fleet, or of none: then nothing comes to it. */
+orc_channel *orc_channel_new(orc_fleet *, orc_u64 mask, uint32_t vm, uint32_t capacity, bool drop_oldest); /* NULL with errno */
+void orc_channel_end(orc_channel *);  /* nothing comes to it any more; what is in it can be taken. May be called again */
+void orc_channel_free(orc_channel *); /* after orc_channel_end; the fleet may be gone */
+/* Takes up to `most` records out of the rings (of one vCPU, if it is not NULL) to all channels that want them: how many were
+ * taken. `scratch` has room for as many. */
+size_t orc_fleet_deliver(orc_fleet *, orc_vcpu *, struct orc_record *scratch, size_t most);
+size_t orc_channel_take(orc_channel *, struct orc_record *out, size_t most); /* the oldest */
+void orc_channel_drop(orc_channel *); /* what waits counts as missed */
+
+/* One field of many records as an array. Where the kind has no such field: the argument in its place, 0 for the others. */
+enum orc_column {
+	ORC_COLUMN_TIME, ORC_COLUMN_RIP, ORC_COLUMN_HAS_RIP, ORC_COLUMN_WAIT, ORC_COLUMN_VM, ORC_COLUMN_VCPU,
+	ORC_COLUMN_KIND, ORC_COLUMN_BUS_LOCK, ORC_COLUMN_GUEST_MODE, ORC_COLUMN_SMM, ORC_COLUMN_ADDRESS, ORC_COLUMN_SIZE,
+	ORC_COLUMN_WRITE, ORC_COLUMN_ARGUMENTS, ORC_COLUMN_DATA_SIZE, ORC_COLUMN_DATA,
+};
+void orc_records_column(const struct orc_record *, size_t n, enum orc_column, void *out);
+size_t orc_records_vms(const struct orc_record *, size_t n, uint32_t *out /* room for n */); /* each once */
+
+/* ---- ring.c: who did something */
+
 /* Begins a look at who did something, once the last one's are taken: vCPUs that accounted an exit since. */
 void orc_fleet_look(orc_fleet *);
 /* Takes up to `most` of their ids; 0: there are no more. */
@@ -234,6 +274,7 @@ void orc_vcpu_free(orc_vcpu *);
 /* Before the runner starts: one of its buckets, or all, by meter and then by level. */
 void orc_vcpu_set_bucket(orc_vcpu *, int meter, int level, orc_bucket *);
 void orc_vcpu_set_buckets(orc_vcpu *, orc_bucket *const buckets[ORC_METERS * ORC_LEVELS]);
+void orc_vcpu_name(orc_vcpu *, uint32_t vm, uint32_t vcpu); /* before the runner starts: what its records say whose they are */
 /* Which reasons go to the ring, a bit each. 0, or a negative errno: no memory for the ring. */
 int orc_vcpu_tell(orc_vcpu *, orc_u64 mask);
 void orc_vcpu_hold(orc_vcpu *);          /* sets ORC_HOLD, before there is a runner to kick */
@@ -339,7 +380,9 @@ int orc_signal_number(void);
 struct orc_access {
 	orc_u64 address, offset; /* the latter from the claim's start */
 	orc_u64 claim;           /* its version */
+	orc_u64 value;           /* of one element: what is at `data`. Of a read it may be set instead of that */
 	uint32_t size, count, write;
+	uint32_t task; /* a task is to answer, and there is one element: orc_ask */
 	uint8_t *data;
 };
 /* Elements of a string instruction that Python answers before it gives up the interpreter lock and sees commands: a device
@@ -363,6 +406,7 @@ struct orc_claim {
 	orc_u64 start, last; /* first and last address */
 	orc_u64 version;     /* not 0, and no two claims have the same */
 	orc_device *device;  /* NULL: Python answers */
+	bool task;           /* Python's answer comes from a task, which the vCPU waits for without the interpreter */
 };
 typedef struct orc_bus orc_bus;
 orc_bus *orc_bus_new(void);
@@ -391,6 +435,35 @@ bool orc_access_next(orc_vcpu *);
 /* The one place where an access goes up to Python: orc_vcpu_access, `count` elements. */
 enum orc_why orc_access_up(orc_vcpu *);
 void orc_access_abandon(orc_vcpu *); /* nobody answers what is left of it: ones */
+
+/* ---- ask.c ---------------------------------------------------------------------------------------------------- */
+
+/* What becomes of a question. */
+enum orc_asked {
+	ORC_ASK_NONE = 0,
+	ORC_ASK_OPEN = 1,
+	ORC_ASK_ANSWERED = 2,
+	ORC_ASK_AGAIN = 3,  /* who claimed the address is gone: the core looks who is there now */
+	ORC_ASK_NOBODY = 4, /* who claimed it is there and answers no more: ones */
+};
+struct orc_question {
+	orc_u64 claim, address; /* the former its version */
+	orc_ns since;
+	uint32_t vcpu, number, bus, size, write; /* id of the vCPU; the question's number; ORC_IO or ORC_MMIO */
+	uint8_t data[8];                         /* what is written */
+};
+/* Runner: has a task asked for v->access, and rings for the owner. Engines that block do this within their run. */
+void orc_ask(orc_vcpu *, orc_ns now);
+void orc_ask_question(const orc_vcpu *, struct orc_question *out); /* the last one */
+bool orc_ask_open(const orc_vcpu *);
+/* Runner: takes what came of it, or withdraws it if it is open: v->access and its `count` say what was answered. */
+void orc_ask_settled(orc_vcpu *);
+/* Owner: takes up to `most` questions that are open. */
+size_t orc_fleet_asked(orc_fleet *, struct orc_question *out, size_t most);
+int orc_fleet_asked_eventfd(const orc_fleet *);
+bool orc_fleet_asked_sleep(orc_fleet *); /* as orc_fleet_sleep */
+/* Owner: settles a question, if it is open still, and wakes the runner. */
+bool orc_vcpu_settle(orc_vcpu *, uint32_t number, enum orc_asked, const void *answer, size_t size);
 
 /* ---- console.c, ports.c, interrupts.c, uart.c: devices --------------------------------------------------------- */
 

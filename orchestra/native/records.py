@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, Final, TypeAlias
 
 from ..model import exits
@@ -11,20 +12,19 @@ from . import ffi, lib
 from .core import REASON_NUMBERS
 
 __all__ = [
+    "KINDS",
     "RECORD_SIZE",
     "TELL_BUS_LOCK",
     "Fields",
-    "RecordReader",
     "build",
     "decode",
+    "decode_all",
     "told_mask",
     "unpack",
-    "wants",
 ]
 
-# time rip wait arg[5] id reason flags has_rip data_size data[32]; a test compares it with the C struct's offsets.
-_LAYOUT: Final = struct.Struct("=8QI2H2B32s22x")
-_HEAD: Final = struct.Struct("=64xI2H56x")  # of it: id, reason, flags
+# time rip wait arg[5] id reason flags has_rip data_size data[32] vm vcpu; a test compares it with the C struct.
+_LAYOUT: Final = struct.Struct("=8QI2H2B32s2x2I12x")
 RECORD_SIZE: Final = _LAYOUT.size
 assert ffi.sizeof("struct orc_record") == RECORD_SIZE
 
@@ -37,6 +37,8 @@ TELL_BUS_LOCK: Final = 1 << int(lib.ORC_TOLD_BUS_LOCK)
 
 Fields: TypeAlias = tuple[Any, ...]
 """A record as `_LAYOUT` unpacks it."""
+VM_FIELD, VCPU_FIELD = 14, 15
+"""Where in it the numbers of the VM and of the vCPU are."""
 Decoder: TypeAlias = Callable[[Any, tuple[int, int, int, int, int], bytes], exits.Exit]
 
 # From (the common fields, arg[5], data) to the object, by reason: the order that describe() in kvm.c writes.
@@ -72,6 +74,10 @@ _BY_NUMBER: Final = {REASON_NUMBERS[name]: decoder for name, decoder in _DECODER
 _KINDS: Final[dict[str, type[exits.Exit]]] = {
     kind.kernel_name: kind for kind in vars(exits).values() if isinstance(kind, type) and issubclass(kind, exits.Exit)
 }
+KINDS: Final[Mapping[int, type[exits.Exit]]] = MappingProxyType(
+    {REASON_NUMBERS[name]: _KINDS[name] for name in _DECODERS}
+)
+"""The kernel's number of an exit reason → its type. What is not here is an `OtherExit`."""
 
 
 def told_mask(kinds: tuple[type[exits.Exit], ...]) -> int:
@@ -89,13 +95,6 @@ def told_mask(kinds: tuple[type[exits.Exit], ...]) -> int:
     return mask
 
 
-def wants(mask: int, reason: int, flags: int) -> bool:
-    """Whether a subscriber with that `told_mask` wants an exit: `orc_tells` of the core."""
-    if flags & BUS_LOCK and mask & TELL_BUS_LOCK:
-        return True
-    return mask >> (reason if reason < OTHER_REASON else OTHER_REASON - 1) & 1 != 0
-
-
 def unpack(record: Any) -> Fields:
     """The fields of one `struct orc_record *`, for `decode`."""
     return _LAYOUT.unpack(ffi.buffer(record, _LAYOUT.size))
@@ -103,7 +102,7 @@ def unpack(record: Any) -> Fields:
 
 def decode(fields: Fields, vm: str, vcpu: int) -> exits.Exit:
     """One record's fields as an exit of the named vCPU."""
-    time, rip, wait, a0, a1, a2, a3, a4, _, reason, flags, has_rip, size, data = fields
+    time, rip, wait, a0, a1, a2, a3, a4, _, reason, flags, has_rip, size, data, _, _ = fields
     common = (
         vm,
         vcpu,
@@ -120,37 +119,9 @@ def decode(fields: Fields, vm: str, vcpu: int) -> exits.Exit:
     return decoder(common, (a0, a1, a2, a3, a4), data[:size])
 
 
-class RecordReader:
-    """Takes drained batches apart and decodes records, given who the vCPU ids belong to."""
-
-    def __init__(self) -> None:
-        self._names: dict[int, tuple[str, int]] = {}
-
-    def add(self, id: int, vm: str, vcpu: int) -> None:
-        self._names[id] = (vm, vcpu)
-
-    def remove(self, id: int) -> None:
-        self._names.pop(id, None)
-
-    def split(self, batch: memoryview) -> Iterator[tuple[bytes, str, int, int]]:
-        """Each record's bytes, with its VM, reason and flags: what it takes to see who wants it.
-
-        Bytes and not objects are what waits in channels: tens of thousands of objects that come and go keep Python's
-        garbage collector at work, whose pauses are longer than a ring lasts.
-        """
-        records, names = bytes(batch), self._names
-        start = 0
-        for id, reason, flags in _HEAD.iter_unpack(records):
-            name = names.get(id)
-            if name is not None:
-                yield records[start : start + RECORD_SIZE], name[0], reason, flags
-            start += RECORD_SIZE
-
-    def decode(self, record: bytes) -> exits.Exit | None:
-        """A record's exit; None if its vCPU was removed."""
-        fields = _LAYOUT.unpack(record)
-        name = self._names.get(fields[8])
-        return None if name is None else decode(fields, *name)
+def decode_all(records: bytes, names: Mapping[int, str]) -> list[exits.Exit]:
+    """Records in a row as exits, given the names of VMs by the numbers in the records."""
+    return [decode(fields, names[fields[VM_FIELD]], fields[VCPU_FIELD]) for fields in _LAYOUT.iter_unpack(records)]
 
 
 def build(

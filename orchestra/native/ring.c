@@ -15,9 +15,15 @@ orc_fleet *orc_fleet_new(void)
 		return NULL;
 	}
 	memset(f, 0, sizeof *f);
-	f->eventfd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-	if (f->eventfd < 0) {
+	f->told.eventfd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	f->asked.eventfd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	if (f->told.eventfd < 0 || f->asked.eventfd < 0) {
+		int error = errno;
+
+		if (f->told.eventfd >= 0)
+			close(f->told.eventfd);
 		free(f);
+		errno = error;
 		return NULL;
 	}
 	pthread_mutex_init(&f->gate.lock, NULL);
@@ -27,7 +33,12 @@ orc_fleet *orc_fleet_new(void)
 
 int orc_fleet_eventfd(const orc_fleet *f)
 {
-	return f->eventfd;
+	return f->told.eventfd;
+}
+
+int orc_fleet_asked_eventfd(const orc_fleet *f)
+{
+	return f->asked.eventfd;
 }
 
 void orc_push(struct orc_stack *s, struct orc_link *link)
@@ -66,15 +77,29 @@ static struct orc_link *take(struct orc_link **taken)
 	return link;
 }
 
-/* Something was pushed: before `asleep` is read, as the owner sets `asleep` before it looks at the stacks. */
-static void wake_owner(orc_fleet *f)
+void orc_bell_ring(struct orc_bell *b)
 {
 	uint64_t one = 1;
 
-	if (atomic_load_explicit(&f->asleep, memory_order_seq_cst) &&
-	    atomic_exchange_explicit(&f->asleep, false, memory_order_acq_rel))
-		while (write(f->eventfd, &one, sizeof one) < 0 && errno == EINTR)
+	if (atomic_load_explicit(&b->asleep, memory_order_seq_cst) &&
+	    atomic_exchange_explicit(&b->asleep, false, memory_order_acq_rel))
+		while (write(b->eventfd, &one, sizeof one) < 0 && errno == EINTR)
 			;
+}
+
+/* The owner, before it looks at the stacks for the last time. */
+static void listen_for(struct orc_bell *b)
+{
+	uint64_t count;
+
+	while (read(b->eventfd, &count, sizeof count) < 0 && errno == EINTR)
+		;
+	atomic_store_explicit(&b->asleep, true, memory_order_seq_cst);
+}
+
+static bool is_empty(struct orc_stack *s, const struct orc_link *taken)
+{
+	return !taken && !atomic_load_explicit(&s->top, memory_order_seq_cst);
 }
 
 /* Whether that vCPU was freed while it was on a list; its memory goes with its last link. */
@@ -105,26 +130,30 @@ void orc_ring_put(orc_vcpu *v, const struct orc_record *record)
 	 * `queued` before it reads head. One of the two sees the other. */
 	atomic_store_explicit(&r->head, head + 1, memory_order_seq_cst);
 	orc_push(&f->ready, &v->ready);
-	wake_owner(f);
+	orc_bell_ring(&f->told);
 }
 
 void orc_talk(orc_vcpu *v)
 {
 	orc_push(&v->fleet->talking, &v->talking);
-	wake_owner(v->fleet);
+	orc_bell_ring(&v->fleet->told);
 }
 
 bool orc_fleet_sleep(orc_fleet *f)
 {
-	uint64_t count;
-
-	while (read(f->eventfd, &count, sizeof count) < 0 && errno == EINTR)
-		;
-	atomic_store_explicit(&f->asleep, true, memory_order_seq_cst);
-	if (!f->draining && !atomic_load_explicit(&f->ready.top, memory_order_seq_cst) && !f->hearing &&
-	    !atomic_load_explicit(&f->talking.top, memory_order_seq_cst))
+	listen_for(&f->told);
+	if (is_empty(&f->ready, f->draining) && is_empty(&f->talking, f->hearing))
 		return true;
-	atomic_store_explicit(&f->asleep, false, memory_order_relaxed);
+	atomic_store_explicit(&f->told.asleep, false, memory_order_relaxed);
+	return false;
+}
+
+bool orc_fleet_asked_sleep(orc_fleet *f)
+{
+	listen_for(&f->asked);
+	if (is_empty(&f->asking, f->answering))
+		return true;
+	atomic_store_explicit(&f->asked.asleep, false, memory_order_relaxed);
 	return false;
 }
 
@@ -205,6 +234,21 @@ size_t orc_fleet_talking(orc_fleet *f, uint32_t *out, size_t most)
 	return n;
 }
 
+size_t orc_fleet_asked(orc_fleet *f, struct orc_question *out, size_t most)
+{
+	struct orc_link *link;
+	size_t n = 0;
+
+	gather(&f->asking, &f->answering);
+	while (n < most && (link = take(&f->answering))) {
+		orc_vcpu *v = ORC_CONTAINER(link, orc_vcpu, asking);
+
+		if (!is_dead(v) && orc_ask_take(v, &out[n]))
+			n++;
+	}
+	return n;
+}
+
 /* Takes the dead off a list and off its stack; `member`: where in a vCPU the list's links are. */
 static void sweep(struct orc_stack *s, struct orc_link **taken, size_t member)
 {
@@ -234,6 +278,7 @@ static void sweep_all(orc_fleet *f)
 	sweep(&f->ready, &f->draining, offsetof(orc_vcpu, ready));
 	sweep(&f->active, &f->activating, offsetof(orc_vcpu, active));
 	sweep(&f->talking, &f->hearing, offsetof(orc_vcpu, talking));
+	sweep(&f->asking, &f->answering, offsetof(orc_vcpu, asking));
 	sweep(&f->throttled, &waited, offsetof(orc_vcpu, throttled));
 	for (; waited; waited = next) { /* of this one the owner keeps no part */
 		next = atomic_load_explicit(&waited->next, memory_order_relaxed);
@@ -265,7 +310,8 @@ void orc_fleet_free(orc_fleet *f)
 		return;
 	orc_capper_stop(f->capper);
 	sweep_all(f); /* no vCPU is left but the dead */
-	close(f->eventfd);
+	close(f->told.eventfd);
+	close(f->asked.eventfd);
 	pthread_mutex_destroy(&f->gate.lock);
 	free(f);
 }

@@ -89,6 +89,12 @@ void orc_vcpu_set_buckets(orc_vcpu *v, orc_bucket *const buckets[ORC_METERS * OR
 			v->bucket[meter][level] = buckets[meter * ORC_LEVELS + level];
 }
 
+void orc_vcpu_name(orc_vcpu *v, uint32_t vm, uint32_t vcpu)
+{
+	v->vm = vm;
+	v->number = vcpu;
+}
+
 int orc_vcpu_tell(orc_vcpu *v, orc_u64 mask)
 {
 	if (mask && !v->ring.records) {
@@ -189,18 +195,27 @@ void orc_vcpu_answered(orc_vcpu *v, uint32_t accesses, orc_ns now)
 		leave(v);
 }
 
-void orc_back(orc_vcpu *v)
+enum orc_why orc_run(orc_vcpu *v, enum orc_why (*guest)(orc_vcpu *))
 {
-	orc_gate_leave(v);
-	if (v->access.count) /* so many were answered, which may be fewer than Python was asked for */
-		orc_vcpu_answered(v, v->access.count, orc_now());
-}
+	orc_ns now = v->gated ? orc_gate_leave(v) : 0;
 
-enum orc_why orc_up(orc_vcpu *v, enum orc_why why)
-{
-	if (why == ORC_IO || why == ORC_MMIO)
-		orc_gate_enter(v);
-	return why;
+	for (;; now = 0) {
+		enum orc_why why;
+
+		if (v->access.count) /* so many were answered, which may be fewer than Python was asked for */
+			orc_vcpu_answered(v, v->access.count, now ? now : orc_now());
+		v->accounted = 0;
+		why = guest(v);
+		if (why != ORC_IO && why != ORC_MMIO)
+			return why;
+		if (!v->access.task) {
+			orc_gate_enter(v);
+			return why;
+		}
+		orc_ask(v, orc_now());
+		if (!orc_ask_wait(v))
+			return ORC_ASKED;
+	}
 }
 
 orc_ns orc_vcpu_account(orc_vcpu *v, struct orc_record *record, orc_ns now)
@@ -215,6 +230,7 @@ orc_ns orc_account(orc_vcpu *v, struct orc_record *record, orc_ns now, bool tell
 	orc_ns at = ORC_NEVER, by_tokens;
 	unsigned slowest;
 
+	v->accounted = now;
 	if (bus_lock) {
 		orc_count(&v->bus_locks, 1);
 		orc_profile_lock(v, record);
@@ -244,6 +260,8 @@ orc_ns orc_account(orc_vcpu *v, struct orc_record *record, orc_ns now, bool tell
 		record->time = (orc_u64)now;
 		record->wait = at == ORC_NEVER ? 0 : (orc_u64)(at - now);
 		record->id = v->id;
+		record->vm = v->vm;
+		record->vcpu = v->number;
 		orc_ring_put(v, record);
 	}
 	return at;
@@ -320,6 +338,11 @@ static void futex_wait_until(_Atomic uint32_t *word, uint32_t seen, const struct
 {
 	/* An absolute time on CLOCK_MONOTONIC: late wake-ups do not add up. EINTR, EAGAIN, ETIMEDOUT: the caller looks. */
 	syscall(SYS_futex, word, FUTEX_WAIT_BITSET | FUTEX_PRIVATE_FLAG, seen, until, NULL, FUTEX_BITSET_MATCH_ANY);
+}
+
+void orc_futex_wait(_Atomic uint32_t *word, uint32_t seen)
+{
+	futex_wait_until(word, seen, NULL);
 }
 
 void orc_futex_wait_until(_Atomic uint32_t *word, uint32_t seen, orc_ns until)

@@ -42,7 +42,7 @@ class Device(Protocol):
 class Asker(Protocol):
     """Accesses that a task answers (see `orchestra.machine.devices.requests`)."""
 
-    def submit(self, vcpu: int, address: int, size: int, write: bool, data: bytes, wake: object) -> object: ...
+    def deliver(self, request: Any) -> None: ...
 
 
 class NativeDevice:
@@ -177,6 +177,7 @@ class Bus:
         table = ffi.new("struct orc_claim[]", len(claims))
         for entry, claim in zip(table, claims, strict=True):
             entry.start, entry.last, entry.version = claim.span.start, claim.span.stop - 1, claim.version
+            entry.task = claim.device is None
             if isinstance(claim.handler, NativeDevice):
                 entry.device = claim.handler.native
         before = self.claimed

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import trio
@@ -25,9 +24,23 @@ class Request:
         data: what it writes; empty for a read.
     """
 
-    __slots__ = ("_among", "_value", "_wake", "address", "answered", "data", "returned", "size", "vcpu", "write")
+    __slots__ = (
+        "_among",
+        "_settle",
+        "address",
+        "answer_bytes",
+        "answered",
+        "data",
+        "returned",
+        "size",
+        "vcpu",
+        "write",
+    )
 
-    def __init__(self, vcpu: int, address: int, size: int, write: bool, data: bytes, wake: Callable[[], None]) -> None:
+    def __init__(
+        self, vcpu: int, address: int, size: int, write: bool, data: bytes, settle: Callable[[Request], object]
+    ) -> None:
+        """`settle` is called once: when it is `answered`, or `returned`."""
         self.vcpu = vcpu
         self.address = address
         self.size = size
@@ -35,9 +48,9 @@ class Request:
         self.data = data
         self.answered = False
         self.returned = False  # nobody will answer it: it goes back to the bus
+        self.answer_bytes = b""
         self._among: set[Request] | None = None  # those that are not answered
-        self._value = b""
-        self._wake = wake
+        self._settle = settle
 
     def answer(self, data: bytes | None = None) -> None:
         """Let the guest go on. The first answer counts.
@@ -56,25 +69,22 @@ class Request:
             raise SpecError(f"data={data!r}: this read wants exactly {self.size} bytes")
         if self.answered:
             raise StateError(f"the {'write' if self.write else 'read'} at {self.address:#x} is answered already")
-        self._value = b"" if data is None else bytes(data)
+        self.answer_bytes = b"" if data is None else bytes(data)
         self.answered = True
         if self._among is not None:
             self._among.discard(self)
-        self._wake()
+        if not self.returned:
+            self._settle(self)
 
     def put_among(self, outstanding: set[Request]) -> None:
         """It takes itself out when it is answered."""
         self._among = outstanding
         outstanding.add(self)
 
-    @property
-    def value(self) -> int:
-        return int.from_bytes(self._value, "little")
-
     def give_back(self) -> None:
         if not self.answered and not self.returned:
             self.returned = True
-            self._wake()
+            self._settle(self)
 
     def __repr__(self) -> str:
         what = f"write {self.data!r}" if self.write else "read"
@@ -84,25 +94,18 @@ class Request:
 class Requests:
     """The claimed range's accesses, in order: ``async for request in requests``. One task at a time.
 
-    It can't overflow: each vCPU has at most one access outstanding. `post` has a function run on the fleet's thread, in
-    its turn (`orchestra.machine.inbox`).
+    It can't overflow: each vCPU has at most one access outstanding. All methods: the fleet's thread.
     """
 
-    def __init__(self, post: Callable[[Callable[[], None]], None]) -> None:
-        self._post = post
+    def __init__(self) -> None:
         self._queue: deque[Request] = deque()
         self._outstanding: set[Request] = set()
         self._arrived: Any = None  # the task that waits
         self._closed = False
         self._ended = False
 
-    def submit(self, vcpu: int, address: int, size: int, write: bool, data: bytes, wake: Any) -> Request:
-        """vCPU thread: ask. The caller waits until the request is `answered` or `returned`."""
-        request = Request(vcpu, address, size, write, data, wake)
-        self._post(partial(self._deliver, request))
-        return request
-
-    def _deliver(self, request: Request) -> None:
+    def deliver(self, request: Request) -> None:
+        """A vCPU asks, and waits until that is `answered` or `returned`."""
         if self._closed:
             request.give_back()
             return
