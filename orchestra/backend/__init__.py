@@ -7,7 +7,7 @@ through the C core (`VcpuCore`), so counters, buckets, ring and commands are the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -16,7 +16,7 @@ import attrs
 from ..errors import NoSuchBackend
 from ..memory import GuestMemory
 from ..native import lib
-from ..native.core import VcpuCore
+from ..native.core import Runner, VcpuCore
 from ..native.records import Fields
 from ..spec import VmSpec
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .kvm.dirty import DirtyLog
     from .picking import Asked
 
-__all__ = ["Backend", "Detection", "Engine", "EntryState", "Machine", "Why", "choose"]
+__all__ = ["Backend", "Detection", "Engine", "EntryState", "Machine", "Threaded", "Why", "choose"]
 
 
 class Why(IntEnum):
@@ -79,8 +79,12 @@ class Engine(Protocol):
     def sleep(self, seen: int) -> Any:
         """Sleep until woken or kicked, unless that came since `seen` was read."""
 
-    def attach(self) -> None: ...
-    def detach(self) -> None: ...
+    def attach(self) -> None:
+        """Take it up on this thread, as `Threaded.start` does on another."""
+
+    def detach(self) -> None:
+        """It will not run again."""
+
     def kick(self) -> None:
         """Tell an engine that is not threaded to look at its commands. Any time, fleet's thread."""
 
@@ -103,6 +107,18 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """After the runner has ended. The core stays: its owner closes it."""
+
+
+class Threaded(Engine, Protocol):
+    """An engine that is `threaded`."""
+
+    def start(self, vm: str, index: int, proceed: Callable[[int], object]) -> Runner:
+        """A thread, named after the vCPU, takes it up, waits while `Command.HOLD` is on, runs it, and calls
+        `proceed` with the first `Why` that it came back with. Any thread.
+
+        Raises:
+            ResourceLimit: the host has no thread left.
+        """
 
 
 class Machine(Protocol):

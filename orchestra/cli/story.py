@@ -6,7 +6,6 @@ It knows nothing of terminals, and runs on any backend, so tests can tell it in 
 from __future__ import annotations
 
 import os
-import threading
 from collections import deque
 from collections.abc import Mapping
 from time import process_time
@@ -174,10 +173,9 @@ class Story:
             await vm.resume()
 
     def _confine(self, cpus: list[int]) -> None:
-        names = {f"{vm.name}/{vcpu}" for vm in self._vms for vcpu in range(vm.spec.vcpus)}
-        for thread in threading.enumerate():
-            if thread.name in names and thread.native_id is not None:
-                os.sched_setaffinity(thread.native_id, cpus)
+        for vcpu in (vcpu for vm in self._vms if vm.guest is not None for vcpu in vm.guest.vcpus):
+            if vcpu.tid is not None:  # they are paused: none ends meanwhile
+                os.sched_setaffinity(vcpu.tid, cpus)
 
     async def _play(self) -> None:
         noun, noisy = EVENTS[self._meter], [vm for vm in self._vms if self._is_noisy(vm)]

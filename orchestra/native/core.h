@@ -42,6 +42,27 @@ struct orc_gate {
 	orc_vcpu *first;          /* those that wait, the last that came first */
 };
 
+/* What a fleet has for its vCPUs to live in: stock.c. */
+struct orc_stock {
+	pthread_mutex_t lock;
+	struct orc_block *blocks;         /* all mappings */
+	struct orc_place *vcpus;          /* where there is room for a vCPU */
+	struct orc_stack_memory *fresh, *used; /* stacks that nobody has: no thread had it so far, or one had */
+	uint32_t warm;                    /* of `used`: so many have their pages */
+	size_t stack_size;
+};
+void orc_stock_init(struct orc_stock *);
+void orc_stock_free(struct orc_stock *); /* nothing of it is in use */
+orc_vcpu *orc_stock_vcpu(struct orc_stock *); /* zeros; NULL: no memory */
+void orc_stock_vcpu_back(struct orc_stock *, orc_vcpu *);
+struct orc_stack_memory {
+	struct orc_stack_memory *next;
+	char *memory;
+	size_t size;
+};
+int orc_stock_stack(struct orc_stock *, struct orc_stack_memory **out); /* 0 or a negative errno */
+void orc_stock_stack_back(struct orc_stock *, struct orc_stack_memory *);
+
 struct orc_fleet {
 	struct orc_stack ready;  /* vCPUs with records */
 	struct orc_stack active; /* vCPUs that accounted an exit since the last look */
@@ -58,6 +79,7 @@ struct orc_fleet {
 	_Atomic orc_ns urgent_until;
 	struct orc_gate gate;
 	struct orc_capper *capper; /* owner; NULL until the first cap */
+	struct orc_stock stock;
 };
 
 /* One who looks up on a bus without a lock. */

@@ -34,6 +34,8 @@ IDENTITY_MAP_ADDRESS: Final = 0xFFFB_C000
 class KvmEngine(ThreadedEngine):
     """One vCPU on KVM."""
 
+    in_core = ffi.addressof(lib, "orc_kvm_run")
+
     def __init__(self, core: VcpuCore, vcpu: KvmVcpu, sync_regs: bool) -> None:
         super().__init__(core)
         self.vcpu = vcpu
