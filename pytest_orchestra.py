@@ -71,7 +71,7 @@ def orchestra_clock(request: pytest.FixtureRequest, orchestra_backend: Backend |
     """
     node, plugins = request.node, request.config.pluginmanager
     if not (plugins.hasplugin("trio") or plugins.hasplugin("pytest_trio.plugin")):
-        from orchestra.extras import install
+        from orchestra.model.extras import install
 
         pytest.fail(
             f"orchestra's fixtures need pytest-trio, which is not there: {install('testing')}. Without it, "

@@ -10,8 +10,8 @@ from unittest import mock
 import trio
 
 import orchestra as orc
-from orchestra import dirty as reader
 from orchestra.backend.kvm.dirty import DirtyLog, read_logs
+from orchestra.fleet import dirty as reader
 
 from . import floor
 from .row import Options, Row

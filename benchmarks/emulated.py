@@ -14,8 +14,8 @@ import trio
 
 import orchestra as orc
 from orchestra.backend.emulated.machine import EmulatedBackend
-from orchestra.boot import flat
-from orchestra.memory import GuestMemory
+from orchestra.backend.memory import GuestMemory
+from orchestra.machine.boot import flat
 from orchestra.native.core import FleetCore, VcpuCore
 
 from . import floor

@@ -10,7 +10,7 @@ from typing import Any, Final
 import trio
 
 import orchestra as orc
-from orchestra.signals import ThreadTimes
+from orchestra.host.observe import ThreadTimes
 
 from .row import Options, Row
 

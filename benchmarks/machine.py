@@ -11,7 +11,7 @@ from pathlib import Path
 from orchestra.backend.emulated import library
 from orchestra.backend.kvm.machine import cpu_vendor
 from orchestra.backend.kvm.system import Kvm
-from orchestra.errors import OrchestraError
+from orchestra.model.errors import OrchestraError
 from orchestra.native import lib
 
 __all__ = ["describe", "host_kind", "sees_bus_locks"]

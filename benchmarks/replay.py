@@ -58,9 +58,9 @@ async def replay(options: Options) -> list[Row]:
 
 
 def _replay(path: Path) -> tuple[float, float]:
+    from orchestra.config import parse_rules
     from orchestra.journal import read_journal
     from orchestra.replay import replay
-    from orchestra.rules import parse_rules
 
     start, cpu = time.perf_counter(), time.process_time()
     with read_journal(path) as journal:

@@ -18,13 +18,13 @@ import trio
 
 import orchestra as orc
 from orchestra.backend.scripted import hlt
-from orchestra.governor import Governor
+from orchestra.fleet.runner import PolicyRunner
+from orchestra.host.observe import HostSignals, ThreadTimes
 from orchestra.journal import Journal, read_journal
+from orchestra.machine.vcpu import Vcpu
 from orchestra.native import lib
 from orchestra.native.records import BUS_LOCK, build
 from orchestra.policy import Facts, HostFacts, VmFacts
-from orchestra.signals import HostSignals, ThreadTimes
-from orchestra.vcpu import Vcpu
 
 from .row import Options, Row
 
@@ -48,7 +48,7 @@ def _policies() -> list[orc.Policy]:
     ]
 
 
-async def _no_ticks(governor: Governor) -> None:
+async def _no_ticks(governor: PolicyRunner) -> None:
     """They are taken by hand."""
 
 
@@ -65,7 +65,7 @@ def _threads(busy: int) -> Iterator[None]:
     try:
         with (
             mock.patch.object(Vcpu, "tid", property(tid)),
-            mock.patch.object(Governor, "run", _no_ticks),
+            mock.patch.object(PolicyRunner, "run", _no_ticks),
             # It visits every VM there is; threads are woken by the core, which visits those that wait.
             mock.patch.object(orc.ScriptedBackend, "limits_changed"),
         ):

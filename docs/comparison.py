@@ -14,8 +14,8 @@ from typing import Any, Final
 
 import attrs
 
-from orchestra import colours
-from orchestra.figures import Figure, inline_svg, rc_context
+from orchestra.output import colours
+from orchestra.output.figures import Figure, inline_svg, rc_context
 from orchestra.simulate import read_scenario, simulate
 from orchestra.simulate.policies import PolicySpec
 from orchestra.simulate.report import kind_of, percent, seconds, times

@@ -2,7 +2,7 @@
 
 from importlib.metadata import version as installed_version
 
-from orchestra.extras import DISTRIBUTION
+from orchestra.model.extras import DISTRIBUTION
 
 project = "orchestra"
 author = "The orchestra developers"

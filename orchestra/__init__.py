@@ -13,7 +13,18 @@
 
 from __future__ import annotations
 
-from .actions import (
+from .backend.emulated.machine import EmulatedBackend
+from .backend.scripted import ScriptedBackend, ScriptedExit
+from .fleet.channels import Exits, ExitsStatistics
+from .fleet.fleet import Fleet
+from .fleet.open import open_fleet
+from .fleet.statistics import FleetStatistics, TenantStatistics
+from .fleet.watch import Watch
+from .machine.devices.bus import Device
+from .machine.devices.requests import Request
+from .machine.holding import PendingIo
+from .machine.vm import VcpuStatistics, Vm, VmStatistics
+from .model.actions import (
     Action,
     Applied,
     CapCpu,
@@ -36,11 +47,7 @@ from .actions import (
     Unthrottle,
     Warn,
 )
-from .backend.emulated.machine import EmulatedBackend
-from .backend.scripted import ScriptedBackend, ScriptedExit
-from .devices.bus import Device
-from .devices.requests import Request
-from .errors import (
+from .model.errors import (
     BackendUnavailable,
     BusLockUnsupported,
     FileError,
@@ -55,7 +62,7 @@ from .errors import (
     UnknownVm,
     VmExists,
 )
-from .exits import (
+from .model.exits import (
     BusLock,
     Debug,
     DirtyRingFull,
@@ -84,9 +91,21 @@ from .exits import (
     Wrmsr,
     Xen,
 )
-from .fleet import Fleet
-from .holding import PendingIo
-from .opening import open_fleet
+from .model.spec import (
+    DebugConsole,
+    ExitPort,
+    FlatImage,
+    GiB,
+    KiB,
+    Limit,
+    MemoryRegion,
+    Meter,
+    MiB,
+    Restart,
+    Serial,
+    Tenant,
+    VmSpec,
+)
 from .policy import (
     CPU_MODELS,
     Adaptive,
@@ -113,25 +132,6 @@ from .policy import (
     only,
 )
 from .profile import Instruction, Profile, SymbolError, Symbols
-from .spec import (
-    DebugConsole,
-    ExitPort,
-    FlatImage,
-    GiB,
-    KiB,
-    Limit,
-    MemoryRegion,
-    Meter,
-    MiB,
-    Restart,
-    Serial,
-    Tenant,
-    VmSpec,
-)
-from .statistics import FleetStatistics, TenantStatistics
-from .subscription import Exits, ExitsStatistics
-from .vm import VcpuStatistics, Vm, VmStatistics
-from .watch import Watch
 
 __all__ = [
     "CPU_MODELS",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from .extras import install
+from .model.extras import install
 
 __all__ = ["main"]
 

@@ -13,13 +13,25 @@ from itertools import count
 
 import attrs
 
-from orchestra.actions import Action, CapCpu, Evict, Isolate, Pause, Rejoin, Resume, Stop, Throttle, Unthrottle, Warn
-from orchestra.budget import Budget
+from orchestra.machine.budget import Budget
+from orchestra.model.actions import (
+    Action,
+    CapCpu,
+    Evict,
+    Isolate,
+    Pause,
+    Rejoin,
+    Resume,
+    Stop,
+    Throttle,
+    Unthrottle,
+    Warn,
+)
+from orchestra.model.spec import Limit, Tenant
 from orchestra.native import ffi, lib
 from orchestra.native.core import NEVER
 from orchestra.policy import Facts, Guard, HostFacts, Policy, Ruling, VmFacts
-from orchestra.policy.rehearsal import Rehearsal
-from orchestra.spec import Limit, Tenant
+from orchestra.policy.dry_run import DryRun
 
 SECOND = 1_000_000_000
 
@@ -98,7 +110,7 @@ class World:
         self.actions: list[tuple[float, Action]] = []
         self.rehearsed: list[tuple[float, Action]] = []
         dry = [guard is not None and guard.is_dry(policy.name) for policy in self.policies]
-        self._rehearsals = [Rehearsal() if one else None for one in dry]
+        self._rehearsals = [DryRun() if one else None for one in dry]
         self.totals: list[float] = []
         self._order = count()
         self._ready: list[tuple[int, int, _Vcpu]] = []

@@ -18,16 +18,8 @@ import pytest
 from orchestra import ExitPort, FlatImage, Fleet, KvmError, OrchestraError, ScriptedBackend, VmSpec, open_fleet
 from orchestra.backend.emulated import library
 from orchestra.backend.kvm.system import Kvm
-from orchestra.backend.scripted import (
-    ScriptedExit,
-    hlt,
-    io_read,
-    io_write,
-    mmio_read,
-    mmio_write,
-    triple_fault,
-)
-from orchestra.memory import GuestMemory
+from orchestra.backend.memory import GuestMemory
+from orchestra.backend.scripted import ScriptedExit, hlt, io_read, io_write, mmio_read, mmio_write, triple_fault
 from orchestra.native import lib
 
 GUESTS = Path(__file__).parent / "guests"

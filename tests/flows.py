@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from orchestra.actions import Throttle
+from orchestra.model.actions import Throttle
+from orchestra.model.spec import Limit
 from orchestra.policy import Facts, HostFacts, Policy, VmFacts
-from orchestra.spec import Limit
 
 TICK = 0.1
 

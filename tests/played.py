@@ -8,17 +8,18 @@ from typing import Any, Literal
 
 import attrs
 
-from orchestra import FlatImage, MiB, VmSpec, exits
-from orchestra.actions import Failed, Halted, Outcome, Shutdown, Stopped
+from orchestra import FlatImage, MiB, VmSpec
 from orchestra.backend.emulated.machine import EmulatedBackend
 from orchestra.backend.kvm.machine import KvmBackend
-from orchestra.boot import flat
-from orchestra.devices.bus import Bus
-from orchestra.memory import GuestMemory
+from orchestra.backend.memory import GuestMemory
+from orchestra.machine.boot import flat
+from orchestra.machine.devices.bus import Bus
+from orchestra.machine.vcpu import Vcpu
+from orchestra.model import exits
+from orchestra.model.actions import Failed, Halted, Outcome, Shutdown, Stopped
+from orchestra.model.spec import MemoryRegion
 from orchestra.native.core import Command, Counters, FleetCore, VcpuCore, monotonic_ns
 from orchestra.native.records import RecordReader, told_mask
-from orchestra.spec import MemoryRegion
-from orchestra.vcpu import Vcpu
 
 __all__ = ["MMIO", "PORTS", "Access", "Detection", "Played", "answer", "play"]
 

@@ -15,8 +15,8 @@ import pytest
 
 import orchestra as orc
 import orchestra.aio
-from orchestra.devices.console import Console
-from orchestra.devices.requests import Request, Requests
+from orchestra.machine.devices.console import Console
+from orchestra.machine.devices.requests import Request, Requests
 
 MIRRORED = {
     orc.Fleet: orc.aio.Fleet,

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from orchestra import FlatImage, Halted, Limit, MemoryRegion, Shutdown, VmSpec, exits, open_fleet
+from orchestra import FlatImage, Halted, Limit, MemoryRegion, Shutdown, VmSpec, open_fleet
 from orchestra.backend.emulated.machine import EmulatedBackend
-from orchestra.boot import flat
-from orchestra.memory import GuestMemory
+from orchestra.backend.memory import GuestMemory
+from orchestra.machine.boot import flat
+from orchestra.model import exits
 from orchestra.native import lib
 from orchestra.native.core import Command, FleetCore, VcpuCore
 from played import Access, Detection, Played, play

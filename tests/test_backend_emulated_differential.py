@@ -15,9 +15,9 @@ from typing import Any, Final
 import pytest
 from hypothesis import HealthCheck, given, note, settings, strategies as st
 
-from orchestra import exits
 from orchestra.backend.emulated.machine import EmulatedBackend
 from orchestra.backend.kvm.machine import KvmBackend
+from orchestra.model import exits
 from played import MMIO, PORTS, Played, play
 from x86 import FORMS, Mode, load
 

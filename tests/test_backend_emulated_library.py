@@ -17,7 +17,7 @@ UPGRADE = "`pip install --upgrade unicorn`"
 REINSTALL = "`pip install --force-reinstall unicorn==2.1.4`"
 LOAD = """
 from orchestra.backend import choose
-from orchestra.errors import BackendUnavailable
+from orchestra.model.errors import BackendUnavailable
 try:
     choose("emulated").close()
 except BackendUnavailable as error:

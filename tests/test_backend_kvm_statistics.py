@@ -12,7 +12,7 @@ from hypothesis import given, strategies as st
 
 from orchestra.backend.kvm.statistics import Statistic, StatisticsReader, parse
 from orchestra.backend.kvm.system import Kvm
-from orchestra.errors import BackendUnavailable, KvmError, OrchestraError
+from orchestra.model.errors import BackendUnavailable, KvmError, OrchestraError
 from orchestra.native import lib
 
 NAME = 48

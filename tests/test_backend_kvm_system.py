@@ -13,7 +13,7 @@ from orchestra.backend.kvm import system
 from orchestra.backend.kvm.cpuid import Cpuid, CpuidEntry
 from orchestra.backend.kvm.ioctl import call, failure
 from orchestra.backend.kvm.system import Kvm
-from orchestra.errors import BackendUnavailable, KvmError, ResourceLimit, SpecError
+from orchestra.model.errors import BackendUnavailable, KvmError, ResourceLimit, SpecError
 from orchestra.native import lib
 
 

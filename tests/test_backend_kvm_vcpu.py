@@ -16,15 +16,8 @@ from orchestra.backend.kvm.ioctl import call
 from orchestra.backend.kvm.system import Kvm
 from orchestra.backend.kvm.vcpu import KvmVcpu
 from orchestra.backend.kvm.vm import KvmVm
-from orchestra.backend.registers import (
-    DebugRegisters,
-    DescriptorTable,
-    MpState,
-    Registers,
-    Segment,
-    SpecialRegisters,
-)
-from orchestra.errors import BackendUnavailable, KvmError, SpecError, StateError
+from orchestra.backend.registers import DebugRegisters, DescriptorTable, MpState, Registers, Segment, SpecialRegisters
+from orchestra.model.errors import BackendUnavailable, KvmError, SpecError, StateError
 from orchestra.native import ffi, lib
 
 pytestmark = pytest.mark.kvm

@@ -16,7 +16,14 @@ from orchestra.backend.kvm import vm as vm_module
 from orchestra.backend.kvm.system import Kvm
 from orchestra.backend.kvm.vm import KvmVm
 from orchestra.backend.registers import Registers
-from orchestra.errors import BackendUnavailable, BusLockUnsupported, KvmError, ResourceLimit, SpecError, StateError
+from orchestra.model.errors import (
+    BackendUnavailable,
+    BusLockUnsupported,
+    KvmError,
+    ResourceLimit,
+    SpecError,
+    StateError,
+)
 from orchestra.native import ffi, lib
 
 OFF, EXIT, BUS_LOCK = lib.KVM_BUS_LOCK_DETECTION_OFF, lib.KVM_BUS_LOCK_DETECTION_EXIT, lib.KVM_CAP_X86_BUS_LOCK_EXIT

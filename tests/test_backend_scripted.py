@@ -11,8 +11,8 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from orchestra import exits
-from orchestra.backend import EntryState, Why, choose
+from orchestra.backend import EntryState, RunResult, choose
+from orchestra.backend.memory import GuestMemory
 from orchestra.backend.scripted import (
     ScriptedBackend,
     ScriptedEngine,
@@ -26,13 +26,13 @@ from orchestra.backend.scripted import (
     mmio_write,
     triple_fault,
 )
-from orchestra.devices.bus import Bus
-from orchestra.errors import SpecError
-from orchestra.memory import GuestMemory
+from orchestra.machine.devices.bus import Bus
+from orchestra.model import exits
+from orchestra.model.errors import SpecError
+from orchestra.model.spec import FlatImage, Limit, Meter, VmSpec
 from orchestra.native import ffi
 from orchestra.native.core import Bucket, Command, FleetCore, VcpuCore
 from orchestra.native.records import BUS_LOCK, GUEST_MODE, decode
-from orchestra.spec import FlatImage, Limit, Meter, VmSpec
 
 Script = Iterable[ScriptedExit]
 FLAGS = BUS_LOCK | GUEST_MODE
@@ -54,7 +54,7 @@ class Rig:
     def exit(self) -> exits.Exit:
         return decode(self.engine.last_exit(), "vm", 0)
 
-    async def runs(self, count: int) -> list[Why]:
+    async def runs(self, count: int) -> list[RunResult]:
         return [await self.engine.run() for _ in range(count)]
 
 
@@ -114,7 +114,7 @@ async def rig(
 
 async def test_vm_without_a_script_halts_at_once(autojump_clock):
     async with rig(None) as r:
-        assert await r.engine.run() is Why.EXIT
+        assert await r.engine.run() is RunResult.EXIT
         assert type(r.exit()) is exits.Hlt
 
 
@@ -186,7 +186,7 @@ async def test_bus_lock_counts_by_the_flag_of_a_run_that_returned_0(step, locks,
 async def test_host_that_sees_no_bus_locks_has_no_such_exits_and_no_flags(autojump_clock):
     script = [bus_lock(after=1), io_write(0x80, b"\1", flags=FLAGS)]
     async with rig(script, bus_locks=False) as r:
-        assert await r.engine.run() is Why.IO
+        assert await r.engine.run() is RunResult.IO
         assert (r.exit().bus_lock, r.exit().guest_mode) == (False, True)
         assert r.engine.core.counters(1).exits == {"io": 1}
         assert trio.current_time() == pytest.approx(1, abs=1e-6)  # the guest ran all the same
@@ -212,15 +212,15 @@ async def test_endless_locks_that_nobody_sees_can_be_cancelled(autojump_clock):
 
 async def test_failed_run_gives_its_errno_and_counts_nothing(autojump_clock):
     async with rig([failed_run(errno.EIO), hlt()]) as r:
-        assert await r.engine.run() is Why.ERROR
+        assert await r.engine.run() is RunResult.ERROR
         assert "EIO" in r.engine.error()
         assert r.engine.core.counters(1).exits == {}
-        assert await r.engine.run() is Why.EXIT
+        assert await r.engine.run() is RunResult.EXIT
 
 
 async def test_memory_fault_comes_with_efault_and_is_an_exit_all_the_same(autojump_clock):
     async with rig([ScriptedExit("memory_fault", args=(8, 0x5000, 4096), errno=errno.EFAULT)]) as r:
-        assert await r.engine.run() is Why.EXIT
+        assert await r.engine.run() is RunResult.EXIT
         exit = r.exit()
         assert isinstance(exit, exits.MemoryFault)
         assert (exit.flags, exit.address, exit.size) == (8, 0x5000, 4096)
@@ -231,7 +231,7 @@ async def test_memory_fault_comes_with_efault_and_is_an_exit_all_the_same(autoju
 
 async def test_port_write_comes_back_with_its_bytes(autojump_clock):
     async with rig([io_write(0x3F8, b"ab")]) as r:
-        assert await r.engine.run() is Why.IO
+        assert await r.engine.run() is RunResult.IO
         access = r.engine.access
         assert (access.address, access.size, access.count, access.write) == (0x3F8, 2, 1, 1)
         assert ffi.buffer(access.data, 2)[:] == b"ab"
@@ -242,7 +242,7 @@ async def test_port_write_comes_back_with_its_bytes(autojump_clock):
 
 @pytest.mark.parametrize(
     ("step", "why", "address", "size"),
-    [(io_read(0x60, 2), Why.IO, 0x60, 2), (mmio_read(0xFEC0_0000, 8), Why.MMIO, 0xFEC0_0000, 8)],
+    [(io_read(0x60, 2), RunResult.IO, 0x60, 2), (mmio_read(0xFEC0_0000, 8), RunResult.MMIO, 0xFEC0_0000, 8)],
 )
 async def test_read_keeps_what_it_was_answered(step, why, address, size, autojump_clock):
     async with rig([step, hlt()]) as r:
@@ -268,7 +268,7 @@ async def test_string_write_may_be_a_page(autojump_clock):
     page = bytes(range(256)) * 16
     async with rig([ScriptedExit("io", args=(0x60, 4, 1024, 1), data=page)]) as r:
         seen = b""
-        while await r.engine.run() is Why.IO:
+        while await r.engine.run() is RunResult.IO:
             access = r.engine.access
             assert access.count <= 64  # a chunk, between which it looks at its commands
             seen += ffi.buffer(access.data, 4 * access.count)[:]
@@ -277,7 +277,7 @@ async def test_string_write_may_be_a_page(autojump_clock):
 
 async def test_mmio_write_comes_back_with_its_bytes(autojump_clock):
     async with rig([mmio_write(0xFEE0_0000, b"1234")]) as r:
-        assert await r.engine.run() is Why.MMIO
+        assert await r.engine.run() is RunResult.MMIO
         assert ffi.buffer(r.engine.access.data, 4)[:] == b"1234"
 
 
@@ -353,7 +353,7 @@ async def test_changed_limit_ends_a_wait_at_once_and_only_what_was_waited_counts
 async def test_command_comes_through_in_the_middle_of_a_wait_and_the_turn_is_kept(autojump_clock):
     async with rig([hlt()] * 2, limit=Limit(rate=0.1, burst=1, max_delay=None)) as r:
         await r.engine.run()
-        seen: list[Why] = []
+        seen: list[RunResult] = []
 
         async def run() -> None:
             seen.append(await r.engine.run())
@@ -363,7 +363,7 @@ async def test_command_comes_through_in_the_middle_of_a_wait_and_the_turn_is_kep
             await trio.sleep(4)
             r.engine.core.command(set=Command.PAUSE)
             r.engine.kick()
-        assert seen == [Why.COMMAND]
+        assert seen == [RunResult.COMMAND]
         assert trio.current_time() == pytest.approx(4, abs=1e-5)
         r.engine.core.command(clear=Command.PAUSE)
         await r.engine.run()
@@ -380,7 +380,7 @@ async def test_command_comes_through_while_the_guest_runs_and_it_runs_the_rest_l
             r.engine.kick()
         await trio.sleep(100)
         r.engine.core.command(clear=Command.PAUSE)
-        assert await r.engine.run() is Why.EXIT
+        assert await r.engine.run() is RunResult.EXIT
         assert trio.current_time() == pytest.approx(110, abs=1e-5)
 
 

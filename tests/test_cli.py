@@ -16,9 +16,10 @@ from hypothesis import given, strategies as st
 
 import orchestra
 from orchestra import __main__ as program
-from orchestra.cli import app, guests
-from orchestra.cli.numbers import parse_rate, parse_seconds, parse_size, shown, tidy
-from orchestra.errors import KvmError, SpecError
+from orchestra.cli import app
+from orchestra.demo import guests
+from orchestra.model.errors import KvmError, SpecError
+from orchestra.output.numbers import parse_rate, parse_seconds, parse_size, shown, tidy
 
 CLI = Path(app.__file__).parent
 

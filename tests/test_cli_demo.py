@@ -22,13 +22,13 @@ from conftest import bus_lock_problem, kvm_problem
 from isolation import FORBID, HIDE, other_python, run, without_kvm
 from orchestra import Failed, Limit, Meter, ScriptedBackend, SpecError, Throttle
 from orchestra.backend.scripted import bus_lock, failed_run, io_write
-from orchestra.cli import rehearsal, words
-from orchestra.cli.account import Row, Sample, document
 from orchestra.cli.app import main
 from orchestra.cli.demo import _staged
-from orchestra.cli.plain import Plain, columns, summary
 from orchestra.cli.render import LiveTable, Trends
-from orchestra.cli.story import MORE, Plan, Story
+from orchestra.demo import scripts as rehearsal, words
+from orchestra.demo.account import Row, Sample, document
+from orchestra.demo.plain import Plain, columns, summary
+from orchestra.demo.story import MORE, Plan, Story
 
 
 class Listener:
@@ -522,7 +522,7 @@ def test_a_plot_that_can_not_be_written_is_told_before_the_play(path, status, sa
 
 
 def test_without_matplotlib_a_plot_is_refused_with_the_command_that_installs_it(monkeypatch, capsys):
-    for module in ("orchestra.cli.plot", "orchestra.figures"):
+    for module in ("orchestra.demo.plot", "orchestra.output.figures"):
         monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["demo", "--plot", "x.svg"]) == 1
@@ -691,7 +691,7 @@ def test_kvm_that_was_asked_for_and_reports_no_bus_locks_says_who_does(capsys):
 
 
 def test_limits_are_shown_with_what_went_wrong():
-    from orchestra.actions import Applied, Pause, Unthrottle
+    from orchestra.model.actions import Applied, Pause, Unthrottle
 
     limit = Throttle(tenant="acme", limit=Limit(rate=5), reason="why")
     assert words.action_line(Applied(time=0, action=limit), 1.0) == "  1.0 s  tenant acme held to 5 bus locks/s: why"

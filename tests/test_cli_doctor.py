@@ -14,7 +14,7 @@ from isolation import FORBID, HIDE, other_python, run, without_kvm
 from orchestra.cli.app import main
 from orchestra.cli.doctor import doctor
 from orchestra.cli.render import show_report
-from orchestra.doctor import Finding, Report, examine
+from orchestra.host.doctor import Finding, Report, examine
 
 FINE = Finding("overcommit", "ok", "6.16", "new enough")
 NOTE = Finding("virtualised", "note", "yes", "exits cost more", "measure on bare metal")

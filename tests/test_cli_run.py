@@ -20,12 +20,12 @@ import trio
 from conftest import bus_lock_problem
 from orchestra import DebugConsole, ExitPort, Failed, FlatImage, Halted, ScriptedBackend, Shutdown, Stopped, VmSpec
 from orchestra.backend import choose
-from orchestra.backend.picking import Asked
+from orchestra.backend.detection import Asked
 from orchestra.backend.scripted import ScriptedExit, failed_run, hlt, io_write, triple_fault
 from orchestra.cli import run as module
 from orchestra.cli.app import main
 from orchestra.cli.run import GuestRun, run, status
-from orchestra.errors import BackendUnavailable
+from orchestra.model.errors import BackendUnavailable
 
 HELLO = b"".join(b"\xb0%c\xe6\xe9" % byte for byte in b"hi\n") + b"\xf4"  # mov al, X; out 0xe9, al; hlt
 EXIT_7 = b"\xb0\x07\xe6\xf4\xeb\xfe"  # mov al, 7; out 0xf4, al; jmp $

@@ -20,12 +20,12 @@ import orchestra as orc
 from journals import BEGIN, SECOND, Afternoon, lived, vm
 from orchestra.cli import app
 from orchestra.cli.app import main
-from orchestra.cli.times import day_and_time, duration, parse_time, time_of_day
 from orchestra.journal import read_journal, schema
 from orchestra.journal.explain import explain
 from orchestra.journal.export import FILTERS, TABLES
 from orchestra.journal.holds import in_force
 from orchestra.journal.series import series
+from orchestra.output.times import day_and_time, duration, parse_time, time_of_day
 
 
 @pytest.fixture

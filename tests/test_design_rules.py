@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 
 RULES = {
     1: {
-        "test_vcpu": [
+        "test_machine_vcpu": [
             "test_a_bus_lock_exit_is_one_lock",
             "test_reason_33_without_the_flag_is_no_lock",
             "test_the_flag_with_reason_0_is_one_lock",
@@ -48,25 +48,25 @@ RULES = {
         "test_fleet": ["test_the_way_they_are_reported_is_part_of_the_statistics"],
     },
     5: {
-        "test_guest": ["test_an_mmio_device_gets_offset_size_and_value"],
-        "test_vm": [
+        "test_machine_instance": ["test_an_mmio_device_gets_offset_size_and_value"],
+        "test_machine_vm": [
             "test_ports_are_answered_by_a_task_at_every_size",
             "test_mmio_is_answered_by_a_task_at_every_size",
         ],
-        "test_subscription": ["test_an_exit_says_who_when_where_and_what"],
+        "test_fleet_channels": ["test_an_exit_says_who_when_where_and_what"],
     },
     6: {
-        "test_subscription": [
+        "test_fleet_channels": [
             "test_a_full_channel_drops_and_counts_while_everything_else_stays_exact",
             "test_a_full_ring_drops_and_counts_while_the_counters_stay_exact",
         ]
     },
     7: {
-        "test_vcpu": ["test_an_exit_that_nobody_handles_fails_it_with_the_reason"],
+        "test_machine_vcpu": ["test_an_exit_that_nobody_handles_fails_it_with_the_reason"],
         "test_fleet": ["test_one_vm_failing_ends_that_vm_alone"],
     },
     8: {
-        "test_vm": [
+        "test_machine_vm": [
             "test_pause_and_stop_end_a_long_wait_for_ones_turn_at_once",
             "test_pause_and_stop_end_a_long_wait_on_a_thread_at_once",
         ],
@@ -95,11 +95,11 @@ RULES = {
         ],
         "test_soak": ["test_500_vms_that_are_paused_in_the_middle_of_a_storm_stop_together"],
     },
-    13: {"test_guest": ["test_more_vcpus_than_trio_has_threads_run_at_once_and_take_none_of_them"]},
+    13: {"test_machine_instance": ["test_more_vcpus_than_trio_has_threads_run_at_once_and_take_none_of_them"]},
     14: {"test_layers": ["test_no_module_keeps_counters_registries_or_locks"]},
     15: {
         "test_layers": ["test_words_know_of_no_trio_no_clock_and_no_io"],
-        "test_governor": [
+        "test_fleet_runner": [
             "test_a_policy_that_fails_is_switched_off_and_journaled_and_the_others_go_on",
             "test_the_limits_that_a_broken_policy_set_last_stay_in_force",
             "test_strict_raises_instead",

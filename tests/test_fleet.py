@@ -15,11 +15,11 @@ from trio.testing import wait_all_tasks_blocked
 
 import orchestra as orc
 from conftest import Stage, blank, emulated_problem, play
-from orchestra.actions import Applied
 from orchestra.backend.emulated import library
 from orchestra.backend.scripted import ScriptedExit, bus_lock, hlt, io_write
-from orchestra.guest import Guest
 from orchestra.journal import Journal, read_journal
+from orchestra.machine.instance import Instance
+from orchestra.model.actions import Applied
 from orchestra.profile import Row
 
 FOR_EVER = hlt(after=1e9)
@@ -702,7 +702,7 @@ async def test_whatever_fails_in_a_launch_rolls_it_back(nothing_left, monkeypatc
     spec = stage.spec("halt", vcpus=2, devices=[orc.Serial()])
     async with stage.open() as fleet:
         with monkeypatch.context() as patch:
-            patch.setattr(f"orchestra.guest.{step}", None)
+            patch.setattr(f"orchestra.machine.instance.{step}", None)
             with pytest.raises((TypeError, AttributeError)):
                 await fleet.launch(spec)
         assert dict(fleet.vms) == {}
@@ -1202,8 +1202,8 @@ async def test_a_policys_eviction_does_not_hold_up_the_ticks_and_its_failure_is_
 def acts(monkeypatch) -> list[tuple[str, object]]:
     """A backend that can cap and isolate: what it was told."""
     told: list[tuple[str, object]] = []
-    monkeypatch.setattr(Guest, "cap_cpu", lambda self, share: told.append(("cap", share)))
-    monkeypatch.setattr(Guest, "isolate", lambda self, on: told.append(("isolate", on)))
+    monkeypatch.setattr(Instance, "cap_cpu", lambda self, share: told.append(("cap", share)))
+    monkeypatch.setattr(Instance, "isolate", lambda self, on: told.append(("isolate", on)))
     return told
 
 
@@ -1249,13 +1249,13 @@ async def test_a_restart_changes_nothing_of_what_a_vm_is_held_to(autojump_clock,
 
 async def test_a_cap_that_failed_is_tried_again_and_not_remembered(autojump_clock, monkeypatch, acts):
     with monkeypatch.context() as patch:
-        patch.setattr(Guest, "cap_cpu", cant)
+        patch.setattr(Instance, "cap_cpu", cant)
         async with play([FOR_EVER]) as fleet:
             await fleet.launch(blank())
             applied = await fleet.apply(orc.CapCpu(vm="guest", share=0.5))
             assert (applied.outcome, applied.error) == ("failed", "can't")
             patch.undo()
-            monkeypatch.setattr(Guest, "cap_cpu", lambda self, share: acts.append(("cap", share)))
+            monkeypatch.setattr(Instance, "cap_cpu", lambda self, share: acts.append(("cap", share)))
             assert (await fleet.apply(orc.CapCpu(vm="guest", share=0.5))).outcome == "done"
     assert acts == [("cap", 0.5)]
 

@@ -16,9 +16,9 @@ import attrs
 import pytest
 
 import orchestra as orc
-from orchestra.actions import Applied
 from orchestra.journal import Journal, read_journal, schema, writer
 from orchestra.journal.schema import VERSION, JournalError
+from orchestra.model.actions import Applied
 from orchestra.policy import Facts, HostFacts, VmFacts
 
 SECOND = 1_000_000_000

@@ -28,8 +28,8 @@ from orchestra.cli.why import sentences
 from orchestra.cli.whyheld import held
 from orchestra.journal import Journal, read_journal
 from orchestra.journal.explain import LATELY, Explanation, explain
+from orchestra.model.spec import Meter
 from orchestra.native.core import BUCKETS
-from orchestra.spec import Meter
 
 SECOND = 1_000_000_000
 EXAMPLES = int(os.environ.get("ORCHESTRA_AFTERNOONS", "12"))

@@ -19,11 +19,11 @@ import orchestra as orc
 from conftest import blank, play
 from journals import BEGIN, SECOND, Afternoon, vm
 from orchestra.backend.scripted import ScriptedExit, bus_lock, failed_run, hlt, io_write, triple_fault
-from orchestra.cli.times import day_and_time, time_of_day
 from orchestra.cli.why import sentences
 from orchestra.journal import Journal, read_journal, suspects
 from orchestra.journal.explain import Explanation, explain
 from orchestra.journal.series import series
+from orchestra.output.times import day_and_time, time_of_day
 from orchestra.replay.demand import ticks
 
 FOR_EVER = hlt(after=1e9)

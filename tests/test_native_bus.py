@@ -16,7 +16,7 @@ from conftest import Stage, blank, play
 from orchestra.backend.emulated.machine import EmulatedEngine
 from orchestra.backend.kvm.machine import KvmEngine
 from orchestra.backend.scripted import ScriptedEngine, ScriptedExit, io_read
-from orchestra.devices.console import Console
+from orchestra.machine.devices.console import Console
 from orchestra.native.core import Command
 
 DEVICES = [orc.Serial(), orc.DebugConsole(), orc.ExitPort()]

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from orchestra.errors import ResourceLimit
-from orchestra.exits import OtherExit
+from orchestra.model.errors import ResourceLimit
+from orchestra.model.exits import OtherExit
+from orchestra.model.spec import Limit, Meter
 from orchestra.native import core as core_module, ffi, lib
 from orchestra.native.core import (
     BUCKETS,
@@ -31,7 +32,6 @@ from orchestra.native.core import (
     reason_name,
 )
 from orchestra.native.records import BUS_LOCK, TELL_BUS_LOCK, build, told_mask, unpack
-from orchestra.spec import Limit, Meter
 
 SECOND = 1_000_000_000
 EVERYTHING = (1 << 64) - 1

@@ -9,7 +9,7 @@ import struct
 import pytest
 from hypothesis import given, strategies as st
 
-from orchestra import exits
+from orchestra.model import exits
 from orchestra.native import ffi, lib, records
 from orchestra.native.core import REASON_NAMES, REASON_NUMBERS, FleetCore, VcpuCore
 from orchestra.native.records import (

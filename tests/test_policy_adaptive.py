@@ -11,11 +11,11 @@ from hypothesis import assume, example, given, settings, strategies as st
 
 from closed_loop import Guest, World, during, steady
 from flows import TICK, Fluid, cliff, facts, slowness
-from orchestra.actions import Throttle, Unthrottle
-from orchestra.errors import SpecError
+from orchestra.model.actions import Throttle, Unthrottle
+from orchestra.model.errors import SpecError
+from orchestra.model.spec import Limit, Meter
 from orchestra.policy import Adaptive, HostFacts, Policy, VmFacts
 from orchestra.policy.adaptive import HIGHER, LOWER
-from orchestra.spec import Limit, Meter
 
 QUIET = VmFacts("quiet", "default", 1.0, 1, 0, 50, 0.0, 1, cpu=0.05, run_delay=0.0)
 

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from closed_loop import SECOND, Guest, World, steady
-from orchestra.actions import Throttle
-from orchestra.errors import SpecError
+from orchestra.model.actions import Throttle
+from orchestra.model.errors import SpecError
+from orchestra.model.spec import Limit, Meter, Tenant
 from orchestra.policy import CPU_MODELS, BusTime, CpuModel, Facts, Policy
-from orchestra.spec import Limit, Meter, Tenant
 
 # 0.35 % of a 2 GHz bus are 1000 locks of 7000 cycles a second, as the kernel's documentation has it.
 KERNELS_EXAMPLE = BusTime(0.0035)

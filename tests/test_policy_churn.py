@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from orchestra.actions import Throttle
+from orchestra.model.actions import Throttle
+from orchestra.model.spec import Limit, Tenant
 from orchestra.policy import (
     Adaptive,
     BurstCredits,
@@ -25,7 +26,6 @@ from orchestra.policy import (
     default_steps,
     only,
 )
-from orchestra.spec import Limit, Tenant
 
 SECOND = 1_000_000_000
 TICK = 0.1

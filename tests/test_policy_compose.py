@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from closed_loop import SECOND, Guest, World, steady
-from orchestra.actions import Isolate, SetLimit, Throttle, Unthrottle, Warn
-from orchestra.errors import SpecError
+from orchestra.model.actions import Isolate, SetLimit, Throttle, Unthrottle, Warn
+from orchestra.model.errors import SpecError
+from orchestra.model.spec import Limit, Meter, Tenant
 from orchestra.policy import (
     Adaptive,
     Condition,
@@ -20,7 +21,6 @@ from orchestra.policy import (
     WeightedShare,
     only,
 )
-from orchestra.spec import Limit, Meter, Tenant
 
 TEN = Limit(rate=10)
 

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from closed_loop import SECOND, Guest, World, during, steady, worst_window
-from orchestra.actions import Throttle
-from orchestra.errors import SpecError
+from orchestra.model.actions import Throttle
+from orchestra.model.errors import SpecError
+from orchestra.model.spec import Limit, Meter
 from orchestra.policy import BurstCredits, Facts, Policy, VmFacts
-from orchestra.spec import Limit, Meter
 
 
 def facts(time: float, *vms: tuple[str, int], launch: int = 1, throttled: float = 0.0, interval: float = 0.1) -> Facts:

@@ -32,7 +32,7 @@ def test_its_table_of_models_is_that_of_the_code():
 
 
 def test_every_policy_and_signal_is_in_it():
-    from orchestra.policy.signals import HARM, OWN
+    from orchestra.policy.harm import HARM, OWN
 
     for name in (*HARM, *OWN, "StaticLimits", "WeightedShare", "BusTime", "BurstCredits", "Adaptive", "Ladder", "only"):
         assert f"`{name}" in TEXT, name

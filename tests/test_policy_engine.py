@@ -15,13 +15,13 @@ from hypothesis import Phase, given, settings, strategies as st
 
 import orchestra as orc
 from conftest import blank, play
-from orchestra.actions import Action, Applied
 from orchestra.backend.scripted import hlt
-from orchestra.effects import Holdings
+from orchestra.config import PolicyRule, Rules
 from orchestra.journal import Journal, read_journal
+from orchestra.model.actions import Action, Applied
+from orchestra.model.effects import Holdings
 from orchestra.policy.engine import PENDING, Done, PolicyEngine
 from orchestra.replay import replay
-from orchestra.rules import PolicyRule, Rules
 from orchestra.simulate import Scenario
 from orchestra.simulate.behaviours import Steady
 from orchestra.simulate.layout import Layout

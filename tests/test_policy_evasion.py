@@ -11,8 +11,8 @@ import pytest
 from hypothesis import example, given, settings, strategies as st
 
 from closed_loop import Guest, World, steady
+from orchestra.model.spec import Limit
 from orchestra.policy import BusTime, WeightedShare
-from orchestra.spec import Limit
 
 # A long max_delay: each vCPU has an event that often whatever it had before, and eight of them are more
 # than a small share.

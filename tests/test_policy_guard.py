@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from closed_loop import SECOND, Guest, World, steady
-from orchestra.actions import (
+from orchestra.model.actions import (
     Action,
     CapCpu,
     Evict,
@@ -24,9 +24,9 @@ from orchestra.actions import (
     Unthrottle,
     Warn,
 )
-from orchestra.errors import SpecError
+from orchestra.model.errors import SpecError
+from orchestra.model.spec import Limit, Tenant
 from orchestra.policy import Facts, Guard, Ruling, Verdict
-from orchestra.spec import Limit, Tenant
 
 HARD = [Pause(vm="a"), Isolate(vm="a"), Evict(vm="a"), Stop(vm="a"), Kill(vm="a")]
 BACK = [Resume(vm="a"), Rejoin(vm="a"), Unthrottle(vm="a"), CapCpu(vm="a", share=None), SetLimit(vm="a", limit=None)]
@@ -384,7 +384,7 @@ def test_bad_settings_are_named(field, value):
 
 
 def test_what_is_remembered_does_not_grow_without_end(monkeypatch):
-    monkeypatch.setattr("orchestra.policy.books.MOST_REMEMBERED", 100)
+    monkeypatch.setattr("orchestra.policy.guard_state.MOST_REMEMBERED", 100)
     guard = Guard(host_cool_down=0, vm_cool_down=10)
     for n in range(2000):
         assert judge(guard, Pause(vm=f"v{n}"), n).action

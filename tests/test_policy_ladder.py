@@ -9,11 +9,23 @@ import pytest
 from hypothesis import example, given, settings, strategies as st
 
 from closed_loop import SECOND, Guest, World, during, steady
-from orchestra.actions import Action, CapCpu, Evict, Isolate, Pause, Rejoin, Resume, Stop, Throttle, Unthrottle, Warn
-from orchestra.errors import SpecError
+from orchestra.model.actions import (
+    Action,
+    CapCpu,
+    Evict,
+    Isolate,
+    Pause,
+    Rejoin,
+    Resume,
+    Stop,
+    Throttle,
+    Unthrottle,
+    Warn,
+)
+from orchestra.model.errors import SpecError
+from orchestra.model.spec import Limit, Meter
 from orchestra.policy import Condition, Facts, Guard, HostFacts, Ladder, Policy, Rung, Step, VmFacts, default_steps
 from orchestra.policy.ladder import PATIENCE
-from orchestra.spec import Limit, Meter
 
 TICK = 0.1
 BAD = Condition("bus_locks", 100)

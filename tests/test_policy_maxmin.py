@@ -7,7 +7,7 @@ import math
 import pytest
 from hypothesis import example, given, strategies as st
 
-from orchestra.errors import SpecError
+from orchestra.model.errors import SpecError
 from orchestra.policy.maxmin import max_min
 
 NEAR = 1e-9

@@ -15,10 +15,10 @@ import attrs
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from orchestra.actions import Throttle, Unthrottle
-from orchestra.errors import SpecError
+from orchestra.model.actions import Throttle, Unthrottle
+from orchestra.model.errors import SpecError
+from orchestra.model.spec import Limit, Meter, Tenant
 from orchestra.policy import Facts, Policy, VmFacts, WeightedShare
-from orchestra.spec import Limit, Meter, Tenant
 
 HOST = Limit(rate=1000, burst=100, max_delay=1.0)
 GREEDY = 20e-6  # seconds of work between two events

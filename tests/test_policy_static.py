@@ -5,10 +5,10 @@ from __future__ import annotations
 import attrs
 import pytest
 
-from orchestra.actions import Throttle
-from orchestra.errors import SpecError
+from orchestra.model.actions import Throttle
+from orchestra.model.errors import SpecError
+from orchestra.model.spec import Limit, Meter, Tenant
 from orchestra.policy import Facts, Policy, StaticLimits, VmFacts
-from orchestra.spec import Limit, Meter, Tenant
 
 TEN, TWENTY, THIRTY = Limit(rate=10), Limit(rate=20), Limit(rate=30)
 

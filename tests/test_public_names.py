@@ -14,8 +14,8 @@ import attrs
 import pytest
 
 import orchestra as orc
-from orchestra import actions, errors, exits
 from orchestra.backend.scripted import bus_lock, io_read, io_write
+from orchestra.model import actions, errors, exits
 
 MODULES = sorted(
     found.name

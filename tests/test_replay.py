@@ -20,13 +20,13 @@ from conftest import blank, play
 from journals import BEGIN, SECOND, Afternoon, lived, vm
 from orchestra.backend.scripted import bus_lock, hlt
 from orchestra.cli.app import main
+from orchestra.config import PolicyRule, Rules, parse_rules
 from orchestra.journal import Journal, read_journal
-from orchestra.policy.inforce import FREE, InForce
+from orchestra.policy.enforcement import FREE, Enforcement
 from orchestra.replay import Replay, replay
 from orchestra.replay.demand import Demands, Tick, Want, ticks
+from orchestra.replay.metrics import jain
 from orchestra.replay.response import fit
-from orchestra.replay.tally import jain
-from orchestra.rules import PolicyRule, Rules, parse_rules
 
 LADDER = "[[policies]]\nkind = 'ladder'\ninterval = 1.0\nover = 1000\n"
 
@@ -477,7 +477,7 @@ def wants(**locks: float) -> dict[str, Want]:
     return {name: Want(row(0, name), n, n, 1.0) for name, n in locks.items()}
 
 
-def through(force: InForce, seconds: int = 1, **locks: float) -> dict[str, float]:
+def through(force: Enforcement, seconds: int = 1, **locks: float) -> dict[str, float]:
     total = dict.fromkeys(locks, 0.0)
     for _ in range(seconds):
         passed = force.let_through(wants(**locks), 1.0)
@@ -486,8 +486,8 @@ def through(force: InForce, seconds: int = 1, **locks: float) -> dict[str, float
     return total
 
 
-def free() -> InForce:
-    return InForce()
+def free() -> Enforcement:
+    return Enforcement()
 
 
 def test_a_limit_lets_rate_and_burst_through():
@@ -504,7 +504,7 @@ def test_a_limit_lets_rate_and_burst_through():
 
 def test_tenants_and_host_take_from_all_in_proportion():
     limit = orc.Limit(rate=60, burst=1)
-    force = InForce(limit, None, {"acme": orc.Tenant("acme", limit=orc.Limit(rate=80, burst=1))})
+    force = Enforcement(limit, None, {"acme": orc.Tenant("acme", limit=orc.Limit(rate=80, burst=1))})
     through(force, 1, a=300.0, b=100.0)
     assert through(force, 10, a=300.0, b=100.0) == {"a": pytest.approx(450), "b": pytest.approx(150)}
     force.apply(orc.SetLimit(limit=None), "p")
@@ -576,7 +576,7 @@ LIMITS = st.builds(
     st.integers(1, 30),
 )
 def test_no_bucket_ever_lets_more_through_than_burst_and_rate(demands, limits, tenant, host, seconds):
-    force = InForce(host, None, {"acme": orc.Tenant("acme", limit=tenant)})
+    force = Enforcement(host, None, {"acme": orc.Tenant("acme", limit=tenant)})
     for name, limit in limits.items():
         force.apply(orc.Throttle(vm=name, limit=limit), "p")
     total = dict.fromkeys(demands, 0.0)

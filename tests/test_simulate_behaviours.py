@@ -7,16 +7,7 @@ import pytest
 
 from orchestra import SpecError
 from orchestra.simulate.arrays import generator
-from orchestra.simulate.behaviours import (
-    BEHAVIOURS,
-    Adversarial,
-    Behaviour,
-    Bursty,
-    Diurnal,
-    Escalating,
-    Quiet,
-    Steady,
-)
+from orchestra.simulate.behaviours import BEHAVIOURS, Adversarial, Behaviour, Bursty, Diurnal, Escalating, Quiet, Steady
 
 
 def play(behaviour: Behaviour, size: int, ticks: int, tick: float = 1.0, held=lambda t, counts: 0.0) -> np.ndarray:

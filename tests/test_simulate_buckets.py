@@ -14,11 +14,12 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import closed_loop
-from orchestra.actions import SetLimit
+from orchestra.model.actions import SetLimit
+from orchestra.model.spec import Limit, Meter, Tenant
 from orchestra.native import ffi, lib
 from orchestra.native.core import Bucket
 from orchestra.policy import StaticLimits
-from orchestra.policy.inforce import HOST, InForce
+from orchestra.policy.enforcement import HOST, Enforcement
 from orchestra.simulate import QemuWindow, Scenario
 from orchestra.simulate.behaviours import Steady
 from orchestra.simulate.buckets import Buckets, Windows, shared_waits
@@ -26,7 +27,6 @@ from orchestra.simulate.cpus import LimitSpec
 from orchestra.simulate.layout import Layout
 from orchestra.simulate.scenario import Hosts, Tenants, Vms
 from orchestra.simulate.world import World
-from orchestra.spec import Limit, Meter, Tenant
 
 
 @attrs.frozen
@@ -291,7 +291,7 @@ class Simulated:
 
 class Rehearsed:
     def __init__(self) -> None:
-        self._held, self._limit = InForce(), None
+        self._held, self._limit = Enforcement(), None
 
     def set(self, limit: Limit | None, now: float) -> None:
         self._held._now = now

@@ -215,8 +215,8 @@ def test_a_file_that_is_not_there_is_told(tmp_path, capsys):
     ("library", "modules", "options", "command"),
     [
         ("numpy", "orchestra.simulate", [], "pip install 'orchestra-kvm[simulate]'"),
-        ("cattrs", "orchestra.tomlfile", [], "pip install 'orchestra-kvm[rules]'"),
-        ("matplotlib", "orchestra.figures", ["--html", "x.html"], "pip install 'orchestra-kvm[plot]'"),
+        ("cattrs", "orchestra.config.toml", [], "pip install 'orchestra-kvm[rules]'"),
+        ("matplotlib", "orchestra.output.figures", ["--html", "x.html"], "pip install 'orchestra-kvm[plot]'"),
     ],
 )
 def test_without_a_library_the_command_that_installs_it_is_told(

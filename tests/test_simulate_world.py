@@ -12,7 +12,8 @@ import pytest
 
 import closed_loop
 import orchestra as orc
-from orchestra.actions import Action, CapCpu, Evict, Isolate, Rejoin, Warn
+from orchestra.model.actions import Action, CapCpu, Evict, Isolate, Rejoin, Warn
+from orchestra.model.spec import Limit, Meter
 from orchestra.policy import Adaptive, BurstCredits, Facts, Ladder, StaticLimits, WeightedShare, default_steps
 from orchestra.simulate import HostCpu, LimitSpec, Scenario, load_scenario, simulate
 from orchestra.simulate.behaviours import Adversarial, Behaviour, Bursty, Quiet, Steady
@@ -20,7 +21,6 @@ from orchestra.simulate.layout import Layout
 from orchestra.simulate.report import document
 from orchestra.simulate.scenario import Budget, Hosts, Placement, Vms
 from orchestra.simulate.world import World
-from orchestra.spec import Limit, Meter
 
 BUDGET = 0.05 * 2e9 / 7000
 """Locks a second that 5 % of the default CPU's bus are."""

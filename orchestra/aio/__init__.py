@@ -19,12 +19,13 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from .. import opening, vm as machine
-from ..actions import Evict
 from ..backend import Backend
+from ..fleet import open as opening
+from ..fleet.recorder import Recorder
+from ..machine import vm as machine
+from ..model.actions import Evict
+from ..model.spec import Limit, Tenant
 from ..policy import Guard, Policy
-from ..record import Recorder
-from ..spec import Limit, Tenant
 from .block import Block
 from .callback import ask
 from .handles import Fleet, Vm

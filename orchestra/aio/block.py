@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 import trio
 
-from ..errors import StateError
+from ..model.errors import StateError
 from .bridge import Bridge, Call, Closed, Flag, chained
 
 __all__ = ["Block"]

@@ -15,7 +15,7 @@ from weakref import WeakValueDictionary
 
 import trio
 
-from ..errors import StateError
+from ..model.errors import StateError
 
 __all__ = ["Bridge", "Call", "Closed", "Flag", "chained"]
 

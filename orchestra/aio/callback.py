@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import trio
 
-from ..errors import StateError
+from ..model.errors import StateError
 from .bridge import Bridge
 
 __all__ = ["ask"]

@@ -10,17 +10,18 @@ from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import Any, Literal
 
-from .. import fleet as house, vm as machine
-from ..actions import Action, Applied, Outcome, State, Stopped
 from ..backend import Backend, Detection
-from ..devices.bus import Device
-from ..exits import Exit
-from ..holding import PendingIo
+from ..fleet import fleet as house
+from ..fleet.statistics import FleetStatistics
+from ..machine import vm as machine
+from ..machine.devices.bus import Device
+from ..machine.holding import PendingIo
+from ..machine.vm import VmStatistics
+from ..model.actions import Action, Applied, Outcome, State, Stopped
+from ..model.exits import Exit
+from ..model.spec import Limit, Meter, Tenant, VmSpec
 from ..policy import Guard, Policy
 from ..profile import Profile, Symbols
-from ..spec import Limit, Meter, Tenant, VmSpec
-from ..statistics import FleetStatistics
-from ..vm import VmStatistics
 from .block import Block
 from .bridge import Bridge
 from .streams import Console, Exits, Requests, Watch

@@ -15,7 +15,7 @@ from typing import Any, Final, ParamSpec, Self, TypeVar
 
 import trio
 
-from ..errors import StateError
+from ..model.errors import StateError
 from .bridge import Bridge, Call
 
 __all__ = ["LoopBridge"]

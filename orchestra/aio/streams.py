@@ -14,11 +14,11 @@ from typing import Final, Self
 import attrs
 import trio
 
-from .. import subscription, watch
-from ..devices import console, requests as queue
-from ..exits import Exit
+from ..fleet import channels as subscription, watch
+from ..fleet.channels import ExitsStatistics
+from ..machine.devices import console, requests as queue
+from ..model.exits import Exit
 from ..policy import Facts
-from ..subscription import ExitsStatistics
 from .bridge import Bridge
 from .wrapper import Wrapper, mirrors
 

@@ -1,7 +1,7 @@
 """What executes guests: the contract of the three backends, and the choice among them.
 
 A backend makes a `Machine` for a spec; a machine has guest memory and an `Engine` for each vCPU. Engines only execute:
-what an exit means is decided above, in `orchestra.vcpu`, which is the same for all. All engines account their exits
+what an exit means is decided above, in `orchestra.machine.vcpu`, which is the same for all. All engines account their exits
 through the C core (`VcpuCore`), so counters, buckets, ring and commands are the same as well.
 """
 
@@ -13,21 +13,21 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import attrs
 
-from ..errors import NoSuchBackend
-from ..memory import GuestMemory
+from ..model.errors import NoSuchBackend
+from ..model.spec import VmSpec
 from ..native import lib
 from ..native.core import Runner, VcpuCore
 from ..native.records import Fields
-from ..spec import VmSpec
+from .memory import GuestMemory
 
 if TYPE_CHECKING:
+    from .detection import Asked
     from .kvm.dirty import DirtyLog
-    from .picking import Asked
 
-__all__ = ["Backend", "Detection", "Engine", "EntryState", "Machine", "Threaded", "Why", "choose"]
+__all__ = ["Backend", "Detection", "Engine", "EntryState", "Machine", "RunResult", "Threaded", "choose"]
 
 
-class Why(IntEnum):
+class RunResult(IntEnum):
     """Why an engine came back: `enum orc_why` of the core."""
 
     EXIT = int(lib.ORC_EXIT)
@@ -214,7 +214,7 @@ def choose(backend: str | Backend, asked: Asked | None = None) -> Backend:
 
         return ScriptedBackend()
     if backend == "auto":
-        from .picking import Asked, open_best
+        from .detection import Asked, open_best
 
         return open_best(asked or Asked())
     raise NoSuchBackend(f"backend={backend!r}: must be 'auto', 'kvm', 'emulated', 'scripted' or a Backend object")

@@ -12,7 +12,7 @@ from typing import Any
 
 import attrs
 
-from ..errors import SpecError
+from ..model.errors import SpecError
 from ..native import ffi, lib
 
 __all__ = ["DebugRegisters", "DescriptorTable", "MpState", "Registers", "Segment", "SpecialRegisters"]

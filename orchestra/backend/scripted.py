@@ -18,13 +18,13 @@ from typing import Any, Final, TypeAlias
 import attrs
 import trio
 
-from ..errors import SpecError
-from ..memory import GuestMemory
+from ..model.errors import SpecError
+from ..model.spec import VmSpec
 from ..native import ffi, lib
 from ..native.core import NEVER, REASON_NUMBERS, Command, VcpuCore
 from ..native.records import BUS_LOCK, Fields, build, unpack
-from ..spec import VmSpec
-from . import Detection, EntryState, Why
+from . import Detection, EntryState, RunResult
+from .memory import GuestMemory
 from .registers import Registers
 
 __all__ = [
@@ -161,7 +161,7 @@ class ScriptedEngine:
         self._read: tuple[int, int] | None = None
         self._registers = Registers(rip=state.rip, rsp=state.rsp, rdi=state.rdi)
 
-    async def run(self) -> Why:
+    async def run(self) -> RunResult:
         await trio.lowlevel.checkpoint()
         handle, backend = self.core.handle, self._backend
         if self.access.count:  # so many were answered since it came back last
@@ -176,12 +176,12 @@ class ScriptedEngine:
                 turn = lib.orc_vcpu_turn(handle)
                 # Other commands come when all of it is answered, as in orc_access_resume.
                 if commands or turn == NEVER or await self._wait_turn(turn, kicked):
-                    return Why(lib.orc_access_up(handle))
+                    return RunResult(lib.orc_access_up(handle))
                 self.access.count = 0  # not asked after all: somebody else may be there by now
                 continue
             self._finish_read()
             if commands:
-                return Why.COMMAND
+                return RunResult.COMMAND
             if (turn := lib.orc_vcpu_turn(handle)) != NEVER and not await self._wait_turn(turn, kicked):
                 continue
             if self._next is None:
@@ -199,7 +199,7 @@ class ScriptedEngine:
             if step.errno:
                 self._errno = step.errno
                 if step.errno != errno.EFAULT or step.reason != "memory_fault":
-                    return Why.ERROR
+                    return RunResult.ERROR
                 flags = 0  # the one failure that says more (api.rst, KVM_EXIT_MEMORY_FAULT); its flags are stale too
             if not self._bus_locks:  # what the host can't see does not exit, and sets no flag
                 if step.reason == "x86_bus_lock":
@@ -211,8 +211,8 @@ class ScriptedEngine:
                 lib.orc_vcpu_weigh(handle, step.args[2])
             lib.orc_vcpu_account(handle, self._record, backend.now())
             if step.reason not in ACCESS_ARGUMENTS or step.errno:
-                return Why.EXIT
-            if (why := self._access(step)) != Why.ANSWERED:
+                return RunResult.EXIT
+            if (why := self._access(step)) != RunResult.ANSWERED:
                 return why
             await trio.lowlevel.checkpoint()  # an endless script of them can still be cancelled
 
@@ -231,14 +231,14 @@ class ScriptedEngine:
             lib.orc_vcpu_wait_end(handle, max(backend.now(), turn) if served else backend.now(), served)
         return served
 
-    def _access(self, step: ScriptedExit) -> Why:
+    def _access(self, step: ScriptedExit) -> RunResult:
         """Make the access; `Why.ANSWERED` if it needs nobody."""
         address, size, *rest = step.args
         count, write = rest if step.reason == "io" else (1, *rest)
         ffi.memmove(self._data, step.data, len(step.data))
         self._read = None if write else (address, size * count)
-        bus = Why.IO if step.reason == "io" else Why.MMIO
-        return Why(lib.orc_access_begin(self.core.handle, bus, address, size, count, bool(write), self._data))
+        bus = RunResult.IO if step.reason == "io" else RunResult.MMIO
+        return RunResult(lib.orc_access_begin(self.core.handle, bus, address, size, count, bool(write), self._data))
 
     def _finish_read(self) -> None:
         if self._read is not None:

@@ -12,11 +12,11 @@ from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from cyclopts import App, CycloptsError, Parameter
 
-from ..errors import FileError, OrchestraError, SpecError
-from ..extras import DISTRIBUTION
-from ..spec import DebugConsole, DeviceSpec, ExitPort, FlatImage, Limit, Serial, VmSpec
-from .numbers import parse_rate, parse_seconds, parse_size
-from .times import parse_time
+from ..model.errors import FileError, OrchestraError, SpecError
+from ..model.extras import DISTRIBUTION
+from ..model.spec import DebugConsole, DeviceSpec, ExitPort, FlatImage, Limit, Serial, VmSpec
+from ..output.numbers import parse_rate, parse_seconds, parse_size
+from ..output.times import parse_time
 
 __all__ = ["main"]
 
@@ -86,8 +86,8 @@ def demo(
 
     The exit status is 0 if all acts were played, 1 if every VM ended before that, 130 after Ctrl-C.
     """
+    from ..demo.story import Plan
     from .demo import demo
-    from .story import Plan
 
     plan = Plan(vms=vms, noisy=noisy, limit=limit, seconds=seconds, backend=backend)
     return demo(plan, as_json=json, plain=plain, plot=plot)

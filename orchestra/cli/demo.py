@@ -14,14 +14,14 @@ import attrs
 import trio
 
 from ..backend import Backend, choose
-from ..backend.picking import Asked, look
+from ..backend.detection import Asked, look
 from ..backend.scripted import ScriptedBackend
-from ..errors import BusLockUnsupported
-from .account import Result, document
-from .plain import Plain
-from .signals import until_interrupted
-from .story import Plan, Story
-from .target import check_target
+from ..demo.account import Result, document
+from ..demo.plain import Plain
+from ..demo.story import Plan, Story
+from ..model.errors import BusLockUnsupported
+from ..output.target import check_target
+from .interrupts import until_interrupted
 
 __all__ = ["demo"]
 
@@ -81,7 +81,7 @@ def _staged(plan: Plan) -> Iterator[Plan]:
 def _opened(backend: str | Backend) -> tuple[Backend, str]:
     """The backend, and what would make the demonstration better."""
     if backend == "scripted":
-        from .rehearsal import scripts
+        from ..demo.scripts import scripts
 
         return ScriptedBackend(scripts), ""
     try:
@@ -92,6 +92,6 @@ def _opened(backend: str | Backend) -> tuple[Backend, str]:
 
 
 def _artist() -> Callable[[Result, Path], None]:
-    from .plot import draw
+    from ..demo.plot import draw
 
     return draw

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from ..doctor import AUTO, Report, examine
+from ..host.doctor import AUTO, Report, examine
 
 __all__ = ["doctor"]
 

@@ -7,12 +7,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ..errors import OrchestraError, SpecError, UnknownVm
 from ..journal import Aggregate, JournalReader, read_journal
+from ..model.errors import OrchestraError, SpecError, UnknownVm
+from ..output.printable import printable
+from ..output.times import duration
 from ..profile import Profile, Symbols, disassembly, from_rows, make_profile
 from ..profile.folded import folded
-from .printable import printable
-from .times import duration
 
 __all__ = ["NotSeen", "guilty", "lines", "profile_of"]
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import attrs
 
-from ..errors import SpecError
 from ..journal import ActionRow, StateRow, read_journal
 from ..journal.export import TABLES, Row, plain, rows, write_csv, write_parquet
 from ..journal.schema import upgrade
-from .printable import printable
-from .target import check_target
-from .times import day_and_time
+from ..model.errors import SpecError
+from ..output.printable import printable
+from ..output.target import check_target
+from ..output.times import day_and_time
 
 __all__ = ["journal", "line"]
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import attrs
 
-from ..rules import Rules, TomlError, load_rules
-from ..spec import Meter, Tenant
+from ..config import Rules, TomlError, load_rules
+from ..model.spec import Meter, Tenant
 
 __all__ = ["check"]
 

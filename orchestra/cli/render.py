@@ -12,15 +12,15 @@ from rich.progress import BarColumn, Progress as RichProgress, TaskID, TextColum
 from rich.table import Table
 from rich.text import Text
 
-from ..actions import Applied
-from ..doctor import Finding, Report
-from ..fleet import Fleet
-from ..spec import Meter
-from . import words
-from .account import Act, Result, Row, Sample
-from .numbers import shown
-from .plain import cells
-from .story import EVENTS, Plan
+from ..demo import words
+from ..demo.account import Act, Result, Row, Sample
+from ..demo.plain import cells
+from ..demo.story import EVENTS, Plan
+from ..fleet.fleet import Fleet
+from ..host.doctor import Finding, Report
+from ..model.actions import Applied
+from ..model.spec import Meter
+from ..output.numbers import shown
 
 __all__ = ["LiveTable", "Progress", "show_report"]
 

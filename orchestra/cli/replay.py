@@ -10,15 +10,15 @@ from typing import Any, Final
 
 import attrs
 
+from ..config import parse_rules
 from ..journal import read_journal
 from ..journal.export import iso
+from ..output.numbers import shown
+from ..output.printable import printable
+from ..output.target import check_target
+from ..output.times import day_and_time, duration
 from ..replay import Replay, Response, World, replay as run
-from ..rules import parse_rules
-from .numbers import shown
-from .printable import printable
 from .simulate import audience
-from .target import check_target
-from .times import day_and_time, duration
 
 __all__ = ["document", "lines", "replay"]
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from ..colours import BUS_LOCKS, WITH, WITHOUT
-from ..figures import Figure, fit_scale, rc_context
+from ..output.colours import BUS_LOCKS, WITH, WITHOUT
+from ..output.figures import Figure, fit_scale, rc_context
+from ..output.numbers import shown
+from ..output.svg import LEGEND, STYLE, clock, heading, save, time_axis
+from ..output.times import day_and_time
 from ..replay import Replay
-from .numbers import shown
-from .svg import LEGEND, STYLE, clock, heading, save, time_axis
-from .times import day_and_time
 
 __all__ = ["draw"]
 

@@ -14,14 +14,14 @@ from typing import Any, Final
 import attrs
 import trio
 
-from ..actions import Failed, Outcome, Shutdown
 from ..backend import Backend, choose
-from ..backend.picking import Asked
-from ..errors import FileError, SpecError, StateError
-from ..opening import open_fleet
-from ..spec import VmSpec
-from ..vm import Vm, VmStatistics
-from .signals import until_interrupted
+from ..backend.detection import Asked
+from ..fleet.open import open_fleet
+from ..machine.vm import Vm, VmStatistics
+from ..model.actions import Failed, Outcome, Shutdown
+from ..model.errors import FileError, SpecError, StateError
+from ..model.spec import VmSpec
+from .interrupts import until_interrupted
 
 __all__ = ["GuestRun", "read_image", "run"]
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from ..errors import SpecError
-from .target import check_target
+from ..model.errors import SpecError
+from ..output.target import check_target
 
 __all__ = ["audience", "simulate"]
 

@@ -16,10 +16,10 @@ from ..journal.explain import ENDED, Explanation, Fared, explain
 from ..journal.export import iso
 from ..journal.holds import Hold
 from ..journal.series import Bin, series
-from .numbers import shown
-from .printable import printable
-from .target import check_target
-from .times import day_and_time, duration, time_of_day
+from ..output.numbers import shown
+from ..output.printable import printable
+from ..output.target import check_target
+from ..output.times import day_and_time, duration, time_of_day
 from .whyblame import suspicion_document, verdict
 from .whyheld import capital, figure, held, in_force, per_second, unknown, window
 

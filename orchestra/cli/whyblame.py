@@ -8,8 +8,8 @@ from typing import Any, Final
 import attrs
 
 from ..journal.explain import Explanation, Fared, Surroundings
+from ..output.times import duration
 from ..policy.suspects import FEWEST, Suspect, Suspicion
-from .times import duration
 
 __all__ = ["suspicion_document", "verdict"]
 

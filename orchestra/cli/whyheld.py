@@ -9,8 +9,8 @@ from ..journal import ActionRow
 from ..journal.causes import Cause, Setter
 from ..journal.explain import LATELY, Explanation
 from ..journal.holds import Hold
-from .numbers import shown
-from .times import day_and_time, duration, time_of_day
+from ..output.numbers import shown
+from ..output.times import day_and_time, duration, time_of_day
 
 __all__ = ["capital", "figure", "held", "in_force", "per_second", "unknown", "window"]
 

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from ..colours import BUS_LOCKS, CPU, HOST, LIMIT, TURN
-from ..figures import Figure, fit_scale, rc_context
 from ..journal.explain import Explanation
 from ..journal.series import Bin
-from .numbers import shown
-from .svg import LEGEND, STYLE, clock, heading, marks, save, time_axis
-from .times import day_and_time
+from ..output.colours import BUS_LOCKS, CPU, HOST, LIMIT, TURN
+from ..output.figures import Figure, fit_scale, rc_context
+from ..output.numbers import shown
+from ..output.svg import LEGEND, STYLE, clock, heading, marks, save, time_axis
+from ..output.times import day_and_time
 
 __all__ = ["draw"]
 

@@ -9,7 +9,7 @@ from typing import Final
 
 import attrs
 
-from ..errors import UnknownVm
+from ..model.errors import UnknownVm
 from ..policy.suspects import Past, Suspicion
 from .causes import Cause, causes
 from .coverage import Coverage, cover

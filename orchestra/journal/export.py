@@ -11,8 +11,8 @@ from typing import Any, Final, TextIO, TypeAlias, get_args
 
 import attrs
 
-from ..actions import Action
-from ..errors import SpecError
+from ..model.actions import Action
+from ..model.errors import SpecError
 from .reader import ActionRow, Aggregate, HostRow, JournalReader, ProfileRow, StateRow, VcpuRow
 
 __all__ = ["KINDS", "TABLES", "iso", "plain", "rows", "write_csv"]

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 import attrs
 
-from ..effects import EFFECTS, Key, key_of, releases
+from ..model.effects import EFFECTS, Key, key_of, releases
 from .reader import ActionRow
 
 __all__ = ["Held", "Hold", "Span", "in_force", "spans"]

@@ -11,8 +11,8 @@ from typing import Any, Final
 
 import attrs
 
-from ..errors import OrchestraError
-from ..extras import install
+from ..model.errors import OrchestraError
+from ..model.extras import install
 
 try:
     # mypy may well be run where this extra is not installed.

@@ -10,9 +10,9 @@ from typing import Any, Final, TypeVar
 
 import attrs
 
-from ..actions import Action
-from ..codec import KIND, TAGGED, decode
-from ..errors import SpecError
+from ..model.actions import Action
+from ..model.codec import KIND, TAGGED, decode
+from ..model.errors import SpecError
 from .checked import LAST, UNREADABLE, Maker, mapping
 from .schema import JournalError, connect, unreadable
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from ..errors import OrchestraError
+from ..model.errors import OrchestraError
 
 __all__ = ["APPLICATION", "VERSION", "JournalError", "connect", "prepare", "unreadable", "upgrade"]
 

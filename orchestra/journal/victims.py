@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import attrs
 
-from ..errors import UnknownVm
+from ..model.errors import UnknownVm
 from ..policy.suspects import WINDOWS, Past, Suspicion
 from .intervals import join, whole
 from .reader import Aggregate, HostRow, JournalReader

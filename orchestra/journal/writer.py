@@ -16,11 +16,11 @@ from typing import Any, Final, TypeAlias
 
 import attrs
 
-from ..actions import Action, Applied
-from ..errors import SpecError
+from ..fleet.recorder import JournalStatistics
+from ..model.actions import Action, Applied
+from ..model.errors import SpecError
+from ..model.spec import GiB, MiB
 from ..policy import Facts
-from ..record import JournalStatistics
-from ..spec import GiB, MiB
 from . import lock
 from .schema import JournalError, connect, prepare
 

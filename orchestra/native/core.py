@@ -19,8 +19,8 @@ from typing import Any, Final
 
 import attrs
 
-from ..errors import ResourceLimit
-from ..spec import Limit, Meter
+from ..model.errors import ResourceLimit
+from ..model.spec import Limit, Meter
 from . import ffi, lib
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""From the core's exit records to the named types of `orchestra.exits`."""
+"""From the core's exit records to the named types of `orchestra.model.exits`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import struct
 from collections.abc import Callable, Iterator
 from typing import Any, Final, TypeAlias
 
-from .. import exits
+from ..model import exits
 from . import ffi, lib
 from .core import REASON_NUMBERS
 

@@ -14,13 +14,13 @@ from typing import Any, Final
 
 import attrs
 
-from ..actions import Throttle, Unthrottle
-from ..errors import SpecError
-from ..spec import Limit, Meter, as_meter
+from ..model.actions import Throttle, Unthrottle
+from ..model.errors import SpecError
+from ..model.spec import Limit, Meter, as_meter
 from .facts import Facts, VmFacts, count_of
+from .harm import HARM, Signals, calm, check_signal
 from .maxmin import max_min
-from .ranges import above, within
-from .signals import HARM, Signals, calm, check_signal
+from .validation import above, within
 
 __all__ = ["Adaptive"]
 
@@ -76,7 +76,7 @@ class Adaptive:
     the floor, the reason is another, and nothing more is done.
 
     ``lock_slowdown``, ``memory_slowdown`` and ``work_drop`` compare with what is usual: the best that was seen so far,
-    raised only to what is measured while nobody does more than the floor (`orchestra.policy.signals`). Harm that lasts
+    raised only to what is measured while nobody does more than the floor (`orchestra.policy.harm`). Harm that lasts
     or grows slowly stays harm. A host, or a guest, that is slow for good and for another reason costs the noisy half a
     minute at the floor; then that is usual, and they are let go. What was there from the start is taken for usual until
     something better is seen, and a policy that is made anew starts anew. Who knows what is good says it: ``lock_ns``

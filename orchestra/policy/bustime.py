@@ -6,15 +6,15 @@ from collections.abc import Mapping
 
 import attrs
 
-from ..actions import Throttle, Unthrottle
-from ..errors import SpecError
-from ..spec import Limit, Meter, Tenant
+from ..model.actions import Throttle, Unthrottle
+from ..model.errors import SpecError
+from ..model.spec import Limit, Meter, Tenant
 from .cpus import CPU_MODELS, CpuModel
 from .facts import Facts
-from .pace import FASTEST, LEAST_BURST
-from .ranges import within
+from .rates import FASTEST, LEAST_BURST
 from .share import WeightedShare
 from .static import StaticLimits
+from .validation import within
 
 __all__ = ["CPU_MODELS", "BusTime", "CpuModel"]
 

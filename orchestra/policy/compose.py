@@ -7,9 +7,9 @@ from fnmatch import fnmatchcase
 
 import attrs
 
-from ..actions import Action, SetLimit, Throttle, Unthrottle
-from ..errors import SpecError
-from ..spec import Meter
+from ..model.actions import Action, SetLimit, Throttle, Unthrottle
+from ..model.errors import SpecError
+from ..model.spec import Meter
 from .facts import Facts, Policy, VmFacts
 
 __all__ = ["Only", "only"]

@@ -11,7 +11,7 @@ from typing import Final
 
 import attrs
 
-from .ranges import within
+from .validation import within
 
 __all__ = ["CPU_MODELS", "CpuModel"]
 

@@ -17,11 +17,11 @@ from typing import Any, Final
 
 import attrs
 
-from ..actions import Action, Throttle
-from ..spec import Limit, Meter, as_meter
+from ..model.actions import Action, Throttle
+from ..model.spec import Limit, Meter, as_meter
 from .facts import Facts, VmFacts, count_of
-from .once import Once
-from .ranges import within
+from .retry import Once
+from .validation import within
 
 __all__ = ["BurstCredits"]
 

@@ -18,12 +18,12 @@ from typing import Any, Final, Literal, Protocol
 
 import attrs
 
-from ..actions import Action, Applied
-from ..effects import Holdings
-from ..errors import SpecError
+from ..model.actions import Action, Applied
+from ..model.effects import Holdings
+from ..model.errors import SpecError
+from .dry_run import DryRun
 from .facts import Facts, HostFacts, Policy
 from .guard import Guard, Ruling, Verdict
-from .rehearsal import Rehearsal
 from .state import PolicyState, PolicyStatus, interval_of
 
 __all__ = ["PENDING", "Done", "Executor", "PolicyEngine", "Source"]
@@ -260,7 +260,7 @@ class PolicyEngine:
             if state in self._states:
                 continue
             if guard.is_dry(state.name):  # what others rehearse is in force for it as well
-                state.rehearsal = Rehearsal() if rehearsal is None else copy.deepcopy(rehearsal)
+                state.rehearsal = DryRun() if rehearsal is None else copy.deepcopy(rehearsal)
             if self._source is not None:
                 state.window = self._source.open()
         self._states = states
@@ -270,7 +270,7 @@ class PolicyEngine:
                 one.let_go(state.name)
         return list(there.values())
 
-    def _rehearsals(self) -> Iterator[Rehearsal]:
+    def _rehearsals(self) -> Iterator[DryRun]:
         return (state.rehearsal for state in self._states if state.rehearsal is not None)
 
     def _check_rehearsals(self, policies: Iterable[Policy], guard: Guard) -> None:

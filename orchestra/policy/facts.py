@@ -8,8 +8,8 @@ from typing import Protocol, TypeVar, runtime_checkable
 
 import attrs
 
-from ..actions import Action
-from ..spec import Limit, Meter, Tenant
+from ..model.actions import Action
+from ..model.spec import Limit, Meter, Tenant
 
 __all__ = ["Facts", "HostFacts", "Policy", "TenantFacts", "VcpuFacts", "VmFacts", "add_known", "count_of"]
 

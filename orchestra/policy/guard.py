@@ -9,13 +9,13 @@ from typing import Any
 
 import attrs
 
-from ..actions import Action, CapCpu, Resume, SetLimit, Throttle
-from ..effects import EFFECTS, Axis, What, releases
-from ..errors import SpecError
-from ..spec import Limit, Meter
-from .books import Books, Failures, Noted, Word, is_limit
-from .pace import LEAST_BURST
-from .ranges import within
+from ..model.actions import Action, CapCpu, Resume, SetLimit, Throttle
+from ..model.effects import EFFECTS, Axis, What, releases
+from ..model.errors import SpecError
+from ..model.spec import Limit, Meter
+from .guard_state import Claim, Failures, GuardState, Undo, is_limit
+from .rates import LEAST_BURST
+from .validation import within
 
 __all__ = ["Guard", "Ruling", "Verdict"]
 
@@ -44,7 +44,7 @@ class Verdict:
     outcome: Ruling
     reason: str
     judged: Action
-    _noted: Noted | None = attrs.field(default=None, eq=False, repr=False)
+    _noted: Undo | None = attrs.field(default=None, eq=False, repr=False)
 
 
 def _names(given: Any) -> Any:
@@ -100,8 +100,8 @@ class Guard:
     max_pause: float | None = 300.0
     most_paused: float = 0.75
     dry_run: bool | tuple[str, ...] = attrs.field(default=False, converter=_names)
-    _books: Books = attrs.field(init=False, factory=Books, repr=False)
-    _rehearsed: Books = attrs.field(init=False, factory=lambda: Books(dry=True), repr=False)
+    _books: GuardState = attrs.field(init=False, factory=GuardState, repr=False)
+    _rehearsed: GuardState = attrs.field(init=False, factory=lambda: GuardState(dry=True), repr=False)
     _failures: Failures = attrs.field(init=False, factory=Failures, repr=False)
 
     def __attrs_post_init__(self) -> None:
@@ -131,9 +131,9 @@ class Guard:
             vms: how many VMs are below the place of a limit on a tenant or the host.
         """
         if policy is None:
-            self._note(self._books, action, Word(-1, None, time))
+            self._note(self._books, action, Claim(-1, None, time))
             return Verdict(action, Ruling.ALLOWED, "", action)
-        word = Word(order, policy, time)
+        word = Claim(order, policy, time)
         dry = self.is_dry(policy)
         books = self._rehearsed if dry else self._books
         judged, changed = self._raised(action, vms)
@@ -160,7 +160,7 @@ class Guard:
         """
         if verdict.action is None or verdict._noted is None:
             return
-        self._books.strike(verdict.action, verdict._noted)
+        self._books.roll_back(verdict.action, verdict._noted)
         if not releases(verdict.action):
             self._failures.add(verdict.action, time)
 
@@ -186,7 +186,7 @@ class Guard:
             evidence = {"policy": word.policy, "paused": (time - word.time) / 1e9, "max_pause": self.max_pause}
             reason = f"paused by policy {word.policy} for more than {self.max_pause:g} s"
             action = Resume(vm=vm, reason=reason, evidence=evidence)
-            self._note(books, action, Word(-1, None, time))
+            self._note(books, action, Claim(-1, None, time))
             actions.append(action)
         return actions
 
@@ -257,13 +257,13 @@ class Guard:
 
     # ---- whose word counts, how soon, how often ---------------------------------------------------------------------
 
-    def _words(self, books: Books, action: Action) -> Iterable[Word | None]:
+    def _words(self, books: GuardState, action: Action) -> Iterable[Claim | None]:
         """Those that this action would go against: a dry run is bound by what is really so as well."""
         for each in (books, self._books):
             held, let = each.words(action)
             yield held if releases(action) else let
 
-    def _contradicts(self, books: Books, action: Action, word: Word) -> str:
+    def _contradicts(self, books: GuardState, action: Action, word: Claim) -> str:
         if EFFECTS[type(action)].axis is None:
             return ""
         for said in self._words(books, action):
@@ -277,7 +277,7 @@ class Guard:
                 return f"{who} let it go {ago:.3g} s ago"
         return ""
 
-    def _too_soon(self, books: Books, action: Action, time: int) -> str:
+    def _too_soon(self, books: GuardState, action: Action, time: int) -> str:
         effect = EFFECTS[type(action)]
         if not effect.hard:
             return ""
@@ -295,14 +295,14 @@ class Guard:
             return f"cool-down: {ago:.3g} of {self.host_cool_down:g} s since the last one on this host"
         return ""
 
-    def _too_many(self, books: Books, action: Action, time: int) -> str:
+    def _too_many(self, books: GuardState, action: Action, time: int) -> str:
         limits = is_limit(action)
         most = self.limits_per_minute if limits else self.actions_per_minute
         if most is not None and len(books.lately(action, time)) >= most:
             return f"{most} {'limits' if limits else 'actions'} in the last minute: no more"
         return ""
 
-    def _note(self, books: Books, action: Action, word: Word) -> Noted:
+    def _note(self, books: GuardState, action: Action, word: Claim) -> Undo:
         return books.note(action, word, self.vm_cool_down * 1e9)
 
 

@@ -11,12 +11,12 @@ from typing import Any, Final
 
 import attrs
 
-from ..actions import Action, CapCpu, Evict, Isolate, Pause, Rejoin, Resume, Stop, Throttle, Unthrottle, Warn
-from ..spec import Limit, Meter, as_meter
+from ..model.actions import Action, CapCpu, Evict, Isolate, Pause, Rejoin, Resume, Stop, Throttle, Unthrottle, Warn
+from ..model.spec import Limit, Meter, as_meter
 from .facts import Facts, VmFacts, count_of
-from .ranges import within
-from .signals import HARM, OWN, Signals
+from .harm import HARM, OWN, Signals
 from .steps import Condition, Rung, Step, check_steps, default_steps
+from .validation import within
 
 __all__ = ["Ladder"]
 

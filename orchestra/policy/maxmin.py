@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ..errors import SpecError
+from ..model.errors import SpecError
 
 __all__ = ["max_min"]
 

@@ -9,12 +9,12 @@ from typing import Any, Final
 
 import attrs
 
-from ..actions import Throttle, Unthrottle
-from ..spec import Limit, Meter, as_meter, optional_limit
+from ..model.actions import Throttle, Unthrottle
+from ..model.spec import Limit, Meter, as_meter, optional_limit
 from .facts import Facts, count_of
 from .maxmin import max_min
-from .pace import paced
-from .ranges import within
+from .rates import paced
+from .validation import within
 
 __all__ = ["WeightedShare"]
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import attrs
 
-from ..errors import SpecError
+from ..model.errors import SpecError
+from .dry_run import DryRun
 from .facts import Policy
-from .rehearsal import Rehearsal
 
 __all__ = ["PolicyState", "PolicyStatus", "check_policies", "interval_of"]
 
@@ -47,14 +47,14 @@ class PolicyState:
     since: int
     due: int
     interval: int | None
-    rehearsal: Rehearsal | None = None
+    rehearsal: DryRun | None = None
     window: Any = None
     on: bool = True
     error: str | None = None
     actions: int = 0
 
     @classmethod
-    def of(cls, policy: Policy, order: int, now: int, rehearsal: Rehearsal | None) -> PolicyState:
+    def of(cls, policy: Policy, order: int, now: int, rehearsal: DryRun | None) -> PolicyState:
         """A new one. Facts are about an interval, so one that ticks decides first when one has passed.
 
         Raises:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 
-from ..actions import Action, Throttle
-from ..errors import SpecError
-from ..spec import Limit, Meter, as_meter, optional_limit
+from ..model.actions import Action, Throttle
+from ..model.errors import SpecError
+from ..model.spec import Limit, Meter, as_meter, optional_limit
 from .facts import Facts
-from .once import Once
-from .ranges import within
+from .retry import Once
+from .validation import within
 
 __all__ = ["StaticLimits"]
 

@@ -7,11 +7,11 @@ from typing import Any, Final
 
 import attrs
 
-from ..errors import SpecError
-from ..spec import Limit, Meter, as_meter, optional_limit
-from .pace import unfelt
-from .ranges import above, within
-from .signals import HARM, OWN, calm, check_signal
+from ..model.errors import SpecError
+from ..model.spec import Limit, Meter, as_meter, optional_limit
+from .harm import HARM, OWN, calm, check_signal
+from .rates import unfelt
+from .validation import above, within
 
 __all__ = ["Condition", "Rung", "Step", "check_steps", "default_steps"]
 

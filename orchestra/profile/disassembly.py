@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import attrs
 
-from ..extras import install
+from ..model.extras import install
 from .samples import Where
 
 __all__ = ["INSTALL", "Found", "available", "find"]

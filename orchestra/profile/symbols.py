@@ -13,8 +13,8 @@ from typing import Any, Final
 
 import attrs
 
-from ..errors import FileError
-from ..extras import install
+from ..model.errors import FileError
+from ..model.extras import install
 
 __all__ = ["SymbolError", "Symbols"]
 

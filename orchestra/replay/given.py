@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..actions import SetLimit
+from ..config import Rules
 from ..journal import ActionRow, JournalReader
 from ..journal.schema import JournalError
-from ..rules import Rules
-from ..spec import Meter
+from ..model.actions import SetLimit
+from ..model.spec import Meter
 
 __all__ = ["Given"]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-from ..actions import Action, SetLimit, Throttle, Unthrottle
 from ..journal import JournalReader
+from ..model.actions import Action, SetLimit, Throttle, Unthrottle
 from ..policy import VmFacts
 
 __all__ = ["Living"]

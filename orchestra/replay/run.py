@@ -8,22 +8,22 @@ from typing import Any, Final
 
 import attrs
 
-from ..actions import Action, Applied
-from ..errors import FileError, SpecError
+from ..config import Rules
 from ..journal import JournalReader
+from ..model.actions import Action, Applied
+from ..model.errors import FileError, SpecError
+from ..model.spec import Limit, Meter, Tenant
 from ..policy import Facts, Guard, HostFacts, Verdict, VmFacts
 from ..policy.compose import Only
+from ..policy.enforcement import Enforcement
 from ..policy.engine import Done, PolicyEngine
-from ..policy.inforce import InForce
 from ..policy.maxmin import max_min
 from ..policy.state import PolicyState
-from ..rules import Rules
-from ..spec import Limit, Meter, Tenant
 from .demand import Demands, Tick, Want, ticks, together
 from .given import Given
 from .living import Living
+from .metrics import Metrics, World
 from .response import Response, fit
-from .tally import Tally, World
 
 __all__ = ["Replay", "World", "replay"]
 
@@ -36,7 +36,7 @@ ENOUGH: Final = 10_000
 
 
 @attrs.frozen
-class Deed:
+class ActionRecord:
     """An action that the rules would have led to. `outcome`: "done", "dry-run" or "refused"."""
 
     time: int
@@ -66,7 +66,7 @@ class Replay:
     sessions: int
     before: World
     after: World
-    deeds: tuple[Deed, ...]
+    deeds: tuple[ActionRecord, ...]
     errors: Mapping[str, str]
     response: Response
     budget: bool
@@ -115,7 +115,7 @@ def replay(
 
     response = fit(told("how victims answer", max(1, _intervals(journal, span) // ENOUGH)))
     run: _Run | None = None
-    whole = _Whole(Tally(*span, response))
+    whole = _Whole(Metrics(*span, response))
     for tick in told("replay"):
         if run is None or run.session != tick.session:
             run = _Run(make(), tick, whole, journal)
@@ -175,9 +175,9 @@ def _check_kept(rules: Rules) -> None:
 class _Whole:
     """What all sessions add to."""
 
-    tally: Tally
+    tally: Metrics
     sessions: int = 0
-    deeds: list[Deed] = attrs.field(factory=list)
+    deeds: list[ActionRecord] = attrs.field(factory=list)
     errors: dict[str, str] = attrs.field(factory=dict)
     budget: bool = False
 
@@ -190,7 +190,7 @@ class _Run:
         self.session = first.session
         self._rules = rules
         self._whole = whole
-        self._force = InForce(rules.limit, rules.exit_limit, rules.tenants, rules.answer_limit)
+        self._force = Enforcement(rules.limit, rules.exit_limit, rules.tenants, rules.answer_limit)
         self._demands = Demands()
         self._tenants: dict[str, Tenant] = dict(rules.tenants)
         self._living = Living(journal, first.session)
@@ -307,4 +307,4 @@ class _Run:
     def _tell(self, policy: str, action: Action, outcome: str) -> None:
         self._whole.tally.would(type(action).__name__, outcome, action.vm)
         if len(self._whole.deeds) < DEEDS:
-            self._whole.deeds.append(Deed(self._time, policy, action, outcome))
+            self._whole.deeds.append(ActionRecord(self._time, policy, action, outcome))

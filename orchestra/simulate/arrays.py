@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
-from ..errors import OrchestraError
-from ..extras import install
+from ..model.errors import OrchestraError
+from ..model.extras import install
 
 try:
     import numpy as np

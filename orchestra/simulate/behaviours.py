@@ -13,7 +13,7 @@ from typing import ClassVar, Final, Protocol, TypeAlias
 
 import attrs
 
-from ..errors import SpecError
+from ..model.errors import SpecError
 from .arrays import Bools, Floats, Generator, Ints, np
 
 __all__ = [

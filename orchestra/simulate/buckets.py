@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 
-from ..spec import Limit
+from ..model.spec import Limit
 from .arrays import Floats, Ints, np
 
 __all__ = ["Buckets", "Windows", "shared_waits"]

@@ -8,9 +8,9 @@ from typing import Final
 
 import attrs
 
-from ..errors import SpecError
+from ..model.errors import SpecError
+from ..model.spec import Limit
 from ..policy import CPU_MODELS
-from ..spec import Limit
 
 __all__ = ["CPUS", "HostCpu", "LimitSpec"]
 

@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
-from .. import colours
-from ..figures import Figure, fit_scale, inline_svg, rc_context
+from ..output import colours
+from ..output.figures import Figure, fit_scale, inline_svg, rc_context
+from .metrics import EDGES
 from .run import Result, WorldResult
-from .tally import EDGES
 
 __all__ = ["drawings"]
 

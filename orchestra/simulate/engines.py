@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import attrs
 
-from ..actions import Action, Applied, Pause
-from ..effects import EFFECTS
+from ..model.actions import Action, Applied, Pause
+from ..model.effects import EFFECTS
 from ..policy import Guard, Verdict
 from ..policy.engine import Done, PolicyEngine
 from ..policy.state import PolicyState
@@ -17,11 +17,11 @@ from .holds import Holds
 from .layout import Layout
 from .policies import Factory
 
-__all__ = ["Deed", "Engines"]
+__all__ = ["ActionRecord", "Engines"]
 
 
 @attrs.frozen
-class Deed:
+class ActionRecord:
     """An action that a host's policy asked for, as it was judged. `time` in seconds.
 
     Attributes:
@@ -52,7 +52,7 @@ class Engines:
         self.left: list[tuple[int, str]] = []
         self._layout, self._holds, self._guard, self._factories = layout, holds, guard, factories
         self._engines: dict[int, PolicyEngine] = {}
-        self._deeds: list[Deed] = []
+        self._deeds: list[ActionRecord] = []
         self._pausing: set[int] = set()
         self._on_host = np.bincount(layout.host, minlength=layout.hosts)
         self._in_pair = np.bincount(layout.pair, minlength=layout.pairs)
@@ -76,7 +76,7 @@ class Engines:
             if not self._engines[host].pausing:
                 self._pausing.discard(host)
 
-    def take(self) -> list[Deed]:
+    def take(self) -> list[ActionRecord]:
         deeds, self._deeds = self._deeds, []
         return deeds
 
@@ -98,7 +98,7 @@ class Engines:
 
     def do(self, host: int, action: Action, policy: str, time: float) -> str | None:
         error = self._holds.apply(host, policy, action, time)
-        self._deeds.append(Deed(time, host, policy, action, error))
+        self._deeds.append(ActionRecord(time, host, policy, action, error))
         if error is None:
             self._watch(host, action)
             if EFFECTS[type(action)].ends and action.vm is not None:
@@ -117,7 +117,9 @@ class Engines:
         else:
             if applied.outcome == "dry-run":
                 self._watch(host, applied.action)
-            self._deeds.append(Deed(applied.time / 1e9, host, policy, applied.action, applied.error, refused=True))
+            self._deeds.append(
+                ActionRecord(applied.time / 1e9, host, policy, applied.action, applied.error, refused=True)
+            )
 
     def _left(self, host: int, name: str) -> None:
         self._engines[host].gone(name)

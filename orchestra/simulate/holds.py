@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..actions import Action, CapCpu, SetLimit, Throttle, Unthrottle
-from ..effects import EFFECTS, Holdings, Key, What, key_of
-from ..spec import Limit, Meter, tightest
+from ..model.actions import Action, CapCpu, SetLimit, Throttle, Unthrottle
+from ..model.effects import EFFECTS, Holdings, Key, What, key_of
+from ..model.spec import Limit, Meter, tightest
 from .arrays import Ints, np
 from .buckets import Buckets
 from .layout import Layout

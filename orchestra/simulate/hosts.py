@@ -11,8 +11,8 @@ import heapq
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Protocol
 
+from ..model.spec import Limit
 from ..policy import Facts, HostFacts, VmFacts
-from ..spec import Limit
 from .arrays import Bools, Floats, Ints, np
 from .engines import Engines
 from .layout import Layout

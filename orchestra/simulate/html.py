@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from html import escape
 from typing import Any, Final
 
-from ..colours import PAGE, css
+from ..output.colours import PAGE, css
 from .drawings import drawings
 from .report import ROWS, action_row, document, kind_of, percent, seconds, times
 from .run import Result

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..spec import Limit, Tenant
+from ..model.spec import Limit, Tenant
 from .arrays import Floats, Ints, generator, np
 from .cpus import HostCpu
 from .scenario import Placement, Scenario, Vms

@@ -8,12 +8,12 @@ from typing import Any, Final, TypeAlias
 
 import attrs
 
-from .. import rules
-from ..errors import SpecError
+from .. import config as rules
+from ..config.file import read_policy
+from ..config.kinds import NONE, build, rules_converter
+from ..config.toml import Mistaken, meant
+from ..model.errors import SpecError
 from ..policy import Policy
-from ..rules.file import read_policy
-from ..rules.kinds import NONE, build, rules_converter
-from ..tomlfile import Mistaken, meant
 from .cpus import HostCpu, LimitSpec
 
 __all__ = ["Factory", "PolicySpec", "QemuWindow", "check_policy", "kinds", "maker"]
@@ -54,14 +54,14 @@ class QemuWindow:
 
 
 def kinds() -> Mapping[str, type[Any]]:
-    """Those of `orchestra.rules`, and "qemu-window"."""
+    """Those of `orchestra.config`, and "qemu-window"."""
     return {"qemu-window": QemuWindow, **rules.kinds()}
 
 
 def maker(spec: PolicySpec) -> Callable[[HostCpu], Policy | QemuWindow]:
     """What makes instances of it, for a host with a given CPU each; as a file of rules would, beside `bus_share`.
 
-    It raises ExceptionGroup, Mistaken: all that is wrong, as a converter does (`orchestra.tomlfile`).
+    It raises ExceptionGroup, Mistaken: all that is wrong, as a converter does (`orchestra.config.toml`).
     """
     made = rules_converter()
     copies: dict[HostCpu, Policy | QemuWindow] = {}

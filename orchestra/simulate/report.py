@@ -9,10 +9,10 @@ from typing import Any, Final
 import attrs
 
 from .arrays import np
-from .engines import Deed
+from .engines import ActionRecord
+from .metrics import EDGES
 from .run import Result, WorldResult
 from .scenario import Scenario
-from .tally import EDGES
 
 __all__ = ["action_row", "document", "kind_of", "percent", "seconds", "summary", "times"]
 
@@ -56,7 +56,7 @@ def _plain(_: object, __: object, value: Any) -> Any:
     return dict(value) if isinstance(value, Mapping) else value
 
 
-def action_row(deed: Deed) -> dict[str, Any]:
+def action_row(deed: ActionRecord) -> dict[str, Any]:
     """One action, flat."""
     fields = attrs.asdict(deed.action, value_serializer=_plain)
     return {

@@ -11,7 +11,7 @@ import attrs
 
 from ..policy import Guard
 from .arrays import np
-from .engines import Deed
+from .engines import ActionRecord
 from .layout import Layout
 from .policies import Factory, QemuWindow, maker
 from .scenario import Scenario
@@ -42,7 +42,7 @@ class WorldResult:
     figures: Mapping[str, Any]
     series: Mapping[str, Any]
     histogram: Sequence[float]
-    deeds: Sequence[Deed]
+    deeds: Sequence[ActionRecord]
     errors: Mapping[str, int]
     decisions: int
     released: float

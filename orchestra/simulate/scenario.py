@@ -12,11 +12,11 @@ from typing import Any
 
 import attrs
 
-from .. import tomlfile
-from ..errors import SpecError
+from ..config import toml as tomlfile
+from ..config.kinds import rules_converter
+from ..model.errors import SpecError
+from ..model.spec import Tenant
 from ..policy import Guard
-from ..rules.kinds import rules_converter
-from ..spec import Tenant
 from .behaviours import BEHAVIOURS, Behaviour, Quiet
 from .cpus import CPUS, HostCpu, LimitSpec
 from .policies import PolicySpec, check_policy
@@ -250,7 +250,7 @@ def read_scenario(path: Path | str) -> Scenario:
     """A scenario from a TOML file.
 
     Raises:
-        orchestra.tomlfile.TomlError: it says what can't be; all mistakes at once, with line and key.
+        orchestra.config.toml.TomlError: it says what can't be; all mistakes at once, with line and key.
         OSError: it can't be read.
     """
     return tomlfile.read(Path(path), Scenario, _converter())

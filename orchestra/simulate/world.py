@@ -11,8 +11,8 @@ from .engines import Engines
 from .holds import Holds
 from .hosts import Hosts
 from .layout import Layout
+from .metrics import Metrics
 from .policies import Factory, QemuWindow
-from .tally import Tally
 
 __all__ = ["World"]
 
@@ -62,7 +62,7 @@ class World:
             engaged=self.holds.engaged,
             hindering=self.holds.hindering,
         )
-        self.tally = Tally(layout, self.holds)
+        self.tally = Metrics(layout, self.holds)
         self._witness_speed = np.array([vms.vcpus * vms.cpu for vms in groups])
         self.hosts.open()
         self.tally.did(self.engines.take())

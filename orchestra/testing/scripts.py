@@ -8,8 +8,8 @@ from typing import Final, TypeAlias
 
 from ..backend import Detection
 from ..backend.scripted import ScriptedBackend, ScriptedExit, bus_lock, hlt, io_write, triple_fault
-from ..errors import OrchestraError, SpecError
-from ..spec import FlatImage, VmSpec
+from ..model.errors import OrchestraError, SpecError
+from ..model.spec import FlatImage, VmSpec
 from . import guests
 
 __all__ = ["backend", "script"]

@@ -9,8 +9,8 @@ from typing import Any, Final, TypeVar
 import trio
 import trio.testing
 
-from ..actions import State
-from ..vm import Vm
+from ..machine.vm import Vm
+from ..model.actions import State
 
 __all__ = ["run", "wait_state", "wait_until"]
 

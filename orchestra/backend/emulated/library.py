@@ -13,8 +13,8 @@ from pathlib import Path
 from struct import unpack_from
 from typing import Any, Final
 
-from ...errors import BackendUnavailable
-from ...extras import install
+from ...model.errors import BackendUnavailable
+from ...model.extras import install
 from ...native import ffi, lib
 
 __all__ = ["load", "version"]

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from threading import Lock
 from typing import Any
 
-from ...errors import BackendUnavailable, SpecError
-from ...memory import GuestMemory
+from ...model.errors import BackendUnavailable, SpecError
+from ...model.spec import VmSpec
 from ...native import ffi, lib
 from ...native.core import VcpuCore, monotonic_ns
-from ...spec import VmSpec
 from .. import Detection, EntryState
-from ..plan import entry_fields, memory_slots
+from ..memory import GuestMemory
+from ..memory_layout import entry_fields, memory_slots
 from ..registers import Registers, SpecialRegisters
 from ..threaded import ThreadedEngine
 from . import library

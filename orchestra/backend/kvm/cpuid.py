@@ -7,7 +7,7 @@ from typing import Any
 
 import attrs
 
-from ...errors import SpecError
+from ...model.errors import SpecError
 from ...native import ffi, lib
 from ..registers import new_struct
 

@@ -7,7 +7,7 @@ import os
 import resource
 from typing import Any
 
-from ...errors import BackendUnavailable, KvmError, OrchestraError, ResourceLimit, SpecError
+from ...model.errors import BackendUnavailable, KvmError, OrchestraError, ResourceLimit, SpecError
 from ...native import lib
 
 __all__ = ["call", "failure"]

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, Final
 
-from ...errors import BusLockUnsupported, OrchestraError, SpecError
-from ...memory import GuestMemory
+from ...model.errors import BusLockUnsupported, OrchestraError, SpecError
+from ...model.spec import VmSpec
 from ...native import ffi, lib
 from ...native.core import VcpuCore, install_signal, monotonic_ns
-from ...spec import VmSpec
 from .. import Detection, EntryState
-from ..plan import entry_fields, memory_slots
+from ..memory import GuestMemory
+from ..memory_layout import entry_fields, memory_slots
 from ..registers import Registers, SpecialRegisters
 from ..threaded import ThreadedEngine
 from .cpuid import Cpuid

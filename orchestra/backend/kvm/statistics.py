@@ -12,7 +12,7 @@ from typing import Any
 
 import attrs
 
-from ...errors import KvmError
+from ...model.errors import KvmError
 from ...native import ffi, lib
 from .ioctl import call, failure
 

@@ -6,7 +6,7 @@ import errno
 import os
 from typing import Any
 
-from ...errors import BackendUnavailable, KvmError, ResourceLimit
+from ...model.errors import BackendUnavailable, KvmError, ResourceLimit
 from ...native import ffi, lib
 from .cpuid import Cpuid
 from .ioctl import call, failure

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ...errors import KvmError, SpecError, StateError
+from ...model.errors import KvmError, SpecError, StateError
 from ...native import ffi, lib
 from ..registers import DebugRegisters, MpState, Registers, SpecialRegisters, new_struct
 from .cpuid import Cpuid, CpuidEntry

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from ...errors import BusLockUnsupported, SpecError, StateError
-from ...memory import GuestMemory
+from ...model.errors import BusLockUnsupported, SpecError, StateError
 from ...native import ffi, lib
-from ..plan import slot_flags
+from ..memory import GuestMemory
+from ..memory_layout import slot_flags
 from ..registers import new_struct
 from .ioctl import call, failure
 from .statistics import Statistic, StatisticsReader

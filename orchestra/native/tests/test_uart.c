@@ -1,4 +1,4 @@
-/* The 16550 under threads and under whatever a guest does. What its registers do: tests/test_devices_serial.py. */
+/* The 16550 under threads and under whatever a guest does. What its registers do: tests/test_machine_devices_serial.py. */
 #include <sched.h>
 #include <string.h>
 

@@ -21,8 +21,8 @@ from typing import Any, Final, Literal
 
 import attrs
 
-from ...errors import SpecError
-from ...spec import FlatImage, VmSpec
+from ...model.errors import SpecError
+from ...model.spec import FlatImage, VmSpec
 
 __all__ = [
     "CODE",

@@ -1,0 +1,28 @@
+"""Policies as an operator writes them: a TOML file that is checked as a whole, and that a running fleet reloads.
+
+rules = load_rules("rules.toml")
+async with orchestra.open_fleet(policies=rules.policies, limit=rules.limit, tenants=rules.tenants) as fleet:
+    nursery.start_soon(watch_rules, fleet, rules)
+"""
+
+from __future__ import annotations
+
+from .file import PolicyRule, Rules, load_rules, parse_rules
+from .kinds import kinds
+from .reload import Change, Reloadable, compare, reload, watch_rules
+from .toml import Mistake, TomlError
+
+__all__ = [
+    "Change",
+    "Mistake",
+    "PolicyRule",
+    "Reloadable",
+    "Rules",
+    "TomlError",
+    "compare",
+    "kinds",
+    "load_rules",
+    "parse_rules",
+    "reload",
+    "watch_rules",
+]

@@ -1,0 +1,335 @@
+"""Carries actions out: one place for each, whoever asks, and one word in the journal for each.
+
+What an action can't do is told as its outcome and never raised: a policy goes on.
+
+Guarantees: an action is commanded, journaled, and known to guard and holdings without a checkpoint between, so all of
+them have the same order, and nobody who is cancelled leaves an action that is not in the books. A VM that was told to
+pause or to stop may need time for it; waiting for that is the affair of a caller who wants to. Only an eviction is
+journaled when it is over, as nobody knows before what comes of it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Final, Protocol
+
+import attrs
+import trio
+
+from ..backend import Backend
+from ..host.control.bandwidth import CpuCgroup
+from ..machine.budget import Budget, Budgets
+from ..machine.vm import Vm
+from ..model.actions import (
+    Action,
+    Applied,
+    CapCpu,
+    Evict,
+    Isolate,
+    Kill,
+    Pause,
+    Rejoin,
+    Reload,
+    Resume,
+    SetLimit,
+    Stop,
+    Stopped,
+    Throttle,
+    Unthrottle,
+    Warn,
+)
+from ..model.effects import Holdings
+from ..model.errors import BusLockUnsupported, OrchestraError, SpecError, StateError
+from ..model.spec import ANSWER_LIMIT, Limit, Meter
+from ..native.core import FleetCore
+from ..policy import Guard
+from .recorder import Records
+
+__all__ = ["Begun", "FleetExecutor", "OnEvict"]
+
+log: Final = logging.getLogger("orchestra")
+
+OnEvict = Callable[[Vm, Evict], Awaitable[object]]
+"""What moves a VM to another host, or raises why not."""
+
+GIVERS: Final = {"open_fleet": "open_fleet()", "spec": "its spec", "default": "default (answer_limit)"}
+DEFAULTS: Final = {Meter.ANSWERS: ANSWER_LIMIT}
+
+_Effect = Callable[[], Awaitable[object]]
+
+
+class Fleet(Protocol):
+    """What this needs of its fleet."""
+
+    core: FleetCore
+    backend: Backend
+    bus_locks: bool
+    cpu_cgroup: CpuCgroup | None
+
+    @property
+    def vms(self) -> Mapping[str, Vm]: ...
+    @property
+    def closed(self) -> bool: ...
+    def vm(self, name: str) -> Vm: ...
+    def budgets(self, tenant: str | None) -> Budgets:
+        """A tenant's, or the host's."""
+
+    def now(self) -> int: ...
+
+
+@attrs.define(eq=False)
+class Begun:
+    """An action that was commanded. `effect`: what to await until it has taken effect; None: it has."""
+
+    action: Action
+    policy: str | None
+    effect: _Effect | None = None
+    error: str | None = None
+
+
+def _why(action: Action, failure: Exception) -> str:
+    """Why it could not be done."""
+    if isinstance(failure, OrchestraError):
+        return str(failure)
+    log.error("%r failed", action, exc_info=failure)  # a mistake in orchestra, which must not end a fleet
+    return f"{type(failure).__name__}: {failure}"
+
+
+class FleetExecutor:
+    """Of one fleet.
+
+    Attributes:
+        guard: told of what callers do.
+        holdings: what is in force, and whose it is.
+    """
+
+    def __init__(self, fleet: Fleet, guard: Guard, records: Records, on_evict: OnEvict | None) -> None:
+        self._fleet = fleet
+        self.guard = guard
+        self.holdings = Holdings()
+        self._records = records
+        self._on_evict = on_evict
+        self._leaving: set[Vm] = set()
+
+    async def apply(self, action: Action, policy: str | None) -> Applied:
+        """As `Fleet.apply`."""
+        return await self.finish(self.begin(action, policy), wait=True)
+
+    def apply_nowait(self, action: Action, policy: str | None) -> Applied:
+        """Command and journal what does not `takes_time`. What comes of it is not waited for."""
+        begun = self.begin(action, policy)
+        return self.done(action, policy, begun.error)
+
+    def begin(self, action: Action, policy: str | None) -> Begun:
+        """Command it, so that what is said later counts more, also of what `takes_time`."""
+        if not isinstance(action, Action):
+            raise SpecError(f"action={action!r}: must be one of orchestra's actions")
+        begun = Begun(action, policy)
+        try:
+            if not self._is_replaced(action) and not isinstance(action, Evict):
+                begun.effect = self._do(action, policy)
+                if self.takes_time(action):  # whoever takes its policy away meanwhile has to know
+                    self.holdings.note(action, policy, self._fleet.now())
+        except Exception as failure:
+            begun.error = _why(action, failure)
+        return begun
+
+    async def finish(self, begun: Begun, *, wait: bool = False) -> Applied:
+        """Wait for what takes time, and journal what came of it."""
+        action, policy = begun.action, begun.policy
+        if begun.error is None:
+            try:
+                if isinstance(action, Evict):
+                    await self._evict(self._fleet.vm(action.vm), action)
+                elif isinstance(action, CapCpu) and self.takes_time(action):
+                    await self._settle(action, policy)
+            except trio.Cancelled:  # a cap comes all the same
+                self.done(action, policy, "cancelled while on_evict was at it" if isinstance(action, Evict) else None)
+                raise
+            except Exception as failure:
+                begun.error = _why(action, failure)
+        applied = self.done(action, policy, begun.error)
+        if wait and begun.effect is not None:
+            await begun.effect()
+        return applied
+
+    async def _settle(self, action: CapCpu, policy: str | None) -> None:
+        """Wait until a cap is in force.
+
+        Raises:
+            ResourceLimit: the kernel refuses it.
+            StateError: it was taken back, or changed, meanwhile.
+        """
+        vm = self._fleet.vm(action.vm)
+        try:
+            await vm.cap_settled()
+        except OrchestraError:
+            self.holdings.note(attrs.evolve(action, share=None), policy, self._fleet.now())
+            raise
+        if vm.cap_of(policy) != action.share:
+            raise StateError(f"vm {vm.name!r}: the cap was taken back or changed before it was in force")
+
+    def takes_time(self, action: Action) -> bool:
+        """Whether what comes of it is known only later: the threads of a capped VM move to its cgroup themselves."""
+        capped = isinstance(action, CapCpu) and action.share is not None
+        return isinstance(action, Evict) or (capped and self._fleet.cpu_cgroup is not None)
+
+    def done(self, action: Action, policy: str | None, error: str | None = None) -> Applied:
+        """Journal what was tried. A caller's word counts for the guard, which judges policies by it."""
+        now = self._fleet.now()
+        if policy is None and error is None:
+            self.guard.judge(action, None, now, 0)
+        applied = Applied(time=now, action=action, policy=policy, error=error)
+        if applied.outcome == "done":
+            self.holdings.note(action, policy, now)
+        return self._records.action(applied)
+
+    def _do(self, action: Action, policy: str | None) -> _Effect | None:
+        """Command it. Returns what to await until it has taken effect; None: it has."""
+        vm = self._fleet.vm
+        match action:
+            case Throttle() | Unthrottle():
+                self._throttle(action, policy)
+            case SetLimit(limit=limit, meter=meter, tenant=tenant, vm=name, vcpu=vcpu):
+                self.set_limit(limit, meter, tenant, name, vcpu)
+            case Warn(vm=name):
+                log.warning("vm %s: %s: %s", vm(name).name, policy or "a caller", action.reason or "a warning")
+            case Reload():
+                pass  # it says that something was done
+            case CapCpu(vm=name, share=share):
+                if share is not None or not self._is_gone(name):  # with the VM went its caps
+                    vm(name).put_cap(policy, share)
+            case Isolate(vm=name):
+                vm(name).place(True)
+            case Rejoin(vm=name):
+                vm(name).place(False)
+            case Pause(vm=name):
+                vm(name).hold()
+                return vm(name).wait_parked
+            case Resume(vm=name):
+                vm(name).let_go()
+            case Stop(vm=name):
+                return self._end(vm(name), action.reason or "stopped by an action")
+            case Kill(vm=name):
+                return self._end(vm(name), action.reason or "killed by an action")
+        return None
+
+    def _end(self, vm: Vm, reason: str) -> _Effect | None:
+        vm.end(Stopped(reason))
+        if vm.outcome is None:
+            return vm.wait_released
+        vm.release()  # it had ended by itself
+        return None
+
+    def _is_replaced(self, action: Action) -> bool:
+        """Whether it would let go what a VM had whose name another has by now.
+
+        Raises:
+            StateError: it would do anything else to that other one.
+        """
+        launch = None if isinstance(action, Reload) else action.launch
+        found = None if launch is None or action.vm is None else self._fleet.vms.get(action.vm)
+        if found is None or found.launch == launch:
+            return False
+        if isinstance(action, Unthrottle) or (isinstance(action, CapCpu) and action.share is None):
+            return True
+        raise StateError(f"vm {action.vm!r} is another launch now: {found.launch}, not {launch}")
+
+    def _is_gone(self, name: str) -> bool:
+        vm = self._fleet.vms.get(name)
+        return vm is None or vm.outcome is not None
+
+    async def _evict(self, vm: Vm, action: Evict) -> None:
+        if self._on_evict is None:
+            raise StateError("nobody to move it: open the fleet with on_evict=..., which says where VMs go")
+        if vm.outcome is not None:
+            raise StateError(f"can't evict vm {vm.name!r}: it is {vm.state}")
+        if vm in self._leaving:
+            raise StateError(f"vm {vm.name!r} is being evicted already")
+        self._leaving.add(vm)
+        try:
+            await self._on_evict(vm, action)
+        except Exception as error:  # whatever it is, it is why the VM is still here
+            raise StateError(f"on_evict: {type(error).__name__}: {error}") from error
+        finally:
+            self._leaving.discard(vm)
+
+    # ---- limits
+
+    def _throttle(self, action: Throttle | Unthrottle, policy: str | None) -> None:
+        limit = action.limit if isinstance(action, Throttle) else None
+        if limit is None and action.vm is not None and self._is_gone(action.vm):
+            return  # with the VM went its limits
+        if limit is not None and action.meter is Meter.BUS_LOCKS:
+            self.check_seen(limit, "limit")
+        budget = self._budget(action.meter, action.tenant, action.vm, None)
+        self._change(budget, lambda now: budget.set_throttle(policy, limit, now))
+
+    def set_limit(
+        self, limit: Limit | None, meter: Meter, tenant: str | None, vm: str | None, vcpu: int | None
+    ) -> None:
+        """As `Fleet.set_limit`, without a word in the journal."""
+        budget = self.check_limit(limit, meter, tenant, vm, vcpu)
+        self._change(budget, lambda now: budget.set_base(limit, now))
+
+    def given(self, budgets: Budgets, by: str, **where: Any) -> None:
+        """Journal the limits with which a fleet, a tenant, a VM or a vCPU begins, as those that are set later.
+
+        Parameters:
+            by: what gives them: "open_fleet" or "spec".
+            where: as of `SetLimit`.
+        """
+        now = self._fleet.now()
+        for meter, budget in budgets.items():
+            if budget.base is not None:
+                whose = "default" if budget.base == DEFAULTS.get(meter) else by
+                reason = f"given by {GIVERS[whose]}"
+                given = SetLimit(limit=budget.base, meter=meter, reason=reason, evidence={"given": whose}, **where)
+                self._records.given(now, given)
+
+    def check_limit(
+        self, limit: Limit | None, meter: Meter, tenant: str | None, vm: str | None, vcpu: int | None
+    ) -> Budget:
+        """Raise what `set_limit` would raise; else where the limit would be."""
+        if meter is Meter.BUS_LOCKS:
+            self.check_seen(limit, "limit")
+        self._check_open()
+        return self._budget(meter, tenant, vm, vcpu)
+
+    def check_seen(self, limit: Limit | None, what: str) -> None:
+        """Raises:
+        BusLockUnsupported: a limit on bus locks, and this fleet does not see them.
+        """
+        if limit is not None and not self._fleet.bus_locks:
+            raise BusLockUnsupported(
+                f"{what}: this fleet does not see bus locks, so they can't be limited; leave it out, limit exits "
+                "(exit_limit) instead, or run on backend='emulated', or on a host that `orchestra doctor` says can "
+                "report them"
+            )
+
+    def _budget(self, meter: Meter, tenant: str | None, vm: str | None, vcpu: int | None) -> Budget:
+        if vm is not None:
+            if tenant is not None:
+                raise SpecError(f"vm={vm!r}, tenant={tenant!r}: name one of them, or neither for the host")
+            found = self._fleet.vm(vm)
+            if found.outcome is not None:
+                raise StateError(f"vm {vm!r} has ended: it has no limit to change")
+            budget: Budget = found.budget(meter, vcpu)
+            return budget
+        if vcpu is not None:
+            raise SpecError(f"vcpu={vcpu!r}: name its vm as well")
+        return self._fleet.budgets(tenant)[meter]
+
+    def _change(self, budget: Budget, change: Callable[[int], Any]) -> None:
+        fleet = self._fleet
+        self._check_open()
+        before = budget.limit
+        change(fleet.now())
+        if budget.limit != before:
+            fleet.core.limits_changed()
+            fleet.backend.limits_changed()
+
+    def _check_open(self) -> None:
+        if self._fleet.closed:
+            raise StateError("the fleet is closed: it has no limits any more")

@@ -1,0 +1,155 @@
+"""Accesses answered by a task: a script claims a range and answers each access from async code."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import trio
+
+from ...model.errors import SpecError, StateError
+
+__all__ = ["Request", "Requests"]
+
+
+class Request:
+    """One access of a guest, held until it is answered.
+
+    Attributes:
+        vcpu: number of the vCPU, which waits outside the guest meanwhile.
+        address: the port, or the guest-physical address.
+        size: 1, 2, 4 or 8 bytes.
+        write: the guest writes.
+        data: what it writes; empty for a read.
+    """
+
+    __slots__ = ("_among", "_value", "_wake", "address", "answered", "data", "returned", "size", "vcpu", "write")
+
+    def __init__(self, vcpu: int, address: int, size: int, write: bool, data: bytes, wake: Callable[[], None]) -> None:
+        self.vcpu = vcpu
+        self.address = address
+        self.size = size
+        self.write = write
+        self.data = data
+        self.answered = False
+        self.returned = False  # nobody will answer it: it goes back to the bus
+        self._among: set[Request] | None = None  # those that are not answered
+        self._value = b""
+        self._wake = wake
+
+    def answer(self, data: bytes | None = None) -> None:
+        """Let the guest go on. The first answer counts.
+
+        Parameters:
+            data: for a read exactly `size` bytes, little-endian; for a write nothing.
+
+        Raises:
+            SpecError: too many or too few bytes, or bytes for a write.
+            StateError: it was answered already. (A VM that ended meanwhile is no error: nobody needs the answer.)
+        """
+        if self.write:
+            if data is not None:
+                raise SpecError(f"data={data!r}: a write is answered without data")
+        elif not isinstance(data, bytes | bytearray | memoryview) or memoryview(data).nbytes != self.size:
+            raise SpecError(f"data={data!r}: this read wants exactly {self.size} bytes")
+        if self.answered:
+            raise StateError(f"the {'write' if self.write else 'read'} at {self.address:#x} is answered already")
+        self._value = b"" if data is None else bytes(data)
+        self.answered = True
+        if self._among is not None:
+            self._among.discard(self)
+        self._wake()
+
+    def put_among(self, outstanding: set[Request]) -> None:
+        """It takes itself out when it is answered."""
+        self._among = outstanding
+        outstanding.add(self)
+
+    @property
+    def value(self) -> int:
+        return int.from_bytes(self._value, "little")
+
+    def give_back(self) -> None:
+        if not self.answered and not self.returned:
+            self.returned = True
+            self._wake()
+
+    def __repr__(self) -> str:
+        what = f"write {self.data!r}" if self.write else "read"
+        return f"<Request {what} of {self.size} bytes at {self.address:#x} by vCPU {self.vcpu}>"
+
+
+class Requests:
+    """The claimed range's accesses, in order: ``async for request in requests``. One task at a time.
+
+    It can't overflow: each vCPU has at most one access outstanding. `post` has a function run on the fleet's thread, in
+    its turn (`orchestra.machine.inbox`).
+    """
+
+    def __init__(self, post: Callable[[Callable[[], None]], None]) -> None:
+        self._post = post
+        self._queue: deque[Request] = deque()
+        self._outstanding: set[Request] = set()
+        self._arrived: Any = None  # the task that waits
+        self._closed = False
+        self._ended = False
+
+    def submit(self, vcpu: int, address: int, size: int, write: bool, data: bytes, wake: Any) -> Request:
+        """vCPU thread: ask. The caller waits until the request is `answered` or `returned`."""
+        request = Request(vcpu, address, size, write, data, wake)
+        self._post(partial(self._deliver, request))
+        return request
+
+    def _deliver(self, request: Request) -> None:
+        if self._closed:
+            request.give_back()
+            return
+        request.put_among(self._outstanding)
+        self._queue.append(request)
+        self._wake_reader()
+
+    def _wake_reader(self) -> None:
+        if self._arrived is not None:
+            task, self._arrived = self._arrived, None
+            trio.lowlevel.reschedule(task)
+
+    def __aiter__(self) -> Requests:
+        return self
+
+    async def __anext__(self) -> Request:
+        """The next access. Ends when the VM has ended. A checkpoint; cancelling it loses no access."""
+        if self._queue:
+            await trio.lowlevel.checkpoint_if_cancelled()
+            request = self._queue.popleft()
+            await trio.lowlevel.cancel_shielded_checkpoint()
+            return request
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while not self._queue:
+            if self._ended:
+                raise StopAsyncIteration
+            if self._arrived is not None:  # also when another task took what this one was woken for
+                raise trio.BusyResourceError("another task is waiting for these requests")
+            self._arrived = trio.lowlevel.current_task()
+
+            def abort(_: Any) -> trio.lowlevel.Abort:
+                self._arrived = None
+                return trio.lowlevel.Abort.SUCCEEDED
+
+            await trio.lowlevel.wait_task_rescheduled(abort)
+        return self._queue.popleft()
+
+    def end(self) -> None:
+        """The VM has ended: readers stop after what is queued."""
+        self._ended = True
+        self._wake_reader()
+
+    def close(self) -> None:
+        """Nobody answers any more: what is outstanding goes back to the bus."""
+        self._closed = True
+        self._ended = True
+        while self._outstanding:
+            self._outstanding.pop().give_back()
+        self._queue.clear()
+        self._wake_reader()

@@ -1,0 +1,370 @@
+"""A vCPU: what its exits mean, and its life between run, wait for an answer, pause and end.
+
+`Vcpu.life` is a generator that says what it needs next (run the engine, or sleep until woken) and is told what came of
+it. A worker thread drives it for engines that block, the fleet's thread for those that are awaited: the same life.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from typing import Any, Final, Protocol, cast
+
+from ..backend import Engine, RunResult, Threaded
+from ..model import exits
+from ..model.actions import Failed, Halted, Outcome, Shutdown, Stopped
+from ..native import ffi
+from ..native.core import Command, Runner
+from ..native.records import decode
+from .devices.bus import Bus, Claim, Device
+from .devices.requests import Request
+
+__all__ = ["RESETS", "Vcpu"]
+
+
+RUN: Final = -1
+"""What `life` yields to have the engine run; any other number: sleep unless woken since that was read."""
+
+# Exits after which the guest simply goes on: user space asked for them, or they need nothing done.
+_GO_ON: Final = (
+    exits.BusLock,
+    exits.Interrupted,
+    exits.IrqWindowOpen,
+    exits.SetTpr,
+    exits.TprAccess,
+    exits.IoapicEoi,
+)
+NOTIFY_CONTEXT_INVALID: Final = 1
+SYSTEM_EVENTS: Final = {1: "shutdown", 2: "reset", 3: "crash"}
+TRIPLE_FAULT: Final = "triple fault"
+RESETS: Final = (TRIPLE_FAULT, f"system event: {SYSTEM_EVENTS[2]}")
+"""Reasons of a `Shutdown` by which a guest asks to be reset, or for which a CPU would be."""
+_SHOWN: Final = ("rip", "rflags", "rsp", "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp")
+
+
+class Host(Protocol):
+    """What a vCPU needs from its VM."""
+
+    name: str
+    ports: Bus
+    mmio: Bus
+
+    @property
+    def pause_number(self) -> int:
+        """Counts pauses, so that a vCPU that was resumed and paused again says so again."""
+
+    def on_parked(self, index: int, number: int) -> None:
+        """It runs no guest code for that pause, but is in the middle of an access. Runner's thread."""
+
+    def on_quiesced(self, index: int, number: int) -> None:
+        """The same, and nothing of an access is left to be done. Runner's thread."""
+
+    def now(self) -> int:
+        """Nanoseconds on the fleet's clock. Any thread."""
+
+    def on_ended(self, index: int, outcome: Outcome) -> None:
+        """The vCPU will never run again. Runner's thread."""
+
+    def commanded(self, index: int) -> list[Callable[[], None]]:
+        """Functions to run between two entries of the guest. Runner's thread."""
+
+
+class Vcpu:
+    """One vCPU of a VM, for its runner.
+
+    Attributes:
+        pausing: set by the fleet's thread once it has commanded a pause.
+        using: what a device of the VM's answers just now, and asked: what a task does, since when. Whoever has
+            commanded a pause and then sees one of them knows that no guest code runs until the pause is taken back.
+    """
+
+    def __init__(self, host: Host, index: int, engine: Engine) -> None:
+        self.host = host
+        self.index = index
+        self.engine = engine
+        self.core = engine.core
+        self.pausing = False
+        self.using: Claim | None = None
+        self.asked: tuple[Bus, Request, int] | None = None
+        self.final_registers: Any = None
+        self._parked_for = self._quiesced_for = 0
+        self._was_held = False
+        self._runner: Runner | None = None
+        self._over = False
+        self._living = threading.Lock()
+
+    # ---- drivers
+
+    def drive(self) -> None:
+        """Run to the end on this thread; `attach` waits until `Command.HOLD` is cleared."""
+        self.engine.attach()
+        self.proceed(self.engine.run())
+
+    def spawn(self) -> None:
+        """Drive it on a thread of its own, held until told otherwise.
+
+        The thread is the core's. It comes into Python when its guest needs that for the first time: until then it waits
+        for nobody who has the interpreter.
+
+        Raises:
+            ResourceLimit: the host has no thread left.
+        """
+        self.core.hold()
+        self._runner = cast(Threaded, self.engine).start(self.host.name, self.index, self.proceed)
+
+    def proceed(self, why: int) -> None:
+        """The engine was run for the first time on this thread, and came back: what follows, to the end."""
+        engine, life = self.engine, self.life()
+        run, sleep, send = engine.run, engine.sleep, life.send
+        outcome: Outcome
+        try:
+            next(life)  # a life begins with a run
+            while True:
+                wanted = send(why)
+                why = run() if wanted == RUN else sleep(wanted)
+        except StopIteration as end:
+            outcome = end.value
+        except BaseException as error:  # a device may raise SystemExit: on this thread it ends this VM and no more
+            outcome = self._failed(f"{type(error).__name__}: {error}")
+        try:
+            engine.detach()
+        except Exception as error:
+            outcome = self._failed(f"{type(error).__name__}: {error}")
+        try:
+            self._end(outcome)
+        finally:
+            with self._living:  # the kernel may give its number to another thread from now on
+                self._over = True
+
+    @property
+    def tid(self) -> int | None:
+        """The kernel's number of its thread; None if it has none, or none any more. It may end at any moment: whoever
+        does something to the thread wants `living`."""
+        return None if self._runner is None or self._over else self._runner.tid
+
+    @contextmanager
+    def living(self) -> Iterator[int | None]:
+        """`tid`, which is no other thread's within the block: the thread does not end before that is left."""
+        with self._living:
+            yield self.tid
+
+    def join(self) -> None:
+        """Its last word was heard: wait the microseconds until its thread is gone."""
+        if self._runner is not None:
+            self._runner.join()
+
+    async def drive_async(self) -> None:
+        """Run to the end on the fleet's thread; cancelling it ends the vCPU where it is."""
+        engine, life = self.engine, self.life()
+        outcome: Outcome
+        try:
+            wanted = next(life)
+            while True:
+                wanted = life.send(await (engine.run() if wanted == RUN else engine.sleep(wanted)))
+        except StopIteration as end:
+            outcome = end.value
+        except Exception as error:
+            outcome = self._failed(f"{type(error).__name__}: {error}")
+        self._end(outcome)
+
+    def _end(self, outcome: Outcome) -> None:
+        self.using = self.asked = None
+        self.keep_registers()
+        self.host.on_ended(self.index, outcome)
+
+    def keep_registers(self) -> None:
+        """It will not run again: its registers are what they are now, if they are not kept already."""
+        if self.final_registers is None:
+            try:
+                self.final_registers = self.engine.registers()
+            except Exception as error:  # the outcome matters more than the registers
+                self.final_registers = error
+
+    # ---- life
+
+    def life(self) -> Generator[int, Any, Outcome]:
+        """From the first entry to the end; returns how it ended.
+
+        Where `using` and `asked` are set, the kernel has an access to complete at the next entry; a pause that was
+        commanded by then has it do so and no more (`unfinished` in native/kvm.c).
+        """
+        host, access = self.host, self.engine.access
+        io, mmio = RunResult.IO, RunResult.MMIO
+        while True:
+            why = yield RUN
+            if why in (io, mmio):
+                bus = host.ports if why == io else host.mmio
+                claim = bus.claimed.get(access.claim)
+                if claim is None:
+                    access.count = 0  # released since it was looked up: the core finds whoever is there now
+                elif claim.device is not None:
+                    self.using = claim
+                    if self.pausing:  # looked at after `using` was set, as whoever pauses does it the other way round
+                        self._say_parked()
+                    try:
+                        self._use(claim, claim.device)
+                    except Exception as error:
+                        direction = "write to" if access.write else "read of"
+                        name = type(claim.handler).__name__
+                        return self._failed(
+                            f"device {name} failed at a {direction} {bus.name} {access.address:#x}: {error!r}"
+                        )
+                    self.using = None
+                    if self._was_held:
+                        self._resumed()
+                else:
+                    yield from self._ask(bus, claim)
+                    self.asked = None
+                    if self._was_held:
+                        self._resumed()
+            elif why == RunResult.COMMAND:
+                commands = self.core.commands()
+                if commands & Command.STOP:
+                    return Stopped()
+                if commands & Command.CALL:
+                    for call in host.commanded(self.index):
+                        call()
+                if commands & Command.PAUSE:
+                    yield from self._park()
+            elif why == RunResult.EXIT:
+                outcome = self._judge(decode(self.engine.last_exit(), host.name, self.index))
+                if outcome is not None:
+                    return outcome
+            else:
+                return self._failed(self.engine.error())
+
+    def _use(self, claim: Claim, device: Device) -> None:
+        """Let a device answer a chunk of the guest's access: several elements, if it is of a string instruction."""
+        access = self.engine.access
+        data, offset, size, write = access.data, access.offset, access.size, access.write
+        with claim.lock:
+            for start in range(0, size * access.count, size):
+                if not claim.live:  # also if the device itself released it, in the element before
+                    access.count = start // size
+                    return
+                if write:
+                    value = data[start] if size == 1 else int.from_bytes(ffi.buffer(data + start, size), "little")
+                    device.write(offset, size, value)
+                elif size == 1:
+                    data[start] = device.read(offset, 1) & 0xFF
+                else:
+                    value = device.read(offset, size) & (1 << 8 * size) - 1
+                    ffi.memmove(data + start, value.to_bytes(size, "little"), size)
+
+    def _ask(self, bus: Bus, claim: Claim) -> Generator[int, Any, None]:
+        """Have a task answer, element by element; pauses and stops come through meanwhile.
+
+        What it does not answer, as it is stopped or nobody is there any more, goes back to the core.
+        """
+        host, access = self.host, self.engine.access
+        address, size, write = access.address, access.size, bool(access.write)
+        for index in range(access.count):
+            where = access.data + index * size
+            with claim.lock:
+                if not claim.live:
+                    access.count = index
+                    return
+                since = host.now()
+                data = bytes(ffi.buffer(where, size)) if write else b""
+                request = claim.handler.submit(self.index, address, size, write, data, self.engine.wake)  # type: ignore[union-attr]  # not a Device
+            assert isinstance(request, Request)
+            self.asked = bus, request, since
+            while not (request.answered or request.returned):
+                seen = self.core.wakes()
+                commands = self.core.commands()
+                if commands & Command.STOP:
+                    access.count = index
+                    return
+                if commands & Command.CALL:
+                    for call in host.commanded(self.index):
+                        call()
+                    continue
+                if commands & Command.PAUSE:
+                    self._say_parked()
+                if not (request.answered or request.returned):
+                    yield seen
+            if not request.answered and not claim.live:
+                access.count = index
+                return
+            if not write:  # by one who keeps the claim and answers no more, ones, or it would be asked for ever
+                value = request.value if request.answered else (1 << 8 * size) - 1
+                ffi.memmove(where, value.to_bytes(size, "little"), size)
+
+    def _park(self) -> Generator[int, Any, None]:
+        while True:
+            seen = self.core.wakes()
+            commands = self.core.commands()
+            if not commands & Command.PAUSE or commands & Command.STOP:
+                if self._was_held:
+                    self._resumed()
+                return
+            if commands & Command.CALL:
+                for call in self.host.commanded(self.index):
+                    call()
+                continue
+            self._was_held = True
+            number = self.host.pause_number
+            if self._quiesced_for != number:
+                self._quiesced_for = number
+                self.host.on_quiesced(self.index, number)
+            yield seen
+
+    def _say_parked(self) -> None:
+        self._was_held = True
+        number = self.host.pause_number
+        if self._parked_for != number:
+            self._parked_for = number
+            self.host.on_parked(self.index, number)
+
+    def _resumed(self) -> None:
+        """Unless it is still paused: it goes on, and its guest is to hear that it was not there for a while."""
+        if not self.core.commands() & (Command.PAUSE | Command.STOP):
+            self._was_held = False
+            self.engine.resumed()
+
+    # ---- what exits mean
+
+    def _judge(self, exit: exits.Exit) -> Outcome | None:
+        """How an exit ends the vCPU; None if the guest goes on."""
+        match exit:
+            case exits.Hlt():
+                return Halted()
+            case exits.ShutdownExit():
+                return Shutdown(reason=TRIPLE_FAULT)
+            case exits.SystemEvent(type=1 | 2 as number):
+                return Shutdown(reason=f"system event: {SYSTEM_EVENTS[number]}")
+            case exits.SystemEvent():
+                return self._failed(f"system event {exit.type} ({SYSTEM_EVENTS.get(exit.type, 'unknown')})")
+            case exits.Notify() if not exit.flags & NOTIFY_CONTEXT_INVALID:
+                return None
+            case exits.InternalError():
+                what = {1: "can't emulate an instruction", 3: "an exit during event delivery"}.get(exit.suberror)
+                bytes_ = f", bytes {exit.instruction.hex(' ')}" if exit.instruction else ""
+                return self._failed(f"internal error {exit.suberror}" + (f": {what}" if what else "") + bytes_)
+            case exits.FailEntry():
+                reason = exit.hardware_entry_failure_reason
+                return self._failed(f"the CPU refused to enter the guest: hardware reason {reason:#x}")
+            case exits.MemoryFault():
+                return self._failed(f"memory fault at {exit.address:#x}, {exit.size} bytes, flags {exit.flags:#x}")
+            case exits.ExceptionExit():
+                return self._failed(
+                    f"exception {exit.exception} at {exit.address:#x}, which the guest has a handler for: the emulated "
+                    "backend can't enter it; backend='kvm' can"
+                )
+            case exits.OtherExit():
+                return self._failed(f"exit reason {exit.reason}, which this version of orchestra does not know")
+            case _ if isinstance(exit, _GO_ON):
+                return None
+        return self._failed(f"exit {exit.kernel_name} that nobody handles: {exit}")
+
+    def _failed(self, reason: str) -> Failed:
+        registers: dict[str, int] = {}
+        try:
+            general, special = self.engine.registers(), self.engine.special_registers()
+            registers = {name: getattr(general, name) for name in _SHOWN}
+            registers |= {name: getattr(special, name) for name in ("cr0", "cr2", "cr3", "cr4", "efer")}
+            registers["cs"] = special.cs.selector
+        except Exception:  # the reason matters more than the registers
+            pass
+        return Failed(reason, registers, self.index)

@@ -1,0 +1,121 @@
+"""Worker threads of one fleet, for what would hold up its event loop: set-ups, teardowns, dirty logs, unmapping.
+
+Each kind of work has a limit of its own, so that none waits for another. Where the host has no thread left, the work is
+done on the event loop: late is better than never.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Final, TypeVar
+
+import trio
+
+from ..backend.memory import GuestMemory, Region, unmap
+
+__all__ = ["Workers"]
+
+log: Final = logging.getLogger("orchestra")
+
+T = TypeVar("T")
+
+THREADS: Final = 4
+"""For each kind. More would contend: the kernel makes and takes down VMs under locks of the process and the host."""
+
+BIG: Final = 256 << 20
+"""Bytes of a memory that takes 20 ms and more to unmap: these leave one of the threads to the others."""
+
+
+class Workers:
+    """Of one fleet; for its thread.
+
+    Attributes:
+        setup, teardown, dirty: limits for `run`.
+
+    Parameters:
+        threaded: False: do all of it on the calling thread. For fleets in virtual time, whose clock knows of no thread.
+    """
+
+    def __init__(self, threaded: bool) -> None:
+        self.setup = trio.CapacityLimiter(THREADS)
+        self.teardown = trio.CapacityLimiter(THREADS)
+        self.dirty = trio.CapacityLimiter(THREADS)
+        self._threaded = threaded
+        self._token = trio.lowlevel.current_trio_token()
+        self._numbers = itertools.count()
+        self._waiting: list[tuple[int, int, list[Region], trio.Event]] = []  # a heap: the smallest first
+        self._running: list[int] = []  # sizes of what is being unmapped
+        self._idle = trio.Event()
+        self._idle.set()
+
+    async def run(self, function: Callable[[], T], limiter: trio.CapacityLimiter) -> T:
+        """Call it on a worker thread, and return what it returns. Cancelled only while it waits for its turn."""
+        if not self._threaded:
+            return function()
+        called: list[bool] = []
+
+        def call() -> T:
+            called.append(True)
+            return function()
+
+        try:
+            return await trio.to_thread.run_sync(call, limiter=limiter)
+        except RuntimeError:
+            if called:
+                raise
+        return function()  # there is no thread to be had
+
+    def discard(self, memory: GuestMemory) -> trio.Event:
+        """Give a guest's memory back: nobody can use it from now on. The event: it is unmapped."""
+        done = trio.Event()
+        regions = memory.detach()
+        if not self._threaded or not regions:
+            unmap(regions)
+            done.set()
+            return done
+        if self._idle.is_set():
+            self._idle = trio.Event()
+        size = sum(len(region.span) for region in regions)
+        heapq.heappush(self._waiting, (size, next(self._numbers), regions, done))
+        self._start()
+        return done
+
+    async def idle(self) -> None:
+        """Wait until all that was discarded is unmapped."""
+        await self._idle.wait()
+
+    def _start(self) -> None:
+        while self._waiting and len(self._running) < THREADS:
+            size, _, regions, done = self._waiting[0]
+            if size >= BIG and sum(other >= BIG for other in self._running) >= THREADS - 1:
+                return  # all that wait are big
+            try:
+                trio.lowlevel.start_thread_soon(partial(unmap, regions), partial(self._tell, size, done))
+            except RuntimeError:
+                if self._running:
+                    return  # one that is at work does it afterwards
+                unmap(regions)
+                done.set()
+            else:
+                self._running.append(size)
+            heapq.heappop(self._waiting)
+        if not self._waiting and not self._running:
+            self._idle.set()
+
+    def _tell(self, size: int, done: trio.Event, result: object) -> None:
+        """On the worker thread."""
+        try:
+            self._token.run_sync_soon(self._unmapped, size, done, result)
+        except trio.RunFinishedError:
+            pass  # nobody is left to be told
+
+    def _unmapped(self, size: int, done: trio.Event, result: object) -> None:
+        if (error := getattr(result, "error", None)) is not None:
+            log.error("a guest's memory could not be unmapped: %r", error)
+        self._running.remove(size)
+        done.set()
+        self._start()

@@ -1,0 +1,329 @@
+"""What would be in force, and how much of what VMs want it would let through: a fluid model of token buckets.
+
+A replay goes by it, and so does a dry run. It costs what is held, not what exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from operator import attrgetter
+from typing import Final, Protocol, TypeAlias
+
+import attrs
+
+from ..model.actions import Action, CapCpu, SetLimit, Throttle
+from ..model.effects import EFFECTS, Holdings, Key, What, key_of
+from ..model.spec import Limit, Meter, Tenant, tightest
+
+__all__ = ["FREE", "Asked", "Enforcement", "Passed"]
+
+Place: TypeAlias = tuple[str, str]
+"""("vm", name), ("tenant", name) or ("host", "")."""
+
+HOST: Final[Place] = ("host", "")
+
+
+class Asked(Protocol):
+    """What a VM wants to do in an interval; `VmFacts` of one that nothing held will do.
+
+    `cpu`: seconds of CPU time that it would use. None: not known.
+    """
+
+    @property
+    def tenant(self) -> str: ...
+    @property
+    def vcpus(self) -> int: ...
+    @property
+    def bus_locks(self) -> float | None: ...
+    @property
+    def exits(self) -> float: ...
+    @property
+    def answers(self) -> float: ...
+    @property
+    def cpu(self) -> float | None: ...
+
+
+@attrs.frozen
+class Passed:
+    """What became of a VM's demand: the part of it that went ahead, and the vCPU seconds that it was held for."""
+
+    part: float
+    throttled: float = 0.0
+    capped: float = 0.0
+    paused: float = 0.0
+
+
+FREE: Final = Passed(1.0)
+
+
+@attrs.define(eq=False)
+class _Bucket:
+    """`tokens` are those of the time `at`, in seconds of the model's clock; made by `last`, the limit in force or the
+    one that was taken off, at whose rate it goes on (orchestra/native/orc.h)."""
+
+    base: Limit | None = None
+    limit: Limit | None = None
+    last: Limit | None = None
+    tokens: float = 0.0
+    at: float = 0.0
+
+    def set(self, throttles: Iterable[Limit], now: float) -> None:
+        self._settle(now)
+        self.limit = tightest(self.base, throttles)
+        if self.limit is not None:  # a new bucket is full; one that grows later fills up as time goes
+            self.tokens = self.limit.tokens if self.last is None else min(self.tokens, self.limit.tokens)
+            self.last = self.limit
+
+    def room(self, now: float, seconds: float) -> float:
+        assert self.limit is not None
+        self._settle(now)
+        return self.tokens + self.limit.rate * seconds
+
+    def take(self, events: float, now: float, seconds: float) -> None:
+        assert self.limit is not None
+        self.tokens = min(self.limit.tokens, max(0.0, self.room(now, seconds) - events))
+        self.at = now + seconds
+
+    def _settle(self, now: float) -> None:
+        if self.last is not None and now > self.at:
+            self.tokens = min(self.last.tokens, self.tokens + self.last.rate * (now - self.at))
+        self.at = now
+
+
+class Enforcement:
+    """Limits, caps, pauses, isolation, and who is gone."""
+
+    def __init__(
+        self,
+        limit: Limit | None = None,
+        exit_limit: Limit | None = None,
+        tenants: Mapping[str, Tenant] | None = None,
+        answer_limit: Limit | None = None,
+    ) -> None:
+        self._buckets: dict[Meter, dict[Place, _Bucket]] = {meter: {} for meter in Meter}
+        self._off: dict[Meter, dict[Place, _Bucket]] = {meter: {} for meter in Meter}  # whose limit was taken off
+        self._holdings = Holdings()
+        self._caps: dict[str, float] = {}  # these two follow from it
+        self._paused: set[str] = set()
+        self._gone: set[str] = set()
+        self._launches: dict[str, int] = {}
+        self._now = 0.0
+        bases = [(HOST, Meter.BUS_LOCKS, limit), (HOST, Meter.EXITS, exit_limit), (HOST, Meter.ANSWERS, answer_limit)]
+        for name, tenant in (tenants or {}).items():
+            bases += [(("tenant", name), meter, getattr(tenant, meter.field)) for meter in Meter]
+        for place, meter, base in bases:
+            self.set_base(place, meter, base)
+
+    def __bool__(self) -> bool:
+        """Whether anything is held at all."""
+        return bool(self._paused or self._gone or self._caps or any(self._buckets.values()))
+
+    def set_base(self, place: Place, meter: Meter, limit: Limit | None) -> None:
+        """Set the limit itself, apart from throttles."""
+        bucket = self._buckets[meter].get(place)
+        if (None if bucket is None else bucket.base) == limit:
+            return
+        bucket = self._bucket(meter, place)
+        bucket.base = limit
+        self._set(meter, place, bucket)
+
+    def host_limit(self, meter: Meter) -> Limit | None:
+        """As in force."""
+        bucket = self._buckets[meter].get(HOST)
+        return None if bucket is None else bucket.limit
+
+    def limit_of(self, vm: str, meter: Meter = Meter.BUS_LOCKS) -> Limit | None:
+        bucket = self._buckets[meter].get(("vm", vm))
+        return None if bucket is None else bucket.limit
+
+    def is_out(self, vm: str) -> bool:
+        """Whether it is paused or gone."""
+        return vm in self._paused or vm in self._gone
+
+    def seen(self, vm: str, launch: int) -> bool:
+        """Whether this is another VM of that name than before: it starts without what held that one."""
+        before = self._launches.get(vm)
+        if before == launch:
+            return False
+        self._launches[vm] = launch
+        if before is None:
+            return False
+        self._free(vm)
+        self._gone.discard(vm)
+        return True
+
+    def is_another(self, vm: str, launch: int) -> bool:
+        """Whether another launch of that name is there."""
+        return self._launches.get(vm, launch) != launch
+
+    def forget(self, vm: str) -> None:
+        """A VM is gone, and what held it as well."""
+        self._free(vm)
+        self._gone.discard(vm)
+        self._launches.pop(vm, None)
+
+    def apply(self, action: Action, policy: str) -> None:
+        """Carry it out, unless it is about another launch."""
+        launch = getattr(action, "launch", None)
+        if launch is not None and self._launches.get(action.vm or "", launch) != launch:
+            return
+        if EFFECTS[type(action)].ends:
+            self._free(action.vm or "")
+            self._gone.add(action.vm or "")
+        elif isinstance(action, SetLimit):
+            if action.vcpu is None:  # one vCPU's is none of the VM's
+                self.set_base(_place(action.vm, action.tenant), action.meter, action.limit)
+        else:
+            self._holdings.note(action, policy)
+            key = key_of(action)
+            if key is not None:
+                self._follow(key)
+
+    def let_go(self, policy: str) -> None:
+        """Undo all that a policy holds."""
+        for key in self._holdings.withdraw(policy):
+            self._follow(key)
+
+    def _follow(self, key: Key) -> None:
+        """Something changed there."""
+        held, vm = self._holdings.at(key).values(), key.vm or ""
+        match key.what:
+            case What.THROTTLE:
+                meter, place = Meter(key.meter), _place(key.vm, key.tenant)
+                self._set(meter, place, self._bucket(meter, place))
+            case What.CAP:
+                shares = [one.action.share for one in held if isinstance(one.action, CapCpu)]
+                self._caps[vm] = min((share for share in shares if share is not None), default=1.0)
+                if not shares:
+                    del self._caps[vm]
+            case What.PAUSE:
+                (self._paused.add if held else self._paused.discard)(vm)
+
+    def _bucket(self, meter: Meter, place: Place) -> _Bucket:
+        """The one that is there, limited or not; else a new one."""
+        buckets = self._buckets[meter]
+        if place not in buckets:
+            buckets[place] = self._off[meter].pop(place) if place in self._off[meter] else _Bucket()
+        return buckets[place]
+
+    def _set(self, meter: Meter, place: Place, bucket: _Bucket) -> None:
+        vm, tenant = (place[1] if place[0] == kind else None for kind in ("vm", "tenant"))
+        held = self._holdings.at(Key(What.THROTTLE, meter.value, vm, tenant, None)).values()
+        bucket.set([one.action.limit for one in held if isinstance(one.action, Throttle)], self._now)
+        if bucket.limit is None:
+            self._off[meter][place] = self._buckets[meter].pop(place)
+
+    def _free(self, vm: str) -> None:
+        self._holdings.forget(vm)
+        for buckets in (*self._buckets.values(), *self._off.values()):
+            buckets.pop(("vm", vm), None)
+        self._caps.pop(vm, None)
+        self._paused.discard(vm)
+
+    # ---- an interval ------------------------------------------------------------------------------------------------
+
+    def let_through(self, asked: Mapping[str, Asked], interval: float) -> dict[str, Passed]:
+        """How much goes ahead of the demand of those that are held by anything; all others are free.
+
+        First what it may run, then its limit, its tenant's, the host's. Within a tenant, and on the host, what is too
+        much is taken from all in the same proportion: their bucket serves whoever comes first.
+        """
+        now, self._now = self._now, self._now + interval
+        runs: dict[str, float] = {}
+        for held in (self._caps, self._paused, self._gone):
+            for name in _both(held, asked):
+                runs[name] = self._may_run(name, asked[name], interval)
+        parts = dict(runs)
+        charged = []
+        for place, buckets in self._limited(asked).items():
+            names = self._below(place, asked)
+            for meter, bucket in buckets:
+                self._hold(meter, bucket, names, asked, parts, interval, now)
+                charged.append((meter, bucket, names))
+        for meter, bucket, names in charged:
+            bucket.take(_through(meter, names, asked, parts), now, interval)
+        return {name: self._passed(name, asked[name], runs.get(name, 1.0), parts[name], interval) for name in parts}
+
+    def _limited(self, asked: Mapping[str, Asked]) -> dict[Place, list[tuple[Meter, _Bucket]]]:
+        """The buckets that anybody of these is under, from the narrowest place to the widest."""
+        found: dict[Place, list[tuple[Meter, _Bucket]]] = {}
+        for meter, buckets in self._buckets.items():
+            if len(buckets) > len(asked) + 1:
+                tenants = {one.tenant for one in asked.values()}
+                places: Iterable[Place] = [("vm", name) for name in asked]
+                places = [*places, *(("tenant", tenant) for tenant in tenants), HOST]
+                places = [place for place in places if place in buckets]
+            else:
+                places = [place for place in buckets if place[0] != "vm" or place[1] in asked]
+            for place in places:
+                found.setdefault(place, []).append((meter, buckets[place]))
+        order = ("vm", "tenant", "host")
+        return dict(sorted(found.items(), key=lambda item: order.index(item[0][0])))
+
+    @staticmethod
+    def _below(place: Place, asked: Mapping[str, Asked]) -> Collection[str]:
+        kind, name = place
+        if kind == "vm":
+            return [name]
+        return asked.keys() if kind == "host" else [vm for vm, one in asked.items() if one.tenant == name]
+
+    def _may_run(self, name: str, one: Asked, interval: float) -> float:
+        if self.is_out(name):
+            return 0.0
+        cap = self._caps.get(name, 1.0)
+        used = 1.0 if one.cpu is None else one.cpu / (one.vcpus * interval)
+        return min(1.0, cap / used) if used > 0 else 1.0
+
+    def _hold(
+        self,
+        meter: Meter,
+        bucket: _Bucket,
+        names: Collection[str],
+        asked: Mapping[str, Asked],
+        parts: dict[str, float],
+        interval: float,
+        now: float,
+    ) -> None:
+        assert bucket.limit is not None
+        room = bucket.room(now, interval)
+        total = _through(meter, names, asked, parts)
+        if total <= room:
+            return
+        count = _COUNT[meter]
+        wanted = {name: (count(asked[name]) or 0.0) * parts.get(name, 1.0) for name in names}
+        for name, events in wanted.items():
+            if not events:
+                continue
+            let = events * room / total
+            if bucket.limit.max_delay is not None:  # nothing waits for longer
+                let = max(let, min(events, asked[name].vcpus * interval / bucket.limit.max_delay))
+            parts[name] = parts.get(name, 1.0) * (let / events)
+
+    def _passed(self, name: str, one: Asked, run: float, part: float, interval: float) -> Passed:
+        seconds = one.vcpus * interval
+        if name in self._gone:
+            return Passed(0.0)
+        if name in self._paused:
+            return Passed(0.0, paused=seconds)
+        used = 1.0 if one.cpu is None else min(1.0, one.cpu / seconds)
+        return Passed(part, throttled=(run - part) * seconds, capped=(1.0 - run) * used * seconds)
+
+
+def _place(vm: str | None, tenant: str | None) -> Place:
+    return ("vm", vm) if vm is not None else ("tenant", tenant) if tenant is not None else HOST
+
+
+_COUNT: Final = {meter: attrgetter(meter.value) for meter in Meter}
+
+
+def _through(meter: Meter, names: Collection[str], asked: Mapping[str, Asked], parts: Mapping[str, float]) -> float:
+    """Events that go ahead."""
+    count = _COUNT[meter]
+    if len(names) < len(asked):
+        return sum((count(asked[name]) or 0.0) * parts.get(name, 1.0) for name in names)
+    total: float = sum(count or 0.0 for count in map(count, asked.values()))
+    return total - sum((count(asked[name]) or 0.0) * (1.0 - part) for name, part in parts.items())
+
+
+def _both(some: Iterable[str], asked: Mapping[str, Asked]) -> list[str]:
+    return [name for name in some if name in asked]

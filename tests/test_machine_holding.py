@@ -1,0 +1,84 @@
+"""How far a VM is held: paused is not quiesced, and what is said of one pause is not taken for another."""
+
+from __future__ import annotations
+
+import pytest
+import trio
+
+from orchestra.machine.holding import Holding, Level, PendingIo
+
+PAUSED, QUIESCED = Level.PAUSED, Level.QUIESCED
+
+
+@pytest.fixture
+def reached() -> list[Level]:
+    return []
+
+
+@pytest.fixture
+def two(reached) -> Holding:
+    """Two vCPUs, told to pause."""
+    holding = Holding(2, reached.append)
+    holding.begin()
+    return holding
+
+
+def far(holding: Holding) -> tuple[bool, bool]:
+    return holding.paused.is_set(), holding.quiesced.is_set()
+
+
+def test_it_is_as_far_as_the_vcpu_that_is_least_so(two, reached):
+    two.come(0, 1, QUIESCED)
+    assert (far(two), reached) == ((False, False), [])
+    two.come(1, 1, PAUSED)
+    assert (far(two), reached) == ((True, False), [PAUSED])
+    two.come(1, 1, QUIESCED)
+    assert (far(two), reached) == ((True, True), [PAUSED, QUIESCED])
+
+
+def test_of_two_levels_at_once_the_higher_is_told(two, reached):
+    two.come(0, 1, QUIESCED)
+    two.come(1, 1, QUIESCED)
+    assert (far(two), reached) == ((True, True), [QUIESCED])
+
+
+def test_no_level_is_lost_or_told_twice(two, reached):
+    for level in (QUIESCED, PAUSED, QUIESCED):
+        two.come(0, 1, level)
+        two.come(1, 1, level)
+    assert two.level(0) is QUIESCED
+    assert reached == [QUIESCED]
+
+
+def test_what_is_said_of_the_pause_before_does_not_count(two, reached):
+    two.end()
+    two.begin()
+    two.come(0, 1, QUIESCED)
+    two.come(1, 1, QUIESCED)
+    assert (far(two), two.level(0), reached) == ((False, False), Level.RUNNING, [])
+
+
+def test_one_that_has_ended_holds_nobody_up(two, reached):
+    two.gone(0)
+    two.come(1, 1, QUIESCED)
+    assert (far(two), reached) == ((True, True), [QUIESCED])
+
+
+def test_when_all_have_ended_nobody_waits_and_nothing_is_told(two, reached):
+    two.gone(0)
+    two.gone(1)
+    assert (far(two), reached) == ((True, True), [])
+
+
+async def test_whoever_waits_for_a_pause_that_is_taken_back_goes_on(two):
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(two.paused.wait)
+        nursery.start_soon(two.quiesced.wait)
+        await trio.testing.wait_all_tasks_blocked()
+        two.end()
+    assert far(two) == (False, False)
+
+
+def test_an_access_says_what_it_is():
+    access = PendingIo(1, "ports", 0x500, 4, False, "a task", 7)
+    assert str(access) == "vCPU 1: a read of 4 bytes at ports 0x500 waits for a task"
