@@ -1,12 +1,12 @@
 # The map, from the door down; imports point down it and never up (tests/test_layers.py holds them to it).
 #
-#   door      cli, __main__                     a person at a terminal
-#   windows   aio/, colours, doctor, figures, journal/, replay/, rules/, simulate/, testing/, tomlfile   see, steer it
-#   house     opening, fleet, statistics, governor, activity, dirty, apply, record, subscription, watch   many VMs
-#   machine   vm, desired, succession, counted, guest, holding, vcpu, inbox   one VM: its tasks, its states
-#   parts     actuators/, devices/, boot/, budget, contain, profile/, signals/, workers   what a guest sees, uses, did
-#   silicon   backend/ (kvm, emulated, scripted), memory, native/   what executes a guest
-#   words     errors, extras, spec, exits, actions, effects, codec, policy/   plain data and pure functions
+#   door      cli/, demo/, __main__                          a person at a terminal
+#   windows   aio/, replay/, simulate/, testing/             ways to see and steer fleets
+#   house     fleet/, journal/, config/, output/             many VMs: start, merge exits, judge, act, remember
+#   machine   machine/                                       one VM: its states, and what a guest sees
+#   host      host/, profile/                                what can be seen of a host and done with it
+#   silicon   backend/ (kvm, emulated, scripted), native/    what executes a guest
+#   words     model/, policy/                                plain data and pure functions: no trio, no clock, no I/O
 #
 #   spec → VM → exits → policy → actions → fleet → VM
 """Run many KVM virtual machines from one async program, and keep noisy neighbours quiet."""

@@ -14,6 +14,7 @@ from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from orchestra import ExitPort, FlatImage, Fleet, KvmError, OrchestraError, ScriptedBackend, VmSpec, open_fleet
 from orchestra.backend.emulated import library
@@ -21,6 +22,10 @@ from orchestra.backend.kvm.system import Kvm
 from orchestra.backend.memory import GuestMemory
 from orchestra.backend.scripted import ScriptedExit, hlt, io_read, io_write, mmio_read, mmio_write, triple_fault
 from orchestra.native import lib
+
+# How long an example takes is a matter of what else runs on this machine, and no property of the code.
+settings.register_profile("orchestra", deadline=None)
+settings.load_profile("orchestra")
 
 GUESTS = Path(__file__).parent / "guests"
 COUNT, ROUNDS = 0x8000, 0x8004

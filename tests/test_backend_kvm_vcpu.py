@@ -74,7 +74,7 @@ def run(vcpu):
 # ---- registers
 
 
-@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(values=st.lists(U64, min_size=17, max_size=17))
 def test_general_registers_come_back_as_they_were_set(vcpu, values):
     names = [field.name for field in attrs.fields(Registers) if field.name != "rflags"]

@@ -15,6 +15,8 @@ import trio
 import orchestra as orc
 from conftest import COUNT, ROUNDS, guest, lock_spec, word
 
+pytestmark = pytest.mark.timed
+
 KINDS = ["add", "xchg", "cmpxchg8b", "bts"]
 MODES = [16, 32, 64]
 KVMHOST = os.environ.get("KVMHOST", "")

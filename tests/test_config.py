@@ -280,7 +280,7 @@ def is_told_with_its_place(text: str | bytes) -> None:
         assert mistake.text, mistake
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.one_of(st.binary(max_size=200), st.text(max_size=200)))
 @example(b"")
 @example("a.b = 1\na.b.c = 2")
@@ -289,7 +289,7 @@ def test_whatever_is_in_the_file_it_is_read_or_told_what_is_wrong_and_where(text
     is_told_with_its_place(text)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(TABLES)
 def test_whatever_the_keys_have_for_values_it_is_read_or_told_what_is_wrong_and_where(table):
     text = "\n".join(f"{key} = {as_toml(value)}" for key, value in table.items())
@@ -300,7 +300,7 @@ def test_whatever_the_keys_have_for_values_it_is_read_or_told_what_is_wrong_and_
     is_told_with_its_place(text)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(TABLES)
 def test_every_key_has_a_line_and_it_is_the_one_where_it_is_written(table):
     text = "".join(f"\n# next\n{key} = {as_toml(value)}" for key, value in table.items())

@@ -18,6 +18,8 @@ from orchestra.fleet.observer import IN_TURN, Observer
 from orchestra.machine.vcpu import Vcpu
 from orchestra.testing import wait_until
 
+pytestmark = pytest.mark.timed
+
 FOR_EVER = hlt(after=1e9)
 FAIL = ScriptedExit("debug", args=(1, 0, 0, 0))
 

@@ -22,6 +22,8 @@ from orchestra.host.control.caps import CgroupCaps
 from orchestra.host.control.delegation import own_cgroup, why_not
 from orchestra.host.observe import ThreadTimes
 
+pytestmark = pytest.mark.timed
+
 MOUNT = "31 23 0:28 {top} {mount} rw,nosuid shared:9 - cgroup2 cgroup2 rw\n"
 
 # ---- which cgroup it is

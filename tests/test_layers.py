@@ -89,17 +89,26 @@ def imports(name: str) -> Iterator[tuple[str, str]]:
 
 
 def test_map_is_read_and_names_what_is_there():
-    assert [layer for layer, _ in MAP] == ["door", "windows", "house", "machine", "parts", "silicon", "words"]
+    assert [layer for layer, _ in MAP] == ["door", "windows", "house", "machine", "host", "silicon", "words"]
     rooms = {name.partition(".")[0] for name in MODULES} - {""}
     assert set(HEIGHT) == rooms
     assert sum(len(named) for _, named in MAP) == len(rooms)  # each once
 
 
+@pytest.mark.parametrize("room", sorted(room for room in HEIGHT if (PACKAGE / room).is_dir()))
+def test_a_room_opens_with_its_job_what_it_may_import_and_the_one_to_copy(room):
+    text = ast.get_docstring(TREES[room]) or ""
+    assert re.search(r"\b[Ii]t may import|\bIt imports nothing", text), text
+    copied = re.search(r"The one to copy: `(.+?)`", text)
+    assert copied, text
+    assert (PACKAGE / room / copied[1]).exists()
+
+
 def test_imports_are_resolved_as_python_does():
-    assert ("orchestra", "exits") in set(imports("native.records"))  # from .. import exits
+    assert ("orchestra", "model.exits") in set(imports("native.records"))  # from ..model import exits
     assert ("orchestra", "native") in set(imports("backend.kvm.ioctl"))  # from ...native import lib
     assert ("orchestra", "backend.kvm.machine") in set(imports("backend"))  # in a function
-    assert ("", "trio") in set(imports("fleet"))
+    assert ("", "trio") in set(imports("fleet.fleet"))
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name])

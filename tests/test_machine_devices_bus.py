@@ -306,7 +306,7 @@ class Piece:
 
 
 class Vcpu:
-    """A vCPU without a guest: its accesses go to the core, and what comes back is answered as `orchestra.machine.vcpu` does."""
+    """A vCPU without a guest: its accesses go to the core, which is answered as by `orchestra.machine.vcpu`."""
 
     def __init__(self, core: VcpuCore, bus: Bus) -> None:
         self.core, self.bus = core, bus

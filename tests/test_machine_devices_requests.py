@@ -264,7 +264,7 @@ async def test_vcpus_ask_from_their_threads(soon):
 STEPS = st.lists(st.sampled_from(["ask", "take", "take and answer", "cancelled take"]), max_size=30)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(STEPS)
 def test_in_any_order_every_access_is_taken_once_and_ends_answered_or_given_back(steps):
     async def main() -> None:

@@ -535,7 +535,7 @@ class AnyAccess(RuleBasedStateMachine):
         assert (self.rig.interrupt() != NONE) == level
 
 
-AnyAccess.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+AnyAccess.TestCase.settings = settings(max_examples=60, stateful_step_count=30)
 TestAnyAccess = AnyAccess.TestCase
 
 

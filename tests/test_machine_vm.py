@@ -1051,15 +1051,14 @@ async def test_what_is_desired_changes_in_the_back_off_and_comes_into_force_with
         vm.cap_cpu(0.4)
         assert (await fleet.apply(orc.CapCpu(vm="guest", share=None), policy="a")).error is None
         assert vm.cpu_cap == 0.4
-        monkeypatch.setattr(
-            "orchestra.machine.instance.Instance.isolate", lambda guest, on: told.append(("isolate", on))
-        )
+        instance = "orchestra.machine.instance.Instance"
+        monkeypatch.setattr(f"{instance}.isolate", lambda guest, on: told.append(("isolate", on)))
         for action in (orc.Isolate, orc.Rejoin, orc.Isolate):
             assert (await fleet.apply(action(vm="guest"))).error is None
         await vm.pause()
         assert (vm.state, vm.isolated, vm.quiesced) == ("paused", True, True)
         capped = []
-        monkeypatch.setattr("orchestra.machine.instance.Instance.cap_cpu", lambda guest, share: capped.append(share))
+        monkeypatch.setattr(f"{instance}.cap_cpu", lambda guest, share: capped.append(share))
         told.clear()
         breaks.broken = False
         while vm.guest is first:  # noqa: ASYNC110  # an inner state that nothing tells

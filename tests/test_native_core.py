@@ -490,7 +490,6 @@ class Waiters:
         self.fleet.close()
 
 
-@settings(deadline=None)
 @given(st.integers(1, 4), LIMITS, CHANGES)
 def test_whatever_limits_come_and_go_no_window_has_more_than_burst_and_rate_and_nobody_overtakes(vcpus, first, changes):
     waiters = Waiters(vcpus)

@@ -165,7 +165,7 @@ def instructions(draw: Any) -> bytes:
 
 @pytest.mark.parametrize("mode", MODES)
 @given(code=instructions())
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @example(code=bytes.fromhex("f0"))
 @example(code=b"\x66" * 15 + b"\xf4")
 def test_it_agrees_with_iced_on_any_bytes(mode: Mode, code: bytes) -> None:
@@ -193,7 +193,7 @@ def test_the_table_of_locks_is_what_it_claims_to_be(mode: Mode) -> None:
 
 
 @given(code=instructions(), mode=st.sampled_from(MODES))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_it_says_nothing_of_an_instruction_of_which_bytes_are_missing(code: bytes, mode: Mode) -> None:
     found = ours(code, mode)
     if found is None:

@@ -241,7 +241,7 @@ def test_bad_parameters_are_named(more, named):
 LOADS = st.lists(st.floats(0, 1e6), min_size=1, max_size=12)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(LOADS, st.floats(1, 1e6), st.floats(0.2, 0.8), st.floats(0.05, 1), st.floats(1, 100), st.booleans())
 @example([1e6] * 12, 1.0, 0.5, 0.1, 1.0, False)
 @example([1e6] * 12, 1.0, 0.5, 0.1, 1.0, True)
@@ -282,7 +282,7 @@ def test_it_converges_under_any_step_load_and_recovers(wants, capacity, decrease
     assert policy.level is None
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(LOADS, st.floats(10, 1e5))
 def test_shares_add_up_to_the_level_or_to_what_is_asked_for(wants, capacity):
     world = Fluid(adaptive(floor=1.0), wants, cliff(capacity))
@@ -333,7 +333,7 @@ def test_one_that_is_held_still_has_its_floor(rate):
     assert world.rate("a", 10) == pytest.approx(rate, rel=0.03)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(st.integers(1, 3), st.integers(1, 60))
 def test_one_that_hides_while_it_hurts_gains_no_more_than_one_that_does_not(loud, quiet):
     """It bursts for some ticks while it is free, and hides until it hopes that it is free again."""

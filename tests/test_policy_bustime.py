@@ -86,7 +86,7 @@ def test_a_tenants_own_tighter_limit_stays():
     assert world.rate("other", 2) > 800
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.lists(st.floats(10, 600), min_size=1, max_size=4), st.floats(100, 800))
 def test_what_is_done_adds_up_to_the_budget_or_to_what_is_asked_for(rates, budget):
     policy = BusTime(budget * 7000 / 2e9)

@@ -113,7 +113,7 @@ EVERY: dict[str, Callable[[], Policy]] = POLICIES | {
 
 
 @pytest.mark.parametrize("name", EVERY)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(
     st.lists(
         st.tuples(st.sampled_from(["launch", "end", "noise", "noise"]), st.integers(0, 5), st.floats(0, 900)),

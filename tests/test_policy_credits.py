@@ -143,7 +143,7 @@ def test_bad_parameters_are_named(baseline, most, more, named):
 PATTERN = st.lists(st.tuples(st.sampled_from([0.0, 20.0, 200.0, 1500.0]), st.integers(1, 8)), min_size=1, max_size=8)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(PATTERN, st.floats(5, 100), st.floats(10, 300), st.floats(0, 1), st.integers(1, 3))
 def test_in_no_window_does_it_do_more_than_its_credits_and_the_baseline(pattern, baseline, most, launch, vcpus):
     """Whatever it tries, and however it times it: one burst and the baseline."""
@@ -161,7 +161,7 @@ def test_in_no_window_does_it_do_more_than_its_credits_and_the_baseline(pattern,
     assert 0 <= policy.balance("a") <= most
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 10), st.integers(1, 30))
 def test_one_that_learns_when_it_is_held_gains_nothing(rest, patience):
     """It stops as soon as it gets less than it tried, waits for some ticks, and comes back with all it has."""

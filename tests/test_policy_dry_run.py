@@ -63,7 +63,7 @@ def test_a_ladder_that_runs_dry_stays_where_a_throttle_would_have_ended_the_matt
     assert plan(dry)[-1][0] == pytest.approx(plan(real)[-1][0], abs=0.3)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(
     st.lists(st.sampled_from([30.0, 150.0, 400.0]), min_size=1, max_size=3),
     st.lists(st.sampled_from(ENDLESS), unique=True, min_size=2),

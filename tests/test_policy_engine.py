@@ -362,7 +362,7 @@ def simulated(program: Program) -> list[Ruled]:
 
 
 # A failure is read as it is: making it smaller takes minutes.
-@settings(max_examples=EXAMPLES, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@settings(max_examples=EXAMPLES, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 @given(program=some_programs())
 def test_live_replayed_and_simulated_rule_the_same(program, tmp_path_factory):
     path = tmp_path_factory.mktemp("ruled") / "fleet.db"

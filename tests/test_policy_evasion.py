@@ -34,7 +34,7 @@ def fair(weight: float) -> float:
     return HOST.rate * weight / (weight + 9) * SECONDS
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(1, 6), st.integers(1, 30), st.sampled_from([1, 8]), st.sampled_from([0.1, 1.0, 9.0]))
 @example(1, 4, 8, 0.1)
 @example(1, 8, 8, 1.0)
@@ -45,7 +45,7 @@ def test_a_rhythm_gains_nothing(loud, quiet, vcpus, weight):
     assert had(rate, vcpus, weight) <= fair(weight) * 1.05 + BURST + vcpus
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(1, 12), st.floats(0.1, 0.9), st.sampled_from([1, 8]))
 def test_one_that_hides_when_it_is_held_gains_nothing(rest, least, vcpus):
     """It has learnt what it gets while it is free. As soon as it gets less, it rests for some ticks."""

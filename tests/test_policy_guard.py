@@ -431,7 +431,7 @@ class Malicious:
 PLAN = st.lists(st.lists(MALICE, max_size=3), max_size=20)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(PLAN, PLAN, st.floats(10, 40), st.floats(0.3, 2))
 def test_no_policy_starves_a_vm_below_its_floor(one, other, floor, max_delay):
     rates = {"a": 300.0, "b": floor, "c": 5.0}
@@ -462,7 +462,7 @@ def test_vms_that_share_a_limit_get_their_floors_together(place):
 KINDS = (Pause, Resume, Isolate, Rejoin, Evict, Stop, Warn)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(
         st.tuples(
@@ -501,7 +501,7 @@ def test_whatever_is_asked_for_the_cool_downs_and_the_order_hold(asked):
     assert all(sum(1 for other in done if at - 60 < other <= at) <= 20 for at in done)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.lists(HARSH, max_size=3), min_size=1, max_size=30), st.floats(0.1, 0.9), st.floats(1, 40))
 def test_no_policy_pauses_a_vm_for_more_than_its_part_of_the_time(plan, most_paused, max_pause):
     guard = Guard(most_paused=most_paused, max_pause=max_pause, vm_cool_down=0, host_cool_down=0)

@@ -43,7 +43,7 @@ def back(start: float, floor: float = 10.0) -> float:
 # ---- harm that lasts, or grows --------------------------------------------------------------------------------------
 
 
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=3)
 @given(st.floats(1.3, 10), st.booleans(), st.lists(st.floats(1e3, 1e6), min_size=1, max_size=2))
 @example(1.3, True, [1e5])
 @example(10.0, False, [1e5])
@@ -79,7 +79,7 @@ def test_slow_growth_is_found_when_it_passes_the_threshold(percent):
     assert OVER < found / 1.1 <= OVER * (1 + percent / 100)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.integers(1, 20), st.integers(1, 20), st.floats(1.6, 20), st.booleans())
 @example(3, 1, 3.0, True)
 def test_no_rhythm_makes_harm_usual(loud, still, times, late):
@@ -121,7 +121,7 @@ def test_a_ladder_gets_to_a_step_that_asks_for_an_hour_of_harm():
 # ---- no harm --------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(st.lists(st.floats(0.9, 1.1), min_size=1, max_size=30), st.integers(0, 1 << 30))
 def test_ten_percent_of_noise_on_a_host_in_health_leads_to_nothing(pattern, seed):
     """First in any pattern, then at random."""
@@ -172,7 +172,7 @@ def test_where_they_are_not_each_fall_by_the_threshold_counts_as_a_change_for_go
 # ---- what changed for good ------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(st.floats(1.6, 20), st.lists(st.floats(0, 1e6), min_size=1, max_size=3), st.booleans())
 @example(2.0, [1e6], False)
 def test_a_host_that_is_slow_for_good_costs_the_noisy_half_a_minute(times, wants, started):

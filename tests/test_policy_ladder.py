@@ -387,7 +387,7 @@ def check(stairs: Stairs, start: float = 0.0) -> None:
             assert later - earlier >= clear[left] - TICK - 1e-6
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(LOAD)
 @example([(1000, 60)] * 10)
 def test_it_never_skips_a_step_and_gives_each_its_time(load):
@@ -406,7 +406,7 @@ def test_it_never_skips_a_step_and_gives_each_its_time(load):
     assert stairs.ladder._vms == {}
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.floats(0.1, 40), st.floats(0.1, 40))
 def test_no_rhythm_makes_it_go_up_and_down_for_ever(loud, quiet):
     """Each relapse doubles the time in the clear: turns become as rare as 16 times that, or it stays where it is."""
@@ -432,7 +432,7 @@ def test_under_a_load_that_does_not_change_it_comes_to_rest():
         assert len(world.actions) == moves, rate
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.integers(1, 12), st.integers(1, 40))
 def test_one_that_times_its_bursts_gains_no_more_than_a_burst_for_each_time_in_the_clear(loud, quiet):
     world = World(

@@ -447,7 +447,7 @@ def test_what_is_remembered_follows_the_vms_that_are_active() -> None:
     assert len(policy._vms) == 0
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.lists(
         st.tuples(st.sampled_from(["gold", "brass", "tin"]), st.floats(0.1, 10), st.sampled_from([20, 80, 300, 5e4])),

@@ -192,7 +192,7 @@ def test_too_little_is_told_as_nothing():
     assert Past("nobody").suspicion() == Suspicion("nobody", 0, 0.0, 0, ())
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.lists(
         st.tuples(*[st.floats(0, 1e300) | st.sampled_from([0.0, 1.0, 5.0])] * 3), min_size=FEWEST, max_size=2 * FEWEST

@@ -51,7 +51,7 @@ def test_what_a_module_lists_is_there(name):
 
 @pytest.mark.parametrize("name", ["exits", "errors", "actions"])
 def test_vocabulary_lists_every_class_that_it_has(name):
-    module = importlib.import_module(f"orchestra.{name}")
+    module = importlib.import_module(f"orchestra.model.{name}")
     public = {
         n for n, v in vars(module).items() if inspect.isclass(v) and v.__module__ == module.__name__ and n[0] != "_"
     }

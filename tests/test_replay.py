@@ -567,7 +567,7 @@ LIMITS = st.builds(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.dictionaries(st.sampled_from(["a", "b", "c"]), st.floats(0, 1e6), min_size=1),
     st.dictionaries(st.sampled_from(["a", "b", "c"]), LIMITS),

@@ -172,7 +172,7 @@ guests = st.builds(
 
 
 # The same hosts each time: how far a single guest is off has no bound for any host (a third, once in some hundreds).
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25, derandomize=True)
 @given(st.lists(guests, min_size=1, max_size=4), st.none() | limits, st.none() | limits)
 def test_any_small_host_fares_as_under_the_core(several, host, of_a):
     tenants = [Tenant("a", limit=of_a), Tenant("b")]
@@ -212,7 +212,7 @@ def test_over_many_hosts_single_guests_are_off_by_little():
 wanted_rates = st.just(0.0) | st.floats(0.001, 5000)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(st.tuples(wanted_rates, wanted_rates), min_size=2, max_size=40),
     st.sampled_from([0.05, 1.0, 3.0]),
@@ -308,7 +308,6 @@ round_limits = st.builds(Limit, rate=st.floats(0.1, 50), burst=st.floats(1, 30),
 
 
 @pytest.mark.parametrize("fluid", [Simulated, Rehearsed])
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(0, 3), st.sampled_from(["set", "none", "take"]), round_limits), max_size=30))
 def test_limits_that_come_and_go_leave_as_many_tokens_as_in_the_core(fluid, steps):
     core, model, now, limited = Core(), fluid(), 1.0, False

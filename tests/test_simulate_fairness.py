@@ -12,7 +12,7 @@ from orchestra.simulate.fairness import fair_shares, jain
 guest = st.tuples(st.integers(0, 4), st.floats(0.01, 1e5), st.floats(0.1, 10))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(guest, min_size=1, max_size=30), st.lists(st.floats(1, 1e5), min_size=5, max_size=5))
 def test_shares_are_those_of_each_host_for_itself(guests, budgets):
     host, wants, weight = (np.array(column) for column in zip(*guests, strict=True))

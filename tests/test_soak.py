@@ -21,7 +21,7 @@ from benchmarks.rate import excess
 from conftest import guest, word
 from orchestra.native.core import FleetCore
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timed]
 
 SECONDS = float(os.environ.get("ORCHESTRA_SOAK", "2"))
 STORM = b"\xe6\x80\xeb\xfc"  # out 0x80, al / jmp

@@ -2,6 +2,9 @@
 
 `open_fleet` opens a fleet whose methods any task of the loop may call. trio, which runs the fleet, is a guest of the
 loop, on the loop's thread; with ``thread=True`` it has a thread of its own.
+
+It may import a fleet and everything below.
+The one to copy: `streams.py`.
 """
 
 # Down the room, each uses those after it only:

@@ -1,8 +1,11 @@
 """What executes guests: the contract of the three backends, and the choice among them.
 
 A backend makes a `Machine` for a spec; a machine has guest memory and an `Engine` for each vCPU. Engines only execute:
-what an exit means is decided above, in `orchestra.machine.vcpu`, which is the same for all. All engines account their exits
-through the C core (`VcpuCore`), so counters, buckets, ring and commands are the same as well.
+what an exit means is decided above, in `orchestra.machine.vcpu`, which is the same for all. All engines account their
+exits through the C core (`VcpuCore`), so counters, buckets, ring and commands are the same as well.
+
+It may import the C core and the words.
+The one to copy: `kvm/system.py`.
 """
 
 from __future__ import annotations
@@ -71,10 +74,10 @@ class Engine(Protocol):
 
     @property
     def access(self) -> Any:
-        """`struct orc_access *`: what to answer after `Why.IO` and `Why.MMIO`, before the next `run`."""
+        """`struct orc_access *`: what to answer after `RunResult.IO` and `RunResult.MMIO`, before the next `run`."""
 
     def run(self) -> Any:
-        """Execute until something needs a decision: a `Why`, or an awaitable of one if not threaded."""
+        """Execute until something needs a decision: a `RunResult`, or an awaitable of one if not threaded."""
 
     def sleep(self, seen: int) -> Any:
         """Sleep until woken or kicked, unless that came since `seen` was read."""
@@ -98,7 +101,7 @@ class Engine(Protocol):
         """The record of the exit that `run` returned with, for `records.decode`."""
 
     def error(self) -> str:
-        """What failed, after `Why.ERROR`: a sentence for `Failed.reason`."""
+        """What failed, after `RunResult.ERROR`: a sentence for `Failed.reason`."""
 
     def registers(self) -> Any:
         """General registers, with an attribute for each. While it does not run; any thread."""

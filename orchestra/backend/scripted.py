@@ -232,7 +232,7 @@ class ScriptedEngine:
         return served
 
     def _access(self, step: ScriptedExit) -> RunResult:
-        """Make the access; `Why.ANSWERED` if it needs nobody."""
+        """Make the access; `RunResult.ANSWERED` if it needs nobody."""
         address, size, *rest = step.args
         count, write = rest if step.reason == "io" else (1, *rest)
         ffi.memmove(self._data, step.data, len(step.data))

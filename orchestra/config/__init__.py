@@ -3,6 +3,9 @@
 rules = load_rules("rules.toml")
 async with orchestra.open_fleet(policies=rules.policies, limit=rules.limit, tenants=rules.tenants) as fleet:
     nursery.start_soon(watch_rules, fleet, rules)
+
+It may import a fleet (for `reload`) and the words.
+The one to copy: `reload.py`.
 """
 
 from __future__ import annotations

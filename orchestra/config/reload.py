@@ -29,8 +29,8 @@ class Reloadable(Protocol):
         """Have these policies decide from now on, in this order.
 
         One that is there already (the same object) keeps its seat, its next tick and what it holds. What one that is
-        not there any more holds is let go (`orchestra.model.effects.Holdings`) before the others decide. `guard` None: it
-        stays; another one goes on with what was done so far.
+        not there any more holds is let go (`orchestra.model.effects.Holdings`) before the others decide. `guard`
+        None: it stays; another one goes on with what was done so far.
         """
 
     def check_limit(

@@ -4,6 +4,9 @@ async with orchestra.open_fleet(journal=Journal("fleet.db"), ...) as fleet: ...
 
 with read_journal("fleet.db") as journal:
     for row in journal.actions(vm="web-1"): ...
+
+It may import the profile, the machine's statistics and the words.
+The one to copy: `coverage.py`.
 """
 
 from __future__ import annotations

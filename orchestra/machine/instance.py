@@ -1,6 +1,6 @@
 """One run of a VM: its machine, buses, devices and vCPU tasks, from set-up to the last resource given back.
 
-A `Vm` is the handle that lives on; a restart gives it a new `Guest`.
+A `Vm` is the handle that lives on; a restart gives it a new `Instance`.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class InstanceContext(Protocol):
 
 
 class Instance:
-    """Started by `Guest.start`, run by `Guest.run` in the VM's task, which also gives back what it holds. Its memory
+    """`Instance.start` makes it; `Instance.run`, in the VM's task, runs it and gives back what it holds. Its memory
     stays readable until somebody closes it (`Workers.discard`).
 
     Attributes:

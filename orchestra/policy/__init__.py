@@ -2,6 +2,9 @@
 
 The same object runs live, in the simulator and in a replay, so a policy takes the time from its facts and never from
 a clock. What it remembers between two ticks it keeps in itself.
+
+It may import `model`, and of Python's library only what knows of no time, files, threads or chance.
+The one to copy: `static.py`.
 """
 
 from __future__ import annotations

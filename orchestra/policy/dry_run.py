@@ -18,7 +18,7 @@ class DryRun:
     """One policy's view of a dry run.
 
     A VM whose pause, eviction or stop was decided is in no facts. One that would be throttled or capped is shown with
-    what these would let through, and what it would have waited (`InForce`: buckets as fluids). What isolation would
+    what these would let through, and what it would have waited (`Enforcement`: buckets as fluids). What isolation would
     change, and how the others would fare, is not known: signals of the host and of victims are shown as they are.
     """
 

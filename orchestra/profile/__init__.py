@@ -1,4 +1,8 @@
-"""Which instructions of a guest lock the bus: what was sampled of them, disassembled and named."""
+"""Which instructions of a guest lock the bus: what was sampled of them, disassembled and named.
+
+It may import the silicon and the words.
+The one to copy: `folded.py`.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,9 @@
 """What would other policies have done? A journal's afternoon once more, under the policy objects that run live.
 
 Model and limits: docs/journal.md.
+
+It may import the house and everything below, and no machine that runs.
+The one to copy: `given.py`.
 """
 
 from __future__ import annotations

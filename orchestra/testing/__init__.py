@@ -7,6 +7,9 @@
 
 With the pytest plugin (fixtures ``orchestra_fleet``, ``orchestra_backend``; marker ``orchestra``) it is shorter. See
 docs/testing.md.
+
+It may import a fleet and everything below.
+The one to copy: `waiting.py`.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ class EmulatedEngine(ThreadedEngine):
         lib.orc_vcpu_bind_emulator(core.handle, emulator, detection == "trap-like", bus_locks)
 
     def run(self) -> int:
-        return lib.orc_emulator_run(self._handle)  # type: ignore[no-any-return]  # a Why, without the cost of making one
+        return lib.orc_emulator_run(self._handle)  # type: ignore[no-any-return]  # a RunResult, without the cost of making one
 
     def error(self) -> str:
         return f"unicorn failed: {ffi.string(lib.orc_emulator_failed(self._emulator)).decode()}"

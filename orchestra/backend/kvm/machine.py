@@ -42,7 +42,7 @@ class KvmEngine(ThreadedEngine):
         lib.orc_vcpu_bind_kvm(core.handle, vcpu.fd, vcpu.run, sync_regs)
 
     def run(self) -> int:
-        return lib.orc_kvm_run(self._handle)  # type: ignore[no-any-return]  # a Why, without the cost of making one
+        return lib.orc_kvm_run(self._handle)  # type: ignore[no-any-return]  # a RunResult, without the cost of making one
 
     def resumed(self) -> None:
         try:

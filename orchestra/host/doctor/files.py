@@ -1,0 +1,136 @@
+"""What the checks read of this host: files of /proc, /sys, /dev and /usr. What can't be read is empty."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+
+from ...backend.detection import Found
+from ...backend.kvm.system import Kvm
+from ...native import lib
+
+__all__ = ["Host"]
+
+
+class Host:
+    """The files that the checks read; what can't be read is empty."""
+
+    def __init__(
+        self,
+        root: Path,
+        open_kvm: Callable[[Path], Kvm],
+        importable: Callable[[str], bool],
+        load_unicorn: Callable[[], object],
+    ) -> None:
+        self.root = root
+        self.open_kvm = open_kvm
+        self.importable = importable
+        self.load_unicorn = load_unicorn
+        self.capabilities: dict[str, int] = {}
+        self.bus_lock_bits: int | None = None
+        self.no_kvm: str | None = "not looked at"
+        self.no_unicorn: str | None = "not looked at"
+
+    @property
+    def found(self) -> tuple[Found, Found]:
+        """The backends, for `pick`."""
+        seen = bool((self.bus_lock_bits or 0) & lib.KVM_BUS_LOCK_DETECTION_EXIT)
+        return (
+            Found("kvm", bus_locks=seen) if self.no_kvm is None else Found.closed("kvm", self.no_kvm),
+            Found("emulated") if self.no_unicorn is None else Found.closed("emulated", self.no_unicorn),
+        )
+
+    def read(self, path: str) -> str:
+        try:
+            return (self.root / path.lstrip("/")).read_text(errors="replace").strip()
+        except (OSError, ValueError):
+            return ""
+
+    def number(self, path: str) -> int | None:
+        text = self.read(path)
+        return int(text) if re.fullmatch(r"-?[0-9]{1,20}", text) else None
+
+    @cached_property
+    def cpu(self) -> dict[str, str]:
+        """The first processor of /proc/cpuinfo."""
+        pairs = (line.partition(":") for line in self.read("proc/cpuinfo").split("\n\n")[0].splitlines())
+        return {key.strip(): value.strip() for key, _, value in pairs}
+
+    @property
+    def flags(self) -> frozenset[str]:
+        return frozenset(self.cpu.get("flags", "").split())
+
+    @property
+    def vendor(self) -> str:
+        names = {"GenuineIntel": "Intel", "AuthenticAMD": "AMD", "HygonGenuine": "AMD"}
+        return names.get(self.cpu.get("vendor_id", ""), "")
+
+    @property
+    def kernel(self) -> tuple[int, int] | None:
+        found = re.match(r"(\d{1,9})\.(\d{1,9})", self.read("proc/sys/kernel/osrelease"))
+        return (int(found[1]), int(found[2])) if found else None
+
+    @cached_property
+    def split_lock_mode(self) -> tuple[str, str]:
+        """off, warn, fatal or ratelimit; and as it was set. Like the kernel, takes what it does not know for "warn"."""
+        settings = re.findall(r"(?:^|\s)split_lock_detect=(\S+)", self.read("proc/cmdline"))
+        if not self.flags & {"split_lock_detect", "bus_lock_detect"}:
+            return "off", "off (the CPU has no detection for host programs)"
+        mode = settings[-1].partition(":")[0] if settings else ""
+        if mode in ("off", "warn", "fatal", "ratelimit"):
+            return mode, settings[-1]
+        return "warn", f"warn (default; {settings[-1]!r} is no setting)" if settings else "warn (default)"
+
+    @property
+    def acts_on_guests(self) -> bool:
+        """Split locks of guests raise #AC in the host: only on Intel CPUs that detect split locks (not bus locks)."""
+        return self.vendor == "Intel" and "split_lock_detect" in self.flags
+
+    def limit(self, name: str) -> tuple[int | None, str]:
+        """Soft limit (None: unlimited or unknown) and the hard one as text, from /proc/self/limits."""
+        found = re.search(rf"^{name}\s+(\S+)\s+(\S+)", self.read("proc/self/limits"), re.MULTILINE)
+        if not found:
+            return None, "unknown"
+        return (int(found[1]) if found[1].isdecimal() else None), found[2]
+
+    @cached_property
+    def cgroup_mounts(self) -> list[tuple[str, str, set[str]]]:
+        """Of each cgroup file system: where, its type, its options (/proc/self/mountinfo, proc(5))."""
+        mounts = []
+        for line in self.read("proc/self/mountinfo").splitlines():
+            left, _, right = line.partition(" - ")
+            before, after = left.split(), right.split()
+            if len(before) > 5 and len(after) > 2 and after[0] in ("cgroup", "cgroup2"):
+                mounts.append((before[4], after[0], {*before[5].split(","), *after[2].split(",")}))
+        return mounts
+
+    @property
+    def nx_huge_pages(self) -> str:
+        return self.read("sys/module/kvm/parameters/nx_huge_pages")
+
+    @property
+    def favoured(self) -> bool:
+        return any("favordynmods" in options for _, _, options in self.cgroup_mounts)
+
+    @property
+    def favour(self) -> str:
+        """How to switch it on; the mount counts for the whole host, whichever it is."""
+        mount = min(self.cgroup_mounts, key=lambda mount: mount[1] != "cgroup2")[0]
+        return f"`mount -o remount,favordynmods {mount}`"
+
+    def cgroup_values(self, controller: str, file: str) -> list[int]:
+        """The numbers in `file` of this process's cgroup and of those above it ("max" is none)."""
+        values = []
+        for line in self.read("proc/self/cgroup").splitlines():
+            _, controllers, path = (*line.split(":", 2), "", "")[:3]
+            for mount, kind, options in self.cgroup_mounts:
+                unified = kind == "cgroup2" and not controllers
+                if unified or (controller in controllers.split(",") and controller in options):
+                    parts = [part for part in path.split("/") if part]
+                    for depth in range(len(parts), -1, -1):
+                        value = self.number("/".join((mount, *parts[:depth], file)))
+                        if value is not None:
+                            values.append(value)
+        return values

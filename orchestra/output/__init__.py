@@ -1,0 +1,5 @@
+"""What every table, figure and file of the command line goes by: numbers, times, colours, axes.
+
+It may import the words only.
+The one to copy: `numbers.py`.
+"""
