@@ -348,7 +348,7 @@ async def test_a_vcpu_that_gets_no_thread_fails_its_launch_and_all_of_it_is_roll
 
     def spawn(vcpu: Vcpu) -> None:
         if vcpu.index == 1:
-            raise RuntimeError("can't start new thread")
+            raise orc.ResourceLimit(errno.EAGAIN, "see pids.max")
         real(vcpu)
 
     async with stage.open() as fleet:
