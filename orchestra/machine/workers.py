@@ -11,10 +11,9 @@ import itertools
 import logging
 from collections.abc import Callable
 from functools import partial
-from typing import Final, TypeVar, cast
+from typing import Any, Final, TypeVar, cast
 
 import trio
-from outcome import Outcome
 
 from ..backend.memory import GuestMemory, Region, unmap
 
@@ -66,7 +65,7 @@ class Workers:
         except trio.WouldBlock:
             await limiter.acquire_on_behalf_of(turn)
 
-        def done(result: Outcome[T]) -> None:
+        def done(result: Any) -> None:  # an Outcome of a library that trio has
             limiter.release_on_behalf_of(turn)
             trio.lowlevel.reschedule(task, result)
 
