@@ -49,6 +49,7 @@ struct orc_stock {
 	struct orc_place *vcpus;          /* where there is room for a vCPU */
 	struct orc_stack_memory *fresh, *used; /* stacks that nobody has: no thread had it so far, or one had */
 	uint32_t warm;                    /* of `used`: so many have their pages */
+	uint32_t stacks; /* all that there are */
 	size_t stack_size;
 };
 void orc_stock_init(struct orc_stock *);

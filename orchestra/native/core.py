@@ -445,3 +445,4 @@ class Runner:
         handle, self._handle = self._handle, None
         if handle is not None:
             lib.orc_runner_join(handle)
+            self._context = None  # it holds on to whoever proceeds, who holds on to this

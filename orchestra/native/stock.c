@@ -19,7 +19,8 @@
 enum {
 	PAGE = 4096,
 	VCPUS = 62,  /* in a mapping: 32 pages, of which those are touched that are used */
-	STACKS = 32, /* in a mapping: 256 MiB of addresses, of which a thread touches some pages */
+	FEWEST = 4,  /* stacks of a mapping: as many as there are already, from 32 MiB of addresses (a fleet of few VMs on a */
+	MOST = 32,   /* host that counts addresses as memory, vm.overcommit_memory=2) to 256; a thread touches some pages of 8 */
 	WARM = 64,   /* stacks that nobody uses and that keep their pages: so many VMs may end and others begin */
 };
 
@@ -142,9 +143,12 @@ static int guard(void *page)
 
 static void add_stacks(struct orc_stock *s)
 {
-	struct orc_block *block = add_block(s, s->stack_size * STACKS, STACKS);
+	uint32_t n = s->stacks < FEWEST ? FEWEST : s->stacks > MOST ? MOST : s->stacks;
+	struct orc_block *block = add_block(s, s->stack_size * n, n);
 
-	for (int i = STACKS; block && i-- > 0;) {
+	if (block)
+		s->stacks += n;
+	for (uint32_t i = n; block && i-- > 0;) {
 		block->stack[i] = (struct orc_stack_memory){
 			.next = s->fresh,
 			.memory = (char *)block->memory + (size_t)i * s->stack_size + PAGE,
