@@ -124,7 +124,7 @@ static void *first_exit(void *m)
 	return NULL;
 }
 
-static void exits(double seconds, int bus_locks)
+static void exits(double seconds, int bus_locks, uint64_t out[3])
 {
 	struct machine m;
 	uint64_t n = 0, start, end, until, cpu;
@@ -141,8 +141,12 @@ static void exits(double seconds, int bus_locks)
 		n += 64;
 		end = now(CLOCK_MONOTONIC);
 	} while (end < until);
-	cpu = now(CLOCK_THREAD_CPUTIME_ID) - cpu;
-	printf("%llu %llu %llu\n", (unsigned long long)n, (unsigned long long)cpu, (unsigned long long)(end - start));
+	out[0] = n;
+	out[1] = now(CLOCK_THREAD_CPUTIME_ID) - cpu;
+	out[2] = end - start;
+	munmap(m.run, run_size);
+	close(m.vcpu);
+	close(m.vm);
 }
 
 static void launch(int vms, int bus_locks)
@@ -162,16 +166,16 @@ static void launch(int vms, int bus_locks)
 	printf("%llu %llu\n", (unsigned long long)start, (unsigned long long)(now(CLOCK_PROCESS_CPUTIME_ID) - cpu));
 }
 
-int main(int argc, char **argv)
+static void prepare(const char *path)
 {
-	FILE *guest;
+	FILE *guest = fopen(path, "rb");
 
-	if (argc != 5)
-		return 2;
-	guest = fopen(argv[2], "rb");
 	if (!guest)
-		die(argv[2]);
+		die(path);
 	image_size = fread(image, 1, sizeof image, guest);
+	fclose(guest);
+	if (kvm)
+		return;
 	kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
 	if (kvm < 0)
 		die("/dev/kvm");
@@ -179,10 +183,27 @@ int main(int argc, char **argv)
 	cpuid = calloc(1, sizeof *cpuid + ENTRIES * sizeof cpuid->entries[0]);
 	cpuid->nent = ENTRIES;
 	CALL(kvm, KVM_GET_SUPPORTED_CPUID, cpuid);
+}
+
+/* The same loop for another program, on its thread, if this is compiled as a library. */
+void floor_exits(const char *path, double seconds, int bus_locks, uint64_t out[3])
+{
+	prepare(path);
+	exits(seconds, bus_locks, out);
+}
+
+int main(int argc, char **argv)
+{
+	uint64_t out[3];
+
+	if (argc != 5)
+		return 2;
+	prepare(argv[2]);
 	sem_init(&exited, 0, 0);
-	if (!strcmp(argv[1], "exits"))
-		exits(atof(argv[3]), atoi(argv[4]));
-	else if (!strcmp(argv[1], "launch"))
+	if (!strcmp(argv[1], "exits")) {
+		exits(atof(argv[3]), atoi(argv[4]), out);
+		printf("%llu %llu %llu\n", (unsigned long long)out[0], (unsigned long long)out[1], (unsigned long long)out[2]);
+	} else if (!strcmp(argv[1], "launch"))
 		launch(atoi(argv[3]), atoi(argv[4]));
 	else
 		return 2;

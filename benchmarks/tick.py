@@ -165,8 +165,8 @@ def _facts(vms: int, time_ns: int) -> Facts:
 
 
 async def journal(options: Options) -> list[Row]:
-    """20,000 aggregates a second, and whether all of them are in the file."""
-    seconds, each = options.pick(10, 1), 2000
+    """60,000 aggregates a second, and whether all of them are in the file."""
+    seconds, each = options.pick(10, 1), 6000
     with tempfile.TemporaryDirectory(dir=options.build) as folder:
         path = Path(folder) / "fleet.db"
         kept = Journal(path)
@@ -189,7 +189,7 @@ async def journal(options: Options) -> list[Row]:
         Row(
             what=f"journal, {seconds} s",
             measured=f"{asked / passed:,.0f} aggregates/s, {asked - found} lost, {cpu / passed:.0%} of a core",
-            bound="20,000/s, 0 lost",
+            bound="60,000/s, 0 lost",
             ok=found == asked and not dropped and asked / passed >= 0.95 * 10 * each,
             note=f"{each} VMs ten times a second, played. The longest that the fleet's thread was held up: "
             f"{longest * 1e3:.1f} ms; {waiting} rows waited at most; {size / found:.0f} bytes each.",

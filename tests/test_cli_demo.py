@@ -10,8 +10,8 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 from contextlib import contextmanager
+from pathlib import Path
 
 import attrs
 import pytest
@@ -581,8 +581,9 @@ async def test_vms_that_share_a_cpu_run_nowhere_else_and_we_stay_where_we_were()
     class Looker(Listener):
         def act(self, act, time):
             super().act(act, time)
-            guests = [thread for thread in threading.enumerate() if re.fullmatch(r"(quiet|noisy)-1/0", thread.name)]
-            self.where = {thread.name: os.sched_getaffinity(thread.native_id) for thread in guests}
+            names = {int(task.name): (task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()}
+            guests = {tid: name for tid, name in names.items() if re.fullmatch(r"(quiet|noisy)-1/0", name)}
+            self.where = {name: os.sched_getaffinity(tid) for tid, name in guests.items()}
 
     before, looker = os.sched_getaffinity(0), Looker()
     await told(plan("emulated", vms=2, noisy=1, seconds=0.3, cpus=1), looker)

@@ -7,7 +7,7 @@ import itertools
 import os
 import re
 import resource
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import pytest
 import trio
@@ -21,6 +21,7 @@ from orchestra.journal import Journal, read_journal
 from orchestra.machine.control import VmControl
 from orchestra.machine.restraint import Restraint
 from orchestra.model.actions import Applied
+from orchestra.native import lib
 from orchestra.profile import Row
 
 FOR_EVER = hlt(after=1e9)
@@ -674,7 +675,8 @@ async def test_no_thread_for_a_launch_is_an_error_that_names_the_limit(nothing_l
         other = await fleet.launch(stage.spec("spin", "other"))
         await other.inspect()  # it has its thread
         with monkeypatch.context() as patch:
-            patch.setattr(trio.to_thread, "run_sync", no_thread)
+            patch.setattr(trio.lowlevel, "start_thread_soon", no_thread)
+            patch.setattr("orchestra.native.core.lib", NoThreadForAVcpu())
             with pytest.raises(orc.ResourceLimit, match=r"pids\.max"):
                 await fleet.launch(stage.spec("halt"))
         assert set(fleet.vms) == {"other"}
@@ -688,12 +690,22 @@ async def test_no_thread_for_the_end_of_a_vm_is_no_error(nothing_left, monkeypat
     async with stage.open() as fleet:
         vm = await fleet.launch(stage.spec("spin"))
         await vm.inspect()
-        monkeypatch.setattr(trio.to_thread, "run_sync", no_thread)
+        monkeypatch.setattr(trio.lowlevel, "start_thread_soon", no_thread)
         assert await vm.stop() == orc.Stopped("stop()")
 
 
-async def no_thread(function: Callable, *args: object, **more: object) -> None:
+def no_thread(*args: object, **more: object) -> None:
     raise RuntimeError("can't start new thread")
+
+
+class NoThreadForAVcpu:
+    """The core, on a host that has no thread left."""
+
+    def orc_runner_start(self, *args: object) -> int:
+        return -errno.EAGAIN
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(lib, name)
 
 
 @pytest.mark.kvm

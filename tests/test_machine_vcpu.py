@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import errno
+import os
+import sys
+import threading
+from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -14,6 +19,7 @@ from orchestra.machine.vcpu import Vcpu
 
 BUS_LOCK = 2
 FUTURE = 60
+STORM = b"\xe6\x80\xeb\xfc"  # out 0x80, al / jmp
 
 
 async def outcome_of(*script: ScriptedExit, **options: object) -> tuple[orc.Outcome, orc.VmStatistics]:
@@ -342,7 +348,7 @@ async def test_a_vcpu_that_gets_no_thread_fails_its_launch_and_all_of_it_is_roll
 
     def spawn(vcpu: Vcpu) -> None:
         if vcpu.index == 1:
-            raise RuntimeError("can't start new thread")
+            raise orc.ResourceLimit(errno.EAGAIN, "see pids.max")
         real(vcpu)
 
     async with stage.open() as fleet:
@@ -355,6 +361,50 @@ async def test_a_vcpu_that_gets_no_thread_fails_its_launch_and_all_of_it_is_roll
         assert other.state == "running"
         again = await fleet.launch(stage.spec("spin", vcpus=2))
         assert again.state == "running"
+
+
+@pytest.mark.kvm
+async def test_a_guest_that_needs_no_answer_keeps_its_thread_out_of_the_interpreter(nothing_left):
+    async with orc.open_fleet(backend="kvm", bus_locks="off") as fleet, fleet.exits(orc.Io) as exits:
+        vm = await fleet.launch(orc.VmSpec(name="vm", boot=orc.FlatImage(code=STORM)))
+        for _ in range(100):
+            await exits.receive()
+        (vcpu,) = vm._control.guest.vcpus
+        assert str(vcpu.tid) in os.listdir("/proc/self/task")
+        assert all(frame.f_code is not Vcpu.proceed.__code__ for frame in sys._current_frames().values())
+
+
+@pytest.mark.kvm
+async def test_what_watches_threads_watches_those_of_the_core(monkeypatch, nothing_left):
+    stage, traced = Stage("kvm"), []
+
+    def trace(frame: Any, event: str, argument: Any) -> None:
+        if frame.f_code is Vcpu.proceed.__code__:
+            traced.append(event)
+
+    threading.settrace(trace)
+    try:
+        async with stage.open() as fleet:
+            vm = await fleet.launch(stage.spec("spin"))
+            await vm.stop()
+    finally:
+        threading.settrace(None)
+    assert traced == ["call"]
+
+
+def thread_name(tid: int | None) -> str:
+    return Path(f"/proc/self/task/{tid}/comm").read_text().strip()
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize(("name", "thread"), [("web-1", "web-1/0"), ("a-name-that-is-long", "a-name-that-i/0")])
+async def test_a_thread_has_the_name_of_its_vcpu(name, thread, nothing_left):
+    stage = Stage("kvm")
+    async with stage.open() as fleet:
+        vm = await fleet.launch(stage.spec("spin", name))
+        await vm.pause()  # it has begun
+        with vm._control.guest.vcpus[0].living() as tid:
+            assert thread_name(tid) == thread
 
 
 # ---- floods: what Python answers has a budget

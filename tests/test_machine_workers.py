@@ -145,12 +145,9 @@ async def test_what_is_run_is_run_once_on_a_thread_or_here(monkeypatch):
     assert await workers.run(threading.get_ident, workers.teardown) != threading.get_ident()
     with pytest.raises(RuntimeError, match="of its own"):
         await workers.run(lambda: refuse_of_its_own(), workers.teardown)
-
-    async def no_thread(*args: object, **more: object) -> None:
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr(trio.to_thread, "run_sync", no_thread)
+    monkeypatch.setattr(trio.lowlevel, "start_thread_soon", refuse)
     assert await workers.run(threading.get_ident, workers.teardown) == threading.get_ident()
+    assert workers.teardown.borrowed_tokens == 0
 
 
 def refuse_of_its_own() -> None:
@@ -168,3 +165,29 @@ async def test_no_kind_of_work_waits_for_another():
             assert await workers.run(lambda: "set up", workers.setup) == "set up"
             assert await workers.run(lambda: "logged", workers.dirty) == "logged"
             go_on.set()
+
+
+async def test_what_waits_for_its_turn_can_be_cancelled_and_what_runs_is_waited_for():
+    workers, go_on, ran = Workers(threaded=True), threading.Event(), []
+
+    def work() -> None:
+        assert go_on.wait(20)
+        ran.append(True)
+
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            for _ in range(THREADS):
+                nursery.start_soon(workers.run, work, workers.setup)
+            await until(lambda: workers.setup.available_tokens == 0)
+            with trio.move_on_after(0.01) as scope:
+                await workers.run(lambda: ran.append(False), workers.setup)
+            assert scope.cancelled_caught
+            nursery.cancel_scope.cancel()
+            go_on.set()
+    assert ran == [True] * THREADS
+    assert workers.setup.borrowed_tokens == 0
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await workers.run(lambda: ran.append(False), workers.setup)
+    assert scope.cancelled_caught
+    assert False not in ran

@@ -10,14 +10,14 @@ The one to copy: `kvm/system.py`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ..model.errors import NoSuchBackend
 from ..model.spec import VmSpec
 from ..native import lib
-from ..native.core import VcpuCore
+from ..native.core import Runner, VcpuCore
 from ..native.records import Fields
 from .entry import EntryState
 from .memory import GuestMemory
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .detection import Asked
     from .kvm.dirty import DirtyLog
 
-__all__ = ["Backend", "Detection", "Engine", "EntryState", "Machine", "RunResult", "choose"]
+__all__ = ["Backend", "Detection", "Engine", "EntryState", "Machine", "RunResult", "Threaded", "choose"]
 
 
 class RunResult(IntEnum):
@@ -68,8 +68,12 @@ class Engine(Protocol):
     def sleep(self, seen: int) -> Any:
         """Sleep until woken or kicked, unless that came since `seen` was read."""
 
-    def attach(self) -> None: ...
-    def detach(self) -> None: ...
+    def attach(self) -> None:
+        """Take it up on this thread, as `Threaded.start` does on another."""
+
+    def detach(self) -> None:
+        """It will not run again."""
+
     def kick(self) -> None:
         """Tell an engine that is not threaded to look at its commands. Any time, fleet's thread."""
 
@@ -92,6 +96,18 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """After the runner has ended. The core stays: its owner closes it."""
+
+
+class Threaded(Engine, Protocol):
+    """An engine that is `threaded`."""
+
+    def start(self, vm: str, index: int, proceed: Callable[[int], object]) -> Runner:
+        """A thread, named after the vCPU, takes it up, waits while `Command.HOLD` is on, runs it, and calls
+        `proceed` with the first `Why` that it came back with. Any thread.
+
+        Raises:
+            ResourceLimit: the host has no thread left.
+        """
 
 
 class Machine(Protocol):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from ..native import lib
-from ..native.core import VcpuCore
+from ..native.core import Runner, VcpuCore
 from ..native.records import Fields, unpack
 
 __all__ = ["ThreadedEngine"]
@@ -15,11 +16,21 @@ class ThreadedEngine:
     """An engine whose `run` is one call into the C core, which gives up the interpreter lock."""
 
     threaded = True
+    in_core: Any
+    """What `run` calls: ``enum orc_why (*)(orc_vcpu *)``."""
 
     def __init__(self, core: VcpuCore) -> None:
         self.core = core
         self.access: Any = lib.orc_vcpu_access(core.handle)
         self._handle = core.handle
+
+    def start(self, vm: str, index: int, proceed: Callable[[int], object]) -> Runner:
+        """Run it on a thread of its own, which calls `proceed` in Python when `run` comes back for the first time.
+
+        Raises:
+            ResourceLimit: the host has no thread left.
+        """
+        return Runner(self.core, vm, index, self.in_core, proceed)
 
     def sleep(self, seen: int) -> None:
         lib.orc_vcpu_sleep(self._handle, seen)

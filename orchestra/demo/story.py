@@ -6,9 +6,9 @@ It knows nothing of terminals, and runs on any backend, so tests can tell it in 
 from __future__ import annotations
 
 import os
-import threading
 from collections import deque
 from collections.abc import Mapping
+from pathlib import Path
 from time import process_time
 from typing import Any, Final, Protocol
 
@@ -175,9 +175,9 @@ class Story:
 
     def _confine(self, cpus: list[int]) -> None:
         names = {f"{vm.name}/{vcpu}" for vm in self._vms for vcpu in range(vm.spec.vcpus)}
-        for thread in threading.enumerate():
-            if thread.name in names and thread.native_id is not None:
-                os.sched_setaffinity(thread.native_id, cpus)
+        for thread in Path("/proc/self/task").iterdir():
+            if (thread / "comm").read_text().strip() in names:  # they are paused: none ends meanwhile
+                os.sched_setaffinity(int(thread.name), cpus)
 
     async def _play(self) -> None:
         noun, noisy = EVENTS[self._meter], [vm for vm in self._vms if self._is_noisy(vm)]

@@ -59,8 +59,14 @@ Sample: TypeAlias = tuple[int, int, int, int, int, int, bytes]
 """rip, mode, cpl, space, samples, weight, code: as the table `profiles` has them."""
 
 
+# Made once: json.dumps makes one for each call that asks for more than its defaults, which costs more than the rest.
+_encode: Final = json.JSONEncoder(separators=(",", ":")).encode
+
+
 def _json(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":"))
+    if not value and type(value) is dict:  # of a VM that nobody throttles, for instance
+        return "{}"
+    return _encode(value)
 
 
 def _told(action: Action) -> tuple[str, dict[str, Any]]:
@@ -178,22 +184,44 @@ class Journal:
     def aggregate(self, facts: Facts) -> None:
         """What the VMs did in an interval, and how the host was: all of it is kept or, where too much waits, nothing.
         Half of it would read as if the other half of the VMs had done nothing."""
-        time = facts.time + self._offset
-        rows: list[tuple[str, tuple[Any, ...]]] = []
+        session, time, interval = self._session, facts.time + self._offset, facts.interval
+        # A row is one display: this runs for each VM of a fleet at each interval, on the fleet's thread.
+        rows: list[tuple[str, tuple[Any, ...]]] = [
+            (
+                "aggregates",
+                (
+                    session,
+                    time,
+                    interval,
+                    vm.name,
+                    vm.launch,
+                    vm.tenant,
+                    vm.weight,
+                    vm.vcpus,
+                    vm.bus_locks,
+                    vm.exits,
+                    vm.throttled,
+                    vm.cpu,
+                    vm.run_delay,
+                    vm.capped,
+                    vm.work,
+                    vm.dirty_pages,
+                    _json(vm.by_reason),
+                    _json(vm.throttled_by),
+                ),
+            )
+            for vm in facts.vms.values()
+        ]
         for vm in facts.vms.values():
-            row = (vm.name, vm.launch, vm.tenant, vm.weight, vm.vcpus, vm.bus_locks, vm.exits, vm.throttled)
-            absent = (vm.cpu, vm.run_delay, vm.capped, vm.work, vm.dirty_pages)  # what may be
-            parts = (_json(vm.by_reason), _json(vm.throttled_by))
-            rows.append(("aggregates", (self._session, time, facts.interval, *row, *absent, *parts)))
             if vm.vcpus > 1:
+                of = (session, time, interval, vm.name, vm.launch)
                 for vcpu in vm.by_vcpu:
                     what = (vcpu.index, vcpu.bus_locks, vcpu.exits, vcpu.throttled, vcpu.cpu, vcpu.run_delay)
-                    of = (self._session, time, facts.interval, vm.name, vm.launch)
                     rows.append(("vcpus", (*of, *what, vcpu.capped)))
         host = facts.host
         pressures = (host.cpu_pressure, host.memory_pressure, host.io_pressure)
         rate, exit_rate = (None if limit is None else limit.rate for limit in (facts.limit, facts.exit_limit))
-        was = (self._session, time, facts.interval, host.cpus, *pressures, host.lock_ns, host.memory_ns)
+        was = (session, time, interval, host.cpus, *pressures, host.lock_ns, host.memory_ns)
         missing = None if dict(host.absent) == self._absent else _json(host.absent)
         rows.append(("hosts", (*was, rate, exit_rate, host.llc_bytes, host.memory_bandwidth, missing)))
         if len(self._queue) + len(rows) > QUEUE:

@@ -107,7 +107,7 @@ class Instance:
         house = self.house
         if house.backend.blocking:
             try:
-                await trio.to_thread.run_sync(self._build, limiter=house.workers.setup)
+                await house.workers.run(self._build, house.workers.setup)
             except RuntimeError as error:
                 if NO_THREAD not in str(error):
                     raise

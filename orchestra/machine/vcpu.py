@@ -9,13 +9,13 @@ from __future__ import annotations
 import struct
 import threading
 from collections.abc import Callable, Generator
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, cast
 
-from ..backend import Engine, RunResult
+from ..backend import Engine, RunResult, Threaded
 from ..model import exits
 from ..model.actions import Failed, Halted, Outcome, Shutdown, Stopped
 from ..native import ffi
-from ..native.core import Command, Question
+from ..native.core import Command, Question, Runner
 from ..native.records import decode
 from .devices.bus import Bus, Claim, Device
 
@@ -109,22 +109,39 @@ class Vcpu:
         self.final_registers: Any = None
         self._parked_for = self._quiesced_for = 0
         self._was_held = False
-        self._thread: threading.Thread | None = None
-        self._tid: int | None = None
+        self._runner: Runner | None = None
+        self._over = False
         self._living = threading.Lock()
 
     # ---- drivers
 
     def drive(self) -> None:
         """Run to the end on this thread; `attach` waits until `Command.HOLD` is cleared."""
+        self.engine.attach()
+        self.proceed(self.engine.run())
+
+    def spawn(self) -> None:
+        """Drive it on a thread of its own, held until told otherwise.
+
+        The thread is the core's. It comes into Python when its guest needs that for the first time: until then it waits
+        for nobody who has the interpreter.
+
+        Raises:
+            ResourceLimit: the host has no thread left.
+        """
+        self.core.hold()
+        self._runner = cast(Threaded, self.engine).start(self.host.name, self.index, self.proceed)
+
+    def proceed(self, why: int) -> None:
+        """The engine was run for the first time on this thread, and came back: what follows, to the end."""
         engine, life = self.engine, self.life()
         run, sleep, send = engine.run, engine.sleep, life.send
-        engine.attach()
         outcome: Outcome
         try:
-            wanted = next(life)
+            next(life)  # a life begins with a run
             while True:
-                wanted = send(run() if wanted == RUN else sleep(wanted))
+                wanted = send(why)
+                why = run() if wanted == RUN else sleep(wanted)
         except StopIteration as end:
             outcome = end.value
         except BaseException as error:  # a device may raise SystemExit: on this thread it ends this VM and no more
@@ -137,27 +154,13 @@ class Vcpu:
             self._end(outcome)
         finally:
             with self._living:  # the kernel may give its number to another thread from now on
-                self._tid = None
-
-    def spawn(self) -> None:
-        """Drive it on a thread of its own, held until told otherwise.
-
-        Not a thread of trio's: starting one takes up to half a millisecond, which a worker can wait for and the event
-        loop should not, and trio's pool has 40.
-
-        Raises:
-            RuntimeError: the host has no thread left.
-        """
-        self.core.hold()
-        thread = threading.Thread(target=self.drive, name=f"{self.host.name}/{self.index}", daemon=True)
-        thread.start()
-        self._thread, self._tid = thread, thread.native_id
+                self._over = True
 
     @property
     def tid(self) -> int | None:
         """The kernel's number of its thread; None if it has none, or none any more. It may end at any moment: whoever
         does something to the thread wants `living`."""
-        return self._tid
+        return None if self._runner is None or self._over else self._runner.tid
 
     def living(self) -> Living:
         """`tid`, which is no other thread's within the block: the thread does not end before that is left."""
@@ -165,8 +168,8 @@ class Vcpu:
 
     def join(self) -> None:
         """Its last word was heard: wait the microseconds until its thread is gone."""
-        if self._thread is not None:
-            self._thread.join()
+        if self._runner is not None:
+            self._runner.join()
 
     async def drive_async(self) -> None:
         """Run to the end on the fleet's thread; cancelling it ends the vCPU where it is."""

@@ -14,6 +14,8 @@ SOURCES = [
     "ring.c",
     "channel.c",
     "vcpu.c",
+    "stock.c",
+    "runner.c",
     "signal.c",
     "bus.c",
     "access.c",
@@ -44,13 +46,13 @@ SOURCES = [
     "profile.c",
     "profile_unicorn.c",
 ]
-HEADERS = ["orc.h", "core.h", "budget.h", "dirty.h", "decode.h", "unicorn.h", "emulate.h", "cdef.h"]
+HEADERS = ["orc.h", "core.h", "budget.h", "dirty.h", "decode.h", "unicorn.h", "emulate.h", "interpreter.h", "cdef.h"]
 
 ffibuilder = FFI()
 ffibuilder.cdef((HERE / "cdef.h").read_text())
 ffibuilder.set_source(
     "orchestra.native._core",
-    '#include "orc.h"\n#include "decode.h"',
+    '#include "orc.h"\n#include "decode.h"\n#include "interpreter.h"',
     sources=[f"orchestra/native/{name}" for name in SOURCES],
     depends=[f"orchestra/native/{name}" for name in HEADERS],
     include_dirs=["orchestra/native"],

@@ -94,6 +94,12 @@ void orc_vcpu_sleep(orc_vcpu *, uint32_t seen);
 void orc_vcpu_wake(orc_vcpu *);
 void orc_vcpu_attach(orc_vcpu *);
 void orc_vcpu_detach(orc_vcpu *);
+typedef struct orc_runner orc_runner;
+int orc_runner_start(orc_vcpu *, const char *name, enum orc_why (*)(orc_vcpu *), void (*)(void *, int), void *context, orc_runner **out);
+int orc_runner_tid(const orc_runner *);
+void orc_runner_join(orc_runner *);
+extern "Python" void orc_proceed(void *, int);
+void orc_enter(void *, int);
 
 struct orc_counters {
 	uint64_t exits[...];

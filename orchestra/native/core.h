@@ -49,6 +49,27 @@ struct orc_bell {
 	_Alignas(ORC_CACHE_LINE) _Atomic bool asleep;
 	int eventfd;
 };
+/* What a fleet has for its vCPUs to live in: stock.c. */
+struct orc_stock {
+	pthread_mutex_t lock;
+	struct orc_block *blocks;         /* all mappings */
+	struct orc_place *vcpus;          /* where there is room for a vCPU */
+	struct orc_stack_memory *fresh, *used; /* stacks that nobody has: no thread had it so far, or one had */
+	uint32_t warm;                    /* of `used`: so many have their pages */
+	uint32_t stacks; /* all that there are */
+	size_t stack_size;
+};
+void orc_stock_init(struct orc_stock *);
+void orc_stock_free(struct orc_stock *); /* nothing of it is in use */
+orc_vcpu *orc_stock_vcpu(struct orc_stock *); /* zeros; NULL: no memory */
+void orc_stock_vcpu_back(struct orc_stock *, orc_vcpu *);
+struct orc_stack_memory {
+	struct orc_stack_memory *next;
+	char *memory;
+	size_t size;
+};
+int orc_stock_stack(struct orc_stock *, struct orc_stack_memory **out); /* 0 or a negative errno */
+void orc_stock_stack_back(struct orc_stock *, struct orc_stack_memory *);
 
 struct orc_fleet {
 	struct orc_stack ready;  /* vCPUs with records */
@@ -69,6 +90,7 @@ struct orc_fleet {
 	orc_channel *channels; /* owner */
 	struct orc_capper *capper; /* owner; NULL until the first cap */
 	orc_budget *budget;        /* the host's, if it is shared; NULL: it is not */
+	struct orc_stock stock;
 };
 
 /* One who looks up on a bus without a lock. */

@@ -9,7 +9,9 @@ from __future__ import annotations
 import errno
 import os
 import signal
-from collections.abc import Iterator, Sequence
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum, IntFlag
 from threading import Lock
@@ -33,6 +35,7 @@ __all__ = [
     "Counters",
     "FleetCore",
     "Question",
+    "Runner",
     "Sampled",
     "Settled",
     "VcpuCore",
@@ -58,6 +61,9 @@ RING_RECORDS: Final = 4096
 NEVER: Final = int(lib.ORC_NEVER)
 NOT_HELD: Final = [0] * len(BUCKETS)
 """What `VcpuCore.look` tells of a vCPU that never waited for its turn. Nobody changes it."""
+
+THREAD_NAME: Final = 15  # bytes: TASK_COMM_LEN, less its end
+_ENTER: Final = ffi.addressof(lib, "orc_enter")
 
 
 def _reason_names() -> dict[int, str]:
@@ -486,3 +492,47 @@ class VcpuCore:
             handle, self.handle = self.handle, ffi.NULL
         lib.orc_vcpu_free(handle)
         self._buses = ()
+
+
+@ffi.def_extern()  # type: ignore[untyped-decorator]
+def orc_proceed(context: Any, why: int) -> None:
+    """A thread of the core's comes into Python."""
+    sys.settrace(threading.gettrace())  # as `threading` does for its own: coverage and debuggers see this one as well
+    sys.setprofile(threading.getprofile())
+    ffi.from_handle(context)(why)
+
+
+class Runner:
+    """A thread of the core's that runs a vCPU. It comes into Python when the guest needs that for the first time.
+
+    Parameters:
+        run: the core's function that runs it (``enum orc_why (*)(orc_vcpu *)``).
+        proceed: called on the thread then, with what `run` returned; must not raise.
+        vm, index: whose it is. The kernel knows the thread as "web-1/0", with as much of the VM's name as has room.
+
+    Raises:
+        ResourceLimit: the host has no thread left.
+    """
+
+    __slots__ = ("_context", "_handle")
+
+    def __init__(self, core: VcpuCore, vm: str, index: int, run: Any, proceed: Callable[[int], object]) -> None:
+        self._context = ffi.new_handle(proceed)
+        number, out = b"/%d" % index, ffi.new("orc_runner **")
+        name = vm.encode("utf-8", "replace")[: THREAD_NAME - len(number)] + number
+        result = lib.orc_runner_start(core.handle, name, run, _ENTER, self._context, out)
+        if result:
+            raise ResourceLimit(-result, f"thread of a vCPU: {os.strerror(-result)}: see ulimit -u and cgroup pids.max")
+        self._handle: Any = out[0]
+
+    @property
+    def tid(self) -> int:
+        """The kernel's number of the thread. Not once it is joined."""
+        return int(lib.orc_runner_tid(self._handle))
+
+    def join(self) -> None:
+        """Wait until the thread is gone. Done at once if it was joined before."""
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            lib.orc_runner_join(handle)
+            self._context = None  # it holds on to whoever proceeds, who holds on to this

@@ -308,6 +308,15 @@ void orc_vcpu_wake(orc_vcpu *);
 void orc_vcpu_attach(orc_vcpu *);
 void orc_vcpu_detach(orc_vcpu *);
 
+/* A thread that takes the vCPU up, which is held (orc_vcpu_hold), runs it until that needs Python for the first time, and hands over to `proceed`: what is
+ * left is done there, orc_vcpu_detach included. 0 or a negative errno. Any thread. */
+typedef struct orc_runner orc_runner;
+typedef enum orc_why orc_runner_run(orc_vcpu *);
+typedef void orc_runner_proceed(void *context, int why);
+int orc_runner_start(orc_vcpu *, const char *name, orc_runner_run *, orc_runner_proceed *, void *context, orc_runner **out);
+int orc_runner_tid(const orc_runner *); /* the kernel's number of the thread */
+void orc_runner_join(orc_runner *); /* waits until the thread is gone, and frees all of it; before the vCPU is */
+
 struct orc_counters {
 	orc_u64 exits[ORC_REASONS];
 	orc_u64 bus_locks;

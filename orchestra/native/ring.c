@@ -27,6 +27,7 @@ orc_fleet *orc_fleet_new(void)
 		return NULL;
 	}
 	pthread_mutex_init(&f->gate.lock, NULL);
+	orc_stock_init(&f->stock);
 	f->gate.patience = ORC_PATIENCE;
 	return f;
 }
@@ -109,7 +110,7 @@ static bool is_dead(orc_vcpu *v)
 		return false;
 	if (!orc_is_listed(v)) {
 		v->fleet->dead--;
-		free(v);
+		orc_stock_vcpu_back(&v->fleet->stock, v);
 	}
 	return true;
 }
@@ -294,7 +295,7 @@ void orc_retire(orc_vcpu *v)
 	uint32_t left = atomic_fetch_sub_explicit(&f->vcpus, 1, memory_order_relaxed) - 1;
 
 	if (!orc_is_listed(v)) {
-		free(v);
+		orc_stock_vcpu_back(&v->fleet->stock, v);
 		return;
 	}
 	/* In the middle of a stack, which has no way back: it stays until the owner comes to it, or until as many as live have
@@ -310,6 +311,7 @@ void orc_fleet_free(orc_fleet *f)
 		return;
 	orc_capper_stop(f->capper);
 	sweep_all(f); /* no vCPU is left but the dead */
+	orc_stock_free(&f->stock);
 	close(f->told.eventfd);
 	close(f->asked.eventfd);
 	pthread_mutex_destroy(&f->gate.lock);

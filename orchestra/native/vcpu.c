@@ -21,13 +21,12 @@ orc_ns orc_now(void)
 
 orc_vcpu *orc_vcpu_new(orc_fleet *f, uint32_t id, uint32_t ring_records)
 {
-	orc_vcpu *v = aligned_alloc(ORC_CACHE_LINE, sizeof *v);
+	orc_vcpu *v = orc_stock_vcpu(&f->stock);
 
 	if (!v) {
 		errno = ENOMEM;
 		return NULL;
 	}
-	memset(v, 0, sizeof *v);
 	v->fleet = f;
 	v->id = id;
 	v->fd = -1;

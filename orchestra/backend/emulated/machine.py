@@ -25,6 +25,8 @@ __all__ = ["EmulatedBackend", "EmulatedEngine", "EmulatedMachine"]
 class EmulatedEngine(ThreadedEngine):
     """One vCPU on unicorn."""
 
+    in_core = ffi.addressof(lib, "orc_emulator_run")
+
     def __init__(self, core: VcpuCore, emulator: Any, detection: Detection, bus_locks: bool) -> None:
         super().__init__(core)
         self._emulator = emulator

@@ -40,6 +40,8 @@ IRQCHIPS: Final = {"none": lib.ORC_NO_IRQCHIP, "full": lib.ORC_FULL_IRQCHIP, "sp
 class KvmEngine(ThreadedEngine):
     """One vCPU on KVM."""
 
+    in_core = ffi.addressof(lib, "orc_kvm_run")
+
     def __init__(self, core: VcpuCore, vcpu: KvmVcpu, sync_regs: bool) -> None:
         super().__init__(core)
         self.vcpu = vcpu
