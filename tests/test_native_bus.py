@@ -60,7 +60,8 @@ async def test_what_nobody_claims_and_what_the_core_has_devices_for_does_not_com
         assert statistics.exits["io"] == 7 * 500
         assert statistics.unclaimed == 4 * 500
         assert vm.console.total == 2 * 500
-        assert entries == []  # the first run is the core's own: it came into Python with the halt
+        # What has a thread is run by the core first, and comes into Python with the halt.
+        assert len(entries) == (0 if fleet.backend.blocking else 1)
 
 
 async def test_a_string_is_printed_without_python(stage: Stage, entries):
