@@ -327,6 +327,31 @@ async def test_devices_that_were_made_are_stopped_if_another_can_not_be(monkeypa
     here.memory.close()
 
 
+async def test_a_launch_that_gets_no_vcpus_stops_the_devices_that_it_made(stage: Stage, monkeypatch):
+    stopped: list[object] = []
+    monkeypatch.setattr(ClockDevice, "stop", lambda clock: stopped.append(clock))
+    monkeypatch.setattr("orchestra.machine.instance.Vcpu", None)
+    async with stage.open() as fleet:
+        with pytest.raises(TypeError):
+            await fleet.launch(stage.spec("halt", devices=[Clock(), Clock(0x700)]))
+    assert len(stopped) == 2
+
+
+async def test_a_device_that_can_not_go_on_from_its_state_is_stopped(monkeypatch):
+    def restore(clock: ClockDevice, state: Kept) -> None:
+        raise orc.SpecError("value=9: no clock can be in that state")
+
+    stopped: list[object] = []
+    monkeypatch.setattr(ClockDevice, "stop", lambda clock: stopped.append(clock))
+    monkeypatch.setattr(ClockDevice, "restore", restore)
+    here, machine = Here(blank(devices=[Clock()])), Wired()
+    with pytest.raises(orc.SpecError, match="no clock"):
+        assembly(here, machine, states=(Kept(9),))
+    assert len(stopped) == 1
+    machine.close()
+    here.memory.close()
+
+
 # ---- memory
 
 
