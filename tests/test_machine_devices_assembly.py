@@ -74,6 +74,27 @@ async def test_a_guest_that_rings_for_ever_is_served_as_often_as_its_answers_all
 
 
 @KVM
+@pytest.mark.parametrize("limit", [None, orc.Limit(rate=1e6)])
+async def test_a_limit_on_answers_that_changes_counts_for_a_ring_that_waits_for_its_turn(nothing_left, limit):
+    slow = orc.Limit(rate=RING / 60, burst=RING, max_delay=None)  # a ring a minute
+    async with orc.open_fleet(backend="kvm") as fleet:
+        vm = await fleet.launch(spec("bell_storm_64", answer_limit=slow), paused=True)
+        bells: BellsDevice = device(vm)
+        await vm.resume()
+        await wait_until(lambda: bells.rings)
+        await wait_all_tasks_blocked(0.01)
+        assert len(bells.rings) <= 2  # the burst, and the one that is served and then paid for
+        await vm.set_limit(limit, meter="answers")
+        await wait_until(lambda: len(bells.rings) >= 5)
+        await vm.set_limit(slow, meter="answers")
+        await wait_all_tasks_blocked(0.02)
+        heard = len(bells.rings)
+        await trio.sleep(0.1)
+        assert len(bells.rings) <= heard + 1
+        await vm.stop()
+
+
+@KVM
 async def test_a_paused_vms_device_hears_nothing_until_it_goes_on(nothing_left):
     async with orc.open_fleet(backend="kvm") as fleet:
         vm = await fleet.launch(spec("bell_storm_64"), paused=True)
@@ -245,6 +266,9 @@ class Here:
 
     def end(self, outcome: orc.Outcome) -> None:
         self.ended.append(outcome)
+
+    def answer_limit(self) -> orc.Limit | None:
+        return self.spec.answer_limit
 
 
 class Wired:
