@@ -204,6 +204,22 @@ async def test_a_device_that_fails_at_a_timer_ends_its_vm_by_name(autojump_clock
         assert outcome.reason.startswith("device Clock at ports 0x600 failed: ZeroDivisionError")
 
 
+async def test_a_device_that_exits_ends_its_vm_and_not_the_program(autojump_clock, caplog):
+    def leave(*args: object) -> None:
+        raise SystemExit("enough")
+
+    async with play([io_write(0x600, b"\x01"), hlt(after=100)]) as fleet:
+        at_timer = await fleet.launch(blank("timer", devices=[Clock()]), paused=True)
+        device(at_timer).during = leave
+        at_write = await fleet.launch(blank("write", devices=[Clock()]), paused=True)
+        device(at_write).write = leave
+        for vm in (at_timer, at_write):
+            await vm.resume()
+            outcome = await vm.wait()
+            assert isinstance(outcome, orc.Failed)
+            assert "SystemExit('enough')" in outcome.reason
+
+
 async def test_a_timer_that_is_made_too_late_is_refused(autojump_clock):
     async with play([hlt(after=1)]) as fleet:
         vm = await fleet.launch(blank(devices=[Clock()]))
@@ -377,6 +393,17 @@ async def test_a_device_that_can_not_go_on_from_its_state_is_stopped(monkeypatch
 
 
 # ---- memory
+
+
+@KVM
+async def test_readers_of_written_pages_are_told_what_a_device_wrote(nothing_left):
+    async with orc.open_fleet(backend="kvm") as fleet:
+        vm = await fleet.launch(spec("bells_64"), paused=True)
+        with vm._control.guest.dirty.reader() as reader:
+            reader.take()
+            device(vm).hooks.memory.write(0x8_0FFF, b"ab")
+            assert list(reader.take()) == [0x8_0000, 0x8_1000]
+            assert list(reader.take()) == []
 
 
 async def test_a_device_can_not_write_for_a_guest_what_the_guest_can_not():

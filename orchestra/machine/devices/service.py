@@ -190,7 +190,7 @@ class Service:
         begun = time.thread_time_ns()
         try:  # nothing is awaited here, so a pause finds all of it done or nothing of it
             return call()
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a device has no say in whether the program ends
             log.error("vm %s: device %s failed", self._vm, plugged.name, exc_info=error)
             self._end(Failed(f"device {plugged.name} failed: {error!r}"))
             return None
