@@ -116,7 +116,7 @@ VM: dict[str, Any] = {"name": "a", "boot": {"kind": "FlatImage", "code": "9A=="}
         (orc.Action, {"kind": "Pause", "vm": 5}, "vm=5: must be a text"),
         (orc.VmSpec, VM | {"boot": {"kind": "FlatImage", "code": "!!"}}, "boot.code='!!': must be bytes in base64"),
         (orc.VmSpec, VM | {"devices": [{"kind": "Sound"}]}, r"devices\[0\].kind='Sound'"),
-        (orc.VmSpec, VM | {"regions": [{"address": 1, "size": 4096}]}, r"regions\[0\]: "),
+        (orc.VmSpec, VM | {"regions": [{"address": 1, "size": 4096}]}, r"regions\[0\].address=1: must be a m"),
         (
             orc.VmSpec,
             VM | {"boot": {"kind": "FlatImage", "code": "9A==", "mode": 8}},

@@ -29,7 +29,7 @@ class _Bad:
 
 BAD: Final = _Bad()
 
-_BLAMED: Final = re.compile(r"(?:[\w-]+: )?([a-z_]+)((?:\[[^\]]*\])?)=")
+_BLAMED: Final = re.compile(r"(?:[\w-]+:? )?([a-z_]+)((?:\[[^\]]*\])?)=")  # also "region address="
 _ITEM: Final = re.compile(r"([\w-]+): ")
 
 _STAND_INS: Final = (1e9, 0.05)
