@@ -73,6 +73,7 @@ class Exits(trio.abc.ReceiveChannel[Exit]):
         self._names = names
         self._ahead: list[Exit] = []  # made already, the next one last
         self._records = b""  # what they were made of
+        self._made_names = names  # of the VMs in these
         self._task: Any = None
         self._ended = self._closed = False
         self._leave = leave
@@ -96,6 +97,7 @@ class Exits(trio.abc.ReceiveChannel[Exit]):
         if not self.channel.waiting:
             return False
         self._records = self.channel.take(AHEAD)
+        self._made_names = self._names
         self._ahead = decode_all(self._records, self._names)
         self._ahead.reverse()
         return True
@@ -196,11 +198,15 @@ class Exits(trio.abc.ReceiveChannel[Exit]):
         if self._ahead:
             records = self._records[-len(self._ahead) * RECORD_SIZE :][: most * RECORD_SIZE]
             del self._ahead[-(len(records) // RECORD_SIZE) :]
-        elif self.channel.waiting:
-            records = self.channel.take(most)
-        else:
-            raise self._nothing()
-        return ExitBatch(records, self._names)
+            return ExitBatch(records, self._made_names)
+        if self.channel.waiting:
+            return ExitBatch(self.channel.take(most), self._names)
+        raise self._nothing()
+
+    def keep_names(self) -> None:
+        """Names are about to be forgotten: those of the exits that are made may be needed for a batch of them."""
+        if self._ahead:
+            self._made_names = ExitBatch(self._records, self._made_names).vms
 
     def statistics(self) -> ExitsStatistics:
         channel = self.channel
@@ -209,6 +215,7 @@ class Exits(trio.abc.ReceiveChannel[Exit]):
     def close(self) -> None:
         if not self._closed:
             self._closed = True
+            self.keep_names()
             self._names = dict(self._names)  # what waits can still be taken, and from now on nobody asks if some does
             self.end()
             self._leave(self)
@@ -364,6 +371,8 @@ class Dispatcher:
             return
         for subscriber in waiting:
             subscriber.channel.drop()
+        for subscriber in self._subscribers:
+            subscriber.keep_names()
         for gone in self._left:
             del self._names[gone]
         self._left.clear()
