@@ -146,8 +146,12 @@ static void add_stacks(struct orc_stock *s)
 	uint32_t n = s->stacks < FEWEST ? FEWEST : s->stacks > MOST ? MOST : s->stacks;
 	struct orc_block *block = add_block(s, s->stack_size * n, n);
 
-	if (block)
+	if (block) {
 		s->stacks += n;
+		/* A stack has some pages in use, and a huge one would be 2 MiB of memory for each thread. The C library's
+		 * MAP_STACK says the same, but not before Linux 6.7. An error: this kernel has no huge pages. */
+		madvise(block->memory, block->size, MADV_NOHUGEPAGE);
+	}
 	for (uint32_t i = n; block && i-- > 0;) {
 		block->stack[i] = (struct orc_stack_memory){
 			.next = s->fresh,

@@ -123,9 +123,43 @@ static void the_page_below_a_stack_is_nobodys(void)
 	orc_fleet_free(f);
 }
 
+/* Flags of the mapping that has that address, as /proc/PID/smaps has them (Documentation/filesystems/proc.rst). */
+static bool mapping_has(const char *address, const char *flag)
+{
+	FILE *smaps = fopen("/proc/self/smaps", "r");
+	unsigned long low, high;
+	bool here = false, has = false;
+	char line[512];
+
+	CHECK(smaps);
+	while (fgets(line, sizeof line, smaps)) {
+		if (sscanf(line, "%lx-%lx ", &low, &high) == 2)
+			here = (unsigned long)address >= low && (unsigned long)address < high;
+		else if (here && !strncmp(line, "VmFlags:", 8))
+			has = strstr(line, flag);
+	}
+	fclose(smaps);
+	return has;
+}
+
+static void a_stack_is_never_a_huge_page(void)
+{
+	orc_fleet *f = orc_fleet_new();
+	struct orc_stack_memory *stack;
+
+	CHECK(!orc_stock_stack(&f->stock, &stack));
+	if (access("/sys/kernel/mm/transparent_hugepage", F_OK))
+		skipped = "this kernel has no huge pages of its own accord";
+	else
+		CHECK(mapping_has(stack->memory + stack->size - 1, " nh"));
+	orc_stock_stack_back(&f->stock, stack);
+	orc_fleet_free(f);
+}
+
 const struct test runner_tests[] = {
 	TEST(a_held_vcpu_runs_when_it_is_let_go_and_hands_over),
 	TEST(stacks_are_used_again_and_never_by_two),
 	TEST(the_page_below_a_stack_is_nobodys),
+	TEST(a_stack_is_never_a_huge_page),
 	{NULL, NULL},
 };
