@@ -162,23 +162,38 @@ static void add_stacks(struct orc_stock *s)
 	}
 }
 
+/* Those first whose pages are there. With the lock. */
+static struct orc_stack_memory *take_used(struct orc_stock *s)
+{
+	struct orc_stack_memory **list = s->warm ? &s->warm : &s->cold, *stack = *list;
+
+	if (stack)
+		*list = stack->next;
+	s->warm_stacks -= list == &s->warm;
+	return stack;
+}
+
+static void put(struct orc_stack_memory **list, struct orc_stack_memory *stack)
+{
+	stack->next = *list;
+	*list = stack;
+}
+
 int orc_stock_stack(struct orc_stock *s, struct orc_stack_memory **out)
 {
 	struct orc_stack_memory *stack;
 	int rc = 0;
 
 	pthread_mutex_lock(&s->lock);
-	if (!s->used && !s->fresh)
+	if (!s->warm && !s->cold && !s->fresh)
 		add_stacks(s);
-	if ((stack = s->used)) {
-		s->used = stack->next;
-		s->warm -= s->warm > 0;
-	} else if (!(stack = s->fresh)) {
-		rc = -ENOMEM;
-	} else if (guard(stack->memory - PAGE)) {
-		rc = -errno;
-	} else {
-		s->fresh = stack->next;
+	if (!(stack = take_used(s))) {
+		if (!(stack = s->fresh))
+			rc = -ENOMEM;
+		else if (guard(stack->memory - PAGE))
+			rc = -errno;
+		else
+			s->fresh = stack->next;
 	}
 	pthread_mutex_unlock(&s->lock);
 	*out = stack;
@@ -190,13 +205,15 @@ void orc_stock_stack_back(struct orc_stock *s, struct orc_stack_memory *stack)
 	bool keep;
 
 	pthread_mutex_lock(&s->lock);
-	keep = s->warm < WARM;
-	s->warm += keep;
+	keep = s->warm_stacks < WARM;
+	s->warm_stacks += keep;
+	if (keep)
+		put(&s->warm, stack);
 	pthread_mutex_unlock(&s->lock);
-	if (!keep) /* without the lock, as it takes its time */
-		madvise(stack->memory, stack->size, MADV_DONTNEED);
+	if (keep)
+		return;
+	madvise(stack->memory, stack->size, MADV_DONTNEED); /* without the lock, as it takes its time */
 	pthread_mutex_lock(&s->lock);
-	stack->next = s->used;
-	s->used = stack;
+	put(&s->cold, stack);
 	pthread_mutex_unlock(&s->lock);
 }

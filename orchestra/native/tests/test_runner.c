@@ -156,10 +156,52 @@ static void a_stack_is_never_a_huge_page(void)
 	orc_fleet_free(f);
 }
 
+static bool has_pages(const struct orc_stack_memory *stack)
+{
+	unsigned char there = 0;
+
+	CHECK(!mincore(stack->memory + stack->size - 4096, 4096, &there));
+	return there & 1;
+}
+
+static void so_many_stacks_keep_their_pages_and_are_used_first(void)
+{
+	enum { KEPT = 64, STACKS = KEPT + 40 };
+	orc_fleet *f = orc_fleet_new();
+	struct orc_stack_memory *stack[STACKS];
+	int kept = 0;
+
+	for (int i = 0; i < STACKS; i++)
+		CHECK(!orc_stock_stack(&f->stock, &stack[i]));
+	for (int round = 0; round < 3; round++) { /* of those that end some begin again, and their memory grows no more */
+		int again = round ? KEPT / 2 : STACKS;
+
+		for (int i = 0; i < again; i++) {
+			stack[i]->memory[stack[i]->size - 1] = 1;
+			CHECK(has_pages(stack[i]));
+		}
+		for (int i = 0; i < again; i++)
+			orc_stock_stack_back(&f->stock, stack[i]);
+		for (int i = 0; i < KEPT / 2; i++) {
+			CHECK(!orc_stock_stack(&f->stock, &stack[i]));
+			CHECK(has_pages(stack[i]), "one without pages, where there are some that have them");
+		}
+	}
+	for (int i = KEPT / 2; i < STACKS; i++)
+		CHECK(!orc_stock_stack(&f->stock, &stack[i]));
+	for (int i = 0; i < STACKS; i++)
+		kept += has_pages(stack[i]);
+	CHECK(kept == KEPT, "%d", kept);
+	for (int i = 0; i < STACKS; i++)
+		orc_stock_stack_back(&f->stock, stack[i]);
+	orc_fleet_free(f);
+}
+
 const struct test runner_tests[] = {
 	TEST(a_held_vcpu_runs_when_it_is_let_go_and_hands_over),
 	TEST(stacks_are_used_again_and_never_by_two),
 	TEST(the_page_below_a_stack_is_nobodys),
 	TEST(a_stack_is_never_a_huge_page),
+	TEST(so_many_stacks_keep_their_pages_and_are_used_first),
 	{NULL, NULL},
 };
