@@ -172,6 +172,8 @@ class Instance:
                         vcpu.spawn()
             except BaseException:
                 self._join()
+                if self.devices is not None:
+                    self.devices.stop()
                 self._machine.close()
                 raise
         except BaseException:
