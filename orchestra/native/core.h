@@ -71,6 +71,8 @@ struct orc_stack_memory {
 };
 int orc_stock_stack(struct orc_stock *, struct orc_stack_memory **out); /* 0 or a negative errno */
 void orc_stock_stack_back(struct orc_stock *, struct orc_stack_memory *);
+/* Takes the pages from all unused stacks but a few: 0.2 us for each VM of the process and stack, so not the owner's to do. */
+void orc_stock_trim(struct orc_stock *);
 
 struct orc_fleet {
 	struct orc_stack ready;  /* vCPUs with records */

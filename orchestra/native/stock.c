@@ -202,18 +202,25 @@ int orc_stock_stack(struct orc_stock *s, struct orc_stack_memory **out)
 
 void orc_stock_stack_back(struct orc_stock *s, struct orc_stack_memory *stack)
 {
-	bool keep;
+	pthread_mutex_lock(&s->lock);
+	put(&s->warm, stack);
+	s->warm_stacks++;
+	pthread_mutex_unlock(&s->lock);
+}
 
-	pthread_mutex_lock(&s->lock);
-	keep = s->warm_stacks < WARM;
-	s->warm_stacks += keep;
-	if (keep)
-		put(&s->warm, stack);
-	pthread_mutex_unlock(&s->lock);
-	if (keep)
-		return;
-	madvise(stack->memory, stack->size, MADV_DONTNEED); /* without the lock, as it takes its time */
-	pthread_mutex_lock(&s->lock);
-	put(&s->cold, stack);
-	pthread_mutex_unlock(&s->lock);
+void orc_stock_trim(struct orc_stock *s)
+{
+	struct orc_stack_memory *stack;
+
+	for (;;) {
+		pthread_mutex_lock(&s->lock);
+		stack = s->warm_stacks > WARM ? take_used(s) : NULL;
+		pthread_mutex_unlock(&s->lock);
+		if (!stack)
+			return;
+		madvise(stack->memory, stack->size, MADV_DONTNEED); /* without the lock, as it takes its time */
+		pthread_mutex_lock(&s->lock);
+		put(&s->cold, stack);
+		pthread_mutex_unlock(&s->lock);
+	}
 }

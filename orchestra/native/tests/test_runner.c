@@ -168,6 +168,7 @@ static void so_many_stacks_keep_their_pages_and_are_used_first(void)
 {
 	enum { KEPT = 64, STACKS = KEPT + 40 };
 	orc_fleet *f = orc_fleet_new();
+	orc_vcpu *v = orc_vcpu_new(f, 1, 8);
 	struct orc_stack_memory *stack[STACKS];
 	int kept = 0;
 
@@ -182,6 +183,9 @@ static void so_many_stacks_keep_their_pages_and_are_used_first(void)
 		}
 		for (int i = 0; i < again; i++)
 			orc_stock_stack_back(&f->stock, stack[i]);
+		for (int i = 0; i < again; i++)
+			CHECK(has_pages(stack[i]), "whoever joins a thread does not wait for the kernel");
+		orc_vcpu_unbind(v);
 		for (int i = 0; i < KEPT / 2; i++) {
 			CHECK(!orc_stock_stack(&f->stock, &stack[i]));
 			CHECK(has_pages(stack[i]), "one without pages, where there are some that have them");
@@ -194,6 +198,7 @@ static void so_many_stacks_keep_their_pages_and_are_used_first(void)
 	CHECK(kept == KEPT, "%d", kept);
 	for (int i = 0; i < STACKS; i++)
 		orc_stock_stack_back(&f->stock, stack[i]);
+	orc_vcpu_free(v);
 	orc_fleet_free(f);
 }
 
