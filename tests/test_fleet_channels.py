@@ -482,6 +482,17 @@ async def test_exits_that_were_made_ahead_of_a_vm_that_has_left_still_come_in_a_
             assert exits.receive_nowait().rip == 4
 
 
+async def test_exits_that_are_made_still_come_as_a_batch_once_their_vm_is_forgotten(autojump_clock):
+    async with play({"noisy": [bus_lock(), bus_lock(), bus_lock(), hlt()], "quiet": [hlt()]}) as fleet:
+        async with fleet.exits(orc.BusLock) as exits, fleet.exits(orc.BusLock) as closed:
+            await (await fleet.launch(blank("noisy"))).wait()
+            assert [exits.receive_nowait().vm, closed.receive_nowait().vm] == ["noisy"] * 2
+            closed.close()
+            await (await fleet.launch(blank("quiet"))).wait()  # it leaves, and no exit waits that needs a name
+            for batch in (exits.next_batch_nowait(1), exits.next_batch_nowait(9), closed.next_batch_nowait(9)):
+                assert {exit.vm for exit in batch} == {"noisy"}
+
+
 async def test_who_never_receives_makes_no_fleet_remember_names_for_ever(autojump_clock, monkeypatch):
     monkeypatch.setattr("orchestra.fleet.channels.RETIRED", 5)
     async with play([bus_lock(), hlt()]) as fleet:

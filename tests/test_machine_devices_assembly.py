@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from orchestra.backend.memory import GuestMemory
 from orchestra.backend.scripted import hlt, io_write
 from orchestra.machine.devices.assembly import Assembly, Dma
 from orchestra.machine.devices.service import RING
+from orchestra.machine.vcpu import Vcpu
 from orchestra.model.errors import GuestMemoryError, StateError
 from orchestra.testing import wait_until
 
@@ -248,6 +250,20 @@ async def test_a_launch_with_a_device_that_is_not_there_leaves_nothing(stage: St
         with pytest.raises(orc.SpecError, match="device Clock: implementation='bells:Nobody'"):
             await fleet.launch(stage.spec("halt", devices=[Clock()]))
         assert dict(fleet.vms) == {}
+
+
+async def test_devices_of_a_vm_whose_vcpus_get_no_threads_are_stopped(monkeypatch, nothing_left):
+    stage, stopped = Stage("emulated"), []
+
+    def spawn(vcpu: object) -> None:
+        raise orc.ResourceLimit(errno.EAGAIN, "see pids.max")
+
+    async with stage.open() as fleet:
+        monkeypatch.setattr(Vcpu, "spawn", spawn)
+        monkeypatch.setattr(ClockDevice, "stop", lambda device: stopped.append(device))
+        with pytest.raises(orc.ResourceLimit, match=r"pids\.max"):
+            await fleet.launch(stage.spec("halt", devices=[Clock(), Clock(0x700)]))
+        assert len(stopped) == len(set(stopped)) == 2
 
 
 @KVM

@@ -689,6 +689,30 @@ install_signal()
     assert problem in done.stderr
 
 
+def test_a_guest_that_needs_an_interpreter_that_is_gone_does_not_keep_its_program_from_ending():
+    """The "guest" waits in getchar() until the C library's end of the program, which comes after the interpreter's."""
+    program = """
+import ctypes, os
+from orchestra.native import ffi
+from orchestra.native.core import FleetCore, Runner, VcpuCore
+
+libc = ctypes.CDLL(None)
+
+def at_exit(function, argument):  # the last one first
+    assert not libc.__cxa_atexit(function, ctypes.c_void_p(argument), None)
+
+reading, writing = os.pipe()
+os.dup2(reading, 0)
+at_exit(libc.usleep, 100_000)
+at_exit(libc.close, writing)
+run = ffi.cast("enum orc_why (*)(orc_vcpu *)", ctypes.cast(libc.getchar, ctypes.c_void_p).value)
+core = VcpuCore(FleetCore(), 1)
+runner = Runner(core, "guest", 0, run, lambda why: None)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_close_gives_the_eventfd_and_the_ring_back():
     def held() -> tuple[list[str], int]:
         with open("/proc/self/maps") as maps:

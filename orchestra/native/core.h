@@ -54,8 +54,9 @@ struct orc_stock {
 	pthread_mutex_t lock;
 	struct orc_block *blocks;         /* all mappings */
 	struct orc_place *vcpus;          /* where there is room for a vCPU */
-	struct orc_stack_memory *fresh, *used; /* stacks that nobody has: no thread had it so far, or one had */
-	uint32_t warm;                    /* of `used`: so many have their pages */
+	/* Stacks that nobody has: no thread had it so far; one had, and its pages are there still, or not any more. */
+	struct orc_stack_memory *fresh, *warm, *cold;
+	uint32_t warm_stacks;
 	uint32_t stacks; /* all that there are */
 	size_t stack_size;
 };
@@ -70,6 +71,8 @@ struct orc_stack_memory {
 };
 int orc_stock_stack(struct orc_stock *, struct orc_stack_memory **out); /* 0 or a negative errno */
 void orc_stock_stack_back(struct orc_stock *, struct orc_stack_memory *);
+/* Takes the pages from all unused stacks but a few: 0.2 us for each VM of the process and stack, so not the owner's to do. */
+void orc_stock_trim(struct orc_stock *);
 
 struct orc_fleet {
 	struct orc_stack ready;  /* vCPUs with records */

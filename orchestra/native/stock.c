@@ -146,8 +146,12 @@ static void add_stacks(struct orc_stock *s)
 	uint32_t n = s->stacks < FEWEST ? FEWEST : s->stacks > MOST ? MOST : s->stacks;
 	struct orc_block *block = add_block(s, s->stack_size * n, n);
 
-	if (block)
+	if (block) {
 		s->stacks += n;
+		/* A stack has some pages in use, and a huge one would be 2 MiB of memory for each thread. The C library's
+		 * MAP_STACK says the same, but not before Linux 6.7. An error: this kernel has no huge pages. */
+		madvise(block->memory, block->size, MADV_NOHUGEPAGE);
+	}
 	for (uint32_t i = n; block && i-- > 0;) {
 		block->stack[i] = (struct orc_stack_memory){
 			.next = s->fresh,
@@ -158,23 +162,38 @@ static void add_stacks(struct orc_stock *s)
 	}
 }
 
+/* Those first whose pages are there. With the lock. */
+static struct orc_stack_memory *take_used(struct orc_stock *s)
+{
+	struct orc_stack_memory **list = s->warm ? &s->warm : &s->cold, *stack = *list;
+
+	if (stack)
+		*list = stack->next;
+	s->warm_stacks -= list == &s->warm;
+	return stack;
+}
+
+static void put(struct orc_stack_memory **list, struct orc_stack_memory *stack)
+{
+	stack->next = *list;
+	*list = stack;
+}
+
 int orc_stock_stack(struct orc_stock *s, struct orc_stack_memory **out)
 {
 	struct orc_stack_memory *stack;
 	int rc = 0;
 
 	pthread_mutex_lock(&s->lock);
-	if (!s->used && !s->fresh)
+	if (!s->warm && !s->cold && !s->fresh)
 		add_stacks(s);
-	if ((stack = s->used)) {
-		s->used = stack->next;
-		s->warm -= s->warm > 0;
-	} else if (!(stack = s->fresh)) {
-		rc = -ENOMEM;
-	} else if (guard(stack->memory - PAGE)) {
-		rc = -errno;
-	} else {
-		s->fresh = stack->next;
+	if (!(stack = take_used(s))) {
+		if (!(stack = s->fresh))
+			rc = -ENOMEM;
+		else if (guard(stack->memory - PAGE))
+			rc = -errno;
+		else
+			s->fresh = stack->next;
 	}
 	pthread_mutex_unlock(&s->lock);
 	*out = stack;
@@ -183,16 +202,25 @@ int orc_stock_stack(struct orc_stock *s, struct orc_stack_memory **out)
 
 void orc_stock_stack_back(struct orc_stock *s, struct orc_stack_memory *stack)
 {
-	bool keep;
+	pthread_mutex_lock(&s->lock);
+	put(&s->warm, stack);
+	s->warm_stacks++;
+	pthread_mutex_unlock(&s->lock);
+}
 
-	pthread_mutex_lock(&s->lock);
-	keep = s->warm < WARM;
-	s->warm += keep;
-	pthread_mutex_unlock(&s->lock);
-	if (!keep) /* without the lock, as it takes its time */
-		madvise(stack->memory, stack->size, MADV_DONTNEED);
-	pthread_mutex_lock(&s->lock);
-	stack->next = s->used;
-	s->used = stack;
-	pthread_mutex_unlock(&s->lock);
+void orc_stock_trim(struct orc_stock *s)
+{
+	struct orc_stack_memory *stack;
+
+	for (;;) {
+		pthread_mutex_lock(&s->lock);
+		stack = s->warm_stacks > WARM ? take_used(s) : NULL;
+		pthread_mutex_unlock(&s->lock);
+		if (!stack)
+			return;
+		madvise(stack->memory, stack->size, MADV_DONTNEED); /* without the lock, as it takes its time */
+		pthread_mutex_lock(&s->lock);
+		put(&s->cold, stack);
+		pthread_mutex_unlock(&s->lock);
+	}
 }

@@ -51,20 +51,7 @@ static size_t ring_size(const orc_vcpu *v)
 	return ((size_t)v->ring.mask + 1) * sizeof(struct orc_record);
 }
 
-void orc_vcpu_free(orc_vcpu *v)
-{
-	if (!v)
-		return;
-	orc_vcpu_unbind(v);
-	orc_leave_buses(v);
-	leave(v);
-	orc_profile_free(v);
-	if (v->ring.records)
-		munmap(v->ring.records, ring_size(v));
-	orc_retire(v);
-}
-
-void orc_vcpu_unbind(orc_vcpu *v)
+static void let_go(orc_vcpu *v)
 {
 	orc_vcpu_cap(v, 1); /* first: until then the capper may be about to kick it */
 	v->run = NULL;
@@ -74,6 +61,25 @@ void orc_vcpu_unbind(orc_vcpu *v)
 	v->witness = NULL;
 	v->slot = NULL;
 	v->slots = 0;
+}
+
+void orc_vcpu_unbind(orc_vcpu *v)
+{
+	let_go(v);
+	orc_stock_trim(&v->fleet->stock); /* here, as whoever has many vCPUs does this on another thread than the owner's */
+}
+
+void orc_vcpu_free(orc_vcpu *v)
+{
+	if (!v)
+		return;
+	let_go(v);
+	orc_leave_buses(v);
+	leave(v);
+	orc_profile_free(v);
+	if (v->ring.records)
+		munmap(v->ring.records, ring_size(v));
+	orc_retire(v);
 }
 
 void orc_vcpu_set_bucket(orc_vcpu *v, int meter, int level, orc_bucket *b)

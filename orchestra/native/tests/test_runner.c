@@ -123,9 +123,90 @@ static void the_page_below_a_stack_is_nobodys(void)
 	orc_fleet_free(f);
 }
 
+/* Flags of the mapping that has that address, as /proc/PID/smaps has them (Documentation/filesystems/proc.rst). */
+static bool mapping_has(const char *address, const char *flag)
+{
+	FILE *smaps = fopen("/proc/self/smaps", "r");
+	unsigned long low, high;
+	bool here = false, has = false;
+	char line[512];
+
+	CHECK(smaps);
+	while (fgets(line, sizeof line, smaps)) {
+		if (sscanf(line, "%lx-%lx ", &low, &high) == 2)
+			here = (unsigned long)address >= low && (unsigned long)address < high;
+		else if (here && !strncmp(line, "VmFlags:", 8))
+			has = strstr(line, flag);
+	}
+	fclose(smaps);
+	return has;
+}
+
+static void a_stack_is_never_a_huge_page(void)
+{
+	orc_fleet *f = orc_fleet_new();
+	struct orc_stack_memory *stack;
+
+	CHECK(!orc_stock_stack(&f->stock, &stack));
+	if (access("/sys/kernel/mm/transparent_hugepage", F_OK))
+		skipped = "this kernel has no huge pages of its own accord";
+	else
+		CHECK(mapping_has(stack->memory + stack->size - 1, " nh"));
+	orc_stock_stack_back(&f->stock, stack);
+	orc_fleet_free(f);
+}
+
+static bool has_pages(const struct orc_stack_memory *stack)
+{
+	unsigned char there = 0;
+
+	CHECK(!mincore(stack->memory + stack->size - 4096, 4096, &there));
+	return there & 1;
+}
+
+static void so_many_stacks_keep_their_pages_and_are_used_first(void)
+{
+	enum { KEPT = 64, STACKS = KEPT + 40 };
+	orc_fleet *f = orc_fleet_new();
+	orc_vcpu *v = orc_vcpu_new(f, 1, 8);
+	struct orc_stack_memory *stack[STACKS];
+	int kept = 0;
+
+	for (int i = 0; i < STACKS; i++)
+		CHECK(!orc_stock_stack(&f->stock, &stack[i]));
+	for (int round = 0; round < 3; round++) { /* of those that end some begin again, and their memory grows no more */
+		int again = round ? KEPT / 2 : STACKS;
+
+		for (int i = 0; i < again; i++) {
+			stack[i]->memory[stack[i]->size - 1] = 1;
+			CHECK(has_pages(stack[i]));
+		}
+		for (int i = 0; i < again; i++)
+			orc_stock_stack_back(&f->stock, stack[i]);
+		for (int i = 0; i < again; i++)
+			CHECK(has_pages(stack[i]), "whoever joins a thread does not wait for the kernel");
+		orc_vcpu_unbind(v);
+		for (int i = 0; i < KEPT / 2; i++) {
+			CHECK(!orc_stock_stack(&f->stock, &stack[i]));
+			CHECK(has_pages(stack[i]), "one without pages, where there are some that have them");
+		}
+	}
+	for (int i = KEPT / 2; i < STACKS; i++)
+		CHECK(!orc_stock_stack(&f->stock, &stack[i]));
+	for (int i = 0; i < STACKS; i++)
+		kept += has_pages(stack[i]);
+	CHECK(kept == KEPT, "%d", kept);
+	for (int i = 0; i < STACKS; i++)
+		orc_stock_stack_back(&f->stock, stack[i]);
+	orc_vcpu_free(v);
+	orc_fleet_free(f);
+}
+
 const struct test runner_tests[] = {
 	TEST(a_held_vcpu_runs_when_it_is_let_go_and_hands_over),
 	TEST(stacks_are_used_again_and_never_by_two),
 	TEST(the_page_below_a_stack_is_nobodys),
+	TEST(a_stack_is_never_a_huge_page),
+	TEST(so_many_stacks_keep_their_pages_and_are_used_first),
 	{NULL, NULL},
 };
