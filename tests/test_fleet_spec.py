@@ -142,12 +142,20 @@ def test_what_cant_be_is_refused_where_the_spec_is_made_and_where_a_fleet_is_ope
     ("make", "message"),
     [
         (lambda: orc.PolicySpec("laddr"), "kind='laddr': no such policy; there are: .*; did you mean 'ladder'"),
-        (lambda: orc.PolicySpec("ladder", {"ovr": 5}), "ovr"),
+        (
+            lambda: orc.PolicySpec("ladder", {"ovr": 5}),
+            "ovr: no such parameter; there are: steps, over.*; did you mean 'over'",
+        ),
+        (lambda: orc.PolicySpec("ladder", 3), "arguments=3: must be a mapping"),
+        (lambda: orc.PolicySpec("ladder", only={"vms": "a"}), "only={'vms': 'a'}: must be a Chosen"),
         (lambda: orc.PolicySpec("bus-time", {"share": 7}), "share=7: must be from"),
         (lambda: orc.PolicySpec("ladder", only=orc.Chosen()), "say which"),
         (lambda: orc.Chosen(vms=()), r"vms=\(\): must be a pattern"),
+        (lambda: orc.Chosen(vms="web-*"), "vms='web-\\*': must be a pattern .* in a tuple"),
         (lambda: orc.JournalSpec(""), "path='': must be"),
         (lambda: orc.JournalSpec("a", keep_days=0), "keep_days=0"),
+        (lambda: orc.JournalSpec("a", keep_days="9"), "keep_days='9': must be a number"),
+        (lambda: orc.JournalSpec("a", keep_bytes=1.5), "keep_bytes=1.5: must be a whole number of bytes"),
     ],
 )
 def test_a_part_that_cant_be_is_refused_where_it_is_made(make, message):
