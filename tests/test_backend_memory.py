@@ -73,7 +73,7 @@ def test_any_bytes_can_be_written(memory, data):
 
 @pytest.mark.parametrize("data", [5, "abc", None, [1, 2]])
 def test_what_is_no_bytes_is_not_written(memory, data):
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match=r"data=.*: must be bytes"):
         memory.write(0, data)
     assert memory.read(0, 8) == bytes(8)
 

@@ -514,6 +514,7 @@ async def test_who_never_receives_makes_no_fleet_remember_names_for_ever(autojum
         ({"capacity": 0}, "capacity=0"),
         ({"capacity": -1}, "capacity=-1"),
         ({"capacity": 10**9}, "capacity"),
+        ({"vm": 3}, "vm=3: must be a Vm, a VM's name, or None"),
         ({"capacity": 1.5}, "capacity=1.5"),
         ({"capacity": True}, "capacity=True"),
         ({"drop": "all"}, "drop='all'"),

@@ -11,6 +11,7 @@ import trio
 from hypothesis import given, settings, strategies as st
 
 import orchestra as orc
+from orchestra import aio
 from orchestra.config import TomlError, load_fleet
 from orchestra.journal import Journal, read_journal
 from orchestra.model.codec import decode, encode, from_document, to_document
@@ -117,6 +118,9 @@ def test_whatever_comes_for_a_policy_is_one_or_a_spec_error(kind, data):
         ({"tenants": 5}, "tenants=5: must be a mapping by name"),
         ({"tenants": {"a": orc.Tenant("b")}}, "its name is 'b'"),
         ({"policies": [5]}, "policies: 5 must have a name"),
+        ({"policies": ["ladder"]}, "policies: 'ladder' must be a policy, such as WeightedShare\\(\\), or PolicySpec"),
+        ({"policies": [orc.WeightedShare]}, "policies: <class .*WeightedShare'> must be a policy"),
+        ({"tenants": ["acme"]}, "tenants: 'acme': must be a Tenant, or tenants a mapping"),
         ({"policies": "ladder"}, "policies='ladder': must be policies"),
         ({"policies": [orc.PolicySpec("ladder")] * 2}, "two are named 'ladder'"),
         ({"bus_locks": "of"}, 'bus_locks=\'of\': must be "require", "auto" or "off"'),
@@ -142,15 +146,23 @@ def test_what_cant_be_is_refused_where_the_spec_is_made_and_where_a_fleet_is_ope
     ("make", "message"),
     [
         (lambda: orc.PolicySpec("laddr"), "kind='laddr': no such policy; there are: .*; did you mean 'ladder'"),
-        (lambda: orc.PolicySpec(["ladder"]), r"kind=\['ladder'\]: no such policy; there are: "),  # type: ignore[arg-type]
-        (lambda: orc.PolicySpec("ladder", only="web-*"), "only='web-.': must be a Chosen"),  # type: ignore[arg-type]
+        (lambda: orc.PolicySpec(["ladder"]), r"kind=.*: no such policy; there are: "),  # type: ignore[arg-type]
+        (
+            lambda: orc.PolicySpec("ladder", {"ovr": 5}),
+            "ovr: no such parameter; there are: steps, over.*; did you mean 'over'",
+        ),
+        (lambda: orc.PolicySpec("ladder", 3), "arguments=3: must be a mapping"),
         (lambda: orc.PolicySpec("ladder", "over"), "arguments='over': must be a mapping"),  # type: ignore[arg-type]
-        (lambda: orc.PolicySpec("ladder", {"ovr": 5}), "ovr"),
+        (lambda: orc.PolicySpec("ladder", only="web-*"), "only='web-.': must be a Chosen"),  # type: ignore[arg-type]
+        (lambda: orc.PolicySpec("ladder", only={"vms": "a"}), "only=.*: must be a Chosen"),
         (lambda: orc.PolicySpec("bus-time", {"share": 7}), "share=7: must be from"),
         (lambda: orc.PolicySpec("ladder", only=orc.Chosen()), "say which"),
         (lambda: orc.Chosen(vms=()), r"vms=\(\): must be a pattern"),
+        (lambda: orc.Chosen(vms="web-*"), "vms='web-\\*': must be a pattern .* in a tuple"),
         (lambda: orc.JournalSpec(""), "path='': must be"),
         (lambda: orc.JournalSpec("a", keep_days=0), "keep_days=0"),
+        (lambda: orc.JournalSpec("a", keep_days="9"), "keep_days='9': must be a number"),
+        (lambda: orc.JournalSpec("a", keep_bytes=1.5), "keep_bytes=1.5: must be a whole number of bytes"),
     ],
 )
 def test_a_part_that_cant_be_is_refused_where_it_is_made(make, message):
@@ -210,6 +222,13 @@ async def test_a_spec_opens_a_fleet_as_its_fields_do(autojump_clock):
         async with orc.open_fleet(backend="scripted", **fields) as other:
             assert one.limit == other.limit == orc.Limit(rate=50)
             assert one.tenants == other.tenants
+
+
+@pytest.mark.parametrize("opened", [orc.open_fleet, aio.open_fleet])
+@pytest.mark.parametrize("spec", [(), (orc.FleetSpec(),)])
+def test_a_field_that_no_fleet_has_is_answered_with_the_one_that_was_meant(opened, spec):
+    with pytest.raises(TypeError, match=r"open_fleet\(\) takes no 'bakend'; see FleetSpec; did you mean 'backend'"):
+        opened(*spec, bakend="kvm")
 
 
 async def test_fields_beside_a_spec_replace_what_it_says(autojump_clock):

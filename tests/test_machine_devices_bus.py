@@ -103,7 +103,7 @@ def test_a_claim_may_be_moved_to_where_it_overlaps_itself(bus):
 
 def test_a_move_to_where_somebody_is_moves_nothing(bus):
     claim, other = bus.claim(range(0x100, 0x110), Null()), bus.claim(range(0x200, 0x210), Null())
-    with pytest.raises(SpecError, match=r"0x200-0x20f is claimed by Null already"):
+    with pytest.raises(SpecError, match=r"0x200-0x20f is claimed by Null already; choose other addresses"):
         bus.move(claim, range(0x1F8, 0x208))
     assert bus.claims() == [claim, other]
     assert claim.live

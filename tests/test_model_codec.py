@@ -148,7 +148,8 @@ def test_what_is_wrong_is_named_with_its_path(kind, data, message):
     ("document", "message"),
     [
         ([], "must be an object"),
-        ({"kind": "Limit", "rate": 1.0}, "orchestra=None"),
+        ({"kind": "Limit", "rate": 1.0}, "orchestra: is missing: the version of the format; `to_document` writes 1"),
+        ({"orchestra": None, "kind": "Limit"}, "orchestra=None: must be the version"),
         ({"orchestra": 2, "kind": "Limit", "rate": 1.0}, "orchestra=2: must be the version of the format, from 1 to 1"),
         ({"orchestra": 1, "kind": "Tenant", "rate": 1.0}, "kind='Tenant': must be 'Limit'"),
     ],

@@ -37,6 +37,8 @@ BAD = [
     (lambda: orc.Wiring(mmio=range(8), doorbells=(orc.Doorbell(6),)), "doorbell offset=6.*within the device's mmio"),
     (lambda: orc.Wiring(mmio=range(8), doorbells=(orc.Doorbell(0, bus="ports"),)), "within the device's ports"),
     (lambda: orc.Wiring(mmio=range(8), doorbells=(orc.Doorbell(0),) * 65), "doorbells=65"),
+    (lambda: orc.Wiring(mmio=range(8), doorbells=(3,)), "doorbells=3: must be Doorbell objects"),  # type: ignore[arg-type]
+    (lambda: orc.Wiring(mmio=range(8), line=5), "line=5: must be a Line"),  # type: ignore[arg-type]
     (lambda: orc.Doorbell(-1), "doorbell offset=-1"),
     (lambda: orc.Doorbell(0, size=3), "doorbell size=3"),
     (lambda: orc.Doorbell(0, size=8, bus="ports"), "must be one of 1, 2, 4 bytes"),
@@ -175,6 +177,18 @@ def test_a_spec_whose_device_is_not_there_is_refused_by_name(name):
     with pytest.raises(orc.SpecError, match=f"device Lost: implementation={name!r}"):
         implementation(Lost())
     del Lost
+    gc.collect()
+
+
+def test_a_device_whose_wiring_is_none_is_refused_by_its_name():
+    @attrs.frozen
+    class Miswired(DeviceSpec):
+        def wiring(self) -> Any:
+            return 3
+
+    with pytest.raises(orc.SpecError, match=r"Miswired: wiring\(\) returned 3: it must return a Wiring"):
+        spec(Miswired())
+    del Miswired
     gc.collect()
 
 

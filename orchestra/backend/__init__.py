@@ -181,7 +181,7 @@ class Backend(Protocol):
 
 
 def choose(backend: str | Backend, asked: Asked | None = None) -> Backend:
-    """The backend of that name, opened; "auto": the best one that can do what is asked for (see `picking`).
+    """The backend of that name, opened; "auto": the best one that can do what is asked for (see `detection`).
 
     Parameters:
         backend: a name, or a Backend object, which is given back as it is.

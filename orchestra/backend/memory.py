@@ -26,6 +26,7 @@ import attrs
 
 from ..model.errors import FileError, GuestMemoryError, ResourceLimit
 from ..model.memory import HUGE_PAGE, Memory
+from ..model.mistakes import shown
 from ..model.spec import VmSpec
 from ..native import ffi, lib
 
@@ -190,8 +191,12 @@ class GuestMemory:
 
         Raises:
             GuestMemoryError: not all of the range is memory; nothing was written then.
+            TypeError: `data` are no bytes.
         """
-        data = bytes(memoryview(data))  # not bytes(5), which would be five zeros
+        try:
+            data = bytes(memoryview(data))  # not bytes(5), which would be five zeros
+        except TypeError:
+            raise TypeError(f"data={shown(data)}: must be bytes") from None
         done = 0
         for region, offset, length in list(self._pieces(address, len(data))):
             region.mapping[offset : offset + length] = data[done : done + length]

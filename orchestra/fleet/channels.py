@@ -281,6 +281,8 @@ class Dispatcher:
         for kind in kinds:
             if not (isinstance(kind, type) and issubclass(kind, Exit)):
                 raise SpecError(f"kinds={kind!r}: must be exit types, such as orchestra.BusLock or orchestra.Io")
+        if not isinstance(vm, str | None):
+            raise SpecError(f"vm={vm!r}: must be a Vm, a VM's name, or None for all")
         if isinstance(capacity, bool) or not isinstance(capacity, int) or not 1 <= capacity <= 10_000_000:
             raise SpecError(f"capacity={capacity!r}: must be from 1 to 10,000,000 exits")
         if drop not in ("oldest", "newest"):

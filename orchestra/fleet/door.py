@@ -13,7 +13,7 @@ from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast, overload
 import attrs
 
 from ..model.errors import SpecError
-from ..model.mistakes import shown
+from ..model.mistakes import meant, shown
 from .spec import FleetSpec
 
 __all__ = ["Door", "door"]
@@ -43,6 +43,9 @@ def door(
     def decorate(opened: Callable[[Any], AbstractAsyncContextManager[T]]) -> Door[P, T]:
         # Without defaults of its own: whoever looks for those in the source finds that they are the class's.
         def enter(*given: Any, **said: Any) -> AbstractAsyncContextManager[T]:
+            for name in said:
+                if name not in names:
+                    raise TypeError(f"{opened.__name__}() takes no {name!r}; see FleetSpec{meant(name, names)}")
             if not given:
                 return opened(cast(Any, fields)(**said))
             spec, *more = given
@@ -55,6 +58,8 @@ def door(
                 return opened(cast(Any, fields)(**{**there, **said}))
             return opened(spec)
 
+        known = list(inspect.signature(fields).parameters.values())
+        names = [one.name for one in known]
         taken = inspect.signature(opened).parameters
         (first,) = taken.values()
         enter.__name__, enter.__qualname__ = opened.__name__, opened.__qualname__
@@ -62,7 +67,6 @@ def door(
         spec = inspect.Parameter(
             first.name, inspect.Parameter.POSITIONAL_ONLY, default=None, annotation="FleetSpec | None"
         )
-        known = list(inspect.signature(fields).parameters.values())
         enter.__signature__ = inspect.Signature([spec, *known])  # type: ignore[attr-defined]  # functions may have one
         return cast(Door[P, T], enter)
 

@@ -253,7 +253,7 @@ class Observer:
         answers, vcpu.answers = max(0, answers_so_far - vcpu.answers), answers_so_far
         held: list[int] | None = None
         if held_so_far != vcpu.held:
-            # Clamped: runner and governor read the clock each for itself, so a wait may end "before" it was looked at.
+            # Clamped: vCPU and policy runner read the clock each for itself, so a wait may end "before" the look at it.
             held = [max(0, far - before) for far, before in zip(held_so_far, vcpu.held, strict=True)]
             vcpu.held, held = held_so_far, held if any(held) else None
         capped = self._capped(vcpu, now) if vcpu.vm.was_capped else None

@@ -39,7 +39,7 @@ LOGS: Final = 0.005
 
 
 class Fleet(Protocol):
-    """What the governor needs of its fleet."""
+    """What the policy runner needs of its fleet."""
 
     def now(self) -> int: ...
     def below(self, action: Action) -> int:

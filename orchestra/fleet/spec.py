@@ -50,6 +50,8 @@ def _tenants(given: Mapping[str, Limit | Tenant | None] | Iterable[Tenant]) -> M
             made[name] = value
         elif value is None or isinstance(value, Limit):
             made[name] = Tenant(name, limit=value)
+        elif not isinstance(given, Mapping):
+            raise SpecError(f"tenants: {value!r}: must be a Tenant, or tenants a mapping of names to limits")
         else:
             raise SpecError(f"tenants[{name!r}]={value!r}: must be a Tenant, a Limit, or None for no limit")
     made.setdefault(DEFAULT_TENANT, Tenant(DEFAULT_TENANT))
@@ -59,7 +61,13 @@ def _tenants(given: Mapping[str, Limit | Tenant | None] | Iterable[Tenant]) -> M
 def _policies(given: Iterable[Policy | PolicySpec]) -> tuple[Policy | PolicySpec, ...]:
     if not isinstance(given, Iterable) or isinstance(given, str | bytes):
         raise SpecError(f"policies={given!r}: must be policies, or PolicySpec objects, in a list")
-    return tuple(given)
+    policies = tuple(given)
+    for one in policies:
+        if isinstance(one, str | type) and not isinstance(one, Policy):  # a kind, as in a file; a class
+            raise SpecError(
+                f"policies: {one!r} must be a policy, such as WeightedShare(), or PolicySpec('weighted-share')"
+            )
+    return policies
 
 
 def make_policies(given: Iterable[Policy | PolicySpec]) -> list[Policy]:

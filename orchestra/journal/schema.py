@@ -122,7 +122,7 @@ def connect(path: str | Path, *, readonly: bool) -> sqlite3.Connection:
     try:
         if readonly and not path.exists():
             raise JournalError(
-                f"{path}: no such journal; a fleet writes one if it is opened with journal=Journal({str(path)!r})"
+                f"{path}: no such journal; a fleet writes one if it is opened with journal={str(path)!r}"
             )
         if path.is_dir():
             raise JournalError(f"{path}: {os.strerror(errno.EISDIR)}")

@@ -34,7 +34,7 @@ def number(field: str, value: object) -> float:
 def whole(field: str, value: object, low: int, high: int, unit: str = "") -> int:
     """Check that `value` is a whole number from `low` to `high`."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise fail(field, value, f"must be a whole number{unit}")
+        raise fail(field, value, f"must be a whole number{' of' * unit.startswith(' ')}{unit}")
     if not low <= value <= high:
         raise fail(field, value, f"must be from {low} to {high}{unit}")
     return value

@@ -191,7 +191,9 @@ def from_document(kind: type[T], data: object) -> T:
     if not isinstance(data, Mapping):
         raise SpecError(f"document: must be an object with {VERSION_KEY!r} and {KIND!r}, not {shown(data)}")
     rest = dict(data)
-    version = rest.pop(VERSION_KEY, None)
+    if VERSION_KEY not in rest:
+        raise SpecError(f"{VERSION_KEY}: is missing: the version of the format; `to_document` writes {VERSION}")
+    version = rest.pop(VERSION_KEY)
     if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= VERSION:
         raise SpecError(f"{VERSION_KEY}={shown(version)}: must be the version of the format, from 1 to {VERSION}")
     name = rest.get(KIND) if name_of(kind) is not None else rest.pop(KIND, None)

@@ -14,6 +14,7 @@ import attrs
 
 from .checks import fail, whole
 from .errors import SpecError
+from .mistakes import shown
 from .openset import members
 
 __all__ = [
@@ -123,10 +124,14 @@ class Wiring:
                 raise fail(name, span, "must be a range of addresses with step 1, at least one")
             if span is not None and span.stop > end:
                 raise fail(name, span, f"must lie in 0-{end - 1:#x}")
+        if not isinstance(self.line, Line | None):
+            raise fail("line", self.line, "must be a Line, such as Line(5), or None for none")
         whole("msis", self.msis, 0, MOST_MSIS)
         if len(self.doorbells) > MOST_DOORBELLS:
             raise fail("doorbells", len(self.doorbells), f"must be at most {MOST_DOORBELLS}")
         for bell in self.doorbells:
+            if not isinstance(bell, Doorbell):
+                raise fail("doorbells", bell, "must be Doorbell objects, in a tuple")
             where = self.mmio if bell.bus == "mmio" else self.ports
             if where is None or bell.offset + bell.size > len(where):
                 raise fail("doorbell offset", bell.offset, f"must lie within the device's {bell.bus}")
@@ -150,7 +155,7 @@ class DeviceSpec:
 
     def wiring(self) -> Wiring:
         """What it needs of its machine."""
-        raise NotImplementedError(f"{type(self).__name__} must say its wiring")
+        raise NotImplementedError(f"{type(self).__name__} must say its wiring: define wiring(), which returns a Wiring")
 
     @staticmethod
     def kinds() -> Mapping[str, type[DeviceSpec]]:
@@ -184,6 +189,8 @@ def check_wiring(devices: Sequence[DeviceSpec], irqchip: Irqchip, memory: Iterab
     spans = list(memory)
     for device in devices:
         name, wiring = type(device).__name__, device.wiring()
+        if not isinstance(wiring, Wiring):
+            raise SpecError(f"{name}: wiring() returned {shown(wiring)}: it must return a Wiring")
         if wiring.msis and irqchip == "none":
             raise SpecError(f'{name}: its interrupts need irqchip="full" or irqchip="split"')
         if wiring.line is not None and irqchip == "split":

@@ -2,7 +2,7 @@
 
 The import and the command are ``orchestra``; on the package index that name is somebody else's. So whatever tells a
 person to install something says it through `install`, and the name stands here and in pyproject.toml alone
-(tests/test_extras.py).
+(tests/test_model_extras.py).
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import attrs
 
+from .checks import fail, whole
 from .errors import SpecError
 from .spec import GiB, MiB
 
@@ -31,10 +32,12 @@ class JournalSpec:
     def __attrs_post_init__(self) -> None:
         if not isinstance(self.path, str) or not self.path:
             raise SpecError(f"path={self.path!r}: must be the name of a file")
-        if not 0 < self.keep_days <= 36500:
-            raise SpecError(f"keep_days={self.keep_days!r}: must be more than 0 and at most 36500")
-        if not MiB <= self.keep_bytes <= 1 << 46:
-            raise SpecError(f"keep_bytes={self.keep_bytes!r}: must be 1 MiB at least")
+        days = self.keep_days
+        if isinstance(days, bool) or not isinstance(days, int | float):
+            raise fail("keep_days", days, "must be a number of days")
+        if not 0 < days <= 36500:
+            raise fail("keep_days", days, "must be more than 0 and at most 36500")
+        whole("keep_bytes", self.keep_bytes, MiB, 1 << 46, " bytes")
 
 
 @attrs.frozen

@@ -5,6 +5,7 @@ This is the one registry of kinds: files of rules, a `FleetSpec` and the simulat
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
@@ -76,7 +77,7 @@ class Chosen:
         for field in ("vms", "tenants"):
             names = getattr(self, field)
             if names is not None and not _are_patterns(names):
-                raise SpecError(f"{field}={names!r}: must be a pattern such as 'web-*', or several")
+                raise SpecError(f"{field}={names!r}: must be a pattern such as 'web-*', or several, in a tuple")
 
 
 def _are_patterns(names: object) -> bool:
@@ -85,7 +86,9 @@ def _are_patterns(names: object) -> bool:
 
 def _frozen(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(arguments, Mapping):
-        raise SpecError(f"arguments={shown(arguments)}: must be a mapping, by the names of the policy's parameters")
+        raise SpecError(
+            f"arguments={shown(arguments)}: must be a mapping of the policy's parameters, such as {{'over': 300.0}}"
+        )
     return dict(arguments)
 
 
@@ -116,10 +119,18 @@ class PolicySpec:
                 f"kind={shown(self.kind)}: no such policy; there are: {', '.join(known)}{meant(self.kind, known)}"
             )
         if self.only is not None and not isinstance(self.only, Chosen):
-            raise SpecError(f"only={shown(self.only)}: must be a Chosen, such as Chosen(vms=('web-*',)), or None")
+            raise SpecError(
+                f"only={shown(self.only)}: must be a Chosen, such as Chosen(vms=('web-*',)), or None for all VMs"
+            )
+        taken = inspect.signature(_maker(known[self.kind])).parameters
+        for key in self.arguments:
+            if key not in taken:
+                raise SpecError(
+                    f"policy {self.kind!r}: {key}: no such parameter; there are: {', '.join(taken)}{meant(key, taken)}"
+                )
         try:
             self.make()
-        except TypeError as error:  # a parameter that it does not have
+        except TypeError as error:  # one is missing, or of a type that its class does not check
             raise SpecError(f"policy {self.kind!r}: {error}") from None
 
     @property

@@ -168,7 +168,7 @@ class Bus:
             if span.start < taken.stop and taken.start < span.stop:
                 raise SpecError(
                     f"{self.name}={span.start:#x}-{span.stop - 1:#x}: {taken.start:#x}-{taken.stop - 1:#x} is claimed "
-                    f"by {type(claim.handler).__name__} already"
+                    f"by {type(claim.handler).__name__} already; choose other addresses, or release those first"
                 )
 
     def _replace(self, claims: list[Claim]) -> None:
