@@ -469,6 +469,19 @@ async def test_what_waits_of_a_vm_that_has_left_still_says_its_name(autojump_clo
             ] * 3
 
 
+async def test_exits_that_were_made_ahead_of_a_vm_that_has_left_still_come_in_a_batch(autojump_clock):
+    async with play([*(bus_lock(rip=n) for n in range(5)), FOR_EVER]) as fleet:
+        async with fleet.exits(orc.BusLock) as exits:
+            vm = await fleet.launch(blank())
+            await trio.sleep(1)
+            first = await exits.receive()
+            await vm.stop()
+            batch = await exits.next_batch(3)
+            assert [first.rip, *(exit.rip for exit in batch)] == [0, 1, 2, 3]
+            assert dict(batch.vms) == {vm.launch: "guest"}
+            assert exits.receive_nowait().rip == 4
+
+
 async def test_who_never_receives_makes_no_fleet_remember_names_for_ever(autojump_clock, monkeypatch):
     monkeypatch.setattr("orchestra.fleet.channels.RETIRED", 5)
     async with play([bus_lock(), hlt()]) as fleet:

@@ -142,6 +142,9 @@ def test_what_cant_be_is_refused_where_the_spec_is_made_and_where_a_fleet_is_ope
     ("make", "message"),
     [
         (lambda: orc.PolicySpec("laddr"), "kind='laddr': no such policy; there are: .*; did you mean 'ladder'"),
+        (lambda: orc.PolicySpec(["ladder"]), r"kind=\['ladder'\]: no such policy; there are: "),  # type: ignore[arg-type]
+        (lambda: orc.PolicySpec("ladder", only="web-*"), "only='web-.': must be a Chosen"),  # type: ignore[arg-type]
+        (lambda: orc.PolicySpec("ladder", "over"), "arguments='over': must be a mapping"),  # type: ignore[arg-type]
         (lambda: orc.PolicySpec("ladder", {"ovr": 5}), "ovr"),
         (lambda: orc.PolicySpec("bus-time", {"share": 7}), "share=7: must be from"),
         (lambda: orc.PolicySpec("ladder", only=orc.Chosen()), "say which"),

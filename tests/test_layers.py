@@ -196,3 +196,27 @@ def test_no_module_keeps_counters_registries_or_locks(name):
             function = node.value.func
             made = function.id if isinstance(function, ast.Name) else getattr(function, "attr", "")
             assert made not in SHARED, f"{name}:{node.lineno}"
+
+
+# ---- sizes
+
+METHODS, PARAMETERS, MAP_LINES = 30, 8, 20
+DECLARED = {"cli.app.run", "cli.app.journal"}
+"""Commands: their parameters are the options that users see, each declared once."""
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_class_has_too_many_methods_and_no_signature_too_many_parameters(name):
+    """Fields of a spec are no parameters that anybody writes down: attrs makes its constructor."""
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.ClassDef):
+            methods = {one.name for one in node.body if isinstance(one, ast.FunctionDef | ast.AsyncFunctionDef)}
+            assert len(methods) <= METHODS, node.name
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and f"{name}.{node.name}" not in DECLARED:
+            taken = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            assert len([one for one in taken if one.arg not in ("self", "cls")]) <= PARAMETERS, node.name
+
+
+def test_the_map_fits_the_front_door():
+    lines = (PACKAGE / "__init__.py").read_text().splitlines()
+    assert 10 < sum(1 for line in lines if line.startswith("#")) <= MAP_LINES

@@ -74,6 +74,27 @@ async def test_a_guest_that_rings_for_ever_is_served_as_often_as_its_answers_all
 
 
 @KVM
+@pytest.mark.parametrize("limit", [None, orc.Limit(rate=1e6)])
+async def test_a_limit_on_answers_that_changes_counts_for_a_ring_that_waits_for_its_turn(nothing_left, limit):
+    slow = orc.Limit(rate=RING / 60, burst=RING, max_delay=None)  # a ring a minute
+    async with orc.open_fleet(backend="kvm") as fleet:
+        vm = await fleet.launch(spec("bell_storm_64", answer_limit=slow), paused=True)
+        bells: BellsDevice = device(vm)
+        await vm.resume()
+        await wait_until(lambda: bells.rings)
+        await wait_all_tasks_blocked(0.01)
+        assert len(bells.rings) <= 2  # the burst, and the one that is served and then paid for
+        await vm.set_limit(limit, meter="answers")
+        await wait_until(lambda: len(bells.rings) >= 5)
+        await vm.set_limit(slow, meter="answers")
+        await wait_all_tasks_blocked(0.02)
+        heard = len(bells.rings)
+        await trio.sleep(0.1)
+        assert len(bells.rings) <= heard + 1
+        await vm.stop()
+
+
+@KVM
 async def test_a_paused_vms_device_hears_nothing_until_it_goes_on(nothing_left):
     async with orc.open_fleet(backend="kvm") as fleet:
         vm = await fleet.launch(spec("bell_storm_64"), paused=True)
@@ -183,6 +204,22 @@ async def test_a_device_that_fails_at_a_timer_ends_its_vm_by_name(autojump_clock
         assert outcome.reason.startswith("device Clock at ports 0x600 failed: ZeroDivisionError")
 
 
+async def test_a_device_that_exits_ends_its_vm_and_not_the_program(autojump_clock, caplog):
+    def leave(*args: object) -> None:
+        raise SystemExit("enough")
+
+    async with play([io_write(0x600, b"\x01"), hlt(after=100)]) as fleet:
+        at_timer = await fleet.launch(blank("timer", devices=[Clock()]), paused=True)
+        device(at_timer).during = leave
+        at_write = await fleet.launch(blank("write", devices=[Clock()]), paused=True)
+        device(at_write).write = leave
+        for vm in (at_timer, at_write):
+            await vm.resume()
+            outcome = await vm.wait()
+            assert isinstance(outcome, orc.Failed)
+            assert "SystemExit('enough')" in outcome.reason
+
+
 async def test_a_timer_that_is_made_too_late_is_refused(autojump_clock):
     async with play([hlt(after=1)]) as fleet:
         vm = await fleet.launch(blank(devices=[Clock()]))
@@ -245,6 +282,9 @@ class Here:
 
     def end(self, outcome: orc.Outcome) -> None:
         self.ended.append(outcome)
+
+    def answer_limit(self) -> orc.Limit | None:
+        return self.spec.answer_limit
 
 
 class Wired:
@@ -327,7 +367,43 @@ async def test_devices_that_were_made_are_stopped_if_another_can_not_be(monkeypa
     here.memory.close()
 
 
+async def test_a_launch_that_gets_no_vcpus_stops_the_devices_that_it_made(stage: Stage, monkeypatch):
+    stopped: list[object] = []
+    monkeypatch.setattr(ClockDevice, "stop", lambda clock: stopped.append(clock))
+    monkeypatch.setattr("orchestra.machine.instance.Vcpu", None)
+    async with stage.open() as fleet:
+        with pytest.raises(TypeError):
+            await fleet.launch(stage.spec("halt", devices=[Clock(), Clock(0x700)]))
+    assert len(stopped) == 2
+
+
+async def test_a_device_that_can_not_go_on_from_its_state_is_stopped(monkeypatch):
+    def restore(clock: ClockDevice, state: Kept) -> None:
+        raise orc.SpecError("value=9: no clock can be in that state")
+
+    stopped: list[object] = []
+    monkeypatch.setattr(ClockDevice, "stop", lambda clock: stopped.append(clock))
+    monkeypatch.setattr(ClockDevice, "restore", restore)
+    here, machine = Here(blank(devices=[Clock()])), Wired()
+    with pytest.raises(orc.SpecError, match="no clock"):
+        assembly(here, machine, states=(Kept(9),))
+    assert len(stopped) == 1
+    machine.close()
+    here.memory.close()
+
+
 # ---- memory
+
+
+@KVM
+async def test_readers_of_written_pages_are_told_what_a_device_wrote(nothing_left):
+    async with orc.open_fleet(backend="kvm") as fleet:
+        vm = await fleet.launch(spec("bells_64"), paused=True)
+        with vm._control.guest.dirty.reader() as reader:
+            reader.take()
+            device(vm).hooks.memory.write(0x8_0FFF, b"ab")
+            assert list(reader.take()) == [0x8_0000, 0x8_1000]
+            assert list(reader.take()) == []
 
 
 async def test_a_device_can_not_write_for_a_guest_what_the_guest_can_not():

@@ -116,7 +116,7 @@ VM: dict[str, Any] = {"name": "a", "boot": {"kind": "FlatImage", "code": "9A=="}
         (orc.Action, {"kind": "Pause", "vm": 5}, "vm=5: must be a text"),
         (orc.VmSpec, VM | {"boot": {"kind": "FlatImage", "code": "!!"}}, "boot.code='!!': must be bytes in base64"),
         (orc.VmSpec, VM | {"devices": [{"kind": "Sound"}]}, r"devices\[0\].kind='Sound'"),
-        (orc.VmSpec, VM | {"regions": [{"address": 1, "size": 4096}]}, r"regions\[0\]: "),
+        (orc.VmSpec, VM | {"regions": [{"address": 1, "size": 4096}]}, r"regions\[0\].address=1: must be a m"),
         (
             orc.VmSpec,
             VM | {"boot": {"kind": "FlatImage", "code": "9A==", "mode": 8}},
@@ -133,6 +133,10 @@ VM: dict[str, Any] = {"name": "a", "boot": {"kind": "FlatImage", "code": "9A=="}
         (orc.VmSpec, VM | {"boot": {"code": "9A=="}}, "boot.kind=None: must be one of FlatImage"),
         (orc.VmSpec, VM | {"memory": {"kind": "Memory", "size": 5}}, "memory.size=5: must be from 4096"),
         (orc.VmSpec, VM | {"memory": {"size": 4096, "pages": 1}}, "memory"),
+        (orc.VmSpec, VM | {"memory": {"size": 4096, "backing": "file"}}, "^memory.path=None: must be given [^;]*$"),
+        (orc.Memory, {"size": 4096, "backing": "file", "path": None}, "^path=None: must be given [^;]*$"),
+        (orc.VmSpec, VM | {"irqchip": "spilt"}, "irqchip='spilt': must be one of 'full', 'split'; did you mean"),
+        (orc.VmSpec, VM | {"irqchip": 1}, "irqchip=1: must be true or false"),
     ],
 )
 def test_what_is_wrong_is_named_with_its_path(kind, data, message):

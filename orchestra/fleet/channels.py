@@ -13,7 +13,7 @@ from ..model.errors import SpecError
 from ..model.exits import Exit
 from ..native.channels import EVERY_VM, NO_VM, Channel, ExitBatch
 from ..native.core import FleetCore, VcpuCore
-from ..native.records import RECORD_SIZE, decode_all, told_mask
+from ..native.records import told_mask
 
 __all__ = ["Dispatcher", "Exits", "ExitsStatistics"]
 
@@ -72,7 +72,7 @@ class Exits(trio.abc.ReceiveChannel[Exit]):
         self.channel = channel
         self._names = names
         self._ahead: list[Exit] = []  # made already, the next one last
-        self._records = b""  # what they were made of
+        self._batch = ExitBatch(b"", {})  # what they were made of; its names outlive the fleet's
         self._task: Any = None
         self._ended = self._closed = False
         self._leave = leave
@@ -95,8 +95,8 @@ class Exits(trio.abc.ReceiveChannel[Exit]):
         """None is made: make the next ones. False: none waits."""
         if not self.channel.waiting:
             return False
-        self._records = self.channel.take(AHEAD)
-        self._ahead = decode_all(self._records, self._names)
+        self._batch = ExitBatch(self.channel.take(AHEAD), self._names)
+        self._ahead = [*self._batch]
         self._ahead.reverse()
         return True
 
@@ -194,13 +194,12 @@ class Exits(trio.abc.ReceiveChannel[Exit]):
     def next_batch_nowait(self, most: int) -> ExitBatch:
         """As `receive_nowait`, of several."""
         if self._ahead:
-            records = self._records[-len(self._ahead) * RECORD_SIZE :][: most * RECORD_SIZE]
-            del self._ahead[-(len(records) // RECORD_SIZE) :]
-        elif self.channel.waiting:
-            records = self.channel.take(most)
-        else:
-            raise self._nothing()
-        return ExitBatch(records, self._names)
+            batch = self._batch[-len(self._ahead) :][:most]
+            del self._ahead[-len(batch) :]
+            return batch
+        if self.channel.waiting:
+            return ExitBatch(self.channel.take(most), self._names)
+        raise self._nothing()
 
     def statistics(self) -> ExitsStatistics:
         channel = self.channel

@@ -19,7 +19,7 @@ from ..backend.kvm.dirty import DirtyLog, read_logs
 from ..backend.memory import GuestMemory
 from ..model.actions import Failed, Halted, Outcome, Stopped
 from ..model.errors import OrchestraError, ResourceLimit
-from ..model.spec import VmSpec
+from ..model.spec import Limit, Meter, VmSpec
 from ..native.core import Command, VcpuCore
 from . import boot
 from .budget import Budgets, connect
@@ -172,6 +172,8 @@ class Instance:
                         vcpu.spawn()
             except BaseException:
                 self._join()
+                if self.devices is not None:
+                    self.devices.stop()  # what they opened is theirs to close
                 self._machine.close()
                 raise
         except BaseException:
@@ -289,6 +291,11 @@ class Instance:
     @property
     def machine(self) -> Machine:
         return self._machine
+
+    def answer_limit(self) -> Limit | None:
+        """The VM's as a whole, as in force."""
+        _, _, own, _ = self._levels[0]
+        return own[Meter.ANSWERS].limit
 
     # ---- told by runners, on their threads
 

@@ -223,7 +223,7 @@ class Vcpu:
                         self._say_parked()
                     try:
                         self._use(claim, claim.device, asked)
-                    except Exception as error:
+                    except (Exception, SystemExit) as error:  # a device has no say in whether the program ends
                         direction = "write to" if access.write else "read of"
                         name = type(claim.handler).__name__
                         return self._failed(

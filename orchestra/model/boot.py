@@ -6,7 +6,7 @@ A class of your own that derives from `BootSpec` goes wherever ours do: into `Vm
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import ClassVar, Final, Literal
 
 import attrs
@@ -14,6 +14,7 @@ import attrs
 from .checks import fail, whole
 from .errors import SpecError
 from .memory import MAX_MEMORY, PAGE
+from .openset import members
 
 __all__ = ["STACKS", "BootSpec", "FlatImage", "Layout"]
 
@@ -65,23 +66,7 @@ class BootSpec:
         Raises:
             SpecError: two classes have the same name.
         """
-        found: dict[str, type[BootSpec]] = {}
-        for kind in _below(BootSpec):
-            other = found.setdefault(kind.__name__, kind)
-            if other is not kind:
-                raise SpecError(
-                    f"boot {kind.__name__!r}: {other.__module__} and {kind.__module__} have one of that name: rename "
-                    "one of the classes"
-                )
-        return found
-
-
-def _below(base: type[BootSpec]) -> Iterable[type[BootSpec]]:
-    for kind in base.__subclasses__():
-        # A class with slots is made twice by attrs; the first lives on without this until the collector comes by.
-        if "__attrs_attrs__" in vars(kind):
-            yield kind
-            yield from _below(kind)
+        return members(BootSpec, "boot")
 
 
 @attrs.frozen

@@ -29,7 +29,7 @@ class _Bad:
 
 BAD: Final = _Bad()
 
-_BLAMED: Final = re.compile(r"(?:[\w-]+: )?([a-z_]+)((?:\[[^\]]*\])?)=")
+_BLAMED: Final = re.compile(r"(?:[\w-]+:? )?([a-z_]+)((?:\[[^\]]*\])?)=")  # also "region address="
 _ITEM: Final = re.compile(r"([\w-]+): ")
 
 _STAND_INS: Final = (1e9, 0.05)
@@ -83,8 +83,12 @@ def call(kind: Callable[..., Any], given: Mapping[str, Any], known: Mapping[str,
             if isinstance(getattr(error, "mistakes", None), tuple):  # it has said it all, each with its place
                 yield Complaint(error, (), str(error))
                 return
-            at, text = _blame(str(error), arguments)
+            at, text = _blame(str(error), arguments, known)
             name = str(at[0]) if at else ""
+            if name and name not in arguments:  # it is about what is missing
+                if name not in given:  # else that was wrong, was left out, and has been told
+                    yield Complaint(error, at, text)
+                return
             if name not in spare:
                 yield Complaint(error, at, text)
             # Of several things together: what would be said next may be due to this.
@@ -103,8 +107,11 @@ def call(kind: Callable[..., Any], given: Mapping[str, Any], known: Mapping[str,
                 return
 
 
-def _blame(text: str, arguments: Mapping[str, Any]) -> tuple[tuple[str | int, ...], str]:
-    """Which argument an error is about, by what it says, and what is left to be said."""
+def _blame(
+    text: str, arguments: Mapping[str, Any], known: Mapping[str, Parameter]
+) -> tuple[tuple[str | int, ...], str]:
+    """Which argument an error is about, by what it says, and what is left to be said. It may be one that is not there,
+    but could be."""
     if "Exceeds the limit" in text:  # int's digits, in the middle of another message
         return (), "a number beyond 64 bits"
     found = _BLAMED.match(text)
@@ -113,6 +120,8 @@ def _blame(text: str, arguments: Mapping[str, Any]) -> tuple[tuple[str | int, ..
         if name in arguments:
             key = _key_of(arguments[name], found[2][1:-1])
             return ((name,) if key is None else (name, key)), rest
+        if name in known:
+            return (name,), rest
         # It was checked under another name: a floor as a rate, a key as a signal.
         value = rest.partition(": ")[0]
         for argument, one in arguments.items():

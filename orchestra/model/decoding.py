@@ -90,9 +90,9 @@ class Reading:
             if not noted:
                 return value
             del self.wrong[before:]
-            tried.append(noted)
-        # What was meant is the alternative whose shape fits: there the mistakes are further in.
-        self.wrong += max(tried, key=lambda noted: max(len(one.at) for one in noted))
+            tried.append((max(len(wrong.at) for wrong in noted), _has_like(one, data), noted))
+        # What was meant is the alternative whose shape fits: there the mistakes are further in. Or it is a word.
+        self.wrong += max(tried, key=lambda one: one[:2])[2]
         return BAD
 
     def _literal(self, arguments: tuple[Any, ...], data: object, at: At) -> Any:
@@ -337,6 +337,11 @@ def _alternatives(arguments: tuple[Any, ...]) -> tuple[list[Any], dict[str, Any]
     """Of a union: what data can make, and of that what carries its name."""
     some = [one for one in arguments if one is not types.NoneType and not _is_live(one)]
     return some, {name: one for one in some if (name := name_of(one)) is not None}
+
+
+def _has_like(kind: Any, data: object) -> bool:
+    """A choice of values such as these data."""
+    return get_origin(kind) is Literal and type(data) in map(type, get_args(kind))
 
 
 def _is_live(kind: Any) -> bool:

@@ -14,6 +14,7 @@ import attrs
 
 from .checks import fail, whole
 from .errors import SpecError
+from .openset import members
 
 __all__ = [
     "DebugConsole",
@@ -158,23 +159,7 @@ class DeviceSpec:
         Raises:
             SpecError: two classes have the same name.
         """
-        found: dict[str, type[DeviceSpec]] = {}
-        for kind in _below(DeviceSpec):
-            other = found.setdefault(kind.__name__, kind)
-            if other is not kind:
-                raise SpecError(
-                    f"device {kind.__name__!r}: {other.__module__} and {kind.__module__} have one of that name: rename "
-                    "one of the classes"
-                )
-        return found
-
-
-def _below(base: type[DeviceSpec]) -> Iterable[type[DeviceSpec]]:
-    for kind in base.__subclasses__():
-        # A class with slots is made twice by attrs; the first lives on without this until the collector comes by.
-        if "__attrs_attrs__" in vars(kind):
-            yield kind
-            yield from _below(kind)
+        return members(DeviceSpec, "device")
 
 
 def irqchip_kind(irqchip: bool | str) -> Irqchip:

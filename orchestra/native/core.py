@@ -149,11 +149,24 @@ class Bucket:
 
     def take(self, now: int, count: int = 1) -> int:
         """Take tokens, in the order of those who come. When the turn of the last is: `now` or before, if at once."""
-        ticket, by_tokens, by_delay = ffi.new("struct orc_ticket *"), ffi.new("int64_t *"), ffi.new("int64_t *")
-        if not lib.orc_bucket_charge_many(self.handle, count, now, ticket):
-            return now
+        ticket = self.charge(now, count)
+        return now if ticket is None else self.turn(ticket)
+
+    def charge(self, now: int, count: int) -> Any:
+        """As `take`, for those who wait while the limit may change: a ticket for `turn`, which they `leave` once they
+        have waited. None: it is their turn."""
+        ticket = ffi.new("struct orc_ticket *")
+        return ticket if lib.orc_bucket_charge_many(self.handle, count, now, ticket) else None
+
+    def turn(self, ticket: Any) -> int:
+        """When the turn of a ticket is by the limit in force now; long ago, if there is none any more."""
+        by_tokens, by_delay = ffi.new("int64_t *"), ffi.new("int64_t *")
         lib.orc_bucket_turn(self.handle, ticket, by_tokens, by_delay)
         return int(min(by_tokens[0], by_delay[0]))
+
+    def leave(self, ticket: Any) -> None:
+        """Wait no more."""
+        lib.orc_bucket_leave(self.handle, ticket)
 
     def close(self) -> None:
         lib.orc_bucket_free(self.handle)

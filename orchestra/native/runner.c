@@ -4,12 +4,11 @@
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/prctl.h>
 #include <time.h>
 
 #include "core.h"
 
-enum { NAME = 16 }; /* PR_SET_NAME: bytes */
+enum { NAME = 16 }; /* pthread_setname_np(3): bytes */
 
 struct orc_runner {
 	orc_vcpu *v;
@@ -35,7 +34,6 @@ static void *begin(void *argument)
 {
 	orc_runner *r = argument;
 
-	prctl(PR_SET_NAME, r->name, 0, 0, 0);
 	orc_vcpu_attach(r->v);
 	r->proceed(r->context, (int)r->run(r->v));
 	return NULL;
@@ -63,6 +61,8 @@ int orc_runner_start(orc_vcpu *v, const char *name, orc_runner_run *run, orc_run
 	pthread_attr_destroy(&attr);
 	if (!rc) {
 		r->tid = number_of(r->thread); /* the vCPU is held: its thread has not ended */
+		/* Here, and not by the thread itself: whoever has launched a VM finds its threads by their names. */
+		pthread_setname_np(r->thread, r->name);
 		*out = r;
 		return 0;
 	}

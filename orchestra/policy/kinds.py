@@ -14,7 +14,7 @@ import attrs
 from ..model.codec import KIND, At, Reading
 from ..model.decoding import BAD
 from ..model.errors import SpecError
-from ..model.mistakes import meant
+from ..model.mistakes import meant, shown
 from ..model.spec import Meter
 from .adaptive import Adaptive
 from .bustime import BusTime
@@ -84,6 +84,8 @@ def _are_patterns(names: object) -> bool:
 
 
 def _frozen(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+    if not isinstance(arguments, Mapping):
+        raise SpecError(f"arguments={shown(arguments)}: must be a mapping, by the names of the policy's parameters")
     return dict(arguments)
 
 
@@ -108,11 +110,13 @@ class PolicySpec:
     only: Chosen | None = None
 
     def __attrs_post_init__(self) -> None:
-        if self.kind not in policy_kinds():
-            known = policy_kinds()
+        known = policy_kinds()
+        if not isinstance(self.kind, str) or self.kind not in known:
             raise SpecError(
-                f"kind={self.kind!r}: no such policy; there are: {', '.join(known)}{meant(self.kind, known)}"
+                f"kind={shown(self.kind)}: no such policy; there are: {', '.join(known)}{meant(self.kind, known)}"
             )
+        if self.only is not None and not isinstance(self.only, Chosen):
+            raise SpecError(f"only={shown(self.only)}: must be a Chosen, such as Chosen(vms=('web-*',)), or None")
         try:
             self.make()
         except TypeError as error:  # a parameter that it does not have

@@ -23,7 +23,7 @@ from ...backend.wiring import InterruptLine, InterruptPulse
 from ...model.actions import Outcome, Shutdown
 from ...model.devices import DeviceSpec, Wiring, irqchip_kind
 from ...model.errors import GuestMemoryError, StateError
-from ...model.spec import VmSpec
+from ...model.spec import Limit, VmSpec
 from ..contain import contained
 from .bus import Bus
 from .console import Console
@@ -45,6 +45,8 @@ class Board(Protocol):
 
     def now(self) -> int: ...
     def end(self, outcome: Outcome) -> None: ...
+    def answer_limit(self) -> Limit | None:
+        """The VM's, as in force."""
 
 
 class Dma:
@@ -94,8 +96,7 @@ class Assembly:
         if states is not None and len(states) != len(specs):
             raise StateError(f"vm {board.spec.name!r}: {len(states)} states for {len(specs)} devices")
         self._board, self._machine, self._console = board, machine, console
-        limit = board.spec.answer_limit
-        self._service = Service(board.spec.name, board.now, board.end, limit, in_turn, post)
+        self._service = Service(board.spec.name, board.now, board.end, board.answer_limit, in_turn, post)
         self._service.going_on = states is not None
         self._makes: Plugged | None = None
         self._stopped = False

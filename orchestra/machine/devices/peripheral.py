@@ -101,7 +101,11 @@ class Peripheral(ABC, Generic[SpecT, StateT]):
         if not isinstance(state, cls.State):
             raise StateError(f"{cls.__name__}: can't go on from {type(state).__name__}: it needs {cls.State.__name__}")
         device = cls(spec, hooks)
-        device.restore(state)
+        try:
+            device.restore(state)
+        except BaseException:
+            device.stop()  # nobody else has it, and what it opened is its own to close
+            raise
         return device
 
     @abstractmethod

@@ -42,6 +42,10 @@ GRID: Final = 5_000_000
 """Nanoseconds. Those that have to wait for their turn are served at multiples of this, so that the event loop wakes
 once for all of them, and not once for each."""
 
+LOOK: Final = 0.05
+"""Seconds between two looks of those who wait at the limit in force. By default a wait is shorter: then it costs no
+look."""
+
 BUSY: Final = 0.0005
 """Seconds until a device is tried again that a vCPU is in. An access takes Python some microseconds."""
 
@@ -79,7 +83,7 @@ class Service:
         vm: its name, for the log.
         now: the fleet's clock, in nanoseconds.
         end: ends the VM. Any thread.
-        limit: what its devices' work may cost, in answers; None: anything.
+        limit: says what its devices' work may cost by now, in answers; None: anything.
         in_turn: runs a function in this VM's turn among all that ask (`machine.inbox`).
         post: runs a function soon on the fleet's thread; from any thread.
     """
@@ -89,7 +93,7 @@ class Service:
         vm: str,
         now: Callable[[], int],
         end: Callable[[Outcome], object],
-        limit: Limit | None,
+        limit: Callable[[], Limit | None],
         in_turn: Callable[[Callable[[], object]], object],
         post: Callable[..., object],
     ) -> None:
@@ -116,7 +120,7 @@ class Service:
     async def run(self, devices: Iterable[Plugged], ended: trio.Event) -> None:
         """Serve them until the guest has ended."""
         self._bucket = Bucket()
-        self._bucket.set(self._limit, self._now())
+        self._bucket.set(self._limit(), self._now())
         try:
             async with trio.open_nursery() as nursery:
                 for plugged in devices:
@@ -186,7 +190,7 @@ class Service:
         begun = time.thread_time_ns()
         try:  # nothing is awaited here, so a pause finds all of it done or nothing of it
             return call()
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a device has no say in whether the program ends
             log.error("vm %s: device %s failed", self._vm, plugged.name, exc_info=error)
             self._end(Failed(f"device {plugged.name} failed: {error!r}"))
             return None
@@ -198,14 +202,21 @@ class Service:
         """Pay for what was served. False: it was within the budget, and there was nothing to wait for."""
         assert self._bucket is not None
         worth, self._worth = self._worth, 0
-        now = self._now()
-        turn = self._bucket.take(now, worth) if worth else now
-        if turn <= now:
+        if not worth:
             return False
-        turn += -turn % GRID
-        while turn > now:
-            await trio.sleep((turn - now) / 1e9)
-            now = self._now()
+        now = self._now()
+        self._bucket.set(self._limit(), now)
+        ticket = self._bucket.charge(now, worth)
+        if ticket is None:
+            return False
+        try:
+            while (turn := self._bucket.turn(ticket)) > now:
+                turn += -turn % GRID
+                await trio.sleep(min((turn - now) / 1e9, LOOK))
+                now = self._now()
+                self._bucket.set(self._limit(), now)  # a change counts for waits in progress too
+        finally:
+            self._bucket.leave(ticket)
         return True
 
 
