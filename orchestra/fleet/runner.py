@@ -229,7 +229,8 @@ class PolicyRunner:
 
     async def _read_logs(self, now: int) -> None:
         logs = self._activity.logs
-        self._activity.dirty(logs.take())  # first, what the last tick did not wait for: these logs are then not due again
+        # First the readings that the last tick did not wait for: these logs are then not due again.
+        self._activity.dirty(logs.take())
         if due := logs.due(now):
             done = trio.Event()
             self._fleet.start_soon(logs.read, due, done)
