@@ -12,7 +12,7 @@ from ..native.core import Sampled
 __all__ = ["Place", "Row", "Samples", "Where", "from_rows"]
 
 MOST: Final = 4096
-"""Places kept for a VM. A guest that writes its code anew all the time would have ever more."""
+"""Places kept for a VM. Without a bound, a guest that writes new code all the time would need ever more memory."""
 
 Where: TypeAlias = Literal["on", "behind", "either"]
 """Where RIP is when a lock is reported: on the instruction (AMD), behind it (Intel), or that is not known."""
