@@ -1,4 +1,4 @@
-"""What was sampled of a VM, over its vCPUs and restarts, until somebody looks; and its form in the journal."""
+"""The samples of a VM, summed over its vCPUs and restarts, and their form in the journal."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Place:
 
 @attrs.define(eq=False)
 class Sum:
-    """Of one place. `code` has `before` bytes that come before `Place.rip`."""
+    """The samples of one place. `code` has `before` bytes that come before `Place.rip`."""
 
     samples: int = 0
     weight: int = 0
