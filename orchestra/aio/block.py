@@ -27,8 +27,8 @@ class Block(AbstractAsyncContextManager[U], Generic[T, U]):
     `asyncio.TaskGroup` does it, and the error comes out of the block.
 
     Parameters:
-        manager: makes what is entered.
-        wrap: makes what the block is given of what was entered.
+        manager: makes the trio context manager.
+        wrap: makes the value of the asyncio block from what trio's `async with` gave.
     """
 
     def __init__(
@@ -39,9 +39,9 @@ class Block(AbstractAsyncContextManager[U], Generic[T, U]):
         self._wrap = wrap
         self._call: Call[None] = Call(bridge, self._hold, on_finish=self._on_finish)
         self._entered: list[T] = []
-        self._settled = Flag()  # entered, or failed to
+        self._settled = Flag()  # set when the trio side was entered, or failed to be
         self._leave = trio.Event()
-        self._inside: asyncio.Task[Any] | None = None  # who is in the block
+        self._inside: asyncio.Task[Any] | None = None  # the task in the block
         self._interrupted = False
         self._cancelling = 0  # how often that task had been cancelled before
 
@@ -87,7 +87,7 @@ class Block(AbstractAsyncContextManager[U], Generic[T, U]):
         if self._interrupted and inside is not None:
             alone = inside.uncancel() <= self._cancelling
             if alone and isinstance(raised, asyncio.CancelledError):
-                raised = None  # that was us, and what follows says why
+                raised = None  # this class cancelled the task; `failure` says why
         failure = self._failure()
         if isinstance(raised, asyncio.CancelledError):
             raise chained(raised, failure)

@@ -1,8 +1,8 @@
 """From an asyncio task to a trio run and back: calls, and cancellation both ways.
 
-asyncio's cancellation is an exception thrown once into whoever waits; trio's holds for as long as its scope lasts.
-What is cancelled here is cancelled there, and the asyncio task then waits until it has unwound, however often it is
-cancelled again meanwhile: nothing of a call is left running behind its caller.
+asyncio cancels by an exception, thrown once into the task that waits; trio's cancellation holds for as long as its
+scope lasts. If an asyncio task is cancelled, its trio call is cancelled, and the asyncio task waits until the call has
+unwound, however often the task is cancelled again meanwhile. So no part of a call outlives its caller.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CLOSED: Final = "the last fleet of this trio run was closed before the call had 
 
 
 class Closed(StateError):
-    """The trio run ended under a call, in an orderly way."""
+    """The trio run ended without an error while a call was on."""
 
 
 def _only_cancelled(error: BaseException) -> bool:
@@ -36,7 +36,8 @@ def _only_cancelled(error: BaseException) -> bool:
 
 
 def chained(cancelled: asyncio.CancelledError, error: BaseException | None) -> BaseException:
-    """What to raise of both: the cancellation, which has an error as its cause. Ctrl-C and exits are no such errors."""
+    """The exception to raise for both: the cancellation, with the error as its cause; but Ctrl-C or an exit as
+    itself."""
     if error is None or isinstance(error, Closed):
         return cancelled
     if not isinstance(error, Exception | BaseExceptionGroup):
@@ -46,7 +47,7 @@ def chained(cancelled: asyncio.CancelledError, error: BaseException | None) -> B
 
 
 class Flag:
-    """Set once, on the loop's thread, and waited for whatever happens meanwhile."""
+    """An event that is set once, on the loop's thread. Cancellation does not end a wait for it."""
 
     __slots__ = ("_waiters", "is_set")
 
@@ -61,9 +62,10 @@ class Flag:
                 waiter.set_result(None)
 
     async def outlast(self, on_cancel: Callable[[], object] | None = None) -> asyncio.CancelledError | None:
-        """Wait until it is set; cancelling this does not end it. The first cancellation, for the caller to raise.
+        """Wait until the flag is set, even if cancelled. Returns the first cancellation, for the caller to raise.
 
-        `on_cancel` is called at each of them.
+        Parameters:
+            on_cancel: called at each cancellation.
         """
         cancelled: asyncio.CancelledError | None = None
         while not self.is_set:
@@ -86,10 +88,10 @@ class Call(Generic[T]):
     """One trio function called for an asyncio task. `run` is its trio task; everything else is the loop's side.
 
     Attributes:
-        finished: set when nothing of it runs any more. Then one of these holds what came of it:
-        value: what was returned.
-        error: what was raised.
-        unwound: it was cancelled by `cancel`.
+        finished: set when no part of the call runs any more. Then one of these three has the result:
+        value: what the function returned.
+        error: what the function raised.
+        unwound: the call was cancelled by `cancel`.
     """
 
     __slots__ = ("_args", "_bridge", "_function", "_on_finish", "_scope", "error", "finished", "unwound", "value")
@@ -118,7 +120,7 @@ class Call(Generic[T]):
                 self.value = await self._function(*self._args)
         except BaseException as raised:
             if _only_cancelled(raised):
-                return  # not by our scope, so the run is ending: `Bridge.over` knows why
+                return  # not cancelled by this scope, so the run is ending: `Bridge.over` knows why
             error = raised
         self._bridge.tell(self.finish, error, self._scope.cancelled_caught)
 
@@ -131,21 +133,21 @@ class Call(Generic[T]):
             self._on_finish()
 
     def cancel(self) -> None:
-        """Ask it to unwind; `finished` tells when it has."""
+        """Ask the call to unwind; `finished` is set when it has."""
         self._bridge.post(self._scope.cancel)
 
 
 class Bridge(abc.ABC):
     """A trio run as the asyncio tasks of one loop see it.
 
-    It is counted: `acquire` and `release` by each fleet; with the last release the run ends.
+    The bridge counts its users: each fleet calls `acquire` and `release`. With the last release the run ends.
 
     Attributes:
         loop: the asyncio loop.
-        calls: those that have not finished.
-        ending: its last user has left; what is called from now on is called on a run of its own.
+        calls: the calls that have not finished.
+        ending: the last user has left; a call from now on gets a trio run of its own.
         ended: set when the run is over and nothing of it is left.
-        wrappers: those in use, by what they wrap, so that one thing is one object on this side too.
+        wrappers: the wrappers in use, by the object that they wrap, so that one object has one wrapper.
     """
 
     def __init__(self) -> None:
@@ -163,23 +165,23 @@ class Bridge(abc.ABC):
     @classmethod
     @abc.abstractmethod
     async def open(cls) -> Self:
-        """One that runs, taken into use; cancelled, it is given back."""
+        """A running bridge, acquired for the caller. If this call is cancelled, the bridge is released."""
 
     @abc.abstractmethod
     def start(self, call: Call[Any]) -> None:
-        """Run it as a trio task, in a copy of the context that this is called in. Not while `ending`."""
+        """Run a call as a trio task, in a copy of the caller's context. Not while `ending`."""
 
     @abc.abstractmethod
     def post(self, function: Callable[[], object]) -> None:
-        """Run it in the trio run, soon. Nothing happens if that has ended."""
+        """Run a function soon in the trio run. Nothing happens if the run has ended."""
 
     @abc.abstractmethod
     def tell(self, function: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
-        """Run it on the loop's thread, called from the trio run."""
+        """Run a function on the loop's thread. Called from the trio run."""
 
     @abc.abstractmethod
     def sync(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call a function that does not wait where the fleet's objects may be touched, and return what it does."""
+        """Call a function that does not wait, on the thread that owns the fleet's objects, and return its result."""
 
     # ---- life
 
@@ -187,7 +189,7 @@ class Bridge(abc.ABC):
         self._users += 1
 
     async def release(self) -> None:
-        """The last user ends the run and waits until it is over, also if it is cancelled meanwhile."""
+        """Leave the run. The last user ends it, and waits until it is over, even if cancelled meanwhile."""
         self._users -= 1
         if self._users:
             return
@@ -201,12 +203,12 @@ class Bridge(abc.ABC):
             raise failure
 
     def over(self, failure: BaseException | None) -> None:
-        """The run has ended. By itself it does so only by a failure: then whoever waits for it is told that."""
+        """The run has ended. `failure`: why it ended by itself; every call that waits then gets that error."""
         self.ending = True
         self._failure = failure
         for call in list(self.calls):
             call.finish(failure or Closed(CLOSED))
-            self._failure = None  # it comes out there
+            self._failure = None  # a call raises the failure, and once is enough
         self.ended.set()
 
     # ---- calls
@@ -224,14 +226,15 @@ class Bridge(abc.ABC):
     ) -> T:
         """Await a trio function.
 
-        Cancelled, the trio function is cancelled and waited for, and then CancelledError is raised, whatever came of
-        it: a task that gets anything else goes on, and is not cancelled again. If it was an error, that is the cause.
+        If this call is cancelled, the trio function is cancelled and waited for. Then CancelledError is raised in any
+        case: a task that got a result instead would go on, and would not be cancelled again. An error of the function
+        is the cause of the CancelledError.
 
         Parameters:
-            keep: given what is returned, whether or not the caller still gets it.
-            undo: awaited in the trio run with what is returned, if the caller does not get it.
+            keep: called with the result, even if the caller does not get it.
+            undo: awaited in the trio run with the result, if the caller does not get it.
         """
-        if self.ending:  # what was closed can still be asked how it ended
+        if self.ending:  # a closed fleet can still be asked how it ended
             another = await self.open()
             try:
                 return await another.call(function, *args, keep=keep, undo=undo)
@@ -244,7 +247,7 @@ class Bridge(abc.ABC):
             try:
                 raise call.error if cancelled is None else chained(cancelled, call.error)
             finally:
-                del call  # or the error's traceback would keep itself alive
+                del call  # otherwise the error's traceback would be part of a reference cycle
         if call.unwound and cancelled is not None:
             raise cancelled
         if keep is not None:
@@ -258,7 +261,7 @@ class Bridge(abc.ABC):
         return call.value
 
     async def iterate(self, function: Callable[[], AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
-        """An async generator of trio's."""
+        """Iterate over an async generator of trio's."""
         source = function()
         try:
             while True:

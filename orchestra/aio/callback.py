@@ -1,4 +1,4 @@
-"""An asyncio function, awaited in the trio run: for what a fleet asks its owner."""
+"""Lets the trio run await an asyncio function: for callbacks of a fleet, such as `on_evict`."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ T = TypeVar("T")
 
 
 async def ask(bridge: Bridge, function: Callable[..., Awaitable[T]], *args: object) -> T:
-    """Call it on the loop's thread, in a task of its own.
+    """Call a function on the loop's thread, in a task of its own, and return its result.
 
-    Cancelled in the trio run, that task is cancelled and waited for.
+    If this call is cancelled in the trio run, that task is cancelled and waited for.
 
     Raises:
-        StateError: somebody else cancelled it.
+        StateError: something else cancelled that task.
     """
     done = trio.Event()
     tasks: list[asyncio.Task[T]] = []

@@ -1,4 +1,4 @@
-"""A fleet and its VMs as asyncio programs see them: each method calls the one of that name of what it wraps.
+"""A fleet and its VMs as asyncio programs see them: each method calls the method of the same name on the trio side.
 
 tests/test_aio_mirror.py compares names, parameters, types and documentation with the originals.
 """
@@ -156,7 +156,7 @@ async def _undo_launch(vm: machine.Vm) -> None:
 
 
 class _Vms(Mapping[str, "Vm"]):
-    """`Fleet.vms`, as it is whenever it is looked at."""
+    """`Fleet.vms`: a live view of the fleet's VMs."""
 
     __slots__ = ("_bridge", "_fleet")
 

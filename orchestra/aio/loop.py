@@ -21,8 +21,8 @@ from .bridge import Bridge, Call
 __all__ = ["LoopBridge"]
 
 AWAKE: Final = 8
-"""Ticks for which trio stays awake after each call. When it has nothing to do it waits in a thread, and to be woken
-there takes two switches of threads, about 100 microseconds: what a caller does next had better find it awake."""
+"""Ticks for which trio stays awake after each call. When trio has nothing to do, it waits in a thread, and to wake it
+takes two switches of threads, about 100 microseconds. So the caller's next call had better find trio awake."""
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -38,7 +38,7 @@ class LoopBridge(Bridge):
 
     @classmethod
     async def open(cls) -> Self:
-        """The running loop's, started if there is none, and taken into use.
+        """The bridge of the running loop, started if there is none, and acquired for the caller.
 
         Raises:
             StateError: another trio run has this thread.
@@ -132,7 +132,7 @@ class _Interrupts:
         self._raised = False
 
     def install(self) -> None:
-        """If this is the main thread, where signals are handled, and there is a handler that may raise."""
+        """Install the handler, if this is the main thread, where signals are handled, and the old handler may raise."""
         if threading.current_thread() is threading.main_thread():
             self._previous = signal.getsignal(signal.SIGINT)
             if callable(self._previous):
@@ -155,7 +155,7 @@ class _Interrupts:
             raise
 
     def restore(self) -> None:
-        """Unless somebody else has put in another since."""
+        """Put the old handler back, unless other code has installed another one since."""
         if callable(self._previous) and signal.getsignal(signal.SIGINT) == self._handle:
             # asyncio.run takes its handler back when the main task is done, or when it raises. If trio outlasts that,
             # it found ours and does not come again.

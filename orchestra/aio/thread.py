@@ -1,4 +1,4 @@
-"""A trio run in a thread of its own, for loops that are not ours to put a guest into."""
+"""A trio run in a thread of its own, for loops that can't have trio as a guest."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ P = ParamSpec("P")
 
 
 class ThreadBridge(Bridge):
-    """Everything of the fleet lives on the thread. What does not wait is called there as well: a hop each."""
+    """The whole fleet lives on that thread. Calls that do not wait go there as well, and cost a hop each."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class ThreadBridge(Bridge):
 
     @classmethod
     async def open(cls) -> Self:
-        """Start one, and take it into use."""
+        """Start a run, and acquire it for the caller."""
         bridge = cls()
         bridge.acquire()
         bridge._thread.start()
@@ -62,7 +62,7 @@ class ThreadBridge(Bridge):
             await super().release()
         finally:
             if self.ended.is_set:
-                self._thread.join()  # its last act was to say so
+                self._thread.join()  # short: the thread reported its end as its last act
 
     def start(self, call: Call[Any]) -> None:
         try:

@@ -1,4 +1,4 @@
-"""What the asyncio side's classes have in common."""
+"""The common part of the asyncio side's classes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def mirrors(original: type) -> Callable[[C], C]:
 
 
 class Wrapper(Generic[T]):
-    """What is on the other side, and the way there."""
+    """An object of the trio side, and the bridge to it."""
 
     __slots__ = ("__weakref__", "_bridge", "_inner")
 
@@ -43,7 +43,7 @@ class Wrapper(Generic[T]):
 
 
 def wrapped(cls: type[W], bridge: Bridge, inner: object) -> W:
-    """One wrapper for one thing, for as long as somebody holds it."""
+    """The wrapper of an object. The same wrapper is returned for as long as it is referenced."""
     wrapper: W | None = bridge.wrappers.get(inner)
     if wrapper is None:
         wrapper = bridge.wrappers[inner] = cls(bridge, inner)

@@ -31,7 +31,7 @@ __all__ = ["Backend", "Detection", "Engine", "EntryState", "Machine", "RunResult
 
 
 class RunResult(IntEnum):
-    """Why an engine came back: `enum orc_why` of the core."""
+    """Why an engine returned from `run`: `enum orc_why` of the core."""
 
     EXIT = int(lib.ORC_EXIT)
     IO = int(lib.ORC_IO)
@@ -39,24 +39,25 @@ class RunResult(IntEnum):
     COMMAND = int(lib.ORC_COMMAND)
     ERROR = int(lib.ORC_ERROR)
     ANSWERED = int(lib.ORC_ANSWERED)
-    """Of an access: the core needs nobody for it. No engine comes back with it."""
+    """Of an access: the core has answered it. No engine returns this."""
     ASKED = int(lib.ORC_ASKED)
-    """Commands are pending while a task is asked. Only engines that block ask by themselves; of the others what a
-    task is to answer is `IO` or `MMIO`."""
+    """Commands are pending while a task is asked. Only engines that block ask by themselves. The others return `IO` or
+    `MMIO` for what a task has to answer."""
 
 
 Detection = Literal["fault-like", "trap-like", "unknown"]
-"""When a bus lock is reported: before the instruction (AMD), behind it (Intel), or nobody knows."""
+"""When a bus lock is reported: before the instruction (AMD: "fault-like"), after it (Intel: "trap-like"), or
+unknown."""
 
 
 class Engine(Protocol):
-    """One vCPU's executor. Its methods are for the runner unless they say otherwise."""
+    """Executes one vCPU. Methods are for the runner, unless their docstring says otherwise."""
 
     @property
     def core(self) -> VcpuCore: ...
     @property
     def threaded(self) -> bool:
-        """`run` blocks and belongs on a thread of its own; else it is awaited on the fleet's."""
+        """True: `run` blocks, and needs a thread of its own. False: `run` is awaited on the fleet's thread."""
 
     @property
     def access(self) -> Any:
@@ -66,13 +67,13 @@ class Engine(Protocol):
         """Execute until something needs a decision: a `RunResult`, or an awaitable of one if not threaded."""
 
     def sleep(self, seen: int) -> Any:
-        """Sleep until woken or kicked, unless that came since `seen` was read."""
+        """Sleep until woken or kicked. Returns at once if that happened since `seen` was read."""
 
     def attach(self) -> None:
-        """Take it up on this thread, as `Threaded.start` does on another."""
+        """Prepare to run on this thread, as `Threaded.start` does on another."""
 
     def detach(self) -> None:
-        """It will not run again."""
+        """The engine will not run again."""
 
     def kick(self) -> None:
         """Tell an engine that is not threaded to look at its commands. Any time, fleet's thread."""
@@ -81,7 +82,7 @@ class Engine(Protocol):
         """End `sleep`. Any time, fleet's thread."""
 
     def resumed(self) -> None:
-        """It was paused, and will be entered again: tell the guest that time has passed, if there is a way to."""
+        """The vCPU was paused and will be entered again: tell the guest that time has passed, if there is a way."""
 
     def last_exit(self) -> Fields:
         """The record of the exit that `run` returned with, for `records.decode`."""
@@ -95,15 +96,15 @@ class Engine(Protocol):
     def special_registers(self) -> Any: ...
 
     def close(self) -> None:
-        """After the runner has ended. The core stays: its owner closes it."""
+        """Give everything back, after the runner has ended. The owner of the core closes the core."""
 
 
 class Threaded(Engine, Protocol):
     """An engine that is `threaded`."""
 
     def start(self, vm: str, index: int, proceed: Callable[[int], object]) -> Runner:
-        """A thread, named after the vCPU, takes it up, waits while `Command.HOLD` is on, runs it, and calls
-        `proceed` with the first `Why` that it came back with. Any thread.
+        """Start a thread, named after the vCPU, which waits while `Command.HOLD` is set, runs the engine, and calls
+        `proceed` with the first `RunResult`. Any thread.
 
         Raises:
             ResourceLimit: the host has no thread left.
@@ -118,7 +119,7 @@ class Machine(Protocol):
 
     @property
     def dirty(self) -> DirtyLog | None:
-        """Counts the pages that the guest writes; None where nobody can tell (`Backend.logs_dirty`)."""
+        """The log of the pages that the guest writes; None: the backend has none (`Backend.logs_dirty`)."""
 
     @property
     def interrupts(self) -> Any:
@@ -130,7 +131,7 @@ class Machine(Protocol):
         """Interrupts and doorbells for devices; None: this backend has neither, and refuses specs that need them."""
 
     def close(self) -> None:
-        """Release everything but the memory, which its owner closes."""
+        """Release everything but the memory: the owner of the memory closes it."""
 
 
 class Backend(Protocol):
@@ -140,27 +141,27 @@ class Backend(Protocol):
     def name(self) -> str: ...
     @property
     def why(self) -> str:
-        """One line: what it is and why it was picked."""
+        """One line: what the backend is, and why it was picked."""
 
     @property
     def blocking(self) -> bool:
-        """`create` takes its time and belongs on a worker thread."""
+        """Whether `create` blocks, and needs a worker thread."""
 
     @property
     def logs_dirty(self) -> bool:
-        """It can tell which pages a guest writes (`VmSpec.log_dirty`)."""
+        """Whether the backend can log which pages a guest writes (`VmSpec.log_dirty`)."""
 
     def bus_lock_detection(self) -> Detection | None:
-        """How this host reports bus locks; None: it does not."""
+        """How this host reports bus locks; None: it reports none."""
 
     def now(self) -> int:
-        """Nanoseconds on the clock that exits are stamped with."""
+        """Nanoseconds on the clock that the times of exits come from."""
 
     def check(self, spec: VmSpec) -> None:
-        """Before anything is made.
+        """Check a spec before anything is made.
 
         Raises:
-            SpecError: it asks for what this backend, or this host, can't do; the message says what can.
+            SpecError: the spec asks for what this backend, or this host, can't do; the message says what can.
         """
 
     def create(
@@ -172,10 +173,10 @@ class Backend(Protocol):
         *,
         bus_locks: bool,
     ) -> Machine:
-        """Make a VM whose vCPUs start as `states` say. Rolls back whatever it opened if it fails."""
+        """Make a VM whose vCPUs start as `states` say. If that fails, everything it opened is closed."""
 
     def limits_changed(self) -> None:
-        """Limits changed: engines that wait by themselves look again. (Threads are woken by the core.)"""
+        """Limits have changed: engines that wait by themselves look again. (The core wakes threads.)"""
 
     def close(self) -> None: ...
 
@@ -185,12 +186,12 @@ def choose(backend: str | Backend, asked: Asked | None = None) -> Backend:
 
     Parameters:
         backend: a name, or a Backend object, which is given back as it is.
-        asked: what "auto" must be able to do. One that is named is opened whatever is asked for.
+        asked: what "auto" must be able to do. A backend that is named is opened in any case.
 
     Raises:
         NoSuchBackend: no backend has that name.
-        BackendUnavailable: it can't work on this host; the message says what to do.
-        BusLockUnsupported: "auto": none that opens sees the bus locks that are asked for.
+        BackendUnavailable: the backend can't work on this host; the message says what to do.
+        BusLockUnsupported: with "auto", no backend that opens sees the bus locks that are asked for.
     """
     if not isinstance(backend, str):
         return backend

@@ -31,8 +31,8 @@ class Asked:
     """What a backend must be able to do.
 
     Attributes:
-        bus_locks: who needs bus locks to be seen, such as "limit" or "bus_locks='require'"; empty: nobody.
-        spec: a VM that it must be able to run; None: none is known yet.
+        bus_locks: what needs bus locks to be seen, such as "limit" or "bus_locks='require'"; empty: nothing.
+        spec: a VM that the backend must be able to run; None: no VM is known yet.
     """
 
     bus_locks: str = ""
@@ -56,11 +56,11 @@ class Found:
     """A backend as it was found on this host.
 
     Attributes:
-        name: which.
-        problem: why it does not open, or can't run the VM that is asked for; empty: nothing is in the way.
-        remedy: what to do about that.
-        opens: it could be opened.
-        bus_locks: it sees bus locks.
+        name: the backend.
+        problem: why it does not open, or can't run the VM that is asked for; empty: there is no problem.
+        remedy: what to do about the problem.
+        opens: whether the backend could be opened.
+        bus_locks: whether it sees bus locks.
     """
 
     name: Name
@@ -71,7 +71,7 @@ class Found:
 
     @classmethod
     def closed(cls, name: Name, message: str) -> Found:
-        """One that does not open, by the message of its `BackendUnavailable`: the problem, a colon, the remedy."""
+        """A backend that does not open. `message`: of its `BackendUnavailable`: the problem, a colon, the remedy."""
         message = message.removeprefix(f"backend={name!r}: ")
         # Only KVM's remedies have colons of their own, and only unicorn's problems.
         problem, _, remedy = message.partition(": ") if name == "kvm" else message.rpartition(": ")
@@ -80,14 +80,14 @@ class Found:
 
 @attrs.frozen
 class Pick:
-    """The name of a backend, and in one line why; None: none fits, and `why` has each one's reason and remedy."""
+    """The name of a backend, and one line that says why. None: no backend fits; `why` has each reason and remedy."""
 
     name: Name | None
     why: str
 
 
 def pick(found: Iterable[Found], asked: Asked = Asked()) -> Pick:
-    """The first that can do what is asked for; looks at no more of them than it has to."""
+    """The first backend that can do what is asked for. The backends after it are not looked at."""
     passed: list[Found] = []
     for one in found:
         if not one.problem and asked.bus_locks and not one.bus_locks:
@@ -112,11 +112,11 @@ def _because(one: Found, passed: Sequence[Found], asked: Asked) -> str:
 
 
 def open_best(asked: Asked = Asked()) -> Backend:
-    """The backend that `pick` says, opened; its `why` is the reason. Whoever asked closes it.
+    """The backend that `pick` says, opened; its `why` is the reason. The caller closes it.
 
     Raises:
-        BusLockUnsupported: a backend opens, but none that does sees the bus locks that are asked for.
-        BackendUnavailable: nothing fits for other reasons. The message has each backend's reason and remedy.
+        BusLockUnsupported: backends open, but none of these sees the bus locks that are asked for.
+        BackendUnavailable: no backend fits, for other reasons. The message has each backend's reason and remedy.
         ResourceLimit: no file descriptor is left.
     """
     opened: list[Backend] = []
@@ -143,7 +143,7 @@ def open_best(asked: Asked = Asked()) -> Backend:
 
 
 def look() -> list[Found]:
-    """Every backend that "auto" knows, as this host has it; nothing stays open.
+    """Every backend that "auto" knows, as found on this host; nothing stays open.
 
     Raises:
         ResourceLimit: no file descriptor is left.
@@ -157,7 +157,7 @@ def look() -> list[Found]:
 
 
 def _each(opened: list[Backend], spec: VmSpec | None) -> Iterator[Found]:
-    """Open one after the other, as far as somebody goes on asking. Those that open are added to `opened`."""
+    """Open one backend after another, as far as the caller iterates. Backends that open are added to `opened`."""
     from .emulated.machine import EmulatedBackend
     from .kvm.machine import KvmBackend
 

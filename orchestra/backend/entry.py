@@ -1,4 +1,4 @@
-"""Where a vCPU starts: all of its registers, as what it boots asks for them.
+"""The entry state of a vCPU: all of its registers, as the boot spec needs them.
 
     REAL                          real mode, as after reset, with all segments at 0
     protected_mode(gdt, ...)      32-bit code in flat segments, no paging
@@ -34,9 +34,9 @@ EFER_LME, EFER_LMA = 1 << 8, 1 << 10
 
 @attrs.frozen(kw_only=True, cache_hash=True)
 class Mode:
-    """What kind of code it starts with: the special registers, and how wide they make an address.
+    """The CPU mode in which a vCPU starts: the special registers, and the width of an address.
 
-    One serves all vCPUs and all VMs that start alike, and is compared by its fields.
+    All vCPUs and VMs that start alike share one `Mode`; modes are compared by their fields.
     """
 
     bits: Literal[16, 32, 64]
@@ -51,13 +51,13 @@ class EntryState:
     """One vCPU's registers.
 
     Attributes:
-        mode: segments, tables and control registers. Its APIC base is not looked at: the kernel knows which vCPU this
-            is, and which one is the boot processor.
+        mode: segments, tables and control registers. Its APIC base is ignored: the kernel knows which vCPU this is, and
+            which vCPU is the boot processor.
         registers: the general registers, RIP and RFLAGS.
         msrs: model-specific registers that do not start as after reset: numbers with their values, in the order in
             which they are to be set.
-        waits: it does not start by itself, but when another vCPU sends it INIT and SIPI. Then of all this only `msrs`
-            counts. Needs an irqchip.
+        waits: the vCPU starts when another vCPU sends INIT and SIPI. Then only `msrs` counts of all these fields. Needs
+            an irqchip.
 
     The FPU is not part of it: KVM makes vCPUs with FCW 0x37f and MXCSR 0x1f80, which is what kernels expect of a boot
     loader. (KVM_SET_FPU would not set MXCSR: arch/x86/kvm/x86.c leaves it out.)
@@ -125,7 +125,7 @@ def _flat(gdt: DescriptorTable, code: Segment, data: Segment) -> SpecialRegister
     return attrs.evolve(_RESET, cs=code, ds=data, es=data, fs=data, gs=data, ss=data, gdt=gdt, cr0=cr0)
 
 
-@functools.lru_cache(maxsize=64)  # each takes 30 us, a tenth of a launch, and fleets have a few kinds of VMs
+@functools.lru_cache(maxsize=64)  # making a mode takes 30 us, a tenth of a launch; a fleet has few kinds of VMs
 def protected_mode(gdt: DescriptorTable, code: Segment, data: Segment) -> Mode:
     """32-bit code without paging. `code` and `data` must be what `gdt` has (`segment_of`): guests load them again."""
     return Mode(bits=32, special=_flat(gdt, code, data))

@@ -1,11 +1,11 @@
-"""Guest memory: what its pages are made of, and the one checked door to them.
+"""Guest memory: its pages, and the only way to read and write them, which checks each access.
 
     anonymous     pages of this process alone
     shared        a memfd: `GuestMemory.descriptor` can be handed to other processes
-    file          private pages over a file: one that is named, or a descriptor (a template, a snapshot's memory)
+    file          private pages over a file, given by name or as a descriptor (a template, a snapshot's memory)
 
-The guest changes its memory at any moment, also between two looks of ours. So whoever takes something from it reads it
-once (`read` and `unpack` copy), checks the copy, and never looks at the memory again for it.
+The guest may change its memory at any moment, also between two reads of the host. So code that takes a value from guest
+memory reads it once (`read` and `unpack` copy), checks the copy, and never reads the value again.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ _MAP_HUGE_2MB: Final = 0x40000 | 21 << 26  # MAP_HUGETLB, of 2^21 bytes
 _MFD_HUGE_2MB: Final = 0x0004 | 21 << 26
 _HUGE_POOL: Final = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
 
-# Python keeps a duplicate of a descriptor that it maps; from 3.13 on one may say no.
+# Python keeps a duplicate of a descriptor that it maps; from 3.13 on an argument prevents that.
 _UNTRACKED: Final[dict[str, Any]] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
 
 ZAPPED: Final = 4 << 20
-"""Bytes that are given back in one call, half a millisecond of work. While the kernel unmaps, whoever maps something in
-this process waits, as KVM_CREATE_VM and every launch do, and then whoever touches a page: between two calls they get
-their turn."""
+"""Bytes that are given back in one call, half a millisecond of work. While the kernel unmaps, every other thread of
+this process waits that maps something, as KVM_CREATE_VM and each launch do, and then every thread that touches a new
+page. Between two calls these threads get their turn."""
 
 
 @attrs.define(eq=False)
@@ -53,7 +53,7 @@ class Region:
 
     span: range
     mapping: mmap.mmap
-    view: Any  # cffi's buffer over the mapping: it pins it, and must go before it
+    view: Any  # cffi's buffer over the mapping. It pins the mapping, and must be released first
     readonly: bool = False
     log_dirty: bool = False
 
@@ -62,7 +62,7 @@ class Region:
         return int(ffi.cast("uintptr_t", self.view))
 
     def drop(self) -> None:
-        """Unmap it in one piece."""
+        """Unmap the region in one piece."""
         ffi.release(self.view)
         self.mapping.close()
 
@@ -73,9 +73,9 @@ class GuestMemory:
     Reads and writes are copies and not atomic against a running guest, as with any VMM.
 
     Parameters:
-        spec: whose memory; RAM and regions are as it says.
-        template: a descriptor with what the RAM holds at first, in the order of its addresses; the VM gets private
-            pages over it. It stays the caller's, who may close it. None: as the spec says.
+        spec: the VM; RAM and regions are as its spec says.
+        template: a descriptor with the first contents of the RAM, in the order of the addresses; the VM gets private
+            pages over it. The caller keeps the descriptor, and may close it. None: as the spec says.
 
     Raises:
         ResourceLimit: the host has not that much memory, or huge pages; the message names the limit.
@@ -84,7 +84,7 @@ class GuestMemory:
 
     def __init__(self, spec: VmSpec, template: int | None = None) -> None:
         self.regions: list[Region] = []
-        # Told of address and size after each write from outside: whoever executes translated code has to know.
+        # Called with address and size after each write from outside: an engine that executes translated code must know.
         self.on_write: Callable[[int, int], object] | None = None
         self._descriptor = -1
         try:
@@ -98,7 +98,7 @@ class GuestMemory:
                 self.write(region.address, region.contents)
         except BaseException:
             for made in self.detach():
-                made.drop()  # at once, however large it is: hardly a page was touched
+                made.drop()  # in one piece: hardly a page was touched
             raise
 
     # ---- making
@@ -138,8 +138,8 @@ class GuestMemory:
     ) -> None:
         more: dict[str, Any] = {}
         if file < 0:
-            # Pages are not accounted for before they are used, but huge ones: these must be there, or the first touch
-            # of one that is not ends the process.
+            # The kernel need not reserve small pages before they are used. Huge pages must be reserved: the first touch
+            # of a huge page that is missing ends the process (SIGBUS).
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (_MAP_HUGE_2MB if huge else _MAP_NORESERVE)
         else:
             flags = mmap.MAP_PRIVATE | _MAP_NORESERVE if private else mmap.MAP_SHARED
@@ -150,7 +150,7 @@ class GuestMemory:
             raise _no_memory(len(span), huge, error) from error
         self.regions.append(Region(span, mapping, ffi.from_buffer(mapping), readonly, log_dirty))
 
-    # ---- the door
+    # ---- access
 
     def _pieces(self, address: int, size: int) -> Iterator[tuple[Region, int, int]]:
         """The regions under a range, each with offset and length in it."""
@@ -175,11 +175,11 @@ class GuestMemory:
         Raises:
             GuestMemoryError: not all of the range is memory, or the memory is released.
         """
-        pieces = list(self._pieces(address, size))  # all are looked up before anything is copied
+        pieces = list(self._pieces(address, size))  # look all up, or raise, before anything is copied
         return b"".join(region.mapping[offset : offset + length] for region, offset, length in pieces)
 
     def unpack(self, layout: struct.Struct, address: int) -> tuple[Any, ...]:
-        """A structure at `address`, of one copy: what its fields say of one another is still to be checked.
+        """A structure at `address`, unpacked from one copy. The caller still has to check its fields.
 
         Raises:
             GuestMemoryError: as `read`.
@@ -204,7 +204,7 @@ class GuestMemory:
         if self.on_write is not None and done:
             self.on_write(address, done)
 
-    # ---- what it is, and its end
+    # ---- descriptor, and the end
 
     @property
     def descriptor(self) -> int | None:
@@ -220,7 +220,7 @@ class GuestMemory:
         return not self.regions
 
     def detach(self) -> list[Region]:
-        """No access is possible from now on. What is left to `unmap`, on any thread."""
+        """End all access. Returns the regions that are left to `unmap`, on any thread."""
         regions, self.regions = self.regions, []
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
@@ -228,12 +228,12 @@ class GuestMemory:
         return regions
 
     def close(self) -> None:
-        """Unmap it here: 0.1 ms for each MiB that was touched."""
+        """Unmap the memory on this thread: 0.1 ms for each MiB that was touched."""
         unmap(self.detach())
 
 
 def unmap(regions: Sequence[Region]) -> None:
-    """Unmap regions that were detached. Any thread; gives up the interpreter lock meanwhile."""
+    """Unmap detached regions. Any thread; releases the interpreter's lock meanwhile."""
     for region in regions:
         size = len(region.span)
         for start in range(0, size, ZAPPED):
@@ -241,12 +241,12 @@ def unmap(regions: Sequence[Region]) -> None:
         region.drop()
 
 
-# ---- what the host gives
+# ---- descriptors of the host
 
 
 def _memfd(memory: Memory, name: str) -> int:
-    """A memfd for all of the RAM. Its size is sealed, also for those who it is handed to: a page that is gone would end
-    this process at the next touch."""
+    """A memfd for all of the RAM. Its size is sealed, also against processes that get the descriptor: the next touch of
+    a page that is gone would end this process."""
     flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | (_MFD_HUGE_2MB if memory.huge_pages else 0)
     try:
         descriptor = os.memfd_create(f"orchestra {name}", flags)
@@ -282,7 +282,7 @@ def _check_file(file: int, name: str, size: int) -> None:
         raise FileError(f"{name}: is no regular file: a VM's memory needs one")
     if found.st_size < size:
         raise FileError(f"{name}: has {found.st_size} bytes, and the VM's RAM {size}: it must be as long, at least")
-    # A memfd may be kept from becoming shorter under us; a file on a disk may not, and one that is sealed is as it is.
+    # A memfd can be sealed, so that it never becomes shorter while it is mapped. A file on a disk can't.
     with contextlib.suppress(OSError):
         fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
 

@@ -29,7 +29,7 @@ def memory_slots(memory: GuestMemory) -> Any:
     return slots
 
 
-@functools.lru_cache(maxsize=64)  # a fleet's VMs start in a few modes, and making one takes 20 us
+@functools.lru_cache(maxsize=64)  # making one takes 20 us; a fleet's VMs start in few modes
 def _special(mode: Mode) -> Any:
     """``struct kvm_sregs *``, to be read only."""
     return mode.special.to_struct()
@@ -47,7 +47,7 @@ def entries(states: Sequence[EntryState]) -> tuple[Any, list[Any]]:
         SpecError: a value does not fit its register.
     """
     made = ffi.new("struct orc_entry[]", len(states))
-    kept: list[Any] = []  # what was made, and not what is read from the structure: that owns nothing
+    kept: list[Any] = []  # the objects that own the memory; pointers read from a structure own nothing
 
     def keep(pointer: Any) -> Any:
         kept.append(pointer)

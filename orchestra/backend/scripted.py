@@ -1,4 +1,4 @@
-"""Guests that are a timed list of exits. No thread, no KVM; for tests of all that reacts to exits.
+"""Guests that are a timed list of exits, without threads and without KVM: for tests of code that reacts to exits.
 
 Exits are accounted by the same C core as real ones, so counters, budgets, statistics and subscriptions are the real
 ones too. Time is trio's, so a test under `trio.testing.MockClock(autojump_threshold=0)` runs hours in milliseconds.
@@ -53,14 +53,14 @@ class ScriptedExit:
 
     Attributes:
         reason: the kernel's name in lower case ("io", "hlt", "x86_bus_lock", ...) or any number.
-        after: seconds that the guest runs before it, not counting waits for its turn.
+        after: seconds that the guest runs before this exit, without waits for its turn.
         flags: KVM_RUN_X86_*: 1 SMM, 2 bus lock, 4 guest mode.
-        rip: what it was sampled as.
+        rip: the RIP of the sample.
         args, data: as `describe` in native/kvm.c fills them for the reason.
-        errno: not 0: KVM_RUN fails with it, and `flags` are what an earlier run left.
+        errno: not 0: KVM_RUN fails with this error, and `flags` are left from an earlier run.
 
     Raises:
-        SpecError: it is none that a guest could do.
+        SpecError: no guest could make this exit.
     """
 
     reason: str | int
@@ -101,7 +101,7 @@ Scripts: TypeAlias = Mapping[str, Script] | Callable[[VmSpec, int], Script]
 
 
 def bus_lock(after: float = 0.0, rip: int | None = None) -> ScriptedExit:
-    """A bus lock that nothing else coincides with."""
+    """A bus lock without any other exit at the same time."""
     return ScriptedExit("x86_bus_lock", after, BUS_LOCK, rip)
 
 
@@ -166,7 +166,7 @@ class ScriptedEngine:
     async def run(self) -> RunResult:
         await trio.lowlevel.checkpoint()
         handle, backend = self.core.handle, self._backend
-        if self.access.count:  # so many were answered since it came back last
+        if self.access.count:  # elements that were answered since the last return
             lib.orc_vcpu_answered(handle, self.access.count, backend.now())
         while True:
             kicked = self._kicked
@@ -179,7 +179,7 @@ class ScriptedEngine:
                 # Other commands come when all of it is answered, as in orc_access_resume.
                 if commands or turn == NEVER or await self._wait_turn(turn, kicked):
                     return RunResult(lib.orc_access_up(handle))
-                self.access.count = 0  # not asked after all: somebody else may be there by now
+                self.access.count = 0  # nobody was asked: the claim may have changed by now
                 continue
             self._finish_read()
             if commands:
@@ -225,7 +225,7 @@ class ScriptedEngine:
         try:
             with trio.move_on_after(max(0, turn - backend.now()) / 1e9):
                 await kicked.wait()
-            # By now the limit may be another one, and the turn with it. The clock is a float: what is left below its
+            # The limit, and the turn with it, may have changed by now. The clock is a float: a rest below its
             # resolution counts as waited.
             turn = lib.orc_vcpu_turn(handle)
             served = bool(turn <= backend.now() + 1000)
@@ -234,7 +234,7 @@ class ScriptedEngine:
         return served
 
     def _access(self, step: ScriptedExit) -> RunResult:
-        """Make the access; `RunResult.ANSWERED` if it needs nobody."""
+        """Make the access. `RunResult.ANSWERED`: the core has answered it."""
         address, size, *rest = step.args
         count, write = rest if step.reason == "io" else (1, *rest)
         ffi.memmove(self._data, step.data, len(step.data))
@@ -278,7 +278,7 @@ class ScriptedEngine:
         return f"KVM_RUN failed: {errno.errorcode.get(self._errno, self._errno)} ({os.strerror(self._errno)})"
 
     def registers(self) -> Registers:
-        """Where it was entered: a script changes no register."""
+        """The registers at entry: a script changes none."""
         return self._registers
 
     def special_registers(self) -> Any:

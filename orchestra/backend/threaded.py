@@ -1,4 +1,4 @@
-"""What the engines that block on a thread of their own have in common: the core does it all."""
+"""The common part of engines that block on a thread of their own. The core does all the work."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ __all__ = ["ThreadedEngine"]
 
 
 class ThreadedEngine:
-    """An engine whose `run` is one call into the C core, which gives up the interpreter lock."""
+    """An engine whose `run` is one call into the C core, which releases the interpreter's lock."""
 
     threaded = True
     in_core: Any
-    """What `run` calls: ``enum orc_why (*)(orc_vcpu *)``."""
+    """The C function that `run` calls: ``enum orc_why (*)(orc_vcpu *)``."""
 
     def __init__(self, core: VcpuCore) -> None:
         self.core = core
@@ -25,7 +25,8 @@ class ThreadedEngine:
         self._handle = core.handle
 
     def start(self, vm: str, index: int, proceed: Callable[[int], object]) -> Runner:
-        """Run it on a thread of its own, which calls `proceed` in Python when `run` comes back for the first time.
+        """Run the engine on a thread of its own. The thread calls `proceed` in Python when `run` returns for the first
+        time.
 
         Raises:
             ResourceLimit: the host has no thread left.
@@ -48,7 +49,7 @@ class ThreadedEngine:
         self.core.wake()
 
     def resumed(self) -> None:
-        """Nothing, unless the guest has a clock that can be told."""
+        """Nothing, unless the engine can tell the guest that time has passed."""
 
     def last_exit(self) -> Fields:
         return unpack(lib.orc_vcpu_record(self._handle))

@@ -1,4 +1,4 @@
-"""How a machine wires its devices: what a backend that has an irqchip and ioeventfds gives to each of them."""
+"""Interrupts and doorbells of devices, as a backend with an irqchip and ioeventfds provides them."""
 
 from __future__ import annotations
 
@@ -19,27 +19,28 @@ class InterruptPulse(Protocol):
 
     @property
     def fd(self) -> int:
-        """The eventfd, for whoever makes interrupts without Python (vhost, a worker). -1 once the VM is closed."""
+        """The eventfd, for code that makes interrupts without Python (vhost, a worker). -1 once the VM is closed."""
 
     def fire(self) -> None:
         """One interrupt. Several that the guest has not taken yet may become one. Nothing once the VM is closed."""
 
 
 class MsiVector(InterruptPulse, Protocol):
-    """A message-signalled interrupt. It goes nowhere until the guest has said where to."""
+    """A message-signalled interrupt. It goes nowhere until the guest has programmed it."""
 
     def route(self, address: int, data: int) -> bool:
-        """Send it there from now on, in one step: to the old place or the new one, and never to half of each.
+        """Send the interrupt there from now on. The change is one step: an interrupt never goes to a mixture of both.
 
-        Both come from the guest. False: `address` is no interrupt address of x86-64; it is routed as before then.
+        Both come from the guest. Returns False if `address` is no interrupt address of x86-64; the route is then as
+        before.
         """
 
     def unroute(self) -> None:
-        """Send it nowhere, as after a reset."""
+        """Send the interrupt nowhere, as after a reset."""
 
 
 class Wires(Protocol):
-    """The wiring of one machine, which closes what it gave."""
+    """The wiring of one machine. The machine closes what this returned."""
 
     def line(self, gsi: int) -> InterruptLine: ...
     def pulse(self, gsi: int) -> InterruptPulse: ...
@@ -54,5 +55,5 @@ class Wires(Protocol):
         """An eventfd (non-blocking) that counts the guest's writes there, none of which leaves the kernel.
 
         Raises:
-            KvmError, ResourceLimit: the kernel won't.
+            KvmError, ResourceLimit: the kernel refuses the doorbell.
         """

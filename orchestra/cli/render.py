@@ -1,4 +1,4 @@
-"""What needs rich: the demo's live table, the doctor's report, a simulation's progress. Only this module imports it."""
+"""The demo's live table, the doctor's report, a simulation's progress. Only this module imports rich."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from ..output.numbers import shown
 __all__ = ["LiveTable", "Progress", "show_report"]
 
 AROUND: int = 12
-"""Lines of the live picture that are no VM's."""
+"""Lines of the live picture that belong to no VM."""
 BARS = " ▁▂▃▄▅▆▇█"
-"""What trends are drawn with, from nothing to the most there was."""
+"""The characters of trends, from zero to the highest value."""
 WIDEST = 48
 _BLANK = Row("vm", "tenant", True, "running", True, 0, 0.0, 0, 0.0, 0.0, 0.5, 1.0)
 STATES = {"running": "green", "paused": "yellow", "waiting": "yellow", "failed": "red", "stopped": "dim"}
@@ -38,7 +38,7 @@ class LiveTable:
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(file=sys.stdout, highlight=False)
-        # No thread of rich's own: frames are drawn as samples come, and only then.
+        # Without a thread of rich: frames are drawn only when samples come.
         self._live = Live(console=self.console, auto_refresh=False, vertical_overflow="crop", redirect_stderr=False)
         self._act: Act | None = None
         self._seconds = 0.0
@@ -57,7 +57,7 @@ class LiveTable:
         self._trends = Trends(plan.seconds, self._noun)
         for line in words.opening(plan, fleet, meter):
             self.console.print(Text(line))
-        # Rich loads and works out things when they are first needed: better now than while guests run.
+        # Rich loads modules at their first use: better now than while guests run.
         self.console.render_lines(self._picture(Sample(0.0, 0, (_BLANK,))))
         self._live.start()
 
@@ -72,7 +72,7 @@ class LiveTable:
 
     def sample(self, sample: Sample) -> None:
         self._trends.add(sample)
-        # What was said since the last frame goes out with this one: each print would draw the whole picture again.
+        # Lines since the last frame are printed with this frame: each print would draw the whole picture again.
         self._live.update(self._picture(sample), refresh=not self._said)
         self._flush()
 
@@ -127,7 +127,7 @@ class Trends:
     """Two lines from the beginning to now: what the noisy VMs did together, and what the quiet ones got done."""
 
     BESIDE = 30
-    """Columns that are no bar's."""
+    """Columns that belong to no bar."""
 
     def __init__(self, seconds: float = 1.0, noun: str = "") -> None:
         self._seconds = seconds

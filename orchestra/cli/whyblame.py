@@ -13,7 +13,7 @@ from ..policy.suspects import FEWEST, Suspect, Suspicion
 __all__ = ["suspicion_document", "verdict"]
 
 MUCH: Final = 0.1
-"""Part of its time from which a wait is worth a word."""
+"""Share of a VM's time from which a wait is mentioned."""
 
 SLOWER: Final = 1.5
 

@@ -28,7 +28,7 @@ def capital(text: str) -> str:
 
 
 def window(told: Explanation) -> str:
-    """The time that the figures are of."""
+    """The time that the figures are about."""
     until = told.until if told.gone else told.at
     if abs(told.end - until) < SECOND and not inner_gaps(told):
         whole = abs(told.seconds * SECOND - LATELY) < 1.5 * SECOND
@@ -70,7 +70,7 @@ def unknown(told: Explanation) -> Iterator[str]:
     for since, until in told.covered.gaps:
         first, last = time_of_day(since, told.at), time_of_day(until, told.at)
         if until == end and told.ends is not None:
-            continue  # that has been said
+            continue  # an earlier sentence says this
         if since == begin and until == end:
             yield f"The journal has no interval of the time from {first} to {last}: what held it then is not known."
         elif since == begin:
@@ -207,7 +207,7 @@ def _several(texts: Iterable[str]) -> str:
 def in_force(told: Explanation) -> Iterator[str]:
     """What was in force, and is not what held it, as far as is known."""
     if told.ends is not None and not told.seconds:
-        return  # how it is now nobody knows
+        return  # the journal does not know the present
     waits = [one.hold for cause in told.causes for one in cause.setters]
     if waits and not told.holds and not told.gone and told.ends is None:
         yield "By then nothing was in force any more."

@@ -1,4 +1,4 @@
-"""What the demo saw, as plain data: what a table shows while it runs, and what is told and written at its end."""
+"""The results of the demo as plain data: for the table while it runs, and for the summary and the files at its end."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Act", "Result", "Row", "Sample", "Span", "VmSummary", "document"]
 
 
 ENOUGH: Final = 1.0
-"""Seconds of an act that was cut short which can be compared with others: four looks."""
+"""Seconds from which an act that was cut short can be compared with others: four looks of the story."""
 
 
 @attrs.frozen
@@ -82,7 +82,7 @@ class Span:
 
     @property
     def held(self) -> bool:
-        """It stayed within its limit: at most burst + rate * t."""
+        """Whether the VM stayed within its limit: at most burst + rate * t."""
         return self.limit is None or self.count <= self.limit.tokens + self.limit.rate * self.seconds
 
 
@@ -143,7 +143,7 @@ class Result:
         return next((span for vm in self.vms for span in vm.spans if span.cut), None)
 
     def compares(self, act: int) -> bool:
-        """That act was played, to its end or for long enough to be compared."""
+        """Whether that act was played to its end, or for long enough to be compared."""
         spans = [span for vm in self.vms for span in vm.spans if span.act == act]
         return bool(spans) and all(not span.cut or span.seconds >= ENOUGH for span in spans)
 
@@ -165,7 +165,7 @@ class Result:
 
     @property
     def taken(self) -> float:
-        """The part of the CPUs' time that was not to be had in an act: other programs took it, or a quota.
+        """The share of the CPUs' time that was not available in an act: other programs took it, or a quota.
 
         The quiet VMs alone would keep so many CPUs busy.
         """
@@ -174,7 +174,7 @@ class Result:
         return max(1 - one / wanted for one in used) if wanted and used else 0.0
 
     def time(self, applied: Applied) -> float:
-        """When that was, in seconds since the VMs were let go."""
+        """The time of an action, in seconds since the VMs were let go."""
         return (applied.time - self.began) / 1e9
 
 

@@ -85,12 +85,12 @@ def columns(rows: Sequence[Sequence[str]], left: int) -> Iterator[str]:
 
 
 def cells(result: Result) -> Iterator[tuple[str, ...]]:
-    """The table at the end: two rows of headings, and a row for each VM."""
+    """The table at the end: two rows of headings, then a row for each VM."""
     acts = [f"act {act.number}" for act in result.acts]
     yield ("", EVENTS[result.meter], *("per s," for _ in acts), "", *("work/s," for _ in acts))
     yield ("VM", "in all", *acts, "waited", *acts)
     for vm in result.vms:
-        spans = {span.act: span for span in vm.spans}  # of an act that was not begun there is none
+        spans = {span.act: span for span in vm.spans}  # an act that was not begun has no span
         rates = [shown(spans[act.number].rate) if act.number in spans else "-" for act in result.acts]
         works = [shown(spans[act.number].work_rate) if act.number in spans else "-" for act in result.acts]
         yield (vm.name, f"{vm.count:,}", *rates, f"{vm.throttled_seconds:.1f} s", *works)

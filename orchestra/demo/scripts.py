@@ -12,5 +12,5 @@ __all__ = ["scripts"]
 
 
 def scripts(spec: VmSpec, vcpu: int) -> Iterator[ScriptedExit]:
-    """As `ScriptedBackend` asks for them: a noisy one locks the bus 500 times a second, a quiet one every 2 seconds."""
+    """Scripts for `ScriptedBackend`: a noisy VM locks the bus 500 times a second, a quiet VM every 2 seconds."""
     return repeat(bus_lock(after=0.002 if spec.name.startswith("noisy") else 2.0))

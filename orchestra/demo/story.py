@@ -29,16 +29,18 @@ from .account import Act, Result, Row, Sample, Span, VmSummary
 __all__ = ["Audience", "Plan", "Story"]
 
 FRAME: Final = 0.25
-"""Seconds between two looks: often enough to follow, and no load that the guests would notice."""
+"""Seconds between two looks: often enough for a viewer to follow, and too little load for the guests to notice."""
 SPARING: Final = 4
-"""On a slow host: at least so many times as long between two looks as looking and showing took."""
+"""On a slow host, the time between two looks is at least this many times as long as the last look and its display
+took."""
 SHARE: Final = 0.05
-"""A noisy VM's budget, of what it did while it was free..."""
+"""A noisy VM's budget, as a share of its rate without a limit..."""
 MOST: Final = 1000
-"""... but no more a second: what an operator may think of, and few enough that waiting itself costs next to no CPU."""
+"""... but no more than this a second: a number that an operator may choose, and so low that the waits themselves cost
+almost no CPU."""
 MORE: Final = 4
 MOST_DELAY: Final = 1.0
-"""Seconds of the longest wait: a VM with the smallest budget still shows that it lives."""
+"""Seconds of the longest wait: even a VM with the smallest budget still shows that it runs."""
 MOST_VMS: Final = 1000
 
 TENANTS: Final = ("acme", "globex")
@@ -81,7 +83,7 @@ class Plan:
 
 
 class Audience(Protocol):
-    """Who is told. Called between two looks, so it must not take long."""
+    """Shows the story. It is called between two looks, so its methods must not take long."""
 
     def opened(self, plan: Plan, fleet: Fleet, meter: Meter) -> None: ...
     def act(self, act: Act, time: float) -> None: ...
@@ -91,7 +93,7 @@ class Audience(Protocol):
 
 @attrs.frozen
 class _Mark:
-    """Where one VM's counters stood."""
+    """The counters of one VM at one time."""
 
     time: int
     count: int
@@ -225,7 +227,7 @@ class Story:
         quiet = sum(span.rate for vm in self._vms if not self._is_noisy(vm) for span in [spans[vm.name]])
         each = sum(spans[vm.name].rate for vm in noisy) / len(noisy)
         budget = self.plan.limit or tidy(min(SHARE * each, MOST))
-        # Far above all that the budgets and the quiet VMs add up to, so that nobody waits for it in this play.
+        # Far above the sum of the budgets and of what quiet VMs need, so that no VM waits for it in this play.
         ceiling = tidy(4 * (MORE * budget * len(noisy) + quiet))
         actions = []
         for vm in noisy:
@@ -243,7 +245,7 @@ class Story:
         return Throttle(vm=vm, limit=limit, meter=self._meter, reason=reason, evidence=evidence)
 
     async def _apply(self, *actions: Throttle) -> None:
-        """All at once, and only then is it told: telling may take its time."""
+        """Apply all actions first, and show them afterwards, as the audience may take its time."""
         for applied in [await self._fleet.apply(action) for action in actions]:
             self._audience.applied(applied, (applied.time - self._start) / 1e9)
 
@@ -303,7 +305,7 @@ class Story:
         )
 
     def _gain(self, work_rate: float, *names: str) -> float | None:
-        """How much more that is than those VMs did in act 1."""
+        """By how much that rate is more than what these VMs did in act 1."""
         free = sum(spans[0].work_rate for name, spans in self._spans.items() if name in names)
         return work_rate / free - 1 if free else None
 
@@ -326,7 +328,7 @@ class Story:
         self._began = {}
 
     def _finish(self) -> None:
-        # Ended in the middle of an act; of one that had only just begun, nothing was seen.
+        # The story ended in the middle of an act. An act that had only just begun has no figures.
         if self._began and self._time() - self._since > self._tick / 4:
             self._end_act(cut=True)
         self.result = Result(
@@ -339,7 +341,7 @@ class Story:
             seconds=self._time(),
             acts=tuple(self._acts),
             samples=tuple(self._samples),
-            # That it let the guests begin is no part of the story.
+            # The resume by which the guests begin is no part of the story.
             actions=tuple(
                 applied for applied in self._fleet.actions() if not isinstance(applied.action, Pause | Resume)
             ),

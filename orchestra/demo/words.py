@@ -1,4 +1,4 @@
-"""What the demo says, whoever shows it: the lines at its beginning, for each action, and at its end."""
+"""The texts of the demo, for every audience: the lines at its beginning, for each action, and at its end."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .story import EVENTS, MOST_DELAY, Plan
 __all__ = ["act_line", "action_line", "change", "opening", "verdict"]
 
 SAME: Final = 0.02
-"""A change of throughput that no busy host can tell from none."""
+"""A change of throughput smaller than this can't be told from noise on a busy host."""
 
 BUSY: Final = 0.15
-"""So much CPU time lost to others, and they show in the figures."""
+"""If other programs took at least this share of the CPU time, the figures show it."""
 
 
 def opening(plan: Plan, fleet: Fleet, meter: Meter) -> Iterator[str]:

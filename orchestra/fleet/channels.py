@@ -1,4 +1,4 @@
-"""Exits told to subscribers: from the core's ring through one drain task into bounded channels."""
+"""Delivers exits to subscribers: from the core's rings through one drain task into bounded channels."""
 
 from __future__ import annotations
 
@@ -18,30 +18,34 @@ from ..native.records import told_mask
 __all__ = ["Dispatcher", "Exits", "ExitsStatistics"]
 
 AHEAD: Final = 64
-"""Exits that are made at once for whoever takes them one by one: a checkpoint and a copy from the channel for so many.
-More objects than that at a time would give Python's garbage collector work that takes longer than a ring lasts."""
+"""Exit objects that are made at once for a task that takes exits one by one: one checkpoint and one copy from the
+channel for 64 exits. With more objects at a time, Python's garbage collector would work for longer than a ring
+lasts."""
 
 MOST_IN_BATCH: Final = 1_000_000
 RETIRED: Final = 10_000
-"""VMs that have left, whose names are kept for exits that wait. Someone who never receives must not make a fleet that
-launches and stops for years grow: then what waits is missed."""
+"""VMs that have left, whose names are kept for exits that wait. Beyond this number the waiting exits are dropped and
+counted as missed: otherwise a subscriber that never receives would make a fleet grow that launches and stops for
+years."""
 PACE: Final = 0.001
-"""Seconds between two batches while exits keep coming. The first after a rest is delivered at once; in a storm, taking
-a few at a time would cost several times as much, and none is later than this unless the event loop is."""
+"""Seconds between two batches while exits keep coming. The first exit after a rest is delivered at once. In a storm,
+batches of a few exits would cost several times as much. No exit is later than this unless the event loop is late."""
 
 LATE: Final = 2 * PACE
-"""Seconds. Whoever comes later to its turn on the event loop finds it crowded."""
+"""Seconds. If the drain task gets its turn on the event loop later than this, the loop is crowded."""
 
 SLOWEST: Final = 0.016
-"""Seconds between two batches on a crowded loop."""
+"""The most seconds between two batches on a crowded loop."""
 
 FEWEST: Final = 64
-"""Exits in a batch on a crowded loop: 4,000 a second at the slowest, one or two per cent of a core."""
+"""The fewest exits of a batch on a crowded loop. With `SLOWEST` that is 4,000 exits a second, one or two per cent of a
+core."""
 
 
 @attrs.frozen
 class ExitsStatistics:
-    """`received`: came to the channel; `missed`: of these, dropped since it was full; `waiting`: in it now."""
+    """`received`: exits that came to the channel. `missed`: those of them that were dropped because it was full.
+    `waiting`: those that wait to be received now."""
 
     received: int
     missed: int
@@ -50,12 +54,12 @@ class ExitsStatistics:
 
 class Exits(trio.abc.ReceiveChannel[Exit]):
     """A bounded channel of exits: ``async for exit in exits``, or ``async for batch in exits.batches()`` for several at
-    once as columns, which costs a fraction of it. One task at a time.
+    once as columns, which costs a fraction of the time. One task at a time.
 
-    When it is full, exits are dropped and counted in `missed`; statistics and budgets count them all the same. The next
-    64 exits to iterate over are made at once: they still count as `waiting`, and are not dropped any more.
-    Iterating is a checkpoint whenever it has to wait, and every 64th time when it has not: at 400,000 exits a second a
-    checkpoint each would cost more than everything else.
+    When the channel is full, exits are dropped and counted in `missed`; statistics and budgets still count them. The
+    next 64 exits to iterate over are made at once: these still count as `waiting`, and are not dropped any more.
+    Iterating is a checkpoint whenever it has to wait, and at every 64th exit otherwise: at 400,000 exits a second, a
+    checkpoint for each exit would cost more than everything else.
     """
 
     def __init__(
@@ -71,8 +75,8 @@ class Exits(trio.abc.ReceiveChannel[Exit]):
         self.mask = told_mask(kinds)
         self.channel = channel
         self._names = names
-        self._ahead: list[Exit] = []  # made already, the next one last
-        self._batch = ExitBatch(b"", {})  # what they were made of; its names outlive the fleet's
+        self._ahead: list[Exit] = []  # made already, in reverse order: `pop` takes the next
+        self._batch = ExitBatch(b"", {})  # what `_ahead` was made of; its names outlive the fleet's
         self._task: Any = None
         self._ended = self._closed = False
         self._leave = leave
@@ -87,12 +91,12 @@ class Exits(trio.abc.ReceiveChannel[Exit]):
             trio.lowlevel.reschedule(task)
 
     def end(self) -> None:
-        """Nothing more will come: its VM ended, or the fleet did."""
+        """No exit will come any more: the VM of this channel, or the fleet, has ended."""
         self._ended = True
         self.wake()
 
     def _more(self) -> bool:
-        """None is made: make the next ones. False: none waits."""
+        """Make the next exits. False: no exit waits."""
         if not self.channel.waiting:
             return False
         self._batch = ExitBatch(self.channel.take(AHEAD), self._names)
@@ -101,11 +105,12 @@ class Exits(trio.abc.ReceiveChannel[Exit]):
         return True
 
     async def _wait(self) -> None:
-        """Until some wait, if none do.
+        """Wait until at least one exit waits to be received.
 
         Raises:
-            trio.EndOfChannel: none will.
-            trio.BusyResourceError: another task waits for them.
+            trio.EndOfChannel: no exit will come.
+            trio.ClosedResourceError: the channel was closed.
+            trio.BusyResourceError: another task is receiving.
         """
         while not self.channel.waiting:
             if self._closed or self._ended:
@@ -121,17 +126,18 @@ class Exits(trio.abc.ReceiveChannel[Exit]):
             await trio.lowlevel.wait_task_rescheduled(abort)
 
     async def receive(self) -> Exit:
-        """The next exit.
+        """The next exit. A checkpoint; cancelling loses no exit.
 
         Raises:
-            trio.EndOfChannel: its VM or the fleet has ended and everything was received.
+            trio.EndOfChannel: the VM or the fleet has ended and everything was received.
+            trio.ClosedResourceError: the channel was closed.
             trio.BusyResourceError: another task is receiving.
         """
         if self._ahead or self.channel.waiting:
             await trio.lowlevel.checkpoint()
         else:
             await trio.lowlevel.checkpoint_if_cancelled()
-        while not self._ahead and not self._more():  # again, if another task took what came
+        while not self._ahead and not self._more():  # a loop, as another task may take what came
             await self._wait()
         return self._ahead.pop()
 
@@ -139,21 +145,22 @@ class Exits(trio.abc.ReceiveChannel[Exit]):
         """The next exit, if one waits.
 
         Raises:
-            trio.WouldBlock: none does.
-            trio.EndOfChannel: its VM or the fleet has ended and everything was received.
+            trio.WouldBlock: no exit waits.
+            trio.EndOfChannel: the VM or the fleet has ended and everything was received.
+            trio.ClosedResourceError: the channel was closed.
         """
         if self._ahead or self._more():
             return self._ahead.pop()
         raise self._nothing()
 
     def _nothing(self) -> Exception:
-        """Why none waits."""
+        """The exception that says why no exit waits."""
         if self._closed:
             return trio.ClosedResourceError("these exits were closed")
         return trio.EndOfChannel() if self._ended else trio.WouldBlock()
 
     async def __anext__(self) -> Exit:
-        # As receive(), and no more than this for most of 400,000 exits a second.
+        # As `receive`. Most of 400,000 exits a second take this short way, without a checkpoint.
         if self._ahead:
             return self._ahead.pop()
         try:
@@ -162,15 +169,16 @@ class Exits(trio.abc.ReceiveChannel[Exit]):
             raise StopAsyncIteration from None
 
     async def batches(self, most: int = 4096) -> AsyncGenerator[ExitBatch, None]:
-        """All exits from here on, several at once: as columns, and no object for each.
+        """All exits from here on, several at once, as columns and without an object for each.
 
-        Ends as the channel does. Each iteration is a checkpoint; cancelling it loses no exit.
+        Ends when the channel ends. Each iteration is a checkpoint; cancelling it loses no exit.
 
         Parameters:
-            most: exits in a batch, from 1 to 1,000,000. It has as many as wait, and does not wait for more than one.
+            most: the most exits in a batch, from 1 to 1,000,000. A batch has the exits that wait; it waits for the
+                first only.
 
         Raises:
-            SpecError: no such number.
+            SpecError: `most` is out of range.
             trio.BusyResourceError: another task is receiving.
         """
         check_batch(most)
@@ -208,7 +216,8 @@ class Exits(trio.abc.ReceiveChannel[Exit]):
     def close(self) -> None:
         if not self._closed:
             self._closed = True
-            self._names = dict(self._names)  # what waits can still be taken, and from now on nobody asks if some does
+            # A copy: waiting exits can still be taken, and the dispatcher may forget names from now on.
+            self._names = dict(self._names)
             self.end()
             self._leave(self)
 
@@ -218,39 +227,45 @@ class Exits(trio.abc.ReceiveChannel[Exit]):
 
 
 def check_batch(most: object) -> None:
-    """Raise SpecError unless it is a number of exits that a batch can have."""
+    """Raises:
+    SpecError: not a number of exits that a batch can have.
+    """
     if isinstance(most, bool) or not isinstance(most, int) or not 1 <= most <= MOST_IN_BATCH:
         raise SpecError(f"most={most!r}: must be from 1 to {MOST_IN_BATCH:,} exits")
 
 
 def next_pace(pace: float, late: float) -> float:
-    """Seconds between the next two batches, after a wait that ended `late`: the loop is left to the others at once, and
-    taken back little by little, as it is in time because it was left."""
+    """Seconds between the next two batches. `late`: seconds by which the last wait ended too late.
+
+    The pace doubles at once on a crowded loop, so that others get the loop. It recovers by a tenth each time, as the
+    loop may be in time only because the pace is slow.
+    """
     return min(SLOWEST, 2 * pace) if late > LATE else max(PACE, 0.9 * pace)
 
 
 class Dispatcher:
-    """Which exits are wanted by whom; drains the ring and delivers.
+    """Knows which subscriber wants which exits; drains the rings and delivers.
 
-    How many exits there are to tell is the guests' doing, and what they cost is paid by the event loop, which everybody
-    needs. So in a storm it is the telling that makes way: while the loop is late there are fewer and smaller batches,
-    `FEWEST` each `SLOWEST` seconds at worst. What does not fit into the rings meanwhile is missed, and counted.
+    Guests decide how many exits there are, and the event loop, which everybody needs, pays for the delivery. So in a
+    storm the delivery gives way: while the loop is late, batches are fewer and smaller, at worst `FEWEST` exits each
+    `SLOWEST` seconds. Exits that do not fit into the rings meanwhile are counted as missed.
     """
 
     def __init__(self, core: FleetCore, paced: bool) -> None:
-        self._paced = paced  # not where time is scripted
+        self._paced = paced  # False in virtual time, in which a loop is never late
         self._core = core
         self._subscribers: list[Exits] = []
-        self._names: dict[int, str] = {}  # of VMs by number, for records that may still wait
-        self._numbers: dict[str, int] = {}  # of those that are here
+        self._names: dict[int, str] = {}  # VM names by number, also of VMs that left, for records that may still wait
+        self._numbers: dict[str, int] = {}  # numbers of the VMs that are here
         self._left: deque[int] = deque()
-        self._missed = 0  # by channels that are closed
+        self._missed = 0  # exits that closed channels have dropped
         self._closed = False
         self._tell: Callable[[], None] = lambda: None
         self._talked: Callable[[int], None] = lambda id: None
 
     def register(self, core: VcpuCore, vm: str, number: int, vcpu: int) -> None:
-        """Before it runs: whose exits this core tells. `number`: of the VM, and of no other before or after it."""
+        """Note whose exits this core reports, before it runs. `number`: the VM's, and no other VM's before or after
+        it."""
         core.set_name(number, vcpu)
         if self._numbers.get(vm) != number:
             self._names[number] = vm
@@ -260,15 +275,15 @@ class Dispatcher:
                     subscriber.channel.follow(number)
 
     def on_talk(self, talked: Callable[[int], None]) -> None:
-        """`talked` is called with the id of a vCPU whose console has output that somebody waits for."""
+        """Call `talked` with the id of a vCPU whose console has output that a task waits for."""
         self._talked = talked
 
     def on_change(self, tell: Callable[[], None]) -> None:
-        """`tell` is called when the masks of `told` changed."""
+        """Call `tell` when the masks of `told` have changed."""
         self._tell = tell
 
     def told(self, vm: str) -> int:
-        """Which reasons a VM's vCPUs are to put into their rings."""
+        """The mask of the exit reasons that a VM's vCPUs have to put into their rings."""
         mask = 0
         for subscriber in self._subscribers:
             if subscriber.vm is None or subscriber.vm == vm:
@@ -312,7 +327,7 @@ class Dispatcher:
             self._tell()
 
     def deliver(self, core: VcpuCore | None = None, *, most: int = FleetCore.BATCH) -> int:
-        """Deliver one batch, of all or of one; how many exits it had."""
+        """Deliver one batch, from all cores or from one. Returns the number of exits in it."""
         taken = self._core.deliver(core, most=most)
         if taken:
             for subscriber in self._subscribers:
@@ -320,17 +335,18 @@ class Dispatcher:
         return taken
 
     def hear(self) -> int:
-        """Wake those who wait for output of a console; how many vCPUs had some."""
+        """Wake the tasks that wait for console output. Returns the number of vCPUs that had output."""
         ids = self._core.talking()
         for id in ids:
             self._talked(id)
         return len(ids)
 
     async def run(self) -> None:
-        """The drain task: sleeps on the eventfd, costs nothing while nobody subscribed or nothing happens."""
+        """The drain task. It sleeps on the eventfd, and costs nothing while nobody has subscribed or nothing
+        happens."""
         last, pace = -PACE, PACE
         while True:
-            # A slow pace is one of small batches as well: half as often and half as many each time it slows down.
+            # A slower pace also has smaller batches: half as often and half as many exits, each time the pace doubles.
             heard, taken = self.hear(), self.deliver(most=max(FEWEST, int(FleetCore.BATCH * PACE / pace)))
             if heard or taken:
                 begun, last = last, trio.current_time()
@@ -347,16 +363,18 @@ class Dispatcher:
                 await trio.lowlevel.checkpoint()
 
     def retire(self, cores: Iterable[VcpuCore]) -> None:
-        """Deliver what is left of these cores, which run no more, before they go. Others have to wait: they may never
-        pause."""
+        """Deliver the records that are left in these cores, before the cores are freed. None of them runs any more.
+
+        Only these cores: others may never pause, so a drain of all rings might not end.
+        """
         for core in cores:
             while self.deliver(core):
                 pass
 
     def vm_left(self, vm: str, number: int) -> None:
-        """None of its cores is there any more, and none comes: its name is needed until its exits were received."""
+        """The VM has left for good. Its name is kept until its exits were received."""
         if number not in self._names:
-            return  # it came no further than that
+            return  # the VM left before it had a core
         if self._numbers.get(vm) == number:
             del self._numbers[vm]
         self._left.append(number)
@@ -379,7 +397,7 @@ class Dispatcher:
         return self._missed + sum(subscriber.missed for subscriber in self._subscribers)
 
     def close(self) -> None:
-        """No VM is left: every channel ends, those that are opened from now on included."""
+        """No VM is left: end every channel, also those that are opened from now on."""
         self._closed = True
         for subscriber in self._subscribers:
             subscriber.channel.end()

@@ -1,11 +1,11 @@
-"""What the parts of one fleet share, and what each tells the others. `Fleet` and `Vm` hold it, and show nothing of it.
+"""What the parts of one fleet share, and how they reach each other. `Fleet` and `Vm` hold the context, and hide it.
 
 FleetContext ─┬─ resources     what it was opened on: backend, core, signals, quarantine, recorder
               ├─ tenancy       budgets of host and tenants
               ├─ supervisor    the VMs, a task for each
               ├─ dispatcher    exits, from the ring to channels
               ├─ executor      carries actions out, and journals them
-              └─ runner        runs the policies, by what `observer` saw
+              └─ runner        runs the policies, on the facts of `observer`
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ __all__ = ["FleetContext", "FleetResources"]
 
 @attrs.frozen(eq=False)
 class FleetResources:
-    """What a fleet is opened on; whoever made it closes it.
+    """What a fleet is opened on. `open_fleet` makes it and closes it.
 
     Attributes:
-        detection: how bus locks are seen; None: not at all.
-        cpu_cgroup: where CPU caps are kept; None: in the run loop.
+        detection: how bus locks are reported; None: they are not seen.
+        cpu_cgroup: the cgroup that keeps CPU caps; None: the run loop keeps them.
         recorder: the journal; None: there is none.
     """
 
@@ -64,13 +64,14 @@ class FleetResources:
 
 
 class FleetContext:
-    """Made by `open_fleet`. For the fleet's thread, but for `post`."""
+    """Made by `open_fleet`. All methods but `post` are for the fleet's thread."""
 
     def __init__(
         self, resources: FleetResources, spec: FleetSpec, policies: Sequence[Policy], nursery: trio.Nursery
     ) -> None:
         backend = resources.backend
-        guard = Guard() if spec.guard is None else attrs.evolve(spec.guard)  # one that has seen nothing yet
+        # A copy of the guard without history, as one spec may open several fleets.
+        guard = Guard() if spec.guard is None else attrs.evolve(spec.guard)
         self.core = resources.core
         self.backend = backend
         self.bus_lock_detection = resources.detection
@@ -84,7 +85,7 @@ class FleetContext:
         self.supervisor = Supervisor(self, nursery)
         self.executor = FleetExecutor(self, guard, self.records, spec.on_evict)
         self.observer = Observer(self, resources.host, ThreadTimes() if backend.blocking else None)
-        # It may refuse a policy.
+        # Raises if a policy is refused.
         self.runner = PolicyRunner(self.executor, policies, activity=self.observer, guard=guard, strict=spec.strict)
         self.dispatcher = Dispatcher(resources.core, paced=backend.blocking)
         self.dispatcher.on_change(self._retell)
@@ -96,10 +97,10 @@ class FleetContext:
         self._ids = iter(range(1, 1 << 32))
         self._guests: dict[int, Instance] = {}  # by the ids of their cores
 
-    # ---- its life
+    # ---- start and end
 
     def start(self, observed: float | None) -> None:
-        """Start the tasks. `observed`: seconds between two aggregates; None: nobody wants them."""
+        """Start the tasks. `observed`: seconds between two aggregates; None: nothing needs aggregates."""
         self.recording.host_budget()
         self.tenancy.begin(self.executor)
         if observed is not None:
@@ -109,7 +110,10 @@ class FleetContext:
         self._nursery.start_soon(self.runner.run)
 
     async def close(self) -> None:
-        """No task is left."""
+        """Give everything back, after the last task has ended.
+
+        Order: the runner looks a last time before the VMs leave. Budgets are freed last, as VMs charge them.
+        """
         self.closed = True
         self.runner.close()
         self.dispatcher.close()
@@ -122,7 +126,7 @@ class FleetContext:
         self._nursery.start_soon(function, *args)
 
     def post(self, function: Callable[..., object], *args: object) -> None:
-        """Run it soon on the fleet's thread. Any thread; nothing happens once the fleet is gone."""
+        """Run a function soon on the fleet's thread. Any thread; nothing happens once the fleet is gone."""
         try:
             self._token.run_sync_soon(function, *args)
         except trio.RunFinishedError:
@@ -149,7 +153,7 @@ class FleetContext:
         return self.tenancy.seats
 
     def figures(self) -> Figures:
-        """What the fleet's parts say of themselves."""
+        """The figures that the fleet's parts keep."""
         return Figures(
             removed=self.tenancy.removed,
             launched=self.supervisor.launched,
@@ -160,7 +164,7 @@ class FleetContext:
         )
 
     def host_limit(self, meter: Meter) -> Limit | None:
-        """As in force."""
+        """The host's limit in force on that meter."""
         return self.tenancy.limit(meter)
 
     def budgets(self, tenant: str | None) -> Budgets:
@@ -189,7 +193,7 @@ class FleetContext:
         self.executor.set_limit(limit, action.meter, tenant, vm, vcpu)
         self.executor.done(action, None)
 
-    # ---- what parts tell
+    # ---- what parts report
 
     def register(self, core: VcpuCore, guest: Instance, index: int) -> None:
         self._guests[core.id] = guest
@@ -207,22 +211,25 @@ class FleetContext:
             self.observer.forget(core.id)
 
     def ended(self, vm: VmControl) -> Iterable[Callable[[VmControl], object]]:
-        """What is to be done when a VM has ended for good, each whatever becomes of the others."""
+        """The steps after a VM has ended for good. The caller does each step even if another fails.
+
+        Release comes last: after it the fleet does not have the VM any more.
+        """
         yield self.observer.ended
         yield self._forget
         yield self.recording.profile
-        if vm.guest is not None:  # else: a launch that failed may be tried again, and somebody waits for it
+        if vm.guest is not None:  # otherwise a launch failed: it may be tried again, so its channels stay open
             yield lambda vm: self.dispatcher.vm_ended(vm.name)
         yield lambda vm: self.dispatcher.vm_left(vm.name, vm.launch)
         if vm.stopping:
             yield VmControl.release
 
     def released(self, vm: VmControl) -> None:
-        """The VM was stopped by its user: it leaves the fleet."""
+        """The VM was stopped: remove it from the fleet."""
         self.supervisor.drop(vm)
 
     def did(self, action: Action, policy: str | None = None) -> None:
-        """A caller did it directly, and not by `apply`; or what was desired ended, of a caller or a policy."""
+        """Journal what a caller did directly and not by `apply`, or the end of what a caller or a policy desired."""
         self.executor.done(action, policy)
 
     def changed(self, vm: VmControl, state: State, reason: str) -> None:

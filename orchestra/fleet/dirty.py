@@ -1,8 +1,8 @@
-"""Which dirty logs are read, and when: those of VMs that did something, about once a second each.
+"""Decides which dirty logs are read, and when: the logs of active VMs, about once a second each.
 
-Reading a log write-protects what it names: the guest pays a fault for each page that it writes between two readings. So
-reading more often costs the guest, not only the host; and as a page counts once in a reading, figures are comparable
-only if the time between two is always the same.
+A reading write-protects the pages that it names, so the guest pays a fault for each page that it writes between two
+readings. So more readings cost the guest, and not only the host. A page counts once in each reading, so figures are
+comparable only if the time between two readings is always the same.
 """
 
 from __future__ import annotations
@@ -25,17 +25,18 @@ EVERY: Final = 1_000_000_000
 """Nanoseconds between two readings of one log."""
 
 EARLY: Final = 0.1
-"""It may be that part of them less: ticks are not exact, and after one that came a little early it would be two."""
+"""A reading may come earlier by this part of `EVERY`. Ticks are not exact: after a tick that came a little early, the
+next reading would otherwise be two ticks away."""
 
 
 Told: TypeAlias = tuple[VmControl, int, int]
-"""A VM, the pages that it wrote, and the nanoseconds in which it did."""
+"""A VM, the pages that it wrote, and the nanoseconds in which it wrote them."""
 
 
 @attrs.define(eq=False)
 class _Watch:
-    """One VM's log. `begun`: what the next reading tells was written since then. `stirred`: when the VM was last seen
-    to have done something."""
+    """One VM's log. `begun`: the next reading counts writes since this time. `stirred`: when the VM was last seen to be
+    active. `rate`: pages a second by the last reading. Times in nanoseconds."""
 
     vm: VmControl
     log: DirtyLog
@@ -46,63 +47,63 @@ class _Watch:
 
 
 class DirtyLogs:
-    """Of one fleet: `stir` what did something, have the `due` ones `read`, and `take` what that told."""
+    """The dirty logs of one fleet: `stir` active VMs, `read` the logs that are `due`, and `take` the results."""
 
     def __init__(self) -> None:
         self._watched: dict[VmControl, _Watch] = {}
-        self._stirred: set[_Watch] = set()  # with something to read
-        self._read: list[_Watch] = []  # with something to take
+        self._stirred: set[_Watch] = set()  # active since their last reading
+        self._read: list[_Watch] = []  # read, and not yet taken
         self._reading = False
         self._one = trio.CapacityLimiter(1)
 
     def next(self, now: int) -> int | None:
-        """When to look again at the latest; None: no VM is logged."""
+        """The latest time for the next look; None: no VM is logged."""
         return now + EVERY if self._watched else None
 
     def watch(self, vm: VmControl, dirty: DirtyLog, now: int) -> Iterator[Told]:
-        """A VM's log was switched on or off. What it told until then."""
+        """A VM's log was switched on or off. Yields what it counted until then."""
         yield from self.forget(vm, dirty)
         if dirty.on:
             self._watched[vm] = _Watch(vm, dirty, now, dirty.sums()[0])
 
     def forget(self, vm: VmControl, dirty: DirtyLog | None) -> Iterator[Told]:
-        """A VM has ended, and its log was read for the last time. What that told."""
+        """A VM has ended, and its log was read for the last time. Yields what that reading counted."""
         watch = self._watched.get(vm)
-        if watch is not None and watch.log is dirty:  # and not that of another run of the VM
+        if watch is not None and watch.log is dirty:  # the log of this run, and not of another run of the VM
             del self._watched[vm]
             if watch in self._stirred or watch.pages != dirty.sums()[0]:
                 yield from self._told(watch)
             self._stirred.discard(watch)
 
     def stir(self, vm: VmControl, since: int, now: int) -> None:
-        """A VM did something between these times."""
+        """A VM was active between these times."""
         watch = self._watched.get(vm)
         if watch is None:
             return
         if watch not in self._stirred:
             self._stirred.add(watch)
-            if since > watch.begun:  # it had a rest, and wrote nothing in it
+            if since > watch.begun:  # the VM rested before, and wrote nothing
                 watch.begun, watch.rate = since, None
         watch.stirred = now
 
     def rate(self, vm: VmControl) -> float | None:
-        """Pages a second by the last reading; None if there was none since the VM last rested."""
+        """Pages a second by the last reading; None: there was no reading since the VM last rested."""
         watch = self._watched.get(vm)
         return None if watch is None else watch.rate
 
     def due(self, now: int) -> list[_Watch]:
-        """What is to be read now. Costs O(logged VMs that did something)."""
+        """The logs that have to be read now. Costs O(active logged VMs)."""
         least = EVERY * (1 - EARLY)
         return [] if self._reading else [watch for watch in self._stirred if now - watch.begun >= least]
 
     async def read(self, due: Sequence[_Watch], done: trio.Event) -> None:
-        """Read them on a worker thread; `done`: they were."""
+        """Read these logs on a worker thread, and set `done`. Where the host has no thread left, on the event loop."""
         self._reading = True
         try:
             logs = [watch.log for watch in due]
             try:
                 problem = await trio.to_thread.run_sync(read_logs, logs, limiter=self._one)
-            except RuntimeError:  # there is no thread to be had
+            except RuntimeError:  # the host has no thread left
                 problem = read_logs(logs)
             if problem is not None:
                 log.warning("dirty pages: %s: some are not counted", problem)
@@ -112,7 +113,7 @@ class DirtyLogs:
             done.set()
 
     def take(self) -> Iterator[Told]:
-        """What was read since the last call."""
+        """Yields what was read since the last call."""
         read, self._read = self._read, []
         for watch in read:
             yield from self._told(watch)
@@ -124,5 +125,5 @@ class DirtyLogs:
             yield watch.vm, pages - watch.pages, passed
             watch.rate = (pages - watch.pages) * 1e9 / passed
             watch.pages, watch.begun = pages, read
-            if watch.stirred <= read:  # else it may have written since
+            if watch.stirred <= read:  # otherwise the VM may have written after the reading
                 self._stirred.discard(watch)

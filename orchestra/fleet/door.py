@@ -1,6 +1,7 @@
-"""One door for a spec and its fields: ``open_fleet(spec)``, ``open_fleet(limit=...)``, ``open_fleet(spec, limit=...)``.
+"""One function for a spec and its fields: ``open_fleet(spec)``, ``open_fleet(limit=...)``, ``open_fleet(spec,
+limit=...)``.
 
-The fields are those of the spec's class and are written nowhere else: a type checker and `inspect.signature` see them.
+The spec's class alone has the list of fields. A type checker and `inspect.signature` see them on the function as well.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ T = TypeVar("T", covariant=True)
 
 
 class Door(Protocol, Generic[P, T]):
-    """What opens a fleet."""
+    """A function that opens a fleet, by a spec, by fields, or by both (fields replace what the spec says)."""
 
     @overload
     def __call__(self, spec: FleetSpec, /, *args: P.args, **kwargs: P.kwargs) -> AbstractAsyncContextManager[T]: ...
@@ -34,14 +35,14 @@ class Door(Protocol, Generic[P, T]):
 def door(
     fields: Callable[P, FleetSpec],
 ) -> Callable[[Callable[[Any], AbstractAsyncContextManager[T]]], Door[P, T]]:
-    """Decorates what opens a fleet by its spec: it then takes the spec's fields as well.
+    """Decorate a function that opens a fleet by its spec, so that it takes the spec's fields as well.
 
     Parameters:
         fields: the spec's class, or one that has more fields.
     """
 
     def decorate(opened: Callable[[Any], AbstractAsyncContextManager[T]]) -> Door[P, T]:
-        # Without defaults of its own: whoever looks for those in the source finds that they are the class's.
+        # `enter` has no defaults of its own: all defaults are those of the class.
         def enter(*given: Any, **said: Any) -> AbstractAsyncContextManager[T]:
             for name in said:
                 if name not in names:

@@ -1,11 +1,11 @@
-"""Carries actions out: one place for each, whoever asks, and one word in the journal for each.
+"""Carries actions out. There is one place for each action, whoever asks, and one row in the journal for each.
 
-What an action can't do is told as its outcome and never raised: a policy goes on.
+If an action fails, its outcome says so and nothing is raised: a policy goes on.
 
-Guarantees: an action is commanded, journaled, and known to guard and holdings without a checkpoint between, so all of
-them have the same order, and nobody who is cancelled leaves an action that is not in the books. A VM that was told to
-pause or to stop may need time for it; waiting for that is the affair of a caller who wants to. Only an eviction is
-journaled when it is over, as nobody knows before what comes of it.
+Guarantees: an action is commanded, journaled, and noted by guard and holdings without a checkpoint between. So all of
+them have the same order, and a cancelled caller leaves no action that is not recorded. A VM that was told to pause or
+to stop may need time for that; only callers that want to wait for it do. An eviction is journaled when it is over, as
+its outcome is not known before. So is a cap that a cgroup keeps: the kernel may refuse it.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ _Effect = Callable[[], Awaitable[object]]
 
 
 class Fleet(Protocol):
-    """What this needs of its fleet."""
+    """The fleet, as the executor needs it."""
 
     core: FleetCore
     backend: Backend
@@ -72,19 +72,20 @@ class Fleet(Protocol):
     def closed(self) -> bool: ...
     def control(self, name: str) -> VmControl: ...
     def budgets(self, tenant: str | None) -> Budgets:
-        """A tenant's, or the host's."""
+        """The budgets of a tenant, or (None) of the host."""
 
     def now(self) -> int: ...
     def below(self, action: Action) -> int:
-        """How many VMs an action is about."""
+        """How many VMs an action affects."""
 
     def start_soon(self, function: Callable[..., Awaitable[object]], *args: Any) -> None:
-        """Run it in a task of the fleet's."""
+        """Run a function in a task of the fleet."""
 
 
 @attrs.define(eq=False)
 class Begun:
-    """An action that was commanded. `effect`: what to await until it has taken effect; None: it has."""
+    """An action that was commanded. `effect`: await it until the action has taken effect; None: it has already.
+    `error`: why the action could not be done; None: no error so far."""
 
     action: Action
     policy: str | None
@@ -93,7 +94,7 @@ class Begun:
 
 
 def _why(action: Action, failure: Exception) -> str:
-    """Why it could not be done."""
+    """Why an action could not be done, for its outcome."""
     if isinstance(failure, OrchestraError):
         return str(failure)
     log.error("%r failed", action, exc_info=failure)  # a mistake in orchestra, which must not end a fleet
@@ -101,11 +102,11 @@ def _why(action: Action, failure: Exception) -> str:
 
 
 class FleetExecutor:
-    """Of one fleet.
+    """Carries out the actions of one fleet; for the fleet's thread.
 
     Attributes:
-        guard: told of what callers do.
-        holdings: what is in force, and whose it is.
+        guard: notes what callers do, and judges policies by it.
+        holdings: what is in force, and which policy or caller asked for it.
     """
 
     def __init__(self, fleet: Fleet, guard: Guard, records: Records, on_evict: OnEvict | None) -> None:
@@ -118,33 +119,43 @@ class FleetExecutor:
         self.now = fleet.now
         self.below = fleet.below
         self.start_soon = fleet.start_soon
-        self.record = records.action  # of what was not even tried
+        self.record = records.action  # for actions that were refused and not tried
 
     async def apply(self, action: Action, policy: str | None) -> Applied:
         """As `Fleet.apply`."""
         return await self.finish(self.begin(action, policy), wait=True)
 
     def apply_nowait(self, action: Action, policy: str | None) -> Applied:
-        """Command and journal what does not `takes_time`. What comes of it is not waited for."""
+        """Command and journal an action that does not `takes_time`. Its effect is not waited for."""
         begun = self.begin(action, policy)
         return self.done(action, policy, begun.error)
 
     def begin(self, action: Action, policy: str | None) -> Begun:
-        """Command it, so that what is said later counts more, also of what `takes_time`."""
+        """Command an action at once, so that a later action counts more even if this one `takes_time`.
+
+        Raises:
+            SpecError: not an action.
+        """
         if not isinstance(action, Action):
             raise SpecError(f"action={action!r}: must be one of orchestra's actions")
         begun = Begun(action, policy)
         try:
             if not self._is_replaced(action) and not isinstance(action, Evict):
                 begun.effect = self._do(action, policy)
-                if self.takes_time(action):  # whoever takes its policy away meanwhile has to know
+                if self.takes_time(action):  # if its policy is removed meanwhile, this cap must be found
                     self.holdings.note(action, policy, self._fleet.now())
         except Exception as failure:
             begun.error = _why(action, failure)
         return begun
 
     async def finish(self, begun: Begun, *, wait: bool = False) -> Applied:
-        """Wait for what takes time, and journal what came of it."""
+        """Wait for an action that takes time, and journal its outcome.
+
+        Parameters:
+            wait: wait for the effect as well (a VM is paused, or gone).
+
+        Cancelled, the action is journaled all the same.
+        """
         action, policy = begun.action, begun.policy
         if begun.error is None:
             try:
@@ -152,7 +163,7 @@ class FleetExecutor:
                     await self._evict(self._fleet.control(action.vm), action)
                 elif isinstance(action, CapCpu) and self.takes_time(action):
                     await self._settle(action, policy)
-            except trio.Cancelled:  # a cap comes all the same
+            except trio.Cancelled:  # a cap that was commanded comes all the same, so it counts as done
                 self.done(action, policy, "cancelled while on_evict was at it" if isinstance(action, Evict) else None)
                 raise
             except Exception as failure:
@@ -167,7 +178,7 @@ class FleetExecutor:
 
         Raises:
             ResourceLimit: the kernel refuses it.
-            StateError: it was taken back, or changed, meanwhile.
+            StateError: the cap was taken back, or changed, meanwhile.
         """
         vm = self._fleet.control(action.vm)
         try:
@@ -179,12 +190,13 @@ class FleetExecutor:
             raise StateError(f"vm {vm.name!r}: the cap was taken back or changed before it was in force")
 
     def takes_time(self, action: Action) -> bool:
-        """Whether what comes of it is known only later: the threads of a capped VM move to its cgroup themselves."""
+        """Whether the outcome is known only later: an eviction, or a cap whose threads move to a cgroup by
+        themselves."""
         capped = isinstance(action, CapCpu) and action.share is not None
         return isinstance(action, Evict) or (capped and self._fleet.cpu_cgroup is not None)
 
     def done(self, action: Action, policy: str | None, error: str | None = None) -> Applied:
-        """Journal what was tried. A caller's word counts for the guard, which judges policies by it."""
+        """Journal an action with its outcome. The guard notes what callers do, as it judges policies by that."""
         now = self._fleet.now()
         if policy is None and error is None:
             self.guard.judge(action, None, now, 0)
@@ -194,7 +206,7 @@ class FleetExecutor:
         return self._records.action(applied)
 
     def _do(self, action: Action, policy: str | None) -> _Effect | None:
-        """Command it. Returns what to await until it has taken effect; None: it has."""
+        """Command an action. Returns what to await until it has taken effect; None: it has already."""
         vm = self._fleet.control
         match action:
             case Throttle() | Unthrottle():
@@ -204,9 +216,9 @@ class FleetExecutor:
             case Warn(vm=name):
                 log.warning("vm %s: %s: %s", vm(name).name, policy or "a caller", action.reason or "a warning")
             case Reload():
-                pass  # it says that something was done
+                pass  # this action only records that rules were read again
             case CapCpu(vm=name, share=share):
-                if share is not None or not self._is_gone(name):  # with the VM went its caps
+                if share is not None or not self._is_gone(name):  # an ended VM has no caps left to take off
                     vm(name).cap_nowait(policy, share)
             case Isolate(vm=name):
                 vm(name).isolate_nowait(True)
@@ -227,14 +239,14 @@ class FleetExecutor:
         vm.stop_nowait(Stopped(reason))
         if vm.outcome is None:
             return vm.wait_released
-        vm.release()  # it had ended by itself
+        vm.release()  # the VM had ended by itself, and kept its memory
         return None
 
     def _is_replaced(self, action: Action) -> bool:
-        """Whether it would let go what a VM had whose name another has by now.
+        """Whether the action would take back something of a VM whose name another VM has by now: nothing is left to do.
 
         Raises:
-            StateError: it would do anything else to that other one.
+            StateError: the action would do anything else to that other VM.
         """
         launch = None if isinstance(action, Reload) else action.launch
         found = None if launch is None or action.vm is None else self._fleet.controls.get(action.vm)
@@ -258,7 +270,7 @@ class FleetExecutor:
         self._leaving.add(vm)
         try:
             await self._on_evict(vm.handle, action)
-        except Exception as error:  # whatever it is, it is why the VM is still here
+        except Exception as error:  # any error is the reason why the VM is still here
             raise StateError(f"on_evict: {type(error).__name__}: {error}") from error
         finally:
             self._leaving.discard(vm)
@@ -268,7 +280,7 @@ class FleetExecutor:
     def _throttle(self, action: Throttle | Unthrottle, policy: str | None) -> None:
         limit = action.limit if isinstance(action, Throttle) else None
         if limit is None and action.vm is not None and self._is_gone(action.vm):
-            return  # with the VM went its limits
+            return  # an ended VM has no throttle left to take off
         if limit is not None and action.meter is Meter.BUS_LOCKS:
             self.check_seen(limit, "limit")
         budget = self._budget(action.meter, action.tenant, action.vm, None)
@@ -277,7 +289,7 @@ class FleetExecutor:
     def set_limit(
         self, limit: Limit | None, meter: Meter, tenant: str | None, vm: str | None, vcpu: int | None
     ) -> None:
-        """As `Fleet.set_limit`, without a word in the journal."""
+        """As `Fleet.set_limit`, without a row in the journal."""
         budget = self.check_limit(limit, meter, tenant, vm, vcpu)
         self._change(budget, lambda now: budget.set_base(limit, now))
 
@@ -285,11 +297,11 @@ class FleetExecutor:
         """Journal the limits with which a fleet, a tenant, a VM or a vCPU begins, as those that are set later.
 
         Parameters:
-            by: what gives them: "open_fleet" or "spec".
-            where: as of `SetLimit`.
+            by: the source of the limits: "open_fleet" or "spec".
+            where: fields of `SetLimit` that say whose limits these are.
         """
         if self._records.recorder is None:
-            return  # of these the journal alone is told
+            return  # only the journal has these rows
         now = self._fleet.now()
         for meter, budget in budgets.items():
             if budget.base is not None:
@@ -299,12 +311,12 @@ class FleetExecutor:
                 self._records.given(now, given)
 
     def given_host(self, shared: SharedBuckets) -> None:
-        """Journal the limits that the host's processes share, as they are now, also where there is none: a reader knows
-        by these rows that what limits the fleet as a whole is not the host's."""
+        """Journal the limits of the host's shared budget, as they are now, also where there is no limit: by these rows
+        a reader knows that the limits of the whole fleet are not the host's."""
         for meter in Meter:
             try:
                 limit, _ = shared.look(meter)
-            except StateError as error:  # another process's doing, which must not end a fleet
+            except StateError as error:  # another process may cause this, which must not end a fleet
                 log.warning("%s", error)
                 continue
             reason = "given by the host's budget"
@@ -314,7 +326,7 @@ class FleetExecutor:
     def check_limit(
         self, limit: Limit | None, meter: Meter, tenant: str | None, vm: str | None, vcpu: int | None
     ) -> Budget:
-        """Raise what `set_limit` would raise; else where the limit would be."""
+        """Raise what `set_limit` would raise. Returns the budget that the limit would be in."""
         if meter is Meter.BUS_LOCKS:
             self.check_seen(limit, "limit")
         self._check_open()
@@ -322,7 +334,7 @@ class FleetExecutor:
 
     def check_seen(self, limit: Limit | None, what: str) -> None:
         """Raises:
-        BusLockUnsupported: a limit on bus locks, and this fleet does not see them.
+        BusLockUnsupported: there is a limit on bus locks, and this fleet does not see them.
         """
         if limit is not None and not self._fleet.bus_locks:
             raise BusLockUnsupported(

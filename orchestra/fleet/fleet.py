@@ -32,7 +32,7 @@ __all__ = ["Fleet"]
 
 
 class _Handles(Mapping[str, Vm]):
-    """`Fleet.vms`, as it is whenever it is looked at."""
+    """`Fleet.vms`: a live view of the fleet's VMs."""
 
     def __init__(self, controls: Mapping[str, VmControl]) -> None:
         self._controls = controls
@@ -52,7 +52,7 @@ class _Handles(Mapping[str, Vm]):
 
 
 class Fleet:
-    """Opened by `open_fleet`. All methods are for the thread that opened it."""
+    """Opened by `open_fleet`. All methods are for the thread that opened the fleet."""
 
     def __init__(self, context: FleetContext) -> None:
         self._context = context
@@ -61,8 +61,8 @@ class Fleet:
 
     @property
     def vms(self) -> Mapping[str, Vm]:
-        """The VMs by name. One that ended by itself stays, with its outcome and memory, until it is stopped or another
-        is launched under its name."""
+        """The VMs by name. A VM that ended by itself stays, with its outcome and memory, until it is stopped or another
+        VM is launched under its name."""
         return _Handles(self._context.controls)
 
     async def launch(
@@ -76,17 +76,17 @@ class Fleet:
 
         Parameters:
             spec: what to run.
-            paused: set everything up, but run nothing before `Vm.resume`.
-            devices: your own, each as (ports, mmio, device); see `Vm.attach`.
+            paused: set everything up, but run no guest code before `Vm.resume`.
+            devices: your own devices, each as (ports, mmio, device); see `Vm.attach`.
 
         Raises:
             VmExists: a VM of that name has not ended yet.
             UnknownTenant: the fleet does not have that tenant.
             BusLockUnsupported: the spec has a bus-lock limit, and this fleet does not see bus locks.
-            ResourceLimit, KvmError: the host can't give it what it needs. All of it is given back.
+            ResourceLimit, KvmError: the host can't give the VM what it needs. Everything is given back.
             StateError: the fleet is closing.
 
-        Cancelled, the VM is given back.
+        If this call is cancelled, the VM is given back.
         """
         control = await self._context.supervisor.launch(spec, paused, devices)
         handle: Vm = control.handle
@@ -96,7 +96,7 @@ class Fleet:
         """The VM of that name.
 
         Raises:
-            UnknownVm: there is none.
+            UnknownVm: there is no VM of that name.
         """
         handle: Vm = self._context.control(name).handle
         return handle
@@ -114,12 +114,15 @@ class Fleet:
         """Subscribe to exits from here on.
 
         Parameters:
-            kinds: types of `orchestra.model.exits`; none for all.
-            vm: only this VM's (an object or a name, also of one that is not launched yet).
-            capacity: how many may wait to be received.
-            drop: which are dropped, and counted as missed, when more come.
+            kinds: types of `orchestra.model.exits`; no type means all exits.
+            vm: only exits of this VM (a `Vm`, or a name, also of a VM that is not launched yet). None: of all VMs.
+            capacity: how many exits may wait to be received, from 1 to 10,000,000.
+            drop: "oldest" or "newest": which exits are dropped, and counted as missed, when more come.
 
-        The channel ends when that VM or the fleet does.
+        The channel ends when that VM or the fleet ends.
+
+        Raises:
+            SpecError: not an exit type, or a capacity or `drop` that can't be.
         """
         exits = self._context.dispatcher.subscribe(kinds, vm.name if isinstance(vm, Vm) else vm, capacity, drop)
         try:
@@ -130,14 +133,14 @@ class Fleet:
 
     @asynccontextmanager
     async def watch(self, interval: float = 1.0) -> AsyncIterator[Watch]:
-        """Look at what the VMs and the host do, from here on: ``async for facts in watch``, each a `Facts` about the
+        """Watch what the VMs and the host do, from here on: ``async for facts in watch``. Each `Facts` is about the
         time since the one before.
 
         Parameters:
-            interval: seconds between two, at least 0.001.
+            interval: seconds between two `Facts`, at least 0.001.
 
         Raises:
-            SpecError: no such interval.
+            SpecError: `interval` is out of range.
             StateError: the fleet is closed.
         """
         if self._context.closed:
@@ -152,10 +155,14 @@ class Fleet:
     # ---- actions
 
     async def apply(self, action: Action, *, policy: str | None = None) -> Applied:
-        """Do it, and journal it with its reason, evidence and what came of it.
+        """Do an action, and journal it with its reason, evidence and outcome.
 
-        Returns when a VM that it pauses, stops or kills is paused, or gone. Cancelled, that comes all the same.
-        That it could not be done (the VM is gone, its state does not allow it) is told in `Applied.error`, not raised.
+        Returns when a VM that the action pauses, stops or kills is paused, or gone. If this call is cancelled, that
+        happens all the same. If the action can't be done (the VM is gone, its state does not allow the action),
+        `Applied.error` says why, and nothing is raised.
+
+        Parameters:
+            policy: the name of the policy that asks; None: a caller.
 
         Raises:
             SpecError: not an action.
@@ -166,7 +173,7 @@ class Fleet:
 
     def actions(self) -> tuple[Applied, ...]:
         """The last 10,000 actions, oldest first, with reason, evidence and outcome. The limits that the fleet, its
-        tenants and its VMs began with are none, though the journal has them."""
+        tenants and its VMs began with are not among them, but in the journal."""
         return self._context.records.actions()
 
     async def set_limit(
@@ -178,11 +185,13 @@ class Fleet:
         vm: str | None = None,
         vcpu: int | None = None,
     ) -> None:
-        """Change the limit of the host (nothing named), a tenant, a VM or a vCPU: at once, also for waits in progress.
-        Where the host's is a `HostBudget`, nothing named is this fleet.
+        """Change the limit of a tenant, a VM, a vCPU, or (if none is named) the host. The change takes effect at once,
+        also for waits in progress. In a fleet with a `HostBudget`, the limit changed without a name is the fleet's own.
 
         Raises:
-            SpecError, UnknownTenant, UnknownVm: it can't be meant.
+            SpecError: not a limit, not a meter, or names that don't fit together.
+            UnknownTenant, UnknownVm: the fleet does not have it.
+            StateError: the VM has ended, or the fleet is closed.
             BusLockUnsupported: a bus-lock limit where bus locks are not seen.
         """
         self.set_limit_nowait(limit, meter=meter, tenant=tenant, vm=vm, vcpu=vcpu)
@@ -210,12 +219,12 @@ class Fleet:
     # ---- tenants
 
     async def add_tenant(self, tenant: Tenant) -> None:
-        """Have one more tenant from now on. It has no VMs yet.
+        """Add a tenant, which has no VMs yet.
 
         Raises:
             SpecError: not a `Tenant`.
             StateError: the fleet has a tenant of that name (see `change_tenant`), or is closing.
-            BusLockUnsupported: it has a bus-lock limit, and this fleet does not see bus locks.
+            BusLockUnsupported: the tenant has a bus-lock limit, and this fleet does not see bus locks.
         """
         context = self._context
         context.supervisor.check_open("add a tenant")
@@ -223,10 +232,12 @@ class Fleet:
         await trio.lowlevel.checkpoint()
 
     async def change_tenant(self, tenant: Tenant) -> None:
-        """Give the tenant of that name this weight and these limits; at once, also for waits in progress.
+        """Give the tenant of that name this weight and these limits. The change takes effect at once, also for waits in
+        progress.
 
         Raises:
-            SpecError, UnknownTenant, BusLockUnsupported, StateError: as `add_tenant`; there must be one.
+            UnknownTenant: there is no tenant of that name.
+            SpecError, BusLockUnsupported, StateError: as in `add_tenant`.
         """
         context = self._context
         context.supervisor.check_open("change a tenant")
@@ -234,29 +245,30 @@ class Fleet:
         await trio.lowlevel.checkpoint()
 
     async def remove_tenant(self, name: str) -> None:
-        """Forget a tenant all of whose VMs have ended; those leave the fleet. What they did stays in the fleet's sums.
+        """Forget a tenant all of whose VMs have ended. These VMs leave the fleet; the fleet's sums keep what they did.
 
         Raises:
-            UnknownTenant: there is none of that name.
-            StateError: it has VMs that have not ended, or it is the one for VMs that name none.
+            UnknownTenant: there is no tenant of that name.
+            StateError: the tenant has VMs that have not ended, or is the default tenant.
         """
         context = self._context
         context.tenancy.remove(name, context.controls.values(), context.executor)
         await trio.lowlevel.checkpoint()
 
     async def set_policies(self, policies: Sequence[Policy | PolicySpec], guard: Guard | None = None) -> None:
-        """Have these policies decide from now on, in this order.
+        """Let these policies decide from now on, in this order.
 
-        One that is there already (the same object) keeps its seat, its next tick and what it holds. What one that is
-        not there any more holds is let go before the others decide. Cancelled, all of that is done, or nothing.
+        A policy that is there already (the same object) keeps its state, its next tick and what it holds. What a
+        removed policy holds is taken back before the others decide. If this call is cancelled, either all of this is
+        done or nothing.
 
         Parameters:
-            policies: a `PolicySpec` makes one that has seen nothing yet.
-            guard: another one from now on; what was done so far counts under its rules. None: it stays.
+            policies: policies, or `PolicySpec` objects: each makes a policy that has seen nothing yet.
+            guard: the guard from now on; what was done so far counts under its rules. None: the guard stays.
 
         Raises:
-            SpecError: as `open_fleet`, or a policy that is there already would be rehearsed from now on, or not any
-                more; nothing has changed then.
+            SpecError: as in `open_fleet`, or a policy that is there already would change into a dry run or out of it.
+                Nothing has changed then.
             BusLockUnsupported: a policy limits bus locks, and this fleet does not see them.
         """
         context = self._context
@@ -274,50 +286,50 @@ class Fleet:
 
     @property
     def backend(self) -> Backend:
-        """What executes the guests; its `why` says why it was picked."""
+        """The backend that executes the guests; its `why` says why it was picked."""
         return self._context.backend
 
     @property
     def bus_locks(self) -> bool:
-        """Bus locks are seen here."""
+        """Whether this fleet sees bus locks."""
         return self._context.bus_locks
 
     @property
     def bus_lock_detection(self) -> Detection | None:
-        """How bus locks are reported here; None: they are not."""
+        """How bus locks are reported here; None: they are not seen."""
         return self._context.bus_lock_detection
 
     @property
     def limit(self) -> Limit | None:
-        """The host's, on bus locks, as in force; this fleet's, if it was opened with a `HostBudget`."""
+        """The host's limit on bus locks in force; the fleet's own, if it was opened with a `HostBudget`."""
         return self._context.host_limit(Meter.BUS_LOCKS)
 
     @property
     def exit_limit(self) -> Limit | None:
-        """The host's, on exits of any kind, as in force."""
+        """The host's limit on exits of any kind in force; the fleet's own, if it was opened with a `HostBudget`."""
         return self._context.host_limit(Meter.EXITS)
 
     @property
     def answer_limit(self) -> Limit | None:
-        """The host's, on accesses that Python answers, as in force."""
+        """The host's limit in force on accesses that Python answers; as `limit`."""
         return self._context.host_limit(Meter.ANSWERS)
 
     @property
     def tenants(self) -> Mapping[str, Tenant]:
-        """All tenants, with the limits that were set for them (throttles by actions are not told to policies)."""
+        """All tenants, with the limits that were set for them (throttles by actions are not among them)."""
         return self._context.tenants
 
     def now(self) -> int:
-        """Nanoseconds on the clock that exits and actions are stamped with."""
+        """Nanoseconds on the fleet's clock, which exits and actions have their times from."""
         return self._context.now()
 
     def statistics(self) -> FleetStatistics:
-        """What the fleet did so far."""
+        """What the fleet did since it was opened, as frozen data."""
         return summarise(self._context)
 
     async def stop(self, reason: str = "the fleet was stopped") -> Mapping[str, Outcome]:
-        """Stop all VMs in an orderly way: all are told first, then awaited. Their outcomes by name.
+        """Stop all VMs: first all are told, then all are awaited. Returns their outcomes by name.
 
-        `open_fleet`'s block does this when it is left, so it is only needed for the outcomes.
+        The block of `open_fleet` stops all VMs when it is left, so call this only for the outcomes.
         """
         return await self._context.supervisor.stop(reason)

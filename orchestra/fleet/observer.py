@@ -1,7 +1,8 @@
-"""What the VMs did, looked at so that it costs what was active and not what exists.
+"""Observes what the VMs did. A look costs what was active, and not what exists.
 
-The core says which vCPUs made exits. One that only computes makes none: its thread's CPU clock tells. Those that used
-CPU at the last look are looked at again; of the others a few, in turn, so that each is found in the end.
+The core says which vCPUs made exits. A vCPU that only computes makes no exits: its thread's CPU clock shows that it
+runs. The observer looks again at vCPUs that used CPU at the last look. Of the others it looks at a few in each tick, in
+turn, so that it finds each of them in the end.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from .dirty import DirtyLogs, Told
 __all__ = ["Observer", "Window"]
 
 IN_TURN: Final = 64
-"""How many of the vCPUs that seem idle are looked at in a tick."""
+"""How many of the vCPUs that seem idle are looked at in a tick. This bounds the cost of a tick where many are idle."""
 
 NO_THREADS: Final = "the scripted backend has no threads"
 NO_LOG: Final = "only KVM can tell which pages a guest writes"
 
 
 class Fleet(Protocol):
-    """What this needs of its fleet."""
+    """The fleet, as the observer needs it."""
 
     core: FleetCore
     backend: Backend
@@ -43,14 +44,14 @@ class Fleet(Protocol):
     @property
     def tenants(self) -> Mapping[str, Tenant]: ...
     def host_limit(self, meter: Meter) -> Limit | None:
-        """As in force."""
+        """The host's limit in force on that meter."""
 
     def now(self) -> int: ...
 
 
 @attrs.define(eq=False)
 class _Vcpu:
-    """A vCPU, its thread's number, and what it had done when it was looked at last. Times in nanoseconds."""
+    """A vCPU, its thread's number, and its counters at the last look. Times in nanoseconds."""
 
     vm: VmControl
     guest: Instance
@@ -67,10 +68,10 @@ class _Vcpu:
 
 @attrs.define(eq=False)
 class _Did:
-    """What a vCPU did between two looks, or longer; exits by the kernel's number of the reason, waits for its turn by
-    `BUCKETS` (None: it did not wait). Times: None: nobody told.
+    """What a vCPU did between two looks, or longer. `exits`: by the kernel's number of the reason. `held`: waits for
+    its turn, by `BUCKETS`; None: it did not wait. Other times: None: unknown.
 
-    What one look found is shared by all windows and stays as it is; only a `sum` of several is added to.
+    All windows share what one look found, so it never changes; only a `sum` of several is added to.
     """
 
     exits: dict[int, int]
@@ -83,7 +84,7 @@ class _Did:
     summed: bool = False
 
     def sum(self, other: _Did) -> _Did:
-        """Both; this one itself if it is a sum already."""
+        """The sum of both: this object itself, if it is a sum already; otherwise a new one."""
         to = self if self.summed else attrs.evolve(self, exits=dict(self.exits), summed=True)
         exits = to.exits
         for reason, count in other.exits.items():
@@ -103,7 +104,7 @@ class _Did:
 
 @attrs.define(eq=False)
 class _Dirty:
-    """What readings of a VM's dirty log said: pages written, and in how many nanoseconds."""
+    """The readings of a VM's dirty log: pages written, and in how many nanoseconds."""
 
     pages: int = 0
     time: int = 0
@@ -111,7 +112,7 @@ class _Dirty:
 
 @attrs.define(eq=False)
 class Window:
-    """What was done since a time. Those who looked last at the same time share one."""
+    """What was done since a time. Policies and watches that looked last at the same time share a window."""
 
     since: int
     reading: HostReading
@@ -122,7 +123,7 @@ class Window:
     users: int = 0
 
     def add(self, vm: VmControl, index: int, did: _Did) -> None:
-        """A vCPU did this."""
+        """Add what a vCPU did."""
         of = self.vms.get(vm)
         if of is None:
             self.vms[vm] = {index: did}
@@ -132,14 +133,14 @@ class Window:
 
 
 class Observer:
-    """Of one fleet. `look`, and then ask for facts.
+    """Observes one fleet: call `look`, then `facts`. Fleet's thread.
 
     Attributes:
-        logs: its VMs' dirty logs. Whoever looks has those read that are due, and tells what they said (`dirty`).
+        logs: the VMs' dirty logs. The policy runner has the due logs read, and passes the results to `dirty`.
     """
 
     def __init__(self, fleet: Fleet, host: HostSignals, threads: ThreadTimes | None) -> None:
-        """`threads`: None if the fleet's vCPUs have none."""
+        """`threads`: None: the fleet's vCPUs have no threads."""
         self.host = host
         self.logs = DirtyLogs()
         self._fleet = fleet
@@ -159,7 +160,7 @@ class Observer:
         self._tenants: Mapping[str, Tenant] | None = None
         self._facts: dict[tuple[Window, bool], Facts] = {}
 
-    # ---- who there is
+    # ---- which vCPUs there are
 
     def add(self, id: int, vm: VmControl, guest: Instance, index: int) -> None:
         vcpu = self._vcpus[id] = _Vcpu(vm, guest, index)
@@ -167,13 +168,13 @@ class Observer:
             return
         with guest.vcpus[index].living() as tid:
             if tid is not None:
-                # What its thread has used so far was for its own start.
+                # The CPU time so far was the start of the thread, and not the guest's.
                 vcpu.tid, vcpu.cpu = tid, self._threads.cpu(tid) or 0
                 self._turn.append(id)
                 self.host.add_thread(tid)
 
     def forget(self, id: int) -> None:
-        """A vCPU is gone: what it did last still counts, as its VM may be restarted."""
+        """A vCPU has ended. What it did last still counts: the VM may be restarted."""
         self._facts.clear()
         vcpu = self._vcpus.pop(id, None)
         if vcpu is not None:
@@ -195,14 +196,14 @@ class Observer:
             window.gone.append((vm.name, vm.launch))
 
     def work(self, vm: VmControl, units: float) -> None:
-        """A guest got something done, by its own account."""
+        """Add the work that a guest says it has done."""
         self._facts.clear()
         for window in self._windows:
             window.vms.setdefault(vm, {})
             window.work[vm] = window.work.get(vm, 0.0) + units
 
     def dirty(self, told: Iterable[Told]) -> None:
-        """Dirty logs were read."""
+        """Add the results of dirty logs that were read."""
         self._facts.clear()
         for vm, pages, time in told:
             for window in self._windows:
@@ -214,10 +215,10 @@ class Observer:
     # ---- looking
 
     def look(self, now: int) -> None:
-        """Add what was done since the last time to every window."""
+        """Add what was done since the last look to every window. `now`: nanoseconds on the fleet's clock."""
         vcpus = self._vcpus
-        # One that waits for its turn accounts nothing meanwhile, but it is not idle: it is looked at until it did not
-        # wait any more.
+        # A vCPU that waits for its turn accounts no exit meanwhile, but it is not idle. So the observer looks at it
+        # again until it has stopped waiting.
         ids = self._again.union(self._fleet.core.active())
         again = {id for id in ids if (vcpu := vcpus.get(id)) is not None and self._look(vcpu, now)}
         turn = self._turn
@@ -234,15 +235,15 @@ class Observer:
         self._facts.clear()
 
     def _look(self, vcpu: _Vcpu, now: int, *, idle: bool = False) -> bool:
-        """Whether it is to be looked at the next time, whatever the core says.
+        """Look at one vCPU. Returns whether the next look must include it, whatever the core says.
 
         Parameters:
-            idle: the core knows of nothing that it did, and it did not wait when it was looked at last. If its thread
-                did not run either, it did nothing.
+            idle: the core knows of no exit of this vCPU, and it did not wait at the last look. If its thread did not
+                run either, it did nothing.
         """
         used = waited = None
         if self._threads is not None:
-            with vcpu.guest.vcpus[vcpu.index].living() as tid:  # or the figures could be another thread's
+            with vcpu.guest.vcpus[vcpu.index].living() as tid:  # otherwise the figures could be another thread's
                 if tid is not None:
                     used, waited = self._times(self._threads, tid, vcpu, now)
         if idle and not used:
@@ -253,7 +254,7 @@ class Observer:
         answers, vcpu.answers = max(0, answers_so_far - vcpu.answers), answers_so_far
         held: list[int] | None = None
         if held_so_far != vcpu.held:
-            # Clamped: vCPU and policy runner read the clock each for itself, so a wait may end "before" the look at it.
+            # Clamped: vCPU and observer read the clock separately, so a wait may end "before" the look that saw it.
             held = [max(0, far - before) for far, before in zip(held_so_far, vcpu.held, strict=True)]
             vcpu.held, held = held_so_far, held if any(held) else None
         capped = self._capped(vcpu, now) if vcpu.vm.was_capped else None
@@ -265,7 +266,7 @@ class Observer:
         did = _Did(exits, bus_locks, answers, held, used, waited, capped)
         for window in self._windows:
             window.add(vcpu.vm, vcpu.index, did)
-        # Whoever made an exit may just have begun to wait for its turn, and will account nothing until that has come.
+        # A vCPU that made an exit may have just begun to wait for its turn, and accounts no exit until the turn comes.
         return bool(exits or held or used or capped)
 
     def _times(self, threads: ThreadTimes, tid: int, vcpu: _Vcpu, now: int) -> tuple[int | None, int | None]:
@@ -281,8 +282,8 @@ class Observer:
         if delay is not None:
             waited, vcpu.run_delay = max(0, delay - vcpu.run_delay), delay
         if vcpu.looked < self._looked:
-            # It was not looked at for some ticks and may have done it in any of them: what does not fit into this one
-            # was not in this one.
+            # The vCPU was not looked at for some ticks, and may have run in any of them. What does not fit into this
+            # tick was not done in this tick.
             most = max(0, now - self._looked)
             used = min(used, most)
             waited = None if waited is None else min(waited, most)
@@ -296,9 +297,9 @@ class Observer:
     # ---- windows
 
     def open(self) -> Window:
-        """What is done from the last look on. `close` it."""
+        """A window on what is done from the last look on. `close` it at the end."""
         window = self._fresh
-        # Nothing was told since that look, or it would count for this one as well.
+        # A window is shared only while it is empty: what it has already would count for the new user as well.
         if window is None or window.since != self._looked or window.vms or window.gone:
             window = self._fresh = Window(self._looked, self._reading)
             self._windows.add(window)
@@ -312,7 +313,7 @@ class Observer:
             self._fresh = None if window is self._fresh else self._fresh
 
     def facts(self, window: Window, *, ended: bool = False) -> Facts:
-        """What a window saw up to the last look. `ended`: of VMs that have ended as well."""
+        """What a window saw up to the last look. `ended`: include VMs that have ended."""
         key = window, ended
         if key not in self._facts:
             self._facts[key] = self._make_facts(window, ended)
@@ -325,7 +326,7 @@ class Observer:
         vms: dict[str, VmFacts] = {}
         for vm, sums in window.vms.items():
             if ended or vm.outcome is None:
-                # With those that have ended there may be several of a name.
+                # With VMs that have ended there may be several VMs of one name.
                 told = self._vm_facts(vm, sums, window.work.get(vm), window.dirty.get(vm))
                 vms[vm.name if vm.name not in vms else f"{vm.name} {vm.launch}"] = told
         return Facts(
@@ -341,7 +342,7 @@ class Observer:
         )
 
     def _vm_facts(self, vm: VmControl, did: Mapping[int, _Did], work: float | None, dirty: _Dirty | None) -> VmFacts:
-        """Runs for each active VM in each tick: it does no more than it has to."""
+        """The facts of one VM. It runs for each active VM in each tick, so it does no more than it must."""
         seen = self._fleet.bus_locks
         vcpus: tuple[VcpuFacts, ...]
         if len(did) == 1:
@@ -376,7 +377,7 @@ class Observer:
 
 
 def _vcpu_facts(index: int, did: _Did, seen: bool) -> VcpuFacts:
-    """`seen`: bus locks are."""
+    """The facts of one vCPU. `seen`: the fleet sees bus locks."""
     cpu, run_delay, capped = did.cpu, did.run_delay, did.capped
     return VcpuFacts(
         index,

@@ -1,4 +1,4 @@
-"""The way into a fleet: backend chosen, parts made, and everything given back however the block is left."""
+"""Opens a fleet: chooses the backend, makes the parts, and gives everything back however the block is left."""
 
 from __future__ import annotations
 
@@ -31,15 +31,19 @@ __all__ = ["open_fleet"]
 log: Final = logging.getLogger("orchestra")
 
 LOOKED_AT: Final = 1.0
-"""Seconds between two looks at the host, where only a probe asks for them."""
+"""Seconds between two looks at the host, if only a probe needs them: there is no journal."""
 
 NO_HOST: Final = "the scripted backend runs nothing on this host"
 
 
 def _detection(backend: Backend, needed: str) -> Detection | None:
-    """How this backend sees bus locks; None: not at all. Design rule 3: needed and impossible is an error.
+    """How this backend reports bus locks; None: it does not. Design rule 3: needed and impossible is an error.
 
-    `needed`: which argument needs them; empty: none does.
+    Parameters:
+        needed: the argument that needs bus locks to be seen; empty: no argument does.
+
+    Raises:
+        BusLockUnsupported: an argument needs them, and the backend does not report them.
     """
     detection = backend.bus_lock_detection()
     if detection is not None:
@@ -59,14 +63,14 @@ def _detection(backend: Backend, needed: str) -> Detection | None:
 @door(FleetSpec)
 @asynccontextmanager
 async def open_fleet(spec: FleetSpec) -> AsyncIterator[Fleet]:
-    """Open a fleet; leaving the block stops its VMs and leaves no thread, descriptor or mapping behind.
+    """Open a fleet. Leaving the block stops its VMs, and leaves no thread, descriptor or mapping behind.
 
     ``open_fleet(limit=..., tenants=...)`` is the short way to ``open_fleet(FleetSpec(limit=..., tenants=...))``: all
     fields of `FleetSpec` may be given by name, and are explained there. Beside a spec they replace what it says.
 
     Parameters:
-        spec: the fleet. It may be opened as often as you like, if it holds no live policy: each time there are new
-            policies, and a guard that has seen nothing yet.
+        spec: the fleet. You may open a spec several times, if it holds no live policy: each fleet gets new policies,
+            and a guard that has seen nothing yet.
 
     Raises:
         BusLockUnsupported: bus locks are required or limited, and can't be seen here. No guest has run then.
@@ -94,7 +98,7 @@ async def open_fleet(spec: FleetSpec) -> AsyncIterator[Fleet]:
 def _resources(
     spec: FleetSpec, backend: Backend, needed: str, cpus: frozenset[int], stack: AsyncExitStack
 ) -> FleetResources:
-    """What a fleet is opened on. `stack`: closes it."""
+    """Make what a fleet is opened on. `stack` closes it, the last first."""
     detection = None if spec.bus_locks == "off" else _detection(backend, needed)
     folder = None if spec.cgroup is None else Path(spec.cgroup)
     cpu_cgroup = isolated = None
@@ -126,26 +130,26 @@ def _resources(
 def _recorder(journal: Recorder | JournalSpec | None) -> Recorder | None:
     if not isinstance(journal, JournalSpec):
         return journal
-    from ..journal.writer import Journal  # loads SQLite, which a fleet without a journal does not need
+    from ..journal.writer import Journal  # here, as this loads SQLite, which a fleet without a journal does not need
 
     return Journal(journal.path, keep_days=journal.keep_days, keep_bytes=journal.keep_bytes)
 
 
 @asynccontextmanager
 async def _recording(recorder: Recorder, resources: FleetResources) -> AsyncIterator[None]:
-    """The journal is open. It ends when all VMs have."""
+    """Keep the journal open. It ends after all VMs have ended."""
     backend = resources.backend
     await _off_the_loop(recorder.begin, backend.now(), backend.name, resources.detection)
     try:
         yield
     finally:
-        with trio.CancelScope(shield=True):  # what waits is written
+        with trio.CancelScope(shield=True):  # rows that wait are written, even if cancelled
             await _off_the_loop(recorder.end, backend.now())
 
 
 @asynccontextmanager
 async def _running(spec: FleetSpec, resources: FleetResources, policies: list[Policy]) -> AsyncIterator[Fleet]:
-    """The fleet, in a nursery of its own: one error comes out as itself."""
+    """The fleet, in a nursery of its own. A single error comes out as itself, and not in a group."""
     observed = spec.journal_interval if resources.recorder is not None else LOOKED_AT if spec.probe else None
     context: FleetContext | None = None
     error: BaseException | None = None
@@ -170,7 +174,7 @@ async def _running(spec: FleetSpec, resources: FleetResources, policies: list[Po
 
 
 async def _off_the_loop(function: Callable[..., object], *arguments: object) -> None:
-    """Call what waits for a disk on a worker thread; here if there is none to be had."""
+    """Call a function that waits for a disk on a worker thread; on this thread if the host has none left."""
     called: list[bool] = []
 
     def call() -> None:
@@ -186,7 +190,7 @@ async def _off_the_loop(function: Callable[..., object], *arguments: object) -> 
 
 
 def _merge(group: BaseExceptionGroup[BaseException], raised: BaseException | None) -> BaseException:
-    """The nursery is our affair: one error comes out as itself, so that `except SpecError` around the block works."""
+    """Users don't see the nursery: a single error comes out as itself, so `except SpecError` around the block works."""
     _, others = group.split(trio.Cancelled)
     errors = list(_leaves(others)) if others is not None else []
     if raised is not None and not isinstance(raised, trio.Cancelled):

@@ -1,4 +1,4 @@
-"""What is kept of a fleet's actions and states: the last ones here, all of them wherever a recorder puts them."""
+"""A fleet's actions and states: the last actions are kept here, and a recorder gets all of them."""
 
 from __future__ import annotations
 
@@ -14,37 +14,38 @@ from ..profile import Row
 __all__ = ["Recorder", "Records"]
 
 KEPT: Final = 10_000
+"""Actions that are kept at most, as `Fleet.actions` promises: a fleet that runs for years must not grow."""
 
 
 @runtime_checkable
 class Recorder(Protocol):
-    """Somebody who writes down what a fleet saw and did, for ``open_fleet(journal=...)``: `orchestra.journal.Journal`.
+    """Records what a fleet saw and did, for ``open_fleet(journal=...)``: `orchestra.journal.Journal` is one.
 
-    Times are nanoseconds on the fleet's clock. Nothing but `begin` and `end` may wait or raise: the fleet's own thread
-    calls. `begin` and `end` are called on a worker thread. One that also has `statistics`, which returns
-    `JournalStatistics`, shows in those of its fleet.
+    Times are nanoseconds on the fleet's clock. Only `begin` and `end`, which are called on a worker thread, may wait or
+    raise: the fleet's own thread calls the others. If a recorder has a method `statistics` that returns
+    `JournalStatistics`, the fleet's statistics show them.
     """
 
     def begin(self, now: int, backend: str, detection: str | None) -> None:
-        """A fleet opens. What it raises comes out of `open_fleet`."""
+        """A fleet opens. An exception of this method comes out of `open_fleet`."""
 
     def action(self, applied: Applied) -> None:
-        """What was done, or tried. A limit with which a fleet or a VM begins comes as a `SetLimit` that has `given` in
-        its evidence."""
+        """An action was done, tried or refused. A limit with which a fleet or a VM begins comes as a `SetLimit` that
+        has `given` in its evidence."""
 
     def state(self, now: int, vm: str, launch: int, tenant: str, state: str, reason: str) -> None: ...
     def aggregate(self, facts: Facts) -> None:
-        """What the VMs that did something did since the last time, those that have ended meanwhile included."""
+        """What the active VMs did since the last call, including VMs that have ended meanwhile."""
 
     def profile(self, now: int, vm: str, launch: int, rows: Iterable[Row]) -> None:
-        """Bus locks of a VM that were sampled since the last time."""
+        """Bus locks of a VM that were sampled since the last call."""
 
     def end(self, now: int) -> None:
-        """The fleet is gone; nothing comes any more."""
+        """The fleet has ended; no other call follows."""
 
 
 class Records:
-    """Where a fleet's actions and states go."""
+    """Keeps a fleet's last actions, and passes actions and states on to the recorder."""
 
     def __init__(self, recorder: Recorder | None) -> None:
         self.recorder = recorder
@@ -57,16 +58,17 @@ class Records:
         return applied
 
     def given(self, now: int, limit: SetLimit) -> None:
-        """A limit that is in force from a beginning on. It is written down like one that is set, but nobody did it."""
+        """Record a limit with which a fleet, a tenant or a VM begins. It is no action, so `actions` does not have
+        it."""
         if self.recorder is not None:
             self.recorder.action(Applied(time=now, action=limit))
 
     def actions(self) -> tuple[Applied, ...]:
-        """The last of them, oldest first."""
+        """The last actions, oldest first."""
         return tuple(self._last)
 
     def statistics(self) -> JournalStatistics | None:
-        """Of the recorder, if it tells."""
+        """The recorder's statistics; None: it has none."""
         statistics = getattr(self.recorder, "statistics", None)
         told = None if statistics is None else statistics()
         return told if isinstance(told, JournalStatistics) else None

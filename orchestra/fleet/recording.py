@@ -1,4 +1,4 @@
-"""What a fleet writes down in each interval: what its VMs did, where they locked the bus, and the host's budget."""
+"""What a fleet records in each interval: what its VMs did, where they locked the bus, and the host's budget."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ __all__ = ["Recording"]
 
 
 class Recording:
-    """Of one fleet, into its journal."""
+    """Writes into the journal of one fleet."""
 
     def __init__(self, fleet: FleetContext) -> None:
         self._fleet = fleet
-        self._host_changes = -1  # of the host's budget, as far as the journal has them
+        self._host_changes = -1  # the changes of the host's budget that the journal has; -1: none yet
 
     def write(self, facts: Facts) -> None:
-        """What was seen in an interval. Without a journal nothing: the statistics keep the last look at the host."""
+        """Record what was seen in an interval. Without a journal this does nothing."""
         recorder = self._fleet.records.recorder
         if recorder is None:
             return
@@ -33,14 +33,14 @@ class Recording:
                 self.profile(vm)
 
     def host_budget(self) -> None:
-        """Its limits, if another process, or this one, has changed them."""
+        """Record the limits of the host's budget, if this process or another has changed them."""
         shared = self._fleet.core.shared
         if shared is not None and (changes := shared.changes()) != self._host_changes:
-            self._host_changes = changes  # first: what changes while it is read is read once more
+            self._host_changes = changes  # first: a change during the reading makes the next call read again
             self._fleet.executor.given_host(shared)
 
     def profile(self, vm: VmControl) -> None:
-        """Where it locked the bus since the last time."""
+        """Record where a VM locked the bus since the last call."""
         recorder, guest = self._fleet.records.recorder, vm.guest
         if recorder is not None and guest is not None and (rows := guest.cores.profile_rows()):
             recorder.profile(self._fleet.now(), vm.name, vm.launch, rows)

@@ -1,4 +1,4 @@
-"""Runs the policy engine live: looks at what the VMs did, ticks when somebody is due, and tells whoever only looks."""
+"""Runs the policy engine live: looks at what the VMs did, and ticks when a policy or the journal's observer is due."""
 
 from __future__ import annotations
 
@@ -24,46 +24,46 @@ __all__ = ["PolicyRunner"]
 log: Final = logging.getLogger("orchestra.policy")
 
 SOON: Final = 100_000_000
-"""Nanoseconds: pressure that comes up brings a tick forward only if it would be later than that, and only for a policy
-that decided longer ago."""
+"""Nanoseconds. Pressure that comes up brings a policy's tick forward only if the tick is further away than this, and if
+the policy decided longer ago than this."""
 
 REST: Final = 0.1
-"""Part of an observer's interval: what is left at the end and is shorter joins the interval before. A rate of so little
-time says nothing. So an interval is told when so much more time has passed."""
+"""Part of an observer's interval. A rest at the end that is shorter than this joins the interval before, as a rate over
+so little time says nothing. So the observer gets an interval only after this much more time has passed."""
 
 OVERDUE: Final = 1_000_000_000
-"""Nanoseconds between two looks for VMs that were held for too long, where no policy ticks more often."""
+"""Nanoseconds between two checks for VMs that are paused for too long, where no policy ticks more often."""
 
 LOGS: Final = 0.005
-"""Seconds that a tick waits at most for dirty logs to be read: what takes longer is told at the next."""
+"""The most seconds that a tick waits for dirty logs to be read. What takes longer is in the facts of the next tick."""
 
 
 class Fleet(Protocol):
-    """What the policy runner needs of its fleet."""
+    """The fleet, as the policy runner needs it."""
 
     def now(self) -> int: ...
     def below(self, action: Action) -> int:
-        """How many VMs an action is about."""
+        """How many VMs an action affects."""
 
     def takes_time(self, action: Action) -> bool:
-        """What comes of it is known only later: `begin` it, and `finish` it in a task."""
+        """Whether the outcome is known only later: then `begin` the action, and `finish` it in a task."""
 
     def begin(self, action: Action, policy: str | None) -> Begun: ...
     async def finish(self, begun: Begun) -> Applied: ...
 
     def apply_nowait(self, action: Action, policy: str | None) -> Applied:
-        """Apply what takes no time, and journal it. No tick waits for a VM."""
+        """Apply an action that takes no time, and journal it. No tick waits for a VM."""
 
     def record(self, applied: Applied) -> Applied:
-        """Journal what was not even tried."""
+        """Journal an action that was not tried."""
 
     def start_soon(self, function: Callable[..., Awaitable[object]], *args: Any) -> None:
-        """Run it in a task of the fleet's."""
+        """Run a function in a task of the fleet."""
 
 
 @attrs.define(eq=False)
 class _Observer:
-    """Takes the facts of each interval, and decides nothing. `passed`: the interval before, until it is told."""
+    """Takes the facts of each interval, and decides nothing. `passed`: the interval before, until `take` gets it."""
 
     take: Callable[[Facts], object]
     interval: int
@@ -80,7 +80,7 @@ class _Passed:
 
 
 class _Executor:
-    """Does what policies want done with a fleet."""
+    """Carries out what policies ask for."""
 
     def __init__(self, fleet: Fleet, settle: Callable[[PolicyState, Verdict, str | None, int], None]) -> None:
         self._fleet = fleet
@@ -107,7 +107,7 @@ class _Executor:
 
 
 class PolicyRunner:
-    """One tick serves all policies, and whoever only looks."""
+    """Runs the policies of one fleet. One tick serves all policies and the observer; fleet's thread."""
 
     def __init__(
         self, fleet: Fleet, policies: Sequence[Policy], *, activity: Observer, guard: Guard, strict: bool
@@ -135,15 +135,15 @@ class PolicyRunner:
 
     async def set_policies(self, policies: Sequence[Policy], guard: Guard | None, holdings: Holdings) -> None:
         """As `Fleet.set_policies`. `holdings`: what is in force."""
-        async with self._lock:  # no tick meanwhile; and from here on no checkpoint, so nobody stops half way
+        async with self._lock:  # no tick meanwhile. No checkpoint from here on, so a cancellation can't stop half way
             now = self._fleet.now()
-            self._activity.look(now)  # what was before is no new policy's affair
+            self._activity.look(now)  # a new policy gets no facts from before
             self._engine.set_policies(policies, guard, now, holdings)
             self._listen()
         self._hurry.set()
 
     def observe(self, take: Callable[[Facts], object], interval: float) -> None:
-        """Have the facts of each interval (seconds) taken as well, before the policies decide."""
+        """Pass the facts of each interval (seconds) to `take` as well, before the policies decide."""
         every = round(interval * 1e9)
         self._observer = _Observer(take, every, self._activity.open(), self._fleet.now() + every)
 
@@ -156,7 +156,7 @@ class PolicyRunner:
         return self._host
 
     def wake(self) -> None:
-        """There is more to look at than before."""
+        """Tick now: there is more to look at than before."""
         self._hurry.set()
 
     def gone(self, vm: str) -> None:
@@ -166,7 +166,7 @@ class PolicyRunner:
     # ---- the task
 
     async def run(self) -> None:
-        """Tick whenever somebody is due, until cancelled."""
+        """Tick whenever a policy or the observer is due, until cancelled."""
         async with trio.open_nursery() as nursery:
             while True:
                 if new := self._pressures() - self._watched:
@@ -179,7 +179,7 @@ class PolicyRunner:
                     await self._hurry.wait()
 
     def _pressures(self) -> set[str]:
-        """The pressures that can't wait for a policy's next tick."""
+        """The pressures that wake the runner: those of policies whose interval is so long that a wake helps."""
         slow = (state for state in self._engine.states if state.on and (state.interval or 0) > 2 * SOON)
         return {signal for state in slow for signal in state.signals if signal.endswith("_pressure")}
 
@@ -194,7 +194,7 @@ class PolicyRunner:
             trigger.close()
 
     def hurry(self, signal: str) -> None:
-        """Pressure came up: policies that listen to it decide now, unless they just did or will at once."""
+        """Pressure came up: policies that listen to it decide now, unless they have just decided or will at once."""
         now = self._fleet.now()
         for state in self._engine.states:
             recent = now - state.since < SOON
@@ -203,7 +203,7 @@ class PolicyRunner:
                 self._hurry.set()
 
     async def tick(self) -> int | None:
-        """Look, and let everybody decide who is due. When the next is, on the fleet's clock; None: never."""
+        """Look, and let each policy decide that is due. Returns the next due time on the fleet's clock; None: never."""
         async with self._lock:
             return await self._tick()
 
@@ -229,7 +229,8 @@ class PolicyRunner:
 
     async def _read_logs(self, now: int) -> None:
         logs = self._activity.logs
-        self._activity.dirty(logs.take())  # what took longer than the last tick waited; then it is not due again
+        # First the readings that the last tick did not wait for: these logs are then not due again.
+        self._activity.dirty(logs.take())
         if due := logs.due(now):
             done = trio.Event()
             self._fleet.start_soon(logs.read, due, done)
@@ -238,7 +239,7 @@ class PolicyRunner:
             self._activity.dirty(logs.take())
 
     def close(self) -> None:
-        """All VMs have ended: the last of what they did is told to who only looks."""
+        """All VMs have ended: pass the last facts to the observer."""
         now = self._fleet.now()
         self._activity.look(now)
         self._activity.end()
@@ -248,7 +249,7 @@ class PolicyRunner:
             return
         last = observer.window
         if observer.passed is not None and now - last.since < REST * observer.interval:
-            last = observer.passed.window  # it has gone on summing up
+            last = observer.passed.window  # this window was not closed, so it has the rest as well
         else:
             self._tell_passed(observer)
         observer.take(self._activity.facts(last, ended=True))

@@ -1,6 +1,6 @@
-"""What a fleet is opened with: plain frozen data that a file can hold and a daemon can send, checked when it is made.
+"""The spec of a fleet: plain frozen data that a file can hold and a daemon can send, checked when it is made.
 
-It names live parts by their types (a backend, a recorder, a callback), so it is of the house and not of the words.
+It names the types of live parts (a backend, a recorder, a callback), so it belongs to the fleet, and not to `model`.
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ from .recorder import Recorder
 __all__ = ["DEFAULT_TENANT", "FleetSpec", "OnEvict", "make_policies"]
 
 DEFAULT_TENANT: Final = "default"
-"""Whose VMs are that name no tenant."""
+"""The tenant of VMs that name no tenant."""
 
 OnEvict: TypeAlias = Callable[[Any, Evict], Awaitable[object]]
-"""What moves a VM to another host, or raises why not. The VM is a `Vm`, of the side that opened the fleet."""
+"""Moves a VM to another host, or raises why it can't. The VM is a `Vm` of the side (trio or asyncio) that opened the
+fleet."""
 
 LONGEST: Final = 86_400.0
-"""Seconds of a journal's interval: a day. A longer one would tell nothing of when anything was."""
+"""The longest interval of a journal in seconds: a day. A longer interval would not show when something happened."""
 
 
 def _tenants(given: Mapping[str, Limit | Tenant | None] | Iterable[Tenant]) -> Mapping[str, Tenant]:
-    """All the ways to name tenants, and the default one."""
+    """Tenants by name, from any form in which they may be given, with the default tenant."""
     if not isinstance(given, Iterable):
         raise SpecError(f"tenants={given!r}: must be a mapping by name, or Tenant objects")
     made: dict[str, Tenant] = {}
@@ -71,10 +72,10 @@ def _policies(given: Iterable[Policy | PolicySpec]) -> tuple[Policy | PolicySpec
 
 
 def make_policies(given: Iterable[Policy | PolicySpec]) -> list[Policy]:
-    """Policies: those that are data are made anew, and have seen nothing yet.
+    """Make the policies: each `PolicySpec` becomes a new policy that has seen nothing yet.
 
     Raises:
-        SpecError: one is no policy, or two have one name.
+        SpecError: an entry is no policy, or two policies have one name.
     """
     return check_policies(one.make() if isinstance(one, PolicySpec) else one for one in _policies(given))
 
@@ -97,7 +98,7 @@ def _cpus(given: Iterable[int] | None) -> tuple[int, ...] | None:
 
 
 def _settings(guard: Guard | None) -> Any:
-    """What two guards are compared by: not by what they have seen."""
+    """Two guards are equal if their settings are, whatever they have seen."""
     return None if guard is None else encode(guard)
 
 
@@ -105,8 +106,8 @@ def _settings(guard: Guard | None) -> Any:
 class FleetSpec:
     """A fleet, for `open_fleet`.
 
-    All of it is plain data but for what a program may hand to a fleet in its own process: a Backend object, a policy,
-    a recorder, a callback. The codec refuses those, and says what to give in their place.
+    All fields are plain data, except live objects that a program may give to a fleet in its own process: a Backend
+    object, a policy, a recorder, a callback. The codec refuses live objects, and says what to give in their place.
 
     Parameters:
         backend: "auto", "kvm", "emulated", "scripted", or a Backend object. "auto" is KVM where /dev/kvm opens, else
@@ -206,11 +207,11 @@ class FleetSpec:
             raise SpecError(f"{asked} limits bus locks, but bus_locks='off': leave one of them out")
 
     def make_policies(self) -> list[Policy]:
-        """As `make_policies`, of this spec."""
+        """As the function `make_policies`, for this spec."""
         return make_policies(self.policies)
 
     def needs_bus_locks(self, policies: Iterable[Policy]) -> str:
-        """What of it needs bus locks to be seen, for a message; empty: nothing does."""
+        """The field that needs bus locks to be seen, for a message; empty: no field does."""
         asked = self._limits_bus_locks(policies)
         return asked or ("bus_locks='require'" if self.bus_locks == "require" else "")
 

@@ -1,4 +1,4 @@
-"""What a fleet did: sums by tenant and over all, VMs that are gone included."""
+"""The statistics of a fleet: sums by tenant and over all VMs, including VMs that are gone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["Figures", "FleetStatistics", "TenantSeat", "TenantStatistics", "Tota
 
 @attrs.frozen
 class TenantStatistics:
-    """What a tenant's VMs did, those that are gone included."""
+    """What a tenant's VMs did, including VMs that are gone. `vms`: the number that have not ended."""
 
     name: str
     weight: float
@@ -38,19 +38,20 @@ class TenantStatistics:
 
 @attrs.frozen
 class FleetStatistics:
-    """What the fleet did since it was opened, VMs that are gone included. Times in seconds.
+    """What the fleet did since it was opened, including VMs that are gone. Times in seconds.
 
     Attributes:
-        backend, why: what executes the guests, and why it was picked.
+        backend, why: the backend that executes the guests, and why it was picked.
         bus_lock_detection: "fault-like" (AMD: reported before the instruction, counts approximate), "trap-like" (Intel:
             behind it), "unknown", or None: bus locks are not seen here, and `bus_locks` is None as well.
-        vms, vcpus: that have not ended.
-        launched: VMs, ever. states: how many of `Fleet.vms` are in each state.
+        vms, vcpus: the number that have not ended.
+        launched: the number of VMs that were ever launched.
+        states: how many of `Fleet.vms` are in each state.
         released: waits that ``max_delay`` ended before the turn came.
         answers: accesses that Python answered.
-        missed: exits whose details were lost in a full ring or channel; they are counted in everything else.
-        host: as the last tick saw it, if there are policies, a journal or a probe.
-        journal: how it keeps up with the fleet, and what is lost; None: there is none.
+        missed: exits whose details were lost in a full ring or channel. All other figures include them.
+        host: the host at the last tick, if there are policies, a journal or a probe.
+        journal: how the journal keeps up with the fleet, and what it lost; None: there is no journal.
     """
 
     backend: str
@@ -114,7 +115,8 @@ class Totals:
 
 @attrs.define(eq=False)
 class TenantSeat:
-    """A tenant as its fleet has it. `live`: VMs that have not ended; `gone`: what those did that left the fleet."""
+    """A tenant in its fleet. `live`: the number of VMs that have not ended; `gone`: what the VMs did that left the
+    fleet."""
 
     tenant: Tenant
     budgets: Budgets
@@ -122,12 +124,12 @@ class TenantSeat:
     gone: Totals = attrs.field(factory=Totals)
 
     def limit(self, meter: Meter) -> Limit | None:
-        """What is in force."""
+        """The tenant's limit in force on that meter."""
         return self.budgets[meter].limit
 
 
 class Summed(Protocol):
-    """What of a fleet is added up."""
+    """The fleet, as `summarise` needs it."""
 
     backend: Backend
     bus_lock_detection: Detection | None
@@ -138,12 +140,13 @@ class Summed(Protocol):
     def seats(self) -> Mapping[str, TenantSeat]: ...
     def host_limit(self, meter: Meter) -> Limit | None: ...
     def figures(self) -> Figures:
-        """What the fleet's parts say of themselves."""
+        """The figures that the fleet's parts keep."""
 
 
 @attrs.frozen
 class Figures:
-    """`removed`: what VMs did whose tenants are gone; `missed`: exits that channels dropped."""
+    """Figures of the fleet's parts. `removed`: what the VMs of removed tenants did; `missed`: exits that channels
+    dropped."""
 
     removed: Totals
     launched: int
@@ -154,7 +157,7 @@ class Figures:
 
 
 def summarise(fleet: Summed) -> FleetStatistics:
-    """Add a fleet up."""
+    """The statistics of a whole fleet."""
     seats, detection, figures = fleet.seats, fleet.bus_lock_detection, fleet.figures()
     sums = {name: seat.gone.copy() for name, seat in seats.items()}
     states: dict[str, int] = {}

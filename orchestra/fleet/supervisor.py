@@ -1,4 +1,4 @@
-"""The VMs of a fleet: launched, supervised by a task each, and kept by name until their users let them go."""
+"""The VMs of a fleet. It launches each VM, supervises it in a task, and keeps it by name until its user releases it."""
 
 from __future__ import annotations
 
@@ -30,28 +30,28 @@ Claims: TypeAlias = Iterable[tuple[range | None, range | None, Device]]
 """Devices of the user's own, each as (ports, mmio, device)."""
 
 NAMED: Final = 8
-"""VMs that a message names."""
+"""VMs that a message names at most."""
 
 
 class Context(InstanceContext, Protocol):
-    """What this needs of its fleet."""
+    """The fleet, as the supervisor needs it."""
 
     executor: FleetExecutor
     tenancy: Tenancy
 
     def ended(self, vm: VmControl) -> Iterable[Callable[[VmControl], object]]:
-        """What is to be done when a VM has ended for good, each whatever becomes of the others."""
+        """The steps after a VM has ended for good. Each is done even if another fails."""
 
 
 class Supervisor:
-    """Of one fleet.
+    """Supervises the VMs of one fleet; for the fleet's thread.
 
     Attributes:
-        controls: the VMs by name. One that ended by itself stays until it is stopped, or another is launched under its
-            name.
-        live: how many have not ended.
-        launched: how many there were, ever.
-        closing: nothing is launched any more.
+        controls: the VMs by name. A VM that ended by itself stays until it is stopped, or another VM is launched under
+            its name.
+        live: the number of VMs that have not ended.
+        launched: the number of VMs that were ever launched.
+        closing: the fleet is closing, so nothing is launched any more.
     """
 
     def __init__(self, context: Context, nursery: trio.Nursery) -> None:
@@ -65,7 +65,7 @@ class Supervisor:
         """The VM of that name.
 
         Raises:
-            UnknownVm: there is none.
+            UnknownVm: there is no VM of that name.
         """
         try:
             return self.controls[name]
@@ -82,10 +82,14 @@ class Supervisor:
     async def admit(
         self, spec: VmSpec, desired: Desired, devices: Claims = (), reason: str = "it arrived"
     ) -> VmControl:
-        """Set a VM up and run it as it is desired: a launch from a spec, or one that ran before, or elsewhere.
+        """Set a VM up and run it as desired: a launch from a spec, or a VM that ran before, or elsewhere.
+
+        If this call is cancelled, the VM is given back.
 
         Parameters:
-            reason: why what holds it back does so from its first moment on, for the journal.
+            desired: what is desired of the VM from its first moment on.
+            devices: the user's own devices, each as (ports, mmio, device).
+            reason: why caps, pauses and throttles hold the VM from its first moment on, for the journal.
 
         Raises:
             SpecError: the record does not fit the spec.
@@ -111,10 +115,10 @@ class Supervisor:
         vm = make_vm(context, spec, seat.tenant.name, (context.tenancy.host, seat.budgets), desired, devices)
         if previous is not None:
             self.drop(previous)
-        self.controls[spec.name] = vm  # the name is taken from now on, whoever launches meanwhile
+        self.controls[spec.name] = vm  # before the first checkpoint: another launch finds the name taken
         try:
             await self._nursery.start(self._supervise, vm, desired.actions(vm.name, reason))
-        except BaseException:  # if we were cancelled, so was its task, and it is gone
+        except BaseException:  # also if cancelled: then the VM's task has ended as well
             if self.controls.get(spec.name) is vm:
                 del self.controls[spec.name]
             vm.close()
@@ -124,7 +128,7 @@ class Supervisor:
             try:
                 await vm.wait_paused()
             except trio.Cancelled:
-                with trio.CancelScope(shield=True):  # a kick and a millisecond
+                with trio.CancelScope(shield=True):  # short: a kick, and about a millisecond
                     vm.stop_nowait(Stopped("its launch was cancelled"), journal=True)
                     await vm.wait_released()
                 raise
@@ -132,7 +136,7 @@ class Supervisor:
 
     def check_open(self, what: str) -> None:
         """Raises:
-        StateError: the fleet is closing, so it can't do that.
+        StateError: the fleet is closing.
         """
         if self.closing:
             raise StateError(f"can't {what}: the fleet is closing")
@@ -147,7 +151,7 @@ class Supervisor:
             context.executor.given(vm.budgets, "spec", vm=vm.name, launch=vm.launch)
             for index, budgets in enumerate(vm.vcpu_budgets):
                 context.executor.given(budgets, "spec", vm=vm.name, vcpu=index, launch=vm.launch)
-            for action, by in held:  # before anybody else has a word
+            for action, by in held:  # before any other action about this VM is journaled
                 context.did(action, by)
             await vm.runs.supervise(task_status=task_status)
         finally:
@@ -160,14 +164,14 @@ class Supervisor:
                 log.info("vm %s ended: %s", vm.name, vm.outcome)
 
     def drop(self, vm: VmControl) -> None:
-        """An ended VM leaves the fleet; its figures stay in the sums."""
+        """Remove an ended VM from the fleet. Its figures stay in the sums."""
         if self.controls.get(vm.name) is vm:
             del self.controls[vm.name]
         self._context.tenancy.seats[vm.tenant].gone.add(vm.inspection.statistics())
         vm.close()
 
     def below(self, action: Action) -> int:
-        """How many VMs an action is about."""
+        """How many VMs an action affects: one, those of a tenant, or all."""
         if action.vm is not None:
             return 1
         tenant = action.tenant if isinstance(action, Throttle | Unthrottle | SetLimit) else None
@@ -177,7 +181,7 @@ class Supervisor:
         return 0 if seat is None else seat.live
 
     async def stop(self, reason: str) -> dict[str, Outcome]:
-        """Stop all VMs: all are told first, then awaited. Their outcomes by name."""
+        """Stop all VMs: first all are told, then all are awaited, so they stop side by side. Outcomes by name."""
         vms = list(self.controls.values())
         for vm in vms:
             vm.stop_nowait(Stopped(reason), journal=True)

@@ -1,4 +1,4 @@
-"""The tenants of a fleet and its own limits: budgets, what changes them while it runs, and who belongs to whom."""
+"""The tenants of a fleet, and the fleet's own limits: their budgets, and how both change while the fleet runs."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from .statistics import TenantSeat, Totals
 __all__ = ["Tenancy"]
 
 NAMED: Final = 8
-"""VMs that a message names: enough to see whose they are."""
+"""VMs that a message names at most: enough to recognise them."""
 
 
 class Tenancy:
-    """Of one fleet.
+    """The tenants of one fleet; for the fleet's thread.
 
     Attributes:
         host: the budgets of all VMs together.
         seats: the tenants by name.
-        removed: what VMs of tenants did that were removed.
+        removed: what the VMs of removed tenants did.
     """
 
     def __init__(self, spec: FleetSpec, now: int) -> None:
@@ -38,14 +38,14 @@ class Tenancy:
         self.removed = Totals()
 
     def limit(self, meter: Meter) -> Limit | None:
-        """The host's, as in force."""
+        """The host's limit in force on that meter."""
         return self.host[meter].limit
 
     def seat(self, tenant: str, vm: str | None = None) -> TenantSeat:
-        """A tenant's. `vm`: whose spec names it, for the message.
+        """The seat of a tenant. `vm`: the VM whose spec names the tenant, for the message.
 
         Raises:
-            UnknownTenant: there is none of that name.
+            UnknownTenant: there is no tenant of that name.
         """
         try:
             return self.seats[tenant]
@@ -58,11 +58,11 @@ class Tenancy:
             ) from None
 
     def budgets(self, tenant: str | None) -> Budgets:
-        """A tenant's, or the host's."""
+        """The budgets of a tenant, or (None) of the host."""
         return self.host if tenant is None else self.seat(tenant).budgets
 
     def tenants(self) -> dict[str, Tenant]:
-        """All of them, with the limits that were set (and not with throttles)."""
+        """All tenants, with the limits that were set, without throttles."""
         return {
             name: attrs.evolve(
                 seat.tenant,
@@ -73,7 +73,7 @@ class Tenancy:
             for name, seat in self.seats.items()
         }
 
-    # ---- while the fleet runs. Each limit that is another than before is journaled as a caller's `SetLimit`.
+    # ---- while the fleet runs. Each limit that changes is journaled as a caller's `SetLimit`.
 
     def begin(self, executor: FleetExecutor) -> None:
         """Journal the limits that the fleet and its tenants begin with."""
@@ -96,7 +96,7 @@ class Tenancy:
         self._put_limits(tenant, executor, f"change_tenant({tenant.name!r})")
 
     def remove(self, name: str, vms: Iterable[VmControl], executor: FleetExecutor) -> None:
-        """As `Fleet.remove_tenant`. `vms`: all of the fleet's."""
+        """As `Fleet.remove_tenant`. `vms`: all VMs of the fleet."""
         seat = self.seat(name)
         if name == DEFAULT_TENANT:
             raise StateError(f"can't remove tenant {name!r}: VMs whose spec names none belong to it")
@@ -119,7 +119,7 @@ class Tenancy:
                 executor.done(SetLimit(limit=limit, meter=meter, tenant=tenant.name, reason=reason), None)
 
     def _end_limits(self, tenant: str, executor: FleetExecutor) -> None:
-        """What limits a tenant ends with it, for the journal as well: another of that name begins without."""
+        """Journal that the tenant's limits and throttles end: another tenant of that name begins without them."""
         reason = f"remove_tenant({tenant!r})"
         for meter, budget in self.seats[tenant].budgets.items():
             if budget.base is not None:
@@ -129,7 +129,7 @@ class Tenancy:
                 executor.done(attrs.evolve(back, reason=reason), held.policy)
 
     def close(self) -> None:
-        """No VM is left that has these buckets."""
+        """Free all budgets. No VM that has their buckets is left."""
         for seat in self.seats.values():
             _close(seat.budgets)
         _close(self.host)

@@ -1,4 +1,4 @@
-"""What the fleet did, told to whoever watches: the facts that policies decide on, for a task."""
+"""Gives a task the facts that policies decide on: what the fleet did, interval by interval."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Watch"]
 
 
 class Fleet(Protocol):
-    """What this needs of its fleet."""
+    """The fleet, as a watch needs it."""
 
     @property
     def closed(self) -> bool: ...
@@ -25,9 +25,9 @@ class Fleet(Protocol):
 class Watch:
     """Facts for each interval: ``async for facts in watch``. Opened by `Fleet.watch`. One task at a time.
 
-    Each are about the time since those before, or since the watch was opened. So nothing is missed: who takes them late
-    gets the next over a longer time (`Facts.interval`). Only what did something is looked at. Iterating is a
-    checkpoint; cancelled, nothing is lost. It ends with its block, and with its fleet.
+    Each `Facts` is about the time since the one before, or since the watch was opened. So nothing is missed: a task
+    that takes facts late gets the next over a longer time (`Facts.interval`). Facts list only active VMs. Iterating is
+    a checkpoint; cancelling loses nothing. Iterating ends with the block, and with the fleet.
     """
 
     def __init__(self, fleet: Fleet, activity: Observer, interval: float) -> None:
@@ -64,12 +64,12 @@ class Watch:
         facts = activity.facts(self._window, ended=True)
         activity.close(self._window)
         self._window = activity.open()
-        # Late by whole intervals: those are over.
+        # If the task is late by whole intervals, these are skipped: the facts cover their time.
         self._due += max(1, -(-(now - self._due) // self._interval)) * self._interval
         return facts
 
     def close(self) -> None:
-        """Iterating ends."""
+        """End the watch: iterating ends."""
         if not self._closed:
             self._closed = True
             self._activity.close(self._window)

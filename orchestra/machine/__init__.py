@@ -1,4 +1,4 @@
-"""One virtual machine: its states, its vCPUs, what its guest boots and sees.
+"""One virtual machine: its states, its vCPUs, and what its guest boots and sees.
 
 It may import the host, the backends and the words (`model`, `policy`), and knows of no fleet.
 The one to copy: `budget.py`.

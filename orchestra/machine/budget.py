@@ -1,4 +1,4 @@
-"""A limit as it is set in several places: by the spec or `set_limit`, and by those that throttle on top of it."""
+"""Limits that come from several sources: a base from the spec or `set_limit`, and throttles on top of it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Budget", "Budgets", "connect", "limits_of", "make_budgets", "tightes
 
 
 class Budget:
-    """One bucket with its limits: `limits` is the one record of them (see `desired`), and the bucket enforces it."""
+    """One bucket with its limits: `limits` records them (see `desired`), and the bucket enforces the tightest."""
 
     __slots__ = ("bucket", "limits")
 
@@ -24,16 +24,16 @@ class Budget:
 
     @property
     def base(self) -> Limit | None:
-        """The limit itself, without those that throttle on top of it."""
+        """The limit without the throttles on top of it."""
         return self.limits.base
 
     @property
     def limit(self) -> Limit | None:
-        """What is in force."""
+        """The limit in force: the tightest of base and throttles."""
         return self.bucket.limit
 
     def put(self, limits: LimitStack, now: int) -> None:
-        """Have these limits from now on."""
+        """Put these limits into force. `now`: nanoseconds on the fleet's clock."""
         self.limits = limits
         self.bucket.set(limits.in_force, now)
 
@@ -41,7 +41,11 @@ class Budget:
         self.put(self.limits.with_base(limit), now)
 
     def set_throttle(self, by: str | None, limit: Limit | None, now: int) -> None:
-        """`by`: who asks (a policy's name; None: a caller). Each has one throttle, and the tightest counts."""
+        """Set or (None) remove the throttle of one asker. Each asker has at most one, and the tightest counts.
+
+        Parameters:
+            by: the policy that asks; None: a caller.
+        """
         self.put(self.limits.with_throttle(by, limit), now)
 
     def close(self) -> None:
@@ -49,7 +53,7 @@ class Budget:
 
 
 Budgets: TypeAlias = Mapping[Meter, Budget]
-"""One level's budgets, by meter."""
+"""The budgets of one level (fleet, tenant, VM or vCPU), by meter."""
 
 
 def make_budgets(limits: Mapping[Meter, LimitStack] | Mapping[Meter, Limit | None], now: int) -> Budgets:
@@ -57,13 +61,18 @@ def make_budgets(limits: Mapping[Meter, LimitStack] | Mapping[Meter, Limit | Non
 
 
 def limits_of(owner: object, prefix: str = "") -> Mapping[Meter, Limit | None]:
-    """Those that a spec or a tenant asks for. `prefix`: of the fields' names."""
+    """The limits that a spec or a tenant asks for, by meter. `prefix`: the beginning of the fields' names."""
     return {meter: getattr(owner, prefix + meter.field) for meter in Meter}
 
 
 def connect(core: VcpuCore, levels: tuple[Budgets, Budgets, Budgets, Budgets]) -> None:
-    """Stack the buckets of its fleet, its tenant, its VM and its own on a vCPU, below those that the host's processes
-    share. Where none are shared, the fleet's are the host's. Before it runs.
+    """Give a vCPU its buckets, from the widest to the narrowest: host, fleet, tenant, VM, vCPU. Before the vCPU runs.
+
+    The host's buckets are those that several processes share (`HostBudget`). Where the fleet shares none, the fleet's
+    own buckets take the host's place, so that statistics name them "host".
+
+    Parameters:
+        levels: budgets of the fleet, the tenant, the VM and the vCPU.
     """
     own, *narrower = levels
     shared = core.fleet.shared

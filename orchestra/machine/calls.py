@@ -15,13 +15,13 @@ Call = Callable[[], None]
 
 
 class Calls:
-    """Of one run of a VM. A call is made by exactly one of three: the runner between two entries (`take`), the runner
-    at its end (`take` again), or the fleet's thread once that runner is gone (`serve_late`). So none is lost.
+    """The calls of one run of a VM. Exactly one of three makes a call: the runner between two entries (`take`), the
+    runner at its end (`take` again), or the fleet's thread once that runner is gone (`serve_late`). So no call is lost.
 
     Parameters:
-        knock: have that vCPU's runner look for calls. Any thread.
-        post: have the fleet's thread run a function soon. Any thread.
-        hurried: whatever may make its threads late is out of the way within this block.
+        knock: makes that vCPU's runner look for calls. Any thread.
+        post: makes the fleet's thread run a function soon. Any thread.
+        hurried: within this block nothing delays the vCPUs' threads.
     """
 
     def __init__(
@@ -33,20 +33,21 @@ class Calls:
         self._knock = knock
         self._post = post
         self._hurried = hurried
-        # A call is put there before the runner is told; the runner takes back the command before it looks.
+        # Order: `ask` puts a call into the list and then commands the runner; the runner clears the command and then
+        # looks at the list. In any other order a call could stay in the list with no command set.
         self._lock = Lock()
         self._waiting: dict[int, list[Call]] = {}
 
     def ask(self, index: int, function: Call) -> None:
-        """Have a vCPU's runner run a function soon."""
+        """Make a vCPU's runner run a function soon. Any thread."""
         with self._lock:
             self._waiting.setdefault(index, []).append(function)
         self._knock(index)
 
     async def call(self, index: int, function: Callable[[], Any]) -> Any:
-        """Run a function there, and return what it does.
+        """Run a function on the vCPU's thread, and return its result, or raise its exception.
 
-        Cancelling abandons the result; the function may run all the same.
+        Cancelling abandons the result; the function may still run.
         """
         done = trio.Event()
         result: list[Any] = []
@@ -66,13 +67,17 @@ class Calls:
         return result[0]
 
     def take(self, index: int, heard: Callable[[], object] | None = None) -> list[Call]:
-        """Those that wait. `heard`: takes back the command to look for them, with the lock held. Runner's thread."""
+        """Remove and return the calls that wait for this vCPU. Runner's thread.
+
+        Parameters:
+            heard: clears the command to look for calls. It is called while the lock is held.
+        """
         with self._lock:
             if heard is not None:
                 heard()
             return self._waiting.pop(index, [])
 
     def serve_late(self, index: int) -> None:
-        """Those that came when the runner had looked for the last time. Fleet's thread."""
+        """Make the calls that came after the runner had looked for the last time. Fleet's thread."""
         for call in self.take(index):
             call()

@@ -1,4 +1,4 @@
-"""Which addresses of a VM its user's devices and tasks have claimed. Claims outlive runs: each run takes them over."""
+"""The addresses of a VM that its user's devices and tasks have claimed. The claims hold for all runs of the VM."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .devices.requests import Requests
 __all__ = ["Claims", "check_device", "check_ranges"]
 
 Claim = tuple[range | None, range | None, Handler]
-"""Ports, MMIO addresses, and who answers there."""
+"""Ports, MMIO addresses, and the handler that answers there."""
 
 
 def check_ranges(ports: range | None, mmio: range | None) -> None:
@@ -20,14 +20,18 @@ def check_ranges(ports: range | None, mmio: range | None) -> None:
 
 
 def check_device(device: object, ports: range | None, mmio: range | None) -> None:
-    """Check a device of the user's own, before it is claimed for."""
+    """Check a device of the user's own, before addresses are claimed for it.
+
+    Raises:
+        SpecError: not a device, or no addresses are named.
+    """
     if not isinstance(device, Device):
         raise SpecError(f"device={device!r}: must have read(offset, size) and write(offset, size, value)")
     check_ranges(ports, mmio)
 
 
 class Claims:
-    """Of one VM."""
+    """The claims of one VM. Fleet's thread."""
 
     def __init__(self, devices: Iterable[tuple[range | None, range | None, Device]] = ()) -> None:
         self._devices = list(devices)
@@ -51,7 +55,7 @@ class Claims:
         return tuple(self._requests)
 
     def reset_devices(self) -> None:
-        """Another run is about to begin: each device that wants to know is told, once, however much it has claimed."""
+        """Call `reset` of each device that has it, once a device. Before each run but the first."""
         for device in {id(device): device for _, _, device in self._devices}.values():
             if callable(reset := getattr(device, "reset", None)):
                 reset()

@@ -1,4 +1,4 @@
-"""Keeps what goes wrong with one thing away from all others."""
+"""Keeps an error in one part from stopping the work on the other parts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ log: Final = logging.getLogger("orchestra")
 
 @contextmanager
 def contained(what: str, problems: list[str] | None = None) -> Iterator[None]:
-    """An exception within the block is logged, added to `problems`, and goes no further."""
+    """An exception within the block is logged, added to `problems`, and not raised. Cancellation passes through.
+
+    Parameters:
+        what: the work of the block, for the message.
+        problems: receives one line for each exception. None: the log alone has it.
+    """
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""What a run needs of its VM, and what both need of their fleet."""
+"""The interfaces that a run needs from its VM, and that both need from their fleet."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ REFUSED: Final = "the host can't put it into force"
 
 
 class InstanceContext(Protocol):
-    """Of one fleet; for its thread, unless it says otherwise."""
+    """One fleet, as its VMs see it. All methods are for the fleet's thread, unless their docstring says otherwise."""
 
     backend: Backend
     core: FleetCore
@@ -36,30 +36,30 @@ class InstanceContext(Protocol):
     quarantine: Quarantine
     inbox: Inbox
     cpu_cgroup: CpuCgroup | None
-    """Where CPU caps are kept; None: in the run loop."""
+    """The cgroup that keeps CPU caps. None: the run loop keeps them."""
 
     def post(self, function: Callable[..., object], *args: object) -> None:
-        """Run it soon on the fleet's thread. Any thread; nothing happens once the fleet is gone."""
+        """Run a function soon on the fleet's thread. Any thread; nothing happens once the fleet is gone."""
 
     def next_id(self) -> int: ...
     def told(self, vm: str) -> int: ...
     def register(self, core: VcpuCore, guest: Any, index: int) -> None:
-        """Exits of this core belong to that vCPU."""
+        """Note that the exits of this core belong to that vCPU."""
 
     def retire(self, cores: Iterable[VcpuCore]) -> None:
-        """Deliver what these cores still have to tell; none of them runs any more."""
+        """Deliver the records that are left in these cores' rings. None of the cores runs any more."""
 
     def released(self, vm: Any) -> None:
-        """A VM was stopped and leaves the fleet."""
+        """The VM was stopped: remove it from the fleet."""
 
     def did(self, action: Action, policy: str | None = None) -> None:
-        """It was done, and not by an action: journal it. `policy`: whose word it ends; None: a caller's."""
+        """Journal what was done without `apply`. `policy`: the policy whose request it ends; None: a caller's."""
 
     def changed(self, vm: Any, state: State, reason: str) -> None:
-        """A VM came into a state: journal it."""
+        """Journal that a VM came into a state."""
 
     def worked(self, vm: Any, units: float) -> None:
-        """A guest got something done, by its own account."""
+        """Note the work that a guest says it has done (`Vm.report_work`)."""
 
     def logged(self, guest: Any) -> None:
         """The log of the pages that a guest writes was switched on or off."""
@@ -70,24 +70,24 @@ class InstanceContext(Protocol):
 
 
 class Owner(Protocol):
-    """What a run needs of its VM."""
+    """The VM, as its runs see it."""
 
     console: Console
     samples: Samples
 
     @property
     def wanted(self) -> Desired:
-        """What is desired of it now. Its limits are its budgets', which outlive its runs."""
+        """What is desired of the VM now, without limits: these are in its budgets, which outlive its runs."""
 
     @property
     def claims(self) -> Claims:
-        """Of devices and tasks of the user's."""
+        """The addresses that the user's devices and tasks have claimed."""
 
     def on_held(self, level: Level) -> None:
-        """It has come to that level of a pause."""
+        """The run has reached that level of a pause."""
 
     def on_cap_failed(self, error: OrchestraError) -> None:
-        """What it is to be capped to can't be put into force: nothing is."""
+        """The host refused the CPU cap that is desired: no cap is in force."""
 
     def on_isolation_failed(self, error: OrchestraError) -> None:
-        """It can't be isolated, and is not."""
+        """The host refused to isolate the VM: it is not isolated."""

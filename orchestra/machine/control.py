@@ -1,8 +1,8 @@
 """A VM as its fleet's own parts see it: what executor, fleet and observer do with it. Its users have a `Vm`.
 
-Each thing is done in one place: something is *commanded* by a method that does not wait (`..._nowait`), and journaled
-by whoever asked for it, so that a caller's word and a policy's are told apart. What is to come of a command may be
-waited for (`wait_...`), by those who want to.
+Each command is in one place. A method that does not wait (`..._nowait`) commands. The part that asked journals the
+command, so that the journal tells a caller's request from a policy's. A method `wait_...` waits for the effect, for
+those callers that want to.
 """
 
 from __future__ import annotations
@@ -36,30 +36,30 @@ __all__ = ["VmControl"]
 log: Final = logging.getLogger("orchestra")
 
 PATIENCE: Final = 5.0
-"""Seconds until a pause that waits for a device or a task is logged, and then again after twice that: a device that
-works answers within milliseconds, and who reads the log needs to hear of a hang once, not each second."""
+"""Seconds until the log says that a pause waits for a device or a task; each further line comes after twice the time.
+A device that works answers within milliseconds, and a reader of the log needs to see a hang once, not each second."""
 
 
 class VmControl:
-    """Of one VM; for the fleet's thread. Methods that wait are checkpoints.
+    """Controls one VM; for the fleet's thread. Methods that wait are checkpoints.
 
     Attributes:
-        handle: its `Vm`, which is made from this.
-        launch: its number in the fleet, which no other VM ever has.
-        budgets, vcpu_budgets: what limits it, and each of its vCPUs.
-        claims: of its user's devices and tasks.
-        wanted: what is desired of it, but for its limits: each budget has its own part of the record. `desired` is the
-            whole record.
-        samples: which of its instructions locked the bus, in all runs.
-        inspection: what can be read of it.
-        runs: its task, its present run, and what came of those before.
-        was_capped: it was, at some time.
+        handle: the `Vm` of the users, which is made from this.
+        launch: the VM's number in the fleet, which no other VM ever has.
+        budgets, vcpu_budgets: the limits of the VM, and of each vCPU.
+        claims: the addresses that the user's devices and tasks have claimed.
+        wanted: what is desired of the VM, without its limits: each budget has its own part of the record. `desired` is
+            the whole record.
+        samples: the instructions that locked the bus, in all runs.
+        inspection: what can be read of the VM.
+        runs: the VM's task, its present run, and the figures of all runs.
+        was_capped: whether the VM ever had a CPU cap.
 
     Parameters:
         above: budgets of the host and of the tenant.
-        desired: what is desired of it from its first moment on: what the spec says (`Desired.of`), or, of a VM that
-            ran before or elsewhere, what was desired of that one.
-        devices: its user's own.
+        desired: what is desired from the first moment on: what the spec says (`Desired.of`), or the record of a VM that
+            ran before or elsewhere.
+        devices: the user's own devices.
     """
 
     handle: Any
@@ -114,7 +114,7 @@ class VmControl:
 
     @property
     def desired(self) -> Desired:
-        """What is desired of it now, all of it."""
+        """What is desired of the VM now: the whole record, limits included."""
         places: list[tuple[int | None, Budgets]] = [(None, self.budgets), *enumerate(self.vcpu_budgets)]
         limits = tuple(
             PlacedLimits(meter, vcpu, budget.limits)
@@ -128,48 +128,48 @@ class VmControl:
         self.wanted = attrs.evolve(self.wanted, **changes)
 
     def made(self) -> Instance:
-        """Its present run, or its last.
+        """The present run, or the last run.
 
         Raises:
-            StateError: it has none yet.
+            StateError: the first run is still being built.
         """
         if self.runs.guest is None:
             raise StateError(f"vm {self.name!r} is still being set up")
         return self.runs.guest
 
     def alive(self, verb: str) -> Instance:
-        """Its present run, to do something to it.
+        """The present run, for a command.
 
         Raises:
-            StateError: it has none yet, or the VM has ended.
+            StateError: the first run is still being built, or the VM has ended.
         """
         if self.outcome is not None or self.runs.guest is None:
             raise StateError(f"can't {verb} vm {self.name!r}: it is {self.state}")
         return self.runs.guest
 
     def became(self, reason: str) -> None:
-        """Journal the state that it came into."""
+        """Journal the state that the VM is in now."""
         self.house.changed(self, self.state, reason)
 
     # ---- pauses
 
     def pause_nowait(self) -> None:
-        """Each vCPU is held when it leaves the guest; another command may come meanwhile."""
+        """Tell the VM to pause. Each vCPU is held when it leaves the guest; a resume may come before that."""
         guest = self.alive("pause")
         if not self.wanted.paused:
             self._want(paused=True)
             guest.pausing.pause()
-            if self.runs.waits:  # there is nothing to hold, and nobody will say that it is
+            if self.runs.waits:  # no vCPU runs between two runs, so none will report a level
                 self.became(self.runs.waits)
 
     async def wait_paused(self) -> None:
-        """Until no guest code runs, or the pause is taken back, or it has ended."""
+        """Wait until no guest code runs, or the pause is taken back, or the run has ended."""
         with self.house.core.urgently():
             await self.made().holding.paused.wait()
 
     async def wait_quiesced(self) -> None:
-        """And until nothing of an access is left to be done, or the pause is taken back, or it has ended."""
-        quiesced, patience = self.made().holding.quiesced, PATIENCE  # of this pause, whatever comes
+        """Wait until also no access is pending, or the pause is taken back, or the run has ended."""
+        quiesced, patience = self.made().holding.quiesced, PATIENCE  # of this pause, even if another comes
         await self.wait_paused()
         while not quiesced.is_set():
             with trio.move_on_after(patience):
@@ -193,50 +193,50 @@ class VmControl:
     # ---- its end
 
     def stop_nowait(self, outcome: Stopped, *, journal: bool = False) -> None:
-        """Have it end, its restarts included.
+        """Tell the VM to end; no restart follows.
 
         Parameters:
-            journal: a caller said so, and not by an action: journal it, if nobody said so before.
+            journal: journal a `Stop`, if this is the first. For callers that stop the VM without an action.
         """
         if self.runs.stop(outcome) and journal:
             self.house.did(Stop(vm=self.name, reason=outcome.reason))
 
     @property
     def stopping(self) -> bool:
-        """Somebody wants it to stop."""
+        """Whether the VM was told to stop."""
         return self.runs.stop_reason is not None
 
     async def wait_released(self) -> Outcome:
-        """After `stop_nowait`: until nothing of it is left."""
+        """After `stop_nowait`: wait until the VM has given everything back. Returns its outcome."""
         with self.house.core.urgently():
             await self.runs.ended.wait()
-        self.release()  # its task does so too, but one that had ended by itself has none left
+        self.release()  # the VM's task does so too, but a VM that ended by itself has no task any more
         await self.runs.wait_unmapped()
         assert self.outcome is not None
         return self.outcome
 
     def release(self) -> None:
-        """It has ended: leave the fleet and give the memory back."""
+        """Leave the fleet and give the memory back. After the VM has ended; a second call does nothing."""
         if not self._released:
             self._released = True
             self.house.released(self)
 
     def close(self) -> None:
-        """It left the fleet: give its memory back, and free its buckets."""
+        """Give the memory back and free the buckets. After the VM has left the fleet."""
         self._released = True
         self.runs.close()
         for budgets in (self.budgets, *self.vcpu_budgets):
             for budget in budgets.values():
                 budget.close()
 
-    # ---- what holds it back
+    # ---- limits, caps, isolation
 
     def budget(self, meter: Meter, vcpu: int | None) -> Budget:
-        """The one that limits all of it, or a vCPU."""
+        """The budget of the whole VM (vcpu=None), or of one vCPU."""
         return self.budgets[meter] if vcpu is None else self.vcpu_budgets[check_vcpu(self.spec, vcpu)][meter]
 
     def cap_nowait(self, by: str | None, share: float | None) -> None:
-        """As `Vm.cap_cpu`, of whoever asks (a policy's name; None: a caller)."""
+        """As `Vm.cap_cpu`. `by`: the policy that asks; None: a caller."""
         wanted = self.wanted.with_cap(by, share)
         if self.wanted.cap_of(by) != share:
             self.alive("cap the CPU of").restraint.cap_cpu(wanted.cap)
@@ -244,10 +244,10 @@ class VmControl:
             self.was_capped = True
 
     async def wait_capped(self) -> None:
-        """Until the cap that was put is in force; no checkpoint if it is.
+        """Wait until the cap is in force; no checkpoint if it is already.
 
         Raises:
-            ResourceLimit: it can't be; no cap is.
+            ResourceLimit: the host refuses the cap; no cap is in force then.
         """
         if self.runs.guest is not None:
             await self.runs.guest.restraint.caps.settled()
@@ -256,7 +256,7 @@ class VmControl:
         log.error("vm %s is not capped any more: %s", self.name, error)
         caps = self.wanted.caps
         self._want(caps=())
-        for cap in caps:  # or the journal would have them in force for ever
+        for cap in caps:  # otherwise the journal would show them in force for ever
             self.house.did(CapCpu(vm=self.name, share=None, reason=f"{REFUSED}: {error}"), cap.by)
 
     def isolate_nowait(self, on: bool) -> None:
@@ -271,7 +271,7 @@ class VmControl:
         self._want(isolated=False)
         self.house.did(Rejoin(vm=self.name, reason=f"{REFUSED}: {error}"))
 
-    # ---- what is switched on for it
+    # ---- logging, sampling, claims
 
     async def log_dirty(self, on: bool) -> None:
         """As `Vm.log_dirty`."""
@@ -281,7 +281,7 @@ class VmControl:
             if dirty is None:
                 raise StateError(f"can't log the memory of vm {self.name!r}: not supported by this backend ({backend})")
             if not guest.life.has_ended:
-                # The kernel goes through its page tables: milliseconds for gigabytes.
+                # On a worker thread: the kernel walks the guest's page tables, which takes milliseconds for gigabytes.
                 await workers.run(partial(dirty.log, on), workers.dirty)
                 if not guest.life.has_ended:
                     self.house.logged(guest)
@@ -297,6 +297,6 @@ class VmControl:
             self.runs.guest.cores.sample(every)
 
     def claim(self, ports: range | None, mmio: range | None, handler: Handler) -> None:
-        """Have a device or a task answer there, in this run."""
+        """Let a device or a task answer at these addresses, in this run."""
         check_ranges(ports, mmio)
         self.alive("claim addresses of").buses.claim(ports, mmio, handler)

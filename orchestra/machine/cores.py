@@ -1,4 +1,4 @@
-"""The cores of one run's vCPUs: what they are to tell, and what they counted."""
+"""The cores of one run's vCPUs: which exits they report, and what they counted."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ __all__ = ["Cores"]
 
 
 class Cores:
-    """Of one run. Once it has ended, the cores are gone: their last figures are kept, and they are told nothing more.
+    """The cores of one run. Once the run has ended, the cores are freed: their last figures are kept, and no method
+    touches a core any more.
 
     Parameters:
-        cores: filled while the machine is built.
-        samples: of all runs of the VM.
-        detection: how its bus locks are reported.
+        cores: a list that the instance fills while it builds the machine.
+        samples: the bus locks that were sampled in all runs of the VM.
+        detection: how the VM's bus locks are reported.
     """
 
     def __init__(
@@ -52,19 +53,19 @@ class Cores:
         return ({}, 0, NOT_HELD, 0) if self._life.has_ended else self._cores[index].look(now)
 
     def tell(self, mask: int) -> None:
-        """Have exits of these kinds told to subscribers."""
+        """Make the cores put exits of these reasons into their rings."""
         if not self._life.has_ended:
             for core in self._cores:
                 core.tell(mask)
 
     def sample(self, every: int) -> None:
-        """Look at one bus lock of so many more closely; 0: at none."""
+        """Sample one bus lock of each `every`; 0: none."""
         if self._house.bus_locks and not self._life.has_ended:
             for core in self._cores:
                 core.sample(every)
 
     def gather(self) -> Samples:
-        """What was sampled so far, of all runs of the VM."""
+        """Take the samples out of the cores, and return those of all runs of the VM."""
         if not self._life.has_ended:
             for core in self._cores:
                 sampled, lost, _ = core.profile()
@@ -72,14 +73,14 @@ class Cores:
         return self._samples
 
     def profile_rows(self) -> list[Row]:
-        """What was sampled since this was asked last, for `Journal.profile(now, vm.name, vm.launch, rows)`.
+        """The samples since the last call, for `Journal.profile(now, vm.name, vm.launch, rows)`. Empty: none are new.
 
-        The fleet asks at each interval of its journal, and once more when the VM has ended. Empty if nothing is new.
+        The fleet calls this in each interval of its journal, and once more when the VM has ended.
         """
         return self.gather().rows()
 
     def finish(self, name: str, problems: list[str]) -> None:
-        """No runner is left: keep the last figures and deliver the last records, before the run has ended."""
+        """Keep the last figures and deliver the last records: after the last runner has gone, before `Phase.ENDED`."""
         final = [attrs.evolve(ZERO) for _ in self._cores]
         with contained(f"vm {name}: counters", problems):
             final = self.counters()
@@ -90,7 +91,7 @@ class Cores:
         self._final = final
 
     def close(self, name: str, problems: list[str]) -> None:
-        """Fleet's thread, as that looks for cores that have something to tell."""
+        """Free the cores. On the fleet's thread only: the drain task there looks for cores that have records."""
         for core in self._cores:
             with contained(f"vm {name}: core", problems):
                 core.close()

@@ -1,9 +1,9 @@
 """What is desired of a VM: one frozen record, which outlives its runs.
 
-Whatever holds a VM back, or is switched on for it, is in this record and in no other place. A launch makes it from
-the spec (`Desired.of`). Each start of a run puts it into force, so a restart and a reset need nothing else. A restore,
-or an arrival from another host, hands the record of the VM that was to the one that is made, and the same start puts
-it into force. It is plain data for `codec`, and constructors check it, as it may come from a file or another host.
+Whatever holds a VM back, or is switched on for it, is in this record and in no other place. A launch makes the record
+from the spec (`Desired.of`). Each start of a run puts the record into force, so a restart and a reset need nothing
+else. A restore, or an arrival from another host, gives the old VM's record to the new VM, and the same start puts it
+into force. The record is plain data for `codec`. Constructors check it, as it may come from a file or another host.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _is_limit(_: object, field: attrs.Attribute[Any], value: object) -> None:
 
 @attrs.frozen
 class AskedCap:
-    """A CPU cap: the part of a CPU that each vCPU may use. `by`: the policy that asks for it; None: a caller."""
+    """A CPU cap: each vCPU may use `share` of a CPU, from 0.01 to 1. `by`: the policy that asks; None: a caller."""
 
     by: str | None = attrs.field(validator=_check_by)
     share: float = attrs.field(validator=_check_share)
@@ -76,11 +76,11 @@ class AskedLimit:
 
 @attrs.frozen
 class LimitStack:
-    """What limits one thing on one meter.
+    """The limits on one meter of a VM, a vCPU, a tenant or a fleet.
 
     Attributes:
-        base: the limit itself, as a spec, a tenant or `set_limit` says it. None: none.
-        throttles: limits on top of it, at most one of each asker. The tightest of all counts.
+        base: the limit that a spec, a tenant or `set_limit` gives. None: none.
+        throttles: limits on top of `base`, at most one of each asker. The tightest of all counts.
     """
 
     base: Limit | None = attrs.field(default=None, validator=_is_limit)
@@ -92,14 +92,14 @@ class LimitStack:
 
     @property
     def in_force(self) -> Limit | None:
-        """The tightest. None: nothing limits it."""
+        """The tightest limit of all. None: there is no limit."""
         return tightest(self.base, (one.limit for one in self.throttles)) if self.throttles else self.base
 
     def with_base(self, limit: Limit | None) -> LimitStack:
         return attrs.evolve(self, base=limit)
 
     def with_throttle(self, by: str | None, limit: Limit | None) -> LimitStack:
-        """Once `by` asks for that limit. None: for none any more."""
+        """This stack, after `by` asks for that limit. None: `by` takes its limit back."""
         asked = None if limit is None else AskedLimit(by, limit)
         return attrs.evolve(self, throttles=_replaced(self.throttles, by, asked))
 
@@ -112,7 +112,7 @@ class PlacedLimits:
     """The limits of a VM, or of one of its vCPUs, on one meter.
 
     Attributes:
-        vcpu: which vCPU. None: all of the VM together.
+        vcpu: the number of the vCPU. None: the limits of the whole VM.
     """
 
     meter: Meter = attrs.field(converter=as_meter)
@@ -131,17 +131,17 @@ class PlacedLimits:
 
 @attrs.frozen(kw_only=True)
 class Desired:
-    """Of one VM. Whoever changes it while a run is on puts the change into force as well; between two runs changing it
-    is enough. What a start can't put into force, as the host refuses it, is logged and taken out: the record never says
-    what is not so.
+    """What is desired of one VM. A change of the record while a run is on must be put into force as well; between two
+    runs a change of the record is enough. If the host refuses a part at a start, that part is logged and taken out of
+    the record, so that the record never claims what is not in force.
 
     Attributes:
-        paused: its vCPUs run no guest code.
+        paused: the vCPUs run no guest code.
         caps: CPU caps, at most one of each asker. The tightest counts.
-        isolated: its vCPUs run on the quarantine CPUs.
-        log_dirty: the pages that it writes are logged; None: as its spec says.
-        sample_every: one bus lock of so many is sampled; 0: none.
-        limits: by meter, of the VM and of its vCPUs; those that are not here have none.
+        isolated: the vCPUs run on the quarantine CPUs only.
+        log_dirty: KVM logs the pages that the guest writes; None: as the spec says.
+        sample_every: one bus lock of each `sample_every` is sampled; 0: none.
+        limits: of the VM and of its vCPUs, by meter. A pair (meter, vcpu) that is not here has no limit.
     """
 
     paused: bool = attrs.field(default=False, validator=_flag)
@@ -160,7 +160,7 @@ class Desired:
 
     @classmethod
     def of(cls, spec: VmSpec, *, paused: bool = False) -> Desired:
-        """Of a VM that is launched from that spec."""
+        """The record of a VM that is launched from that spec."""
         places: list[tuple[str, int | None]] = [("", None), *(("vcpu_", index) for index in range(spec.vcpus))]
         limits = [
             PlacedLimits(meter, vcpu, LimitStack(limit))
@@ -174,15 +174,15 @@ class Desired:
 
     @property
     def cap(self) -> float | None:
-        """The tightest; None: none."""
+        """The tightest cap; None: none."""
         return min((cap.share for cap in self.caps), default=None)
 
     def cap_of(self, by: str | None) -> float | None:
-        """What one asker asked for last; None: for none."""
+        """The cap that one asker has in the record; None: none."""
         return next((cap.share for cap in self.caps if cap.by == by), None)
 
     def with_cap(self, by: str | None, share: float | None) -> Desired:
-        """Once `by` asks for that cap. None: for none any more."""
+        """This record, after `by` asks for that cap. None: `by` takes its cap back."""
         asked = None if share is None else AskedCap(by, share)
         return attrs.evolve(self, caps=_replaced(self.caps, by, asked))
 
@@ -193,17 +193,20 @@ class Desired:
 
     def check_for(self, spec: VmSpec) -> None:
         """Raises:
-        SpecError: it limits vCPUs that a VM of that spec does not have.
+        SpecError: the record limits a vCPU that a VM of that spec does not have.
         """
         for one in self.limits:
             if one.vcpu is not None and one.vcpu >= spec.vcpus:
                 raise SpecError(f"limits: vcpu={one.vcpu}: vm {spec.name!r} has vCPUs 0 to {spec.vcpus - 1}")
 
-    # ---- what made it so
+    # ---- the actions behind the record
 
     def actions(self, vm: str, reason: str) -> Iterator[tuple[Action, str | None]]:
-        """The actions by which such a record comes about, and the policy whose each is (None: a caller's). So whoever
-        held the VM holds it where it arrives, and the journal says so. Limits themselves are given, not done."""
+        """The actions that lead to this record, each with the policy that asked for it (None: a caller).
+
+        A VM that arrives is journaled with them, so the same policies hold it as before. Base limits are not among
+        them: the journal has these as given with the VM, and not as actions.
+        """
         if self.paused:
             yield Pause(vm=vm, reason=reason), None
         for cap in self.caps:
@@ -217,19 +220,19 @@ class Desired:
     # ---- memory
 
     def spec(self, spec: VmSpec) -> VmSpec:
-        """What the next run is made from."""
+        """The spec that the next run is made from: the VM's own, with `log_dirty` as desired."""
         if self.log_dirty is None:
             return spec
         regions = [attrs.evolve(region, log_dirty=False) for region in spec.regions]
         return attrs.evolve(spec, log_dirty=self.log_dirty, regions=regions)
 
     def logs_dirty(self, spec: VmSpec) -> bool:
-        """Some of the next run's memory will be logged."""
+        """Whether KVM will log any of the next run's memory."""
         spec = self.spec(spec)
         return spec.log_dirty or any(region.log_dirty for region in spec.regions)
 
 
 def _replaced(asked: tuple[T, ...], by: str | None, one: T | None) -> tuple[T, ...]:
-    """With this one in the place of what `by` asked for before, at the end; None: with nothing of `by`."""
+    """`asked`, with `one` at the end in place of the entry of `by`. None: without an entry of `by`."""
     others = tuple(other for other in asked if other.by != by)  # type: ignore[attr-defined]  # both kinds have it
     return others if one is None else (*others, one)

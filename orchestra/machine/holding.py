@@ -1,11 +1,11 @@
 """How far a run is held: from the command to pause to the moment when its state may be read and saved.
 
-Each vCPU comes to its levels by itself; the run is at the lowest that any of them is at. One that has ended counts as
-quiesced. What that means for the run as a whole, `lifecycle` says, and has the drawing.
+Each vCPU reaches its levels by itself. The level of the run is the lowest level of its vCPUs. A vCPU that has ended
+counts as quiesced. `lifecycle` has the states of the run as a whole, and the drawing.
 
-*Paused*: no guest code runs. A vCPU may still be in the middle of an access that a device or a task is to answer; when
-the answer comes, the kernel completes the access without a single instruction of the guest's, and registers and memory
-change. *Quiesced*: nothing is pending; registers and memory stay as they are.
+*Paused*: no guest code runs. A vCPU may still be in the middle of an access that a device or a task has to answer. When
+the answer comes, the kernel completes the access without executing another instruction of the guest, and registers and
+memory change. *Quiesced*: no access is pending; registers and memory stay as they are.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ class Level(IntEnum):
 
 @attrs.frozen
 class PendingIo:
-    """An access of a paused VM's guest that was not answered yet: what keeps the VM from being quiesced.
+    """An access of a paused VM's guest that nobody has answered yet. It keeps the VM from being quiesced.
 
     Attributes:
-        vcpu: whose.
-        bus: where: "ports" or "mmio".
-        address, size, write: as of `Request`.
-        waits_for: the name of the device's class that is to answer; "a task": one that has `Vm.requests`.
-        since: when it was asked, on the fleet's clock in nanoseconds; of a device: when the VM was told to pause, if
-            that was later.
+        vcpu: the number of the vCPU that made the access.
+        bus: "ports" or "mmio".
+        address, size, write: as in `Request`.
+        waits_for: the class name of the device that has to answer; "a task": a task in a `Vm.requests` block has to.
+        since: nanoseconds on the fleet's clock. For a task: when the question was asked. For a device: when the VM was
+            told to pause.
     """
 
     vcpu: int
@@ -57,15 +57,16 @@ class PendingIo:
 
 
 class Holding:
-    """Of one run of a VM; for the fleet's thread. It tells the run's `Lifecycle` how far all vCPUs together are.
+    """The pauses of one run of a VM; for the fleet's thread. It reports the level of the run to the run's `Lifecycle`.
 
     Attributes:
-        number: counts pauses, so that what a vCPU says of one is not taken for another.
-        paused, quiesced: set while it is that far, or will not be: the pause was taken back, or the run is over.
+        number: counts pauses. A vCPU reports with this number, so a late report about an old pause is ignored.
+        paused, quiesced: set when the run has reached that level, or never will: the pause was taken back, or the run
+            is over.
 
     Parameters:
-        vcpus: how many.
-        reached: told of a level when the run comes to it; of the higher one alone if it comes to both at once.
+        vcpus: the number of vCPUs.
+        reached: called with a level when the run reaches it. If both are reached at once, only with `QUIESCED`.
     """
 
     def __init__(self, vcpus: int, life: Lifecycle, reached: Callable[[Level], object]) -> None:
@@ -79,22 +80,22 @@ class Holding:
         self._asked = False
 
     def begin(self) -> None:
-        """It is told to pause."""
+        """The run is told to pause."""
         self._life.happen(Event.PAUSE)
         self._asked = True
         self.number += 1
         self._renew()
 
     def settle(self) -> None:
-        """It was told to before any vCPU has run: it is quiesced from its first moment on. Nobody is told of that."""
+        """The pause came before any vCPU ran: the run is quiesced at once, and `reached` is not called."""
         self._levels = [Level.QUIESCED] * len(self._levels)
         self._come_to(Level.QUIESCED)
         self.paused.set()
 
     def end(self) -> None:
-        """It may run again. Whoever waits for a pause that is taken back goes on."""
+        """The run may go on. Tasks that wait for the pause, which is taken back, go on too."""
         self._life.happen(Event.RESUME)
-        self._asked = False  # what a vCPU still says of that pause comes too late
+        self._asked = False  # from now on a report of a vCPU about that pause comes too late
         self.paused.set()
         self.quiesced.set()
         self._renew()
@@ -104,12 +105,12 @@ class Holding:
         self.paused, self.quiesced = trio.Event(), trio.Event()
 
     def close(self) -> None:
-        """The run is over."""
+        """The run is over: no task waits for a pause any more."""
         self.paused.set()
         self.quiesced.set()
 
     def come(self, index: int, number: int, level: Level) -> None:
-        """A vCPU has come to that level of that pause."""
+        """A vCPU reports that it has reached this level of pause number `number`."""
         if self._asked and number == self.number and level > self._levels[index]:
             self._levels[index] = level
             self._check()
@@ -120,11 +121,11 @@ class Holding:
         self._check()
 
     def level(self, index: int) -> Level:
-        """How far that vCPU is."""
+        """The level of that vCPU."""
         return self._levels[index]
 
     def has_gone(self, index: int) -> bool:
-        """That vCPU has ended."""
+        """Whether that vCPU has ended."""
         return index in self._gone
 
     @property

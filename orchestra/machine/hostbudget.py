@@ -19,13 +19,14 @@ __all__ = ["HostBudget", "HostBudgetStatistics"]
 
 @attrs.frozen
 class HostBudgetStatistics:
-    """What is in force for all that share it.
+    """What is in force for all processes that share the budget.
 
     Attributes:
-        wait: by meter, seconds that whoever charges it now would wait. It is what was given out and not made yet,
-            by all processes together; a process that was killed has left its part of it, one event of each vCPU.
-        changes: how often a limit was changed, by any process; wraps at 2**32.
-        fleets: of this process that use it.
+        limit, exit_limit, answer_limit: the limits in force, on bus locks, exits and answers. None: no limit.
+        wait: by meter, the seconds that the next charge would wait. All processes together have reserved that much
+            ahead. A killed process leaves its reservations behind: at most one event of each of its vCPUs.
+        changes: how often any process changed a limit; wraps at 2**32.
+        fleets: the number of fleets of this process that use the budget.
     """
 
     limit: Limit | None
@@ -37,11 +38,12 @@ class HostBudgetStatistics:
 
 
 class HostBudget:
-    """One budget for all VMs of a host, in however many processes they run. `create` makes one, `attach` joins it, and
-    ``open_fleet(host_budget=...)`` charges it.
+    """One budget for all VMs of a host, in any number of processes. `create` makes a budget, `attach` joins one that
+    another process made, and ``open_fleet(host_budget=...)`` charges it.
 
-    It is a file in memory, which goes with the last process that has it. Whoever has its descriptor may change its
-    limits. A process may die at any moment: the others keep the exact rate, and nobody waits for it.
+    The budget is a memfd, which vanishes with the last process that has it open. Every process that has the descriptor
+    may change the limits. A process may die at any moment: the others keep the exact rate, and none of them waits for
+    the dead process.
     """
 
     def __init__(self, buckets: SharedBuckets) -> None:
@@ -55,7 +57,7 @@ class HostBudget:
         exit_limit: Limit | None = None,
         answer_limit: Limit | None = None,
     ) -> HostBudget:
-        """A new one.
+        """Make a new budget.
 
         Parameters:
             limit: bus locks per second of all VMs of all processes together; None: no limit.
@@ -63,7 +65,7 @@ class HostBudget:
             answer_limit: the same for accesses that Python answers.
 
         Raises:
-            SpecError: not a limit.
+            SpecError: an argument is not a limit.
             ResourceLimit: the host has no descriptor or memory left.
         """
         limits = {Meter.BUS_LOCKS: limit, Meter.EXITS: exit_limit, Meter.ANSWERS: answer_limit}
@@ -77,15 +79,16 @@ class HostBudget:
 
     @classmethod
     def attach(cls, source: int | str | Path) -> HostBudget:
-        """Share one that another process has made.
+        """Join a budget that another process has made.
 
         Parameters:
-            source: its descriptor, inherited (``subprocess.Popen(pass_fds=[budget.fd])``) or received over a socket; it
-                stays yours, and may be closed afterwards. Or a path that leads to it, such as "/proc/<pid>/fd/<fd>".
+            source: the budget's descriptor, inherited (``subprocess.Popen(pass_fds=[budget.fd])``) or received over a
+                socket; the descriptor stays yours, and you may close it afterwards. Or a path to the budget, such as
+                "/proc/<pid>/fd/<fd>".
 
         Raises:
-            SpecError: it is no budget, or one of another version of orchestra, or may be truncated by those that have
-                it. The message says which.
+            SpecError: the source is no budget, or a budget of another version of orchestra, or a file that its other
+                owners may truncate. The message says which.
             ResourceLimit: the host has no descriptor or memory left.
         """
         if isinstance(source, int) and not isinstance(source, bool):
@@ -103,18 +106,22 @@ class HostBudget:
 
     @property
     def buckets(self) -> SharedBuckets:
-        """For the fleets that use it."""
+        """The shared buckets, for the fleets that use them."""
         return self._buckets
 
     @property
     def fd(self) -> int:
-        """To pass to the processes that are to share it. It is closed with this object."""
+        """The descriptor to pass to other processes. `close` closes it.
+
+        Raises:
+            StateError: the budget is closed.
+        """
         self._buckets.check_open()
         return self._buckets.fd
 
     @property
     def limit(self) -> Limit | None:
-        """On bus locks, as in force, whoever set it."""
+        """The limit on bus locks in force, whichever process set it."""
         return self._buckets.look(Meter.BUS_LOCKS)[0]
 
     @property
@@ -130,13 +137,13 @@ class HostBudget:
 
         Raises:
             SpecError: not a limit, or not a meter.
-            StateError: closed.
+            StateError: the budget is closed.
         """
         self._buckets.set(as_meter(meter), optional_limit("limit", limit))
 
     def statistics(self) -> HostBudgetStatistics:
         """Raises:
-        StateError: closed.
+        StateError: the budget is closed.
         """
         looked = {meter: self._buckets.look(meter) for meter in Meter}
         limits: dict[str, Any] = {meter.field: limit for meter, (limit, _) in looked.items()}
@@ -144,10 +151,10 @@ class HostBudget:
         return HostBudgetStatistics(**limits, wait=wait, changes=self._buckets.changes(), fleets=self._buckets.users)
 
     def close(self) -> None:
-        """Leave it; the others keep it. May be called again.
+        """Leave the budget; the other processes keep it. A second call does nothing.
 
         Raises:
-            StateError: a fleet of this process still uses it.
+            StateError: a fleet of this process still uses the budget.
         """
         self._buckets.close()
 

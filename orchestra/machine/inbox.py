@@ -1,4 +1,4 @@
-"""What vCPUs ask and what devices have to be told: in turns, one of each tenant in a round of the loop.
+"""Serves the questions of vCPUs and the calls of devices in turns: one of each tenant in a round of the event loop.
 
 vCPU: question → core → a turn → the task that claimed the address
 doorbell, timer ───────→ a turn → the device
@@ -25,17 +25,17 @@ Key: TypeAlias = tuple[str, str]
 """Tenant and VM."""
 
 Turn: TypeAlias = Callable[[], object]
-"""What is done when it is a VM's turn."""
+"""A function that is called when it is a VM's turn."""
 
 
 class Kicked(Protocol):
-    """What an engine needs to hear beside the core, as `Engine.kick`."""
+    """An engine that has to be kicked after the core has an answer, as `Engine.kick`."""
 
     def kick(self) -> None: ...
 
 
 class Asker:
-    """A vCPU that may ask."""
+    """A vCPU that may ask questions."""
 
     __slots__ = ("_buses", "_core", "_engine", "_index", "whose")
 
@@ -47,7 +47,7 @@ class Asker:
         self.whose = whose
 
     def ask(self, question: Question) -> None:
-        """Hand a question to whoever has the claim now."""
+        """Hand a question to the task that has the claim now. If no task has: the core looks the address up again."""
         claim = self._buses[question.bus].claimed.get(question.claim)
         if claim is None or not isinstance(claim.handler, Requests):
             self._settle(question.number, Settled.AGAIN)
@@ -65,26 +65,25 @@ class Asker:
 
 
 def settled(request: Request, claim: Claim) -> int:
-    """What became of a question, for the core."""
+    """What became of a question, as the core needs it."""
     if request.answered:
         return Settled.ANSWERED
-    # By one who keeps the claim and answers no more ones are read, or it would be asked for ever.
+    # A task that keeps its claim and does not answer: the guest reads ones. `AGAIN` would ask the same task for ever.
     return Settled.NOBODY if claim.live else Settled.AGAIN
 
 
 class Inbox:
-    """Hands what vCPUs ask to tasks, and calls what else is to be done for a VM (`put`), in a fair order. Fleet's
-    thread, all of it.
+    """Hands the questions of vCPUs to tasks, and makes the other calls for a VM (`put`), in a fair order. All methods:
+    fleet's thread.
 
-    A vCPU puts its question into the core's list and waits there, without the interpreter; the core rings only if this
-    task sleeps. A tenant's VMs take turns, and the tenants get one question each in a round of the event loop. So
-    neither the number of a guest's vCPUs nor that of a tenant's guests decides how often another tenant's are served,
-    and what is done in a round is bounded by the tenants that ask and not by what they ask for. The turns of one VM
-    stay in order.
+    A vCPU puts its question into the core's list and waits in the core, without the interpreter's lock. The core
+    signals this task only if the task sleeps. A tenant's VMs take turns, and each tenant gets one turn in a round of
+    the event loop. So a tenant with many VMs, or with many vCPUs, is not served more often than the others, and the
+    work of a round is bounded by the number of tenants that ask. The turns of one VM stay in order.
     """
 
     MOST: Final = 256
-    """Questions that are taken at once from the core; what is left there comes in the next round."""
+    """Questions that one round takes from the core at most, so that a round ends. The others come in the next round."""
 
     def __init__(self, core: FleetCore) -> None:
         self._core = core
@@ -93,17 +92,18 @@ class Inbox:
         self._asleep = False
 
     def add(self, core: VcpuCore, engine: Kicked, index: int, whose: Key, buses: tuple[Bus, Bus]) -> None:
-        """Serve this vCPU from now on."""
+        """Serve this vCPU from now on. `whose`: its tenant and VM."""
         self._askers[core.id] = Asker(core, engine, index, whose, *buses)
 
     def remove(self, id: int) -> None:
-        """It asks no more."""
+        """Serve this vCPU no more. Questions that still wait for their turn are dropped. `id`: of its core."""
         self._askers.pop(id, None)
 
     def put(self, whose: Key, turn: Turn) -> None:
-        """Have it called when it is that VM's turn."""
+        """Call `turn` when it is that VM's turn."""
         self._append(whose, turn)
-        if self._asleep:  # as a question would wake it; before it sleeps again it takes what was written
+        if self._asleep:
+            # Wakes the task as a question would. The task empties the eventfd before it sleeps again.
             self._asleep = False
             os.eventfd_write(self._core.asked_eventfd, 1)
 
@@ -112,13 +112,13 @@ class Inbox:
         self._tenants.setdefault(tenant, {}).setdefault(vm, deque()).append(turn)
 
     async def run(self) -> None:
-        """The task that serves."""
+        """Serve until cancelled."""
         core = self._core
         while True:
             self.serve()
             if not self._tenants and core.may_sleep_unasked():
-                # At once, and not after some rounds in which a guest might ask again: that is quicker on idle CPUs. But
-                # beside guests that spin, the kernel lets a thread that sleeps go first and one that spins wait.
+                # Sleep at once. A few empty rounds first would answer the next question sooner on idle CPUs. But beside
+                # guests that spin, the kernel lets a thread that slept run first, and makes a thread that spins wait.
                 self._asleep = True
                 await trio.lowlevel.wait_readable(core.asked_eventfd)
                 self._asleep = False
@@ -126,9 +126,9 @@ class Inbox:
                 await trio.lowlevel.checkpoint()
 
     def serve(self) -> None:
-        """One round."""
+        """Serve one round: one turn of each tenant."""
         arrived, tenants = self._core.asked(self.MOST), self._tenants
-        if not tenants and len(arrived) == 1:  # nobody to take turns with, as is usual
+        if not tenants and len(arrived) == 1:  # the usual case: there is nothing to take turns with
             self._ask(arrived[0])
             return
         for question in arrived:
@@ -140,7 +140,7 @@ class Inbox:
 
     def _ask(self, question: Question) -> None:
         asker = self._askers.get(question.vcpu)
-        if asker is not None:  # else it has ended meanwhile
+        if asker is not None:  # else the vCPU has ended meanwhile
             asker.ask(question)
 
     def _next(self, tenant: str) -> Turn:
@@ -149,7 +149,7 @@ class Inbox:
         turns = vms.pop(vm)
         turn = turns.popleft()
         if turns:
-            vms[vm] = turns  # at the end: the others' turn comes first
+            vms[vm] = turns  # at the end of the dict: the tenant's other VMs come first
         elif not vms:
             del self._tenants[tenant]
         return turn

@@ -1,4 +1,4 @@
-"""What can be read of a VM: registers, figures, what it did."""
+"""What can be read of a VM: its registers, statistics and profile."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["Inspection", "check_vcpu"]
 
 
 class Inspected(Protocol):
-    """What this needs of the VM."""
+    """The VM, as `Inspection` needs it."""
 
     house: InstanceContext
     spec: VmSpec
@@ -43,19 +43,23 @@ class Inspected(Protocol):
 
 
 def check_vcpu(spec: VmSpec, vcpu: int) -> int:
-    """Check an argument that names a vCPU."""
+    """Check an argument that names a vCPU, and return it.
+
+    Raises:
+        SpecError: the VM has no such vCPU.
+    """
     if isinstance(vcpu, bool) or not isinstance(vcpu, int) or not 0 <= vcpu < spec.vcpus:
         raise SpecError(f"vcpu={vcpu!r}: vm {spec.name!r} has vCPUs 0 to {spec.vcpus - 1}")
     return vcpu
 
 
 class Inspection:
-    """Of one VM; for the fleet's thread. It changes nothing."""
+    """Reads one VM and changes nothing. Fleet's thread."""
 
     def __init__(self, vm: Inspected) -> None:
         self._vm = vm
 
-    # ---- what it does just now
+    # ---- what the VM does right now
 
     @property
     def quiesced(self) -> bool:
@@ -64,7 +68,7 @@ class Inspection:
 
     @property
     def pending(self) -> tuple[PendingIo, ...]:
-        """What keeps it from being quiesced while it pauses, or is paused."""
+        """The accesses that keep the VM from being quiesced, while it pauses or is paused."""
         guest = self._vm.runs.guest
         return guest.pausing.pending() if guest is not None and self._vm.outcome is None else ()
 
@@ -106,7 +110,7 @@ class Inspection:
         index = check_vcpu(self._vm.spec, vcpu)
         if guest.has_ended(index):
             await trio.lowlevel.checkpoint()
-            return self._final_registers(guest, index)  # by now there may be another run
+            return self._final_registers(guest, index)  # `guest`, as the VM may have another run by now
         return await guest.calls.call(index, guest.vcpus[index].engine.registers)
 
     def _final_registers(self, guest: Instance, index: int) -> Any:
@@ -162,7 +166,8 @@ class Inspection:
         why = None if hasattr(machine, "statistics") else f"backend {backend!r} has none"
         for index in range(len(guest.vcpus)):
             if why is None and not guest.has_ended(index):
-                # The kernel holds a lock of a vCPU's while that is in KVM_RUN, which may be for ever.
+                # On the vCPU's own thread: the kernel holds the vCPU's mutex during KVM_RUN, which may last for ever,
+                # and any other thread would wait for that.
                 await guest.calls.call(index, partial(machine.open_statistics, index))
         if guest.life.has_ended:
             why = "it has ended"

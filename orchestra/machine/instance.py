@@ -1,6 +1,6 @@
 """One run of a VM: its machine, buses, devices and vCPU tasks, from set-up to the last resource given back.
 
-A `Vm` is the handle that lives on; a restart gives it a new `Instance`. Where a run is, `Instance.life` alone says.
+A `Vm` is the handle that lives on; a restart gives it a new `Instance`. `Instance.life` alone has the state of a run.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ CLOSED: Final = "the fleet was closed"
 
 
 class Instance:
-    """Started by `Instance.start`, run by `Instance.run` in the VM's task, which also gives back what it holds. Its
-    memory stays readable until somebody closes it (`Workers.discard`).
+    """`start` sets the run up; `run`, in the VM's task, runs it and gives back what it holds of the host. The memory
+    stays readable until `Workers.discard` unmaps it.
 
     Attributes:
-        life: where it is.
-        holding: how far it is held by a pause.
-        buses: who answers the guest's accesses.
-        cores: what its vCPUs counted, and what they are to tell.
-        calls: functions for its vCPUs' threads.
+        life: the state of the run.
+        holding: how far a pause holds the vCPUs.
+        buses: the devices and tasks that answer the guest's accesses.
+        cores: what the vCPUs counted, and which exits they report.
+        calls: functions for the vCPUs' threads.
         restraint: caps and isolation.
-        pausing: pauses it, and lets it go on.
+        pausing: pauses the run, and lets it go on.
     """
 
     def __init__(
@@ -90,19 +90,18 @@ class Instance:
         self._levels = levels
         self._machine: Machine
         self._console = owner.console
-        self._ended = trio.Event()  # all vCPUs have, or the run was told that they are to
+        self._ended = trio.Event()  # set when all vCPUs have ended, or the run is given back
         self._done: list[trio.Event] = []
 
     # ---- set-up
 
     async def start(self) -> None:
-        """Set everything up, as it is desired. If it fails or is cancelled, all of it is given back.
+        """Set everything up, as desired. If that fails or is cancelled, everything is given back.
 
-        The owner is asked for its claims and for what is desired once the machine is made, as both may change while
-        that is waited for.
+        Claims and the desired record are read after the machine is made, as both may change while that is waited for.
 
         Raises:
-            OrchestraError: the host can't give it what it needs.
+            OrchestraError: the host can't give the run what it needs.
         """
         house = self.house
         if house.backend.blocking:
@@ -133,8 +132,8 @@ class Instance:
             raise
 
     def _apply(self, desired: Desired) -> None:
-        """Put what is desired into force, before it runs: of all that is in the record, this and `Desired.spec` do it,
-        and the VM's budgets, which outlive its runs."""
+        """Put the desired record into force, before the guest runs. Two parts are elsewhere: `Desired.spec` has the
+        dirty log, and the VM's budgets, which outlive its runs, have the limits."""
         self.cores.sample(desired.sample_every)
         if desired.paused:
             self.pausing.pause()
@@ -151,7 +150,7 @@ class Instance:
             self._owner.on_isolation_failed(error)
 
     def _build(self) -> None:
-        """May run on a worker thread: ioctls that create VMs take from 0.3 to 30 ms."""
+        """Make the machine. May run on a worker thread: ioctls that create VMs take from 0.3 to 30 ms."""
         house, spec = self.house, self.spec
         self.memory = GuestMemory(spec)
         try:
@@ -183,21 +182,22 @@ class Instance:
             raise
 
     def _join(self) -> None:
-        """It is not to run: stop runners that were held, and see them gone."""
+        """The run will not begin: end the runners that are held, and wait until their threads are gone."""
         self.end(Stopped("its set-up failed"))
         for vcpu in self.vcpus:
             vcpu.join()
 
     def talked(self) -> None:
-        """A vCPU wrote to the console, and somebody waits for that."""
+        """A vCPU wrote to the console: wake the tasks that wait for output."""
         self._console.wake()
 
     # ---- life
 
     async def run(self, ready: Callable[[], Awaitable[object]] = trio.lowlevel.checkpoint) -> Outcome:
-        """Run all vCPUs until the last has ended, and take the machine down. Cancelling stops them first.
+        """Run all vCPUs until the last has ended, take the machine down, and return how the run ended. Cancelling
+        stops the vCPUs first.
 
-        Whatever goes wrong here is the end of this VM (`Failed`), and of no other.
+        An exception here ends this VM as `Failed`, and no other.
 
         Parameters:
             ready: awaited before the guest runs its first instruction.
@@ -227,7 +227,7 @@ class Instance:
     async def _run_vcpu(self, vcpu: Vcpu) -> None:
         try:
             if vcpu.engine.threaded:
-                with trio.CancelScope(shield=True):  # `run` tells all vCPUs to stop first, and then waits for each
+                with trio.CancelScope(shield=True):  # `run` stops all vCPUs first, and then this waits
                     await self._done[vcpu.index].wait()
                 vcpu.join()
             else:
@@ -237,12 +237,12 @@ class Instance:
             self._on_ended(vcpu.index)
 
     def _fail(self, what: str, error: Exception) -> None:
-        """A mistake in orchestra, or the host's: it ends this VM. Any thread."""
+        """An error of orchestra or of the host: it ends this VM. Any thread."""
         log.error("vm %s: %s failed", self.name, what, exc_info=error)
         self.end(Failed(f"{what}: {type(error).__name__}: {error}"))
 
     def _post(self, function: Callable[..., object], *args: object) -> None:
-        """Run it soon on the fleet's thread, where what it raises would end everything. Any thread."""
+        """Run a function soon on the fleet's thread. Any thread. If it raises, this VM fails, and not the fleet."""
 
         def run() -> None:
             try:
@@ -253,14 +253,14 @@ class Instance:
         self.house.post(run)
 
     def end(self, outcome: Outcome) -> None:
-        """End it with that outcome, unless it has one. Any thread, while it has not ended."""
+        """End the run with that outcome, unless it has one already: the first counts. Any thread."""
         self.life.end(outcome)
         if not self.life.has_ended:
             self.command(set=Command.STOP)
             self._caps.end()
 
     def command(self, set: int = 0, clear: int = 0) -> None:
-        """Command all vCPUs: all are signalled before anybody waits for one. Any thread."""
+        """Command all vCPUs. All are commanded before the first is kicked, and nothing waits here. Any thread."""
         for core in self._cores:
             core.command(set, clear)
         for vcpu in self.vcpus:
@@ -268,7 +268,7 @@ class Instance:
 
     @contextmanager
     def _hurried(self) -> Iterator[None]:
-        """Somebody waits for its threads: whatever may make them late is out of the way within the block."""
+        """Within the block nothing delays the vCPUs' threads: caps are loosened, and the core is told of the hurry."""
         self._caps.hurry(True)
         try:
             with self.house.core.urgently():
@@ -277,15 +277,15 @@ class Instance:
             self._caps.hurry(False)
 
     def _knock(self, index: int) -> None:
-        """Have a vCPU's runner look for calls. Any thread."""
+        """Make a vCPU's runner look for calls. Any thread."""
         self._cores[index].command(set=Command.CALL)
         self.vcpus[index].engine.kick()
 
-    # ---- what is asked of its machine
+    # ---- the machine
 
     @property
     def dirty(self) -> DirtyLog | None:
-        """Counts the pages that it writes; None where the backend can't tell."""
+        """The log of the pages that the guest writes. None: the backend has none."""
         return self._machine.dirty
 
     @property
@@ -293,11 +293,11 @@ class Instance:
         return self._machine
 
     def answer_limit(self) -> Limit | None:
-        """The VM's as a whole, as in force."""
+        """The limit of the VM as a whole, as in force."""
         _, _, own, _ = self._levels[0]
         return own[Meter.ANSWERS].limit
 
-    # ---- told by runners, on their threads
+    # ---- called by runners, on their threads
 
     @property
     def pause_number(self) -> int:
@@ -319,8 +319,8 @@ class Instance:
             for call in self.commanded(index):
                 call()
             if self.dirty is not None and self.dirty.on:
-                read_logs([self.dirty])  # here, as it waits for the kernel: what it wrote last counts as well
-            self._caps.leave(index)  # its end is waited for
+                read_logs([self.dirty])  # on this thread, as the kernel may take long; the last writes count too
+            self._caps.leave(index)  # the fleet waits for this thread's end: no cap may delay that
         except Exception as error:
             self._fail(f"the end of vCPU {index}", error)
         finally:
@@ -334,33 +334,37 @@ class Instance:
                 self.calls.serve_late(index)
         finally:
             if self.holding.all_gone:
-                self.life.end(Halted())  # unless one of them ended otherwise
+                self.life.end(Halted())  # the first outcome counts: a vCPU that ended otherwise has set it
                 self.life.happen(Event.GONE)
                 self._ended.set()
 
     # ---- end
 
     def has_ended(self, index: int) -> bool:
-        """That vCPU has."""
+        """Whether that vCPU has ended."""
         return self.life.has_ended or self.holding.has_gone(index)
 
     async def _give_back(self) -> Failed | None:
-        """No runner is left. All but the memory is given back; what goes wrong with one thing keeps no other."""
+        """Give everything back but the memory, after the last runner has gone. Each step is done even if others fail.
+
+        Order: devices stop first, as they may still use the machine. Figures and records are read before the cores are
+        freed. The cores go last, on the fleet's thread.
+        """
         problems: list[str] = []
         if self.devices is not None:
             self.devices.stop(problems)
         self._finish(problems)
         await self.house.workers.run(lambda: self._close(problems), self.house.workers.teardown)
-        self.cores.close(self.name, problems)  # here, as the fleet's thread looks for those with something to tell
-        self.talked()  # if one of them had something to say, nobody is told of it any more
+        self.cores.close(self.name, problems)  # here: the drain task on this thread looks at cores
+        self.talked()  # the cores are gone, so nobody would report their last output
         return Failed(f"giving back: {'; '.join(problems)}") if problems else None
 
     def _finish(self, problems: list[str]) -> None:
-        """Keep the last figures, deliver the last records, and have nobody look at the cores any more."""
+        """Keep the last figures and deliver the last records. From `ENDED` on nobody looks at the cores."""
         with contained(f"vm {self.name}: figures", problems):
             self.cores.finish(self.name, problems)
         self.life.happen(Event.FREED)
-        self.memory.on_write = None  # nobody executes it any more
+        self.memory.on_write = None  # no engine executes this memory any more
         self._ended.set()
         with contained(f"vm {self.name}: pauses", problems):
             self.holding.close()
@@ -370,11 +374,11 @@ class Instance:
             vcpu.keep_registers()
 
     def _close(self, problems: list[str]) -> None:
-        """May run on a worker thread: it takes the kernel a millisecond."""
+        """Close vCPUs, machine and caps, in this order. May run on a worker thread: the kernel takes a millisecond."""
         for vcpu in self.vcpus:
             with contained(f"vm {self.name}: vCPU {vcpu.index}", problems):
                 vcpu.engine.close()
         with contained(f"vm {self.name}: machine", problems):
             self._machine.close()
         with contained(f"vm {self.name}: caps", problems):
-            self._caps.close()  # KVM may have had a thread there
+            self._caps.close()  # after the machine: a thread of KVM's may be in the cgroup until then

@@ -1,4 +1,4 @@
-"""The states of one run of a VM, and what a VM's users see of them. Pure: no trio, no clock, no I/O.
+"""The states of one run of a VM, and the state that the VM's users see. Pure: no trio, no clock, no I/O.
 
                                        ┌────────────── RESUME ─────────────┐
                                        ▼                                   │
@@ -11,21 +11,21 @@
 
 RESUME leads back to RUNNING from PAUSING, PAUSED and QUIESCED.
 
-- BUILDING: the machine is made. Nobody but its maker knows of it.
-- RUNNING: its vCPUs run guest code, or may at any moment.
-- PAUSING: it is told to pause; some vCPU may still run guest code.
-- PAUSED: no vCPU runs guest code. One may be in the middle of an access that a device or a task is to answer: when the
-  answer comes, registers and memory change.
-- QUIESCED: nothing of an access is left either: registers and memory stay as they are, and may be saved. A run that
-  starts paused is QUIESCED before its first instruction.
-- STOPPING: it has its outcome (somebody ended it, a vCPU failed, or all vCPUs halted). Its vCPUs are told to end, and
-  none that is outside the guest enters it again.
+- BUILDING: the machine is being made. Only the task that makes it knows of it.
+- RUNNING: the vCPUs run guest code, or may at any moment.
+- PAUSING: the run is told to pause; a vCPU may still run guest code.
+- PAUSED: no vCPU runs guest code. A vCPU may be in the middle of an access that a device or a task has to answer: when
+  the answer comes, registers and memory change.
+- QUIESCED: no access is pending either: registers and memory stay as they are, and may be saved. A run that starts
+  paused is QUIESCED before its first instruction.
+- STOPPING: the run has its outcome (a caller or an action ended it, a vCPU failed, or all vCPUs halted). The vCPUs are
+  told to end, and a vCPU outside the guest does not enter it again.
 - CLOSING: all vCPUs have ended, and what the run holds of the host is given back.
 - ENDED: no thread or descriptor is left. Its memory, last registers and last figures can be read. A run whose set-up
   failed comes here straight from STOPPING.
 
-A VM lives over several runs. What its users see (`State`) is made of its own outcome, of its present run, and of what
-is desired of it (`state_of`):
+A VM lives over several runs. `state_of` makes the state that its users see (`State`) from three things: the outcome of
+the VM, its present run, and what is desired of it:
 
     CREATED ── first run BUILT ──▶ RUNNING ◀────────── pause, resume ──────────▶ PAUSED
                                     │   ▲                                         ▲
@@ -35,7 +35,7 @@ is desired of it (`state_of`):
 
     any of these ── it has an outcome, and no run is to come ──▶ STOPPED, or FAILED
 
-A pause outlives the runs: the next one starts QUIESCED, and the VM is PAUSED all the while.
+A pause outlives the runs: the next run starts QUIESCED, and the VM is PAUSED all the time.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ __all__ = ["TRANSITIONS", "Event", "Lifecycle", "Phase", "state_of"]
 
 
 class Phase(StrEnum):
-    """Where a run of a VM is."""
+    """The state of one run of a VM; see the drawing above."""
 
     BUILDING = "building"
     RUNNING = "running"
@@ -64,26 +64,26 @@ class Phase(StrEnum):
 
 
 class Event(StrEnum):
-    """What happens to a run."""
+    """What happens to a run, and moves it from phase to phase."""
 
     BUILT = "built"
     PAUSE = "pause"
     PARKED = "parked"
     """No vCPU runs guest code for that pause."""
     SETTLED = "settled"
-    """And nothing of an access is left to be done."""
+    """And no access is pending."""
     RESUME = "resume"
     END = "end"
-    """It has its outcome."""
+    """The run has its outcome."""
     GONE = "gone"
-    """Its last vCPU has ended."""
+    """The last vCPU has ended."""
     FREED = "freed"
-    """All but the memory was given back."""
+    """Everything but the memory was given back."""
 
 
 _LATE: Final = (Event.PAUSE, Event.PARKED, Event.SETTLED, Event.RESUME, Event.END, Event.GONE)
-"""Commands and answers cross each other, and several people command one VM: these may come once a run is stopping or
-has ended, and change nothing then."""
+"""Events that may come late. Commands and reports of vCPUs cross each other, and several callers command one VM. In a
+run that is stopping or has ended these events change nothing."""
 
 TRANSITIONS: Final[Mapping[Phase, Mapping[Event, Phase]]] = {
     Phase.BUILDING: {Event.BUILT: Phase.RUNNING, Event.END: Phase.STOPPING},
@@ -117,7 +117,7 @@ TRANSITIONS: Final[Mapping[Phase, Mapping[Event, Phase]]] = {
     Phase.CLOSING: dict.fromkeys(_LATE, Phase.CLOSING) | {Event.FREED: Phase.ENDED},
     Phase.ENDED: dict.fromkeys(_LATE, Phase.ENDED),
 }
-"""All that may happen, and where it leads. What is not here is a mistake in orchestra."""
+"""Every event that may happen in a phase, and the phase after it. Any other event is a mistake in orchestra."""
 
 
 _RUNS, _STILL, _SETTLED = range(3)
@@ -127,15 +127,16 @@ _CALM: Final = {
     Phase.CLOSING: _SETTLED,
     Phase.ENDED: _SETTLED,
 }
-"""Whether guest code may run, or registers and memory may change; in all other states both may."""
+"""Phases in which no guest code runs (`_STILL`), or registers and memory do not change either (`_SETTLED`). In all
+other phases both may happen."""
 _CALMS: Final = {Event.PARKED: _STILL, Event.SETTLED: _SETTLED}
 
 
 class Lifecycle:
-    """Of one run. All methods: any thread, as a vCPU may end the run while others pause it."""
+    """The state of one run. All methods: any thread, as a vCPU may end the run while the fleet pauses it."""
 
     def __init__(self) -> None:
-        # Held for a few instructions and never while something is waited for, so taking it can't deadlock.
+        # Held for a few instructions, and nothing is waited for under it: so the lock can't deadlock.
         self._lock = Lock()
         self._phase = Phase.BUILDING
         self._calm = _RUNS
@@ -145,10 +146,10 @@ class Lifecycle:
         return f"<Lifecycle {self._phase}>"
 
     def happen(self, event: Event) -> Phase:
-        """That happened; where it is now.
+        """Note an event, and return the phase after it.
 
         Raises:
-            AssertionError: it can't happen there.
+            AssertionError: this event can't happen in the present phase.
         """
         with self._lock:
             return self._happen(event)
@@ -160,13 +161,13 @@ class Lifecycle:
             raise AssertionError(f"a run that is {before} can't be {event}")
         if after is not Phase.STOPPING:
             self._calm = _CALM.get(after, _RUNS)
-        else:  # no vCPU that is outside the guest enters it again, so what has come to rest stays so
+        else:  # a vCPU outside the guest does not enter it again: what is at rest stays at rest
             self._calm = max(self._calm, _CALMS.get(event, _RUNS))
         self._phase = after
         return after
 
     def end(self, outcome: Outcome) -> bool:
-        """It ends with that outcome. False: it has one already, and the first one counts."""
+        """The run ends with that outcome. False: the run has an outcome already, and the first one counts."""
         with self._lock:
             first = self._outcome is None
             if first:
@@ -182,34 +183,34 @@ class Lifecycle:
 
     @property
     def outcome(self) -> Outcome | None:
-        """How it ends. None: it goes on."""
+        """How the run ends. None: it goes on."""
         return self._outcome
 
     @property
     def has_ended(self) -> bool:
-        """Nothing of it is left: its cores and its machine must not be touched any more."""
+        """The run has given everything back but its memory: nobody may touch its cores and its machine any more."""
         return self._phase is Phase.ENDED
 
     @property
     def is_still(self) -> bool:
-        """No guest code runs, and none will before somebody resumes it. One that is told to stop while it is paused
-        stays so to its end."""
+        """No guest code runs, and none will before a resume. A run that is told to stop while it is paused stays still
+        until its end."""
         return self._calm >= _STILL
 
     @property
     def is_quiesced(self) -> bool:
-        """And its registers and its memory stay as they are."""
+        """No guest code runs, and registers and memory stay as they are."""
         return self._calm >= _SETTLED
 
 
 def state_of(outcome: Outcome | None, run: Lifecycle | None, *, paused: bool, waits: bool) -> State:
-    """What users see of a VM.
+    """The state that users see of a VM.
 
     Parameters:
-        outcome: the VM's. None: it has not ended, or another run is to come.
-        run: its present run, or the last one while the next is waited for. None: the first one is being built.
-        paused: a pause is desired of it.
-        waits: it waits for its next run.
+        outcome: the outcome of the VM. None: it has not ended, or another run is to come.
+        run: the present run, or the last run while the VM waits for the next. None: the first run is being built.
+        paused: a pause is desired of the VM.
+        waits: the VM waits for its next run.
     """
     if outcome is not None:
         return State.FAILED if isinstance(outcome, Failed) else State.STOPPED

@@ -1,4 +1,4 @@
-"""Pauses one run of a VM, and lets it go on; says what a pause still waits for. `holding` has how far that is."""
+"""Pauses one run of a VM, lets it go on, and names what a pause waits for. `holding` has the levels of a pause."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Pausing"]
 
 
 class Run(Protocol):
-    """What this needs of the run (`Instance`)."""
+    """The run (`Instance`), as `Pausing` needs it."""
 
     life: Lifecycle
     holding: Holding
@@ -31,7 +31,7 @@ class Run(Protocol):
 
 
 class Pausing:
-    """Of one run; for the fleet's thread. A run that has ended is not paused, and nothing of it is pending."""
+    """The pauses of one run; for the fleet's thread. In a run that has ended, all methods do nothing."""
 
     def __init__(self, run: Run, caps: Caps) -> None:
         self._run = run
@@ -39,7 +39,11 @@ class Pausing:
         self._began = 0
 
     def pause(self) -> None:
-        """Ask all vCPUs to park."""
+        """Tell all vCPUs to park; does not wait.
+
+        Order: `holding` begins first, so that the first report of a vCPU finds the new pause number. The command comes
+        before `using` is looked at: a vCPU does it the other way round, so one of the two sees the other.
+        """
         run, holding = self._run, self._run.holding
         if run.life.has_ended:
             return
@@ -50,7 +54,7 @@ class Pausing:
         run.command(set=Command.PAUSE)
         for vcpu in run.vcpus:
             vcpu.pausing = True
-            if vcpu.using is not None:  # seen after the command, so it runs no guest code any more
+            if vcpu.using is not None:  # a device answers, and the command is set: this vCPU runs no guest code
                 holding.come(vcpu.index, holding.number, Level.PAUSED)
         self._caps.hurry(True)
 
@@ -68,13 +72,13 @@ class Pausing:
         run.command(clear=Command.PAUSE)
 
     def pending(self) -> tuple[PendingIo, ...]:
-        """What keeps it from being quiesced, while it is told to pause: accesses that were not answered."""
+        """The unanswered accesses that keep the run from being quiesced, while it is told to pause."""
         if self._run.life.has_ended:
             return ()
         return tuple(found for vcpu in self._run.vcpus if (found := self._pending(vcpu)) is not None)
 
     def _pending(self, vcpu: Vcpu) -> PendingIo | None:
-        """None: it waits for nothing, or for nothing that can be named."""
+        """The access that this vCPU waits for. None: there is none, or none that can be named."""
         holding, using, asked = self._run.holding, vcpu.using, vcpu.asked
         settled = holding.has_gone(vcpu.index) or holding.level(vcpu.index) is Level.QUIESCED
         if not vcpu.pausing or settled:

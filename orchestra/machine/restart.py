@@ -1,4 +1,4 @@
-"""What follows a run of a VM: its end, another run after a back-off, or another in its turn. No clock of its own."""
+"""Decides what follows a run of a VM: its end, a restart after a back-off, or a reset in its turn. Has no clock."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from .vcpu import RESETS
 __all__ = ["Next", "Succession"]
 
 RESET_LIMIT: Final = Limit(rate=1, burst=6, max_delay=None)
-"""5 at once, as a burst's last token is waited for: a firmware or a boot loader may reset a machine a few times on its
-way. A guest that does nothing else costs its host a machine each time, a few milliseconds: below 1 % of a CPU."""
+"""A burst of 6 allows 5 resets at once, as the last token of a burst is waited for: a firmware or a boot loader may
+reset a machine a few times on its way. Then one reset a second: each costs the host a new machine, a few milliseconds,
+so a guest that only resets itself costs below 1 % of a CPU."""
 
 
 @attrs.frozen
 class Next:
-    """Another run. `delay`: seconds until it may start. `why`: of a reset, who wanted it."""
+    """Another run. `delay`: seconds until it may start. `why`: for a reset, its reason."""
 
     kind: Literal["restart", "reset"]
     delay: float
@@ -28,10 +29,10 @@ class Next:
 
 
 class Succession:
-    """Of one VM.
+    """The order of one VM's runs.
 
     Attributes:
-        restarts, resets: how many of its runs were which, so far.
+        restarts, resets: how many restarts and resets there were so far.
     """
 
     def __init__(self, spec: VmSpec, now: int) -> None:
@@ -44,12 +45,12 @@ class Succession:
         self._in_a_row = 0
 
     def after(self, outcome: Outcome, ran: float, now: int, asked: str | None) -> Next | None:
-        """What follows a run that ended so; None: nothing.
+        """What follows a run that ended with this outcome; None: no other run.
 
         Parameters:
-            ran: seconds that it took.
+            ran: seconds that the run took. After a run longer than `backoff_max` the back-off begins anew.
             now: nanoseconds on the fleet's clock.
-            asked: why somebody outside wants it reset, whatever else is to come.
+            asked: the reason of a caller's reset, which comes before anything else. None: no caller wants one.
         """
         if asked is not None:
             return self._reset(asked, now)
@@ -67,14 +68,14 @@ class Succession:
         return Next("restart", delay)
 
     def is_reset(self, outcome: Outcome) -> TypeGuard[Shutdown]:
-        """The guest reset itself, and its spec wants that to be no end."""
+        """Whether the guest reset itself, and its spec has `on_reset="reset"`."""
         return isinstance(outcome, Shutdown) and outcome.reason in RESETS and self._spec.on_reset == "reset"
 
     def _reset(self, why: str, now: int) -> Next:
         return Next("reset", max(0, self._resets.take(now) - now) / 1e9, why)
 
     def begin(self, following: Next) -> str:
-        """It starts. In some words, for the journal."""
+        """The next run starts: count it. Returns a few words for the journal."""
         if following.kind == "restart":
             self.restarts += 1
             return f"restart {self.restarts}"

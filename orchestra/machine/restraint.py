@@ -23,14 +23,14 @@ def make_caps(
     post: Callable[..., object],
     failed: Callable[[OrchestraError], object],
 ) -> Caps:
-    """What keeps CPU caps in this fleet; parameters as of `CgroupCaps`."""
+    """Make the object that keeps this run's CPU caps; parameters as in `CgroupCaps`."""
     if house.cpu_cgroup is None:
         return RunLoopCaps(cores)
     return CgroupCaps(house.cpu_cgroup, name, ask, post, failed)
 
 
 class Restraint:
-    """Of one run. `vcpus`: filled while the machine is built."""
+    """Caps and isolation of one run. `vcpus`: a list that the instance fills while it builds the machine."""
 
     def __init__(self, house: InstanceContext, name: str, life: Lifecycle, vcpus: Sequence[Vcpu], caps: Caps) -> None:
         self.caps = caps
@@ -40,25 +40,25 @@ class Restraint:
         self._vcpus = vcpus
 
     def cap_cpu(self, share: float | None) -> None:
-        """Let each vCPU's thread use that part of a CPU from now on; None: all of it.
+        """Let each vCPU's thread use at most that share of a CPU (0.01 to 1) from now on; None: no cap.
 
         Raises:
-            StateError: it has no threads.
-            ResourceLimit: the host has nothing left for it, or refuses it.
+            StateError: the backend gives the run no threads.
+            ResourceLimit: the host lacks the resources for a cap, or refuses it.
         """
         with self._threads("cap the CPU of") as threads:
             if not self._life.has_ended:
                 self.caps.put(share, threads)
 
     def capped(self, index: int, now: int) -> int:
-        """Nanoseconds that a cap held that vCPU so far."""
+        """Nanoseconds for which a cap has held that vCPU so far."""
         return 0 if self._life.has_ended else self.caps.held(index, now)
 
     def isolate(self, on: bool) -> None:
-        """Have the vCPUs' threads run on the quarantine CPUs only, or wherever the others do.
+        """Move the vCPUs' threads to the quarantine CPUs, or (False) back to the CPUs of all others.
 
         Raises:
-            StateError: it has no threads.
+            StateError: the backend gives the run no threads.
             ResourceLimit: this host has no CPU to spare.
         """
         with self._threads("isolate" if on else "let in") as threads:
@@ -69,8 +69,8 @@ class Restraint:
 
     @contextmanager
     def _threads(self, verb: str) -> Iterator[dict[int, int]]:
-        """The kernel's numbers of its vCPUs' threads, by vCPU; of those that have not ended. None of them ends within
-        the block, or its number could be a stranger's by the time it is used."""
+        """The kernel's thread numbers of the vCPUs that have not ended, by vCPU. No such thread ends within the block:
+        otherwise the kernel could give its number to another thread before the number is used."""
         if not all(vcpu.engine.threaded for vcpu in self._vcpus):
             name = self._house.backend.name
             raise StateError(

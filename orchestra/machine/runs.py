@@ -1,10 +1,10 @@
-"""The runs of a VM, one after another: its task, which starts them, ends them, and waits between them.
+"""The runs of a VM, one after another. The VM's task starts each run, waits for its end, and waits between two runs.
 
     start ─▶ a run ─▶ its outcome ─▶ succession ┬ nothing ─────────▶ the VM's outcome
       ▲                                         └ another ─▶ wait ─┐
       └────────────────────────────────────────────────────────────┘
 
-`lifecycle` has the states of one run and of the VM, `succession` decides what follows a run.
+`lifecycle` has the states of one run and of the VM; `restart.Succession` decides what follows a run.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class Supervised(Owner, Protocol):
     spec: VmSpec
 
     def became(self, reason: str) -> None:
-        """It came into another state: journal it."""
+        """Journal that the VM came into another state."""
 
 
 def in_a_line(outcome: Outcome) -> str:
-    """For the journal."""
+    """An outcome in one line, for the journal."""
     match outcome:
         case Halted():
             return "halted"
@@ -50,16 +50,17 @@ def in_a_line(outcome: Outcome) -> str:
 
 
 class Runs:
-    """Of one VM; for the fleet's thread.
+    """The runs of one VM; for the fleet's thread.
 
     Attributes:
-        guest: the present run, or the last one while the next is waited for. None: the first one is being built.
+        guest: the present run, or the last run while the VM waits for the next. None: the first run is being built.
         outcome: how the VM ended. None: it has not.
-        waits: that its next run is waited for, and why. "": it is not.
-        stop_reason: why somebody wants it to stop. None: nobody does.
-        succession: how often it was restarted and reset.
-        ended: set when it has an outcome.
-        logging: held while the log of its memory is switched, so that no run begins with the one before the change.
+        waits: why the VM waits for its next run, for the journal. "": it does not wait.
+        stop_reason: the outcome that a stop asks for. None: nothing asked the VM to stop.
+        succession: decides what follows a run, and counts restarts and resets.
+        ended: set when the VM has an outcome.
+        logging: held while the dirty log is switched and while a run starts, so that no run starts with the setting
+            from before the change.
     """
 
     def __init__(
@@ -80,13 +81,13 @@ class Runs:
         self._dirty_before: int | None = None  # pages, in former runs
         self._unmapped: trio.Event | None = None
         self._reset_reason: str | None = None
-        self._nudged = trio.Event()  # somebody wants something while the VM waits for its next run
-        self._renewed = trio.Event()  # another run has started, or none will
+        self._nudged = trio.Event()  # a stop or a reset came; it ends the wait for the next run
+        self._renewed = trio.Event()  # set when another run has started, or none will
 
-    # ---- what is asked of it
+    # ---- requests
 
     def stop(self, outcome: Stopped) -> bool:
-        """Have it end, and don't wait. Whether nobody wanted that before."""
+        """End the VM, and don't wait for that. Returns whether this is the first stop."""
         first = self.stop_reason is None and self.outcome is None
         self.stop_reason = self.stop_reason or outcome
         self._nudge()
@@ -95,7 +96,11 @@ class Runs:
         return first
 
     async def reset(self, reason: str) -> None:
-        """As `Vm.reset`. It has not ended, and was started."""
+        """As `Vm.reset`. The VM must have started, and must not have ended.
+
+        Raises:
+            StateError: the VM ended before the reset.
+        """
         renewed = self._renewed
         self._reset_reason = self._reset_reason or reason
         self._nudge()
@@ -112,7 +117,16 @@ class Runs:
     # ---- the task
 
     async def supervise(self, *, task_status: Any) -> None:
-        """Run it, and again as its spec says or somebody asks, and leave nothing behind."""
+        """The VM's task: start a run, and another as its spec says or a caller asks, until none follows.
+
+        Order at the end: the outcome is set before anything is woken, so every waiter finds it.
+
+        Parameters:
+            task_status: `started` is called when the first run is set up.
+
+        Raises:
+            Exception: the first run could not be set up. Later errors become the outcome (`Failed`).
+        """
         started, following = False, None
         outcome: Outcome = Stopped(CLOSED)
         try:
@@ -120,12 +134,12 @@ class Runs:
                 begun = trio.current_time()
                 try:
                     guest = await self._start(following)
-                    outcome = Stopped(CLOSED)  # how the run before ended is over
+                    outcome = Stopped(CLOSED)  # the outcome of the run before no longer counts
                     if not started:
                         started = True
                         task_status.started()
                     outcome = await guest.run(self._old_is_unmapped)
-                except Exception as error:  # whatever it is, it is the end of this VM and of no other
+                except Exception as error:  # any error ends this VM, and no other
                     what = "launch" if following is None else following.kind
                     outcome = Failed(f"{what}: {type(error).__name__}: {error}")
                     if not started:
@@ -149,7 +163,7 @@ class Runs:
             self.ended.set()
 
     async def _follow(self, outcome: Outcome, ran: float) -> Next | None:
-        """Wait until the next run may start; None: none does."""
+        """Wait until the next run may start, and return it; None: there is no other run."""
         asked, self._reset_reason = self._reset_reason, None
         following = None
         if self.stop_reason is None:
@@ -177,7 +191,7 @@ class Runs:
                 return following
 
     def _wait_for(self, following: Next, outcome: Outcome) -> float:
-        """Say so, where there is something to wait for; until when."""
+        """Journal the wait, if there is one. Returns the time when the next run may start."""
         if following.delay > 0:
             seconds = max(0.01, round(following.delay, 2))
             what, why = ("reset", following.why) if following.kind == "reset" else ("restarted", in_a_line(outcome))
@@ -190,14 +204,14 @@ class Runs:
         vm = self._vm
         if following is not None:
             vm.claims.reset_devices()
-        async with self.logging:  # by now, or in the guest that there will be
+        async with self.logging:  # `log_dirty` changes the old guest before this, or the new one after it
             guest = Instance(self._house, vm.wanted.spec(vm.spec), self._levels, vm)
             await guest.start()
             if self.guest is not None:
                 with contained(f"vm {self._name}: the run before"):
                     self._retire(self.guest)
             self.guest = guest
-        self._reset_reason = None  # whoever asked until now has this run
+        self._reset_reason = None  # this run answers every reset that was asked for until now
         why = "" if following is None else self.succession.begin(following)
         if self.stop_reason is not None:
             guest.end(self.stop_reason)
@@ -209,32 +223,32 @@ class Runs:
         return guest
 
     async def _old_is_unmapped(self) -> None:
-        """Before another run begins, or a guest that is reset all the time would have ever more memory."""
+        """Wait until the last run's memory is unmapped: a guest that resets itself all the time never has a third."""
         await trio.lowlevel.checkpoint()
         await self.wait_unmapped()
 
     async def wait_unmapped(self) -> None:
-        """Until the memory that was given back is."""
+        """Wait until the memory that was given back is unmapped."""
         if self._unmapped is not None:
             await self._unmapped.wait()
 
-    # ---- what came of them
+    # ---- figures of all runs
 
     def _retire(self, guest: Instance) -> None:
-        """Another run has taken its place: keep its figures, and give its memory back."""
+        """Another run takes the place of `guest`: keep its figures, and give its memory back."""
         self._dirty_before = self.dirty_pages()
         self._retired = self.counters()
         self._unmapped = self._house.workers.discard(guest.memory)
 
     def counters(self) -> Sequence[Counters]:
-        """By vCPU, over all runs so far."""
+        """The counters of each vCPU, over all runs so far."""
         latest = self.guest.cores.counters() if self.guest is not None else []
         if self._retired is None or not latest:
             return self._retired or latest
         return [add(a, b) for a, b in zip(self._retired, latest, strict=True)]
 
     def dirty_pages(self) -> int | None:
-        """Over all runs so far. None: none was ever logged."""
+        """Pages of 4 KiB that were written, over all runs so far. None: no run was ever logged."""
         dirty = None if self.guest is None else self.guest.dirty
         pages, read = (0, 0) if dirty is None else dirty.sums()
         return (self._dirty_before or 0) + pages if read else self._dirty_before

@@ -1,4 +1,4 @@
-"""What a VM and its vCPUs did, as frozen figures; how those of one run are added to those before."""
+"""Statistics of a VM and its vCPUs as frozen data, and the sums over several runs."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ class VcpuStatistics:
 
     Attributes:
         state: as `Vm.state`, for this vCPU.
-        throttled: it waits for its turn right now.
-        bus_locks: exactly as many as the host reported; None where it reports none.
-        throttled_seconds: how long it waited for its turn, a wait in progress included.
-        waits: how many waits.
+        throttled: the vCPU waits for its turn right now.
+        bus_locks: as many as the host reported; None: the host reports none.
+        throttled_seconds: how long the vCPU waited for its turn, a wait in progress included.
+        waits: how many times it waited.
         released: waits that ``max_delay`` ended before the turn came.
         exits: exits by the kernel's name of the reason, lower case ("io", "mmio", "hlt", "x86_bus_lock", ...).
-        unclaimed: accesses to ports and MMIO that found nobody, or of which a part did.
-        answers: accesses that Python answered, a device or a task; by element for string instructions.
-        missed: exits whose details were lost because the ring was full; they are counted all the same.
-        kicks: times that KVM_RUN was interrupted.
+        unclaimed: accesses to ports and MMIO of which at least a part belonged to no device and no task.
+        answers: accesses that Python answered (a device or a task). Each element of a string instruction is one.
+        missed: exits whose details were lost because the ring was full. All counters still include them.
+        kicks: how many times KVM_RUN was interrupted.
     """
 
     index: int
@@ -50,15 +50,15 @@ class VcpuStatistics:
 
 @attrs.frozen
 class VmStatistics:
-    """What a VM did since it was launched: sums over its vCPUs (see `VcpuStatistics`), and each of them.
+    """What a VM did since it was launched: sums over its vCPUs (see `VcpuStatistics`), and the figures of each vCPU.
 
     Attributes:
-        resets: how often it started afresh, by itself (`VmSpec.on_reset`) or by `Vm.reset`; not among `restarts`.
-        dirty_pages: pages of 4 KiB that it wrote while it was logged (`Vm.log_dirty`), by the readings of the log so
-            far: about one a second, and a page counts once in each. None: there was none.
-        pending: while it pauses, or is paused: what keeps it from being quiesced (`Vm.pause`).
-        throttled_by: `throttled_seconds` by the limit whose turn was the last: "vm.exits" is the VM's own on exits; the
-            levels are "host", "tenant", "vm" and "vcpu". Those for which it never waited are left out.
+        resets: how often the VM was reset, by its guest (`VmSpec.on_reset`) or by `Vm.reset`; not among `restarts`.
+        dirty_pages: pages of 4 KiB that the guest wrote while they were logged (`Vm.log_dirty`), by the readings of the
+            log so far: about one reading a second, and a page counts once in each. None: there was no reading.
+        pending: while the VM pauses or is paused: the accesses that keep it from being quiesced (`Vm.pause`).
+        throttled_by: `throttled_seconds` by the limit whose turn came last, such as "vm.exits", the VM's own limit on
+            exits. The levels are "host", "tenant", "vm" and "vcpu". Limits that never made the VM wait are left out.
     """
 
     name: str
@@ -88,7 +88,7 @@ class VmStatistics:
 
 
 def of_vcpu(index: int, state: State, counted: Counters, seen: bool) -> VcpuStatistics:
-    """`seen`: the fleet sees bus locks."""
+    """The statistics of one vCPU from its counters. `seen`: the fleet sees bus locks."""
     return VcpuStatistics(
         index=index,
         state=state,
@@ -106,7 +106,7 @@ def of_vcpu(index: int, state: State, counted: Counters, seen: bool) -> VcpuStat
 
 
 def sums(vcpus: Sequence[VcpuStatistics], seen: bool) -> dict[str, Any]:
-    """Those fields of a `VmStatistics` that are sums over its vCPUs, by name."""
+    """The fields of a `VmStatistics` that are sums over its vCPUs, by name. `seen`: the fleet sees bus locks."""
     numbers = ("throttled_seconds", "waits", "released", "unclaimed", "answers", "missed", "kicks")
     return {
         "throttled": any(vcpu.throttled for vcpu in vcpus),
@@ -117,7 +117,7 @@ def sums(vcpus: Sequence[VcpuStatistics], seen: bool) -> dict[str, Any]:
 
 
 def by_bucket(held: Iterable[Sequence[int]]) -> dict[str, float]:
-    """Nanoseconds by bucket of several vCPUs as seconds of all of them, by name; zeros are left out."""
+    """Add up the nanoseconds that several vCPUs waited for each bucket: seconds by name; zeros are left out."""
     sums = (sum(of) for of in zip(*held, strict=True))
     return {name: total / 1e9 for name, total in zip(BUCKETS, sums, strict=False) if total}
 
@@ -132,7 +132,7 @@ def add_names(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
 
 
 def add(a: Counters, b: Counters) -> Counters:
-    """What two runs of a vCPU did, `b` being the later one."""
+    """The sum of the counters of two runs of a vCPU. `b`: of the later run."""
     fields = ("bus_locks", "capped", "throttled", "waits", "released", "missed", "kicks", "unclaimed", "answers")
     return Counters(
         exits=add_names([a.exits, b.exits]),

@@ -1,7 +1,14 @@
 """A vCPU: what its exits mean, and its life between run, wait for an answer, pause and end.
 
-`Vcpu.life` is a generator that says what it needs next (run the engine, or sleep until woken) and is told what came of
-it. A worker thread drives it for engines that block, the fleet's thread for those that are awaited: the same life.
+`Vcpu.life` is a generator. It yields what it needs next (run the engine, or sleep until woken) and receives the result.
+A thread of the vCPU drives it for engines that block; the fleet's thread drives it for engines that are awaited. So an
+exit means the same on all backends.
+
+      ┌──────── answered ──────── using / asked ◀─┐ an access for Python
+      ▼                                           │
+    RUN ────────────────────────────────────────▶ why? ── an exit that ends it ─▶ outcome
+      ▲                                           │
+      └──────── resumed ─────── parked ◀──────────┘ PAUSE is commanded (STOP: the end)
 """
 
 from __future__ import annotations
@@ -23,9 +30,10 @@ __all__ = ["RESETS", "Vcpu"]
 
 
 RUN: Final = -1
-"""What `life` yields to have the engine run; any other number: sleep unless woken since that was read."""
+"""What `life` yields to have the engine run. Any other number is a count of wakes: sleep, unless woken since it was
+read."""
 
-# Exits after which the guest simply goes on: user space asked for them, or they need nothing done.
+# Exits after which the guest simply goes on: user space asked for these exits, or nothing has to be done.
 _GO_ON: Final = (
     exits.BusLock,
     exits.Interrupted,
@@ -38,15 +46,16 @@ NOTIFY_CONTEXT_INVALID: Final = 1
 SYSTEM_EVENTS: Final = {1: "shutdown", 2: "reset", 3: "crash"}
 TRIPLE_FAULT: Final = "triple fault"
 RESETS: Final = (TRIPLE_FAULT, f"system event: {SYSTEM_EVENTS[2]}")
-"""Reasons of a `Shutdown` by which a guest asks to be reset, or for which a CPU would be."""
+"""Reasons of a `Shutdown` that count as a reset: the guest asked for one, or hardware would make one."""
 _ACCESS: Final = struct.Struct("=4Q4I")
-"""The begin of `struct orc_access`, read at once: address, offset, claim, value, size, count, write, task."""
+"""The begin of `struct orc_access`, unpacked in one call: address, offset, claim, value, size, count, write, task."""
 _MASKS: Final = {size: (1 << 8 * size) - 1 for size in (1, 2, 4, 8)}
 _SHOWN: Final = ("rip", "rflags", "rsp", "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp")
 
 
 class Living:
-    """What `Vcpu.living` gives. Each tick opens one for each active vCPU; a generator costs three times as much."""
+    """What `Vcpu.living` returns. A class, as each tick opens one for each active vCPU: a generator would cost three
+    times as much."""
 
     __slots__ = ("_lock", "_vcpu")
 
@@ -62,7 +71,7 @@ class Living:
 
 
 class Host(Protocol):
-    """What a vCPU needs from its VM."""
+    """The run, as its vCPUs need it."""
 
     name: str
     ports: Bus
@@ -70,13 +79,13 @@ class Host(Protocol):
 
     @property
     def pause_number(self) -> int:
-        """Counts pauses, so that a vCPU that was resumed and paused again says so again."""
+        """Counts pauses, so that a vCPU that was resumed and paused again reports again."""
 
     def on_parked(self, index: int, number: int) -> None:
-        """It runs no guest code for that pause, but is in the middle of an access. Runner's thread."""
+        """The vCPU runs no guest code for that pause, but is in the middle of an access. Runner's thread."""
 
     def on_quiesced(self, index: int, number: int) -> None:
-        """The same, and nothing of an access is left to be done. Runner's thread."""
+        """The vCPU runs no guest code for that pause, and no access is pending. Runner's thread."""
 
     def now(self) -> int:
         """Nanoseconds on the fleet's clock. Any thread."""
@@ -85,7 +94,7 @@ class Host(Protocol):
         """The vCPU will never run again. Runner's thread."""
 
     def commanded(self, index: int) -> list[Callable[[], None]]:
-        """Functions to run between two entries of the guest. Runner's thread."""
+        """The functions to call between two entries of the guest. Runner's thread."""
 
 
 class Vcpu:
@@ -93,9 +102,9 @@ class Vcpu:
 
     Attributes:
         pausing: set by the fleet's thread once it has commanded a pause.
-        using: what a device of the VM's answers just now. Whoever has commanded a pause and then sees it knows that no
+        using: the claim of the device that answers an access right now. If it is seen after a pause was commanded, no
             guest code runs until the pause is taken back.
-        asked: what a task is to answer, once somebody may want to know: the vCPU was commanded meanwhile.
+        asked: the question that a task has to answer. None: no task was asked.
     """
 
     def __init__(self, host: Host, index: int, engine: Engine) -> None:
@@ -116,15 +125,15 @@ class Vcpu:
     # ---- drivers
 
     def drive(self) -> None:
-        """Run to the end on this thread; `attach` waits until `Command.HOLD` is cleared."""
+        """Run to the end on this thread. `attach` waits until `Command.HOLD` is cleared."""
         self.engine.attach()
         self.proceed(self.engine.run())
 
     def spawn(self) -> None:
-        """Drive it on a thread of its own, held until told otherwise.
+        """Drive the vCPU on a thread of its own, held until `Command.HOLD` is cleared.
 
-        The thread is the core's. It comes into Python when its guest needs that for the first time: until then it waits
-        for nobody who has the interpreter.
+        The thread is the core's. It enters Python when its guest needs that for the first time. Until then it never
+        waits for the interpreter's lock.
 
         Raises:
             ResourceLimit: the host has no thread left.
@@ -133,7 +142,7 @@ class Vcpu:
         self._runner = cast(Threaded, self.engine).start(self.host.name, self.index, self.proceed)
 
     def proceed(self, why: int) -> None:
-        """The engine was run for the first time on this thread, and came back: what follows, to the end."""
+        """Go on to the end, after the engine ran for the first time on this thread and returned `why`."""
         engine, life = self.engine, self.life()
         run, sleep, send = engine.run, engine.sleep, life.send
         outcome: Outcome
@@ -144,7 +153,7 @@ class Vcpu:
                 why = run() if wanted == RUN else sleep(wanted)
         except StopIteration as end:
             outcome = end.value
-        except BaseException as error:  # a device may raise SystemExit: on this thread it ends this VM and no more
+        except BaseException as error:  # a device may raise SystemExit: that ends this VM only
             outcome = self._failed(f"{type(error).__name__}: {error}")
         try:
             engine.detach()
@@ -153,26 +162,26 @@ class Vcpu:
         try:
             self._end(outcome)
         finally:
-            with self._living:  # the kernel may give its number to another thread from now on
+            with self._living:  # from now on the kernel may give this thread's number to another thread
                 self._over = True
 
     @property
     def tid(self) -> int | None:
-        """The kernel's number of its thread; None if it has none, or none any more. It may end at any moment: whoever
-        does something to the thread wants `living`."""
+        """The kernel's number of the vCPU's thread; None: there is no thread, or no thread any more. The thread may end
+        at any moment: use `living` to do something to it."""
         return None if self._runner is None or self._over else self._runner.tid
 
     def living(self) -> Living:
-        """`tid`, which is no other thread's within the block: the thread does not end before that is left."""
+        """A block that gives `tid`. The thread does not end within the block, so the number is no other thread's."""
         return Living(self, self._living)
 
     def join(self) -> None:
-        """Its last word was heard: wait the microseconds until its thread is gone."""
+        """Wait until the thread is gone: microseconds, as `on_ended` was called already."""
         if self._runner is not None:
             self._runner.join()
 
     async def drive_async(self) -> None:
-        """Run to the end on the fleet's thread; cancelling it ends the vCPU where it is."""
+        """Run to the end on the fleet's thread. Cancelling ends the vCPU where it is."""
         engine, life = self.engine, self.life()
         outcome: Outcome
         try:
@@ -191,7 +200,7 @@ class Vcpu:
         self.host.on_ended(self.index, outcome)
 
     def keep_registers(self) -> None:
-        """It will not run again: its registers are what they are now, if they are not kept already."""
+        """Keep the registers, unless they are kept already: the vCPU will not run again."""
         if self.final_registers is None:
             try:
                 self.final_registers = self.engine.registers()
@@ -201,10 +210,10 @@ class Vcpu:
     # ---- life
 
     def life(self) -> Generator[int, Any, Outcome]:
-        """From the first entry to the end; returns how it ended.
+        """From the first entry to the end. Returns the outcome.
 
-        Where `using` is set, and while a task is asked, the kernel has an access to complete at the next entry; a pause
-        that was commanded by then has it do so and no more (`unfinished` in native/kvm.c).
+        While `using` is set or a task is asked, the kernel has an access to complete at the next entry. If a pause is
+        commanded by then, that entry completes the access and runs no guest code (`unfinished` in native/kvm.c).
         """
         host, access, parts = self.host, self.engine.access, _ACCESS.unpack_from
         fields = memoryview(ffi.buffer(access))
@@ -216,10 +225,10 @@ class Vcpu:
                 asked = parts(fields)
                 claim = bus.claimed.get(asked[2])
                 if claim is None:
-                    access.count = 0  # released since it was looked up: the core finds whoever is there now
+                    access.count = 0  # the claim was released meanwhile: the core looks the address up again
                 elif claim.device is not None:
                     self.using = claim
-                    if self.pausing:  # looked at after `using` was set, as whoever pauses does it the other way round
+                    if self.pausing:  # read after `using` is set: `Pausing.pause` has the other order
                         self._say_parked()
                     try:
                         self._use(claim, claim.device, asked)
@@ -232,7 +241,7 @@ class Vcpu:
                     self.using = None
                     if self._was_held:
                         self._resumed()
-                else:  # of an engine that does not block
+                else:  # a task answers; an engine that blocks asks in the core and returns ASKED
                     self.core.ask(host.now())
                     yield from self._answered()
             elif why == RunResult.ASKED:
@@ -254,7 +263,7 @@ class Vcpu:
                 return self._failed(self.engine.error())
 
     def _use(self, claim: Claim, device: Device, access: tuple[int, ...]) -> None:
-        """Let a device answer a chunk of the guest's access: several elements, if it is of a string instruction."""
+        """Let a device answer one chunk of the guest's access: several elements, if a string instruction makes it."""
         _, offset, _, value, size, count, write, _ = access
         raw = self.engine.access
         with claim.lock:
@@ -270,7 +279,7 @@ class Vcpu:
     def _use_many(self, claim: Claim, device: Device, access: Any) -> None:
         data, offset, size, write = access.data, access.offset, access.size, access.write
         for start in range(0, size * access.count, size):
-            if not claim.live:  # the device itself released it, in the element before
+            if not claim.live:  # the device itself released the claim, at the element before
                 access.count = start // size
                 return
             if write:
@@ -280,9 +289,9 @@ class Vcpu:
                 ffi.memmove(data + start, value.to_bytes(size, "little"), size)
 
     def _answered(self) -> Generator[int, Any, None]:
-        """Until what a task is asked was settled; pauses and stops come through meanwhile.
+        """Wait until the question to a task is settled. Pauses, stops and calls are served meanwhile.
 
-        What it does not answer, as it is stopped or nobody is there any more, goes back to the core.
+        A question without an answer (the vCPU is stopped, or the claim is gone) goes back to the core.
         """
         self.asked = self.core.question()
         while self.core.is_asking():
@@ -330,7 +339,7 @@ class Vcpu:
             self.host.on_parked(self.index, number)
 
     def _resumed(self) -> None:
-        """Unless it is still paused: it goes on, and its guest is to hear that it was not there for a while."""
+        """If the pause is over: tell the engine, so that the guest learns that it was not running for a while."""
         if not self.core.commands() & (Command.PAUSE | Command.STOP):
             self._was_held = False
             self.engine.resumed()
@@ -338,7 +347,7 @@ class Vcpu:
     # ---- what exits mean
 
     def _judge(self, exit: exits.Exit) -> Outcome | None:
-        """How an exit ends the vCPU; None if the guest goes on."""
+        """The outcome with which an exit ends the vCPU; None: the guest goes on."""
         match exit:
             case exits.Hlt():
                 return Halted()

@@ -1,7 +1,7 @@
-"""Worker threads of one fleet, for what would hold up its event loop: set-ups, teardowns, dirty logs, unmapping.
+"""Worker threads of one fleet, for work that would hold up its event loop: set-ups, teardowns, dirty logs, unmapping.
 
-Each kind of work has a limit of its own, so that none waits for another. Where the host has no thread left, the work is
-done on the event loop: late is better than never.
+Each kind of work has a limit of its own, so that no kind waits for another. Where the host has no thread left, the
+event loop does the work itself: late is better than never.
 """
 
 from __future__ import annotations
@@ -24,20 +24,21 @@ log: Final = logging.getLogger("orchestra")
 T = TypeVar("T")
 
 THREADS: Final = 4
-"""For each kind. More would contend: the kernel makes and takes down VMs under locks of the process and the host."""
+"""For each kind of work. More would contend: the kernel makes and removes VMs under locks of process and host."""
 
 BIG: Final = 256 << 20
-"""Bytes of a memory that takes 20 ms and more to unmap: these leave one of the threads to the others."""
+"""Bytes. A memory of this size takes 20 ms or more to unmap. So big memories never take the last thread: small ones,
+and the restarts that wait for them, need not wait for a big one."""
 
 
 class Workers:
-    """Of one fleet; for its thread.
+    """The worker threads of one fleet; for the fleet's thread.
 
     Attributes:
-        setup, teardown, dirty: limits for `run`.
+        setup, teardown, dirty: the limiters for `run`.
 
     Parameters:
-        threaded: False: do all of it on the calling thread. For fleets in virtual time, whose clock knows of no thread.
+        threaded: False: do all work on the calling thread. For fleets in virtual time, whose clock knows no threads.
     """
 
     def __init__(self, threaded: bool) -> None:
@@ -53,11 +54,11 @@ class Workers:
         self._idle.set()
 
     async def run(self, function: Callable[[], T], limiter: trio.CapacityLimiter) -> T:
-        """Call it on a worker thread, and return what it returns. Cancelled only while it waits for its turn."""
+        """Call a function on a worker thread, and return its result. Only the wait for a turn can be cancelled."""
         if not self._threaded:
             return function()
-        # What trio.to_thread does beyond this is not needed here, and a twentieth of a launch: a copy of the context, a
-        # name for the thread, and a turn of the event loop for a limit that is not reached.
+        # Not trio.to_thread: what it does beyond this takes a twentieth of a launch, and is not needed here. It copies
+        # the context, names the thread, and takes a turn of the event loop even if the limit is not reached.
         await trio.lowlevel.checkpoint_if_cancelled()
         turn, task = object(), trio.lowlevel.current_task()
         try:
@@ -65,19 +66,19 @@ class Workers:
         except trio.WouldBlock:
             await limiter.acquire_on_behalf_of(turn)
 
-        def done(result: Any) -> None:  # an Outcome of a library that trio has
+        def done(result: Any) -> None:  # `outcome.Outcome`, of a library that trio depends on
             limiter.release_on_behalf_of(turn)
             trio.lowlevel.reschedule(task, result)
 
         try:
             trio.lowlevel.start_thread_soon(function, lambda result: self._token.run_sync_soon(done, result))
-        except RuntimeError:  # there is no thread to be had
+        except RuntimeError:  # the host has no thread left
             limiter.release_on_behalf_of(turn)
             return function()
         return cast(T, await trio.lowlevel.wait_task_rescheduled(lambda _: trio.lowlevel.Abort.FAILED))
 
     def discard(self, memory: GuestMemory) -> trio.Event:
-        """Give a guest's memory back: nobody can use it from now on. The event: it is unmapped."""
+        """Give a guest's memory back: nobody can use it from now on. The event is set once the memory is unmapped."""
         done = trio.Event()
         regions = memory.detach()
         if not self._threaded or not regions:
@@ -92,19 +93,19 @@ class Workers:
         return done
 
     async def idle(self) -> None:
-        """Wait until all that was discarded is unmapped."""
+        """Wait until all discarded memory is unmapped."""
         await self._idle.wait()
 
     def _start(self) -> None:
         while self._waiting and len(self._running) < THREADS:
             size, _, regions, done = self._waiting[0]
             if size >= BIG and sum(other >= BIG for other in self._running) >= THREADS - 1:
-                return  # all that wait are big
+                return  # the heap has the smallest first, so all that wait are big
             try:
                 trio.lowlevel.start_thread_soon(partial(unmap, regions), partial(self._tell, size, done))
             except RuntimeError:
                 if self._running:
-                    return  # one that is at work does it afterwards
+                    return  # a thread that is at work calls `_start` again at its end
                 unmap(regions)
                 done.set()
             else:
@@ -114,7 +115,7 @@ class Workers:
             self._idle.set()
 
     def _tell(self, size: int, done: trio.Event, result: object) -> None:
-        """On the worker thread."""
+        """A memory is unmapped: tell the fleet's thread. Worker thread."""
         try:
             self._token.run_sync_soon(self._unmapped, size, done, result)
         except trio.RunFinishedError:

@@ -1,4 +1,4 @@
-"""The one door to the C core. Everything else in orchestra that needs it imports it from here.
+"""The only import of the C core. All other modules of orchestra import it from here.
 
 It may import the words, for what it decodes. The one to copy in C: `ports.c`.
 The one to copy: `records.py`.

@@ -1,4 +1,5 @@
-"""What subscribers of exits have yet to receive: channels of the core, and batches of records as columns."""
+"""Channels of the core, which hold the exits that subscribers have yet to receive, and batches of records as
+columns."""
 
 from __future__ import annotations
 
@@ -23,8 +24,8 @@ NO_VM: Final = int(lib.ORC_NO_VM)
 class Channel:
     """A bounded queue of records, filled by `FleetCore.deliver`. Fleet's thread.
 
-    What it costs to fill does not depend on Python: which exits it wants (`mask`, as `told_mask` makes it, and `vm`, a
-    number of `VcpuCore.set_name`) is looked at in C.
+    No Python runs while a channel is filled: C code checks which exits it wants (`mask`, as `told_mask` makes it, and
+    `vm`, a number of `VcpuCore.set_name`).
     """
 
     __slots__ = ("_fleet", "_handle")
@@ -43,12 +44,12 @@ class Channel:
 
     @property
     def received(self) -> int:
-        """Came to it."""
+        """Exits that came to the channel."""
         return int(self._handle.received)
 
     @property
     def missed(self) -> int:
-        """Of these, dropped since it was full."""
+        """Exits that were dropped because the channel was full."""
         return int(self._handle.missed)
 
     @property
@@ -56,32 +57,32 @@ class Channel:
         return int(self._handle.waiting)
 
     def follow(self, vm: int) -> None:
-        """Want the exits of that VM from now on, and of no other."""
+        """Take the exits of that VM from now on, and of no other."""
         self._handle.vm = vm
 
     def take(self, most: int) -> bytes:
-        """The oldest records that wait, at most so many: raw `struct orc_record`."""
+        """Take the oldest records that wait, `most` at most: raw `struct orc_record`."""
         most = min(most, self._handle.waiting)
         records = ffi.new("struct orc_record[]", most)
         lib.orc_channel_take(self._handle, records, most)
         return bytes(ffi.buffer(records))
 
     def drop(self) -> None:
-        """What waits counts as missed."""
+        """Drop the records that wait, and count them as missed."""
         lib.orc_channel_drop(self._handle)
 
     def end(self) -> None:
-        """Nothing comes to it any more. What waits can be taken."""
+        """Let no more exits come. The records that wait can still be taken."""
         lib.orc_channel_end(self._handle)
         self._fleet.channels.discard(self)
 
 
 class ExitBatch(Sequence[Exit]):
-    """Exits that were told one after the other, as columns: for each field an array with an element for each exit.
+    """Consecutive exits as columns: for each field an array with an element for each exit.
 
-    A column is a read-only memoryview over a buffer of its own, contiguous, made by the core when it is asked for first
-    (``numpy.frombuffer(batch.time, "u8")`` copies nothing). As a sequence, a batch has the exits themselves, each made
-    when it is looked at: ``for exit in batch``, ``batch[0]``.
+    A column is a read-only, contiguous memoryview over a buffer of its own. The core makes a column at its first use
+    (``numpy.frombuffer(batch.time, "u8")`` copies nothing). As a sequence, a batch has the exits themselves, and makes
+    each exit when it is read: ``for exit in batch``, ``batch[0]``.
 
     Attributes:
         vms: the names of the VMs in it, by the numbers in `vm`.
@@ -121,7 +122,7 @@ class ExitBatch(Sequence[Exit]):
 
     @property
     def vm(self) -> memoryview:
-        """Whose: a number that no other VM of the fleet has or had (format I). `vms` has the names."""
+        """The number of the VM, which no other VM of the fleet has or had (format I). `vms` has the names."""
         return self._column(lib.ORC_COLUMN_VM, "I")
 
     @property

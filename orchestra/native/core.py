@@ -1,7 +1,7 @@
 """The C core's objects as Python ones: buckets, a fleet's ring and ready lists, a vCPU's counters and commands.
 
-Lifetimes are explicit, as the core frees what threads may be looking at: `close` each, the vCPUs before their buckets
-and their fleet. All methods are for the fleet's thread unless they say otherwise.
+Lifetimes are explicit, as the core frees memory that threads may be reading: `close` each object, the vCPUs before
+their buckets and their fleet. Methods are for the fleet's thread, unless their docstring says otherwise.
 """
 
 from __future__ import annotations
@@ -51,16 +51,17 @@ METER_NUMBERS: Final = {
     Meter.ANSWERS: int(lib.ORC_ANSWERS),
 }
 LEVELS: Final = ("host", "fleet", "tenant", "vm", "vcpu")
-"""Of buckets, from the widest to the narrowest. A fleet's own is the host's, but where fleets share the host's."""
+"""The levels of buckets, from the widest to the narrowest. The fleet's own bucket is in the place of the host's, unless
+fleets share the host's."""
 BUCKETS: Final = tuple(
     f"{level}.{meter}" for meter in sorted(METER_NUMBERS, key=METER_NUMBERS.__getitem__) for level in LEVELS
 )
-"""What a vCPU may wait for, in the core's order: "host.bus_locks", ..., "vm.exits", ..."""
+"""The buckets that a vCPU may wait for, in the core's order: "host.bus_locks", ..., "vm.exits", ..."""
 
 RING_RECORDS: Final = 4096
 NEVER: Final = int(lib.ORC_NEVER)
 NOT_HELD: Final = [0] * len(BUCKETS)
-"""What `VcpuCore.look` tells of a vCPU that never waited for its turn. Nobody changes it."""
+"""What `VcpuCore.look` returns for a vCPU that never waited for its turn. No code may change this list."""
 
 THREAD_NAME: Final = 15  # bytes: TASK_COMM_LEN, less its end
 _ENTER: Final = ffi.addressof(lib, "orc_enter")
@@ -83,7 +84,7 @@ REASON_NUMBERS: Final = {name: number for number, name in REASON_NAMES.items()}
 
 
 def reason_name(number: int) -> str:
-    """The kernel's name of an exit reason, lower case; "other": of all that there is no counter for."""
+    """The kernel's name of an exit reason, lower case; "other": a reason that has no counter."""
     return REASON_NAMES.get(number) or (f"exit_{number}" if number < REASONS - 1 else "other")
 
 
@@ -112,17 +113,18 @@ def install_signal() -> None:
 
 
 class Command(IntFlag):
-    """What a vCPU's runner is told. Bits, so that a stop can come on top of a pause."""
+    """Commands for a vCPU's runner. These are bits, so that a stop can come on top of a pause."""
 
     STOP = int(lib.ORC_STOP)
     PAUSE = int(lib.ORC_PAUSE)
     CALL = int(lib.ORC_CALL)
-    HOLD = int(lib.ORC_HOLD)  # it was made and may not run yet
-    CAP = int(lib.ORC_CAP)  # it has had its part of this period; only the C core waits for it
+    HOLD = int(lib.ORC_HOLD)  # the vCPU was made and may not run yet
+    CAP = int(lib.ORC_CAP)  # the vCPU has used its share of this period; only the C core waits for that
 
 
 def put_limit(bucket: Any, limit: Limit | None, now: int) -> bool:
-    """In force for this ``orc_bucket *`` at `now` ns. False: others change its limit without end."""
+    """Put a limit into force for this ``orc_bucket *`` at `now` ns. False: other processes change its limit
+    endlessly."""
     if limit is None:
         return not lib.orc_bucket_set(bucket, 0.0, 1.0, -1, now)
     delay = -1 if limit.max_delay is None else round(limit.max_delay * 1e9)
@@ -145,10 +147,11 @@ class Bucket:
         if limit == self.limit:
             return
         self.limit = limit
-        put_limit(self.handle, limit, now)  # nobody else sets it
+        put_limit(self.handle, limit, now)  # never False: no other process sets this bucket
 
     def take(self, now: int, count: int = 1) -> int:
-        """Take tokens, in the order of those who come. When the turn of the last is: `now` or before, if at once."""
+        """Reserve `count` tokens, first come first served. Returns when the turn of the last comes; `now` or less: at
+        once."""
         ticket = self.charge(now, count)
         return now if ticket is None else self.turn(ticket)
 
@@ -174,7 +177,7 @@ class Bucket:
 
 
 class FleetCore:
-    """The ring that all vCPUs of a fleet tell their exits through, and its one eventfd."""
+    """The core's part of a fleet: its vCPUs' rings, the lists of vCPUs that have something, and the eventfds."""
 
     BATCH: Final = 1024
 
@@ -188,7 +191,7 @@ class FleetCore:
         self.asked_eventfd = int(lib.orc_fleet_asked_eventfd(self.handle))
         self._questions = ffi.new("struct orc_question[]", self.BATCH)
         self._records = ffi.new("struct orc_record[]", self.BATCH)
-        self.channels: set[Channel] = set()  # those that were not ended: the core has their addresses
+        self.channels: set[Channel] = set()  # channels that were not ended: kept alive, as the core has their addresses
         self._ids = ffi.new("uint32_t[]", self.BATCH)
         self.sites: Any = ffi.new("struct orc_site[]", int(lib.ORC_SITES))
         self.sums: Any = ffi.new("struct orc_sums *")
@@ -196,14 +199,15 @@ class FleetCore:
         self.shared: SharedBuckets | None = None
 
     def share(self, buckets: SharedBuckets) -> None:
-        """Before it has vCPUs: have them charge the host's buckets, which other processes charge as well."""
+        """Make all vCPUs charge the host's buckets, which other processes charge as well. Before there are vCPUs."""
         buckets.share_with(self.handle)
         self.shared = buckets
 
     def deliver(self, core: VcpuCore | None = None, *, most: int = BATCH) -> int:
-        """Take the next records out of the rings, to all channels that want them: how many there were, up to `most`.
+        """Move the next records, `most` at most, from the rings to all channels that want them. Returns their number.
 
-        `core`: only its, whoever else has some; in the order in which it told them.
+        Parameters:
+            core: move the records of this vCPU only, in its order. None: of all.
         """
         vcpu = ffi.NULL if core is None else core.handle
         return int(lib.orc_fleet_deliver(self.handle, vcpu, self._records, most))
@@ -213,7 +217,7 @@ class FleetCore:
         return bool(lib.orc_fleet_sleep(self.handle))
 
     def asked(self, most: int = BATCH) -> list[Question]:
-        """What vCPUs ask and nobody has taken yet, up to `most`."""
+        """Take the questions of vCPUs that wait, `most` at most."""
         questions = self._questions
         return [Question(questions[index]) for index in range(lib.orc_fleet_asked(self.handle, questions, most))]
 
@@ -230,17 +234,17 @@ class FleetCore:
         return ids
 
     def talking(self) -> list[int]:
-        """Ids of the vCPUs on whose console there is output that somebody waits for, at most `BATCH` of them."""
+        """Ids of the vCPUs whose console has output that a task waits for, `BATCH` at most."""
         n = lib.orc_fleet_talking(self.handle, self._ids, self.BATCH)
         return ffi.unpack(self._ids, n) if n else []
 
     def limits_changed(self) -> None:
-        """Let whoever waits for a turn ask again."""
+        """Wake all vCPUs that wait for their turn, so that each looks at its limits again."""
         lib.orc_fleet_limits_changed(self.handle)
 
     @contextmanager
     def urgently(self) -> Iterator[None]:
-        """Within the block somebody waits for a vCPU: busy emulated guests make way for it, 200 ms at most."""
+        """Within the block the fleet waits for a vCPU: busy emulated guests give way to it, for 200 ms at most."""
         lib.orc_fleet_urgent(self.handle, True)
         try:
             yield
@@ -258,7 +262,7 @@ class FleetCore:
 
 
 class Question:
-    """An access that a task is to answer: `struct orc_question`. `vcpu`: the core's id; `number`: of the question."""
+    """An access that a task has to answer: `struct orc_question`. `vcpu`: the core's id; `number`: of the question."""
 
     __slots__ = ("address", "bus", "claim", "data", "number", "since", "size", "vcpu", "write")
 
@@ -274,15 +278,15 @@ class Settled(IntEnum):
 
     ANSWERED = int(lib.ORC_ASK_ANSWERED)
     AGAIN = int(lib.ORC_ASK_AGAIN)
-    """Who claimed the address is gone: the core looks who is there now."""
+    """The claim is gone: the core looks the address up again."""
     NOBODY = int(lib.ORC_ASK_NOBODY)
-    """Who claimed it is there and answers no more: ones."""
+    """The claim is there, but its task does not answer: the guest reads ones."""
 
 
 @attrs.frozen
 class Counters:
-    """What a vCPU counted. Times in nanoseconds; `throttled_since` is None unless it waits for its turn now. `held`:
-    `throttled` by the bucket whose turn was the last, as `BUCKETS` has them."""
+    """The counters of a vCPU. Times in nanoseconds. `throttled_since`: None unless the vCPU waits for its turn now.
+    `held`: `throttled` by the bucket whose turn came last, in the order of `BUCKETS`."""
 
     exits: dict[str, int]
     bus_locks: int
@@ -303,10 +307,10 @@ class Sampled:
     """Bus locks that were reported at one place of a guest's code: `struct orc_site`.
 
     Attributes:
-        rip: linear, with the base of CS; on the instruction or behind it, as the host reports locks.
+        rip: linear, with the base of CS; on the instruction or after it, as the host reports locks.
         mode: 16, 32 or 64; 0 where the backend knows no more than `rip`.
         space: the address of the top page table, 0 without paging.
-        rode: they rode on exits for something else.
+        rode: the locks were reported on exits for another reason.
         weight: how many bus locks the samples stand for; `error`: of these, how many may have been another place's.
         code: bytes around `rip`, the first `before` of them before it.
     """
@@ -333,34 +337,35 @@ class VcpuCore:
         self.id = id
         self._seen: Any = ffi.new("uint64_t[]", REASONS)
         self._buses: tuple[object, ...] = ()
-        self._open = Lock()  # against a wake that comes as it is closed
+        self._open = Lock()  # held against a wake that comes during `close`
         self.handle: Any = lib.orc_vcpu_new(fleet.handle, id, RING_RECORDS)
         if self.handle == ffi.NULL:
             raise MemoryError("orc_vcpu_new")
 
     def set_bucket(self, meter: Meter, level: int, bucket: Bucket | SharedBucket) -> None:
-        """Before it runs. `level`: 0 host, 1 fleet, 2 tenant, 3 VM, 4 vCPU."""
+        """Set one bucket, before the vCPU runs. `level`: 0 host, 1 fleet, 2 tenant, 3 VM, 4 vCPU."""
         lib.orc_vcpu_set_bucket(self.handle, METER_NUMBERS[meter], level, bucket.handle)
 
     def set_buckets(self, buckets: Sequence[Bucket | SharedBucket | None]) -> None:
-        """Before it runs: those of the first `Meter` for host, fleet, tenant, VM and vCPU, then those of the next."""
+        """Set all buckets, before the vCPU runs: of the first `Meter` for each of `LEVELS`, then of the next
+        `Meter`."""
         handles = [ffi.NULL if bucket is None else bucket.handle for bucket in buckets]
         lib.orc_vcpu_set_buckets(self.handle, ffi.new("orc_bucket *[]", handles))
 
     def set_name(self, vm: int, vcpu: int) -> None:
-        """Before it runs: the numbers of its VM and of itself, for its records."""
+        """Set the numbers of VM and vCPU for the records, before the vCPU runs."""
         lib.orc_vcpu_name(self.handle, vm, vcpu)
 
     def set_buses(self, ports: Any, mmio: Any) -> None:
-        """Before it runs: the core's tables of who answers its accesses (``orc_bus *``). On none, nobody does."""
+        """Set the core's tables of claims (``orc_bus *``), before the vCPU runs. Without a table nobody has claimed."""
         self._buses = (ports, mmio)  # they must outlive it
         lib.orc_vcpu_set_buses(self.handle, ports, mmio)
 
     def tell(self, mask: int) -> None:
-        """Which exit reasons go to the ring. The first that does has it mapped.
+        """Set the exit reasons that go to the ring. The first call with a reason maps the ring.
 
         Raises:
-            ResourceLimit: there is no memory for it.
+            ResourceLimit: the host has no memory for the ring.
         """
         result = lib.orc_vcpu_tell(self.handle, mask)
         if result:
@@ -369,7 +374,7 @@ class VcpuCore:
             )
 
     def hold(self) -> None:
-        """Before it has a runner: `attach` will wait."""
+        """Set `Command.HOLD`, before there is a runner: `attach` will wait."""
         lib.orc_vcpu_hold(self.handle)
 
     def command(self, set: int = 0, clear: int = 0) -> None:
@@ -377,23 +382,24 @@ class VcpuCore:
         lib.orc_vcpu_command(self.handle, set, clear)
 
     def cap(self, share: float | None) -> None:
-        """Let its thread use this part of a CPU (0.01 to 1), by CPU time over periods of 50 ms; None: all of it.
+        """Let the vCPU's thread use this share of a CPU (0.01 to 1), by CPU time over periods of 50 ms; None: no cap.
 
-        Takes effect at once. An engine that has no thread is not held.
+        Takes effect at once. An engine without a thread is not held.
 
         Raises:
-            ResourceLimit: no thread or memory left for it.
+            ResourceLimit: the host has no thread or memory left.
         """
         result = lib.orc_vcpu_cap(self.handle, 1.0 if share is None else share)
         if result:
             raise ResourceLimit(-result, f"CPU cap: {os.strerror(-result)}: see ulimit -u and cgroup pids.max")
 
     def commands(self) -> int:
-        """Any thread."""
+        """The commands that are set. Any thread."""
         return int(lib.orc_vcpu_commands(self.handle))
 
     def wakes(self) -> int:
-        """What to hand to an engine's `sleep`: read it before looking at what would make sleeping wrong. Any thread."""
+        """The count for an engine's `sleep`. Read it before the check for work: a wake in between ends the sleep. Any
+        thread."""
         return int(lib.orc_vcpu_wakes(self.handle))
 
     def wake(self) -> bool:
@@ -405,34 +411,35 @@ class VcpuCore:
             return True
 
     def ask(self, now: int) -> None:
-        """Have a task asked for the access at hand, as engines that block do by themselves. Runner."""
+        """Ask a task for the present access. Engines that block ask by themselves. Runner."""
         lib.orc_ask(self.handle, now)
 
     def question(self) -> Question:
-        """What was asked last. Runner."""
+        """The last question. Runner."""
         question = ffi.new("struct orc_question *")
         lib.orc_ask_question(self.handle, question)
         return Question(question)
 
     def is_asking(self) -> bool:
-        """That is not settled yet. Runner."""
+        """Whether the last question is not settled yet. Runner."""
         return bool(lib.orc_ask_open(self.handle))
 
     def settled(self) -> None:
-        """Take what came of it to the access at hand, or withdraw it. Runner."""
+        """Put the answer into the present access, or withdraw the question. Runner."""
         lib.orc_ask_settled(self.handle)
 
     def settle(self, number: int, how: int, answer: bytes = b"") -> bool:
-        """Settle its question of that number and wake it. False: it is not open any more, or the core is closed. Any
-        time, fleet's thread."""
+        """Settle the question of that number, and wake the vCPU. False: the question is not open any more, or the core
+        is closed. Any time, fleet's thread."""
         if self.handle == ffi.NULL:
             return False
         return bool(lib.orc_vcpu_settle(self.handle, number, how, answer, len(answer)))
 
     def unbind(self) -> None:
-        """The runner has ended: let go of what an engine bound to it, which may then be unmapped, closed and freed.
+        """The runner has ended: release what an engine bound to this core, which may then be unmapped, closed and
+        freed.
 
-        Nothing looks at it from then on, the thread that caps CPUs included.
+        Nothing reads it from then on, not even the thread that caps CPUs.
         """
         if self.handle != ffi.NULL:
             lib.orc_vcpu_unbind(self.handle)
@@ -457,13 +464,13 @@ class VcpuCore:
         )
 
     def look(self, now: int) -> tuple[dict[int, int], int, list[int], int]:
-        """What a policy tick needs: exits since this was asked last by the kernel's number of the reason (see
+        """What a policy tick needs: exits since the last call by the kernel's number of the reason (see
         `REASON_NAMES`), bus locks so far, the throttled nanoseconds so far by `BUCKETS`, and accesses answered by
         Python so far."""
         sums, more = self.fleet.sums, self.fleet.more
         changed = lib.orc_vcpu_look(self.handle, sums, self._seen, more, now)
-        # Each vCPU that was active is asked in each tick. cffi's numbers are Python's: to convert them once more would
-        # cost as much as reading them.
+        # This runs for each active vCPU in each tick. cffi returns Python numbers: a second conversion would cost as
+        # much as the reading.
         exits = {}
         for i in range(changed):
             one = more[i]
@@ -471,11 +478,11 @@ class VcpuCore:
         return exits, sums.bus_locks, ffi.unpack(sums.held, len(BUCKETS)) if sums.throttled else NOT_HELD, sums.answers
 
     def sample(self, every: int) -> None:
-        """Sample every so many bus locks, and the first; 0: none. At any time."""
+        """Sample one bus lock of each `every`, and the first; 0: none. At any time."""
         lib.orc_vcpu_sample(self.handle, every)
 
     def profile(self) -> tuple[list[Sampled], int, int]:
-        """What was sampled since this was asked last: by place; locks without one; places that made way for others."""
+        """The samples since the last call: by place; locks without a place; places that were replaced by others."""
         sites = self.fleet.sites
         lost, replaced = ffi.new("uint64_t *"), ffi.new("uint64_t *")
         used = lib.orc_vcpu_profile(self.handle, sites, lost, replaced)
@@ -500,7 +507,7 @@ class VcpuCore:
         )
 
     def close(self) -> None:
-        """The runner has ended."""
+        """Free the core, after the runner has ended."""
         with self._open:
             handle, self.handle = self.handle, ffi.NULL
         lib.orc_vcpu_free(handle)
@@ -509,19 +516,20 @@ class VcpuCore:
 
 @ffi.def_extern()  # type: ignore[untyped-decorator]
 def orc_proceed(context: Any, why: int) -> None:
-    """A thread of the core's comes into Python."""
-    sys.settrace(threading.gettrace())  # as `threading` does for its own: coverage and debuggers see this one as well
+    """A thread of the core enters Python."""
+    sys.settrace(threading.gettrace())  # as `threading` does for its threads, for coverage and debuggers
     sys.setprofile(threading.getprofile())
     ffi.from_handle(context)(why)
 
 
 class Runner:
-    """A thread of the core's that runs a vCPU. It comes into Python when the guest needs that for the first time.
+    """A thread of the core that runs a vCPU. It enters Python when the guest needs that for the first time.
 
     Parameters:
-        run: the core's function that runs it (``enum orc_why (*)(orc_vcpu *)``).
+        run: the core's function that runs the vCPU (``enum orc_why (*)(orc_vcpu *)``).
         proceed: called on the thread then, with what `run` returned; must not raise.
-        vm, index: whose it is. The kernel knows the thread as "web-1/0", with as much of the VM's name as has room.
+        vm, index: the VM's name and the vCPU's number. The kernel knows the thread as "web-1/0", with as much of the
+            VM's name as has room.
 
     Raises:
         ResourceLimit: the host has no thread left.
@@ -548,4 +556,4 @@ class Runner:
         handle, self._handle = self._handle, None
         if handle is not None:
             lib.orc_runner_join(handle)
-            self._context = None  # it holds on to whoever proceeds, who holds on to this
+            self._context = None  # breaks a cycle: context → vCPU → this runner

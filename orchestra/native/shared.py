@@ -13,11 +13,11 @@ from .core import METER_NUMBERS, monotonic_ns, put_limit
 __all__ = ["SharedBucket", "SharedBuckets"]
 
 DIGITS: Final = 12
-"""Significant digits of a rate that is read back: it is kept in units a nanosecond, which costs the last bits."""
+"""Significant digits of a rate that is read back: the file keeps rates per nanosecond, which loses the last bits."""
 
 
 class SharedBucket:
-    """One of them, as a `Bucket` is handed to vCPUs."""
+    """One shared bucket, which vCPUs take like a `Bucket`."""
 
     __slots__ = ("handle",)
 
@@ -29,15 +29,15 @@ class SharedBuckets:
     """A view of the file, which stays mapped until `close`.
 
     Attributes:
-        buckets: by meter.
-        users: fleets of this process whose vCPUs charge them.
+        buckets: the buckets, by meter.
+        users: the number of fleets of this process whose vCPUs charge the buckets.
     """
 
     def __init__(self, fd: int) -> None:
-        """Of a file that was attached to or made; `fd` stays the caller's.
+        """Map the file `fd`, which stays the caller's.
 
         Raises:
-            SpecError: it is no such file, or another version's.
+            SpecError: the file is no budget, or of another version.
             ResourceLimit: the host has no descriptor or memory left.
         """
         problem = ffi.new("char const **")
@@ -59,7 +59,7 @@ class SharedBuckets:
 
     @classmethod
     def create(cls) -> SharedBuckets:
-        """New ones, without limits.
+        """Make new buckets, without limits.
 
         Raises:
             ResourceLimit: the host has no descriptor or memory left, or has no memfd.
@@ -85,10 +85,10 @@ class SharedBuckets:
         return self._handle
 
     def set(self, meter: Meter, limit: Limit | None) -> None:
-        """In force for all processes, at once.
+        """Put a limit into force for all processes, at once.
 
         Raises:
-            StateError: closed; or other processes change it without end.
+            StateError: this is closed, or other processes change the limit endlessly.
         """
         handle = self.check_open()
         if not put_limit(self.buckets[meter].handle, limit, monotonic_ns()):
@@ -96,7 +96,7 @@ class SharedBuckets:
         lib.orc_budget_changed(handle)
 
     def look(self, meter: Meter) -> tuple[Limit | None, float]:
-        """The limit in force, and how long whoever charges it now would wait, in seconds."""
+        """The limit in force, and the seconds that the next charge would wait."""
         self.check_open()
         raw = ffi.new("struct orc_limit *")
         lib.orc_bucket_limit(self.buckets[meter].handle, monotonic_ns(), raw)
@@ -118,19 +118,19 @@ class SharedBuckets:
         return int(lib.orc_budget_changes(self.check_open()))
 
     def share_with(self, fleet: Any) -> None:
-        """Before it has vCPUs: the waits of this `orc_fleet` end when a limit changes."""
+        """Join a fleet, before it has vCPUs: the waits of this `orc_fleet` end when a limit changes."""
         lib.orc_fleet_share(fleet, self.check_open())
         self.users += 1
 
     def leave(self) -> None:
-        """A fleet has ended that they were shared with."""
+        """A fleet that used the buckets has ended."""
         self.users -= 1
 
     def close(self) -> None:
-        """May be called again.
+        """Unmap the file. A second call does nothing.
 
         Raises:
-            StateError: a fleet uses them.
+            StateError: a fleet uses the buckets.
         """
         if self.users:
             raise StateError(f"can't close a HostBudget that fleets use ({self.users}): leave their blocks first")

@@ -1,4 +1,4 @@
-"""What every table, figure and file of the command line goes by: numbers, times, colours, axes.
+"""The common forms of every table, figure and file of the command line: numbers, times, colours, axes.
 
 It may import the words only.
 The one to copy: `numbers.py`.

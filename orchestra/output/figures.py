@@ -21,8 +21,8 @@ except ImportError as error:
 __all__ = ["Figure", "fit_scale", "inline_svg", "rc_context"]
 
 WIDE: Final = 100.0
-"""Where the largest value is so many times the smallest, the smallest can't be told from nothing on a linear axis: it
-is lower than a line is thick."""
+"""If the largest value is this many times the smallest, the smallest looks like zero on a linear axis: its height is
+less than the thickness of a line."""
 
 
 def fit_scale(axes: Any, *series: Iterable[float | None], least: float = 0.0) -> None:
@@ -34,7 +34,7 @@ def fit_scale(axes: Any, *series: Iterable[float | None], least: float = 0.0) ->
     known = sorted(value for one in series for value in one if value is not None and 0 < value < math.inf)
     if not known:
         return
-    low, high = max(known[len(known) // 20], least), known[-1]  # a few strays do not make a range
+    low, high = max(known[len(known) // 20], least), known[-1]  # without the 5 % smallest: outliers
     if high / low < WIDE:
         return
     bottom, top = axes.get_ylim()

@@ -1,4 +1,4 @@
-"""What others have chosen (names, reasons, what a file says) goes to a terminal as text, and as nothing else."""
+"""Text that others have chosen (names, reasons, contents of a file) goes to a terminal as plain text only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the pictures of all commands share: their style, an axis of the time of day, marks of what happened, a file."""
+"""The common parts of the pictures of all commands: style, an axis of the time of day, marks of events, a file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LEGEND: Final[Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1), "frameon":
 LINE: Final = 120
 """Characters of the heading that fit into one line."""
 STEPS: Final = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200, 86400)
-"""Seconds between two labels of the time of day: what clocks show."""
+"""Seconds between two labels of the time of day: the steps that clocks show."""
 MOST_LABELS: Final = 9
 DAY: Final = 86400
 ROWS: Final = 3

@@ -1,4 +1,5 @@
-"""Files that a command is to write: what is wrong with one is told before the work begins, the same way by all."""
+"""Checks the files that a command has to write. All commands report a problem before the work begins, in the same
+way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which instructions of a guest lock the bus: what was sampled of them, disassembled and named.
+"""The instructions of a guest that lock the bus: sampled, disassembled and named.
 
 It may import the silicon and the words.
 The one to copy: `folded.py`.

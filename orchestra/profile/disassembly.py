@@ -1,4 +1,4 @@
-"""Which instruction it was, from the bytes around the RIP that was reported. The one module that imports iced-x86."""
+"""Finds the instruction from the bytes around the reported RIP. The only module that imports iced-x86."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _locks(instruction: Any) -> bool:
 
 
 def _decode(code: bytes, mode: int, address: int) -> Any:
-    """The instruction that begins there; None if none does."""
+    """The instruction that begins at `address`; None: no instruction does."""
     import iced_x86
 
     instruction = iced_x86.Decoder(mode, code, ip=address).decode()
@@ -58,7 +58,7 @@ def _found(instruction: Any, code: bytes, start: int) -> Found:
 
 
 def _at(code: bytes, mode: int, rip: int) -> Found | None:
-    """The instruction that begins there."""
+    """The instruction that begins at `rip`."""
     instruction = _decode(code[:LONGEST], mode, rip)
     return None if instruction is None else _found(instruction, code, 0)
 
@@ -86,7 +86,7 @@ def _before(code: bytes, mode: int, rip: int) -> Found | None:
     votes = Counter(begin for begin in last if begin is not None)
     if not votes:
         return None
-    # Of two with as many votes, the longer: a prefix belongs to what follows it.
+    # Of two with equal votes, the longer: a prefix belongs to the instruction after it.
     best = max(votes, key=lambda begin: (_locks(there[begin]), votes[begin], -begin))
     return _found(there[best], code[best:], best - end)
 

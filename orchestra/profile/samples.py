@@ -1,4 +1,4 @@
-"""What was sampled of a VM, over its vCPUs and restarts, until somebody looks; and its form in the journal."""
+"""The samples of a VM, summed over its vCPUs and restarts, and their form in the journal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..native.core import Sampled
 __all__ = ["Place", "Row", "Samples", "Where", "from_rows"]
 
 MOST: Final = 4096
-"""Places kept for a VM. A guest that writes its code anew all the time would have ever more."""
+"""Places kept for a VM. Without a bound, a guest that writes new code all the time would need ever more memory."""
 
 Where: TypeAlias = Literal["on", "behind", "either"]
 """Where RIP is when a lock is reported: on the instruction (AMD), behind it (Intel), or that is not known."""
@@ -39,7 +39,7 @@ class Place:
 
 @attrs.define(eq=False)
 class Sum:
-    """Of one place. `code` has `before` bytes that come before `Place.rip`."""
+    """The samples of one place. `code` has `before` bytes that come before `Place.rip`."""
 
     samples: int = 0
     weight: int = 0

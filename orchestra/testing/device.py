@@ -15,7 +15,7 @@ __all__ = ["DeviceRig", "RecordedMsi", "RecordedPulse"]
 
 
 class RecordedLine:
-    """A level-triggered line; `levels` has what it was set to, one after the other."""
+    """A level-triggered line; `levels` has every level that was set, in order."""
 
     def __init__(self) -> None:
         self.levels: list[bool] = []
@@ -37,7 +37,7 @@ class RecordedPulse:
 
 
 class RecordedMsi(RecordedPulse):
-    """The same, with where it goes. Like KVM's it takes no address that is not an interrupt's."""
+    """A `RecordedPulse` with its route. Like KVM, it refuses an address that is no interrupt address."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,17 +57,17 @@ class DeviceRig:
     """A device of that spec, with memory, interrupts and timers that a test can look at. Close it at the end.
 
     Parameters:
-        spec: of the device.
+        spec: the device's spec.
         memory: bytes of guest memory, from address 0.
-        state: go on from there; None: power-on.
-        now: what time it is.
+        state: the device goes on from this state; None: power-on.
+        now: the time, in nanoseconds.
 
     Attributes:
         device: the device.
         memory: the guest's memory, which a test writes like the guest.
         line, pulse, msis: its interrupts; `line.levels`, `pulse.fired`, `msis[0].fired` and `.where` say what it did.
         now: the time, in nanoseconds. `advance` sets it.
-        codes: what it shut the VM down with.
+        codes: the codes with which the device shut the VM down.
     """
 
     def __init__(self, spec: DeviceSpec, *, memory: int = 64 * 1024, state: object = None, now: int = 1) -> None:
@@ -92,15 +92,15 @@ class DeviceRig:
         self.device: Peripheral[Any, Any] = kind(spec, hooks) if state is None else kind.from_state(spec, hooks, state)
 
     def read(self, offset: int, size: int = 4) -> int:
-        """As a guest reads; what it gets, cut to its size."""
+        """Read as a guest does. Returns the value, cut to `size` bytes."""
         return self.device.read(offset, size) & (1 << 8 * size) - 1
 
     def write(self, offset: int, value: int, size: int = 4) -> None:
-        """As a guest writes."""
+        """Write as a guest does."""
         self.device.write(offset, size, value)
 
     def ring(self, doorbell: int = 0, times: int = 1) -> None:
-        """As a guest rings."""
+        """Ring a doorbell as a guest does."""
         self.device.rang(doorbell, times)
 
     def advance(self, nanoseconds: int) -> None:
@@ -117,14 +117,14 @@ class DeviceRig:
             timer.expired()
 
     def again(self) -> DeviceRig:
-        """Another rig, whose device goes on from this one's state, and with a copy of its memory."""
+        """Another rig, with a copy of the memory, whose device goes on from this device's state."""
         size = len(self.memory.regions[0].span)
         other = DeviceRig(self.device.spec, memory=size, state=self.device.state(), now=self.now)
         other.memory.write(0, self.memory.read(0, size))
         return other
 
     def close(self) -> None:
-        """Unmap its memory."""
+        """Unmap the memory."""
         self.memory.close()
 
     def __enter__(self) -> DeviceRig:

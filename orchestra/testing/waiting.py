@@ -1,4 +1,4 @@
-"""Waiting for what a test expects, at the very moment that it is so; and virtual time without pytest-trio."""
+"""Waits for what a test expects, and returns at the moment when it becomes true; virtual time without pytest-trio."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run(async_fn: Callable[..., Awaitable[T]], *args: object) -> T:
 
 
 class _Watch(trio.abc.Instrument):
-    """Looks each time that trio has run whatever could run and is about to wait or to jump."""
+    """Looks each time when trio has run every task that could run, and is about to wait or to jump."""
 
     def __init__(self, predicate: Callable[[], object]) -> None:
         self.seen = trio.Event()
@@ -47,15 +47,16 @@ class _Watch(trio.abc.Instrument):
 
     def before_io_wait(self, timeout: float) -> None:
         if not self.seen.is_set() and self.look():
-            # Not set() alone: trio has made up its mind already how long it waits.
+            # set() alone is not enough: trio has already decided how long to wait.
             self._token.run_sync_soon(self.seen.set)
 
 
 async def wait_until(predicate: Callable[[], T], *, within: float = 60.0) -> T:
     """Wait until the predicate is true, and return what it returned.
 
-    In virtual time it is asked whenever something has happened, and never besides: this returns at the very moment that
-    it comes true. In real time it is asked every 5 ms as well, as vCPU threads change figures without waking anybody.
+    In virtual time the predicate is called whenever something has happened, so this returns at the moment when the
+    predicate becomes true. In real time it is also called every 5 ms, as vCPU threads change figures without waking
+    any task.
 
     Parameters:
         predicate: takes nothing, and does nothing but look; it is called often, outside of any task. What it raises is
@@ -63,7 +64,7 @@ async def wait_until(predicate: Callable[[], T], *, within: float = 60.0) -> T:
         within: seconds on trio's clock.
 
     Raises:
-        AssertionError: it was not true in that time.
+        AssertionError: the predicate was not true in that time.
     """
     watch = _Watch(predicate)
     if watch.look():
@@ -95,7 +96,7 @@ async def wait_state(vm: Vm, state: State | str, *, within: float = 60.0) -> Non
         within: seconds on trio's clock.
 
     Raises:
-        AssertionError: it was not in that time, or it has ended in another; the message says how.
+        AssertionError: the VM was not in that state in time, or has ended in another; the message says how.
     """
     wanted = State(state)
     try:

@@ -28,7 +28,7 @@ class DirtyPages:
     regions: tuple[tuple[range, bytes], ...]
 
     def __len__(self) -> int:
-        """How many."""
+        """The number of written pages."""
         return sum(int.from_bytes(bits, "little").bit_count() for _, bits in self.regions)
 
     def __iter__(self) -> Iterator[int]:
@@ -42,7 +42,7 @@ class DirtyPages:
 
 
 class DirtyReader:
-    """One who is told which pages are written, whoever else reads. Make one with `DirtyLog.reader`.
+    """Reports which pages are written, independently of all other readers. Make one with `DirtyLog.reader`.
 
     A context manager that closes it. One thread at a time; not two.
     """
@@ -87,7 +87,7 @@ class DirtyReader:
 
 
 class DirtyLog:
-    """Of one VM. Any thread: it is fine to read it while it is switched or closed.
+    """The dirty log of one VM. Any thread; a reading may overlap with a switch or with `close`.
 
     Attributes:
         spans: guest-physical ranges of the memory, as `DirtyPages` has them.
@@ -117,7 +117,7 @@ class DirtyLog:
         reading in progress.
 
         Raises:
-            ResourceLimit, KvmError: it can't be; all is as it was.
+            ResourceLimit, KvmError: the kernel refuses; nothing has changed then.
         """
         result = lib.orc_dirty_log(self.handle, on)
         if result:
@@ -128,7 +128,7 @@ class DirtyLog:
         kernel. Written pages are logged as long as it is open, and the guest pays a fault for each.
 
         Raises:
-            ResourceLimit, KvmError: it can't be, or the VM has ended (EBADF); all is as it was.
+            ResourceLimit, KvmError: the kernel refuses, or the VM has ended (EBADF); nothing has changed then.
         """
         made = ffi.new("orc_dirty_reader **")
         result = lib.orc_dirty_open(self.handle, made)
@@ -147,7 +147,7 @@ class DirtyLog:
 
     @property
     def on(self) -> bool:
-        """Pages of some of the memory are counted."""
+        """Whether pages of any of the memory are counted."""
         return bool(self._sums().on)
 
     def _sums(self) -> Any:

@@ -54,7 +54,7 @@ class KvmEngine(ThreadedEngine):
         try:
             self.vcpu.kvmclock_ctrl()
         except OrchestraError:
-            pass  # a guest that is not told complains of a lockup at the worst
+            pass  # at worst, a guest that does not learn of the pause reports a lockup
 
     def error(self) -> str:
         number = int(lib.orc_vcpu_errno(self._handle))
@@ -239,7 +239,7 @@ class KvmBackend:
         """Nothing: the core wakes threads."""
 
     def refusal(self, spec: VmSpec) -> tuple[str, str] | None:
-        """Why this host's KVM can't run that VM, and what to do; None: nothing is known to be in the way."""
+        """Why this host's KVM can't run that VM, and what to do; None: no reason is known."""
         if spec.vcpus > self._max_vcpus:
             return f"vcpus={spec.vcpus}: this host's KVM allows at most {self._max_vcpus} in a VM", "ask for fewer"
         ring, most = spec.backing.dirty_ring, self._most_ring

@@ -1,4 +1,4 @@
-"""What a part of KVM's state is: two ioctls, a structure, and the capability that it needs."""
+"""A part of KVM's state: two ioctls, a structure, and the capability that the part needs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class Owner(Protocol):
-    """Whose state it is: a vCPU or a VM."""
+    """The vCPU or VM that has the state."""
 
     fd: int
 
@@ -44,7 +44,7 @@ class Part(ABC, Generic[T]):
         return f"<Part {self.name}>"
 
     def supported(self, owner: Owner) -> bool:
-        """This host's KVM has it."""
+        """Whether this host's KVM has this part."""
         return self.needs is None or owner.extension(getattr(lib, self.needs)) > 0
 
     def require(self, owner: Owner) -> None:
@@ -74,7 +74,7 @@ class Part(ABC, Generic[T]):
 
 
 class StructPart(Part[T]):
-    """A structure of a fixed size, with a class of ours for it."""
+    """A structure of a fixed size, with a Python class for it."""
 
     def __init__(
         self,

@@ -1,16 +1,15 @@
 """CPU caps that the kernel keeps: cpu.max of cgroup version 2, for single threads.
 
-A capped thread has a cgroup of its own, for as long as it is capped, below the one that its process lives in. One for
-each thread and not for each VM, so that a cap means what the run loop's does: each vCPU may use this part of a CPU. In
-a common one, a vCPU that runs would use up what others leave. And a thread that is alone in a cgroup weighs against
-those outside as much as before (cpu.weight 100 is nice 0).
+A capped thread has a cgroup of its own, for as long as it is capped, below the cgroup of its process. There is one for
+each thread and not for each VM, so that a cap means the same as in the run loop: each vCPU may use this share of a CPU.
+In a common cgroup, a busy vCPU would use up what idle vCPUs leave. A thread alone in a cgroup has the same weight
+against threads outside as before (cpu.weight 100 is nice 0).
 
 A thread moves itself, by writing "0": to move another, the kernel first waits for an RCU grace period, which is 16 ms
 of the event loop's time where favordynmods is off (cgroup_procs_write_start, kernel/cgroup/cgroup.c).
 
-A thread whose part of the period is spent gets no CPU before the next, whatever it is told: neither a signal nor a wake
-changes that. So whoever waits for threads has their caps loosened meanwhile (`hurry`, `end`), which lets them go at
-once.
+A thread that has spent its share of the period gets no CPU before the next period: neither a signal nor a wake changes
+that. So code that waits for threads loosens their caps meanwhile (`hurry`, `end`), which lets the threads go at once.
 
 Sources: Documentation/admin-guide/cgroup-v2.rst ("Threads", "cpu.max"), Documentation/scheduler/sched-bwc.rst.
 """
@@ -31,12 +30,12 @@ from .delegation import own_cgroup, why_not
 __all__ = ["CpuCgroup", "ThreadCap", "cpu_max"]
 
 PERIOD: Final = 50_000
-"""Microseconds; as in `native/cap.c`. With shorter ones, large shares fall short by more than 5 % of a CPU, as the
-kernel hands quota out in slices of 5 ms; threads are late no less, as it looks at each tick only, and takes what was
-used too much off the next periods."""
+"""Microseconds; as in `native/cap.c`. With shorter periods, large shares fall short by more than 5 % of a CPU, as the
+kernel hands out quota in slices of 5 ms. Nor would threads be less late: the kernel looks at each tick only, and takes
+what a thread used too much off its next periods."""
 
 LEAST_QUOTA: Final = 1000
-"""Microseconds: the kernel takes no less."""
+"""Microseconds: the kernel accepts no smaller quota."""
 
 HINTS: Final = {
     errno.EAGAIN: "raise cgroup.max.descendants or cgroup.max.depth of the cgroups above",
@@ -53,7 +52,7 @@ def _refused(path: Path, error: OSError) -> ResourceLimit:
 
 
 def _write(path: Path, text: str) -> None:
-    """Never makes a file: one that is missing is a controller that is."""
+    """Write to a cgroup file. This never makes a file: a missing file means a missing controller."""
     try:
         fd = os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC)
         try:
@@ -65,8 +64,12 @@ def _write(path: Path, text: str) -> None:
 
 
 def cpu_max(share: float | None, loose: bool = False) -> str:
-    """What to write for that part of a CPU. `loose`: for one that holds nobody, and can be changed in microseconds:
-    between "max" and the rest, the kernel patches the code of its scheduler."""
+    """The text of cpu.max for that share of a CPU.
+
+    Parameters:
+        loose: a quota so large that it holds no thread. Unlike "max", a change from it to a cap takes microseconds:
+            between "max" and a quota, the kernel patches the code of its scheduler.
+    """
     if share is None:
         return f"max {PERIOD}"
     period = max(PERIOD, math.ceil(LEAST_QUOTA / share))
@@ -74,10 +77,10 @@ def cpu_max(share: float | None, loose: bool = False) -> str:
 
 
 class ThreadCap:
-    """The cgroup of one thread; made empty. `remove` it.
+    """The cgroup of one thread, made empty. `remove` it at the end.
 
     Raises:
-        ResourceLimit: it can't be made.
+        ResourceLimit: the kernel refuses the cgroup.
     """
 
     def __init__(self, parent: Path, name: str, tid: int) -> None:
@@ -104,7 +107,7 @@ class ThreadCap:
         _write(self.folder / "cpu.max", cpu_max(share, loose))
 
     def enter(self) -> None:
-        """The thread's own way in. On another thread nothing happens: it has ended, and somebody else tidies up.
+        """Move the calling thread in. If that is another thread, this does nothing: the capped thread has ended.
 
         Raises:
             ResourceLimit: the kernel refuses it.
@@ -131,7 +134,7 @@ class ThreadCap:
                         raise
 
     def held(self) -> int:
-        """Nanoseconds that the thread was held; the kernel counts when that ends."""
+        """Nanoseconds for which the thread was held; the kernel counts a hold at its end."""
         try:
             lines = (self.folder / "cpu.stat").read_text().splitlines()
             return next(int(line.split()[1]) * 1000 for line in lines if line.startswith("throttled_usec "))
@@ -139,7 +142,7 @@ class ThreadCap:
             return 0
 
     def remove(self) -> bool:
-        """Whether it is gone. It is not while a thread is in it: one that has just ended may be, for a moment."""
+        """Remove the cgroup. False: a thread is still in it; a thread that has just ended may be, for a moment."""
         try:
             # With a quota, the scheduler would believe for ever that there is a cap (destroy_cfs_bandwidth, fair.c).
             self.put(None)
@@ -182,7 +185,7 @@ class CpuCgroup:
             raise SpecError(f'cap_by="cgroup": {error.strerror}; or leave cap_by out, and the run loop caps') from error
 
     def _try(self, tid: int) -> None:
-        """What files can't tell shows when it is done."""
+        """Cap a thread for a trial: some obstacles show only then, and in no file."""
         cap = self.cap("trial", tid)
         try:
             cap.put(1, loose=True)
@@ -199,5 +202,6 @@ class CpuCgroup:
         Raises:
             ResourceLimit: it can't be made.
         """
-        # Fleets and processes may share this cgroup, and one thread may have two: it is still to leave the first.
+        # Fleets and processes may share this cgroup. A thread may have two caps for a moment, until it leaves the
+        # first.
         return ThreadCap(self.folder, f"orchestra-{name}-{tid}-{next(self._numbers)}", tid)

@@ -1,4 +1,4 @@
-"""What holds the vCPU threads of one guest to a part of a CPU each: the run loop, or the kernel (`bandwidth`)."""
+"""Holds each vCPU thread of one guest to a share of a CPU: in the run loop, or by the kernel (`bandwidth`)."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ PATIENCE: Final = 1.0
 
 
 class Caps(Protocol):
-    """The caps of one guest. For the fleet's thread, unless it says otherwise."""
+    """The caps of one guest. Methods are for the fleet's thread, unless their docstring says otherwise."""
 
     def put(self, share: float | None, threads: Mapping[int, int]) -> None:
-        """Let each thread use that part of a CPU from now on; None: all of it.
+        """Let each thread use at most that share of a CPU from now on; None: no cap.
 
         Parameters:
-            threads: those that have not ended, by their vCPUs' indices.
+            threads: the threads that have not ended, by the index of their vCPU.
 
         Raises:
-            ResourceLimit: the host has no room for it, or refuses it.
+            ResourceLimit: the host has no room for a cap, or refuses it.
         """
 
     async def settled(self) -> None:
-        """Wait until what was put is in force; no checkpoint if it is.
+        """Wait until the cap is in force; no checkpoint if it is already.
 
         Raises:
-            ResourceLimit: it can't be; nothing is capped then.
+            ResourceLimit: the host refuses the cap; nothing is capped then.
         """
 
     def held(self, index: int, now: int) -> int:
-        """Nanoseconds that a cap held that vCPU so far."""
+        """Nanoseconds for which a cap has held that vCPU so far."""
 
     def hurry(self, on: bool) -> None:
-        """Somebody waits for the threads, or not any more: let them run meanwhile. Calls pair up."""
+        """True: the fleet waits for the threads, so let them run. False: the wait is over. Calls come in pairs."""
 
     def end(self) -> None:
         """The guest is to end: let its threads run to their end. Any thread."""
@@ -57,7 +57,8 @@ class Caps(Protocol):
         """That vCPU will not run again. Its own thread."""
 
     def close(self) -> None:
-        """No thread is left: give back what this took of the host. Any thread; waits up to a second for the kernel."""
+        """Give back what the caps took of the host, after the last thread has ended. Any thread; waits up to a
+        second."""
 
 
 class RunLoopCaps:
@@ -71,7 +72,7 @@ class RunLoopCaps:
         try:
             for core in self._cores:
                 core.cap(share)
-        except ResourceLimit:  # all of them or none: those that have one can have another
+        except ResourceLimit:  # all threads or none: give the earlier ones their old cap back
             for core in self._cores:
                 with suppress(ResourceLimit):
                     core.cap(self._share)
@@ -102,9 +103,9 @@ class CgroupCaps:
 
     Parameters:
         name: of the guest.
-        ask: have a vCPU's thread run a function soon.
-        post: have the fleet's thread run a function soon.
-        failed: told why a cap that was put did not come into force; nothing is capped then.
+        ask: makes a vCPU's thread run a function soon.
+        post: makes the fleet's thread run a function soon.
+        failed: called with the reason if a cap does not come into force; nothing is capped then.
     """
 
     def __init__(
@@ -140,7 +141,7 @@ class CgroupCaps:
             for index, tid in threads.items():
                 if index not in self._caps:
                     made[index] = self._cgroup.cap(f"{self._name}.{index}", tid)
-                    made[index].put(share, loose=True)  # until it has said that it is in
+                    made[index].put(share, loose=True)  # until the thread has reported that it is in
             for cap in self._caps.values():
                 cap.put(share, self._loose or cap in self._entering)
         except ResourceLimit:
@@ -182,7 +183,7 @@ class CgroupCaps:
 
     def _entered(self, index: int, cap: ThreadCap, problem: ResourceLimit | None) -> None:
         self._entering.discard(cap)
-        if self._caps.get(index) is cap:  # else it was lifted meanwhile
+        if self._caps.get(index) is cap:  # otherwise the cap was lifted meanwhile
             try:
                 if problem is not None:
                     raise problem

@@ -1,5 +1,5 @@
-"""Where vCPU threads may run: quarantine CPUs for those that hurt others, core scheduling where the kernel has it, and
-the resctrl control group of isolated VMs if there is one.
+"""Decides where vCPU threads may run: isolated VMs on quarantine CPUs, with core scheduling where the kernel has it,
+and in the resctrl control group of isolated VMs if there is one.
 
 Sources: sched_setaffinity(2); Documentation/admin-guide/hw-vuln/core-scheduling.rst (PR_SCHED_CORE: threads of other
 cookies never run on the two hyperthreads of a core at the same time).
@@ -54,8 +54,8 @@ class Quarantine:
 
     Parameters:
         cpus: as `quarantine_cpus` returns them; empty: this host has none to spare.
-        group: where isolated threads belong as well.
-        moved: told of each thread that changed groups, and whether it is isolated.
+        group: the control group that isolated threads move to as well.
+        moved: called for each thread that changed groups, with whether it is isolated.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Quarantine:
         self._all = frozenset(os.sched_getaffinity(0))
 
     def confine(self, threads: Iterable[int]) -> None:
-        """Have these threads (ids as of gettid) run on the quarantine CPUs only, and beside nobody else's on a core.
+        """Let these threads (ids as of gettid) run on the quarantine CPUs only, and share a core with no other thread.
 
         Raises:
             ResourceLimit: there is no CPU to spare, or the host does not allow it; nothing has moved then.
@@ -92,7 +92,7 @@ class Quarantine:
         self._tell(threads, True)
 
     def free(self, threads: Iterable[int]) -> None:
-        """Let them run wherever this process could when the fleet was opened.
+        """Let these threads run on all CPUs that this process had when the fleet was opened.
 
         Raises:
             ResourceLimit: the host does not allow it.
@@ -127,8 +127,8 @@ def _set(thread: int, cpus: frozenset[int]) -> None:
 
 
 def _core_scheduling(what: int, threads: Iterable[int]) -> None:
-    """Kernels without it, and hosts without SMT, refuse: there is nothing that hyperthreads could share, or nothing to
-    be done about it, and the CPUs are what counts."""
+    """Call prctl(PR_SCHED_CORE). A refusal is ignored: a host without SMT has no hyperthreads to share, and on a kernel
+    without core scheduling the CPUs alone must do."""
     prctl = ctypes.CDLL(None).prctl
     prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
     for thread in threads:

@@ -1,7 +1,7 @@
-"""The resctrl control group of isolated VMs: its schemata say what is theirs of the caches and of the memory bandwidth.
+"""The resctrl control group of isolated VMs: its schemata give their share of the caches and of the memory bandwidth.
 
-The operator makes it and writes its schemata; here threads are moved in and out. Written after the kernel's
-documentation and tried on directories laid out like it: no CPU that has resctrl has run this yet.
+The operator makes the group and writes its schemata; this module moves threads in and out. It follows the kernel's
+documentation, and was tried on directories with that layout: no CPU that has resctrl has run it yet.
 
 Source: Documentation/filesystems/resctrl.rst ("Resource alloc and monitor groups").
 """
@@ -20,11 +20,11 @@ __all__ = ["ControlGroup"]
 
 
 class ControlGroup:
-    """A control group that threads of this process are moved to, and back to the one that it is in itself.
+    """A control group for threads of this process. They come from the process's own group, and go back to it.
 
     Parameters:
         folder: of the group, such as /sys/fs/resctrl/noisy.
-        home: where the threads are otherwise; None: it is found.
+        home: the process's own group; None: read from the kernel.
 
     Raises:
         SpecError: it can't be; the message says why, and what to do.
@@ -71,7 +71,7 @@ class ControlGroup:
             raise
 
     def release(self, threads: Iterable[int]) -> None:
-        """Move them back.
+        """Move these threads back to the process's own group.
 
         Raises:
             ResourceLimit: the kernel refuses it.
@@ -92,7 +92,7 @@ class ControlGroup:
             raise ResourceLimit(error.errno or 0, f"{to}/tasks: {error.strerror}{self._said()}") from error
 
     def _said(self) -> str:
-        """What resctrl itself has to say about the last write."""
+        """What resctrl itself reports about the last write."""
         try:
             said = (self._mount / "info" / "last_cmd_status").read_text().strip()
         except OSError:

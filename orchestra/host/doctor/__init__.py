@@ -1,6 +1,6 @@
 """What this host can do for orchestra, and what to change where it could do more. Reads only, and never raises.
 
-One check after the other, each a few lines: what was found, what follows, what to do.
+The checks run one after another. Each gives a few lines: what was found, what follows, what to do.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ CHECKS: Final[tuple[Callable[[Host], Iterator[Finding]], ...]] = (
     software.headers,
     software.extras,
 )
-"""In this order: what a check finds of the backends, later ones use."""
+"""The checks in their order: later checks use what earlier checks found of the backends."""
 
 
 def examine(

@@ -1,4 +1,4 @@
-"""Which backends can run guests here, on which kernel and CPU."""
+"""Checks which backends can run guests here, on which kernel and CPU."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def unicorn(host: Host) -> Iterator[Finding]:
 
 
 def picked(host: Host) -> Iterator[Finding]:
-    """What runs if nobody chooses: where nobody needs bus locks, and where somebody does."""
+    """What `backend="auto"` takes: where bus locks need not be seen, and where they must be."""
     plain, locks = pick(host.found), pick(host.found, BUS_LOCKS)
     if plain.name is None:
         _, unicorn = host.found

@@ -1,4 +1,4 @@
-"""Whether bus locks of guests are reported here, and what the kernel does about them before orchestra."""
+"""Checks whether bus locks of guests are reported here, and what the kernel does about them before orchestra can."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What makes launches slow here, and what keeps CPU caps."""
+"""Checks what makes launches slow on this host, and what can keep CPU caps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the checks read of this host: files of /proc, /sys, /dev and /usr. What can't be read is empty."""
+"""The files of this host that the checks read: of /proc, /sys, /dev and /usr. A file that can't be read is empty."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Host"]
 
 
 class Host:
-    """The files that the checks read; what can't be read is empty."""
+    """The files that the checks read; a file that can't be read is empty."""
 
     def __init__(
         self,
@@ -74,7 +74,8 @@ class Host:
 
     @cached_property
     def split_lock_mode(self) -> tuple[str, str]:
-        """off, warn, fatal or ratelimit; and as it was set. Like the kernel, takes what it does not know for "warn"."""
+        """The mode (off, warn, fatal or ratelimit), and its text as set. An unknown text counts as "warn", as in the
+        kernel."""
         settings = re.findall(r"(?:^|\s)split_lock_detect=(\S+)", self.read("proc/cmdline"))
         if not self.flags & {"split_lock_detect", "bus_lock_detect"}:
             return "off", "off (the CPU has no detection for host programs)"
@@ -97,7 +98,7 @@ class Host:
 
     @cached_property
     def cgroup_mounts(self) -> list[tuple[str, str, set[str]]]:
-        """Of each cgroup file system: where, its type, its options (/proc/self/mountinfo, proc(5))."""
+        """Each cgroup file system: mount point, type and options (/proc/self/mountinfo, proc(5))."""
         mounts = []
         for line in self.read("proc/self/mountinfo").splitlines():
             left, _, right = line.partition(" - ")
@@ -116,7 +117,7 @@ class Host:
 
     @property
     def favour(self) -> str:
-        """How to switch it on; the mount counts for the whole host, whichever it is."""
+        """The command that switches favordynmods on; any mount counts for the whole host."""
         mount = min(self.cgroup_mounts, key=lambda mount: mount[1] != "cgroup2")[0]
         return f"`mount -o remount,favordynmods {mount}`"
 

@@ -1,4 +1,4 @@
-"""How many VMs and vCPUs this process has room for: files, threads, memory, mappings."""
+"""Checks how many VMs and vCPUs this process has room for: files, threads, memory, mappings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FDS_OF_THE_PROGRAM = 32
 
 
 def _sized(check: str, value: str, room: int, unit: str, remedy: str) -> Finding:
-    """A finding about a limit that leaves room for so many VMs with one vCPU, or vCPUs."""
+    """A finding about a limit. `room`: the number of VMs with one vCPU, or of vCPUs, that the limit has room for."""
     status: Status = "problem" if room < 10 else "note" if room < 1000 else "ok"
     return Finding(check, status, value, f"room for about {max(room, 0)} {unit}", "" if status == "ok" else remedy)
 

@@ -1,4 +1,4 @@
-"""What was looked at, and what it comes to: plain data, for a person and for JSON."""
+"""The findings of the checks and their summary: plain data, for a person and for JSON."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ AUTO = 'backend="auto"'
 
 @attrs.frozen
 class Finding:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
-        check: what, such as "RLIMIT_NOFILE".
+        check: what was checked, such as "RLIMIT_NOFILE".
         status: "ok"; "note" (works, and you should know); "problem" (something will not work, or will hurt).
         value: what was found.
         meaning: what follows from it.
@@ -42,9 +42,9 @@ class Verdict:
 
     Attributes:
         can: what this host can do.
-        auto: what `backend="auto"` takes where nobody needs bus locks, and why.
-        auto_bus_locks: what it takes where somebody does.
-        todo: the one most important thing to do.
+        auto: what `backend="auto"` takes where bus locks need not be seen, and why.
+        auto_bus_locks: what it takes where bus locks must be seen.
+        todo: the most important thing to do.
     """
 
     can: str

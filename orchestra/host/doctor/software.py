@@ -1,4 +1,4 @@
-"""What is installed: the kernel's headers, and the parts of orchestra that are extras."""
+"""Checks what is installed: the kernel's headers, and the parts of orchestra that are extras."""
 
 from __future__ import annotations
 

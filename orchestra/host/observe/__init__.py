@@ -1,4 +1,4 @@
-"""What can be seen of a host and of the threads that run guests. What can't is absent, with the reason; never zero."""
+"""Signals of a host and of the threads that run guests. A missing signal is absent, with the reason, and never zero."""
 
 from __future__ import annotations
 

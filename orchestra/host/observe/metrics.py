@@ -1,4 +1,4 @@
-"""All signals of the host as a whole, read together; what one interval made of them."""
+"""All signals of the host as a whole, read together, and the facts about one interval."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OFF: Final = "the host probe is off: open_fleet(probe=True) starts it"
 
 @attrs.frozen
 class HostReading:
-    """What the host's counters say at one moment: two of them make facts.
+    """The host's counters at one moment. Two readings make facts.
 
     Attributes:
         time: nanoseconds on CLOCK_MONOTONIC, which is what these counters run on, whatever the fleet's clock is.
@@ -41,13 +41,13 @@ class HostReading:
 
 
 class HostSignals:
-    """What this host tells. `close` it.
+    """The signals of this host. `close` it at the end.
 
     Parameters:
-        probe: run the host probe; None: once somebody needs it (`listen`).
-        cgroup: a version-2 cgroup whose pressure is told instead of the host's.
+        probe: run the host probe; None: only from when a signal needs it (`listen`).
+        cgroup: a version-2 cgroup whose pressure counts as the host's.
         isolated: the resctrl control group that threads of isolated VMs are moved to.
-        silent: a reason why nothing of the host has to do with the fleet: then all is absent.
+        silent: the reason why the host's signals do not concern the fleet: then all are absent.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class HostSignals:
         return self._absent | self._pressure.absent | (self._resctrl.absent if self._resctrl is not None else {})
 
     def add_thread(self, tid: int, isolated: bool = False) -> None:
-        """A vCPU's thread, that is new or has changed its control group: the cache counters are about these."""
+        """Count a vCPU's thread, which is new or has changed its control group, in the cache counters."""
         if self._resctrl is not None:
             self._resctrl.add(tid, isolated)
 
@@ -130,7 +130,7 @@ class HostSignals:
         )
 
     def triggers(self, signals: Iterable[str]) -> list[Trigger]:
-        """Of these pressures, as many as can be had; why one can't is told in `absent`."""
+        """The triggers for these pressures, as many as the host allows; `absent` has the reason for the others."""
         triggers, problem = open_triggers({name: self._paths[name] for name in signals if name in self._paths})
         if problem is not None:
             self._absent["pressure_triggers"] = problem

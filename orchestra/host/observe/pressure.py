@@ -1,7 +1,7 @@
 """Pressure stall information: how much of the time some task waited for a CPU, for memory or for I/O.
 
-Totals are read once a tick, from files that stay open. Stalls that can't wait for the next tick are awaited by a
-trigger: the kernel says when there were too many.
+Totals are read once a tick, from files that stay open. For stalls that can't wait for the next tick there is a trigger:
+the kernel reports when there were too many.
 
 Source: Documentation/accounting/psi.rst.
 """
@@ -20,7 +20,7 @@ import trio
 __all__ = ["RESOURCES", "Pressure", "Trigger", "open_triggers", "path_of"]
 
 RESOURCES: Final = {"cpu_pressure": "cpu", "memory_pressure": "memory", "io_pressure": "io"}
-"""The kernel's name of what each signal is about."""
+"""The kernel's name of the resource of each signal."""
 
 HOST: Final = Path("/proc/pressure")
 ROOM: Final = 512
@@ -58,7 +58,7 @@ def _some(data: bytes) -> int:
 
 
 class Pressure:
-    """The totals of a host or a cgroup. `close` it.
+    """The totals of a host or a cgroup. `close` it at the end.
 
     Attributes:
         absent: why a signal is missing here, by its name.
@@ -76,7 +76,7 @@ class Pressure:
         self.read()  # whatever can't be read is absent from the start
 
     def read(self) -> dict[str, int]:
-        """Microseconds of stall so far, by signal; without those that are absent."""
+        """Microseconds of stall so far, by signal; absent signals are left out."""
         totals = {}
         for signal, (path, fd) in list(self._files.items()):
             try:
@@ -97,12 +97,12 @@ class Trigger:
     """Fires when some task stalled for too much of a window; at most once for each window. `close` it.
 
     Parameters:
-        signal, path: what it is about, and its file, as `path_of` says.
+        signal, path: the signal, and its file as `path_of` gives it.
         stall: part of the window.
         window: seconds. Made `UNPRIVILEGED` where the kernel asks for that.
 
     Raises:
-        OSError: there is no such file, it may not be written, or the kernel refuses it.
+        OSError: there is no such file, the file may not be written, or the kernel refuses the trigger.
     """
 
     def __init__(self, signal: str, path: Path, stall: float = STALL, window: float = WINDOW) -> None:
@@ -116,8 +116,8 @@ class Trigger:
                 if error.errno not in (errno.EINVAL, errno.EPERM):
                     raise
                 self._set(stall, UNPRIVILEGED)
-            # trio waits for what can be read, and this is exceptional data (EPOLLPRI). But an epoll that has something
-            # to tell can itself be read.
+            # trio waits for readable descriptors, and a trigger is exceptional data (EPOLLPRI). But an epoll descriptor
+            # that has an event is itself readable.
             self._poll = select.epoll()
         except BaseException:
             os.close(self._fd)
@@ -131,11 +131,11 @@ class Trigger:
         """Wait until it fires.
 
         Raises:
-            OSError: what it is about is gone (a cgroup that was removed).
+            OSError: the cgroup of the trigger was removed.
         """
         await trio.lowlevel.wait_readable(self._poll.fileno())
-        # That it could be read is all there is to know: the kernel forgets that it fired as soon as anybody has looked
-        # (kernel/sched/psi.c, psi_trigger_poll), and trio's epoll just did. An end stays.
+        # The wake itself is the event: the kernel forgets that a trigger fired as soon as anybody polls it
+        # (kernel/sched/psi.c, psi_trigger_poll), and trio's epoll has just polled. An error condition stays.
         if any(events & select.EPOLLERR for _, events in self._poll.poll(0)):
             raise OSError(errno.ENODEV, "is gone", str(self.path))
 
@@ -145,7 +145,8 @@ class Trigger:
 
 
 def open_triggers(paths: Mapping[str, Path]) -> tuple[list[Trigger], str | None]:
-    """Those that can be had, of signals with their files; and why the first of the others can't."""
+    """Open triggers for signals with their files. Returns those that opened, and why the first of the others did
+    not."""
     triggers, problem = [], None
     for signal, path in paths.items():
         try:

@@ -1,11 +1,12 @@
-"""How long locked operations and memory take for one who has nothing to do with them: the host's own fever.
+"""Measures how long locked operations and memory reads take for a thread that shares nothing with any guest.
 
 A bus lock holds up every CPU of the host, also those whose guests lock nothing. So a small thread of the C core
 (native/probe.c) times, twenty times in 100 ms, locked operations in a cache line that nobody else has, and reads that
 miss the caches. It uses 0.2 to 0.4 % of a CPU, most of it for waking up.
 
-What it can't tell apart: a bus lock, a CPU that runs slower, a hyperthread's neighbour, a CPU that another VM's host
-took away. Hence policies look at it relative to what is usual, and the median of a tick leaves single samples out.
+The probe can't tell these apart: a bus lock, a CPU that runs slower, load on the other hyperthread, and a CPU that an
+outer hypervisor took away. So policies compare a figure with what is usual, and the median of a tick ignores single
+samples.
 """
 
 from __future__ import annotations
@@ -22,23 +23,23 @@ from ...native import ffi, lib
 __all__ = ["Probe"]
 
 PERIOD: Final = 20_000_000
-"""Nanoseconds from one look to the next."""
+"""Nanoseconds from one look to the next: five looks in 100 ms."""
 
 EACH: Final = 4
-"""Samples of a look. What costs most is to wake up."""
+"""Samples in each look. The wake-up costs most, so several samples share one."""
 
 KEPT: Final = 4096
 BATCH: Final = 256
 
 
 class Probe:
-    """A running probe. `close` it.
+    """A running probe. `close` it at the end.
 
     Parameters:
         period: nanoseconds from one look to the next.
 
     Raises:
-        ResourceLimit: no thread or memory left for it.
+        ResourceLimit: the host has no thread or memory left.
     """
 
     def __init__(self, period: int = PERIOD) -> None:

@@ -1,8 +1,8 @@
 """CPU time and run-queue delay of threads of this process, each asked for by itself.
 
-The clock of a thread costs about a microsecond and tells whether it ran at all. Its schedstat costs twice that, and ten
-times if its file is not open yet. It is only worth reading if the thread ran: the kernel adds a wait for a CPU up when
-that ends (kernel/sched/stats.h, sched_info_arrive).
+To read a thread's clock costs about a microsecond, and shows whether the thread ran at all. To read its schedstat costs
+twice that, and ten times that if the file is not open yet. The schedstat is worth reading only if the thread ran: the
+kernel adds up a wait for a CPU when the wait ends (kernel/sched/stats.h, sched_info_arrive).
 
 Sources: clock_getcpuclockid(3) and include/linux/posix-timers_types.h for the clock's number; Documentation/scheduler/
 sched-stats.rst for /proc/PID/schedstat.
@@ -24,12 +24,12 @@ PER_THREAD: Final = 4  # CPUCLOCK_PERTHREAD_MASK
 SCHED: Final = 2  # CPUCLOCK_SCHED: nanoseconds that it ran
 
 KEPT: Final = 128
-"""Files that are kept open, of the threads that were first seen last: to open and close one costs four times what it
-costs to read it. More than this would be many of the 1,024 descriptors that a process may have by default."""
+"""Files that are kept open, those of the newest threads: to open and close a file costs four times as much as to read
+it. More files would take too many of the 1,024 descriptors that a process may have by default."""
 
 
 class ThreadTimes:
-    """Any thread. `close` it.
+    """Reads the times of threads. Any thread; `close` it at the end.
 
     Attributes:
         absent: why a signal is missing here, by its name.
@@ -53,14 +53,14 @@ class ThreadTimes:
         self.forget(own)
 
     def cpu(self, tid: int) -> int | None:
-        """Nanoseconds that the thread ran; None if it is gone."""
+        """Nanoseconds that the thread ran; None: the thread is gone."""
         try:
             return time.clock_gettime_ns((~tid << 3) | PER_THREAD | SCHED)
         except OSError:
             return None
 
     def run_delay(self, tid: int) -> int | None:
-        """Nanoseconds that it could have run and had no CPU; None if it is gone, or the kernel does not tell."""
+        """Nanoseconds that the thread waited for a CPU; None: it is gone, or the kernel has no figures."""
         if self.absent:
             return None
         try:
@@ -78,7 +78,7 @@ class ThreadTimes:
             self.forget(tid)
 
     def _read(self, tid: int) -> list[bytes]:
-        """Nanoseconds that it ran, and that it waited; how often it ran."""
+        """The fields of schedstat: nanoseconds run, nanoseconds waited, number of times run."""
         files = self._files
         if (file := files.get(tid)) is not None:
             try:

@@ -17,11 +17,11 @@ __all__ = ["load"]
 
 
 def load(spec: VmSpec, memory: GuestMemory) -> list[EntryState]:
-    """Have what the VM boots written into its memory; where each vCPU starts.
+    """Write what the VM boots into its memory, and return the entry state of each vCPU.
 
     Raises:
-        SpecError: the boot spec's loader is missing, does not tell of every vCPU, or has one wait for what can't
-            come.
+        SpecError: the boot spec's loader is missing, does not return a state for every vCPU, or makes a vCPU wait for
+            an INIT that can't come.
         OrchestraError: what the loader raises.
     """
     boot, name = spec.boot, type(spec.boot).__name__

@@ -26,7 +26,7 @@ MAPPED: Final = 4 * GiB
 PTE_PRESENT, PTE_WRITE, PTE_LARGE = 1 << 0, 1 << 1, 1 << 7
 
 
-@functools.lru_cache(maxsize=16)  # building them takes longer than the rest of a launch; fleets are of a few sizes
+@functools.lru_cache(maxsize=16)  # building takes longer than the rest of a launch; a fleet has few sizes
 def _page_tables(base: int) -> bytes:
     """The first 4 GiB one to one, in 2 MiB pages: a PML4, a page-directory pointer table, four page directories."""
     directories = base + 2 * PAGE
@@ -39,7 +39,7 @@ def _page_tables(base: int) -> bytes:
 
 
 def load(image: FlatImage, layout: Layout, memory: GuestMemory) -> list[EntryState]:
-    """Write the image, and the tables that its mode needs; return where each vCPU starts."""
+    """Write the image and the tables that its mode needs; return the entry state of each vCPU."""
     memory.write(image.load, image.code)
     mode, stack = REAL, 0
     if image.mode != 16:

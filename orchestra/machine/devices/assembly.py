@@ -5,7 +5,7 @@
                   ─ doorbells ──→ ioeventfds                    rings:      kernel → eventfd → a task → device
                     timers      → Timers                        expiries:   a task → device
 
-How rings and expiries are served, `service` says.
+`service` serves rings and expiries.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ log: Final = logging.getLogger("orchestra")
 
 
 class Board(Protocol):
-    """What the devices of a VM are plugged into: its run."""
+    """The run that the devices of a VM are plugged into."""
 
     spec: VmSpec
     ports: Bus
@@ -50,7 +50,10 @@ class Board(Protocol):
 
 
 class Dma:
-    """Guest memory as devices have it: what the guest may not write, it can't have a device write."""
+    """Guest memory as devices have it. A device can't write where the guest may not write.
+
+    So a guest can't change read-only memory by a request to a device.
+    """
 
     def __init__(self, memory: GuestMemory) -> None:
         self._memory = memory
@@ -70,17 +73,17 @@ class Dma:
 
 
 class Assembly:
-    """All devices that a spec names, in its order. It is made on any thread; its methods are the fleet's thread's.
+    """All devices that a spec names, in its order. Made on any thread; the methods are for the fleet's thread.
 
     Parameters:
         post: runs a function soon on the fleet's thread; from any thread.
-        in_turn: runs one in this VM's turn among all that ask (`machine.inbox`).
-        states: as `state` returned them for such a spec: the devices go on from there. None: power-on.
+        in_turn: runs a function when it is this VM's turn (`machine.inbox`).
+        states: what `state` returned for such a spec: the devices go on from there. None: power-on.
 
     Raises:
-        SpecError: a device's addresses are taken, or its implementation can't be found, or a state can't be.
-        StateError: the states are of other devices.
-        KvmError, ResourceLimit: the kernel won't give it what it needs.
+        SpecError: a device's addresses are taken, its implementation can't be found, or no device can have its state.
+        StateError: the states belong to other devices.
+        KvmError, ResourceLimit: the kernel refuses what a device needs.
     """
 
     def __init__(
@@ -124,7 +127,7 @@ class Assembly:
         if wiring.mmio is not None:
             board.mmio.claim(wiring.mmio, plugged.device, lock)
         for bell in wiring.doorbells:
-            assert wires is not None  # or the backend had refused the spec
+            assert wires is not None  # otherwise the backend has refused the spec
             address, pio = wiring.address(bell), bell.bus == "ports"
             plugged.bells.append(wires.doorbell(address, bell.size, bell.value, pio=pio))
 
@@ -156,25 +159,25 @@ class Assembly:
 
     @property
     def listens(self) -> bool:
-        """There are doorbells, ends of interrupts or timers, so `run` has something to do."""
+        """Whether there are doorbells, resampled lines or timers, so that `run` has something to do."""
         return self._service.has_timers or any(plugged.listened for plugged in self.plugged)
 
     async def run(self, ended: trio.Event) -> None:
         """Serve doorbells and timers until the guest has ended."""
         await self._service.run(self.plugged, ended)
 
-    # ---- what becomes of the VM
+    # ---- pause, state, reset, end
 
     def hold(self) -> None:
         """The VM pauses: from now on nothing reaches a device by ring or timer, until `let_go`."""
         self._service.hold()
 
     def let_go(self) -> None:
-        """It goes on. Timers that expired meanwhile do so now."""
+        """The VM goes on. Timers whose time came during the pause expire now."""
         self._service.let_go()
 
     def state(self) -> tuple[object, ...]:
-        """Of each device, in the order of the spec. While the VM is quiesced."""
+        """The state of each device, in the order of the spec. While the VM is quiesced."""
         found = []
         for plugged in self.plugged:
             with plugged.lock:
@@ -182,7 +185,7 @@ class Assembly:
         return tuple(found)
 
     def reset(self) -> None:
-        """All devices as at power-on, and rings that nobody heard are forgotten. While no vCPU runs."""
+        """Reset all devices to power-on, and drop rings that were not served yet. While no vCPU runs."""
         for plugged in self.plugged:
             with plugged.lock:
                 plugged.device.reset()
@@ -190,7 +193,7 @@ class Assembly:
                     taken(fd)
 
     def stop(self, problems: list[str] | None = None) -> None:
-        """The guest has ended and `run` is over. What goes wrong with one device keeps no other."""
+        """Stop all devices, after the guest has ended and `run` is over. An error of one stops no other."""
         if self._stopped:
             return
         self._stopped = True

@@ -1,7 +1,7 @@
-"""Ports and MMIO addresses: who answers where.
+"""Ports and MMIO addresses, and the handlers that answer there.
 
 The table of claims is the core's (native/bus.c): vCPU threads look up there, without a lock, while others claim, move
-and release. What a device of the core has claimed, or nobody, is answered there as well, and never comes to Python.
+and release. The core itself answers accesses that a device of the core or nobody has claimed: these never reach Python.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ __all__ = ["Bus", "Claim", "Device", "Handler", "NativeDevice"]
 class Device(Protocol):
     """Registers that are read and written on the vCPU thread, at once.
 
-    The guest is hostile: every offset, size (1, 2, 4, 8) and value must be survived. Calls for one device never
+    The guest is hostile: a device must survive every offset, size (1, 2, 4, 8) and value. Calls for one device never
     overlap. What `read` returns is cut to `size` bytes. An exception fails the VM, and no other. If there is a method
     `reset()`, it is called before each run of the VM but the first, on the fleet's thread (`Vm.attach`).
 
-    An access that reaches beyond the device's addresses, or whose size is none of these, comes as naturally aligned
-    pieces, those that lie on its addresses.
+    An access that reaches beyond the device's addresses, or that has another size, is divided into naturally aligned
+    pieces. The device gets the pieces that lie on its addresses.
     """
 
     def read(self, offset: int, size: int) -> int:
@@ -64,13 +64,13 @@ Handler: TypeAlias = Device | Asker
 
 @attrs.define(eq=False)
 class Claim:
-    """One range of a bus, and who answers there.
+    """One range of a bus, and the handler that answers there.
 
     Attributes:
-        version: its number on the bus, by which the core names it. A claim that is moved becomes another.
-        device: the handler, if it answers on the vCPU thread.
-        lock: held while the handler is called, by the thread that calls it.
-        live: it was neither released nor moved. Read with `lock` held: once it is false, no call for it begins.
+        version: the number of the claim on the bus, by which the core names it. A claim that moves gets another.
+        device: the handler, if it answers on the vCPU thread. None: a task answers.
+        lock: held by the thread that calls the handler, during the call.
+        live: the claim was neither released nor moved. Read with `lock` held: once false, no call begins any more.
     """
 
     span: range
@@ -81,17 +81,17 @@ class Claim:
     live: bool = True
 
     def retire(self) -> None:
-        """Wait for a call in flight, unless this thread is within it itself, and let nobody begin another."""
+        """Wait for a call in flight, unless this thread makes it, and let no other call begin."""
         with self.lock:
             self.live = False
 
 
 class Bus:
-    """One address space. `name` and `size` are for the messages and the edge. All methods: any thread.
+    """One address space of `size` addresses. `name` is for messages. All methods: any thread.
 
     Attributes:
         handle: the core's table.
-        claimed: the claims by version. One that the core still names and that is not here was released since.
+        claimed: the claims by version. If the core names a version that is not here, that claim was released meanwhile.
     """
 
     def __init__(self, name: str, size: int) -> None:
@@ -106,7 +106,10 @@ class Bus:
         self._lock = Lock()
 
     def claim(self, span: range, handler: Handler, lock: RLock | None = None) -> Claim:
-        """Give a range to a handler. `lock` is held while a device answers: its own, if it has several claims.
+        """Give a range to a handler.
+
+        Parameters:
+            lock: held while a device answers. A device with several claims has one lock for all of them.
 
         Raises:
             SpecError: the range is empty, outside the address space, not contiguous, or overlaps another claim.
@@ -118,13 +121,13 @@ class Bus:
             return added
 
     def move(self, claim: Claim, span: range) -> Claim:
-        """Have a claim's handler answer at another range, from one access to the next: never at both, nor at none.
+        """Let a claim's handler answer at another range, from one access to the next: never at both, nor at none.
 
         Returns the claim that takes its place. Waits, as `release`, for a call to the range before.
 
         Raises:
             SpecError: as `claim`; nothing is moved then.
-            StateError: it was released, or moved already.
+            StateError: the claim was released or moved already.
         """
         with self._lock:
             if self.claimed.get(claim.version) is not claim:
@@ -137,10 +140,11 @@ class Bus:
         return moved
 
     def release(self, claim: Claim) -> None:
-        """Take a range back. Nothing if that was done.
+        """Take a range back. A second call does nothing.
 
-        When it returns, no call for this claim runs or begins, but one that the caller is within itself: it waits for a
-        device that answers on another thread. A device that waits for the fleet's thread must not be released there.
+        After the return no call for this claim runs or begins, except a call that the caller itself is within. So this
+        waits for a device that answers on another thread. The fleet's thread must not release a device that waits for
+        the fleet's thread: they would wait for each other.
         """
         with self._lock:
             if self.claimed.get(claim.version) is claim:
@@ -148,11 +152,11 @@ class Bus:
         claim.retire()
 
     def find(self, address: int) -> Claim | None:
-        """Who answers at an address; None if nobody does."""
+        """The claim that has an address; None: nobody has."""
         return self.claimed.get(lib.orc_bus_find(self.handle, address))
 
     def claims(self) -> list[Claim]:
-        """In the order of their addresses. It is never changed, but replaced."""
+        """The claims in the order of their addresses. The list is replaced, never changed: any thread may read it."""
         return self._claims
 
     def _made(self, span: range, handler: Handler, lock: Any) -> Claim:
@@ -172,7 +176,7 @@ class Bus:
                 )
 
     def _replace(self, claims: list[Claim]) -> None:
-        """Publish these. Meanwhile `claimed` has the old ones and the new ones: the core may name both."""
+        """Publish these claims. During the change `claimed` has old and new claims, as the core may name both."""
         claims.sort(key=lambda claim: claim.span.start)
         table = ffi.new("struct orc_claim[]", len(claims))
         for entry, claim in zip(table, claims, strict=True):

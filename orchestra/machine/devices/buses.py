@@ -11,14 +11,14 @@ __all__ = ["Buses", "Ranges"]
 
 PORTS: Final = 1 << 16
 PHYSICAL: Final = 1 << 52
-"""What a CPU can have of physical addresses at most (Intel SDM vol. 3, 4.1.4: MAXPHYADDR)."""
+"""The most physical addresses that a CPU can have (Intel SDM vol. 3, 4.1.4: MAXPHYADDR)."""
 
 Ranges = tuple[range | None, range | None]
-"""Of ports and of MMIO addresses; None: none there."""
+"""A range of ports and a range of MMIO addresses; None: no range on that bus."""
 
 
 class Buses:
-    """Of one run of a VM."""
+    """The two buses of one run of a VM. All methods: any thread."""
 
     def __init__(self) -> None:
         self.ports = Bus("ports", PORTS)
@@ -30,7 +30,7 @@ class Buses:
         Raises:
             SpecError: as `Bus.claim`.
         """
-        # A device's calls never overlap, wherever they come from: one lock for all its claims.
+        # One lock for all claims of a device, as its calls never overlap, on whichever bus they come.
         held = [*self.ports.claims(), *self.mmio.claims()]
         lock = next((claim.lock for claim in held if claim.handler is handler), None) or RLock()
         claimed = self.ports.claim(ports, handler, lock) if ports is not None else None
@@ -43,7 +43,7 @@ class Buses:
                 raise
 
     def release(self, handler: Handler) -> None:
-        """Take back whatever the handler claimed: when it returns, nobody calls it."""
+        """Take back all claims of a handler: after the return nobody calls the handler."""
         for bus in (self.ports, self.mmio):
             for claim in bus.claims():
                 if claim.handler is handler:

@@ -1,4 +1,4 @@
-"""Where a guest's output goes: a bounded buffer of the core that tasks can follow."""
+"""A guest's output: a bounded buffer of the core that tasks can follow."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KEPT: Final = int(lib.ORC_CONSOLE_KEPT)
 
 @attrs.frozen
 class ConsoleState:
-    """How many bytes were ever written, and the last of them: all, or as many as are kept."""
+    """The state of a console. `total`: bytes ever written. `kept`: the last of them, all or as many as are kept."""
 
     total: int = 0
     kept: bytes = attrs.field(default=b"", repr=lambda kept: f"<{len(kept)} bytes>")
@@ -35,9 +35,12 @@ class ConsoleState:
 class Console:
     """What the guest wrote to its debug console and serial port.
 
-    Bytes come from vCPU threads, without Python (`handle` is the core's ``orc_console *``), or from `write`; the last
-    64 KiB are kept. Whoever follows is woken once for however much was written until it looks again: `notify` is how
-    `write` gets `wake` run on the fleet's thread, and the fleet's drain task calls it for vCPUs.
+    Bytes come from vCPU threads, without Python (`handle` is the core's ``orc_console *``), or from `write`. The last
+    64 KiB are kept. A task that follows is woken once for all output until it looks again. The fleet's drain task calls
+    `wake` for output of vCPUs; `write` has it called by `notify`.
+
+    Parameters:
+        notify: runs a function soon on the fleet's thread. Any thread.
     """
 
     def __init__(self, notify: Callable[[Callable[[], None]], None]) -> None:
@@ -50,14 +53,18 @@ class Console:
 
     @classmethod
     def from_state(cls, notify: Callable[[Callable[[], None]], None], state: ConsoleState) -> Console:
-        """One that has had that output."""
+        """A console that has had that output.
+
+        Raises:
+            MemoryError: the host has no memory left.
+        """
         console = cls(notify)
         if not lib.orc_console_load(console.handle, state.total, ffi.from_buffer(state.kept), len(state.kept)):
             raise MemoryError("orc_console_load")
         return console
 
     def state(self) -> ConsoleState:
-        """What it has had so far. Any thread."""
+        """The output so far. Any thread."""
         kept, total = self._since(max(self.total - KEPT, 0))
         return ConsoleState(total, kept)
 
@@ -67,12 +74,12 @@ class Console:
             self._notify(self.wake)
 
     def wake(self) -> None:
-        """There is new output. Fleet's thread."""
+        """Wake the tasks that follow: there is new output. Fleet's thread."""
         self._changed.set()
         self._changed = trio.Event()
 
     def _since(self, position: int) -> tuple[bytes, int]:
-        """What is kept of the output from a position on, and where it ends."""
+        """The kept output from a position on, and the position after it."""
         room = min(self.total - position, KEPT)
         if not room:
             return b"", position

@@ -75,27 +75,27 @@ class Peripheral(ABC, Generic[SpecT, StateT]):
 
     Calls of one device never overlap: accesses come on vCPU threads, all others on the fleet's thread. (A device of the
     core has a lock of its own.) None of them may block: what takes long belongs on a thread of the device. The guest is
-    hostile: every offset, size (1, 2, 4, 8) and value must be survived, and so must any number of rings. What is raised
-    ends this VM as ``Failed``, which names the device, and no other VM.
+    hostile: a device must survive every offset, size (1, 2, 4, 8) and value, and any number of rings. An exception of
+    the device ends this VM as ``Failed``, which names the device, and no other VM.
 
     Attributes:
-        State: the frozen attrs class that `state` returns. Its fields are values that the codec knows. What comes from
-            a file may be anything that its constructor lets pass: it or `restore` checks.
+        State: the frozen attrs class that `state` returns. Its fields are values that the codec knows. A state
+            from a file may hold anything that the constructor lets pass: the constructor or `restore` must check.
     """
 
     State: ClassVar[type[Any]]
 
     def __init__(self, spec: SpecT, hooks: Hooks) -> None:
-        """As at power-on. On a worker thread: the VM is being built, and nobody is to be told anything yet."""
+        """Be as at power-on. Called on a worker thread while the VM is being built: make no interrupt or output yet."""
         self.spec = spec
         self.hooks = hooks
 
     @classmethod
     def from_state(cls, spec: SpecT, hooks: Hooks, state: object) -> Peripheral[SpecT, StateT]:
-        """One that goes on where `state` was taken: timers run on, an interrupt that was pending is made.
+        """A device that goes on where `state` was taken: timers run on, a pending interrupt is made.
 
         Raises:
-            StateError: it is no state of this class.
+            StateError: `state` is no state of this class.
             SpecError: no device can be in that state; the message names the field.
         """
         if not isinstance(state, cls.State):
@@ -117,35 +117,35 @@ class Peripheral(ABC, Generic[SpecT, StateT]):
         """As `Device.write`."""
 
     def rang(self, doorbell: int, times: int) -> None:
-        """The guest rang: number `doorbell` of `Wiring.doorbells`, so often since the last call; at least once.
+        """The guest rang number `doorbell` of `Wiring.doorbells`, `times` times (1 or more) since the last call.
 
-        After a restore, each doorbell is rung once more than the guest did: look for work, and don't count on it.
+        After a restore each doorbell rings once more than the guest rang it: look for work, as there may be none.
         """
 
     def acknowledged(self) -> None:
-        """Of a resampled line: the guest has ended the interrupt, and the line is low. Fire again if there is more."""
+        """For a resampled line: the guest has ended the interrupt, and the line is low. Fire again if there is more."""
 
     @abstractmethod
     def reset(self) -> None:
         """Be as at power-on again: registers, timers, the level of the line, where interrupts go."""
 
     def stop(self) -> None:
-        """The guest has ended, in whatever way: write out what is left. Once; no timer or ring comes after it."""
+        """The guest has ended: write out what is left. Called once; no timer or ring comes after it."""
 
     @abstractmethod
     def state(self) -> StateT:
-        """All that it keeps, while its VM is quiesced. It goes on as if nothing had been asked."""
+        """All that the device keeps, while its VM is quiesced. The call must not change the device."""
 
     @abstractmethod
     def restore(self, state: StateT) -> None:
-        """Be as that one was. Called on a new device, by `from_state`."""
+        """Become as the device was from which `state` was taken. `from_state` calls this on a new device."""
 
 
 def implementation(spec: DeviceSpec) -> type[Peripheral[Any, Any]]:
     """The class that a spec names, imported if need be.
 
     Raises:
-        SpecError: there is none of that name, or it is no `Peripheral`.
+        SpecError: there is no class of that name, or it is no `Peripheral`.
     """
     name = type(spec).__name__
     try:

@@ -1,4 +1,4 @@
-"""Accesses answered by a task: a script claims a range and answers each access from async code."""
+"""Accesses that a task answers: a script claims a range and answers each access from async code."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ class Request:
         self.write = write
         self.data = data
         self.answered = False
-        self.returned = False  # nobody will answer it: it goes back to the bus
+        self.returned = False  # nobody will answer this request: it goes back to the bus
         self.answer_bytes = b""
-        self._among: set[Request] | None = None  # those that are not answered
+        self._among: set[Request] | None = None  # the unanswered requests
         self._settle = settle
 
     def answer(self, data: bytes | None = None) -> None:
@@ -60,7 +60,7 @@ class Request:
 
         Raises:
             SpecError: too many or too few bytes, or bytes for a write.
-            StateError: it was answered already. (A VM that ended meanwhile is no error: nobody needs the answer.)
+            StateError: the request was answered already. (A VM that has ended is no error: nobody needs the answer.)
         """
         if self.write:
             if data is not None:
@@ -77,7 +77,7 @@ class Request:
             self._settle(self)
 
     def put_among(self, outstanding: set[Request]) -> None:
-        """It takes itself out when it is answered."""
+        """Join this set; the request leaves the set when it is answered."""
         self._among = outstanding
         outstanding.add(self)
 
@@ -94,7 +94,7 @@ class Request:
 class Requests:
     """The claimed range's accesses, in order: ``async for request in requests``. One task at a time.
 
-    It can't overflow: each vCPU has at most one access outstanding. All methods: the fleet's thread.
+    The queue can't overflow: each vCPU has at most one access outstanding. All methods: fleet's thread.
     """
 
     def __init__(self) -> None:
@@ -105,7 +105,7 @@ class Requests:
         self._ended = False
 
     def deliver(self, request: Request) -> None:
-        """A vCPU asks, and waits until that is `answered` or `returned`."""
+        """Queue a request. The vCPU waits until the request is `answered` or `returned`."""
         if self._closed:
             request.give_back()
             return
@@ -132,7 +132,7 @@ class Requests:
         while not self._queue:
             if self._ended:
                 raise StopAsyncIteration
-            if self._arrived is not None:  # also when another task took what this one was woken for
+            if self._arrived is not None:  # the queue may be empty again, if another task took the request
                 raise trio.BusyResourceError("another task is waiting for these requests")
             self._arrived = trio.lowlevel.current_task()
 
@@ -149,7 +149,7 @@ class Requests:
         self._wake_reader()
 
     def close(self) -> None:
-        """Nobody answers any more: what is outstanding goes back to the bus."""
+        """Nobody answers any more: give the outstanding requests back to the bus."""
         self._closed = True
         self._ended = True
         while self._outstanding:

@@ -17,7 +17,7 @@ __all__ = ["Uart16550", "UartState"]
 
 @attrs.frozen
 class UartState:
-    """Its registers. `received` are the bytes that wait in the FIFO, the oldest first; `level` is that of its line."""
+    """The registers. `received`: the bytes that wait in the FIFO, the oldest first. `level`: of the interrupt line."""
 
     received: bytes = b""
     ier: int = 0
@@ -33,7 +33,7 @@ class UartState:
 
 
 class Uart16550(NativeDevice, Peripheral[Serial, UartState]):
-    """Eight registers. What is transmitted goes to the VM's console; `receive` feeds it."""
+    """Eight registers. What the guest transmits goes to the VM's console; `receive` gives the guest input."""
 
     State = UartState
 
@@ -49,7 +49,7 @@ class Uart16550(NativeDevice, Peripheral[Serial, UartState]):
         self.native = ffi.gc(lib.orc_uart_device(handle), lib.orc_device_free)
 
     def receive(self, data: bytes) -> int:
-        """Bytes from the other side; returns how many fitted in the FIFO. Callers keep the rest. Any thread."""
+        """Give the guest input. Returns how many bytes fitted into the FIFO; the caller keeps the rest. Any thread."""
         return int(lib.orc_uart_receive(self._handle, ffi.from_buffer(data), len(data)))
 
     def reset(self) -> None:

@@ -1,4 +1,4 @@
-"""What reaches a device without an access of the guest's: rings, ends of interrupts, timers that expired.
+"""Calls a device for what is no access of the guest: rings, ends of interrupts, timers that expired.
 
     eventfd readable, timer due → the VM's turn among all → not while it is paused, no vCPU in the device → the device
                                                                        what it cost is paid for before the next one
@@ -32,14 +32,14 @@ __all__ = ["RING", "Plugged", "Service", "taken"]
 log: Final = logging.getLogger("orchestra")
 
 RING: Final = 20
-"""Answers that a ring or an expiry counts as. An answer takes the interpreter for about 6 us (`ANSWER_LIMIT`). To wake
-a task on the event loop, give it its turn and have it wait again takes 0.1 ms of the loop's CPU time."""
+"""A ring or an expiry counts as this many answers. An answer takes the interpreter for about 6 us (`ANSWER_LIMIT`). To
+wake a task on the event loop, to give it its turn and to let it wait again takes 0.1 ms of the loop's CPU time."""
 
 ANSWER: Final = 6_000
-"""Nanoseconds. For so much work of the device it counts as one more."""
+"""Nanoseconds. For each such part of a device's work the call counts as one more answer (see above: 6 us)."""
 
 GRID: Final = 5_000_000
-"""Nanoseconds. Those that have to wait for their turn are served at multiples of this, so that the event loop wakes
+"""Nanoseconds. Devices that have to wait for their budget are served at multiples of this, so that the event loop wakes
 once for all of them, and not once for each."""
 
 LOOK: Final = 0.05
@@ -47,15 +47,15 @@ LOOK: Final = 0.05
 look."""
 
 BUSY: Final = 0.0005
-"""Seconds until a device is tried again that a vCPU is in. An access takes Python some microseconds."""
+"""Seconds until the next try, if a vCPU is in the device. An access takes Python some microseconds, which is less."""
 
 
 @attrs.define(eq=False)
 class Plugged:
-    """A device with what it was wired by.
+    """A device with its wiring.
 
     Attributes:
-        lock: held while it is called, by whoever calls it.
+        lock: held by the caller while the device is called.
         bells: the eventfds of its doorbells.
         ends: the one that tells when the guest ends its interrupt, if its line is resampled.
     """
@@ -72,12 +72,12 @@ class Plugged:
 
     @property
     def listened(self) -> bool:
-        """The kernel has something to tell it."""
+        """Whether the kernel has descriptors for this device: doorbells, or the end of a resampled interrupt."""
         return bool(self.bells) or self.ends is not None
 
 
 class Service:
-    """Of the devices of one VM.
+    """Serves the devices of one VM.
 
     Parameters:
         vm: its name, for the log.
@@ -98,27 +98,27 @@ class Service:
         post: Callable[..., object],
     ) -> None:
         self.timers = Timers(now, lambda: post(self._wake))
-        self.going_on = False  # the devices were made from states: what the kernel had counted is in none of them
+        self.going_on = False  # the devices were made from states, which lack the rings that the kernel had counted
         self._vm, self._now, self._end, self._limit, self._in_turn = vm, now, end, limit, in_turn
         self._owner: dict[int, Plugged] = {}  # of a timer, by its identity
         self._changed, self._held = trio.Event(), False  # the event is replaced at each change
         self._bucket: Bucket | None = None
-        self._worth = 0  # answers that what was served is worth and that were not charged yet
+        self._worth = 0  # answers that were served and are not charged yet
 
     @property
     def has_timers(self) -> bool:
         return bool(self._owner)
 
     def new_timer(self, plugged: Plugged | None, expired: Callable[[], None]) -> VmTimer:
-        """One more timer of a device that is just being made."""
+        """Make a timer for the device that is being made."""
         if plugged is None:
             raise StateError("a device makes its timers in __init__")
         timer = self.timers.new(expired)
-        self._owner[id(timer)] = plugged  # Timers keeps it, so that its identity stays its own
+        self._owner[id(timer)] = plugged  # `Timers` keeps the timer, so no other object gets its id
         return timer
 
     async def run(self, devices: Iterable[Plugged], ended: trio.Event) -> None:
-        """Serve them until the guest has ended."""
+        """Serve the devices until the guest has ended."""
         self._bucket = Bucket()
         self._bucket.set(self._limit(), self._now())
         try:
@@ -136,11 +136,11 @@ class Service:
             self._bucket.close()
 
     def hold(self) -> None:
-        """Nothing reaches a device from now on, until `let_go`."""
+        """Let nothing reach a device, until `let_go`."""
         self._held = True
 
     def let_go(self) -> None:
-        """It goes on. Timers that expired meanwhile do so now."""
+        """The VM goes on. Timers whose time came meanwhile expire now."""
         self._held = False
         self._wake()
 
@@ -151,11 +151,11 @@ class Service:
     # ---- serving
 
     async def _listen(self, plugged: Plugged, fd: int, tell: Callable[[int], object]) -> None:
-        if self.going_on:  # once more than the guest did
+        if self.going_on:  # one ring more than the guest made: a ring before the restore may be lost
             await self._serve(plugged, partial(tell, 1))
         while True:
             await trio.lowlevel.wait_readable(fd)
-            # Who had to wait for its pace looks again itself: the descriptor needs no look of the event loop's.
+            # After a wait for the budget, read the descriptor again at once: that saves a turn of the event loop.
             while await self._serve(plugged, partial(_tell, fd, tell)) and await self._waited():
                 pass
 
@@ -178,17 +178,17 @@ class Service:
 
     async def _serve(self, plugged: Plugged, call: Callable[[], object]) -> object:
         """Call a device: in the VM's turn among all others, not while the VM is held, and with no vCPU in the device.
-        What it raises is the end of this VM."""
+        An exception of the device ends this VM."""
         served = trio.Event()
         self._in_turn(served.set)
         await served.wait()
         while self._held or not plugged.lock.acquire(blocking=False):
             if self._held:
                 await self._changed.wait()
-            else:  # a vCPU is in it, perhaps for long: the event loop is everybody's and waits for no lock
+            else:  # a vCPU is in the device, perhaps for long: the event loop, which all need, waits for no lock
                 await trio.sleep(BUSY)
         begun = time.thread_time_ns()
-        try:  # nothing is awaited here, so a pause finds all of it done or nothing of it
+        try:  # nothing is awaited here, so a pause finds the call either done or not begun
             return call()
         except (Exception, SystemExit) as error:  # a device has no say in whether the program ends
             log.error("vm %s: device %s failed", self._vm, plugged.name, exc_info=error)
@@ -199,7 +199,7 @@ class Service:
             self._worth += RING + (time.thread_time_ns() - begun) // ANSWER
 
     async def _waited(self) -> bool:
-        """Pay for what was served. False: it was within the budget, and there was nothing to wait for."""
+        """Charge what was served, and wait for the budget. False: there was nothing to wait for."""
         assert self._bucket is not None
         worth, self._worth = self._worth, 0
         if not worth:
@@ -228,7 +228,7 @@ def _tell(fd: int, tell: Callable[[int], object]) -> bool:
 
 
 def taken(fd: int) -> int:
-    """How often it was rung since this was asked last."""
+    """How often the descriptor was rung since the last call; resets the count."""
     try:
         return os.eventfd_read(fd)
     except BlockingIOError:

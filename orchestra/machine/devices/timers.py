@@ -1,4 +1,4 @@
-"""Timers of one VM's devices, on the fleet's clock. They know no trio: whoever has them says when they are due."""
+"""Timers of one VM's devices, on the fleet's clock. They know no trio: their owner asks `next` and `due`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Final, Protocol
 __all__ = ["LONGEST", "SHORTEST", "Timer", "Timers", "VmTimer"]
 
 SHORTEST: Final = 50_000
-"""Nanoseconds. A guest may ask for less and does not get it: each expiry is work for the fleet's thread."""
+"""Nanoseconds. A guest that asks for less gets this: each expiry is work for the fleet's thread."""
 
 LONGEST: Final = 1 << 62
 """Nanoseconds, 146 years. Sums with any time of the clock stay below 2**63."""
@@ -19,17 +19,17 @@ class Timer(Protocol):
     """Calls its device once, some time after it was armed. All methods: any thread."""
 
     def arm(self, after: int) -> None:
-        """Expire in so many nanoseconds, and not at the time that was set before. Nothing once the VM is closed."""
+        """Expire in `after` nanoseconds; a time set before no longer counts. Does nothing once the VM is closed."""
 
     def disarm(self) -> None:
-        """Not at all. When this returns to a device's own call, no expiry that was set before will come."""
+        """Don't expire. If the device itself calls this, no expiry that was set before comes after the return."""
 
     def remaining(self) -> int | None:
         """Nanoseconds until it expires, at least 0; None: it is not armed. For the device's state."""
 
 
 class VmTimer:
-    """One of `Timers`. `at` and `setting` are theirs."""
+    """A timer of `Timers`, which alone change `at` and `setting`."""
 
     __slots__ = ("_timers", "at", "expired", "setting")
 
@@ -37,7 +37,7 @@ class VmTimer:
         self._timers = timers
         self.expired = expired
         self.at: int | None = None
-        self.setting = 0  # counts arm and disarm, so that an expiry that was overtaken by one is known
+        self.setting = 0  # counts arm and disarm: an expiry with an old count is ignored
 
     def arm(self, after: int) -> None:
         self._timers.set(self, min(max(after, SHORTEST), LONGEST))
@@ -65,7 +65,7 @@ class Timers:
         self._closed = False
 
     def new(self, expired: Callable[[], None]) -> VmTimer:
-        """One more, not armed."""
+        """Make a timer, not armed."""
         timer = VmTimer(self, expired)
         self._timers.append(timer)
         return timer
@@ -86,7 +86,7 @@ class Timers:
             return None if timer.at is None else max(timer.at - self.now(), 0)
 
     def next(self) -> int | None:
-        """When the next one expires; None: none is armed."""
+        """When the next timer expires; None: no timer is armed."""
         with self._lock:
             return self._next()
 
@@ -94,7 +94,7 @@ class Timers:
         return min((timer.at for timer in self._timers if timer.at is not None), default=None)
 
     def due(self) -> list[tuple[VmTimer, int]]:
-        """Those that have expired, the oldest first, each with its setting. They are to be `taken` one by one."""
+        """The timers that have expired, the oldest first, each with its setting. `taken` takes them one by one."""
         with self._lock:
             now = self.now()
             found = [(timer.at, timer) for timer in self._timers if timer.at is not None and timer.at <= now]
@@ -110,7 +110,7 @@ class Timers:
             return True
 
     def close(self) -> None:
-        """None of them expires any more, and none can be armed."""
+        """No timer expires any more, and none can be armed."""
         with self._lock:
             self._closed = True
             for timer in self._timers:
