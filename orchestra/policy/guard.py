@@ -83,7 +83,7 @@ class Guard:
         host_cool_down: seconds between two hard actions on any VMs.
         actions_per_minute: the bound on the actions of all policies together, warnings included. Limits and letting go
             do not count. None: no bound.
-        limits_per_minute: the bound on `Throttle` and `SetLimit`. This bound is apart from the other, as a sharing policy may
+        limits_per_minute: the bound on `Throttle` and `SetLimit`. It is apart from the other, as a sharing policy may
             change the limits of many VMs in a tick. None: no bound.
         max_pause: seconds after which `overdue` resumes a VM that a policy paused. None: never.
         most_paused: the part of the time for which policies may hold a VM paused. After a pause the VM must run until

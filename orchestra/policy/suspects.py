@@ -258,7 +258,7 @@ class _Pair:
     ys: Sequence[float]
 
     def at(self, shift: float) -> float:
-        """The correlation of the prewhitened series where they overlap. `shift`: a part of their length, -0.5 to 0.5."""
+        """The correlation of the prewhitened series where they overlap. `shift`: part of their length, -0.5 to 0.5."""
         n = len(self.xs)
         by = round(shift * n)
         xs, ys = (self.xs[by:], self.ys) if by >= 0 else (self.xs, self.ys[-by:])
