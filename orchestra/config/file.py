@@ -1,4 +1,4 @@
-"""A file of rules: read, and checked as a whole."""
+"""Reads a file of rules, and checks it as a whole."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class PolicyRule:
     """One policy of a file.
 
     Attributes:
-        name: as in the journal.
-        kind: see `orchestra.policy_kinds`.
-        says: what the file says of it. Two rules that say the same make the same policy.
-        policy: an instance of its own, that has seen nothing yet.
+        name: the policy's name in the journal.
+        kind: the policy's kind; see `orchestra.policy_kinds`.
+        says: the policy as the file describes it. Two rules with the same description are the same rule.
+        policy: a policy made for this rule, which has seen nothing yet.
     """
 
     name: str
@@ -51,7 +51,7 @@ class PolicyRule:
 
 @attrs.frozen
 class _File:
-    """What a file may say."""
+    """The keys that a file of rules may have."""
 
     limit: Limit | None = None
     exit_limit: Limit | None = None
@@ -65,7 +65,7 @@ class _File:
             raise CodecError(mistakes)
 
     def _mistakes(self) -> Iterator[Wrong]:
-        """What does not go together."""
+        """The mistakes that only the file as a whole can show."""
         names: list[str] = []
         for i, entry in enumerate(self.policies):
             if entry.name in names:
@@ -85,14 +85,14 @@ _RULES = dialect({tuple[PolicyRule, ...]: tables(list, "[[policies]] tables")})
 
 @attrs.frozen
 class Rules:
-    """What a file says.
+    """The content of a file of rules.
 
     Attributes:
-        file: its name.
-        entries: the policies, in the order in which their words count.
-        guard: None: the file says nothing about it.
+        file: the name of the file.
+        entries: the policies, in their order; a policy that goes first counts more for the guard.
+        guard: the guard. None: the file has none.
         limit, exit_limit, answer_limit, tenants: as `open_fleet` takes them.
-        stamp: what the file was when it was read (see `stamp_of`); None: it was no file.
+        stamp: the file's stamp when it was read (see `stamp_of`). None: the rules are from no file.
     """
 
     file: str
@@ -106,24 +106,30 @@ class Rules:
 
     @property
     def policies(self) -> tuple[Policy, ...]:
-        """For `open_fleet`. Policies remember, so give them to one fleet only; read the file again for another."""
+        """The policies for `open_fleet`. Policies remember VMs, so give them to one fleet only.
+
+        For another fleet read the file again.
+        """
         return tuple(entry.policy for entry in self.entries)
 
 
 def load_rules(path: Path | str) -> Rules:
-    """Rules from a file.
+    """Read rules from a file.
 
     Raises:
-        TomlError: it says what can't be; all mistakes at once, each with its line and key.
-        OSError: it can't be read.
+        TomlError: the content is not valid. The error has all mistakes, each with its line and key.
+        OSError: the file can't be read.
     """
     path = Path(path)
-    stamp = stamp_of(path)  # before it is read: a change that comes between is seen by the next look
+    stamp = stamp_of(path)  # before the file is read: a change in between is seen at the next look
     return attrs.evolve(parse_rules(path.read_bytes(), str(path)), stamp=stamp)
 
 
 def stamp_of(file: Path) -> Stamp | None:
-    """What changes when a file does; None: it is not there."""
+    """Time, size and inode of a file, which change when the file changes. None: the file is not there.
+
+    The inode is among them as editors replace a file, and the new file may have the same time and size.
+    """
     try:
         status = file.stat()
     except OSError:
@@ -132,7 +138,11 @@ def stamp_of(file: Path) -> Stamp | None:
 
 
 def parse_rules(text: str | bytes, file: str = "rules") -> Rules:
-    """The same for text that is there already; `file` is what it is called in errors."""
+    """Read rules from text. `file` is the name that errors give the text.
+
+    Raises:
+        TomlError: the content is not valid. The error has all mistakes, each with its line and key.
+    """
     said = tomlfile.structure(text, _File, file, _RULES)
     return Rules(
         file=file,
@@ -146,7 +156,7 @@ def parse_rules(text: str | bytes, file: str = "rules") -> Rules:
 
 
 def load_fleet(path: Path | str) -> FleetSpec:
-    """A fleet from a TOML file: its keys are the fields of `FleetSpec`, written as in a file of rules.
+    """Read a fleet from a TOML file. Its keys are the fields of `FleetSpec`, written as in a file of rules.
 
     Raises:
         TomlError, OSError: as `load_rules`.

@@ -1,4 +1,4 @@
-"""How people write files: the codec's data as TOML, with short forms for what is written often."""
+"""The form of files that people write: the codec's data as TOML, with short forms for what is written often."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .toml import TOML
 __all__ = ["NONE", "dialect"]
 
 NONE: Final = "none"
-"""TOML has no null: where a parameter may be None, this says so."""
+"""The word for None where a parameter may be None, as TOML has no null."""
 
 
 def _limit(data: Any) -> Any:
@@ -26,7 +26,7 @@ def _limit(data: Any) -> Any:
 
 
 def _several(data: Any) -> Any:
-    """One condition needs no array."""
+    """A single condition may be written without an array."""
     return [data] if isinstance(data, Mapping) else data
 
 
@@ -45,7 +45,7 @@ def _flag_or_names(data: Any) -> Any:
 
 
 def tables(kind: type, how: str) -> Callable[[Any], Any]:
-    """Refuses what is none of a kind, by how it is written."""
+    """A form that refuses data of another type. `how` says in the message how to write them."""
 
     def form(data: Any) -> Any:
         if not isinstance(data, kind):
@@ -67,5 +67,5 @@ _REMEDIES: Final = {(Limit, "bus_share"): "for a part of the bus' time take a po
 
 
 def dialect(forms: Mapping[Any, Callable[[Any], Any]] | None = None) -> Dialect:
-    """Of files of rules, of fleets and of scenarios. `forms`: short forms besides."""
+    """The dialect of files of rules, of fleets and of scenarios. `forms` are more short forms."""
     return Dialect(none=NONE, words=TOML.words, bits=TOML.bits, forms={**_FORMS, **(forms or {})}, remedies=_REMEDIES)

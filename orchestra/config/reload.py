@@ -1,4 +1,4 @@
-"""Other rules for a fleet that runs: what has changed is changed, and what has not keeps its memory."""
+"""Puts new rules in force in a fleet that runs. What did not change in the rules keeps its memory."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ log: Final = logging.getLogger("orchestra.policy")
 
 
 class Reloadable(Protocol):
-    """What a fleet offers for it."""
+    """The methods of a fleet that a reload needs."""
 
     async def set_policies(self, policies: Sequence[Policy], guard: Guard | None = None) -> None:
-        """Have these policies decide from now on, in this order.
+        """Replace the policies by these, in this order.
 
-        One that is there already (the same object) keeps its seat, its next tick and what it holds. What one that is
-        not there any more holds is let go (`orchestra.model.effects.Holdings`) before the others decide. `guard`
-        None: it stays; another one goes on with what was done so far.
+        A policy that is there already (the same object) keeps its state, its next tick and what it holds. What a
+        removed policy holds is let go (`orchestra.model.effects.Holdings`) before the others decide. If `guard` is
+        None, the guard stays. A new guard continues with the records of the old guard.
         """
 
     def check_limit(
@@ -47,14 +47,14 @@ class Reloadable(Protocol):
 
 @attrs.frozen
 class Change:
-    """What is different in other rules.
+    """The difference between two sets of rules.
 
     Attributes:
-        policies: of each, whether it is "new", "changed", "gone" or "kept".
-        order: of those that stay, another one goes first now.
-        guard: it has other settings.
-        limits: limits that are different, as (meter, tenant or None for the host, limit).
-        later: what takes another fleet: tenants that come or go or weigh something else.
+        policies: for each policy, by name, whether it is "new", "changed", "gone" or "kept".
+        order: the policies that stay have another order.
+        guard: the guard has other settings.
+        limits: the limits that differ, as (meter, tenant or None for the host, limit).
+        later: differences that need a new fleet: tenants that come, go, or have another weight.
     """
 
     policies: Mapping[str, str]
@@ -86,14 +86,15 @@ class Change:
 
 
 def compare(old: Rules, new: Rules) -> Change:
-    """What is different."""
+    """Find the difference between two sets of rules."""
     before = {entry.name: entry for entry in old.entries}
     after = {entry.name: entry for entry in new.entries}
     became = {
         name: "new" if name not in before else "kept" if before[name] == entry else "changed"
         for name, entry in after.items()
     }
-    # A rehearsal remembers what was not done: it does not become real, nor the other way round.
+    # A policy remembers what it asked for. So a policy that begins or ends a dry run is made anew: else it would take
+    # actions for done that never were, or the other way round.
     was_guard, guard = (rules.guard or Guard() for rules in (old, new))
     became |= {
         name: "changed"
@@ -123,20 +124,21 @@ def compare(old: Rules, new: Rules) -> Change:
 
 
 async def reload(fleet: Reloadable, old: Rules, new: Rules) -> Rules:
-    """Put other rules in force. Policies of which the file says the same keep their memory and what they hold.
+    """Put new rules in force. Policies whose rules are the same keep their memory and what they hold.
 
-    It is journaled as a `Reload`, with what has changed.
+    The journal gets a `Reload`, with what has changed. If the call is cancelled, either everything is done or nothing.
 
     Parameters:
-        old: what is in force: what the fleet was opened with, or what the last reload returned.
+        fleet: the fleet that runs.
+        old: the rules in force: those that the fleet was opened with, or those that the last reload returned.
+        new: the new rules.
 
     Returns:
-        What is in force now: `new`, with the instances that were kept, and the tenants that the fleet was opened with.
+        The rules in force now: `new`, with the policies that were kept, and the tenants that the fleet was opened with.
 
     Raises:
-        OrchestraError: the fleet can't, such as limit bus locks where it does not see them. Nothing has changed then.
-
-    Cancelled, all of it is done, or nothing.
+        OrchestraError: the fleet refuses a change, such as a limit on bus locks that it can't see. Nothing has changed
+            then.
     """
     await trio.lowlevel.checkpoint()
     change = compare(old, new)
@@ -150,7 +152,7 @@ async def reload(fleet: Reloadable, old: Rules, new: Rules) -> Rules:
     )
     if not change:
         return kept
-    # What a fleet may refuse comes first, and what it was not refused is done to the end.
+    # All checks come before the first change: a fleet that refuses one of them keeps its old rules as a whole.
     for meter, tenant, limit in change.limits:
         fleet.check_limit(limit, meter=meter, tenant=tenant)
     with trio.CancelScope(shield=True):  # nothing here waits for anything but a tick
@@ -166,25 +168,27 @@ async def reload(fleet: Reloadable, old: Rules, new: Rules) -> Rules:
 
 
 def _in_force(old: Tenant, new: Tenant | None) -> Tenant:
-    """A tenant of a fleet: its weight, and that it is one, stay until the fleet is opened anew."""
+    """A tenant with its new limits. Its weight, and the set of tenants, stay until the fleet is opened anew."""
     return old if new is None else attrs.evolve(new, weight=old.weight)
 
 
 async def watch_rules(fleet: Reloadable, rules: Rules, path: Path | str | None = None, *, every: float = 1.0) -> None:
-    """Reload a file whenever it has changed since `rules` were read, until cancelled. Rules that can't be are journaled
-    and not taken.
+    """Reload a file whenever it has changed since `rules` were read. Runs until it is cancelled.
+
+    Rules that are not valid, or that the fleet refuses, are not put in force. The journal and the log say why.
 
     Parameters:
-        rules: what the fleet was opened with.
-        path: the file. Default: the one that `rules` are from.
-        every: seconds between two looks at it.
+        fleet: the fleet that runs.
+        rules: the rules that the fleet was opened with.
+        path: the file. Default: the file of `rules`.
+        every: seconds between two looks at the file.
     """
     file = Path(rules.file if path is None else path)
     seen = rules.stamp
     while True:
         await trio.sleep(every)
         stamp = stamp_of(file)
-        if stamp is None or stamp == seen:  # one that is being replaced may be away for a moment
+        if stamp is None or stamp == seen:  # a file that is being replaced may be missing for a moment
             continue
         seen = stamp
         try:
@@ -200,6 +204,6 @@ async def watch_rules(fleet: Reloadable, rules: Rules, path: Path | str | None =
             continue
         try:
             rules = await reload(fleet, rules, new)
-        except OrchestraError as error:  # this fleet can't, such as limit bus locks where they are not seen
+        except OrchestraError as error:  # the fleet refuses, for example a limit on bus locks that it can't see
             log.error("rules not taken: %s", error)
             await fleet.apply(Reload(reason=f"{file}: not taken: {error}"))

@@ -1,4 +1,4 @@
-"""TOML files into values, strictly: what is wrong is told all at once, each mistake with its line and key."""
+"""Reads TOML files into values, strictly. The error has all mistakes at once, each with its line and key."""
 
 from __future__ import annotations
 
@@ -23,7 +23,13 @@ Path_: TypeAlias = tuple[str | int, ...]
 
 @attrs.frozen
 class Mistake:
-    """One thing that is wrong. `key` as in ``vms[2].count``; `line` counts from 1, None where there is no one line."""
+    """One mistake in a file.
+
+    Attributes:
+        key: the path, as in ``vms[2].count``.
+        line: the line, from 1 on. None: the mistake has no line.
+        text: what is wrong.
+    """
 
     key: str
     line: int | None
@@ -34,7 +40,7 @@ class Mistake:
         return f"{where}{self._said}"
 
     def at(self, file: str) -> str:
-        """As compilers write it, so that editors find the place: FILE:LINE: KEY: what."""
+        """The mistake in the form of a compiler, so that editors find the place: FILE:LINE: KEY: what."""
         return f"{file}:{self.line}: {self._said}" if self.line is not None else f"{file}: {self._said}"
 
     @property
@@ -43,7 +49,7 @@ class Mistake:
 
 
 class TomlError(FileError, SpecError):
-    """Your file says what can't be: `mistakes` has all of it, and `lines` as compilers write it."""
+    """The content of your file is not valid. `mistakes` has all mistakes, `lines` the same in a compiler's form."""
 
     def __init__(self, file: str, mistakes: Sequence[Mistake]) -> None:
         self.file = file
@@ -57,17 +63,21 @@ TOML: Final = Dialect(words=("a table", "an array"), bits=64, infinite=False)
 
 
 def read(path: Path, kind: type[T], dialect: Dialect = TOML) -> T:
-    """What a file says, as a `kind`.
+    """Read a file as a value of type `kind`.
 
     Raises:
-        TomlError: it says what can't be.
-        OSError: it can't be read.
+        TomlError: the content is not valid.
+        OSError: the file can't be read.
     """
     return structure(path.read_bytes(), kind, str(path), dialect)
 
 
 def structure(text: str | bytes, kind: type[T], file: str, dialect: Dialect = TOML) -> T:
-    """The same for text that is there already; `file` is what it is called in errors."""
+    """Read text as a value of type `kind`. `file` is the name that errors give the text.
+
+    Raises:
+        TomlError: the content is not valid.
+    """
     text, table = _parsed(text, file)
     try:
         return decode(kind, table, dialect)
@@ -87,7 +97,7 @@ def _parsed(text: str | bytes, file: str) -> tuple[str, dict[str, Any]]:
         found = re.search(r" \(at (?:line (\d+), column \d+|end of document)\)$", str(error))
         line = int(found[1]) if found and found[1] else len(str(text).rstrip().split("\n"))
         said = str(error)[: found.start()] if found else str(error)
-    except ValueError:  # of int(), for a number of thousands of digits
+    except ValueError:  # int() raises it for a number of thousands of digits
         line, said = _line_of(re.search(r"[\d_]{4000,}", str(text)), str(text)), "a number beyond 64 bits"
     except RecursionError:
         line, said = _line_of(re.search(r"(?:[\[{][^\[{\]}]*){40}", str(text)), str(text)), "nested too deeply"
@@ -117,17 +127,17 @@ _SCALAR = re.compile(r"[^,\]}#\n]+")
 
 
 def _lines(text: str) -> dict[Path_, int]:
-    """Where each table, key and item stands."""
+    """The line of each table, key and item. `tomllib` gives no lines, so the text is read once more for them."""
     places: dict[Path_, int] = {}
     try:
         _Places(text, places).document()
     except RecursionError:
-        pass  # it was parsed with less; where it is, is told as far as we came
+        pass  # tomllib needs less stack: the lines found so far will do
     return places
 
 
 class _Places:
-    """Reads text that is TOML for sure (it has been parsed), and notes lines instead of values."""
+    """Reads text that `tomllib` has accepted, so it checks nothing, and notes lines instead of values."""
 
     def __init__(self, text: str, places: dict[Path_, int]) -> None:
         self._text = text
@@ -159,7 +169,7 @@ class _Places:
                 self._entry(table)
 
     def _resolved(self, names: Sequence[str]) -> Path_:
-        """Of an array of tables its last one is meant."""
+        """The path of a table header. A name of an array of tables means the last table of the array."""
         path: Path_ = ()
         for name in names:
             path = (*path, name)
@@ -169,11 +179,11 @@ class _Places:
 
     def _note(self, path: Path_, at: int) -> None:
         line = bisect_right(self._ends, at - 1) + 1
-        for end in range(1, len(path) + 1):  # tables that have no line of their own stand where their first key does
+        for end in range(1, len(path) + 1):  # a table without a header has the line of its first key
             self._places.setdefault(path[:end], line)
 
     def _blank(self) -> bool:
-        """Go to what comes next, if anything does."""
+        """Skip blanks and comments. Returns whether anything follows."""
         found = _BLANK.match(self._text, self._at)
         self._at = found.end() if found else self._at
         return self._at < len(self._text)
@@ -185,7 +195,7 @@ class _Places:
             found = _TEXT.match(self._text, self._at) or _BARE.match(self._text, self._at)
             assert found is not None
             name = found[0]
-            # As tomllib reads it: escapes and all.
+            # tomllib reads a quoted name, as names may have escapes.
             names.append(next(iter(tomllib.loads(f"{name}=0"))) if name[0] in "\"'" else name)
             self._at = found.end()
             self._blank()
@@ -213,7 +223,7 @@ class _Places:
                 self._at = found.end()
 
     def _several(self, path: Path_, end: str) -> None:
-        """An array or an inline table."""
+        """Read an array or an inline table, which end with `end`."""
         self._at += 1
         count = 0
         while self._blank() and self._text[self._at] != end:
@@ -230,7 +240,7 @@ class _Places:
 
 
 def _line(lines: dict[Path_, int], at: Path_) -> int | None:
-    """The line of a key, or of the nearest table around it."""
+    """The line of a key, or of the nearest table around it. None: there is none."""
     while at and at not in lines:
         at = at[:-1]
     return lines.get(at)

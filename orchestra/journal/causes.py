@@ -1,4 +1,4 @@
-"""What held a VM, and for how long, by the core's counters: what was done says only what could have."""
+"""What held a VM, and for how long, by the core's counters. The actions that were done say only what could have."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ SECOND: Final = 1_000_000_000
 
 Kind: TypeAlias = Literal["limit", "cap", "pause", "waiting"]
 STATES: Final[dict[str, Kind]] = {"paused": "pause", "waiting": "waiting"}
-"""Of a VM's states, those in which nothing of it runs."""
+"""The states in which a VM runs no guest code, and the cause that each of them is."""
 
 
 @attrs.frozen
 class Setter:
-    """Who had put in force what held the VM.
+    """A policy or caller that had put in force what held the VM. Times are nanoseconds since the epoch.
 
     Attributes:
-        hold: as it was last, in the time looked at.
-        since, until: when it began to be what counts there, and when that was over; None: it was not.
-        rates: of a limit, the lowest and the highest in that time.
-        seconds: for how long it counted in intervals in which the VM was held.
+        hold: what was in force, as it was last in the time looked at.
+        since, until: when the hold began to count at its place, and when it ended. None: it still counts at the end.
+        rates: for a limit, the lowest and the highest rate in that time, in events per second.
+        seconds: for how long the hold counted, within intervals in which the VM was held.
     """
 
     hold: Hold
@@ -42,13 +42,16 @@ class Cause:
     """Something that held the VM.
 
     Attributes:
-        kind: "limit", "cap", "pause", or "waiting" between two runs, for a restart's back-off or a reset's turn.
-        where, meter: which limit: of "vcpu", "vm", "tenant" or "host", and what it counts. None: the journal does not
-            tell.
-        seconds: for how long, summed over its vCPUs. Of limits and caps by the counters, of the others by its states.
-        share: the part of its vCPUs' time.
-        setters: who had put it there, by the journal, the one that counted for longest first. None: it has nobody.
-        state: of one that waited between two runs, the last row that says so, and for what.
+        kind: "limit", "cap", "pause", or "waiting": the VM waited between two runs, for a restart's back-off or a
+            reset's turn.
+        where, meter: which limit held the VM: the place ("vcpu", "vm", "tenant", "fleet" or "host"), and the events
+            that the limit counts. None: the journal does not have it.
+        seconds: for how long, summed over the VM's vCPUs. Limits and caps go by the counters, the others by the VM's
+            states.
+        share: the same as a part of the time of the VM's vCPUs.
+        setters: the policies and callers that had put it in force, the one that counted for longest first. Empty: the
+            journal names none.
+        state: for a VM that waited between two runs, the last row that says so; its reason says what the VM waited for.
     """
 
     kind: Kind
@@ -69,14 +72,15 @@ def causes(
     seconds: float,
     vcpus: int,
 ) -> tuple[Cause, ...]:
-    """All that held a VM between two times, what did for longest first.
+    """Everything that held a VM between two times, the longest first.
 
     Parameters:
-        rows: what it did there.
-        states: all of its, up to `end`.
-        counted: what counted when, as `spans` has it.
-        seconds: how many of that time the journal's intervals are of.
-        vcpus: that it has.
+        rows: the VM's intervals in that time.
+        states: all states of the VM up to `end`.
+        counted: the holds that counted, and when, as `spans` gives them.
+        begin, end: the time, in nanoseconds since the epoch.
+        seconds: how much of that time the journal's intervals cover.
+        vcpus: the number of the VM's vCPUs.
     """
     held: dict[tuple[Kind, str], float] = {}
     when: dict[tuple[Kind, str], list[tuple[int, int]]] = {}
@@ -92,7 +96,8 @@ def causes(
             known += much
             if much > 0:
                 add("limit", name, much, since, row.time)
-        if row.throttled - known > 1e-6:  # floats add up
+        # A microsecond is the rounding of sums of floats. More than that is time whose limit the journal does not name.
+        if row.throttled - known > 1e-6:
             add("limit", "", row.throttled - known, since, row.time)
         if row.capped:
             add("cap", "", row.capped, since, row.time)
@@ -122,7 +127,7 @@ def causes(
 
 
 def _idle(states: Sequence[StateRow], begin: int, end: int) -> list[tuple[StateRow, int, int]]:
-    """The states between two times in which nothing of it ran, from when and until when."""
+    """The states between two times in which the VM ran no guest code, each with its begin and end."""
     found = []
     for i, row in enumerate(states):
         if row.state in STATES:
@@ -133,7 +138,7 @@ def _idle(states: Sequence[StateRow], begin: int, end: int) -> list[tuple[StateR
 
 
 def _setters(counted: Sequence[Span], when: Sequence[tuple[int, int]], end: int) -> tuple[Setter, ...]:
-    """Those of these that counted in some of these times."""
+    """The holds that counted in some of these times, with the policy or caller that set them."""
     by: dict[tuple[object, ...], list[tuple[Span, float]]] = {}
     for span in counted:
         much = sum(max(0, min(span.end, until) - max(span.begin, since)) for since, until in when) / SECOND

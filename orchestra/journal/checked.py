@@ -1,5 +1,8 @@
-"""Rows made of what SQLite gives out. It keeps any type in any column, and so does what is left of a damaged file: what
-can't be is refused here, where it can still be told of which file it is."""
+"""Makes rows of what SQLite gives out, and checks their types.
+
+SQLite keeps any type in any column, and so does what is left of a damaged file. A value of a wrong type is refused
+here, where the error can still name the file.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,10 @@ __all__ = ["LAST", "UNREADABLE", "Maker", "mapping"]
 T = TypeVar("T")
 
 UNREADABLE: Final = (sqlite3.Error, ValueError, TypeError, OverflowError)
-"""What a damaged file can lead to: SQLite's own errors, and values that are not what they should be."""
+"""The errors that a damaged file can lead to: SQLite's own, and those of values that are not what they should be."""
 
 LAST: Final = 253_402_300_799_000_000_000
-"""Nanoseconds since the epoch: the end of the year 9999, beyond which nothing here can write a time."""
+"""Nanoseconds since the epoch: the end of the year 9999, the last one that Python's datetime can write."""
 
 _TYPES: Final[Mapping[str, tuple[type, ...]]] = {
     "int": (int,),
@@ -34,12 +37,14 @@ _TYPES: Final[Mapping[str, tuple[type, ...]]] = {
 
 
 class Maker(Generic[T]):
-    """Makes rows of one kind, and refuses what can't be: SQLite keeps any type in any column, and so does what is left
-    of a damaged file."""
+    """Makes rows of one class, and refuses values that such a row can't have.
+
+    Calling it raises `ValueError` for a value of a wrong type, or for a time or an interval out of its range.
+    """
 
     def __init__(self, kind: type[T]) -> None:
         self._kind = kind
-        # Not the attributes' own types: what those are changes when somebody resolves them.
+        # The annotations and not attrs' types: `attrs.resolve_types` changes the latter in place.
         self._names: dict[str, str] = kind.__annotations__
         self._known: set[tuple[type, ...]] = set()
         self._interval = next((i for i, name in enumerate(self._names) if name == "interval"), None)
@@ -47,7 +52,7 @@ class Maker(Generic[T]):
     def __call__(self, row: Sequence[Any]) -> T:
         values = tuple(row)
         types = tuple(map(type, values))
-        if types not in self._known:  # there are few of them, and looking is dear
+        if types not in self._known:  # few combinations of types occur, and a check costs more than this look
             self._check(values)
             self._known.add(types)
         if not 0 <= values[1] <= LAST:

@@ -1,4 +1,4 @@
-"""What of a time a journal's intervals cover: of the rest nothing is known, and nothing may be said."""
+"""Which part of a time the intervals of a journal cover. Of the rest nothing is known, so nothing may be said of it."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from .reader import HostRow, JournalReader
 __all__ = ["Coverage", "cover"]
 
 SLACK: Final = 1_000_000
-"""Nanoseconds between two intervals that are one after the other: they are kept as seconds, with rounding."""
+"""Nanoseconds that may lie between an interval and the next one: the journal keeps intervals in seconds, rounded."""
 
 
 @attrs.frozen
 class Coverage:
-    """The whole intervals that some time lies in. Times are nanoseconds since the epoch.
+    """The whole intervals that cover a time. Times are nanoseconds since the epoch.
 
     Attributes:
-        asked: the time that was asked for.
+        asked: begin and end of the time that was asked for.
         hosts: one row for each interval.
-        gaps: parts of that time that no interval is of.
+        gaps: the parts of that time that no interval covers.
     """
 
     asked: tuple[int, int]
@@ -37,7 +37,7 @@ class Coverage:
         return self.hosts[-1].time if self.hosts else self.asked[0]
 
     def seconds(self, begin: int, end: int) -> float:
-        """How many of them lie between these times."""
+        """How many seconds of the intervals lie between two times."""
         return sum(max(0, min(end, row.time) - max(begin, begin_of(row))) for row in self.hosts) / 1e9
 
 
@@ -46,7 +46,15 @@ def begin_of(row: HostRow) -> int:
 
 
 def cover(journal: JournalReader, session: int, begin: int, end: int) -> Coverage:
-    """What one fleet's intervals cover of a time; those at its ends as a whole."""
+    """The intervals of one fleet that cover a time. Intervals that cross an end of the time are kept whole.
+
+    Parameters:
+        session: the fleet's.
+        begin, end: nanoseconds since the epoch.
+
+    Raises:
+        JournalError: the journal can't be read.
+    """
     removed = journal.removed()
     rows = [row for row in journal.hosts(since=max(begin, removed) + 1, until=end) if row.session == session]
     if (last := journal.interval_after(session, max(end, removed))) is not None and begin_of(last) + SLACK < end:

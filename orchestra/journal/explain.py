@@ -1,4 +1,4 @@
-"""Why is my VM slow? What the journal knows about one VM at one time: what held it, why, and how it fared."""
+"""Why is my VM slow? What the journal knows about a VM at a time: what held the VM, why, and how it fared."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["Coverage", "Explanation", "Fared", "Surroundings", "explain"]
 
 SECOND: Final = 1_000_000_000
 LATELY: Final = 60 * SECOND
-"""What "lately" is: figures are of so long before the time in question."""
+"""Nanoseconds before the time in question that the figures are about."""
 
 DAY: Final = 86400 * SECOND
 
@@ -31,14 +31,16 @@ ENDED: Final = ("stopped", "failed")
 
 @attrs.frozen
 class Fared:
-    """How a VM fared over some seconds: events a second, parts of its vCPUs' time. None: not known.
+    """How a VM fared over some seconds. None: not known.
 
     Attributes:
-        cpu: seconds a second.
-        delayed: the part of the time that it could have run in which it had no CPU.
-        queued: the same, as a part of all of its time.
-        asleep: neither ran, nor waited for a CPU, nor was held by limit or cap: it was idle, or an access of its waited
-            to be answered.
+        bus_locks, exits, work: per second.
+        throttled, capped: parts of the time of the VM's vCPUs in which limits and a CPU cap held it.
+        cpu: seconds of CPU time per second.
+        delayed: of the time in which the VM could have run, the part in which it had no CPU.
+        queued: the same, as a part of all its time.
+        asleep: the part of the time in which the VM neither ran, nor waited for a CPU, nor was held by a limit or a
+            cap. The VM was idle then, or waited for the answer to an access.
     """
 
     seconds: float
@@ -55,14 +57,15 @@ class Fared:
 
 @attrs.frozen
 class Surroundings:
-    """How the host was: pressures as parts of the time.
+    """How the host was. None: not known.
 
     Attributes:
-        lock_ns: that its probe took for a locked operation.
-        lock_times: how many times as long as in the calm that is.
-        bus_locks: a second, of all VMs together.
+        cpu_pressure, memory_pressure, io_pressure: PSI, as parts of the time.
+        lock_ns: nanoseconds that the host's probe took for a locked operation.
+        lock_times: how many times as long that is as in the calm.
+        bus_locks: bus locks per second of all VMs together.
         share: the VM's part of them.
-        loudest: who made most, and how many a second.
+        loudest: the VM with the most bus locks, and how many it made per second.
     """
 
     cpu_pressure: float | None
@@ -77,29 +80,30 @@ class Surroundings:
 
 @attrs.frozen
 class Explanation:
-    """What is known of a VM at a time.
+    """What the journal knows of a VM at a time. All times are nanoseconds since the epoch.
 
     Attributes:
-        at: the time, nanoseconds since the epoch.
-        since: where the time looked at begins.
-        until: up to when something is known of it: `at`, or when it ended, or when the journal ends.
-        launched: when it was launched; None: the journal begins later.
-        over: when its fleet was gone, if it was by then; the VM went with it.
-        begins: `at` is before this, where the journal first has the VM, or begins at all.
-        ends: `at` is after this, where the journal of the VM's fleet ends, which nobody has closed: the fleet was
-            killed, or goes on and has not told more yet.
-        covered: the intervals that the figures are of: the minute before `until`, as far as there are any.
-        begin, end: the time that the figures are of: that of these intervals in which it was there.
-        seconds: how much of it is known.
-        state: its last one; None: the journal begins later.
-        causes: what held it in that time, by the counters; what did for longest first.
-        holds: what was in force at `at` that could hold it: what did for longest first, then the tightest limit.
-        off: policies that were switched off, as they raised, after they had put what is in force: `error` says why.
-        done: what was done to it from `since` to `at`, and was not undone before.
-        fared: how it fared in the time of `covered`; None: it did nothing, or nothing is known.
-        before: how it fared in the worst interval of the minute before it was held first, if it is held.
-        host: how the host was in that time; None: not known.
-        suspicion: who slowed it in the ten minutes before, as far as that can be told.
+        at: the time in question.
+        since: where the time that is looked at begins.
+        until: the time up to which something is known of the VM: `at`, the VM's end, or the end of the journal.
+        launched: when the VM was launched. None: the journal begins later.
+        over: when the VM's fleet was gone, if that was before `at`. The VM ended with it.
+        begins: set if `at` is before it: the time at which the journal first has the VM.
+        ends: set if `at` is after it: the time at which the journal of the VM's fleet ends without a word. The fleet
+            was killed, or it goes on and has not written more yet.
+        covered: the intervals that the figures are about: the minute before `until`, as far as there are intervals.
+        begin, end: the time that the figures are about: the part of these intervals in which the VM was there.
+        seconds: how much of that time is known.
+        state: the VM's last state. None: the journal begins later.
+        causes: what held the VM in that time, by the counters; the longest first.
+        holds: what was in force at `at` and could hold the VM: what held the VM for longest first, then the tightest
+            limit.
+        off: errors of policies that raised and were switched off after they had put in force what is in `holds`.
+        done: the actions that were done to the VM from `since` to `at`.
+        fared: how the VM fared in the time of `covered`. None: the VM was idle, or nothing is known.
+        before: how the VM fared in the worst interval of the minute before it was first held, if it is held.
+        host: how the host was in that time. None: not known.
+        suspicion: which VMs slowed the VM in the ten minutes before, as far as that can be said.
     """
 
     vm: str
@@ -127,20 +131,22 @@ class Explanation:
 
     @property
     def gone(self) -> bool:
-        """It had ended by then, by itself or with its fleet."""
+        """Whether the VM had ended by then, by itself or with its fleet."""
         return self.over is not None or (self.state is not None and self.state.state in ENDED)
 
 
 def explain(journal: JournalReader, vm: str, at: int | None = None, *, seconds: float = 3600.0) -> Explanation:
-    """Gather what is known of a VM.
+    """Gather what a journal knows of a VM.
 
     Parameters:
-        at: the time in question, nanoseconds since the epoch. Default: the last one that the journal knows all of: of a
-            fleet that goes on, or was killed, the end of its last interval.
+        vm: the name of the VM.
+        at: the time in question, in nanoseconds since the epoch. Default: the last time of which the journal knows
+            everything. For a fleet that goes on, or was killed, this is the end of its last interval.
         seconds: how far to look back.
 
     Raises:
-        UnknownVm: the journal has nothing of it.
+        UnknownVm: the journal has no row about the VM.
+        JournalError: the journal can't be read.
     """
     if vm not in journal.vms():
         raise UnknownVm(f"vm={vm!r}: the journal has nothing of it; there are: {journal.some_vms()}")
@@ -156,7 +162,7 @@ def explain(journal: JournalReader, vm: str, at: int | None = None, *, seconds: 
     ended = state is not None and state.state in ENDED
     over, end = (None, None) if life is None else _end(journal, life[0], at)
     over = None if ended else over
-    # Its first states may have been removed, and what was done to it then not.
+    # The VM's first states may have been removed, while the actions of that time are still there.
     other = max((row.time for row in every if life_of(row) != life and row.time <= (first or 0)), default=None)
     actions = _actions(journal, vm, tenant, at, life, other)
     ends = None
@@ -168,7 +174,7 @@ def explain(journal: JournalReader, vm: str, at: int | None = None, *, seconds: 
     elif life is not None and (end is None or end < at):
         ends = max((row.time for row in states), default=0) if end is None else end
         until = ends
-    asked = until if ends is None else at  # of one that has ended it is its last minute
+    asked = until if ends is None else at  # for a VM that has ended: its last minute
     begin = asked - LATELY if first is None else min(max(asked - LATELY, first), asked)
     covered = Coverage((begin, asked), (), ()) if life is None else cover(journal, life[0], begin, asked)
     start, stop = max(covered.begin, first or 0), covered.end
@@ -185,7 +191,7 @@ def explain(journal: JournalReader, vm: str, at: int | None = None, *, seconds: 
     holds: tuple[Hold, ...] = ()
     if not ended and over is None:
         some = sorted((_held(hold, found), i, hold) for i, hold in enumerate(in_force(actions)))
-        # A default is everybody's: it is worth a word for those that it held.
+        # All VMs have the default limit, so it is listed only if it held this VM.
         holds = tuple(hold for held, _, hold in some if held or hold.action.given != "default")
     before = None
     own = [hold.since for hold in holds if hold.where == "vm" and hold.action.given is None]
@@ -229,9 +235,11 @@ def explain(journal: JournalReader, vm: str, at: int | None = None, *, seconds: 
 
 
 def _end(journal: JournalReader, session: int, at: int) -> tuple[int | None, int | None]:
-    """When a fleet was gone, if it was by then, and when its journal ends, if that is not by its own word.
+    """When a fleet was gone, if that was before `at`, and when its rows end, if the fleet did not write its end.
 
-    A fleet that was killed says nothing. It was gone when another one began to write to its journal."""
+    A fleet that was killed writes no end. It was gone by the time at which another fleet began to write to its
+    journal.
+    """
     own = journal.query("SELECT min(ended) FROM sessions WHERE id = ?", (session,))[0][0]
     if own is not None:
         return (own, None) if own < at else (None, max(at, own))
@@ -240,7 +248,7 @@ def _end(journal: JournalReader, session: int, at: int) -> tuple[int | None, int
 
 
 def _last(journal: JournalReader) -> int:
-    """The last time that the journal knows all of."""
+    """The last time of which the journal knows everything."""
     span = journal.span()
     session, ended = journal.query(
         "SELECT max(id), (SELECT ended FROM sessions ORDER BY id DESC LIMIT 1) FROM sessions"
@@ -250,7 +258,7 @@ def _last(journal: JournalReader) -> int:
 
 
 def _begins(journal: JournalReader, vm: str, at: int) -> int | None:
-    """When the journal has something of a VM that it has nothing of by then; None: nor has it later."""
+    """When the journal first has a row about a VM, from `at` on. None: it has none."""
     found = [
         islice((row.time for row in rows), 1)
         for rows in (
@@ -263,12 +271,12 @@ def _begins(journal: JournalReader, vm: str, at: int) -> int | None:
 
 
 def _of(journal: JournalReader, vm: str, life: tuple[int, int] | None, begin: int, end: int) -> list[Aggregate]:
-    """What it did in the intervals that lie between two times, at least in part."""
+    """What the VM did in the intervals that lie between two times, at least in part."""
     return [row for row in whole(journal.aggregates(vm=vm, since=begin + 1, until=end)) if life_of(row) == life]
 
 
 def _vcpus(journal: JournalReader, vm: str, life: tuple[int, int] | None) -> int:
-    """How many it has. One that never did anything may have any number, and it makes no difference."""
+    """How many vCPUs the VM has. For a VM that was never active any number will do: all its figures are 0."""
     query = "SELECT vcpus FROM aggregates WHERE vm = ? AND session = ? AND launch = ? LIMIT 1"
     found = [] if life is None else journal.query(query, (vm, *life))
     return int(found[0][0]) if found else 1
@@ -284,12 +292,12 @@ def _off(journal: JournalReader, holds: Iterable[Hold], at: int) -> tuple[Action
 
 
 def _held(hold: Hold, found: Sequence[Cause]) -> float:
-    """For sorting: what held it for longest goes first."""
+    """The key for sorting: what held the VM for longest goes first."""
     return -sum(cause.seconds for cause in found if any(one.hold.action == hold.action for one in cause.setters))
 
 
 def life_of(row: StateRow | Aggregate | None) -> tuple[int, int] | None:
-    """What tells a VM from others of its name: launches are numbered anew in each fleet."""
+    """Session and launch, which tell a VM from others of its name: each fleet numbers its launches anew."""
     return None if row is None else (row.session, row.launch)
 
 
@@ -301,7 +309,7 @@ def _actions(
     life: tuple[int, int] | None,
     since: int | None,
 ) -> list[ActionRow]:
-    """What was done, or begun, to the VM since another had its name, and to its tenant and the host by then.
+    """The actions on the VM since another VM had its name, and those on its tenant's and the host's limits, by `at`.
 
     Dry runs and refusals are left out: there may be one of each policy in each tick, and they hold nothing.
     """
@@ -317,7 +325,11 @@ def _actions(
 
 
 def fared_by(rows: Sequence[Aggregate], seconds: float | None = None) -> Fared | None:
-    """`seconds`: of which this is all that it did. Default: those of the rows."""
+    """How a VM fared in the time of these rows. None: there are no rows.
+
+    Parameters:
+        seconds: the length of the time, if the VM was idle in the rest of it. Default: the sum of the rows' intervals.
+    """
     seconds = sum(row.interval for row in rows) if seconds is None else seconds
     if not rows or not seconds:
         return None
@@ -347,7 +359,7 @@ def fared_by(rows: Sequence[Aggregate], seconds: float | None = None) -> Fared |
 
 
 def _sum(values: Iterable[float | None]) -> float | None:
-    """None: not one is known."""
+    """The sum of the values that are known. None: no value is known."""
     known = [value for value in values if value is not None]
     return sum(known) if known else None
 
@@ -379,7 +391,10 @@ def _surroundings(journal: JournalReader, vm: str, covered: Coverage, begin: int
 
 
 def _usual(journal: JournalReader, until: int) -> float | None:
-    """What the host's probe takes in the calm: what it took in the best tenth of the last day."""
+    """What the host's probe takes in the calm: the limit of the best tenth of its times in the last day.
+
+    The very best time may be a lucky one, and the median of a noisy day is no calm.
+    """
     where = "FROM hosts WHERE typeof(lock_ns) = 'real' AND time > ? AND time <= ?"
     day = (until - DAY, until)
     count = int(journal.query(f"SELECT count(*) {where}", day)[0][0])

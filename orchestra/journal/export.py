@@ -51,10 +51,12 @@ def rows(
     """The rows of a table that fit, in the order of their time.
 
     Parameters:
-        wanted: vm, tenant, policy, kind, outcome, as far as the table has them.
+        since, until: nanoseconds since the epoch; both ends are included.
+        wanted: filters by vm, tenant, policy, kind and outcome, as far as the table has these columns.
 
     Raises:
-        SpecError: there is no such table, or it can't be filtered in that way.
+        SpecError: there is no such table, or it has no such filter.
+        JournalError: the journal can't be read.
     """
     if table not in TABLES:
         raise SpecError(f"table={table!r}: must be one of {', '.join(TABLES)}")
@@ -79,16 +81,16 @@ def _one_of(field: str, value: str, known: Iterable[str]) -> str:
 
 
 def iso(time: int) -> str:
-    """ISO 8601 in UTC, to the nanosecond."""
+    """A time in nanoseconds since the epoch as ISO 8601 in UTC, to the nanosecond."""
     seconds, rest = divmod(time, 1_000_000_000)
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{rest:09d}Z"
 
 
 def plain(row: Row, *, flat: bool = False) -> dict[str, Any]:
-    """A row for JSON: its time as ISO 8601 in UTC, code as hexadecimal digits.
+    """A row as data for JSON: its time is in ISO 8601 in UTC, its code in hexadecimal digits.
 
     Parameters:
-        flat: evidence and details as JSON text too, for tables.
+        flat: evidence and details become JSON text, for tables.
     """
     made: dict[str, Any] = encode(row)
     made["time"] = iso(row.time)
@@ -101,7 +103,10 @@ def plain(row: Row, *, flat: bool = False) -> dict[str, Any]:
 
 
 def write_csv(kind: type[Any], rows: Iterable[Row], file: TextIO) -> int:
-    """Write rows of a kind with a line of names above; how many there were. What is unknown is an empty field."""
+    """Write rows of a class as CSV, with a line of names above. Returns how many rows there were.
+
+    A value that is not known becomes an empty field.
+    """
     writer = csv.DictWriter(file, [field.name for field in attrs.fields(kind)], lineterminator="\n")
     writer.writeheader()
     count = 0
@@ -112,10 +117,11 @@ def write_csv(kind: type[Any], rows: Iterable[Row], file: TextIO) -> int:
 
 
 def write_parquet(kind: type[Any], rows: Iterable[Row], path: Path) -> int:
-    """Likewise a Parquet file, a batch of rows at a time.
+    """Write rows of a class as a Parquet file, a batch at a time. Returns how many rows there were.
 
     Raises:
-        OrchestraError: pyarrow is missing; the message says which command installs it.
+        OrchestraError: pyarrow is missing. The message has the command that installs it.
+        OSError: the file can't be written.
     """
     from .parquet import write
 

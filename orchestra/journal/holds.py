@@ -1,4 +1,4 @@
-"""What held a VM: read from what was done, in the order in which it was."""
+"""What held a VM, read from the actions that were done, in their order."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ __all__ = ["Held", "Hold", "Span", "in_force", "spans"]
 
 @attrs.frozen
 class Hold:
-    """Something that held the VM at that time.
+    """Something that is in force and holds a VM.
 
     Attributes:
-        action: that put it in force as it is, with reason and evidence.
-        since: when the same policy began to hold it in that way; the action may have changed it later.
-        where: "vcpu", "vm", "tenant", "fleet" or "host". What limits a fleet as a whole limits the host, but where the
-            host's budget is shared with other fleets.
+        action: the row of the action that put it in force as it is, with reason and evidence.
+        since: when the same policy began to hold the VM in this way, in nanoseconds since the epoch. `action` may be a
+            later change.
+        where: "vcpu", "vm", "tenant", "fleet" or "host". A limit of a fleet as a whole is at "host", unless the fleet
+            shares its host's budget with other fleets; then the limit is at "fleet".
     """
 
     action: ActionRow
@@ -29,19 +30,19 @@ class Hold:
 
     @property
     def rate(self) -> float | None:
-        """Of a limit, events a second."""
+        """The rate of a limit, in events per second. None: this is no limit."""
         limit = self.action.details.get("limit")
         return None if limit is None else float(limit["rate"])
 
     @property
     def bucket(self) -> str | None:
-        """Of a limit, the bucket that it is a limit of, as in `VmFacts.throttled_by`: "vm.exits"."""
+        """The bucket of a limit, as in `VmFacts.throttled_by`: "vm.exits". None: this is no limit."""
         return None if self.rate is None else f"{self.where}.{self.action.details.get('meter', '')}"
 
 
 @attrs.frozen
 class Span:
-    """A time in which something was what counts at its place: of several limits there the tightest, of caps too."""
+    """A time in which a hold counted at its place: of several limits or caps at one place the tightest counts."""
 
     begin: int
     end: int
@@ -49,7 +50,7 @@ class Span:
 
 
 class Held:
-    """Reads along in what was done, and knows what is in force. Its size is that of what is."""
+    """Reads actions in their order, and knows what is in force. Its size is that of what is in force."""
 
     def __init__(self) -> None:
         self._held: dict[tuple[Key, str | None], Hold] = {}
@@ -66,14 +67,15 @@ class Held:
         at = key, row.policy if EFFECTS[type(action)].stacks else row.given if shared else None
         before = self._held.get(at)
         if not releases(action):
-            # What was given and what is set later are two things: whoever sets it began to hold it then.
+            # A limit that was given at the start and one that is set later are two holds: the later one begins when it
+            # is set.
             same = before is not None and before.action.given == row.given
             whole = "fleet" if row.session in self._sharing and not shared else "host"
             where = "vcpu" if key.vcpu is not None else "vm" if key.vm else "tenant" if key.tenant else whole
             self._held[at] = Hold(row, before.since if before is not None and same else row.time, where)
         elif before is not None:
             launches = {row.details.get("launch"), before.action.details.get("launch")} - {None}
-            if len(launches) < 2:  # what is let go of an earlier launch holds the present one still
+            if len(launches) < 2:  # an action about an earlier launch does not free the present one
                 del self._held[at]
 
     def holds(self) -> list[Hold]:
@@ -81,7 +83,8 @@ class Held:
         return sorted(self._held.values(), key=lambda hold: -1.0 if hold.rate is None else hold.rate)
 
     def tightest(self) -> dict[tuple[str, str], Hold]:
-        """What counts, by its place: a bucket (with the vCPU, where it is one's), "cap" or "pause"."""
+        """The hold that counts at each place. A place is a bucket (with its vCPU, if it is a vCPU's), "cap" or
+        "pause"."""
         found: dict[tuple[str, str], Hold] = {}
         for (key, _), hold in self._held.items():
             place = (hold.bucket or key.what.value, str(hold.action.details.get("vcpu")))
@@ -96,7 +99,7 @@ def _tightness(hold: Hold) -> tuple[float, int]:
 
 
 def in_force(actions: Iterable[ActionRow]) -> list[Hold]:
-    """What holds after these actions, the tightest limit first."""
+    """What is in force after these actions, the tightest limit first."""
     held = Held()
     for row in actions:
         held.note(row)
@@ -104,7 +107,12 @@ def in_force(actions: Iterable[ActionRow]) -> list[Hold]:
 
 
 def spans(actions: Iterable[ActionRow], begin: int, end: int) -> Mapping[str, list[Span]]:
-    """What counted between two times, by bucket (those of the vCPUs together), "cap", "pause" and "isolation"."""
+    """The holds that counted between two times, by bucket (the vCPUs' together), "cap", "pause" and "isolation".
+
+    Parameters:
+        actions: from the first one of the fleet on, in their order: an early one may still be in force.
+        begin, end: nanoseconds since the epoch.
+    """
     held = Held()
     found: dict[str, list[Span]] = {}
     counts: dict[tuple[str, str], tuple[int, Hold]] = {}
@@ -125,7 +133,7 @@ def spans(actions: Iterable[ActionRow], begin: int, end: int) -> Mapping[str, li
     for row in actions:
         if row.time > end:
             break
-        if row.time > begin and not begun:  # of what was before only the outcome counts
+        if row.time > begin and not begun:  # of the actions before `begin` only the outcome counts
             begun = True
             look(begin)
         held.note(row)

@@ -1,4 +1,5 @@
-"""A fleet's last interval is as long as it happens to be: what is in one that was cut short tells no rate by itself."""
+"""Joins the rows of intervals that were cut short. The end of a fleet cuts its last interval at any length, and the
+counts of a very short interval say nothing about a rate."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from .reader import Aggregate
 __all__ = ["SHORT", "join", "whole"]
 
 SHORT: Final = 0.1
-"""Part of the interval before it: what is shorter is added to that."""
+"""Part of the interval before. A shorter interval is added to the one before it."""
 
 
 PARTS: Final = ("by_reason", "throttled_by")
@@ -21,7 +22,7 @@ SUMS: Final = tuple(field.name for field in attrs.fields(Aggregate) if field.nam
 
 
 def join(one: Aggregate, other: Aggregate) -> Aggregate:
-    """What a VM did in two intervals, the second of which ends later."""
+    """What a VM did in two intervals together. `other` is the later one."""
     sums: dict[str, Any] = {name: _sum(getattr(one, name), getattr(other, name)) for name in SUMS}
     for part in PARTS:
         known = [getattr(row, part) for row in (one, other) if getattr(row, part) is not None]
@@ -35,7 +36,7 @@ def _sum(one: float | None, other: float | None) -> float | None:
 
 
 def whole(rows: Iterable[Aggregate]) -> Iterator[Aggregate]:
-    """One VM's rows, in the order of their time, the short ones added to those before them."""
+    """One VM's rows, in the order of their time. Short intervals are added to the ones before them."""
     before: Aggregate | None = None
     for row in rows:
         if before is not None and _is_rest(before, row):

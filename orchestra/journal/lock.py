@@ -1,4 +1,5 @@
-"""One writer for a journal: a lock on a file beside it, which the kernel lets go when its holder is gone, however."""
+"""One writer for a journal: a lock on a file beside it. The kernel releases the lock when its process ends, even by
+a kill -9, so no lock is ever left behind."""
 
 from __future__ import annotations
 
@@ -18,11 +19,11 @@ def _beside(path: Path) -> Path:
 
 
 def take(path: Path) -> int:
-    """Become the writer; what to give to `release`.
+    """Become the writer of a journal. Returns the descriptor for `release`.
 
     Raises:
-        JournalError: another is.
-        OSError: the file can't be made.
+        JournalError: another fleet writes this journal.
+        OSError: the lock's file can't be made.
     """
     beside = _beside(path.resolve())
     while True:
@@ -34,7 +35,7 @@ def take(path: Path) -> int:
             raise JournalError(f"{path}: another fleet writes this journal; give each a file of its own") from None
         if _is_still(fd, beside):
             return fd
-        os.close(fd)  # the one before us removed it between our two calls
+        os.close(fd)  # the previous writer removed the file between our two calls
 
 
 def _is_still(fd: int, path: Path) -> bool:
@@ -45,6 +46,6 @@ def _is_still(fd: int, path: Path) -> bool:
 
 
 def release(path: Path, fd: int) -> None:
-    """Let another write."""
-    _beside(path.resolve()).unlink(missing_ok=True)  # while it is locked: nobody can have taken it
+    """Stop being the writer, so that another fleet can write."""
+    _beside(path.resolve()).unlink(missing_ok=True)  # before the lock is released: no other writer can hold it yet
     os.close(fd)

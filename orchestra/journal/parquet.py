@@ -24,12 +24,13 @@ except ImportError as error:
 __all__ = ["write"]
 
 BATCH: Final = 50_000
-"""Rows that are in memory at once."""
+"""Rows that are in memory at once, and of one row group of the file."""
 
 
 def write(kind: type[Any], rows: Iterable[Any], path: Path) -> int:
-    """Write rows of an attrs class; how many there were. Times are timestamps in UTC, to the
-    microsecond, evidence and details JSON text.
+    """Write rows of an attrs class as a Parquet file. Returns how many rows there were.
+
+    Times become timestamps in UTC, in microseconds. Evidence and details become JSON text.
 
     Raises:
         OSError: the file can't be written.
@@ -59,5 +60,5 @@ def _schema(kind: type[Any]) -> Any:
 
 def _value(name: str, value: Any) -> Any:
     if name == "time":
-        return value // 1000  # few readers take nanoseconds
+        return value // 1000  # few readers of Parquet accept nanoseconds
     return json.dumps(value) if isinstance(value, Mapping | list) else value

@@ -1,4 +1,4 @@
-"""Reads a journal, also while a fleet writes it."""
+"""Reads a journal, also while a fleet writes to it."""
 
 from __future__ import annotations
 
@@ -23,8 +23,15 @@ T = TypeVar("T")
 
 @attrs.frozen
 class ActionRow:
-    """An action as it was journaled. `time` in nanoseconds since the epoch; `kind` "Throttle", "Pause", ..., or
-    "PolicyError"; `outcome` "done", "dry-run", "refused" or "failed"; `details` its other fields."""
+    """An action as the journal has it.
+
+    Attributes:
+        session: the number of the fleet that wrote the row.
+        time: nanoseconds since the epoch.
+        kind: "Throttle", "Pause", ..., or "PolicyError".
+        outcome: "done", "dry-run", "refused" or "failed".
+        details: the action's other fields.
+    """
 
     session: int
     time: int
@@ -40,7 +47,7 @@ class ActionRow:
 
     @property
     def action(self) -> Action | None:
-        """As it was; None: a policy's error, or one that this version of orchestra can't read."""
+        """The action itself. None: the row is a policy's error, or this version of orchestra can't read the action."""
         kind = TAGGED.get(self.kind)
         if kind is None:
             return None
@@ -55,14 +62,17 @@ class ActionRow:
 
     @property
     def given(self) -> str | None:
-        """Of a limit that was there from a beginning on, and that nobody set: "open_fleet", "spec" or "default"."""
+        """Where a limit came from that was there from the start: "open_fleet", "spec", "default" or "host_budget".
+
+        None: the row is no such limit.
+        """
         by = self.evidence.get("given")
         return str(by) if by is not None and self.kind == "SetLimit" and self.policy is None else None
 
 
 @attrs.frozen
 class StateRow:
-    """A VM came into a state."""
+    """A VM came into a state at `time`, in nanoseconds since the epoch."""
 
     session: int
     time: int
@@ -75,8 +85,10 @@ class StateRow:
 
 @attrs.frozen
 class Aggregate:
-    """What a VM did in the `interval` seconds before `time`; as `VmFacts`. `throttled_by` is None in what an older
-    orchestra wrote."""
+    """What a VM did in the `interval` seconds before `time`. The fields mean the same as in `VmFacts`.
+
+    `throttled_by` is None in rows that an older version of orchestra wrote.
+    """
 
     session: int
     time: int
@@ -100,7 +112,10 @@ class Aggregate:
 
 @attrs.frozen
 class VcpuRow:
-    """What one vCPU of several did in the `interval` seconds before `time`; as `VcpuFacts`."""
+    """What one vCPU did in the `interval` seconds before `time`. The fields mean the same as in `VcpuFacts`.
+
+    VMs with one vCPU have no such rows: their aggregates say the same.
+    """
 
     session: int
     time: int
@@ -118,8 +133,11 @@ class VcpuRow:
 
 @attrs.frozen
 class HostRow:
-    """How the host was in the `interval` seconds before `time`; as `HostFacts`. `rate`, `exit_rate`: its limits on bus
-    locks and on exits. `absent` is there where it is not as in the row before."""
+    """The host's signals in the `interval` seconds before `time`. The fields mean the same as in `HostFacts`.
+
+    `rate` and `exit_rate` are the host's limits on bus locks and on exits, in events per second. `absent` is None if it
+    is the same as in the row before.
+    """
 
     session: int
     time: int
@@ -139,7 +157,7 @@ class HostRow:
 
 @attrs.frozen
 class ProfileRow:
-    """Sampled bus locks of one instruction: `samples` of them, standing for `weight`."""
+    """Sampled bus locks of one instruction: the number of `samples`, which stand for `weight` bus locks."""
 
     session: int
     time: int
@@ -163,7 +181,7 @@ class _ActionMaker(Maker[ActionRow]):
 
 
 class _JsonMaker(Maker[T]):
-    """Of rows whose last values are JSON, where there are any."""
+    """Makes rows whose last `last` values are JSON text or None."""
 
     def __init__(self, kind: type[T], last: int) -> None:
         super().__init__(kind)
@@ -181,9 +199,11 @@ class _ProfileMaker(Maker[ProfileRow]):
 
 
 class JournalReader:
-    """Made by `read_journal`. A context manager. Queries take `since` and `until`, nanoseconds since the epoch.
+    """A journal that is open for reading; made by `read_journal`. A context manager.
 
-    All of them raise `JournalError` where the file is damaged; what is read before that is given out.
+    Queries take `since` and `until` in nanoseconds since the epoch; both ends are included. A query gives its rows in
+    the order of their time. It raises `JournalError` at the place where the file is damaged, after it has given the
+    rows before that place.
     """
 
     def __init__(self, connection: sqlite3.Connection, path: Path) -> None:
@@ -195,7 +215,7 @@ class JournalReader:
 
     @property
     def path(self) -> Path:
-        """The file."""
+        """The path of the file."""
         return self._path
 
     def actions(
@@ -209,7 +229,7 @@ class JournalReader:
         since: int | None = None,
         until: int | None = None,
     ) -> Iterator[ActionRow]:
-        """In the order of their time."""
+        """The actions that fit all that is given, in the order of their time."""
         wanted = {"vm": vm, "tenant": tenant, "policy": policy, "kind": kind, "outcome": outcome}
         return self._rows("actions", ACTION_COLUMNS, self._action, wanted, since, until)
 
@@ -230,7 +250,7 @@ class JournalReader:
         return self._rows("aggregates", "*", self._aggregate, wanted, since, until)
 
     def vcpus(self, *, vm: str | None = None, since: int | None = None, until: int | None = None) -> Iterator[VcpuRow]:
-        """Of VMs that have several."""
+        """What the vCPUs did, of VMs that have several."""
         return self._rows("vcpus", "*", self._vcpu, {"vm": vm}, since, until)
 
     def hosts(self, *, since: int | None = None, until: int | None = None) -> Iterator[HostRow]:
@@ -242,22 +262,22 @@ class JournalReader:
         return self._rows("profiles", "*", self._profile, {"vm": vm}, since, until)
 
     def vms(self) -> list[str]:
-        """Names that anything is known of."""
+        """The names of all VMs about which the journal has a row."""
         query = (
             "SELECT vm FROM states UNION SELECT vm FROM actions WHERE vm IS NOT NULL UNION SELECT vm FROM aggregates"
         )
         return sorted(str(row[0]) for row in self.query(query))
 
     def some_vms(self) -> str:
-        """The first of them, for a message."""
+        """The first names of `vms`, for a message."""
         return ", ".join(name if name.isprintable() else repr(name) for name in self.vms()[:8]) or "none"
 
     def span(self) -> tuple[int, int] | None:
-        """The first and the last time in it; None if it is empty."""
+        """The first and the last time in the journal, in nanoseconds since the epoch. None: the journal is empty."""
         return self._span(("actions", "states", "aggregates", "hosts"), "time")
 
     def intervals(self) -> tuple[int, int] | None:
-        """The time that its intervals are of; None: it has none."""
+        """Begin and end of the time that the journal's intervals cover. None: the journal has no intervals."""
         return self._span(("aggregates", "hosts"), "time - interval * 1e9")
 
     def _span(self, tables: Iterable[str], begin: str) -> tuple[int, int] | None:
@@ -275,16 +295,16 @@ class JournalReader:
         return next(self._made(query, (session, time), self._host), None)
 
     def last_interval(self, session: int) -> int | None:
-        """When the last interval of a fleet ended."""
+        """When the last interval of a fleet ended. None: the journal has none."""
         time = self.query("SELECT max(time) FROM hosts WHERE session = ?", (session,))[0][0]
         return None if time is None else int(time)
 
     def removed(self) -> int:
-        """Until when rows of intervals were removed to keep the file within its bounds; 0: none were."""
+        """The time up to which rows of intervals were removed to keep the file within its bounds. 0: none were."""
         return int(self.query("SELECT max(until) FROM removed WHERE name IN ('aggregates', 'hosts')")[0][0] or 0)
 
     def shared_limits(self, session: int, tenant: str | None, until: int) -> Iterator[ActionRow]:
-        """What was done to limits of the host, and of a tenant if one is named, while one fleet was open."""
+        """The actions that changed limits of the host, and of `tenant` if there is one, while one fleet was open."""
         query = (
             f"SELECT {ACTION_COLUMNS} FROM actions WHERE vm IS NULL AND time <= ? AND session = ? AND outcome = 'done' "
             "AND (tenant IS NULL OR tenant = ?) AND kind IN ('Throttle', 'Unthrottle', 'SetLimit') ORDER BY time, id"
@@ -323,7 +343,7 @@ class JournalReader:
             raise self._unreadable(error) from error
 
     def ends(self, *, since: int | None = None, until: int | None = None) -> Iterator[StateRow]:
-        """The last state of each VM that has ended for good (not to be started again), in the order of their time."""
+        """The last state of each VM that has ended for good and is not started again, in the order of their time."""
         query = (
             "SELECT * FROM states AS last WHERE state IN ('stopped', 'failed') AND time BETWEEN ? AND ? AND NOT EXISTS "
             "(SELECT 1 FROM states WHERE vm = last.vm AND session = last.session AND launch = last.launch "
@@ -364,7 +384,7 @@ class JournalReader:
             last = time
 
     def moment(self, session: int, time: int, columns: str) -> list[tuple[Any, ...]]:
-        """Columns of the aggregates of one moment, as they are: for those who read millions."""
+        """Columns of the aggregates of one moment, as plain tuples: for callers that read millions of rows."""
         cursor = self._connection.cursor()
         cursor.row_factory = None
         query = f"SELECT {columns} FROM aggregates WHERE time = ? AND session = ?"
@@ -374,10 +394,12 @@ class JournalReader:
             raise self._unreadable(error) from error
 
     def query(self, sql: str, values: Sequence[Any] = ()) -> list[sqlite3.Row]:
-        """Any SELECT, for what is not foreseen here; `schema.py` has the tables. The file is open read-only.
+        """The rows of any SELECT, for questions that have no method here. `schema.py` has the tables.
+
+        The file is open read-only.
 
         Raises:
-            JournalError: SQLite can't do it.
+            JournalError: SQLite refuses the statement, or the file is damaged.
         """
         try:
             return self._connection.execute(sql, values).fetchall()
@@ -400,9 +422,9 @@ class JournalReader:
 
 
 def read_journal(path: str | Path) -> JournalReader:
-    """Open a journal to read.
+    """Open a journal for reading. A fleet may write to it at the same time.
 
     Raises:
-        JournalError: there is none, or it is of another version; the message says what to do.
+        JournalError: there is no such journal, or it is of another version. The message says what to do.
     """
     return JournalReader(connect(path, readonly=True), Path(path))

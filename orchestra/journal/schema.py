@@ -1,7 +1,7 @@
-"""The file's tables, its version, and how it gets from one to the next.
+"""The journal's tables, the version of the file, and the steps from one version to the next.
 
-SQLite in WAL mode: readers never wait for the writer, and a process that is killed loses what it had not committed and
-nothing else (https://www.sqlite.org/wal.html). All times are nanoseconds since the epoch.
+The file is SQLite in WAL mode. Readers never wait for the writer, and a process that is killed loses only what it had
+not committed (https://www.sqlite.org/wal.html). All times are nanoseconds since the epoch.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ __all__ = ["APPLICATION", "VERSION", "JournalError", "connect", "prepare", "unre
 
 APPLICATION: Final = 0x6F726368  # "orch", in the file's header: `file fleet.db` and we can tell it from other databases
 BUSY_SECONDS: Final = 5.0
+"""How long SQLite waits for a lock of another process before it gives up; the same as the default of `sqlite3`."""
 
 
 class JournalError(OrchestraError, OSError):
@@ -83,7 +84,7 @@ _MIGRATIONS: Final[Sequence[Callable[[sqlite3.Connection], object]]] = (
     lambda connection: _run(connection, _SECOND),
     lambda connection: _run(connection, _THIRD),
 )
-"""What makes version n + 1 of version n. Append, never change: files of every version are out there."""
+"""Entry n makes version n + 1 of version n. Append entries and never change one: files of every version exist."""
 
 VERSION: Final = len(_MIGRATIONS)
 
@@ -97,26 +98,32 @@ def unreadable(path: str | Path, error: Exception) -> JournalError:
 
 
 def _run(connection: sqlite3.Connection, script: str) -> None:
-    for statement in script.split(";"):  # not executescript(), which commits what is open
+    for statement in script.split(";"):  # not executescript(), which would commit the transaction that is open
         if statement.strip():
             connection.execute(statement)
 
 
 def _mode(path: Path) -> str:
-    """How to open a file to read it. Readers of a file in WAL mode share memory in files beside it, which the last one
-    to close the file removes if it may write; a reader that may not would leave them. So one that may opens the file as
-    if to write (and `connect` forbids that it does); else a file that was put away in good order is opened as one that
-    nobody writes, which needs no files beside it."""
+    """How to open a file to read it.
+
+    Readers of a file in WAL mode share memory, in files beside it. The last process that closes the file removes these
+    files, but only if that process may write; a reader that may not would leave them behind. So a reader that may write
+    opens the file for writing (and `connect` forbids it to write). If the reader may not write and the file was closed
+    in good order, it is opened as a file that no process writes, which needs no files beside it.
+    """
     if os.access(path, os.W_OK) and os.access(path.parent, os.W_OK):
         return "mode=rw"
     return "mode=ro" if path.with_name(f"{path.name}-wal").exists() else "mode=ro&immutable=1"
 
 
 def connect(path: str | Path, *, readonly: bool) -> sqlite3.Connection:
-    """Open the file.
+    """Open a journal's file, and check that it is a journal of a version that can be read.
+
+    Parameters:
+        readonly: False: the file is made if it is not there.
 
     Raises:
-        JournalError: it is not there, not a database, or may not be opened.
+        JournalError: the file is not there, is no journal, is of another version, or may not be opened.
     """
     path = Path(path)
     try:
@@ -169,10 +176,10 @@ def connect(path: str | Path, *, readonly: bool) -> sqlite3.Connection:
 
 
 def upgrade(path: str | Path) -> tuple[int, int]:
-    """Bring a journal that is there to the version of today; the versions before and after.
+    """Bring a journal to the newest version. Returns the versions before and after.
 
     Raises:
-        JournalError: there is none, or it can't be written.
+        JournalError: there is no such journal, or it can't be written.
     """
     if not Path(path).exists():
         raise JournalError(f"{path}: no such journal")
@@ -190,16 +197,16 @@ def upgrade(path: str | Path) -> tuple[int, int]:
 
 
 def prepare(connection: sqlite3.Connection) -> None:
-    """Bring a file that may be written to the version of today, in one transaction."""
+    """Bring a file that may be written to the newest version, in one transaction."""
     version = int(connection.execute("PRAGMA user_version").fetchone()[0])
     if not version:
         connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # only before the first table; pruning gives pages back
     connection.execute("PRAGMA journal_mode = WAL")
-    # A commit is safe against the death of the process; against that of the host up to the last checkpoint.
+    # A commit survives the death of the process. If the host dies, what was written since the last checkpoint is lost.
     connection.execute("PRAGMA synchronous = NORMAL")
-    # An index by VM is written all over: its pages are kept in memory, and copied to the file once for many changes.
-    # 16 MB for each, as fleets of thousands of VMs write some MB a second; a small `keep_bytes` ends the log sooner
-    # (`_shrink` of writer.py).
+    # Rows of an interval change pages all over an index by VM. So the pages are kept in memory, and copied to the file
+    # once for many changes: 16 MB of cache, and as much of log (4000 pages), as fleets of thousands of VMs write some
+    # MB a second. A small `keep_bytes` ends the log sooner (`_shrink` of writer.py).
     connection.execute("PRAGMA cache_size = -16000")
     connection.execute("PRAGMA wal_autocheckpoint = 4000")
     if version == VERSION:

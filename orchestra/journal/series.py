@@ -14,11 +14,15 @@ __all__ = ["Bin", "series"]
 
 @attrs.frozen
 class Bin:
-    """A VM in a part of the time, for a plot: events a second, parts of its vCPUs' time. What is None is not known.
+    """How a VM fared in a part of the time, for a plot. None: not known.
 
     Attributes:
-        throttled: waited for its turn.
-        queued: could have run, and waited for a CPU.
+        time: the middle of the part, in nanoseconds since the epoch.
+        bus_locks, exits: per second.
+        throttled: the part of its vCPUs' time in which the VM waited for a bucket.
+        queued: the part of its vCPUs' time in which the VM could have run and waited for a CPU.
+        limit: the tightest limit on the VM's bus locks at the end of the part, per second.
+        lock_ns: nanoseconds that the host's probe took for a locked operation.
     """
 
     time: int
@@ -31,8 +35,17 @@ class Bin:
 
 
 def series(journal: JournalReader, vm: str, since: int, until: int, bins: int) -> list[Bin]:
-    """How a VM fared over time, in parts of equal length. Where the journal was written and has no row of it, it was
-    idle."""
+    """How a VM fared over time, in parts of equal length.
+
+    The VM was idle in intervals that the journal has and in which it has no row about the VM.
+
+    Parameters:
+        since, until: nanoseconds since the epoch.
+        bins: how many parts.
+
+    Raises:
+        JournalError: the journal can't be read.
+    """
     width = max(1, -(-(until - since) // bins))
     rows: dict[int, list[Aggregate]] = {}
     hosts: dict[int, list[HostRow]] = {}
@@ -67,15 +80,17 @@ def series(journal: JournalReader, vm: str, since: int, until: int, bins: int) -
 
 
 def _parts(row: Aggregate | HostRow, since: int, width: int) -> range:
-    """The parts that a row is of: that of its end or, if it is of a longer time than a part, all of that time."""
-    end = row.time - 1 - since  # a row is of the time before it
+    """The parts to which a row belongs: the part of its end, or all parts of its interval if it is longer than one."""
+    end = row.time - 1 - since  # a row is about the time before it
     begin = max(0, row.time - round(row.interval * SECOND) - since)
     return range(end // width if row.interval * SECOND <= width else begin // width, end // width + 1)
 
 
 def _limits(journal: JournalReader, vm: str, since: int, until: int) -> list[tuple[int, float | None]]:
-    """The tightest limit on bus locks of the VM itself, from each change on; from the launch on that is there at
-    `since`. With a VM go its limits."""
+    """The changes of the tightest limit on the bus locks of the VM itself: their times, and the limit from there on.
+
+    They begin with the launch that is there at `since`. A VM that ends takes its limits with it.
+    """
     states = list(journal.states(vm=vm, until=until))
     there = next((life_of(row) for row in reversed(states) if row.time <= since), None)
     begin = next((row.time for row in states if life_of(row) == there), None)
@@ -87,7 +102,7 @@ def _limits(journal: JournalReader, vm: str, since: int, until: int) -> list[tup
     lives = [row for row in states if begin is None or row.time >= begin]
     held, life = Held(), there
     changes: list[tuple[int, float | None]] = []
-    for row in sorted([*lives, *rows], key=lambda row: row.time):  # a state goes first: it is its VM's that was done
+    for row in sorted([*lives, *rows], key=lambda row: row.time):  # a state goes before the actions of its time
         if isinstance(row, ActionRow):
             held.note(row)
         elif life_of(row) != life or row.state in ENDED:

@@ -1,4 +1,4 @@
-"""Who slows a VM, by what a journal has: the comparison of `orchestra.policy.suspects` over the last minutes."""
+"""Which VMs slow a VM, by a journal: the comparison of `orchestra.policy.suspects` over the last minutes."""
 
 from __future__ import annotations
 
@@ -18,21 +18,25 @@ __all__ = ["suspects"]
 SECOND: Final = 1_000_000_000
 
 MOST: Final = 8
-"""VMs that are looked at for their bus locks, and as many for their CPU time: those that had most of it."""
+"""The VMs with the most bus locks that are compared, and as many with the most CPU time. A comparison costs some
+milliseconds for each suspect."""
 
 
 def suspects(journal: JournalReader, vm: str, at: int | None = None, *, seconds: float = 600.0) -> Suspicion:
-    """Whose bus locks and CPU time go up and down with what a VM suffers, and how sure that is; see `Suspicion`.
+    """Which VMs' bus locks and CPU time go up and down with what a VM suffers, and how surely; see `Suspicion`.
 
-    Takes a tenth of a second or so.
+    Takes about a tenth of a second.
 
     Parameters:
-        at: the end of the time that is looked at, nanoseconds since the epoch. Default: the last one in the journal.
-        seconds: how much of it. It is cut into 120 windows, or into the journal's own intervals where they are longer.
+        vm: the name of the VM that may suffer.
+        at: the end of the time that is looked at, in nanoseconds since the epoch. Default: the last time in the
+            journal.
+        seconds: the length of that time. It is cut into 120 windows, or into the journal's own intervals if these are
+            longer.
 
     Raises:
-        UnknownVm: the journal has nothing of it.
-        JournalError: it can't be read.
+        UnknownVm: the journal has no row about the VM.
+        JournalError: the journal can't be read.
     """
     span = journal.span()
     at = at if at is not None else span[1] if span is not None else 0
@@ -60,13 +64,13 @@ def suspects(journal: JournalReader, vm: str, at: int | None = None, *, seconds:
 
 
 def _width(time: int, hosts: list[HostRow]) -> int:
-    """A number of whole intervals, so that windows are alike."""
+    """The width of a window in nanoseconds: a whole number of intervals, so that all windows have as many."""
     interval = max(1, round(median(row.interval for row in hosts) * SECOND)) if hosts else SECOND
     return -(-time // (WINDOWS * interval)) * interval
 
 
 def _active(journal: JournalReader, session: int, since: int, until: int) -> list[str]:
-    """Those that did most."""
+    """The VMs with the most bus locks and the most CPU time."""
     found: dict[str, None] = {}
     for what in ("bus_locks", "cpu"):
         for row in journal.query(
@@ -79,7 +83,7 @@ def _active(journal: JournalReader, session: int, since: int, until: int) -> lis
 
 
 def _by_window(rows: Iterable[Aggregate], since: int, width: int, session: int) -> dict[int, Aggregate]:
-    """Sums, by the number of the window. A VM that was launched anew meanwhile is one suspect."""
+    """The sums of a VM's rows, by the number of the window. All launches of a VM count as one suspect."""
     sums: dict[int, Aggregate] = {}
     for row in rows:
         if row.session == session:
@@ -90,7 +94,7 @@ def _by_window(rows: Iterable[Aggregate], since: int, width: int, session: int) 
 
 
 def _windows(hosts: Iterable[HostRow], since: int, width: int) -> Iterator[tuple[int, list[HostRow]]]:
-    """Those in which the journal was written."""
+    """The windows in which the journal has rows, with these rows."""
     there: dict[int, list[HostRow]] = {}
     for row in hosts:
         there.setdefault((row.time - 1 - since) // width, []).append(row)

@@ -29,20 +29,23 @@ __all__ = ["Journal", "JournalStatistics"]
 log: Final = logging.getLogger("orchestra.journal")
 
 COMMIT_SECONDS: Final = 0.2
-"""What a kill -9 can lose is what came since the last commit: well under the second that is promised."""
+"""A kill -9 can lose the rows since the last commit. That is well under the second that is promised."""
 
 QUEUE: Final = 200_000
-"""Rows that may wait for the disk; beyond it new ones are dropped and counted: actions and states beyond twice that."""
+"""Rows that may wait for the disk. Beyond it new rows are dropped and counted. Actions and states are dropped only
+beyond twice that: the answers to "why?" need them most, and they are few."""
 
 BATCH: Final = 10_000
-"""Rows of one transaction: what is taken up at once in memory, and by how much the file can grow between two looks."""
+"""Rows of one transaction. It bounds the memory of a batch, and the growth of the file between two looks at it."""
 
 PRUNE_SECONDS: Final = 60.0
+"""Seconds between two looks for rows that are too old. Rows are kept for days, so a minute is soon enough."""
+
 PRUNED_ROWS: Final = 50_000
-"""At most so many at a time, and at most half of a table."""
+"""The most rows that are removed at a time, and half of a table at most: a transaction of removals stays short."""
 
 WAL_PART: Final = 8
-"""The part of a file's bytes that is left for its write-ahead log."""
+"""One part in so many of `keep_bytes` is left for the write-ahead log, which counts towards that bound too."""
 
 _INSERTS: Final = {
     "actions": "INSERT INTO actions (session, time, kind, vm, tenant, policy, outcome, error, reason, evidence, "
@@ -56,34 +59,35 @@ _INSERTS: Final = {
 _DEAR: Final = ("actions", "states")
 
 Sample: TypeAlias = tuple[int, int, int, int, int, int, bytes]
-"""rip, mode, cpl, space, samples, weight, code: as the table `profiles` has them."""
+"""rip, mode, cpl, space, samples, weight, code: columns of the table `profiles`."""
 
 
-# Made once: json.dumps makes one for each call that asks for more than its defaults, which costs more than the rest.
+# Made once: `json.dumps` makes an encoder for each call with other than its default arguments, which costs more than
+# the encoding itself.
 _encode: Final = json.JSONEncoder(separators=(",", ":")).encode
 
 
 def _json(value: Any) -> str:
-    if not value and type(value) is dict:  # of a VM that nobody throttles, for instance
+    if not value and type(value) is dict:  # the common case: most VMs are not throttled
         return "{}"
     return _encode(value)
 
 
 def _told(action: Action) -> tuple[str, dict[str, Any]]:
-    """An action's kind and fields as data, what JSON has no form for in its evidence as text."""
+    """An action's kind and fields as data. Evidence that has no form in JSON becomes text."""
     try:
         return encode_parts(action, str)
-    except Exception as error:  # a cycle, a str() that raises: the action itself is worth more
+    except Exception as error:  # a cycle, or a str() that raises: the row is kept without its evidence
         return encode_parts(attrs.evolve(action, evidence={"unreadable": f"{type(error).__name__}: {error}"}))
 
 
 def _mended(row: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A row that SQLite would not take, as near to it as can be."""
+    """A row that SQLite refused, with its values changed as little as needed for SQLite to accept it."""
     return tuple(_mend(value) for value in row)
 
 
 def _mend(value: Any) -> Any:
-    if isinstance(value, str):  # a lone surrogate, of a file name for instance
+    if isinstance(value, str):  # a lone surrogate, for example from a file name
         return value.encode("utf-8", "backslashreplace").decode()
     if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
         return float(value)
@@ -94,18 +98,18 @@ class Journal:
     """The journal of one fleet at a time, for `open_fleet(journal=...)`, which opens and closes it.
 
     Parameters:
-        path: the file; made if it is not there, continued if it is.
-        keep_days: older rows are removed.
-        keep_bytes: beyond this the oldest rows are removed. The file and its write-ahead log together stay below it,
-            but for what is just being written, or if a reader holds the log.
+        path: the file. It is made if it is not there, and continued if it is.
+        keep_days: rows that are older are removed.
+        keep_bytes: beyond this size the oldest rows are removed. The file and its write-ahead log together stay below
+            it, except for what is just being written, and while a reader holds the log.
 
     Raises:
-        SpecError: a bound that can't be.
-        JournalError: (when the fleet is opened) the file can't be.
+        SpecError: a bound is out of its range.
+        JournalError: the file can't be used. This is raised when the fleet is opened.
     """
 
     def __init__(self, path: str | Path, *, keep_days: float = 30.0, keep_bytes: int = 1 * GiB) -> None:
-        JournalSpec(str(path), keep_days, keep_bytes)  # it checks them
+        JournalSpec(str(path), keep_days, keep_bytes)  # checks the bounds
         self.path = Path(path)
         self._keep_ns = round(keep_days * 86400e9)
         self._keep_bytes = keep_bytes
@@ -123,10 +127,15 @@ class Journal:
     # ---- for the fleet
 
     def begin(self, now: int, backend: str, detection: str | None) -> None:
-        """A fleet opens; `now` is its clock. Blocks for some milliseconds.
+        """Begin a session for a fleet that opens. Blocks for some milliseconds.
+
+        Parameters:
+            now: nanoseconds on the fleet's clock.
+            backend: the backend's name.
+            detection: how the backend reports bus locks. None: it does not.
 
         Raises:
-            JournalError: the file can't be opened, or another fleet writes this journal, of whatever process.
+            JournalError: the file can't be opened, or another fleet writes this journal, in this or another process.
         """
         if self._thread is not None:
             raise JournalError(f"{self.path}: this Journal is in use by a fleet; give each its own")
@@ -154,11 +163,11 @@ class Journal:
         self._thread.start()
 
     def action(self, applied: Applied) -> None:
-        """An action, whatever came of it; or (without one) why a policy was switched off."""
+        """Record an action, whatever came of it. Without an action: record why a policy was switched off."""
         action: Action | None = applied.action
         kind, fields = ("PolicyError", {}) if action is None else _told(action)
         details = {name: fields[name] for name in fields if name not in ("vm", "tenant", "reason", "evidence")}
-        if details.get("launch", 0) is None:  # whoever had the name
+        if details.get("launch", 0) is None:  # no launch was meant, so none is kept
             del details["launch"]
         self._put(
             "actions",
@@ -178,14 +187,17 @@ class Journal:
         )
 
     def state(self, now: int, vm: str, launch: int, tenant: str, state: str, reason: str) -> None:
-        """A VM's state changed."""
+        """Record that a VM's state changed, at `now` on the fleet's clock."""
         self._put("states", (self._session, now + self._offset, vm, launch, tenant, state, reason))
 
     def aggregate(self, facts: Facts) -> None:
-        """What the VMs did in an interval, and how the host was: all of it is kept or, where too much waits, nothing.
-        Half of it would read as if the other half of the VMs had done nothing."""
+        """Record what the VMs did in an interval, and how the host was.
+
+        All rows of the interval are kept or, if too many rows wait, none of them. With half of the rows, the other half
+        of the VMs would seem to have been idle.
+        """
         session, time, interval = self._session, facts.time + self._offset, facts.interval
-        # A row is one display: this runs for each VM of a fleet at each interval, on the fleet's thread.
+        # Each row is one tuple, written out: this runs for each VM in each interval, on the fleet's thread.
         rows: list[tuple[str, tuple[Any, ...]]] = [
             (
                 "aggregates",
@@ -231,7 +243,7 @@ class Journal:
         self._queue += rows
 
     def profile(self, now: int, vm: str, launch: int, rows: Iterable[Sample]) -> None:
-        """Bus locks that were sampled."""
+        """Record bus locks that the profile sampled, at `now` on the fleet's clock."""
         for rip, mode, cpl, space, samples, weight, code in rows:
             signed = rip - (1 << 64) if rip >> 63 else rip  # SQLite's integers have a sign
             self._put(
@@ -240,9 +252,12 @@ class Journal:
             )
 
     def end(self, now: int) -> None:
-        """The fleet is gone: write what waits, and close. Blocks until that is done.
+        """End the session: write the rows that wait, and close the file. Blocks until that is done.
 
-        What can't be written now never will be: it is counted as dropped, and told in the log.
+        Rows that can't be written now are lost. They are counted as dropped, and the log says so.
+
+        Parameters:
+            now: nanoseconds on the fleet's clock.
         """
         thread, self._thread = self._thread, None
         if thread is None:
@@ -280,7 +295,7 @@ class Journal:
     def _write(self, connection: sqlite3.Connection) -> None:
         pruned = time.monotonic()
         while True:
-            closing = self._closing  # read first: what is queued before it was set is written below
+            closing = self._closing  # read first: rows that were queued before it was set are written below
             try:
                 while self._flush(connection):
                     self._shrink(connection)
@@ -288,7 +303,7 @@ class Journal:
                     pruned = time.monotonic()
                     self._forget(connection)
                 self._tell(None)
-            except Exception as error:  # a full disk may have room again: what waits stays, up to the bound
+            except Exception as error:  # a full disk may have room again later: the rows wait, up to the bound
                 self._tell(str(error) or type(error).__name__)
             if closing:
                 break
@@ -300,7 +315,7 @@ class Journal:
             self._tell(str(error))
 
     def _tell(self, error: str | None) -> None:
-        """What goes wrong from now on; None: nothing. Each change is logged once."""
+        """Note an error, or None for its end. Only a change is logged: a full disk would else fill the log as well."""
         before, self._error = self._error, error
         if error is not None and error != before:
             log.error("%s: the journal can't be written (%s); %d rows wait", self.path, error, len(self._queue))
@@ -308,7 +323,10 @@ class Journal:
             log.warning("%s: the journal is written again; %d rows were dropped so far", self.path, self._dropped)
 
     def _flush(self, connection: sqlite3.Connection) -> bool:
-        """Write some of what waits; whether there was any."""
+        """Write a batch of the rows that wait. Returns whether there were any.
+
+        If the transaction fails, the rows go back to the front of the queue, in their order.
+        """
         queue = self._queue
         taken = [queue.popleft() for _ in range(min(len(queue), BATCH))]
         if not taken:
@@ -339,7 +357,7 @@ class Journal:
         return True
 
     def _insert(self, connection: sqlite3.Connection, table: str, row: tuple[Any, ...]) -> bool:
-        """Write one row of a batch in which there is one that can't be; whether it could."""
+        """Write one row of a batch in which SQLite refused a row. Returns whether this row could be written."""
         why: Exception | None = None
         for mend in (False, True):
             try:
@@ -356,15 +374,17 @@ class Journal:
     # ---- bounds
 
     def _forget(self, connection: sqlite3.Connection) -> None:
-        """Remove what is too old."""
+        """Remove the rows that are too old."""
         oldest = time.time_ns() - self._keep_ns
         removed = [self._remove(connection, table, "time <= ?", oldest, oldest) for table in _INSERTS]
         if any(removed):
             self._give_back(connection)
 
     def _remove(self, connection: sqlite3.Connection, table: str, which: str, value: int, until: int) -> int:
-        """Remove rows, the last of which is of the time `until`, and note that: else it would look as if there had been
-        none. How many there were."""
+        """Remove rows, and return how many. `until` is the time of the last one of them.
+
+        The same transaction notes that time: else the journal would look as if there had never been such rows.
+        """
         connection.execute("BEGIN")
         try:
             count = connection.execute(f"DELETE FROM {table} WHERE {which}", (value,)).rowcount
@@ -379,7 +399,7 @@ class Journal:
         return count
 
     def _shrink(self, connection: sqlite3.Connection) -> None:
-        """While the file is too large, remove the oldest of what there is most of."""
+        """While the file is too large, remove the oldest rows of the table that has most rows."""
         most = self._keep_bytes - self._keep_bytes // WAL_PART
         page = int(connection.execute("PRAGMA page_size").fetchone()[0])
         removed = False
@@ -411,10 +431,11 @@ class Journal:
             return 0
 
     def _give_back(self, connection: sqlite3.Connection) -> None:
-        connection.executescript("PRAGMA incremental_vacuum")  # execute() takes one step of it: one page
+        connection.executescript("PRAGMA incremental_vacuum")  # execute() would do one step of it only: one page
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
 def _is_of_the_file(error: Exception) -> bool:
-    """A full disk, a file that is locked or broken: no row is to blame, and all of them may be written later."""
+    """Whether an error is about the file (a full disk, a lock, damage). Then no row is to blame, and all may be written
+    later."""
     return isinstance(error, sqlite3.OperationalError) or type(error) is sqlite3.DatabaseError

@@ -1,4 +1,4 @@
-"""What can be done to a fleet, each with its reason and evidence; and how a VM can end. Plain frozen data."""
+"""The actions on a fleet, each with its reason and evidence, and the outcomes of a VM. Plain frozen data."""
 
 from __future__ import annotations
 
@@ -64,9 +64,11 @@ class _OnVm:
     """An action about a VM.
 
     Parameters:
-        vm: its name.
-        launch: which launch of that name is meant (`Vm.launch`): if another VM has the name by then, nothing is done
-            to it. None: whoever has the name. The same for limits on a VM.
+        vm: the VM's name.
+        reason: the sentence that says why.
+        evidence: the figures that the reason is based on, by name.
+        launch: the launch of that name that is meant (`Vm.launch`). If another VM has the name by then, the fleet does
+            nothing to it. None: the VM that has the name. The same holds for limits on a VM.
     """
 
     vm: str = attrs.field(validator=_is_text)
@@ -77,40 +79,41 @@ class _OnVm:
 
 @attrs.frozen(kw_only=True)
 class Pause(_OnVm):
-    """Hold a VM's vCPUs outside the guest. Allowed while it runs; done at once if it is paused already.
+    """Hold a VM's vCPUs outside the guest. Allowed while the VM runs; done at once if the VM is paused already.
 
-    It has taken effect when no guest code runs: it waits for no device and no task that has an access to answer. The
-    row of that state in the journal says what is pending, and `Vm.pause` waits for it.
+    The action is done when no guest code runs. It does not wait for a device or a task that has an access to answer:
+    the row of the paused state in the journal says what is pending. `Vm.pause` waits for these as well.
     """
 
 
 @attrs.frozen(kw_only=True)
 class Resume(_OnVm):
-    """Let a paused VM go on. Done at once if it runs already."""
+    """Let a paused VM go on. Done at once if the VM runs already."""
 
 
 @attrs.frozen(kw_only=True)
 class Stop(_OnVm):
-    """End a VM, its restarts included, between two instructions. Always allowed."""
+    """End a VM between two instructions, and do not restart it. Always allowed."""
 
 
 @attrs.frozen(kw_only=True)
 class Kill(_OnVm):
-    """End a VM at once. Always allowed. (As `Stop` for flat guests, which have no orderly shutdown to be asked for.)"""
+    """End a VM at once. Always allowed. For flat guests, which know no orderly shutdown, it does the same as `Stop`."""
 
 
 @attrs.frozen(kw_only=True)
 class Warn(_OnVm):
-    """Say that a VM hurts others, and do nothing: it is journaled and logged."""
+    """Say that a VM hurts others, in the journal and the log, and do nothing to the VM."""
 
 
 @attrs.frozen(kw_only=True)
 class CapCpu(_OnVm):
-    """Let each vCPU of a VM run for at most this part of the time. It holds guest code back, whatever the guest does.
+    """Let each vCPU of a VM run for at most this part of the time. The cap holds for all guest code.
+
+    Each policy has one cap at each VM, and the callers of `Fleet.apply` together have one. The tightest counts.
 
     Parameters:
-        share: from 0.01 to 1; None: take one's own cap away. Each policy, and the callers of `Fleet.apply` together,
-            have one cap at each VM; the tightest counts.
+        share: a part of the time, from 0.01 to 1. None: take away the cap of the same policy, or of the callers.
     """
 
     share: float | None
@@ -125,24 +128,24 @@ class CapCpu(_OnVm):
 
 @attrs.frozen(kw_only=True)
 class Isolate(_OnVm):
-    """Have a VM's vCPUs run on the quarantine CPUs only. Done at once if they do already."""
+    """Let a VM's vCPUs run only on the CPUs that are kept for noisy VMs. Done at once if they do already."""
 
 
 @attrs.frozen(kw_only=True)
 class Rejoin(_OnVm):
-    """Let an isolated VM's vCPUs run wherever the others do."""
+    """Let an isolated VM's vCPUs run on the CPUs of the other VMs again."""
 
 
 @attrs.frozen(kw_only=True)
 class Evict(_OnVm):
-    """Have a VM leave this host: asks the fleet's ``on_evict``, which moves it or says why not."""
+    """Let a VM leave this host. The fleet calls its ``on_evict``, which moves the VM or says why it can't."""
 
 
 @attrs.frozen(kw_only=True)
 class Reload:
-    """Say that other rules are in force from now on, or were not taken: it is journaled, and does nothing.
+    """Say in the journal that new rules are in force, or that they were refused. It does nothing else.
 
-    `orchestra.config.reload` applies it when it has changed what there is to change.
+    `orchestra.config.reload` applies it after it has put the new rules in force.
 
     Parameters:
         policies: what became of each policy: "new", "changed", "gone" or "kept".
@@ -158,8 +161,9 @@ class Reload:
 class Throttle:
     """Hold a VM, a tenant, or (with neither) the host to `limit`. Takes effect at once, also in the middle of a wait.
 
-    Each policy, and the callers of `Fleet.apply` together, have one throttle at each place. It never loosens what the
-    spec, `set_limit` or another said: the tightest counts. `Unthrottle` takes away one's own.
+    Each policy has one throttle at each place, and the callers of `Fleet.apply` together have one. A throttle never
+    loosens what the spec, `set_limit` or another throttle says: the tightest counts. `Unthrottle` takes away the
+    throttle of the same policy, or of the callers.
     """
 
     limit: Limit
@@ -178,9 +182,10 @@ class Throttle:
 
 @attrs.frozen(kw_only=True)
 class SetLimit:
-    """Set the limit itself, of a VM, one of its vCPUs, a tenant, or (with none of them) the host. None: no limit.
+    """Set the limit itself of a VM, of one of its vCPUs, of a tenant, or (with none of them) of the host.
 
-    What `Fleet.set_limit` and `Vm.set_limit` do and are journaled as.
+    A `limit` of None takes the limit off. `Fleet.set_limit` and `Vm.set_limit` do this, and the journal has this action
+    for them.
     """
 
     limit: Limit | None
@@ -199,7 +204,7 @@ class SetLimit:
 
 @attrs.frozen(kw_only=True)
 class Unthrottle:
-    """Take away what `Throttle` set at the same place. Where there is none, or the VM is gone, nothing is done."""
+    """Take away the throttle at a place. If there is none, or the VM is gone, nothing is done."""
 
     vm: str | None = _text(None, optional=True)
     tenant: str | None = _text(None, optional=True)
@@ -226,11 +231,14 @@ Action: TypeAlias = (
 
 @attrs.frozen(kw_only=True)
 class Applied:
-    """An action that was applied, or that failed: what the journal keeps.
+    """What came of an action. The journal keeps it.
 
-    `time` is in nanoseconds on the fleet's clock, `policy` the name of the policy that asked for it (None: a caller),
-    `error` why it was not done (None: it was). Without an action: the policy raised `error` and is switched off.
-    `outcome`: "done", "dry-run" (decided, and nothing done), "refused" (by the guard) or "failed".
+    Attributes:
+        time: nanoseconds on the fleet's clock.
+        action: the action. None: the policy raised `error` and is switched off.
+        policy: the name of the policy that asked for the action. None: a caller asked.
+        error: why the action was not done. None: it was done.
+        outcome: "done", "dry-run" (decided, and nothing done), "refused" (by the guard) or "failed".
     """
 
     time: int
@@ -245,25 +253,25 @@ class Applied:
 
 
 class State(StrEnum):
-    """Where a VM is. Being throttled is a condition of running (`Vm.throttled`), not a state of its own."""
+    """The state of a VM. A throttled VM is in the state RUNNING (see `Vm.throttled`)."""
 
     CREATED = "created"
     RUNNING = "running"
     PAUSED = "paused"
     WAITING = "waiting"
-    """Between two runs: it waits for a restart's back-off, or for a reset's turn."""
+    """The VM is between two runs: it waits for a restart's back-off, or for a reset's turn."""
     STOPPED = "stopped"
     FAILED = "failed"
 
 
 @attrs.frozen
 class Halted:
-    """Every vCPU executed HLT and nothing can wake it (no irqchip)."""
+    """Every vCPU executed HLT, and nothing can wake the VM, as it has no irqchip."""
 
 
 @attrs.frozen
 class Shutdown:
-    """The guest ended itself: through an exit port, a system event, or a triple fault."""
+    """The guest ended itself: through an exit port, a system event, or a triple fault. `code` is the exit port's."""
 
     reason: str = _text("exit port")
     code: int | None = None
@@ -271,16 +279,16 @@ class Shutdown:
 
 @attrs.frozen
 class Stopped:
-    """You stopped it: `Vm.stop`, an action, or the end of its fleet."""
+    """You stopped the VM: by `Vm.stop`, by an action, or by the end of its fleet."""
 
     reason: str = _text()
 
 
 @attrs.frozen
 class Failed:
-    """An exit nobody can handle, or an error of the host or of a device, ended it.
+    """An exit that nothing can handle, or an error of the host or of a device, ended the VM.
 
-    `registers` holds those of the vCPU that failed, by name, as far as they could be read.
+    `registers` are the registers of the vCPU that failed, by name, as far as they could be read.
     """
 
     reason: str

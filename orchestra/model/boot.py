@@ -1,6 +1,6 @@
 """What a VM boots: an open set of boot specs. Each checks itself against a VM, and names the function that loads it.
 
-A class of your own that derives from `BootSpec` goes wherever ours do: into `VmSpec.boot` and through the codec.
+A class of your own that derives from `BootSpec` works wherever ours do: in `VmSpec.boot` and in the codec.
 `FlatImage` is the one to copy, with its loader in orchestra/machine/boot/flat.py.
 """
 
@@ -23,7 +23,7 @@ STACKS: Final = 8
 
 @attrs.frozen
 class Layout:
-    """What a VM has for what it boots.
+    """The memory, vCPUs and interrupt controllers that a VM has for a boot spec.
 
     Attributes:
         ram: guest-physical ranges of its RAM, from address 0.
@@ -56,7 +56,11 @@ class BootSpec:
     loader: ClassVar[str] = ""
 
     def check(self, layout: Layout) -> None:
-        """Raises SpecError: it can't boot on a VM like that; the message says what would help."""
+        """Check that this can boot on a VM with that layout.
+
+        Raises:
+            SpecError: it can't. The message says what would help.
+        """
         raise NotImplementedError(f"{type(self).__name__} must check itself")
 
     @staticmethod
@@ -83,8 +87,8 @@ class FlatImage(BootSpec):
         starts: "all": every vCPU starts at `entry`. "first": only the first does, and the others wait until it sends
             them INIT and SIPI by its local APIC, as on a PC; that takes an irqchip.
 
-    Whoever starts at `entry` finds interrupts off, its number in ``DI``/``EDI``/``RDI`` and, in modes 32 and 64, a
-    stack of 4 KiB of its own below the tables (the first 8 vCPUs; others set up their own).
+    A vCPU that starts at `entry` finds interrupts off, its number in ``DI``/``EDI``/``RDI`` and, in modes 32 and 64, a
+    stack of 4 KiB of its own below the tables (the first 8 vCPUs; the others must set up their own).
     """
 
     loader: ClassVar[str] = "orchestra.machine.boot.flat:load"

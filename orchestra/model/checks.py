@@ -1,4 +1,4 @@
-"""Checks of single values, for the words: each error names the field, the value and the remedy."""
+"""Checks of single values, for specs and actions. Each error names the field, the value and the remedy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["fail", "number", "whole"]
 
 
 def fail(field: str, value: object, remedy: str) -> SpecError:
-    """The error that says it. The value is shown in at most 200 characters."""
+    """Make the error for a field. It shows at most 200 characters of the value: data from outside may be very long."""
     try:
         shown = repr(value)
     except ValueError:  # an int of more than 4300 digits has none
@@ -19,7 +19,11 @@ def fail(field: str, value: object, remedy: str) -> SpecError:
 
 
 def number(field: str, value: object) -> float:
-    """Check that `value` is a finite number; a truth value is none."""
+    """Return `value` as a float if it is a finite number; a bool is none.
+
+    Raises:
+        SpecError: it is not such a number.
+    """
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise fail(field, value, "must be a number")
     try:
@@ -32,7 +36,11 @@ def number(field: str, value: object) -> float:
 
 
 def whole(field: str, value: object, low: int, high: int, unit: str = "") -> int:
-    """Check that `value` is a whole number from `low` to `high`."""
+    """Return `value` if it is a whole number from `low` to `high`; a bool is none.
+
+    Raises:
+        SpecError: it is not such a number.
+    """
     if isinstance(value, bool) or not isinstance(value, int):
         raise fail(field, value, f"must be a whole number{' of' * unit.startswith(' ')}{unit}")
     if not low <= value <= high:

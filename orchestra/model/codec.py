@@ -1,17 +1,17 @@
-"""Specs, actions, limits, outcomes, statistics and exits as JSON-able data, and back: the one codec.
+"""The codec: turns specs, actions, limits, outcomes, statistics and exits into JSON-able data, and back.
 
-The classes themselves say how: a field of a class is a key, its annotation is the type, and what the constructor
-refuses is refused here, with the path to the value. A class of a closed union (an action, an outcome, a device, an
-exit) carries its name as "kind". So a field or a class that is added to the words is added here as well.
+The classes themselves define the form: a field of a class is a key, and its annotation is the type. What the
+constructor refuses, the codec refuses, with the path to the value. The data of a class of a union (an action, an
+outcome, a device, an exit) carry the name of the class as "kind". So a new field or class needs no change here.
 
     bytes       base64 text                    range            [start, stop]
     enum        its value                      tuple, list      a list
     inf, nan    "inf", "-inf", "nan"           mapping          an object with text keys
-    live object refused: it means something in its process only
+    live object refused: it has a meaning only in its own process
 
 Decoding is strict: an unknown key, a missing one, a number for a truth value, or text that is not base64 is an error.
-All mistakes are told at once, each with its path. `to_document` adds the version, for what is kept in files or sent to
-others. Files that people write have some short forms as well (`Dialect`).
+The error has all mistakes at once, each with its path. `to_document` adds the version, for data that are kept in files
+or sent to others. Files that people write have some short forms as well (`Dialect`).
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ __all__ = [
 T = TypeVar("T")
 
 VERSION: Final = 1
-"""Of documents. A newer one is refused; an older one is read as long as this module says how."""
+"""The version of documents. A newer document is refused. An older one is read as long as this module knows how."""
 
 VERSION_KEY: Final = "orchestra"
 
 LIVE: Final = "live"
-"""Metadata of a field that may hold a live object: what to give in its place, for the message."""
+"""Key of the metadata of a field that may hold a live object. Its value says what to give in the object's place."""
 
 
 # ---- to data --------------------------------------------------------------------------------------------------------
@@ -68,7 +68,7 @@ def to_document(value: Any) -> dict[str, Any]:
     """An object of a class as a versioned document.
 
     Raises:
-        SpecError: it has something in it that JSON has no form for.
+        SpecError: a value in the object has no form in JSON.
     """
     return {VERSION_KEY: VERSION, **{KIND: type(value).__name__}, **encode(value)}
 
@@ -77,17 +77,17 @@ def encode(value: Any, other: Callable[[Any], Any] | None = None) -> Any:
     """A value as JSON-able data.
 
     Parameters:
-        other: makes data of what JSON has no form for, where it must be told whatever it is: in evidence, which has
-            what its policy put there. None: that is an error.
+        other: makes data of values that have no form in JSON. Evidence needs it, as a policy may put any value there.
+            None: such a value is an error.
 
     Raises:
-        SpecError: it has something in it that JSON has no form for.
+        SpecError: a value has no form in JSON, or values are nested deeper than `DEPTH`.
     """
     return _encode(value, (), other)
 
 
 def encode_parts(value: Any, other: Callable[[Any], Any] | None = None) -> tuple[str, dict[str, Any]]:
-    """An object of a class as its kind and its fields, for those who write them into columns of their own."""
+    """An object of a class as its kind and its fields, for callers that write the fields into columns."""
     fields = encode(value, other)
     return fields.pop(KIND, type(value).__name__), fields
 
@@ -115,7 +115,7 @@ def _encode(value: Any, at: At, other: Callable[[Any], Any] | None) -> Any:
     if isinstance(value, Mapping):
         return {_key(key, at, other): _encode(one, (*at, str(key)), other) for key, one in value.items()}
     if isinstance(value, set | frozenset):
-        value = sorted(value, key=str)  # so that equal ones are written alike
+        value = sorted(value, key=str)  # so that equal sets give equal data
     if isinstance(value, list | tuple):
         return [_encode(one, (*at, i), other) for i, one in enumerate(value)]
     if other is not None:
@@ -155,7 +155,7 @@ def _encode_object(value: Any, at: At, other: Callable[[Any], Any] | None) -> di
 
 
 def _refuse_live(kind: type, field: str, value: object) -> None:
-    """Whatever class a live object is of: of those in the field's annotation it is none that data make."""
+    """Raise for a live object: an object of no class in the field's annotation that data can make."""
     data = _data_types(typing.get_type_hints(kind)[field])
     for one in value if isinstance(value, tuple) else (value,):
         if attrs.has(type(one)) and not isinstance(one, data):
@@ -163,19 +163,19 @@ def _refuse_live(kind: type, field: str, value: object) -> None:
 
 
 def _data_types(kind: Any) -> tuple[type, ...]:
-    """The classes in an annotation that data make objects of."""
+    """The classes in an annotation whose objects data can make."""
     inner = [one for part in typing.get_args(kind) for one in _data_types(part)]
     own = isinstance(kind, type) and attrs.has(kind) and not getattr(kind, "_is_protocol", False)
     return (*inner, kind) if own else tuple(inner)
 
 
 class _Live(SpecError):
-    """A live object, told with what to give in its place."""
+    """The error for a live object, which already says what to give in its place."""
 
 
 @cache
 def _fields(kind: type) -> tuple[tuple[str, str, str], ...]:
-    """Name, key, and what to give in the place of a live object, of what the constructor takes."""
+    """For each parameter of the constructor: the field, the key, and what to give in the place of a live object."""
     return tuple((one.name, one.alias, one.metadata.get(LIVE, "")) for one in attrs.fields(kind) if one.init)
 
 
@@ -183,10 +183,11 @@ def _fields(kind: type) -> tuple[tuple[str, str, str], ...]:
 
 
 def from_document(kind: type[T], data: object) -> T:
-    """What `to_document` wrote.
+    """Read a document that `to_document` made.
 
     Raises:
-        SpecError: not such a document, or of a version that this orchestra does not know; the message names the path.
+        SpecError: the data are no such document, or of a version that this orchestra does not know.
+        CodecError: a value is wrong. `mistakes` has all of them, each with its path.
     """
     if not isinstance(data, Mapping):
         raise SpecError(f"document: must be an object with {VERSION_KEY!r} and {KIND!r}, not {shown(data)}")
@@ -203,13 +204,15 @@ def from_document(kind: type[T], data: object) -> T:
 
 
 def decode(kind: type[T] | Any, data: object, dialect: Dialect = JSON) -> T:
-    """A value of that type, from what `encode` made of it.
+    """Make a value of a type from the data that `encode` made of it.
 
     Parameters:
         kind: a class, or a union such as `orchestra.Action`.
+        data: JSON-able data.
+        dialect: how the data are written.
 
     Raises:
-        CodecError: it is none; the message names the path to what is wrong, and `mistakes` has all of them.
+        CodecError: the data are no such value. The message names the paths, and `mistakes` has all mistakes.
     """
     reading = Reading(dialect)
     value = reading.value(kind, data, ())

@@ -1,7 +1,8 @@
-"""Constructors: what each takes, and all that it has to say against some arguments.
+"""Constructors: their parameters, and all complaints that they have about some arguments.
 
-A constructor raises at its first complaint. Whoever reads a file wants to hear all of them: the complaint is put to an
-argument, that one is left out, and the constructor is called again, until it has said it all.
+A constructor raises at its first complaint, and the author of a file wants to see all of them. So this module finds the
+argument that a complaint is about, leaves that argument out, and calls the constructor again, until it complains no
+more.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ __all__ = ["BAD", "Complaint", "Parameter", "call", "parameters"]
 
 
 class _Bad:
-    """In the place of a value that could not be made."""
+    """Stands for a value that could not be made. None can't, as None is a value."""
 
     def __repr__(self) -> str:
         return "BAD"
@@ -33,10 +34,12 @@ _BLAMED: Final = re.compile(r"(?:[\w-]+:? )?([a-z_]+)((?:\[[^\]]*\])?)=")  # als
 _ITEM: Final = re.compile(r"([\w-]+): ")
 
 _STAND_INS: Final = (1e9, 0.05)
-"""Numbers for what must be given and is wrong, so that the rest can be looked at: one of them will do."""
+"""Numbers that stand in for a required argument that is missing or wrong, so that the constructor can look at the rest.
+A large one fits parameters such as a rate, a small one those that are a part of something."""
 
 _MOST: Final = 100
-"""Complaints beyond the number of arguments: each call takes one argument out or puts a stand-in, so it ends before."""
+"""Calls beyond the number of arguments. Each call takes an argument out or puts a stand-in, so the loop ends before;
+the bound is for a constructor that behaves in another way."""
 
 
 @attrs.frozen
@@ -47,7 +50,13 @@ class Parameter:
 
 @attrs.frozen
 class Complaint:
-    """`at`: which argument, and what inside it; `said`: the rest of the message."""
+    """What a constructor said about its arguments.
+
+    Attributes:
+        error: the constructor's error.
+        at: the argument that it is about, and what inside that argument. Empty: not known.
+        said: the rest of the message.
+    """
 
     error: Exception
     at: tuple[str | int, ...]
@@ -56,11 +65,11 @@ class Complaint:
 
 @cache
 def parameters(kind: Callable[..., Any]) -> Mapping[str, Parameter]:
-    """What it takes, by name, in its order."""
+    """The parameters of a constructor, by name, in their order."""
     if isinstance(kind, type) and attrs.has(kind):
         hints = typing.get_type_hints(kind)
         fields = {one.alias: one for one in attrs.fields(kind) if one.init}
-        ordered = [fields[name] for name in inspect.signature(kind).parameters]  # what is inherited comes last, by name
+        ordered = [fields[name] for name in inspect.signature(kind).parameters]  # keyword-only ones come last there
         return {one.alias: Parameter(hints[one.name], one.default is attrs.NOTHING) for one in ordered}
     hints = typing.get_type_hints(kind.__init__ if isinstance(kind, type) else kind)  # type: ignore[misc]  # a class
     found = inspect.signature(kind).parameters
@@ -68,19 +77,25 @@ def parameters(kind: Callable[..., Any]) -> Mapping[str, Parameter]:
 
 
 def call(kind: Callable[..., Any], given: Mapping[str, Any], known: Mapping[str, Parameter]) -> Iterator[Complaint]:
-    """All that it says against these arguments. Those that are `BAD` were told of already."""
+    """All complaints of a constructor about these arguments. Arguments that are `BAD` were reported already.
+
+    Parameters:
+        kind: the constructor.
+        given: the arguments, by name.
+        known: the constructor's parameters.
+    """
     arguments = {name: one for name, one in given.items() if one is not BAD}
     absent = [name for name, one in known.items() if one.required and name not in arguments]
     if not all(known[name].kind is float for name in absent):
         return
     arguments |= dict.fromkeys(absent, _STAND_INS[0])
-    spare = {name: list(_STAND_INS[1:]) for name in absent}  # what is said about stand-ins is no news
+    spare = {name: list(_STAND_INS[1:]) for name in absent}  # a complaint about a stand-in is none about the data
     for _ in range(len(arguments) + _MOST):
         try:
             kind(**arguments)
             return
         except (SpecError, ValueError, TypeError, OverflowError) as error:
-            if isinstance(getattr(error, "mistakes", None), tuple):  # it has said it all, each with its place
+            if isinstance(getattr(error, "mistakes", None), tuple):  # the error has all mistakes, each with its path
                 yield Complaint(error, (), str(error))
                 return
             at, text = _blame(str(error), arguments, known)
@@ -91,7 +106,8 @@ def call(kind: Callable[..., Any], given: Mapping[str, Any], known: Mapping[str,
                 return
             if name not in spare:
                 yield Complaint(error, at, text)
-            # Of several things together: what would be said next may be due to this.
+            # The complaint is about several arguments together, or about a part of one that can't be left out: the next
+            # complaint might only follow from this one.
             if not at or isinstance(arguments[name], tuple):
                 return
             if len(at) > 1 and len(arguments[name]) > 1:
@@ -110,9 +126,9 @@ def call(kind: Callable[..., Any], given: Mapping[str, Any], known: Mapping[str,
 def _blame(
     text: str, arguments: Mapping[str, Any], known: Mapping[str, Parameter]
 ) -> tuple[tuple[str | int, ...], str]:
-    """Which argument an error is about, by what it says, and what is left to be said. It may be one that is not there,
-    but could be."""
-    if "Exceeds the limit" in text:  # int's digits, in the middle of another message
+    """The argument that an error is about, found in its text, and the rest of the text. It may be one that was not
+    given."""
+    if "Exceeds the limit" in text:  # Python's bound on the digits of an int
         return (), "a number beyond 64 bits"
     found = _BLAMED.match(text)
     if found is not None:
@@ -122,7 +138,8 @@ def _blame(
             return ((name,) if key is None else (name, key)), rest
         if name in known:
             return (name,), rest
-        # It was checked under another name: a floor as a rate, a key as a signal.
+        # The constructor checked the value under another name: a floor as a rate, a key as a signal. So look for the
+        # argument by the value.
         value = rest.partition(": ")[0]
         for argument, one in arguments.items():
             if (key := _key_of(one, value)) is not None:
@@ -132,7 +149,7 @@ def _blame(
         if len(named) == 1:
             return (named[0],), rest
     item = _ITEM.match(text)
-    if item is not None:  # one of several, which is called by one of its fields
+    if item is not None:  # an item of a tuple, which the message names by one of its fields
         for argument, one in arguments.items():
             for i, part in enumerate(one if isinstance(one, tuple) else ()):
                 fields = attrs.fields(type(part)) if attrs.has(type(part)) else ()
@@ -142,7 +159,7 @@ def _blame(
 
 
 def _key_of(mapping: object, written: str) -> str | None:
-    """The key of a mapping that is written so."""
+    """The key of a mapping whose repr is `written`. None: there is none, or `mapping` is no mapping."""
     if not isinstance(mapping, Mapping) or not written:
         return None
     return next((key for key in mapping if repr(key) == written), None)

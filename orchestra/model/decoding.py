@@ -1,4 +1,4 @@
-"""Data into values by the annotations of their classes; every mistake is noted with its path, and reading goes on."""
+"""Makes values of data by the annotations of their classes. Each mistake is noted with its path; reading goes on."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from .mistakes import At, CodecError, Wrong, meant, shown, suggested
 __all__ = ["BAD", "DEPTH", "Reading"]
 
 DEPTH: Final = 32
-"""How deep values may be nested: specs need 6, and what comes from outside must not exhaust the stack."""
+"""How deep values may be nested. Specs need 6; data from outside must not exhaust the stack."""
 
 MOST: Final = 100
-"""Mistakes that are told: more than anybody mends at once, and data from outside must not make work without end."""
+"""Mistakes that are reported. Nobody mends more at once, and data from outside must not make work without end."""
 
 
 class Reading:
@@ -39,7 +39,7 @@ class Reading:
         self.wrong: list[Wrong] = []
 
     def no(self, at: At, said: str, value: Any = BAD) -> Any:
-        """Note a mistake. `value`: what is there, to be named."""
+        """Note a mistake. `value` is the value that is there, which the message shows."""
         if value is BAD:
             self.wrong.append(Wrong(at, said))
         elif isinstance(value, Mapping | list | tuple):
@@ -50,7 +50,7 @@ class Reading:
         return BAD
 
     def value(self, kind: Any, data: object, at: At) -> Any:
-        """A value of that type."""
+        """Read data as a value of type `kind`. Returns `BAD` if a mistake was noted."""
         if len(self.wrong) >= MOST:
             return BAD
         if len(at) > DEPTH:
@@ -72,7 +72,7 @@ class Reading:
         if (data is None or said) and types.NoneType in arguments:
             return None
         if tagged and len(tagged) == len(some) and isinstance(data, str):
-            data = {KIND: data}  # one that needs nothing else
+            data = {KIND: data}  # the short form of a class that needs no other key
         if isinstance(data, Mapping) and tagged and KIND in data:
             name = data[KIND]
             if not isinstance(name, str) or name not in tagged:
@@ -114,7 +114,7 @@ class Reading:
         return BAD if BAD in values else values
 
     def _several(self, origin: type, kind: Any, data: object, at: At) -> Any:
-        """A list, or a tuple for whatever else can be gone through."""
+        """A list, or a tuple for any other iterable type."""
         items = self._tuple((kind, ...), data, at)
         return list(items) if origin is list and items is not BAD else items
 
@@ -126,12 +126,12 @@ class Reading:
         made = {}
         for key, one in given.items():
             if named and isinstance(one, Mapping) and one.get("name", key) == key:
-                one = {"name": key, **one}  # of a table of things by their names, each need not say its own again
+                one = {"name": key, **one}  # in a table by names, an entry need not repeat its name
             made[key] = self.value(values, one, (*at, key))
         return BAD if BAD in made.values() else made
 
     def _member(self, kind: Any, data: object, at: At) -> Any:
-        """One of an open set. Of one that needs no more, just the kind will do."""
+        """An object of an open set. If it needs no other key, the kind alone is enough."""
         kinds = kind.kinds()
         given = self.table({KIND: data} if isinstance(data, str) else data, at)
         if given is BAD:
@@ -143,7 +143,7 @@ class Reading:
         return self._object(kinds[name], given, at)
 
     def table(self, data: object, at: At) -> Any:
-        """Data that are a mapping with text keys."""
+        """Check that data are a mapping with text keys."""
         if not isinstance(data, Mapping) or not all(isinstance(key, str) for key in data):
             return self.no(at, f"must be {self.dialect.words[0]}", data)
         return data
@@ -230,7 +230,7 @@ class Reading:
         for complaint in call(kind, arguments, parameters(kind)):
             if isinstance(complaint.error, CodecError):
                 self.wrong += [attrs.evolve(one, at=(*at, *one.at)) for one in complaint.error.mistakes]
-            elif complaint.at or len(self.wrong) == told == before:  # of the whole only if its parts are right
+            elif complaint.at or len(self.wrong) == told == before:  # about the whole only if its parts are right
                 valued = bool(complaint.at) and isinstance(complaint.at[-1], str)
                 self.wrong.append(Wrong((*at, *complaint.at), suggested(complaint.said), valued))
 
@@ -303,7 +303,7 @@ _PLAIN: Final[Mapping[type, Callable[[Reading, object, At], Any]]] = {
 
 @cache
 def _reader(kind: Any) -> Callable[[Reading, object, At], Any]:
-    """What reads values of a type: found out once for each, as typing takes its time."""
+    """The function that reads values of a type. It is found once for each type, as `typing` is slow."""
     origin, arguments = get_origin(kind), get_args(kind)
     if kind is Any or kind is object:
         return lambda reading, data, at: data
@@ -334,7 +334,7 @@ def _reader(kind: Any) -> Callable[[Reading, object, At], Any]:
 
 @cache
 def _alternatives(arguments: tuple[Any, ...]) -> tuple[list[Any], dict[str, Any]]:
-    """Of a union: what data can make, and of that what carries its name."""
+    """The types of a union that data can make, and those among them whose data carry their name."""
     some = [one for one in arguments if one is not types.NoneType and not _is_live(one)]
     return some, {name: one for one in some if (name := name_of(one)) is not None}
 

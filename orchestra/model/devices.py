@@ -1,8 +1,8 @@
-"""What a guest finds on its buses: an open set of device specs, and what each declares of its wiring.
+"""The devices on a guest's buses: an open set of device specs, each with its wiring.
 
-A spec is plain data. It names the class that implements it, and `wiring` says what that class needs of the machine:
-addresses, interrupts, doorbells. Nothing else lists devices, so a class of your own that derives from `DeviceSpec`
-goes wherever ours do: into `VmSpec.devices`, through the codec, onto the buses. See docs/devices.md.
+A device spec is plain data. The spec names the class that implements the device, and `wiring` says what that class
+needs of the machine: addresses, interrupts, doorbells. No other list of devices exists. So a class of your own that
+derives from `DeviceSpec` works wherever ours do: in `VmSpec.devices`, in the codec, on the buses. See docs/devices.md.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ Irqchip: TypeAlias = Literal["none", "full", "split"]
 
 @attrs.frozen
 class Doorbell:
-    """A register whose write tells the device that there is work, without an exit of the guest: an ioeventfd.
+    """A register that a guest writes to tell the device that there is work, without an exit: an ioeventfd.
 
-    The guest goes on at once, and the device is called on the fleet's thread (`Peripheral.rang`). A write that differs
-    in size or, with `value`, in value is no ring: it comes to `Peripheral.write` like any other.
+    The guest goes on at once, and the fleet's thread calls the device (`Peripheral.rang`). A write of another size or,
+    with `value`, of another value does not ring: the device gets it in `Peripheral.write` like any other write.
 
     Parameters:
         offset: from the start of the device's MMIO addresses, or of its ports.
@@ -145,7 +145,7 @@ class Wiring:
 
 @attrs.frozen
 class DeviceSpec:
-    """The base of all device specs: derive a frozen attrs class from it, name its implementation, and say its wiring.
+    """The base of all device specs. Derive a frozen attrs class from it, with an implementation and a wiring.
 
     Attributes:
         implementation: "package.module:Class" of its `Peripheral`, which is imported when a VM with it is launched.
@@ -212,7 +212,7 @@ def check_wiring(devices: Sequence[DeviceSpec], irqchip: Irqchip, memory: Iterab
 
 
 def unwired(devices: Iterable[DeviceSpec], irqchip: bool | str) -> str | None:
-    """What a backend that has neither irqchip nor ioeventfds can't give this VM; None: it can give all of it."""
+    """What this VM needs that a backend without irqchip and ioeventfds can't give. None: it needs no such thing."""
     if irqchip_kind(irqchip) != "none":
         return f"irqchip={irqchip!r}"
     for device in devices:

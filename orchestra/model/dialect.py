@@ -1,4 +1,4 @@
-"""How data are written: in JSON, or in files that people write; and what classes are called there."""
+"""How data are written, in JSON or in files that people write, and the names that classes have in data."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KIND: Final = "kind"
 
 
 def _tagged() -> dict[str, type]:
-    """The classes that carry their name."""
+    """The classes of closed unions, whose data carry the name of the class."""
     exit_types = [kind for kind in vars(exits).values() if isinstance(kind, type) and issubclass(kind, exits.Exit)]
     unions = (actions.Action, actions.Outcome)
     found = [kind for union in unions for kind in get_args(union)]
@@ -26,8 +26,10 @@ TAGGED: Final[Mapping[str, type]] = _tagged()
 
 
 def name_of(kind: Any) -> str | None:
-    """What a class of a union or of an open set is called in data: by its own word for it, or by its name; None: it is
-    of none."""
+    """The name in data of a class of a union or of an open set: the class's own word (`KIND`), or its name.
+
+    None: the class is of no union and no open set.
+    """
     if not isinstance(kind, type):
         return None
     own = vars(kind).get(KIND)
@@ -38,7 +40,7 @@ def name_of(kind: Any) -> str | None:
 
 
 def is_open_set(kind: type) -> bool:
-    """A base whose ``kinds()`` says which classes there are of it, by name: those that were imported."""
+    """Whether a class is the base of an open set: its ``kinds()`` gives the classes that were imported, by name."""
     return "kinds" in vars(kind)
 
 
@@ -47,13 +49,13 @@ class Dialect:
     """How data are written.
 
     Attributes:
-        none: a word that says None, where the format has no null and the value is no text.
-        words: what a mapping and a sequence are called.
-        bits: whole numbers beyond so many are refused; None: the format has no such bound.
-        forms: short forms, by the annotation of the value: each makes the long form, and raises SpecError for what is
-            neither.
-        infinite: numbers without end are written as words.
-        remedies: for a key that a class does not have, what to do in its place.
+        none: the word for None, if the format has no null. It counts only where the value may not be a text.
+        words: what a mapping and a sequence are called in messages.
+        bits: whole numbers that need more bits are refused. None: the format has no such bound.
+        forms: short forms, by the annotation of the value. Each makes the long form, and raises SpecError for data that
+            are neither.
+        infinite: infinite numbers are written as words.
+        remedies: for a key that a class does not have, what to use in its place.
     """
 
     none: str | None = None

@@ -1,8 +1,8 @@
-"""What each action does, as data: the one table that every reader of actions goes by.
+"""What each action does, as data: one table, which every reader of actions uses.
 
-An executor that carries actions out, the guard, the journal, a replay and the simulator all have to know what an action
-puts in force, what lets go of it again, and whether each policy has its own. Adding an action is one entry here, one
-method of the executor, and its tests.
+Executor, guard, journal, replay and simulator must all know what an action puts in force, which action lets go of that
+again, and whether each policy has one of its own. A new action needs one entry here, one method of the executor, and
+tests.
 """
 
 from __future__ import annotations
@@ -37,23 +37,30 @@ class What(StrEnum):
     """What an action puts in force, or takes out of it."""
 
     LIMIT = "limit"
-    """The limit itself, as a spec or `SetLimit` says it. There is one at each place."""
+    """The limit itself, as a spec or `SetLimit` says. There is one at each place."""
     THROTTLE = "throttle"
-    """A limit on top of that one."""
+    """A limit on top of the limit itself, by a policy or a caller."""
     CAP = "cap"
     PAUSE = "pause"
     ISOLATION = "isolation"
 
 
 class Axis(StrEnum):
-    """What two policies can contradict each other on. They can't on what stacks: there the tightest counts."""
+    """What two policies can contradict each other on. They can't contradict each other on what stacks, as there the
+    tightest counts."""
 
     RUNNING = "running"
     PLACE = "place"
 
 
 class Key(NamedTuple):
-    """Where something is in force: what, on which meter ("": none), and on whom (neither VM nor tenant: the host)."""
+    """A place where something is in force.
+
+    Attributes:
+        what: what is in force.
+        meter: the meter of a limit; empty: no meter.
+        vm, tenant, vcpu: on which VM, tenant or vCPU. Neither VM nor tenant: on the host.
+    """
 
     what: What
     meter: str
@@ -67,14 +74,14 @@ class Effect:
     """What a type of action does.
 
     Attributes:
-        what: it puts in force, or lets go of; None: neither.
-        stacks: each policy, and all callers together, have one of their own, and the tightest counts. Otherwise there
-            is one for all, and whoever lets go of it ends it.
-        hard: the guest is interrupted for it: cool-downs are for these.
+        what: what the action puts in force, or lets go of. None: neither.
+        stacks: True: each policy has one of its own, and all callers together have one, and the tightest counts. False:
+            there is one for all, and any policy that lets go of it ends it.
+        hard: the action interrupts the guest. Cool-downs are for such actions.
         ends: the VM is not on this host afterwards.
-        axis: what it may contradict another policy on.
+        axis: on what the action may contradict another policy.
         releases: whether an action of this type lets go of what is in force.
-        inverse: the action that takes an action back; None: nothing does.
+        inverse: makes the action that takes an action back. None: no action does.
     """
 
     what: What | None = None
@@ -117,18 +124,18 @@ EFFECTS: Final[Mapping[type, Effect]] = {
 
 
 def releases(action: Action) -> bool:
-    """Whether it lets go of something that is in force, and so makes life easier for whoever it is about."""
+    """Whether an action lets go of something that is in force, so that its VM, tenant or host is less restricted."""
     return EFFECTS[type(action)].releases(action)
 
 
 def inverse(action: Action) -> Action | None:
-    """The action that takes this one back; None: nothing does."""
+    """The action that takes this action back. None: no action does."""
     how = EFFECTS[type(action)].inverse
     return None if how is None or releases(action) else how(action)
 
 
 def key_of(action: Action) -> Key | None:
-    """Where it puts something in force, or lets go of it. None: nowhere."""
+    """The place where an action puts something in force, or lets go of it. None: there is no such place."""
     what = EFFECTS[type(action)].what
     if what is None:
         return None
@@ -144,8 +151,14 @@ def key_of(action: Action) -> Key | None:
 
 @attrs.frozen
 class Holding:
-    """Something in force: the action that put it there as it is, whose it is (None: a caller's), and since when the
-    same one has held something there; later actions may have changed it."""
+    """Something that is in force.
+
+    Attributes:
+        action: the action that put it in force as it is.
+        policy: the policy that holds it. None: a caller.
+        since: since when the same policy has held something at this place, in nanoseconds. `action` may be a later
+            change.
+    """
 
     action: Action
     policy: str | None
@@ -155,8 +168,8 @@ class Holding:
 class Holdings:
     """What is in force, read from the actions that were done, in their order. Its size is that of what is in force.
 
-    Two launches may have had one name: what names its launch is let go of by an action about that launch, or about
-    whichever there is. What is done about an earlier launch does not let go of what holds a later one.
+    Two launches may have had the same name. What was put in force on one launch is let go of by an action about that
+    launch, or about no launch in particular. An action about an earlier launch does not free a later launch.
     """
 
     def __init__(self) -> None:
@@ -172,7 +185,7 @@ class Holdings:
                 yield key, holding
 
     def note(self, action: Action, policy: str | None, time: int = 0) -> None:
-        """An action was done, at that time (ns)."""
+        """Take in an action that was done at `time`, in nanoseconds."""
         effect = EFFECTS[type(action)]
         if effect.ends and action.vm is not None:
             self.forget(action.vm)
@@ -205,25 +218,25 @@ class Holdings:
                 del self._of_vm[key.vm]
 
     def at(self, key: Key) -> Mapping[str | None, Holding]:
-        """What is in force at a place, by whose it is."""
+        """What is in force at a place, by the policy that holds it."""
         return self._held.get(key, {})
 
     def on(self, vm: str) -> Collection[Key]:
-        """Where something is in force for that VM alone."""
+        """The places where something is in force on that VM alone."""
         return self._of_vm.get(vm, ())
 
     def undo(self, policy: str) -> list[Action]:
-        """The actions that take back all that a policy has in force, the last one first."""
+        """The actions that take back everything that a policy holds, the last one first."""
         held = [holdings[policy].action for holdings in self._held.values() if policy in holdings]
         return [back for action in reversed(held) if (back := inverse(action)) is not None]
 
     def forget(self, vm: str) -> None:
-        """A VM is gone, and what held it as well."""
+        """Forget what held a VM that is gone."""
         for key in self._of_vm.pop(vm, ()):
             del self._held[key]
 
     def withdraw(self, policy: str) -> list[Key]:
-        """Let go of all that a policy has in force; where that was."""
+        """Let go of everything that a policy holds. Returns the places where that was."""
         keys = [key for key, holdings in self._held.items() if holdings.pop(policy, None) is not None]
         for key in keys:
             if not self._held[key]:

@@ -1,6 +1,6 @@
-"""Errors, named by situation. Each also is the builtin exception that fits, so that generic handlers work.
+"""Errors, named by situation. Each is also the builtin exception that fits, so that generic handlers work.
 
-Whose fault it is stands in the docstring: yours (the call or the spec), the host's, or the guest's.
+The docstring says whose fault an error is: yours (the call or the spec), the host's, or the guest's.
 """
 
 from __future__ import annotations
@@ -28,15 +28,16 @@ class OrchestraError(Exception):
 
 
 class SpecError(OrchestraError, ValueError):
-    """Your spec, limit or argument can't be: the message names the field, the value and the remedy."""
+    """Your spec, limit or argument is not valid. The message names the field, the value and the remedy."""
 
 
 class FileError(OrchestraError, ValueError):
-    """A file that you named can't be read or written, or holds what can't be; the message begins with the file.
+    """A file that you named can't be read or written, or its content is not valid. The message begins with the file.
 
     Attributes:
-        file: its name, where `lines` has more than one message could say.
-        lines: all that is wrong with it, as compilers write it: "FILE:LINE: KEY: what". Empty where one message does.
+        file: the name of the file, if `lines` has several mistakes.
+        lines: all mistakes in the file, in the form of a compiler: "FILE:LINE: KEY: what". Empty if one message says
+            everything.
     """
 
     file: str = ""
@@ -50,7 +51,7 @@ class NoSuchBackend(SpecError):
 class UnknownVm(OrchestraError, LookupError):
     """You named a VM that this fleet does not have."""
 
-    # LookupError, not KeyError: KeyError shows its message as a repr.
+    # LookupError and not KeyError, which shows its message as a repr.
 
 
 class UnknownTenant(SpecError, LookupError):
@@ -62,15 +63,15 @@ class VmExists(SpecError):
 
 
 class StateError(OrchestraError, RuntimeError):
-    """You asked for something that the VM's present state does not allow; the message says which state does."""
+    """You asked for something that the VM's present state does not allow. The message says which state allows it."""
 
 
 class GuestMemoryError(OrchestraError, IndexError):
-    """An address range lies outside the guest's memory, or in a part that may not be written."""
+    """Yours or the guest's: an address range lies outside the guest's memory, or in a part that may not be written."""
 
 
 class BackendUnavailable(OrchestraError, RuntimeError):
-    """The host lacks what the backend needs (/dev/kvm, permission, a newer kernel); the message says what to do."""
+    """The host lacks what the backend needs (/dev/kvm, permission, a newer kernel). The message says what to do."""
 
 
 class BusLockUnsupported(BackendUnavailable):
@@ -78,12 +79,12 @@ class BusLockUnsupported(BackendUnavailable):
 
 
 class KvmError(OrchestraError, OSError):
-    """A KVM ioctl failed in a way that has no name of its own here. Carries the ioctl's name and `errno`."""
+    """A KVM ioctl failed in a way that has no error of its own here. The error has the ioctl's name and `errno`."""
 
 
 class KvmUnsupported(KvmError):
-    """This host's KVM, or its CPU, lacks a capability that is needed; the message names it."""
+    """This host's KVM, or its CPU, lacks a capability that is needed. The message names the capability."""
 
 
 class ResourceLimit(KvmError):
-    """The host is out of something that a VM needs (file descriptors, threads, memory); the message names the limit."""
+    """The host is out of something that a VM needs (descriptors, threads, memory). The message names the limit."""

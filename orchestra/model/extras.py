@@ -1,8 +1,8 @@
-"""What orchestra is called on the package index, and how a part of it that is missing is installed.
+"""The name of orchestra on the package index, and the command that installs an extra.
 
-The import and the command are ``orchestra``; on the package index that name is somebody else's. So whatever tells a
-person to install something says it through `install`, and the name stands here and in pyproject.toml alone
-(tests/test_model_extras.py).
+The import and the command are ``orchestra``; on the package index that name belongs to another project. So each message
+that tells a person to install something uses `install`. The name stands only here and in pyproject.toml, and a test
+compares the two (tests/test_model_extras.py).
 """
 
 from __future__ import annotations
@@ -16,5 +16,5 @@ DISTRIBUTION: Final = "orchestra-kvm"
 
 
 def install(*extras: str) -> str:
-    """The command that adds these extras. Where orchestra is installed already, pip fetches only what they need."""
+    """The command that adds these extras. If orchestra is installed already, pip fetches only what the extras need."""
     return f"pip install '{DISTRIBUTION}[{','.join(extras)}]'"

@@ -1,4 +1,4 @@
-"""A journal as data: where it is kept and for how long, and how it keeps up."""
+"""A journal as data: its file, how long rows are kept, and the statistics of the writer."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ class JournalStatistics:
     """How the journal keeps up.
 
     Attributes:
-        written, waiting: rows.
-        dropped: rows that are lost: more waited than may, they could not be written, or (when the fleet is gone) the
-            disk had no room for them.
-        error: what goes wrong at present; None: nothing.
+        written, waiting: numbers of rows.
+        dropped: how many rows are lost: too many waited, SQLite refused them, or the disk had no room when the fleet
+            ended.
+        error: the present error. None: there is none.
     """
 
     written: int

@@ -34,7 +34,7 @@ def members(base: type[T], what: str) -> Mapping[str, type[T]]:
 
 def _below(base: type[T]) -> Iterator[type[T]]:
     for kind in base.__subclasses__():
-        # A class with slots is made twice by attrs; the first lives on without this until the collector comes by.
+        # attrs makes a class with slots twice. The first one lives without this attribute until the collector runs.
         if "__attrs_attrs__" in vars(kind):
             yield kind
             yield from _below(kind)

@@ -1,6 +1,6 @@
-"""What you want: limits, tenants, VMs and what they boot. Plain frozen data, checked when it is made.
+"""Specs of limits, tenants and VMs. Plain frozen data, which is checked when it is made.
 
-Every check names the field, the value and the remedy, and is made here at the edge: the rooms below trust a spec.
+Each error names the field, the value and the remedy. All checks are made here, so the code that uses a spec trusts it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Meter(StrEnum):
     EXITS = "exits"
     """Accesses that leave the guest: an exit is one, that of a string instruction as many as it has elements."""
     ANSWERS = "answers"
-    """Accesses that Python answers, a device or a task; by element."""
+    """Accesses that Python answers, by a device or by a task. Each element of a string instruction counts."""
 
     @property
     def field(self) -> str:
@@ -74,8 +74,8 @@ def as_meter(value: object) -> Meter:
 class Limit:
     """A token-bucket limit (GCRA, ITU-T I.371): in any window of *t* seconds at most ``burst + rate * t`` events.
 
-    Changing it, or taking it off and setting it again, gives no new burst: what was left is kept, and without a limit
-    it grows at the old rate up to the old burst.
+    A change of the limit, or taking it off and setting it again, gives no new burst. The tokens that were left are
+    kept, and without a limit they grow at the old rate up to the old burst.
 
     Parameters:
         rate: events per second (bus locks; accesses for an ``exit_limit`` or ``answer_limit``, see `Meter`); more than
@@ -129,10 +129,10 @@ def optional_limit(field: str, value: object) -> Limit | None:
 
 
 def tightest(base: Limit | None, throttles: Iterable[Limit] = ()) -> Limit | None:
-    """What is in force: the lowest rate with the smallest burst, so that nobody loosens what another set.
+    """The limit in force: the lowest rate with the smallest burst, so that no throttle loosens another limit.
 
-    How long a guest may be delayed is for `base` to say, which is its owner's word: a throttle neither lets it go
-    earlier nor holds it longer. Where there is no base, the most patient throttle says it.
+    The `max_delay` is that of `base`, as the owner set it: a throttle neither releases a guest earlier nor holds it
+    longer. If there is no base, the longest `max_delay` of the throttles counts.
     """
     throttles = list(throttles)
     given = throttles if base is None else [base, *throttles]

@@ -1,7 +1,7 @@
 """Policies: facts and the time go in, actions come out. Pure: no trio, no clock, no I/O.
 
 The same object runs live, in the simulator and in a replay, so a policy takes the time from its facts and never from
-a clock. What it remembers between two ticks it keeps in itself.
+a clock. A policy keeps what it remembers between two ticks in itself.
 
 It may import `model`, and of Python's library only what knows of no time, files, threads or chance.
 The one to copy: `static.py`.

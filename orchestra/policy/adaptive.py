@@ -1,17 +1,17 @@
-"""Free while nobody suffers, tight when somebody does: additive increase, multiplicative decrease (AIMD).
+"""No limits while no VM suffers, tight limits when one does: additive increase, multiplicative decrease (AIMD).
 
 Sources: Chiu and Jain, "Analysis of the increase and decrease algorithms for congestion avoidance" (1989): of the
-linear controls, additive increase with multiplicative decrease converges to a fair and efficient point. That growth
-speeds up once the level that last hurt is passed without harm is CUBIC's idea (RFC 9438).
+linear controls, additive increase with multiplicative decrease converges to a fair and efficient point. CUBIC (RFC
+9438) has the idea that growth speeds up once the level that hurt last is passed without harm.
 
-    no level      nobody suffers: all are free
-    harm          level = decrease * what the noisy did together; not at the tick after, which shows the time before
-    in the clear  level grows by increase * (level that hurt last) a second; once it is above that, twofold a second
-    all free      once the level has reached what the noisy did together at the start
-    limits        the floor for each, and by weighted max-min a part of the rest of the level
+    no level      no VM suffers: all are free
+    harm          level = decrease * the events of the noisy VMs together; not in the tick after, whose facts are older
+    in the clear  level grows by increase * (level that hurt last) a second; above the level that hurt, twofold a second
+    all free      once the level has reached the events of the noisy VMs together at the start
+    limits        the floor for each noisy VM, and a part of the rest of the level, by weighted max-min
 
 A worked timeline, of ``Adaptive({"cpu_pressure": 0.5}, increase=1.0)`` and two VMs that want 1200 and 400 bus locks a
-second. It hurts above 1000/s, until 0.6 s:
+second. Other VMs suffer above 1000/s, until 0.6 s:
 
     time  did: a     b  harm   level  limits: a     b
    0.1 s    1200   400  yes     800        400   400
@@ -30,11 +30,11 @@ second. It hurts above 1000/s, until 0.6 s:
    1.4 s     985   400  no     1527       1087  1087
    1.5 s    1087   400  no        -          -     -
 
-- 0.1 s: the level is half of the 1600/s that hurt, and each may do 400/s. `b` wants no more.
-- 0.2 s: in the clear. The level grows by 160/s in each tick: by as much as hurt last, a second.
-- 0.4 s: it hurts at 1080/s, so half of that is the level.
+- 0.1 s: the level is half of the 1600/s that hurt, and each VM may do 400/s. `b` wants no more.
+- 0.2 s: in the clear. The level grows by 160/s in each tick, which is 1600/s, the level that hurt last, in a second.
+- 0.4 s: there is harm at 1080/s, so the level falls to half of that.
 - 1.0 s: 1080/s have passed without harm. From here on the level doubles each second.
-- 1.5 s: the level has reached 1600/s, what the two did at the start.
+- 1.5 s: the level has reached 1600/s, which the two VMs did at the start.
 """
 
 from __future__ import annotations
@@ -59,19 +59,22 @@ from .validation import above, within
 __all__ = ["Adaptive"]
 
 MEMORY: Final = 3
-"""Ticks for which what a VM asked for counts: the largest one does."""
+"""Ticks for which the demand of a VM is remembered. The largest of them counts, so that a VM which comes and goes does
+not move the limits of the others."""
 
 LOWER: Final = 0.02
 HIGHER: Final = 0.1
-"""By which part a limit has to be off before it is set again. While it hurts a lower one is always set."""
+"""The part by which a new limit must be lower or higher than the old one to be set: each new limit is an action and a
+row in the journal. While there is harm, a lower limit is always set."""
 
 SLOWLY: Final = 0.1
-"""Between the clear and the threshold the level rises at this part of its speed: nothing stays for ever."""
+"""Between the clear and the threshold the level rises at this part of its speed. If the level stood still there, a host
+that became somewhat slower for another reason would hold the VMs for ever."""
 
 
 @attrs.define(eq=False)
 class _Vm:
-    """One that is held back."""
+    """A VM that is held back, or would be once it asks for more. Rates are events per second."""
 
     name: str
     launch: int
@@ -84,43 +87,45 @@ class _Vm:
 
 @attrs.define(eq=False, slots=False)
 class Adaptive(Metered):
-    """Hold the noisy back while a signal says that somebody suffers, and let them go when it is over.
+    """Hold the noisy VMs back while a signal shows that another VM suffers, and let them go when the harm is over.
 
-    While every signal is below its threshold nothing is limited. When one is over it, those VMs that do more than the
-    floor get a common level: at first `decrease` times what they did together, again `decrease` times that at each look
-    that still finds harm, down to the floor. In the clear the level rises, by `increase` times the level that hurt
-    last each second; once that is passed without harm, it doubles each second. Between the clear and the threshold it
-    rises ten times slower. When the level has reached what it was at the start, all are free. So after the harm is over
-    everybody is free again within ``(1 - decrease) / increase + log2(start / level that hurt last)`` seconds in the
-    clear, whatever the load is, or ten times that short of it.
+    While every signal is below its threshold, the policy limits nothing. When a signal is over its threshold, the VMs
+    that do more than the floor get a common level. The first level is `decrease` times what these VMs did together. At
+    each look that still finds harm the level is multiplied by `decrease` again, down to the floor. In the clear the
+    level rises, each second by `increase` times the level that hurt last. Once it has passed that level without harm,
+    the level doubles each second. Between the clear and the threshold the level rises ten times slower. When the level
+    has reached what the VMs did at the start, all are free. So after the harm all VMs are free again within
+    ``(1 - decrease) / increase + log2(start / level that hurt last)`` seconds in the clear, whatever the load is. If
+    the signal stays between the clear and the threshold, they are free within ten times that.
 
-    The level is shared by weighted max-min on top of the floor: the noisiest pay first, and whoever stays within the
-    floor is not limited at all. Those are also the victims that are listened to. If it still hurts with everybody at
-    the floor, the reason is another, and nothing more is done.
+    The level is shared by weighted max-min on top of the floor: the noisiest VMs lose most, and a VM that stays within
+    the floor is not limited at all. The VMs within the floor are also the victims whose signals count. If there is
+    still harm when all noisy VMs are at the floor, they are not the reason, and the policy does nothing more.
 
-    ``lock_slowdown``, ``memory_slowdown`` and ``work_drop`` compare with what is usual: the best that was seen so far,
-    raised only to what is measured while nobody does more than the floor (`orchestra.policy.harm`). Harm that lasts
-    or grows slowly stays harm. A host, or a guest, that is slow for good and for another reason costs the noisy half a
-    minute at the floor; then that is usual, and they are let go. What was there from the start is taken for usual until
-    something better is seen, and a policy that is made anew starts anew. Who knows what is good says it: ``lock_ns``
-    with 1.5 times that, and `clear`, is the same with nothing to learn.
+    ``lock_slowdown``, ``memory_slowdown`` and ``work_drop`` compare with what is usual. That is the best value that was
+    seen so far, raised only to what is measured while no VM does more than the floor (`orchestra.policy.harm`). So harm
+    that lasts or grows slowly stays harm. If a host or a guest is slow for good, and for another reason, the noisy VMs
+    spend half a minute at the floor; then the slow value is usual, and they are let go. What was there from the start
+    is taken for usual until something better is seen, and each new policy object starts without memory. If you know
+    the good value, use ``lock_ns`` with 1.5 times that value, and `clear`: the policy then has nothing to learn.
 
     Parameters:
-        signals: thresholds by signal; it hurts when any is over its own. ``lock_slowdown`` and ``memory_slowdown``: how
-            many times as long as usual the host's probe takes; ``lock_ns``, ``memory_ns``: its times themselves;
-            ``cpu_pressure``, ``memory_pressure``, ``io_pressure``: PSI, 0 to 1; ``run_delay``: of the victim that fares
-            worst, the part of the time that it could have run and had no CPU; ``work_drop``: of the victim that fares
-            worst, the part by which it worked slower in the last second than is usual with it (by what it reports, per
-            second that it could run). A signal that is absent counts as no harm.
-        clear: where the clear begins, as a part of the way from nothing to the threshold. Times in ns never are 0: with
-            ``lock_ns`` or ``memory_ns``, have it above what they are in the calm.
+        signals: thresholds by signal. There is harm when any signal is over its own. ``lock_slowdown`` and
+            ``memory_slowdown``: how many times as long as usual the host's probe takes. ``lock_ns`` and ``memory_ns``:
+            the times of the probe themselves, in nanoseconds. ``cpu_pressure``, ``memory_pressure``, ``io_pressure``:
+            PSI, 0 to 1. ``run_delay``: of the victim that fares worst, the part of the time in which the VM could have
+            run and had no CPU. ``work_drop``: of the victim that fares worst, the part by which the VM worked slower in
+            the last second than is usual for it (by the work that it reports, per second in which it could run). A
+            signal that is absent counts as no harm.
+        clear: where the clear begins, as a part of the way from the calm to the threshold. Times in nanoseconds are
+            never 0: with ``lock_ns`` or ``memory_ns``, choose a `clear` above their values in the calm.
         floor: events per second that every VM may always do.
         increase: a part of the level that hurt last, per second.
-        decrease: from 0.1 to 0.9.
-        meter: what is limited.
+        decrease: a factor from 0.1 to 0.9.
+        meter: the events that are limited.
         interval: seconds between two ticks.
-        max_delay: as of `Limit`.
-        name: in the journal.
+        max_delay: as of `Limit`, in seconds.
+        name: the policy's name in the journal.
 
     Raises:
         SpecError: a parameter is out of its range, or a signal is not known.
@@ -156,12 +161,12 @@ class Adaptive(Metered):
 
     @property
     def signals(self) -> tuple[str, ...]:
-        """What it listens to: the fleet switches on what that needs."""
+        """The signals that the policy needs. The fleet switches on what measures them."""
         return tuple(self._over)
 
     @property
     def level(self) -> float | None:
-        """Events per second that the noisy may do together; None: they are free."""
+        """Events per second that the noisy VMs may do together. None: they are free."""
         return self._level
 
     def decide(self, facts: Facts) -> list[Throttle | Unthrottle]:
@@ -170,7 +175,7 @@ class Adaptive(Metered):
             return self._free_so_far(facts)
         self._look(facts)
         harm, clear, evidence = self._judge(facts, self._vms)
-        if not self._vms:  # others of the same names have taken their places
+        if not self._vms:  # all that were held are gone, or are new VMs of the same names
             self._level = None
             return []
         total = sum(vm.rate for vm in self._vms.values())
@@ -181,7 +186,8 @@ class Adaptive(Metered):
             if self._level > least:
                 self._harm.begin()
             self._level = self._hurt * self._decrease
-            self._settling = True  # what was decided now shows at the tick after the next
+            # The facts of the next tick are about the time before the new limits: harm in them is no new harm.
+            self._settling = True
         else:
             self._settling = False
             if not harm:
@@ -195,10 +201,10 @@ class Adaptive(Metered):
         self._level = max(self._level, least)
         return list(self._limits(evidence))
 
-    # ---- who does what, and who suffers -----------------------------------------------------------------------------
+    # ---- what the VMs do, and which suffer --------------------------------------------------------------------------
 
     def _free_so_far(self, facts: Facts) -> list[Throttle | Unthrottle]:
-        """Nobody is held. This runs for each active VM in each tick: nothing is remembered of one until it hurts."""
+        """Decide while no VM is held. This runs for each active VM in each tick, so it remembers no VM before harm."""
         most, count = self._floor * facts.interval, self._count
         noisy = {told.name: told for told in facts.vms.values() if (count(told) or 0) > most}
         harm, _, evidence = self._judge(facts, noisy)
@@ -209,7 +215,7 @@ class Adaptive(Metered):
         return list(self._begin(evidence))
 
     def _look(self, facts: Facts) -> None:
-        """Remember those above the floor; all of those that are held back already stay."""
+        """Remember the VMs above the floor. VMs that are held back already stay, whatever they do."""
         self._vms.end(facts.gone)
         for vm in self._vms.values():
             vm.rate, vm.here = 0.0, False
@@ -235,7 +241,7 @@ class Adaptive(Metered):
         vm.asked.append(rate)
 
     def _judge(self, facts: Facts, noisy: Container[str]) -> tuple[bool, bool, dict[str, Any]]:
-        """Whether it hurts, whether it is in the clear, and by which figures. The noisy are no victims."""
+        """Whether there is harm, whether all signals are in the clear, and the figures. Noisy VMs are no victims."""
         victims: list[str] = []
         if self._hears_victims:
             most = self._floor * facts.interval
@@ -280,12 +286,18 @@ class Adaptive(Metered):
         self._vms.clear()
 
     def _least(self) -> float:
-        """The level at which everybody is at the floor. Who asks for less leaves nothing to the others there."""
+        """The level at which all are at the floor. A VM that asks for less than the floor leaves nothing to the others.
+
+        Demands count with 10 % more, so that a VM which keeps within its share has room to show that it wants more.
+        """
         return max(self._floor, sum(min(self._floor, max(vm.asked) * 1.1) for vm in self._vms.values()))
 
     def _shares(self, level: float) -> dict[str, float]:
-        """What each is entitled to: the floor and, by weight, a part of the rest. Who asks for less leaves it to the
-        others, and finds as much as they have when it comes back."""
+        """The share of each VM: the floor and, by weight, a part of the rest of the level.
+
+        What a VM does not ask for goes to the others. When the VM comes back, its limit is as high as theirs, by
+        weight.
+        """
         vms = list(self._vms.values())
         wants = [max(vm.asked) * 1.1 for vm in vms]
         base = [min(self._floor, want) for want in wants]
@@ -304,7 +316,7 @@ class Adaptive(Metered):
             rate = min(share, FASTEST)
             old = None if vm.limit is None else vm.limit.rate
             if not vm.here or (old is not None and old * (1 - lower) <= rate <= old * (1 + HIGHER)):
-                continue  # who is idle, or gone, is told when it comes back
+                continue  # an idle VM gets its limit when it comes back
             vm.limit = Limit(rate=rate, burst=min(LEAST_BURST + rate * LATE, FASTEST), max_delay=self._max_delay)
             yield Throttle(
                 vm=name,

@@ -1,19 +1,21 @@
-"""The token bucket in Python: the arithmetic by which replay, dry run and simulator say what a limit would let through.
+"""The token bucket in Python: replay, dry run and simulator compute with it what a limit would let through.
 
-The C core's bucket (`native/bucket.c`) counts event by event. This one is its fluid: parts of events, an interval at a
-time. Both keep to the same rules, and `tests/test_policy_buckets.py` drives them side by side:
+The bucket of the C core (`native/bucket.c`) counts event by event. This bucket is a fluid model: it counts parts of
+events, one interval at a time. Both follow the same rules, and `tests/test_policy_buckets.py` drives them side by side:
 
     tokens
     burst |      ____        full at the first limit; `rate` tokens a second, up to the burst
           |     /    \\       events take one each
         0 |____/      \\___   never less: a guest that `max_delay` lets go before its turn owes nothing for that
 
-- A limit that changes keeps the tokens that are left, up to the new burst. A larger burst has to be earned.
-- A limit that is taken off goes on as it was, unused. If one is set again, its tokens are those that the old one would
-  have by then. So changing a limit to and fro makes no tokens.
+- When a limit changes, the bucket keeps the tokens that are left, up to the new burst. The bucket has to earn the
+  tokens of a larger burst.
+- When a limit is taken off, the bucket goes on earning at the old rate, unused. If a limit is set again, the bucket has
+  the tokens that it would have under the old limit. So changing a limit to and fro makes no tokens.
 
-The core differs in two ways, which a fluid can't know. It charges an event when it sees it, before the vCPU waits, so
-with n vCPUs it is up to n events ahead. And it remembers for at most `max_delay` seconds what `max_delay` let go early.
+The core differs in two ways, which a fluid model can't follow. The core charges an event when it sees the event, before
+the vCPU waits, so with n vCPUs the core is up to n events ahead. And for events that `max_delay` released early, the
+core remembers a debt, for at most `max_delay` seconds.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ Amount = TypeVar("Amount")
 
 
 def earned(tokens: Any, rate: Any, burst: Any, seconds: Any, least: Callable[[Any, Any], Amount] = min) -> Amount:
-    """The tokens of a bucket that was left alone for so long. Arrays need ``least=numpy.minimum``."""
+    """The tokens of a bucket after `seconds` without an event. Arrays need ``least=numpy.minimum``."""
     return least(tokens + rate * seconds, burst)
 
 
@@ -43,7 +45,7 @@ def spent(
     least: Callable[[Any, Any], Any] = min,
     most: Callable[[Any, Any], Any] = max,
 ) -> Any:
-    """The tokens at the end of an interval that had `room` for events and saw so many."""
+    """The tokens at the end of an interval that had room for `room` events and saw `events`."""
     return least(most(room - events, 0.0), burst)
 
 
@@ -52,9 +54,10 @@ class Bucket:
     """One bucket.
 
     Attributes:
-        limit: that is in force; None: none.
-        rate, burst: of the limit, or of the last one; a rate of 0: there never was any.
-        tokens: those of the time `at`, in seconds on the caller's clock.
+        limit: the limit in force. None: no limit.
+        rate, burst: events per second and tokens of the limit, or of the last limit. A rate of 0: there never was one.
+        tokens: the tokens at the time `at`.
+        at: seconds on the caller's clock.
     """
 
     limit: Limit | None = None
@@ -64,7 +67,7 @@ class Bucket:
     at: float = 0.0
 
     def put(self, limit: Limit | None, now: float) -> None:
-        """Put a limit in force, or take it off."""
+        """Put a limit in force at the time `now`. None: take the limit off."""
         self._settle(now)
         if limit is not None:
             self.tokens = min(self.tokens, limit.tokens) if self.rate else limit.tokens
@@ -72,12 +75,12 @@ class Bucket:
         self.limit = limit
 
     def room(self, now: float, seconds: float) -> float:
-        """Events that may happen in an interval that begins now: there are tokens, and the interval brings more."""
+        """Events that may happen in an interval that begins now: the tokens there are, and those that it earns."""
         self._settle(now)
         return self.tokens + self.rate * seconds
 
     def take(self, events: float, now: float, seconds: float) -> None:
-        """So many happened in that interval."""
+        """Charge the events that happened in an interval of `seconds` that began at `now`."""
         self.tokens = spent(self.room(now, seconds), events, self.burst)
         self.at = now + seconds
 

@@ -1,4 +1,4 @@
-"""A budget in time of the bus: an operator says "5 % of the bus", and not so many locks a second."""
+"""A budget as a part of the bus's time: an operator says "5 % of the bus", and not a number of locks a second."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ __all__ = ["CPU_MODELS", "BusTime", "CpuModel"]
 
 @attrs.define(eq=False, slots=False)
 class BusTime:
-    """Hold the host to a part of the time of its memory bus, tenants to parts of their own, and share it fairly.
+    """Hold the host to a part of its memory bus's time and tenants to parts of their own, and share the budget fairly.
 
-    For a part *B* of the time at *f* Hz and *c* cycles a lock that count *d* times, the host may do ``B * f / (c * d)``
-    locks per second (`limit`).
+    For a part *B* of the time, a bus of *f* Hz, *c* cycles for each lock and a damage of *d*, the host may do
+    ``B * f / (c * d)`` locks per second (`limit`).
 
     Parameters:
         share: the part of the bus that all guests together may lock, more than 0 and at most 1: 0.05 for 5 %.
-        frequency: of the bus, in Hz. Default: 2 GHz, that of the kernel documentation's example. A host that is faster
-            than what is said here gets less than `share`, which is the safe side.
-        model: of the host's CPU: a name in `CPU_MODELS`, or a `CpuModel` of your own.
-        tenants: the most that a tenant may have, as a part of the bus, by its name or a pattern.
-        fair: share the budget among tenants and VMs by weight, as `WeightedShare` does. Without it the host's bucket
-            serves whoever comes first.
+        frequency: the frequency of the bus, in Hz. Default: 2 GHz, as in the example of the kernel's documentation. If
+            the host is faster than this, its guests get less than `share`, which is the safe side.
+        model: the model of the host's CPU: a name in `CPU_MODELS`, or a `CpuModel` of your own.
+        tenants: the most that a tenant may have, as a part of the bus, by the tenant's name or a pattern.
+        fair: share the budget among tenants and VMs by weight, as `WeightedShare` does. If it is False, the host's
+            bucket serves the vCPUs in the order of their locks.
         burst: seconds of the budget that may come at once after a rest.
-        max_delay: as of `Limit`.
+        max_delay: as of `Limit`, in seconds.
         interval: seconds between two ticks.
-        name: in the journal.
+        name: the policy's name in the journal.
 
     Raises:
         SpecError: a parameter is out of its range, or the budget comes to less than a lock in 1000 s.
@@ -85,7 +85,7 @@ class BusTime:
         actions: list[Throttle | Unthrottle] = [self._explained(action) for action in self._static.decide(facts)]
         if self._sharing is None:
             return actions
-        # What a tenant can't have is not to be set aside for it.
+        # The sharing must know the tenants' limits: else it would set aside for a tenant what that tenant can't have.
         tenants = (
             {name: self._capped(tenant) for name, tenant in facts.tenants.items()} if self.tenants else facts.tenants
         )

@@ -1,4 +1,4 @@
-"""Policies for some VMs only. That several policies act side by side needs nothing: their limits stack."""
+"""Policies for some VMs only. Several policies can act side by side without any help, as their limits stack."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ def only(
     tenants: str | Iterable[str] | None = None,
     name: str | None = None,
 ) -> Only:
-    """Let a policy act on those VMs only whose names and tenants fit.
+    """Let a policy act only on the VMs whose names and tenants fit.
 
-    `Facts.vms` and `Facts.tenants` are these: so a `WeightedShare` shares its budget among them. The others are in
-    `Facts.others`: so an `Adaptive` or a `Ladder` hears what they suffer, and holds its own VMs for it. The host's
-    limits and signals are those of the host.
+    The policy finds these VMs and their tenants in `Facts.vms` and `Facts.tenants`. So a `WeightedShare` shares its
+    budget among them. The other VMs are in `Facts.others`. So an `Adaptive` or a `Ladder` sees what they suffer, and
+    holds its own VMs for it. The host's limits and signals stay those of the whole host.
 
     Parameters:
-        policy: not used anywhere else, as it remembers things.
-        vms, tenants: patterns as in a shell, one or several; a VM has to fit one of each. None: all.
-        name: in the journal. Default: the policy's, with the patterns.
+        policy: a policy that is used nowhere else, as it remembers the VMs that it saw.
+        vms, tenants: patterns as in a shell, one or several. A VM must fit one pattern of each. None: all fit.
+        name: the name in the journal. Default: the policy's name with the patterns.
 
     Raises:
         SpecError: neither is given, or one is empty.
@@ -39,7 +39,7 @@ def only(
 
 
 class Only:
-    """What `only` makes."""
+    """A policy that acts on some VMs only; made by `only`."""
 
     def __init__(
         self,
@@ -72,8 +72,10 @@ class Only:
         return tuple(getattr(self.policy, "signals", ()))
 
     def decide(self, facts: Facts) -> list[Action]:
-        """Raises:
-        SpecError: the policy asked for something outside of what it was made for. (A fleet switches it off then.)
+        """Let the policy decide on its own VMs.
+
+        Raises:
+            SpecError: the policy asked for an action on other VMs. A fleet then switches the policy off.
         """
         vms: dict[str, VmFacts] = {}
         others = dict(facts.others)
@@ -87,7 +89,7 @@ class Only:
         return actions
 
     def refused(self, action: Action, reason: str) -> None:
-        """Passed on to a policy that wants to know."""
+        """Tell the policy of a refusal, if the policy has a method for it."""
         if (told := getattr(self.policy, "refused", None)) is not None:
             told(action, reason)
 
@@ -97,7 +99,7 @@ class Only:
                 raise SpecError(f"action={action!r}: {self.name} is for VMs named {', '.join(self.vms or ())} only")
             return
         tenant = action.tenant if isinstance(action, Throttle | Unthrottle | SetLimit) else None
-        # A tenant's limit holds all of its VMs.
+        # A tenant's limit holds all VMs of that tenant, so patterns of VM names rule it out.
         if tenant is None or self.vms is not None or not _fits(self.tenants, tenant):
             raise SpecError(f"action={action!r}: {self.name} acts on some VMs only, and this holds others as well")
 

@@ -1,7 +1,7 @@
-"""What a bus lock costs, and what it does to everybody else, by CPU model: for budgets and for simulations.
+"""What a bus lock costs, and how much it slows all others, by CPU model: for budgets and for simulations.
 
-The cycles are the kernel's example for all models: nobody has published them by model. The damage is what was measured
-beside a core that does nothing but split locks, read as a factor; an inference, and coarse. docs/simulate.md has more.
+The cycles are those of the kernel's example, for all models: no figures by model are published. The damage is inferred
+from measurements beside a core that does nothing but split locks. It is a coarse factor. docs/simulate.md has more.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ class CpuModel:
     """What a bus lock costs on one model of CPU.
 
     Attributes:
-        name: as in `CPU_MODELS`.
-        cycles: that one lock holds the bus.
-        damage: how much worse than by those cycles alone the others fare: in a budget (`BusTime`) a lock is counted as
-            so many. It is no property of the lock: two models with the same latency can differ by ten in what the
-            neighbours feel.
-        source: where the figures are from.
-        worst: how many times longer an access of the affected kind takes others while the bus is held all the time
-            (1: no effect): what a simulation makes of the same measurement.
+        name: the name in `CPU_MODELS`.
+        cycles: CPU cycles for which one lock holds the bus.
+        damage: how many times worse the others fare than by those cycles alone. A budget (`BusTime`) counts one lock as
+            so many. The damage is no property of the lock: two models with the same latency can differ by a factor of
+            ten in what the neighbours feel.
+        source: where the figures come from.
+        worst: how many times longer an access of the affected kind takes while others hold the bus all the time (1: no
+            effect). A simulation uses this figure, which comes from the same measurement.
     """
 
     name: str
@@ -53,12 +53,12 @@ CPU_MODELS: Final[Mapping[str, CpuModel]] = {
         CpuModel("zen-2", damage=10.0, worst=10.0, source=f"{LAM}: memory past L1D about 10 times worse"),
         CpuModel("zen-5", damage=10.0, worst=10.0, source=f"{LAM}: memory past L1D about 10 times worse"),
         CpuModel("arrow-lake", damage=2.0, worst=2.0, source=f"{LAM}: half the bandwidth past L2"),
-        # Measured on whole applications. Budgets go by the worst of them, 1 / (1 - 0.34). Simulations by the middle
-        # of 16 to 34 %: 25 % slower is 1.33 times as long, and so is 1 + 0.3 * (2.11 - 1) for the reference victim,
-        # which spends 0.3 of its time on such accesses.
+        # Measured on whole applications. Budgets use the worst of them, 1 / (1 - 0.34). Simulations use the middle of
+        # 16 to 34 %: 25 % slower is 1.33 times as long, and so is 1 + 0.3 * (2.11 - 1) for the reference victim, which
+        # spends 0.3 of its time on such accesses.
         CpuModel("skylake", damage=1.5, worst=2.11, source=f"{LAM}: real applications -16 to -34 %"),
-        # Taken as 5 % for the reference victim.
+        # "Mild" is taken as 5 % for the reference victim: 1 + 0.3 * (1.17 - 1) = 1.05.
         CpuModel("alder-lake", damage=1.0, worst=1.17, source=f"{LAM}: mild"),
     )
 }
-"""By name."""
+"""The known models, by name. "default" is for a host whose model is not among them."""

@@ -1,11 +1,11 @@
-"""Burst credits: earn at a baseline rate, spend above it, and fall back to the baseline when they are used up.
+"""Burst credits: a VM earns credits at a baseline rate, spends them above it, and then falls back to the baseline.
 
 Source: burstable instances of Amazon EC2 ("Key concepts for burstable performance instances", EC2 User Guide): credits
 accrue at the baseline rate up to a maximum, usage spends them, launch credits are there from the start, and without
 credits an instance in standard mode gets its baseline. Here a credit is one event (a bus lock, an exit).
 
-A token bucket with a large burst is just that, and the C core has one: so the core spends and refuses at the very
-event, and this policy keeps a copy of the books to show them.
+A token bucket with a large burst does exactly this, and the C core has one. So the core spends credits and holds the VM
+at the very event. This policy keeps a copy of the balances to show them.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ from .validation import within
 __all__ = ["BurstCredits"]
 
 WELL: Final = 0.1
-"""Part of the most credits that it may have, from which a VM that had none counts as recovered."""
+"""Part of the largest balance. A VM that had no credits counts as recovered from here on. With a lower one, a VM at its
+baseline could be used up and recovered in turn, with a row in the journal each time."""
 
 
 @attrs.define(eq=False)
 class _Account:
     launch: int
-    seen: int  # ns: the balance is as of then
+    seen: int  # nanoseconds: the time of the balance
     balance: float
     out: bool = False
     gone: bool = False
@@ -41,25 +42,25 @@ class _Account:
 
 @attrs.define(eq=False, slots=False)
 class BurstCredits(Metered):
-    """Let each VM do `baseline` events a second for good, and more for as long as it has saved for.
+    """Let each VM do `baseline` events a second for good, and more for as long as it has credits.
 
-    A VM earns a credit with each event that the baseline gives it and that it leaves, up to `most`; above the baseline
-    it spends them. When they are used up it is held to the baseline. So in any window of *t* seconds it does at most
-    ``most + baseline * t`` events, whatever it tries. Meanwhile nothing but other limits bounds its speed: have a host
-    limit.
+    A VM earns a credit for each event that the baseline allows and the VM does not do, up to `most`. Above the baseline
+    the VM spends credits. When the credits are used up, the VM is held to the baseline. So in any window of *t* seconds
+    a VM does at most ``most + baseline * t`` events, whatever it tries. While it has credits, only other limits bound
+    its speed: give the fleet a host limit.
 
-    A VM is found at the first tick in which it did something, and what it did in it is taken off its credits. One that
-    is launched again under its name keeps its balance: launching anew earns nothing. A limit that was refused is asked
-    for again, first after a second and then ever more seldom.
+    The policy finds a VM at the first tick in which the VM was active, and takes the events of that tick off its
+    credits. A VM that is launched again under its name keeps its balance, so a new launch earns nothing. If a limit was
+    refused, the policy asks for it again after a second, and then after twice as long each time, up to 64 s.
 
     Parameters:
         baseline: events per second that each VM always has.
-        most: the largest balance, in events; at least 2, or one that keeps to the baseline would wait for it.
+        most: the largest balance, in events; at least 2: with less, a VM that keeps to the baseline would wait.
         launch: credits that a VM starts with, at most `most`. Default: `most`.
-        max_delay: as of `Limit`.
-        meter: what is counted.
-        interval: seconds between two ticks. Enforcement does not wait for them; the balances shown do.
-        name: in the journal.
+        max_delay: as of `Limit`, in seconds.
+        meter: the events that are counted.
+        interval: seconds between two ticks. The core enforces at each event; only the balances shown wait for a tick.
+        name: the policy's name in the journal.
 
     Raises:
         SpecError: a parameter is out of its range.
@@ -80,15 +81,20 @@ class BurstCredits(Metered):
         self._accounts: dict[str, _Account] = {}
         self._opened = Once()
         self._time = 0
-        self._closing: list[tuple[int, str]] = []  # when an account of one that is gone is worth what a new one is
+        self._closing: list[tuple[int, str]] = []  # when the balance of a VM that is gone reaches that of a new one
 
     @property
     def balances(self) -> Mapping[str, float]:
-        """Credits of each VM that has an account, as of the tick in which it last did something."""
+        """Credits of each VM that has an account, as of the last tick in which the VM was active."""
         return {name: account.balance for name, account in self._accounts.items()}
 
     def balance(self, vm: str, time: int | None = None) -> float:
-        """Credits of a VM; at `time` (ns on the fleet's clock) if it did nothing since. One never seen has `launch`."""
+        """Credits of a VM. A VM that was never seen has `launch`.
+
+        Parameters:
+            time: nanoseconds on the fleet's clock: the balance at that time, if the VM was idle since its last tick.
+                None: the balance as of that last tick.
+        """
         account = self._accounts.get(vm)
         if account is None:
             return self._first
@@ -99,7 +105,7 @@ class BurstCredits(Metered):
         return list(self._actions(facts))
 
     def refused(self, action: Action, reason: str) -> None:
-        """It may not be in force, so it is asked for again."""
+        """Note that a limit may not be in force, so that the policy asks for it again."""
         account = self._accounts.get(action.vm or "")
         if account is not None:
             self._opened.refused((action.vm, account.launch), self._time)
@@ -108,7 +114,7 @@ class BurstCredits(Metered):
         return min(self._most, account.balance + max(0, time - account.seen) / 1e9 * self._limit.rate)
 
     def _actions(self, facts: Facts) -> Iterator[Throttle]:
-        """Runs for each active VM in each tick: it does no more than it has to."""
+        """Update the balances. This runs for each active VM in each tick, so it does no more than it has to."""
         start = facts.time - round(facts.interval * 1e9)
         most, rate, gained = self._most, self._limit.rate, self._limit.rate * facts.interval
         few = max(1.0, gained)
@@ -124,7 +130,8 @@ class BurstCredits(Metered):
             before = account.balance
             if account.seen < start:
                 before = min(most, before + (start - account.seen) / 1e9 * rate)
-            # Earned and spent within the tick: in which order is not known, so the balance stops at `most` at its end.
+            # The order in which credits were earned and spent within the tick is not known. So the balance is cut to
+            # `most` only at the end of the tick.
             account.balance = min(most, max(0.0, before + gained - used))
             account.seen = facts.time
             account.launch = vm.launch
@@ -136,8 +143,10 @@ class BurstCredits(Metered):
         self._close(facts)
 
     def _close(self, facts: Facts) -> None:
-        """Who would start with no less if it came as a stranger needs no account. That of one that is gone stays until
-        then, or launching anew would earn what was spent."""
+        """Drop the accounts of VMs that are gone, once their balance is no less than that of a new VM.
+
+        Until then an account stays: else a new launch would earn what was spent.
+        """
         self._opened.forget(facts.gone)
         for name, launch in facts.gone:
             account = self._accounts.get(name)
@@ -152,8 +161,8 @@ class BurstCredits(Metered):
                 del self._accounts[name]
 
     def _open(self, vm: VmFacts, account: _Account, used: int, facts: Facts) -> Iterator[Throttle]:
-        # A new bucket is full, and a burst that grows later is earned and not given: so it first gets as large as the
-        # balance is, and then as large as it may grow.
+        # A new bucket is full, and a bucket earns the tokens of a burst that grows later. So the bucket first gets a
+        # burst as large as the balance, and then one as large as the balance may grow.
         now = max(1.0, account.balance)
         if now < self._most:
             yield self._say(vm, account, used, facts, attrs.evolve(self._limit, burst=now), "burst credits so far")

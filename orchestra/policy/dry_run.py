@@ -1,4 +1,4 @@
-"""Shows a policy that runs dry the fleet as it would be if what was decided were done."""
+"""Shows a policy that runs dry the fleet as it would be if the decided actions were done."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ __all__ = ["DryRun"]
 class DryRun:
     """One policy's view of a dry run.
 
-    A VM whose pause, eviction or stop was decided is in no facts. One that would be throttled or capped is shown with
-    what these would let through, and what it would have waited (`Enforcement`: buckets as fluids). What isolation would
-    change, and how the others would fare, is not known: signals of the host and of victims are shown as they are.
+    A VM whose pause, eviction or stop was decided is in no facts. A VM that would be throttled or capped is shown with
+    the events that the limits would let through, and with the time that it would have waited (`Enforcement`: buckets as
+    a fluid model). What isolation would change, and how the other VMs would fare, is not known. So the signals of the
+    host and of victims are shown as they are.
     """
 
     def __init__(self) -> None:
@@ -27,21 +28,26 @@ class DryRun:
         self._coming: list[tuple[int, Action, str]] = []
 
     def apply(self, action: Action, policy: str, time: int) -> None:
-        """It was decided, and not done. It shows from `time` (ns) on: facts of that time are about what was before."""
+        """Take in an action that was decided and not done.
+
+        Parameters:
+            time: nanoseconds on the fleet's clock. The action shows in facts of a later time: facts of this time are
+                about the interval before it.
+        """
         self._coming.append((time, action, policy))
 
     def let_go(self, policy: str) -> None:
-        """A policy is not there any more."""
+        """Undo what a policy that was removed has rehearsed."""
         self._coming = [one for one in self._coming if one[2] != policy]
         self._force.let_go(policy)
 
     def forget(self, vm: str) -> None:
-        """A VM is really gone."""
+        """Forget a VM that is really gone."""
         self._coming = [one for one in self._coming if one[1].vm != vm]
         self._force.forget(vm)
 
     def see(self, facts: Facts) -> Facts:
-        """The facts of an interval, as its policy is to see them. Call it once for each."""
+        """The facts of an interval as the policy is to see them. Call this once for each interval, as time passes."""
         coming, self._coming = self._coming, []
         for one in coming:
             time, action, policy = one
@@ -51,7 +57,7 @@ class DryRun:
                 self._coming.append(one)
         if not self._force:
             return facts
-        # What a VM did is taken for what it wants: it is as free as the limits that are really in force leave it.
+        # What a VM did is taken for its demand: only the limits that are really in force held it.
         passed = self._force.let_through(facts.vms, facts.interval)
         vms = dict(facts.vms)
         for name, came in passed.items():

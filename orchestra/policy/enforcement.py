@@ -1,6 +1,6 @@
-"""What would be in force, and how much of what VMs want it would let through: a fluid model of token buckets.
+"""What would be in force, and which part of the VMs' demand it would let through: a fluid model of token buckets.
 
-A replay goes by it, and so does a dry run. It costs what is held, not what exists.
+A replay and a dry run use this model. Its cost grows with the number of VMs that are held, not of all VMs.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ HOST: Final[Place] = ("host", "")
 
 
 class Asked(Protocol):
-    """What a VM wants to do in an interval; `VmFacts` of one that nothing held will do.
+    """What a VM wants to do in an interval. The `VmFacts` of a VM that nothing held have these fields.
 
-    `cpu`: seconds of CPU time that it would use. None: not known.
+    `cpu` is the seconds of CPU time that the VM would use. None: not known.
     """
 
     @property
@@ -46,7 +46,12 @@ class Asked(Protocol):
 
 @attrs.frozen
 class Passed:
-    """What became of a VM's demand: the part of it that went ahead, and the vCPU seconds that it was held for."""
+    """What became of a VM's demand in an interval.
+
+    Attributes:
+        part: the part of the demand that went ahead, 0 to 1.
+        throttled, capped, paused: vCPU seconds for which limits, CPU caps and pauses held the VM.
+    """
 
     part: float
     throttled: float = 0.0
@@ -58,7 +63,12 @@ FREE: Final = Passed(1.0)
 
 
 class Enforcement:
-    """Limits, caps, pauses, isolation, and who is gone."""
+    """Limits, caps and pauses in force, and the VMs that are gone.
+
+    Parameters:
+        limit, exit_limit, answer_limit: the host's limits. None: no limit.
+        tenants: the tenants with their limits, by name.
+    """
 
     def __init__(
         self,
@@ -68,10 +78,10 @@ class Enforcement:
         answer_limit: Limit | None = None,
     ) -> None:
         self._buckets: dict[Meter, dict[Place, Bucket]] = {meter: {} for meter in Meter}
-        self._off: dict[Meter, dict[Place, Bucket]] = {meter: {} for meter in Meter}  # whose limit was taken off
+        self._off: dict[Meter, dict[Place, Bucket]] = {meter: {} for meter in Meter}  # no limit; kept for tokens
         self._bases: dict[tuple[Meter, Place], Limit] = {}
         self._holdings = Holdings()
-        self._caps: dict[str, float] = {}  # these two follow from it
+        self._caps: dict[str, float] = {}  # `_caps` and `_paused` are derived from `_holdings`, by `_follow`
         self._paused: set[str] = set()
         self._gone: set[str] = set()
         self._launches: dict[str, int] = {}
@@ -87,7 +97,7 @@ class Enforcement:
         return bool(self._paused or self._gone or self._caps or any(self._buckets.values()))
 
     def set_base(self, place: Place, meter: Meter, limit: Limit | None) -> None:
-        """Set the limit itself, apart from throttles."""
+        """Set the limit of a place itself, which throttles only tighten."""
         if self._bases.get((meter, place)) == limit:
             return
         if limit is None:
@@ -97,7 +107,7 @@ class Enforcement:
         self._set(meter, place)
 
     def host_limit(self, meter: Meter) -> Limit | None:
-        """As in force."""
+        """The host's limit in force: the tightest of its own limit and all throttles. None: no limit."""
         bucket = self._buckets[meter].get(HOST)
         return None if bucket is None else bucket.limit
 
@@ -106,11 +116,14 @@ class Enforcement:
         return None if bucket is None else bucket.limit
 
     def is_out(self, vm: str) -> bool:
-        """Whether it is paused or gone."""
+        """Whether a VM is paused or gone."""
         return vm in self._paused or vm in self._gone
 
     def seen(self, vm: str, launch: int) -> bool:
-        """Whether this is another VM of that name than before: it starts without what held that one."""
+        """Note that a VM was seen. Returns whether it is another VM of that name than before.
+
+        A new VM starts without what held the earlier VM of the same name.
+        """
         before = self._launches.get(vm)
         if before == launch:
             return False
@@ -122,17 +135,17 @@ class Enforcement:
         return True
 
     def is_another(self, vm: str, launch: int) -> bool:
-        """Whether another launch of that name is there."""
+        """Whether another launch of that name was seen last."""
         return self._launches.get(vm, launch) != launch
 
     def forget(self, vm: str) -> None:
-        """A VM is gone, and what held it as well."""
+        """Forget a VM that is gone, and what held it."""
         self._free(vm)
         self._gone.discard(vm)
         self._launches.pop(vm, None)
 
     def apply(self, action: Action, policy: str) -> None:
-        """Carry it out, unless it is about another launch."""
+        """Put an action in force, unless the action is about another launch of that name."""
         launch = getattr(action, "launch", None)
         if launch is not None and self._launches.get(action.vm or "", launch) != launch:
             return
@@ -140,7 +153,7 @@ class Enforcement:
             self._free(action.vm or "")
             self._gone.add(action.vm or "")
         elif isinstance(action, SetLimit):
-            if action.vcpu is None:  # one vCPU's is none of the VM's
+            if action.vcpu is None:  # the limit of one vCPU is not the VM's; this model has no vCPUs
                 self.set_base(_place(action.vm, action.tenant), action.meter, action.limit)
         else:
             self._holdings.note(action, policy)
@@ -149,12 +162,12 @@ class Enforcement:
                 self._follow(key)
 
     def let_go(self, policy: str) -> None:
-        """Undo all that a policy holds."""
+        """Undo everything that a policy holds."""
         for key in self._holdings.withdraw(policy):
             self._follow(key)
 
     def _follow(self, key: Key) -> None:
-        """Something changed there."""
+        """Derive the buckets, caps and pauses anew of a place where the holdings changed."""
         held, vm = self._holdings.at(key).values(), key.vm or ""
         match key.what:
             case What.THROTTLE:
@@ -168,8 +181,11 @@ class Enforcement:
                 (self._paused.add if held else self._paused.discard)(vm)
 
     def _set(self, meter: Meter, place: Place) -> None:
-        """Have the bucket there keep to what is set and held there: the one that is there, limited or not; else a new
-        one."""
+        """Set the bucket of a place to the tightest limit that is set or held there.
+
+        A bucket that is there is used again, with or without a limit: a new bucket would be full, so taking a limit off
+        and setting it again would give tokens away.
+        """
         vm, tenant = (place[1] if place[0] == kind else None for kind in ("vm", "tenant"))
         held = self._holdings.at(Key(What.THROTTLE, meter.value, vm, tenant, None)).values()
         throttles = [one.action.limit for one in held if isinstance(one.action, Throttle)]
@@ -190,10 +206,15 @@ class Enforcement:
     # ---- an interval ------------------------------------------------------------------------------------------------
 
     def let_through(self, asked: Mapping[str, Asked], interval: float) -> dict[str, Passed]:
-        """How much goes ahead of the demand of those that are held by anything; all others are free.
+        """The part of the demand that goes ahead, for each VM that anything holds. All other VMs are free.
 
-        First what it may run, then its limit, its tenant's, the host's. Within a tenant, and on the host, what is too
-        much is taken from all in the same proportion: their bucket serves whoever comes first.
+        CPU caps and pauses come first, then the limits of the VM, the tenant and the host, in this order: each limit
+        sees only what the narrower limits let through. Within a tenant, and on the host, the model takes the excess
+        from all VMs in the same proportion, as the bucket serves its vCPUs in the order of their requests.
+
+        Parameters:
+            asked: the demand of each active VM, by name.
+            interval: seconds.
         """
         now, self._now = self._now, self._now + interval
         runs: dict[str, float] = {}
@@ -207,14 +228,16 @@ class Enforcement:
             for meter, bucket in buckets:
                 self._hold(meter, bucket, names, asked, parts, interval, now)
                 charged.append((meter, bucket, names))
+        # Buckets are charged only now: an event that a wider limit holds back costs the narrower bucket nothing.
         for meter, bucket, names in charged:
             bucket.take(_through(meter, names, asked, parts), now, interval)
         return {name: self._passed(name, asked[name], runs.get(name, 1.0), parts[name], interval) for name in parts}
 
     def _limited(self, asked: Mapping[str, Asked]) -> dict[Place, list[tuple[Meter, Bucket]]]:
-        """The buckets that anybody of these is under, from the narrowest place to the widest."""
+        """The buckets that hold any of these VMs, from the narrowest place to the widest."""
         found: dict[Place, list[tuple[Meter, Bucket]]] = {}
         for meter, buckets in self._buckets.items():
+            # Walk over whichever is smaller, the VMs that ask or the buckets: a fleet may hold many VMs that are idle.
             if len(buckets) > len(asked) + 1:
                 tenants = {one.tenant for one in asked.values()}
                 places: Iterable[Place] = [("vm", name) for name in asked]
@@ -262,7 +285,7 @@ class Enforcement:
             if not events:
                 continue
             let = events * room / total
-            if bucket.limit.max_delay is not None:  # nothing waits for longer
+            if bucket.limit.max_delay is not None:  # no vCPU waits longer for one event
                 let = max(let, min(events, asked[name].vcpus * interval / bucket.limit.max_delay))
             parts[name] = parts.get(name, 1.0) * (let / events)
 
@@ -284,7 +307,7 @@ _COUNT: Final = {meter: attrgetter(meter.value) for meter in Meter}
 
 
 def _through(meter: Meter, names: Collection[str], asked: Mapping[str, Asked], parts: Mapping[str, float]) -> float:
-    """Events that go ahead."""
+    """The events of these VMs that go ahead."""
     count = _COUNT[meter]
     if len(names) < len(asked):
         return sum((count(asked[name]) or 0.0) * parts.get(name, 1.0) for name in names)

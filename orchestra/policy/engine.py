@@ -1,12 +1,12 @@
-"""The policy engine: who is due, what the policies decide, what the guard makes of it, and who hears of a refusal.
+"""The policy engine: finds the policies that are due, lets them decide, asks the guard, and reports refusals.
 
-Pure: the time and the facts go in, actions go to an executor. A live fleet, a replay, the simulator and the tests run
-this object and no other, each with a source of facts and an executor of its own; so given the same facts they rule the
-same.
+The engine is pure: the time and the facts go in, actions go to an executor. A live fleet, a replay, the simulator and
+the tests all run this engine. Each of them brings its own source of facts and its own executor. So the same facts give
+the same rulings in all of them.
 
     tick(now)   pauses that last too long  → executor
                 each policy that is due    → source.facts → decide → guard → executor, or refused, or rehearsed
-                                           → its interval, asked last: one that was refused may want another turn
+                                           → its interval, asked last: a policy that was refused may want another turn
 """
 
 from __future__ import annotations
@@ -34,57 +34,60 @@ class _Pending(Enum):
 
 
 PENDING: Final = _Pending.PENDING
-"""What came of an action is known later: `PolicyEngine.settle`."""
+"""The executor does not know yet what came of an action, and calls `PolicyEngine.settle` later."""
 
 Done = str | None | Literal[_Pending.PENDING]
-"""What came of an action: None: it was done; a text: why it could not be."""
+"""What came of an action. None: the action was done. A text: why the action could not be done."""
 
 
 class Source(Protocol):
-    """Where facts come from. A window is whatever the source makes of it; the engine keeps one for each policy."""
+    """Where facts come from. The engine keeps one window for each policy and never looks inside a window."""
 
     def open(self) -> Any:
-        """What is done from the last look on."""
+        """Open a window that begins at the source's last look."""
 
     def close(self, window: Any) -> None: ...
     def facts(self, window: Any) -> Facts:
-        """What a window saw up to the last look."""
+        """The facts of a window, up to the source's last look."""
 
 
 class Executor(Protocol):
-    """What does what policies want done."""
+    """Carries out the actions that policies ask for, and records them."""
 
     def below(self, action: Action) -> int:
-        """How many VMs an action is about."""
+        """How many VMs an action affects."""
 
     def do(
         self, action: Action, policy: str | None, verdict: Verdict | None, state: PolicyState | None, now: int
     ) -> Done:
-        """Carry it out, and keep a record of it.
+        """Carry out an action, and keep a record of it.
 
         Parameters:
-            policy: whose word it is; None: the engine's own.
-            verdict, state: for `settle`, if what comes of it is known later; None: nobody wants to know.
+            policy: the policy that asked for the action. None: the engine itself did.
+            verdict, state: what the executor passes to `settle` if it returns `PENDING`. None: the engine needs no
+                report.
             now: nanoseconds on the engine's clock.
         """
 
     def record(self, applied: Applied, cause: Exception | None = None) -> object:
-        """Keep a record of what was not even tried: refused, rehearsed, or a policy that was switched off since it
-        raised `cause`."""
+        """Keep a record of what was not tried: an action that was refused or rehearsed, or a policy that was switched
+        off because it raised `cause`."""
 
 
 class PolicyEngine:
-    """Of one fleet, or one host.
+    """The policies of one fleet or of one host.
 
     Parameters:
-        policies: in their order; see `check_policies`.
-        guard: judges what they want.
-        now: nanoseconds on the clock that `tick` is told.
-        source: None: the facts are handed to `decide`.
-        strict: what a policy raises comes out of `tick`; otherwise that policy is recorded and switched off.
+        policies: the policies in their order; see `check_policies`.
+        guard: judges the actions that the policies ask for.
+        now: nanoseconds on the clock whose time `tick` gets.
+        executor: carries out the actions that the guard allows.
+        source: gives the facts. None: the caller hands the facts to `decide`.
+        strict: True: an error of a policy comes out of `tick`. False: the engine records the error and switches the
+            policy off.
 
     Raises:
-        SpecError: a policy says of itself what can't be.
+        SpecError: a policy has a name, an interval or signals that are not valid.
     """
 
     def __init__(
@@ -115,45 +118,57 @@ class PolicyEngine:
 
     @property
     def due(self) -> int | None:
-        """When the next policy is; None: none ever is."""
+        """The time at which the next policy is due. None: no policy will ever be due."""
         return min((state.due for state in self._states if state.on), default=None)
 
     @property
     def pausing(self) -> bool:
-        """A policy holds a VM paused, or would in a dry run: `tick` has to see to it that this ends."""
+        """Whether a policy holds a VM paused, or would in a dry run. `tick` must then be called to end the pause."""
         return self.guard.pauses
 
     # ---- deciding
 
     def tick(self, now: int) -> None:
-        """End pauses that last too long, and let those decide that are due."""
+        """End the pauses that last too long, then let each policy decide that is due.
+
+        Pauses end first: what a policy asks for in this tick is judged by what is still held.
+        """
         self.end_pauses(now)
         for state in self._states:
             if state.on and state.due <= now:
                 self.decide(state, None, now)
 
     def end_pauses(self, now: int) -> None:
-        """Let those VMs go on that a policy has held paused for longer than the guard allows."""
+        """Resume the VMs that a policy has held paused for longer than the guard allows."""
         for resume in self.guard.overdue(now):
             self._executor.do(resume, None, None, None, now)
         for resume in self.guard.overdue(now, dry=True):
             self._rehearse(resume, None, now, "a dry run")
 
     def decide(self, state: PolicyState, facts: Facts | None, now: int) -> None:
-        """Let a policy decide. `facts`: None: those of the source."""
+        """Let a policy decide, and carry out what the guard allows.
+
+        Parameters:
+            facts: None: the engine takes the facts from its source.
+            now: nanoseconds on the engine's clock.
+
+        Raises:
+            Exception: the policy's own error, in strict mode only.
+        """
         if facts is None:
             facts = self._renew(state)
         self.host = facts.host
         state.since = now
         try:
             actions = list(state.policy.decide(facts if state.rehearsal is None else state.rehearsal.see(facts)))
+            # All actions are checked before the first one is carried out: one that is wrong leaves no half decision.
             for action in actions:
                 if not isinstance(action, Action):
                     raise SpecError(f"action={action!r}: must be one of orchestra's actions")
             for action in actions:
                 state.actions += 1
                 self._carry_out(state, action, now)
-            state.interval = interval_of(state.policy)  # asked last: who was refused something may want another turn
+            state.interval = interval_of(state.policy)  # asked last: a policy that was refused may want another turn
             state.due = now + (state.interval or 0)
             if state.interval is None:
                 self._retire(state)
@@ -163,7 +178,7 @@ class PolicyEngine:
             self._switch_off(state, error, now)
 
     def _renew(self, state: PolicyState) -> Facts:
-        """The facts since it decided last; those of the next time begin now."""
+        """The facts since the policy decided last. The window of its next decision begins now."""
         assert self._source is not None
         facts = self._source.facts(state.window)
         self._source.close(state.window)
@@ -184,7 +199,15 @@ class PolicyEngine:
                 _tell_refused(state.policy, action, done)
 
     def settle(self, state: PolicyState, verdict: Verdict, error: str | None, now: int) -> None:
-        """What came of an action that was `PENDING`."""
+        """Report what came of an action that was `PENDING`.
+
+        Parameters:
+            error: why the action could not be done. None: the action was done.
+            now: nanoseconds on the engine's clock.
+
+        Raises:
+            Exception: the policy's own error, in strict mode only.
+        """
         if error is None or verdict.action is None:
             return
         self.guard.failed(verdict, now)
@@ -203,13 +226,13 @@ class PolicyEngine:
         )
 
     def _rehearse(self, action: Action, policy: str | None, now: int, why: str) -> None:
-        """Do nothing, and have those that run dry see what it would have done."""
+        """Carry out nothing. Show the action's effect to each policy that runs dry: the same dry run holds for all."""
         self._executor.record(Applied(time=now, action=action, policy=policy, error=why, outcome="dry-run"))
         for rehearsal in self._rehearsals():
             rehearsal.apply(action, policy or "", now)
 
     def _switch_off(self, state: PolicyState, error: Exception, now: int) -> None:
-        """What it holds stays in force."""
+        """Switch a policy off after an error. The limits and holds that it set stay in force (rule 15)."""
         state.error = f"{type(error).__name__}: {error}"
         self._retire(state)
         self._executor.record(Applied(time=now, action=None, policy=state.name, error=state.error), error)
@@ -219,28 +242,33 @@ class PolicyEngine:
             self._source.close(state.window)
         state.on = False
 
-    # ---- who there is
+    # ---- the VMs and the policies that are there
 
     def gone(self, vm: str) -> None:
-        """A VM has ended for good."""
+        """Forget a VM that has ended for good."""
         self.guard.forget(vm)
         for rehearsal in self._rehearsals():
             rehearsal.forget(vm)
 
     def set_policies(self, policies: Sequence[Policy], guard: Guard | None, now: int, holdings: Holdings) -> None:
-        """Have these policies decide from now on. One that is there already keeps its state. What one holds that is not
-        there any more is let go, unless somebody holds it who goes first.
+        """Replace the policies.
+
+        A policy that is in the old and the new list keeps its state. What a removed policy holds is let go, unless a
+        policy that goes first, or a caller, holds it too.
 
         Parameters:
-            guard: another one from now on, which goes on where the present one was. None: it stays.
+            policies: the new policies, in their order.
+            guard: the new guard, which continues with the records of the present one. None: the present guard stays.
+            now: nanoseconds on the engine's clock.
             holdings: what is in force.
 
         Raises:
-            SpecError: a policy says of itself what can't be, or would be rehearsed from now on, or no more. Nothing
-                has changed then.
+            SpecError: a policy has a name, an interval or signals that are not valid; or a policy that stays would
+                begin or end a dry run. Nothing has changed then.
         """
         guard = guard or self.guard
         self._check_rehearsals(policies, guard)
+        # Before `succeed`: until then the claims have the orders in which the policies made them.
         for state in self._place(list(policies), guard, now):
             for action in holdings.undo(state.name):
                 self._let_go(state, action, now)
@@ -248,18 +276,18 @@ class PolicyEngine:
         self.guard = guard
 
     def _place(self, policies: list[Policy], guard: Guard, now: int) -> list[PolicyState]:
-        """Returns those that are not there any more."""
+        """Install the policies in their order, and return the states of those that were removed."""
         there = {id(state.policy): state for state in self._states}
         rehearsal = next(self._rehearsals(), None)
         states = []
-        for order, policy in enumerate(policies):  # these may refuse one, before anything is changed
+        for order, policy in enumerate(policies):  # `PolicyState.of` may raise: before anything is changed
             state = there.pop(id(policy), None) or PolicyState.of(policy, order, now, None)
             states.append(state)
         for order, state in enumerate(states):
             state.order = order
             if state in self._states:
                 continue
-            if guard.is_dry(state.name):  # what others rehearse is in force for it as well
+            if guard.is_dry(state.name):  # a new dry policy also sees what the other policies have rehearsed so far
                 state.rehearsal = DryRun() if rehearsal is None else copy.deepcopy(rehearsal)
             if self._source is not None:
                 state.window = self._source.open()
@@ -274,7 +302,10 @@ class PolicyEngine:
         return (state.rehearsal for state in self._states if state.rehearsal is not None)
 
     def _check_rehearsals(self, policies: Iterable[Policy], guard: Guard) -> None:
-        """A policy that rehearsed believes to be in force what is not, and the other way round."""
+        """Refuse a policy that would begin or end a dry run.
+
+        A policy remembers what it asked for. After a dry run it would take actions for done that never were.
+        """
         there = {id(state.policy): state.name for state in self._states}
         for policy in policies:
             name = there.get(id(policy))

@@ -1,4 +1,4 @@
-"""What a policy is told at each tick."""
+"""The facts that a policy gets at each tick, and the protocol of a policy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ N = TypeVar("N", int, float)
 
 @attrs.frozen
 class VcpuFacts:
-    """One vCPU that did something since the last tick; as in `VmFacts`, of which these are the parts."""
+    """The part of one vCPU in its VM's `VmFacts`. The fields mean the same as there.
+
+    `VmFacts.by_vcpu` lists only the vCPUs that were active since the last tick.
+    """
 
     index: int
     bus_locks: int | None
@@ -32,34 +35,34 @@ class VcpuFacts:
 
 @attrs.frozen
 class VmFacts:
-    """One VM that did something since the last tick.
+    """One VM that was active since the last tick.
 
     Attributes:
-        name, tenant, weight, vcpus: as in its spec.
-        bus_locks, exits: how many since the last tick. `bus_locks` is None where the host reports none.
-        answers: accesses that Python answered, a device or a task.
-        throttled: seconds that its vCPUs waited for their turn since the last tick, summed over the vCPUs.
-        launch: a number of its own for each launch: another VM of the same name has another.
-        cpu: seconds of CPU time that its vCPU threads used since the last tick, summed over them.
-        run_delay: seconds that they could have run and had no CPU: what the guest sees as stolen. Source:
-            ``/proc/PID/task/TID/schedstat``.
-        capped: seconds that a CPU cap held it.
-        work: how much the guest got done since the last tick, by its own account (`Vm.report_work`); the unit is the
-            guest's, so compare it with nothing but itself.
-        dirty_pages: pages of 4 KiB that it wrote, by the readings of its dirty log since the last tick. There is about
-            one a second, and a page counts once in each. None: none fell in this tick, or its memory is not logged
-            (`VmSpec.log_dirty`).
-        dirty_rate: pages a second: by these readings, or if there was none by the last one before, unless the VM rested
-            since.
-        by_reason: its exits by the kernel's name of the reason ("io", "mmio", "x86_bus_lock", ...).
-        by_vcpu: the vCPUs that did something, by index.
-        throttled_by: the seconds of `throttled` by the limit whose turn was the last: "vm.exits" is the VM's own on
-            exits; the levels are "host", "tenant", "vm" and "vcpu". In a fleet that shares a `HostBudget` that budget
-            is "host", and the fleet's own limit "fleet". Of what was really so: what a dry run would have held is not
-            in it, and a replay has none.
+        name, tenant, weight, vcpus: as in the VM's spec.
+        bus_locks, exits: events since the last tick. `bus_locks` is None where the host reports no bus locks.
+        answers: accesses since the last tick that Python answered, by a device or by a task.
+        throttled: seconds since the last tick in which vCPUs waited for a bucket, summed over the vCPUs.
+        launch: the number of this launch. Another VM of the same name has another number.
+        cpu: seconds of CPU time that the vCPU threads used since the last tick, summed over the threads.
+        run_delay: seconds in which the vCPU threads could have run and had no CPU. The guest sees this time as stolen.
+            Source: ``/proc/PID/task/TID/schedstat``.
+        capped: seconds in which a CPU cap held the VM.
+        work: how much the guest got done since the last tick, as the guest reports it (`Vm.report_work`). The guest
+            chooses the unit, so the figures of two VMs can't be compared.
+        dirty_pages: pages of 4 KiB that the VM wrote, by the readings of its dirty log since the last tick. The fleet
+            reads the log about once a second, and a page counts once in each reading. None: no reading fell in this
+            tick, or the VM's memory is not logged (`VmSpec.log_dirty`).
+        dirty_rate: pages a second, by the readings in this tick. If there was no reading in this tick, by the last
+            reading before, unless the VM rested since.
+        by_reason: the VM's exits by the kernel's name of the reason ("io", "mmio", "x86_bus_lock", ...).
+        by_vcpu: the vCPUs that were active, by index.
+        throttled_by: the seconds of `throttled` by the limit that the vCPU waited for last. "vm.exits" is the VM's own
+            limit on exits. The levels are "host", "tenant", "vm" and "vcpu". In a fleet that shares a `HostBudget`
+            "host" is that budget, and "fleet" is the fleet's own limit. Only real waits are in it: the waits that a dry
+            run would have caused are not, and in a replay the mapping is empty.
 
-    `cpu`, `run_delay`, `capped`, `work` and the pages are None where this host, or this guest, does not tell: never 0
-    for "unknown".
+    `cpu`, `run_delay`, `capped`, `work` and the pages are None where this host or this guest does not report them. 0
+    never means "unknown".
     """
 
     name: str
@@ -84,7 +87,10 @@ class VmFacts:
 
 @attrs.frozen
 class TenantFacts:
-    """What a tenant's VMs did together since the last tick; as in `VmFacts`. `vms`: how many of them did something."""
+    """The sums over a tenant's VMs since the last tick. The fields mean the same as in `VmFacts`.
+
+    `vms` is the number of the tenant's VMs that were active since the last tick.
+    """
 
     name: str
     vms: int
@@ -99,17 +105,17 @@ class TenantFacts:
 
 @attrs.frozen
 class HostFacts:
-    """The host as one tick sees it. What it can't tell is None, and named in `absent` with the reason.
+    """The host's signals in one tick. A signal that this host can't give is None; `absent` has the reason.
 
     Attributes:
-        cpus: that this process may run on.
-        cpu_pressure, memory_pressure, io_pressure: part of the time since the last tick (0 to 1) in which some task
-            waited for it. Source: PSI, Documentation/accounting/psi.rst ("some").
-        lock_ns, memory_ns: median times that the host probe took since the last tick for a locked operation in a cache
-            line of its own, and for a read that misses the caches.
-        llc_bytes, memory_bandwidth: of the vCPU threads: bytes of the last-level caches that hold their data, and bytes
-            a second from and to memory. Source: resctrl.
-        absent: why a signal is missing here, by its name.
+        cpus: how many CPUs this process may run on.
+        cpu_pressure, memory_pressure, io_pressure: the part of the time since the last tick (0 to 1) in which some task
+            waited for CPU, memory or I/O. Source: PSI, Documentation/accounting/psi.rst ("some").
+        lock_ns, memory_ns: median times in nanoseconds that the host probe measured since the last tick: for a locked
+            operation in a cache line of the probe's own, and for a read that misses the caches.
+        llc_bytes: bytes of the last-level caches that hold data of the vCPU threads. Source: resctrl.
+        memory_bandwidth: bytes a second that the vCPU threads read and write in memory. Source: resctrl.
+        absent: the reason why a signal is missing, by the signal's name.
     """
 
     cpus: int = 1
@@ -125,18 +131,18 @@ class HostFacts:
 
 @attrs.frozen
 class Facts:
-    """The fleet as one tick sees it.
+    """The fleet in one tick.
 
     Attributes:
         time: nanoseconds on the fleet's clock.
-        interval: seconds since the last tick (as it was, not as it was planned); more than 0.
-        limit, exit_limit, answer_limit: the host's.
-        tenants: all of them, by name.
-        vms: by name, those that did something since the last tick. A VM that is not here was idle or is gone.
+        interval: seconds since the last tick, as measured and not as planned; more than 0.
+        limit, exit_limit, answer_limit: the host's limits.
+        tenants: all tenants, by name.
+        vms: the VMs that were active since the last tick, by name. A VM that is not in it was idle or is gone.
         host: signals of the host as a whole.
-        gone: name and launch of each VM that has ended for good since the last tick: what a policy remembers of it can
-            go. It is not in `vms`; another of that name may be.
-        others: more of `vms`, which this policy may hear of but not hold: those that `only` keeps from it.
+        gone: name and launch of each VM that has ended for good since the last tick. A policy can forget that VM. The
+            VM is not in `vms`; another VM of the same name may be.
+        others: active VMs whose facts this policy sees but on which it may not act (see `only`).
     """
 
     time: int
@@ -152,12 +158,12 @@ class Facts:
 
     @property
     def heard(self) -> Mapping[str, VmFacts]:
-        """`vms` and `others`: all that may be victims."""
+        """`vms` and `others` together: all VMs that may be victims."""
         return {**self.others, **self.vms} if self.others else self.vms
 
     @functools.cached_property
     def by_tenant(self) -> Mapping[str, TenantFacts]:
-        """The tenants of `vms`, added up."""
+        """The sums of `vms` for each tenant."""
         of: dict[str, list[VmFacts]] = {}
         for vm in self.vms.values():
             of.setdefault(vm.tenant, []).append(vm)
@@ -179,13 +185,13 @@ def _tenant(name: str, vms: Sequence[VmFacts]) -> TenantFacts:
 
 
 def count_of(vm: VmFacts, meter: Meter) -> int | None:
-    """A meter's events; None where the host does not tell."""
+    """The VM's events of a meter since the last tick. None: the host does not report them."""
     count: int | None = getattr(vm, meter.value)
     return count
 
 
 def add_known(values: Iterable[N | None]) -> N | None:
-    """The sum of what is known; None: nothing is."""
+    """The sum of the values that are known. None: no value is known, which a sum of 0 would hide."""
     total: N | None = None
     for value in values:
         if value is not None:
@@ -195,13 +201,17 @@ def add_known(values: Iterable[N | None]) -> N | None:
 
 @runtime_checkable
 class Policy(Protocol):
-    """Something that decides. `interval`: seconds between two ticks; None: only once, when the fleet opens.
+    """An object that gets facts and asks for actions.
 
-    `name` is its own in a fleet. One that limits bus locks may say so by an attribute `meter`: then a host that can't
-    see them refuses it when the fleet opens.
+    Attributes:
+        name: no two policies of a fleet have the same name.
+        interval: seconds between two ticks. None: the policy decides only once, when the fleet opens.
 
-    `decide` raises nothing; if it does, the fleet journals it and switches the policy off, and the limits that it set
-    last stay in force.
+    A policy may have an attribute `meter`. If `meter` is bus locks, a fleet on a host that can't see bus locks refuses
+    the policy when it opens.
+
+    `decide` must not raise. If it raises, the fleet records the error in the journal and switches the policy off. The
+    limits that the policy set last stay in force.
     """
 
     @property

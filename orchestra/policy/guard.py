@@ -1,4 +1,4 @@
-"""What no policy may do, whatever it decides: floors, cool-downs, a bound on actions, whose word counts, dry runs."""
+"""What no policy may do, whatever it decides: floors, cool-downs, bounds, the order of policies, dry runs."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ __all__ = ["Guard", "Ruling", "Verdict"]
 class Ruling(StrEnum):
     ALLOWED = "allowed"
     CHANGED = "changed"
-    """Allowed, but not as it was asked for."""
+    """Allowed, but raised to a floor or lowered to a bound first."""
     REFUSED = "refused"
     DRY_RUN = "dry-run"
-    """It would have been allowed."""
+    """The guard would have allowed the action."""
 
 
 @attrs.frozen
 class Verdict:
-    """What comes of an action that a policy asked for.
+    """The guard's answer to an action that a policy asked for.
 
     Attributes:
-        action: what to carry out; None: nothing.
-        outcome: why so, in a word.
-        reason: and in a sentence; empty where there is nothing to say.
-        judged: what the action is after the floors, also if it is not carried out: what the journal keeps.
+        action: the action to carry out. None: nothing is to be carried out.
+        outcome: the ruling in one word.
+        reason: the ruling in a sentence. Empty: the action is allowed as it was asked for.
+        judged: the action after the floors, also if it is not carried out. The journal keeps this action.
     """
 
     action: Action | None
@@ -53,37 +53,44 @@ def _names(given: Any) -> Any:
 
 @attrs.define(eq=False, kw_only=True)
 class Guard:
-    """Judges each action of a policy before a fleet carries it out. Callers (no policy) are free; they are noted only.
+    """Judges each action of a policy before a fleet carries it out.
 
-    The order in which two policies' words count: callers first, then the policies as the fleet lists them.
+    The guard never refuses an action of a caller, which is an action that no policy asked for. The guard only notes it.
 
-    - Limits and CPU caps never contradict: each policy has its own at each place, and the tightest counts.
-    - What one holds (`Pause`, `Isolate`), it, those before it and callers may let go (`Resume`, `Rejoin`); a later one
-      is refused.
-    - What one has let go, a later one may not hold, evict or stop for the length of `vm_cool_down`.
+    Callers go first, then the policies in the order in which the fleet lists them.
 
-    Letting go is never refused for any other reason, and counts towards no bound.
+    - Limits and CPU caps never contradict each other: each policy has its own at each place, and the tightest counts.
+    - If a policy holds a VM (`Pause`, `Isolate`), then that policy, a policy before it or a caller may let the VM go
+      (`Resume`, `Rejoin`). A later policy is refused.
+    - If a policy let a VM go, a later policy may not hold, evict or stop that VM for the length of `vm_cool_down`.
 
-    A cool-down begins when something was done. What was allowed and then failed (`failed`) is as if it had not been
-    said, but it still counts towards the bounds, and the same is not tried again at the same place for a second, twice
-    as long after each failure, up to 64 s.
+    The guard refuses to let a VM go for no other reason, and counts letting go towards no bound.
+
+    A cool-down begins when an action was done. An action that was allowed and then failed (`failed`) starts no
+    cool-down, but still counts towards the bounds. The guard refuses the same action at the same place for a second
+    after the failure, for twice as long after each further failure, and for 64 s at most.
 
     Parameters:
-        floor, exit_floor: events per second (bus locks; exits, and answers) below which no throttle may hold a VM: a
-            lower one is raised to it, and its burst to 2, or a VM that keeps within the floor would still wait. For a
-            tenant or the host it counts once for each VM below; how they divide it is not the guard's to say, but
-            `max_delay` holds for each of their vCPUs.
-        cpu_floor: the same for CPU caps: a part of the time.
-        max_delay: seconds: the longest that a throttle may delay one event; forced on those that say more or None.
-        vm_cool_down: seconds between two hard actions (pause, isolate, evict, stop, kill) on a VM.
-        host_cool_down: the same on any two VMs.
-        actions_per_minute: of all policies together, warnings included, but for limits and letting go; None: no bound.
-        limits_per_minute: `Throttle` and `SetLimit`.
-        max_pause: seconds after which `overdue` has a VM that a policy paused go on; None: never.
-        most_paused: the part of the time for which policies may hold a VM paused: after a pause it is not paused again
-            before it has run for so long that no more than this part of both was the pause. With `floor` it bounds
-            what is left to a VM.
-        dry_run: True: every policy decides, and nothing is done. Or names of policies, or patterns.
+        floor, exit_floor: events per second below which no throttle may hold a VM: bus locks for `floor`, exits and
+            answers for `exit_floor`. The guard raises a lower rate to the floor. The guard also raises the burst to 2:
+            with less, a VM that keeps within the floor would still wait. For a tenant or the host the floor counts once
+            for each VM below. The guard does not say how these VMs divide it, but `max_delay` holds for each of their
+            vCPUs.
+        cpu_floor: the same for CPU caps, as a part of the time.
+        max_delay: the most seconds by which a throttle may delay one event. The guard lowers a longer `max_delay` to
+            it, and None as well.
+        vm_cool_down: seconds between two hard actions (pause, isolate, evict, stop, kill) on the same VM.
+        host_cool_down: seconds between two hard actions on any VMs.
+        actions_per_minute: the bound on the actions of all policies together, warnings included. Limits and letting go
+            do not count. None: no bound.
+        limits_per_minute: the bound on `Throttle` and `SetLimit`. It is apart from the other, as a sharing policy may
+            change the limits of many VMs in a tick. None: no bound.
+        max_pause: seconds after which `overdue` resumes a VM that a policy paused. None: never.
+        most_paused: the part of the time for which policies may hold a VM paused. After a pause the VM must run until
+            the pause is no more than this part of both times together. Without it a policy could pause a VM again and
+            again, which no floor of a limit prevents.
+        dry_run: True: every policy decides, and nothing is done. Or the names of the policies that run dry, or
+            patterns.
 
     Raises:
         SpecError: a parameter is out of its range.
@@ -121,14 +128,14 @@ class Guard:
             raise SpecError(f"dry_run={self.dry_run!r}: must be True, False, or names of policies")
 
     def judge(self, action: Action, policy: str | None, time: int, order: int, *, vms: int = 1) -> Verdict:
-        """Say what comes of an action.
+        """Judge an action, and note it if it is allowed.
 
         Parameters:
-            action: that was asked for.
-            policy: by which; None: by a caller.
+            action: the action that was asked for.
+            policy: the name of the policy that asked. None: a caller asked.
             time: nanoseconds on the fleet's clock.
-            order: the policy's place, from 0 on; lower goes first. A caller's is not looked at.
-            vms: how many VMs are below the place of a limit on a tenant or the host.
+            order: the policy's place, from 0 on; a lower one goes first. Ignored for a caller.
+            vms: for a limit on a tenant or the host: the number of VMs that the limit holds.
         """
         if policy is None:
             self._note(self._books, action, Claim(-1, None, time))
@@ -152,10 +159,10 @@ class Guard:
         return Verdict(judged, Ruling.CHANGED if changed else Ruling.ALLOWED, changed, judged, noted)
 
     def failed(self, verdict: Verdict, time: int) -> None:
-        """What a policy was allowed to do could not be done: nobody has to cool down from it, nor is bound by it.
+        """Strike out an action that was allowed and then failed: no cool-down starts, and no claim binds a policy.
 
         Parameters:
-            verdict: as `judge` gave it.
+            verdict: the answer of `judge` to that action.
             time: nanoseconds on the fleet's clock.
         """
         if verdict.action is None or verdict._noted is None:
@@ -165,13 +172,14 @@ class Guard:
             self._failures.add(verdict.action, time)
 
     def overdue(self, time: int, *, dry: bool = False) -> list[Resume]:
-        """VMs that a policy has held paused for more than `max_pause`: its word no longer counts, they are to go on.
+        """Actions that resume the VMs which a policy has held paused for more than `max_pause`.
 
-        Apply them as a caller's. It ends a pause also if the policy that made it was switched off.
+        Carry the actions out as a caller's. They also end the pauses of a policy that was switched off. The guard
+        notes each VM as let go by a caller.
 
         Parameters:
             time: nanoseconds on the fleet's clock.
-            dry: those that are paused in a dry run only: nothing is to be done there.
+            dry: True: the VMs that are paused in a dry run only. Nothing is to be carried out for these.
         """
         if self.max_pause is None:
             return []
@@ -192,7 +200,7 @@ class Guard:
 
     @property
     def pauses(self) -> bool:
-        """Some policy holds a VM paused, or would in a dry run."""
+        """Whether a policy holds a VM paused, or would in a dry run."""
         return any(
             axis is Axis.RUNNING and word.policy is not None
             for books in (self._books, self._rehearsed)
@@ -200,17 +208,20 @@ class Guard:
         )
 
     def forget(self, vm: str) -> None:
-        """A VM is gone; what was said about it says nothing about another of its name. Its cool-down still counts."""
+        """Forget the claims on a VM that is gone: they do not bind a new VM of the same name.
+
+        The cool-down of the name still counts: a restart does not end a cool-down.
+        """
         for books in (self._books, self._rehearsed):
             books.forget(vm)
         self._failures.forget(vm)
 
     def succeed(self, before: Guard, policies: Iterable[str]) -> None:
-        """Go on where another guard was: what was done still counts, under this one's rules.
+        """Continue with the records of another guard: what was done still counts, by the rules of this guard.
 
         Parameters:
-            before: which was asked so far; this one itself, if only the policies are others now.
-            policies: by name, in their order. What those said that are not there any more binds nobody.
+            before: the guard that judged so far. The same guard, if only the policies change.
+            policies: the names of the policies, in their order. What a removed policy let go binds no other policy.
         """
         self._books, self._rehearsed, self._failures = before._books, before._rehearsed, before._failures
         orders = {name: order for order, name in enumerate(policies)}
@@ -226,7 +237,7 @@ class Guard:
     # ---- floors -----------------------------------------------------------------------------------------------------
 
     def _raised(self, action: Action, vms: int) -> tuple[Action, str]:
-        """The action as it may be done, and what was changed."""
+        """The action within the floors, and a sentence about what was changed; empty: nothing."""
         if isinstance(action, CapCpu) and action.share is not None and action.share < self.cpu_floor:
             why = f"a cap of {100 * action.share:g} % raised to the floor of {100 * self.cpu_floor:g} %"
             return attrs.evolve(action, share=self.cpu_floor, **_told(action, why, {"share": action.share})), why
@@ -255,10 +266,10 @@ class Guard:
             limit = attrs.evolve(limit, max_delay=self.max_delay)
         return limit, "; ".join(why)
 
-    # ---- whose word counts, how soon, how often ---------------------------------------------------------------------
+    # ---- which claim counts, how soon, how often --------------------------------------------------------------------
 
     def _words(self, books: GuardState, action: Action) -> Iterable[Claim | None]:
-        """Those that this action would go against: a dry run is bound by what is really so as well."""
+        """The claims that this action would contradict. The claims that are really in force bind a dry run too."""
         for each in (books, self._books):
             held, let = each.words(action)
             yield held if releases(action) else let

@@ -1,4 +1,4 @@
-"""What a guard let through: cool-downs, what was done in the last minute, who holds what, and what failed lately."""
+"""A guard's records: cool-downs, the actions of the last minute, who holds which VM, and what failed lately."""
 
 from __future__ import annotations
 
@@ -16,18 +16,27 @@ __all__ = ["LAST", "Claim", "Failures", "GuardState", "Undo", "is_limit"]
 
 MINUTE: Final = 60_000_000_000
 MOST_REMEMBERED: Final = 65536
+"""Entries of one table. Beyond it the entries that no longer count are dropped, so that the names of VMs which come and
+go do not pile up. Below it nothing is swept, which would cost time in every action."""
+
 LAST: Final = 1 << 30
-"""The order of a policy that is not there any more: everybody goes before it."""
+"""The order of a policy that was removed: every policy and every caller goes before it."""
 
 
 def is_limit(action: Action) -> bool:
-    """It is counted apart from the others: a policy may change very many limits a minute."""
+    """Whether an action sets a limit. Limits have a bound of their own: a policy may change very many in a minute."""
     return EFFECTS[type(action)].what in (What.LIMIT, What.THROTTLE)
 
 
 @attrs.frozen
 class Claim:
-    """What somebody said about a VM last."""
+    """A policy's or a caller's last action on one axis of a VM.
+
+    Attributes:
+        order: the place of the policy among the policies; a lower one goes first. -1: a caller.
+        policy: the policy's name. None: a caller.
+        time: nanoseconds on the fleet's clock.
+    """
 
     order: int
     policy: str | None
@@ -36,7 +45,7 @@ class Claim:
 
 @attrs.frozen
 class Undo:
-    """What the books said of a VM before an action was noted, so that one that fails can be struck out."""
+    """The records of a VM before an action was noted. They are kept so that an action that fails can be struck out."""
 
     word: Claim
     hard: int | None
@@ -47,15 +56,17 @@ class Undo:
 
 @attrs.define(eq=False)
 class GuardState:
-    """A dry run has books of its own: what it did not do must not stop what is done.
+    """The records of the real actions, or of a dry run. Times are nanoseconds on the fleet's clock.
+
+    A dry run has records of its own: an action that was only rehearsed must not stop an action that is done.
 
     Attributes:
-        hard: when the last hard action on a VM was.
-        host: and on any.
-        recent, limits: when actions and limits of policies were, in the last minute.
-        held, let: who holds a VM on an axis, and who let it go last.
-        paused: when the last pause by a policy ended, and how long it had lasted.
-        dry: these are a dry run's.
+        hard: the time of the last hard action on each VM.
+        host: the time of the last hard action on any VM.
+        recent, limits: the times of the policies' actions and limits in the last minute.
+        held, let: by VM and axis: the claim of the policy or caller that holds the VM, and of the last that let it go.
+        paused: by VM: when the last pause by a policy ended, and how long that pause had lasted.
+        dry: these are the records of a dry run.
     """
 
     dry: bool = False
@@ -75,14 +86,19 @@ class GuardState:
         return self.held.get(key), self.let.get(key)
 
     def lately(self, action: Action, time: int) -> deque[int]:
-        """When actions of this sort were in the last minute."""
+        """The times of actions of this sort in the last minute. Older times are dropped here."""
         when = self.limits if is_limit(action) else self.recent
         while when and time - when[0] >= MINUTE:
             when.popleft()
         return when
 
     def note(self, action: Action, word: Claim, cool_down: float) -> Undo:
-        """`cool_down`: nanoseconds for which a word counts."""
+        """Record an action that is allowed, and return what `roll_back` needs.
+
+        Parameters:
+            word: the policy or caller, and the time.
+            cool_down: nanoseconds for which a claim that let a VM go counts.
+        """
         vm = action.vm or ""
         effect = EFFECTS[type(action)]
         hard, host, before = self.hard.get(vm), self.host, self.words(action)
@@ -109,13 +125,13 @@ class GuardState:
         elif not effect.ends:
             self.let.pop(key, None)
             before = self.held.get(key)
-            if before is None or word.order < before.order:  # the strongest word counts, from when it was said
+            if before is None or word.order < before.order:  # the claim that goes first counts
                 self.held[key] = word
-        elif word.policy is None or self.dry:  # a policy's may still fail: the VM's end is what counts
+        elif word.policy is None or self.dry:  # a policy's stop may still fail, so the VM's end counts
             self.forget(action.vm or "")
 
     def roll_back(self, action: Action, noted: Undo) -> None:
-        """It failed: all is as before, but for what others said meanwhile."""
+        """Undo the record of an action that failed. A record that was changed since, by a later action, stays."""
         vm = action.vm or ""
         effect = EFFECTS[type(action)]
         if effect.hard:
@@ -134,8 +150,10 @@ class GuardState:
         self.paused.pop(vm, None)
 
     def reorder(self, orders: Mapping[str, int]) -> None:
-        """Other policies, or in another order. What one that is not there any more let go binds nobody; what it
-        still holds anybody may let go."""
+        """Give the claims the orders of the new policies.
+
+        A removed policy binds no other policy with what it let go. What it still holds, every policy may let go.
+        """
         for words in (self.held, self.let):
             for key, word in list(words.items()):
                 if word.policy is None or word.order == orders.get(word.policy):
@@ -155,7 +173,7 @@ class _Failing:
 
 
 class Failures:
-    """What failed is not tried again at the same place at once, and ever more seldom."""
+    """The actions that failed lately. Each further failure at the same place doubles the wait before the next try."""
 
     def __init__(self) -> None:
         self._places: dict[tuple[str | None, str | None], dict[tuple[type, int | None], _Failing]] = {}
@@ -169,12 +187,12 @@ class Failures:
             self._places = {at: kinds for at, kinds in places if any(time < one.until for one in kinds.values())}
         kinds = self._places.setdefault(_place(action), {})
         before = kinds.get(_kind(action))
-        # Long after the last one it is another matter.
+        # A failure long after the last wait has another cause, so the count begins anew.
         times = 0 if before is None or time - before.until > MOST_WAIT else before.times
         kinds[_kind(action)] = _Failing(times + 1, time + min(FIRST_WAIT << min(times, 30), MOST_WAIT))
 
     def why_not(self, action: Action, time: int) -> str:
-        """Why it is not to be tried now; empty: it may be."""
+        """Why the action is not to be tried now. Empty: it may be tried."""
         failing = self._places.get(_place(action), {}).get(_kind(action))
         if failing is None or time >= failing.until:
             return ""

@@ -1,16 +1,17 @@
-"""Who suffers, and how much: what adaptive policies and ladders read out of the facts.
+"""Which VMs suffer, and how much: the signals that adaptive policies and ladders read out of the facts.
 
-A signal is a number that grows with the harm, or None where this host or these guests do not tell it.
+A signal is a number that grows with the harm. It is None where this host or these guests do not report it.
 
-Some compare with what is usual, and what is usual must be what is good: an average takes harm for usual in the end.
-`_Usual` says what counts. It follows those who estimate the delay of a network that they fill themselves: LEDBAT (RFC
-6817) and BBR (Cardwell et al., ACM Queue 2016) keep the best of a long time, as no queue makes a path faster than it
-is; and since a path may have changed for good, BBR (ProbeRTT) and LEDBAT++ (periodic slowdowns) stop sending for a
-moment and measure the path alone. Here the moments in which nobody is noisy are that measurement.
+Some signals compare with what is usual, and what is usual must be what is good: an average would take harm for usual in
+the end. `_Usual` says what counts as usual. Its rules are those of protocols that estimate the delay of a network which
+they fill themselves. LEDBAT (RFC 6817) and BBR (Cardwell et al., ACM Queue 2016) keep the best value of a long time, as
+no queue makes a path faster than it is. A path may also have changed for good. So BBR (ProbeRTT) and LEDBAT++ (periodic
+slowdowns) stop sending for a moment and measure the path alone. Here the times in which no VM is noisy are that
+measurement.
 
-Sources of the signals: comparing a task with what it does elsewhere and at other times instead of an absolute figure is
-CPI² (Zhang et al., EuroSys 2013), which learns that over a day from many machines; taking the run-queue delay of the
-victims for the cost of interference is Alita (Chen et al., SC 2020).
+Sources of the signals: CPI² (Zhang et al., EuroSys 2013) compares a task with what it does elsewhere and at other times
+and not with an absolute figure; it learns over a day from many machines. Alita (Chen et al., SC 2020) takes the
+run-queue delay of the victims for the cost of interference.
 """
 
 from __future__ import annotations
@@ -34,44 +35,48 @@ SLOWDOWN: Final = {"lock_slowdown": "lock_ns", "memory_slowdown": "memory_ns"}
 VICTIMS: Final = ("run_delay", "work_drop")
 
 HARM: Final = (*HOST, *SLOWDOWN, *VICTIMS)
-"""What somebody suffers: the host's own signals, then those relative to what is usual, then those of the other VMs."""
+"""The signals of harm: those of the host, then those relative to what is usual, then those of the other VMs."""
 
 OWN: Final = (*(meter.value for meter in Meter), "cpu", "share", "dirty_pages")
-"""What one VM does: events a second of each meter, CPU seconds a second and vCPU, its part of the meter's events,
+"""The signals of one VM: events a second of each meter, CPU seconds a second and vCPU, its part of the meter's events,
 pages written a second."""
 
 LEAST: Final = 0.01
-"""A VM that wanted the CPU for less than this part of a tick says nothing about how it fares."""
+"""Part of a tick. A VM that wanted the CPU for less shows nothing about how it fares: its few moments may be chance."""
 
 HELD: Final = 0.05
-"""One that was held back for more than this part of a tick does less work for that reason."""
+"""Part of a tick. A VM that was held back for longer did less work for that reason. As `metered.WAITED`."""
 
 FLOOR: Final = 10.0
-"""Events per second up to which a VM is not noisy, where a policy has no floor of its own."""
+"""Events per second up to which a VM is not noisy, where a policy has no floor of its own. As that of `Adaptive`."""
 
 AHEAD: Final = 2
-"""Events in a tick, for each vCPU, that say nothing about a rate: who keeps to a limit may be ahead of it."""
+"""Events in a tick, for each vCPU, that say nothing about a rate: a VM that keeps to a limit may be ahead of it, by its
+burst."""
 
 ENOUGH: Final = 5
-"""Looks before anything counts as usual."""
+"""Looks before anything counts as usual: the median of five is right even if two of them were disturbed."""
 
 GOOD: Final = 5.0
-"""Seconds. If the median of them is better than what is usual, it is usual from then on."""
+"""Seconds. If their median is better than what is usual, the median is usual from then on. That can be short, as noisy
+VMs make nothing faster."""
 
 QUIET: Final = 60.0
-"""Seconds in which nobody was noisy. Their median is what is usual, for better or worse."""
+"""Seconds in which no VM was noisy. Their median is what is usual, for better or worse. That must be longer than
+`GOOD`: it is the only way in which a worse value becomes usual."""
 
 PICKS: Final = 60
-"""Looks that stand for such a time."""
+"""Looks that stand for such a time, so that memory and cost do not grow with shorter ticks."""
 
 WORKED: Final = 1.0
-"""Seconds of a guest's work that make a look: in less there may be too few requests to tell slow from few."""
+"""Seconds of a guest's work that make a look. In less time there may be too few requests to tell slow from few."""
 
 GOOD_WORK: Final = 60.0
-"""As `GOOD`, for a guest's work: that varies more than the host's times do."""
+"""As `GOOD`, for a guest's work, which varies more than the host's times do."""
 
 FORGOTTEN: Final = 3600.0
-"""Seconds after which what is usual with a VM is forgotten, if it reported nothing meanwhile."""
+"""Seconds. What is usual for a VM is forgotten if the VM was in no facts for so long. It bounds the memory for VMs
+whose end nobody reports."""
 
 
 def check_signal(name: str, known: Iterable[str]) -> str:
@@ -82,19 +87,19 @@ def check_signal(name: str, known: Iterable[str]) -> str:
 
 
 def calm(name: str) -> float:
-    """What a signal is while nobody suffers."""
+    """The value of a signal while no VM suffers."""
     return 1.0 if name in SLOWDOWN else 0.0
 
 
 def _median(values: Collection[float]) -> float:
-    """Of two the lower one."""
+    """The median; of two middle values the lower one, which is the better one."""
     return sorted(values)[(len(values) - 1) // 2]
 
 
 class _Recent:
-    """The median of the last so many seconds that were added, once there is half of them; of two the better one.
+    """The median of the values of the last `seconds`, once half of that time was added.
 
-    It keeps `PICKS` looks, however short the ticks are.
+    The class keeps `PICKS` values, however short the ticks are.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -103,7 +108,7 @@ class _Recent:
         self._picks: deque[float] = deque(maxlen=PICKS)
 
     def add(self, value: float, seconds: float) -> float | None:
-        """The median, if there is a new one."""
+        """Add a value that stands for so many seconds. Returns the median, or None if there is no new one."""
         self._passed += seconds
         if self._passed < self._part * (1 - 1e-9):
             return None
@@ -116,21 +121,21 @@ class _Recent:
 class _Usual:
     """How long something takes while all is well.
 
-    At first the median of `ENOUGH` looks. After that
+    At first the usual value is the median of `ENOUGH` looks. After that
 
-    - it falls to the median of any `good` seconds in which it was less. Noisy neighbours make nothing faster.
-    - it rises in one way only: to the median of the last `QUIET` seconds in which nobody was noisy. If it is slow even
-      then, the noisy are not the reason.
+    - it falls to the median of any `good` seconds whose median is less. Noisy neighbours make nothing faster.
+    - it rises in one way only: to the median of the last `QUIET` seconds in which no VM was noisy. If the value is slow
+      even then, the noisy VMs are not the reason.
 
-    So harm never becomes usual, neither by lasting nor by growing slowly. What changed for good becomes usual after
-    half a minute in which nobody was noisy, in one piece or in many. A policy that holds the noisy because of the
-    change makes that half-minute itself.
+    So harm never becomes usual, neither by lasting nor by growing slowly. A value that changed for good becomes usual
+    after half a minute in which no VM was noisy, in one piece or in many. A policy that holds the noisy VMs because of
+    the change makes that half-minute itself.
 
-    What it does not see: a start in the midst of harm is taken for usual, until it is better for half of `good`
-    seconds, or nobody is noisy for half a minute. So is harm that begins while the host is slow for another reason that
-    has become usual, if it goes on without a pause when that reason is gone. And where one calm is better than another
-    by more than a threshold (memory that hardly anybody uses at night), the worse one is taken for harm until those
-    half-minutes have shown that it is not.
+    Three cases that this does not see. If the first looks fall into harm, the harm is taken for usual, until the value
+    is better for half of `good` seconds, or no VM is noisy for half a minute. If harm begins while the host is slow for
+    another reason that has become usual, and goes on without a pause when that reason is gone, the harm is taken for
+    usual as well. And if one calm is better than another by more than a threshold (memory that hardly any VM uses at
+    night), the worse calm is taken for harm until the half-minutes have shown that it is none.
     """
 
     def __init__(self, good: float = GOOD) -> None:
@@ -153,7 +158,16 @@ class _Usual:
 
 @attrs.define(eq=False)
 class _Worker:
-    """A VM that reports its work, and the look at it that is under way."""
+    """A VM that reports its work, and the look at the VM that is under way.
+
+    Attributes:
+        usual: seconds for a unit of work, as is usual for this VM.
+        seen: when the VM was in the facts last, in nanoseconds.
+        passed, wanted: seconds of this look, and those of them in which the VM could run.
+        work: what the VM reported in this look.
+        quiet: no VM was noisy in this look.
+        drop: what the last look found.
+    """
 
     usual: _Usual = attrs.field(factory=lambda: _Usual(GOOD_WORK))
     seen: int = 0
@@ -164,19 +178,22 @@ class _Worker:
     drop: float | None = None
 
     def begin(self, drop: float | None = None) -> None:
-        """A new look. `drop`: what the last one found."""
+        """Begin a new look. `drop`: what the last look found."""
         self.passed = self.wanted = self.work = 0.0
         self.quiet = True
         self.drop = drop
 
 
 class Signals:
-    """Reads some of the harm signals, tick by tick. Costs O(active VMs).
+    """Reads some of the signals of harm, tick by tick. A tick costs O(active VMs).
 
     Parameters:
-        names: of the signals.
-        meter, floor: a VM that does more than `floor` events of the meter a second is noisy: what was measured then
-            may be its doing, and does not excuse anybody.
+        names: the names of the signals.
+        meter, floor: a VM that does more than `floor` events of the meter a second is noisy. A value measured then may
+            be that VM's doing, so the value does not count as a calm.
+
+    Raises:
+        SpecError: a name is not that of a signal of harm.
     """
 
     def __init__(self, names: Iterable[str], *, meter: Meter = Meter.BUS_LOCKS, floor: float = FLOOR) -> None:
@@ -191,7 +208,7 @@ class Signals:
         self._cleaned: int | None = None
 
     def look(self, facts: Facts) -> None:
-        """Once a tick, before asking."""
+        """Take in the facts of a tick. Call this once a tick, before asking for a signal."""
         quiet = self._quiet(facts)
         for name in self._names:
             if name in HOST:
@@ -212,7 +229,7 @@ class Signals:
             self._forget(facts.time)
 
     def _quiet(self, facts: Facts) -> bool:
-        """Nobody was noisy, nor in the tick before: what is measured may be as late as that."""
+        """Whether no VM was noisy in this tick and the one before: a measurement may be a tick late."""
         most, count_of = self._floor * facts.interval, self._count
         now = True
         for vm in facts.heard.values():
@@ -229,6 +246,7 @@ class Signals:
         if now is None:
             return None
         usual = self._usual[name]
+        # Compared first and added then: a value must not be its own measure.
         ratio = None if not usual.value else now / usual.value
         usual.add(now, facts.interval, quiet)
         return ratio
@@ -254,7 +272,7 @@ class Signals:
         worker.quiet = worker.quiet and quiet
         if vm.work is None or worker.passed < WORKED * (1 - 1e-9):
             return worker.drop
-        # Of the time that it could have run, where that is known: one that has less to do is not a victim.
+        # By the time in which the VM could run, where that is known: a VM that has less to do is no victim.
         slow = worker.wanted / worker.work if worker.work else math.inf
         usual = worker.usual.value
         drop = None if usual is None else 1 - usual / slow if slow > usual else 0.0
@@ -263,7 +281,7 @@ class Signals:
         return drop
 
     def begin(self) -> None:
-        """Something was done about it: looks that are under way begin anew, so that they tell what came of that."""
+        """Begin all looks anew. Call this when an action was taken, so that the looks show only what came of it."""
         for worker in self._workers.values():
             worker.begin()
 
@@ -279,12 +297,15 @@ class Signals:
         return self._host.get(name)
 
     def victims(self, name: str) -> dict[str, float]:
-        """Of those VMs that tell: ``run_delay`` is the part of the time that they could have run and had no CPU,
-        ``work_drop`` the part by which they worked slower than is usual with them in the last second."""
+        """A signal of the VMs that report it, by name of the VM.
+
+        ``run_delay``: the part of the time in which the VM could have run and had no CPU. ``work_drop``: the part by
+        which the VM worked slower in the last second than is usual for it.
+        """
         return self._victims.get(name, {})
 
     def worst(self, name: str, among: Iterable[str]) -> tuple[float | None, str | None]:
-        """The signal, and the VM that suffers it most (None if it is the host's)."""
+        """The signal, and the VM among these that suffers most. The VM is None for a signal of the host."""
         if name not in VICTIMS:
             return self.host(name), None
         told = self.victims(name)
@@ -292,5 +313,5 @@ class Signals:
 
 
 def _wanted(vm: VmFacts) -> float | None:
-    """Seconds that its vCPUs ran or could have run."""
+    """Seconds in which the VM's vCPUs ran or could have run."""
     return None if vm.cpu is None else vm.cpu + (vm.run_delay or 0.0)

@@ -30,14 +30,14 @@ from .steps import Rung, Step, default_steps
 __all__ = ["Chosen", "PolicySpec", "policy_kinds"]
 
 _KINDS: Final[tuple[type[Any], ...]] = (Adaptive, BurstCredits, BusTime, Ladder, StaticLimits, WeightedShare)
-"""The classes that data can name. `Only` is none: it makes a policy out of another, and data say it by "only"."""
+"""The classes that data can name. `Only` is not among them: it wraps another policy, and data have the key "only"."""
 
 ONLY: Final = "only"
 NAME: Final = "name"
 
 
 def policy_kinds() -> Mapping[str, type[Any]]:
-    """The policies by the names that data have for them: ``WeightedShare`` is "weighted-share"."""
+    """The policy classes by their names in data: ``WeightedShare`` is "weighted-share"."""
     return {re.sub(r"(?<=[a-z])(?=[A-Z])", "-", kind.__name__).lower(): kind for kind in _KINDS}
 
 
@@ -50,7 +50,7 @@ def _ladder(
     interval: float = 0.1,
     name: str | None = None,
 ) -> Ladder:
-    """A `Ladder` of steps, or of the default ones for VMs that do more than `over` events a second."""
+    """A `Ladder` of the given steps, or of the default steps for VMs that do more than `over` events a second."""
     if steps is not None:
         for key, value in (("over", over), ("highest", highest)):
             if value is not None:
@@ -66,7 +66,11 @@ def _maker(kind: type[Any]) -> Callable[..., Policy]:
 
 @attrs.frozen
 class Chosen:
-    """Which VMs a policy is for, as `only` takes them: patterns of names and of tenants; None: all."""
+    """Which VMs a policy is for: patterns of names and of tenants, as `only` takes them. None: all fit.
+
+    Raises:
+        SpecError: neither is given, or a pattern is empty.
+    """
 
     vms: tuple[str, ...] | None = None
     tenants: tuple[str, ...] | None = None
@@ -94,18 +98,19 @@ def _frozen(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
 
 @attrs.frozen
 class PolicySpec:
-    """A policy as data: each `make` gives another instance, that has seen nothing yet.
+    """A policy as data. Each `make` gives a new policy, which has seen nothing yet.
 
-    As JSON it is one object: ``{"kind": "ladder", "over": 500.0, "only": {"vms": ["web-*"]}}``, as in a file of rules.
+    The JSON form is one object, as in a file of rules:
+    ``{"kind": "ladder", "over": 500.0, "only": {"vms": ["web-*"]}}``.
 
     Parameters:
         kind: "weighted-share", "ladder", ...: the class's name in small letters; see `policy_kinds`.
-        arguments: what the class takes, by the names of its parameters. A ladder may have `over` (events a second) and
-            `highest` in the place of its steps.
-        only: the VMs that it is for; None: all.
+        arguments: the arguments of the class, by the names of its parameters. A ladder may have `over` (events a
+            second) and `highest` in the place of its steps.
+        only: the VMs that the policy is for. None: all VMs.
 
     Raises:
-        SpecError: no such kind, or its class does not take this.
+        SpecError: there is no such kind, or its class does not accept the arguments.
     """
 
     kind: str
@@ -135,11 +140,15 @@ class PolicySpec:
 
     @property
     def name(self) -> str:
-        """As in the journal."""
+        """The policy's name in the journal."""
         return self.make().name
 
     def make(self) -> Policy:
-        """A policy that has seen nothing yet."""
+        """Make a policy, which has seen nothing yet.
+
+        Raises:
+            SpecError: the class does not accept the arguments.
+        """
         make = _maker(policy_kinds()[self.kind])
         if self.only is None:
             return make(**self.arguments)

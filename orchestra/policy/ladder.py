@@ -1,8 +1,9 @@
-"""A ladder of steps, from a warning to the end of a VM: each when the one before did not help, each with a way back.
+"""A ladder of steps, from a warning to the end of a VM. Each step comes when the step before did not help.
 
-Source of the patience that grows with each relapse: route flap damping (RFC 2439).
+Each step has a way back. The idea that a VM must be in the clear for longer after each relapse is that of
+route flap damping (RFC 2439).
 
-`standing` has the states, and which event leads from which to which. A worked timeline, of a VM on
+`standing` has the states and the table of transitions. A worked timeline, of a VM on
 ``Ladder(default_steps(over=1000, highest="cap_cpu"))`` that wants 5000 bus locks a second for 4 s, rests for 12 s, and
 comes back for 1 s:
 
@@ -14,11 +15,11 @@ comes back for 1 s:
   37.0 s     0/s  warn      returning  Unthrottle
 
 - 0.1 s: the first tick over 1000/s is answered by a warning. From here on the throttle's dwell, 1 s, is counted.
-- 1.1 s: the VM is throttled to 500/s. It presses against that limit. So it is neither bad, as it is held, nor in the
-  clear, as it wants more. It stays where it is.
-- 14.0 s: it has been in the clear since 4 s, for the 10 s that the step asks for. For 10 s more it is on probation.
-- 16.1 s: on probation one bad tick is enough. That is a relapse: 20 s in the clear are asked for from now on.
-- 37.0 s: back to the warning, and 20 s later off the ladder. When its probation is over, the VM is forgotten.
+- 1.1 s: the VM is throttled to 500/s. It presses against that limit. So the VM is neither bad, as it is held, nor in
+  the clear, as it wants more. The VM stays on this step.
+- 14.0 s: the VM has been in the clear since 4 s, for the 10 s that the step asks for. For 10 s more it is on probation.
+- 16.1 s: on probation one bad tick is enough. That is a relapse: from now on the step asks for 20 s in the clear.
+- 37.0 s: the VM is back at the warning, and 20 s later on no step. When its probation is over, the ladder forgets it.
 """
 
 from __future__ import annotations
@@ -40,36 +41,38 @@ from .steps import Rung, Step, check_steps, default_steps
 __all__ = ["Ladder"]
 
 LEAK: Final = 0.25
-"""How fast the time in which it was bad is forgotten while it is not: one that misbehaves for more than
-LEAK / (1 + LEAK), a fifth of the time, gets caught in the long run."""
+"""The speed at which bad time is forgotten while the VM is not bad. A VM that is bad for more than LEAK / (1 + LEAK),
+a fifth of the time, gains more bad time than it forgets, and takes the next step in the end."""
 
 CLEAR_FOR: Final = 1e-9
-"""Seconds by which sums of ticks may be off: ten of 0.1 s are a second."""
+"""Seconds by which sums of ticks may be off: ten ticks of 0.1 s must count as a second, though they add up to less."""
 
 FIRST_TICKS: Final = 2
-"""Ticks after a pause that may still tell of the time before it."""
+"""Ticks after a pause whose facts may still be about the time before the pause."""
 
 
 @attrs.define(eq=False, slots=False)
 class Ladder(Metered):
-    """Take steps against a VM that hurts others: one at a time, each with its condition, and back the same way.
+    """Take steps against a VM that hurts others: one step at a time, each with its condition, and back the same way.
 
-    The steps taken stack: a VM on the third is held by all three. Time that was bad counts up, and is forgotten four
-    times slower, so pausing now and then does not help. On the way back a relapse is answered at once, and doubles the
-    time in the clear that is asked for from then on, so that nothing goes up and down for ever. A VM that presses
-    against its throttle is neither bad (it is held) nor in the clear (it still wants): it stays where it is.
+    The steps stack: all steps up to the third hold a VM on the third step. Bad time counts up, and the ladder forgets
+    it four times slower, so a VM gains nothing by pausing now and then. On the way back the ladder answers a relapse at
+    once, and asks for twice the time in the clear from then on: without that, a VM could go up and down for ever. A VM
+    that presses against its throttle stays on its step: it is not bad, as it is held, and not in the clear, as it wants
+    more.
 
-    A paused VM does nothing, and so it is in the clear: a pause ends by itself. If somebody lets it go on earlier, that
-    counts as a step down.
+    A paused VM does nothing, so it is in the clear, and its pause ends by itself. If a caller or another policy resumes
+    the VM earlier, the VM stands one step lower.
 
-    Each action's evidence names the step, the signals with their thresholds, how long it took, and the VM's `launch`.
+    The evidence of each action names the step, the signals with their thresholds, the time that it took, and the VM's
+    `launch`.
 
     Parameters:
-        steps: in the order of `Rung`, each at most once; those left out are not part of this ladder. Default:
-            `default_steps`.
-        meter: what throttles and ``share`` are about.
+        steps: the steps in the order of `Rung`, each at most once. Rungs that are left out are not part of this ladder.
+            Default: `default_steps`.
+        meter: the meter of the throttles and of ``share``.
         interval: seconds between two ticks.
-        name: in the journal.
+        name: the policy's name in the journal.
 
     Raises:
         SpecError: the steps are out of order, can never be taken, or would punish a VM for keeping to its throttle.
@@ -93,11 +96,11 @@ class Ladder(Metered):
 
     @property
     def signals(self) -> tuple[str, ...]:
-        """What it listens to beside the VM itself: the fleet switches on what that needs."""
+        """The signals of the host and of other VMs that the steps need. The fleet switches on what measures them."""
         return self._over
 
     def rung(self, vm: str) -> Rung:
-        """Where a VM is."""
+        """The highest step on which a VM is."""
         state = self._vms.get(vm)
         return Rung.OBSERVE if state is None else self._rung(state.at)
 
@@ -115,7 +118,7 @@ class Ladder(Metered):
         return [action for state in list(self._vms.values()) for action in self._step(state, facts, reading)]
 
     def refused(self, action: Action, reason: str) -> None:
-        """An action of this ladder was not carried out: the VM is where it was, and the time starts anew."""
+        """Take back the move whose action was not carried out. The VM's times start anew at 0."""
         state = self._vms.get(action.vm or "")
         if state is not None and state.asked is type(action):
             state.stay()
@@ -132,7 +135,7 @@ class Ladder(Metered):
         elif event is Event.RELEASED:
             step = state.at
             state.fall(facts.time, self.steps[step - 1].tail)
-            del state.probation[step]  # whoever let it go on knows why
+            del state.probation[step]  # whoever resumed the VM had a reason, so one bad tick must not pause it again
             state.visits[step] -= 1
         elif move is not None:
             action = self._up(state, vm, facts, reading) if move is Move.UP else self._down(state, facts)
@@ -141,7 +144,10 @@ class Ladder(Metered):
                 yield action
 
     def _event(self, state: LadderState, vm: VmFacts | None, facts: Facts, reading: Reading) -> Event | None:
-        """Count the time, and say what happened. What is worse goes before what is better."""
+        """Count the VM's times, and return what happened to it.
+
+        WORSE goes before BETTER: a VM that is bad now must not go down.
+        """
         interval = facts.interval
         state.absent = 0.0 if vm is not None else state.absent + interval
         if self._is_released(state, vm):
@@ -167,7 +173,7 @@ class Ladder(Metered):
         step = self.steps[state.at]
         if state.visits.get(state.at, 0) < step.returns:
             return False
-        if not step.when:  # on the way down there is nothing that calls for it again
+        if not step.when:  # a step without a condition comes by time alone: on the way down that would lead up again
             return state.standing is not Standing.RETURNING
         return vm is not None and reading.holds(step, vm)
 
@@ -184,7 +190,8 @@ class Ladder(Metered):
             return throttle is None or state.absent > longest_wait(throttle, state.vcpus)
         if throttle is not None and presses(vm, facts.interval):
             rate = reading.own(self.meter, vm) or 0.0
-            # Two events more or less in a tick say nothing about a rate. What waits at a lower rate waits for others.
+            # Two events more or less in a tick say nothing about a rate. A VM that waits at less than half of its
+            # throttle's rate waits for another limit.
             if rate + 2 / facts.interval >= throttle.rate / 2:
                 return False
         cap = next((step.cpu for step in steps if step.cpu is not None), 1.0)
@@ -193,7 +200,7 @@ class Ladder(Metered):
         return any(reading.clear(condition, vm, factor) for condition in when)
 
     def _patience(self, state: LadderState) -> float:
-        """Seconds in the clear that are asked for."""
+        """Seconds in the clear that the VM's step asks for. A stopped VM is gone, so relapses do not count there."""
         step = self.steps[state.at - 1]
         return step.clear if step.rung is Rung.STOP else step.clear * state.patience
 
@@ -224,7 +231,7 @@ class Ladder(Metered):
         return self._take(step, state, f"{step.rung.value}: {why}, {how}", evidence)
 
     def _down(self, state: LadderState, facts: Facts) -> Action | None:
-        """The action that takes back what the step did; None: there is nothing to take back."""
+        """Go one step down, and return the action that undoes the step. None: there is nothing to undo."""
         step, good = self.steps[state.at - 1], state.good
         evidence = self._evidence(state, facts) | {
             "step": step.rung.value,
@@ -257,4 +264,4 @@ _ACTIONS: Final[Mapping[Rung, Callable[..., Action]]] = {
     Rung.EVICT: Evict,
     Rung.STOP: Stop,
 }
-"""Those that need nothing but the VM; a throttle and a cap need their step's figures."""
+"""The actions that need nothing but the VM. A throttle and a cap need the figures of their step."""

@@ -1,7 +1,7 @@
 """Weighted max-min fairness: the arithmetic of sharing one budget.
 
-Source: Bertsekas and Gallager, Data Networks (2nd ed.), section 6.5.2: raise everybody's level together, in proportion
-to the weights; whoever has what it asked for stops there, the rest go on until the budget is used up.
+Source: Bertsekas and Gallager, Data Networks (2nd ed.), section 6.5.2: raise all shares together, in proportion to the
+weights. A share that has reached its demand stops there. The other shares rise until the budget is used up.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ __all__ = ["divide", "max_min"]
 
 
 def max_min(budget: float, demands: Sequence[float], weights: Sequence[float]) -> list[float]:
-    """Share `budget` among demands. Nobody gets more than it asked for, and what one leaves goes to the others.
+    """Share `budget` among demands. No share is more than its demand, and what one demand leaves goes to the others.
 
     Costs O(n log n), and O(n) if there is enough for all.
 
     Parameters:
-        budget: what there is to share, 0 or more; ``inf`` gives everybody what it asks for.
-        demands: what each asks for, 0 or more; ``inf`` for "as much as there is".
-        weights: how much each counts, more than 0; as many as there are demands.
+        budget: what there is to share, 0 or more; ``inf`` meets all demands.
+        demands: what each asks for, 0 or more; ``inf`` means "as much as there is". All in the unit of the budget.
+        weights: how much each demand counts, more than 0; as many as there are demands.
 
     Returns:
         The shares, in the order of `demands`. They add up to the budget or to the demands, whichever is less.
@@ -44,13 +44,14 @@ def max_min(budget: float, demands: Sequence[float], weights: Sequence[float]) -
 
 
 def divide(budget: float, demands: Sequence[float], weights: Sequence[float]) -> list[float]:
-    """`max_min` of numbers that are known to be in their ranges, for those who divide in each tick."""
+    """`max_min` without the checks, for policies that divide numbers of their own in each tick."""
     if sum(demands) <= budget:
         return list(demands)
     shares = [0.0] * len(demands)
+    # By demand per weight: in this order, the first demand that is too large means that all after it are too large.
     order = sorted(range(len(demands)), key=lambda i: demands[i] / weights[i])
-    # The weight of those not served yet. Summed up from the end, as subtracting served ones would leave rounding errors
-    # as large as the small weights.
+    # The sum of the weights that are not served yet, from each place on. It is summed up from the end: if the served
+    # weights were subtracted from the whole, rounding errors as large as the small weights would remain.
     pending = [0.0] * len(order)
     total = 0.0
     for at in range(len(order) - 1, -1, -1):
@@ -60,7 +61,7 @@ def divide(budget: float, demands: Sequence[float], weights: Sequence[float]) ->
     left = float(budget)
     for at, i in enumerate(order):
         level = left / pending[at]
-        if demands[i] > level * weights[i]:  # and so do all after it
+        if demands[i] > level * weights[i]:  # and so are all demands after it
             for j in order[at:]:
                 shares[j] = level * weights[j]
             break

@@ -1,4 +1,4 @@
-"""What policies have in common: a meter, an interval and a name, what they remember of each VM, and who presses.
+"""What policies have in common: a meter, an interval and a name, the memory of each VM, and the test for pressing.
 
 `credits` is the policy to copy.
 """
@@ -18,25 +18,28 @@ from .validation import within
 __all__ = ["WAITED", "Memory", "Metered", "longest_wait", "presses"]
 
 WAITED: Final = 0.05
-"""Part of a tick: a VM whose vCPUs together wait for longer than that presses against its limit, and wants more than it
-got. One that waits for less would do at most 1 / (1 - WAITED) of what was seen, which the headroom of the sharing
-policies covers. The C core's own delays, below a millisecond each, stay below it."""
+"""Part of a tick. A VM whose vCPUs together wait for longer presses against its limit, and wants more than it got. A VM
+that waits for less would do at most 1 / (1 - WAITED) times what was seen, which the headroom of the sharing policies
+covers. The C core's own delays, below a millisecond each, stay below this part."""
 
 
 def presses(vm: VmFacts, interval: float) -> bool:
-    """Whether a VM pressed against its limits in an interval: it wanted more than they let through."""
+    """Whether a VM pressed against its limits in an interval of so many seconds: it wanted more than it got."""
     return vm.throttled > WAITED * interval
 
 
 def longest_wait(limit: Limit, vcpus: int) -> float:
-    """Seconds for which a VM may be silent because each of its vCPUs waits for its turn. Twice the wait for one token
-    each: a turn may come late, and a tick may begin in the middle of one."""
+    """Seconds for which a VM may do nothing because each of its vCPUs waits for the limit's bucket.
+
+    It is twice the wait for one token for each vCPU: a token may come late, and a tick may begin in the middle of a
+    wait.
+    """
     longest = 2 * vcpus / limit.rate
     return longest if limit.max_delay is None else min(longest, 2 * limit.max_delay)
 
 
 class Remembered(Protocol):
-    """Of one VM. `launch`: its generation; another VM of the same name has another."""
+    """What a policy remembers of one VM. `launch` tells the VM from an earlier one of the same name."""
 
     launch: int
 
@@ -45,7 +48,7 @@ S = TypeVar("S", bound=Remembered)
 
 
 class Memory(dict[str, S]):
-    """What a policy remembers of each VM, by its name. Another VM of that name starts with nothing."""
+    """What a policy remembers of each VM, by the VM's name. A new VM of the same name starts with nothing."""
 
     def end(self, gone: Iterable[tuple[str, int]]) -> None:
         """Forget the VMs that have ended (`Facts.gone`)."""
@@ -55,7 +58,7 @@ class Memory(dict[str, S]):
                 del self[name]
 
     def of(self, vm: VmFacts) -> S | None:
-        """What is remembered of this very VM. What is known of an earlier launch is forgotten."""
+        """What is remembered of this launch of the VM. What is known of an earlier launch is forgotten."""
         one = self.get(vm.name)
         if one is not None and one.launch != vm.launch:
             del self[vm.name]
@@ -65,11 +68,14 @@ class Memory(dict[str, S]):
 
 @attrs.define(eq=False, slots=False, kw_only=True)
 class Metered:
-    """A policy that counts one meter. A subclass names its kind, and what its interval may be.
+    """A policy that counts one meter. A subclass names its kind, and the range of its interval in seconds.
 
     Attributes:
-        name: in the journal: as given, or its kind and the meter.
-        meter: what it counts.
+        name: the policy's name in the journal: the name that was given, or its kind and the meter.
+        meter: the events that the policy counts.
+
+    Raises:
+        SpecError: the meter is not known, or the interval is out of its range.
     """
 
     KIND: ClassVar[str]

@@ -1,4 +1,4 @@
-"""A ladder's view of one tick: the value of each signal for each VM."""
+"""A ladder's view of one tick: the value of each signal, for each VM."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ __all__ = ["Reading"]
 
 
 class Reading:
-    """One tick's signals."""
+    """The signals of one tick.
+
+    Parameters:
+        facts: the facts of the tick.
+        meter: the ladder's meter, for ``share``.
+        signals: the signals of the host and of victims, which have looked at these facts already.
+    """
 
     def __init__(self, facts: Facts, meter: Meter, signals: Signals) -> None:
         self.seconds = facts.interval
@@ -29,14 +35,14 @@ class Reading:
 
     @functools.cached_property
     def _worst(self) -> dict[str, list[tuple[float, str]]]:
-        """The two VMs that suffer most: a VM is no victim of its own."""
+        """For each signal the two VMs that suffer most. Two are enough: a VM is never counted as its own victim."""
         told = ((name, self._signals.victims(name)) for name in ("run_delay", "work_drop"))
         return {
             name: sorted(((value, vm) for vm, value in victims.items()), reverse=True)[:2] for name, victims in told
         }
 
     def own(self, signal: str, vm: VmFacts) -> float | None:
-        """What the VM itself does."""
+        """The value of a signal of the VM itself. None: this host does not report it."""
         return _OWN[signal](self, vm)
 
     def share(self, vm: VmFacts) -> float | None:
@@ -53,7 +59,10 @@ class Reading:
         return self._signals.host(signal)
 
     def holds(self, step: Step, vm: VmFacts) -> bool:
-        """Whether all that a step asks for is so. This runs for each active VM in each tick."""
+        """Whether all conditions of a step hold for a VM. This runs for each active VM in each tick.
+
+        A signal that is absent does not hold: the ladder acts on what was measured only.
+        """
         for condition in step.when:
             value = self.value(condition.signal, vm)
             if value is None or value <= condition.over:
@@ -61,7 +70,13 @@ class Reading:
         return True
 
     def clear(self, condition: Condition, vm: VmFacts, factor: float) -> bool:
-        """`factor`: what a cap took from the VM's own figures. What is absent is no reason to hold anybody."""
+        """Whether a condition is in the clear for a VM.
+
+        A signal that is absent is in the clear: it is no reason to hold a VM.
+
+        Parameters:
+            factor: by how much the VM's own figures would be larger without its CPU cap.
+        """
         value = self.value(condition.signal, vm)
         if value is None:
             return True
@@ -84,4 +99,4 @@ _OWN: Final[Mapping[str, Callable[[Reading, VmFacts], float | None]]] = {
     "share": Reading.share,
     "dirty_pages": lambda reading, vm: vm.dirty_rate,
 }
-"""How each signal of the VM itself is read."""
+"""How to read each signal of the VM itself."""

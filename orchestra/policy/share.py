@@ -1,11 +1,11 @@
 """Weighted max-min sharing of the host's budget: a VM that asks for less than its share gets what it asks for, and the
 others divide the rest by weight.
 
-    what a VM did     it hardly waited: that is what it asked for. It waited: it asked for more than it got (inf).
-    its demand        the most of what it asked for in the last `memory` ticks
+    what a VM did     if the VM hardly waited, it asked for what it got; if it waited, it asked for more (inf)
+    its demand        the most that it asked for in the last `memory` ticks
     set aside for it  its demand and the headroom
     its share         weighted max-min: the budget among the tenants, and each tenant's part among its VMs
-    its limit         its share, if that is less than what is set aside for it; else none
+    its limit         its share, if that is less than what is set aside for it; else no limit
 
 A worked timeline, of ``WeightedShare(Limit(rate=1000))`` and three VMs of the same weight that want 2000, 900 and 100
 bus locks a second. `c` ends its work at 0.6 s:
@@ -23,9 +23,9 @@ bus locks a second. `c` ends its work at 0.6 s:
    1.0 s      500  500    0        inf  inf    -     500  500
 
 - 0.1 s: the host's bucket slowed all three, so each seems to want more than it got, and each has a third.
-- 0.4 s: `c` did 100/s for three ticks without waiting. So 110/s, with the headroom, are set aside for it, it has no
-  limit any more, and `a` and `b` divide the other 890/s.
-- 0.9 s: `c` was idle for three ticks. What was set aside for it is lent to the others.
+- 0.4 s: `c` did 100/s for three ticks without waiting. So 110/s, with the headroom, are set aside for `c`, which has no
+  limit any more. `a` and `b` divide the other 890/s.
+- 0.9 s: `c` was idle for three ticks. What was set aside for `c` is lent to the others.
 """
 
 from __future__ import annotations
@@ -48,58 +48,62 @@ from .validation import within
 __all__ = ["WeightedShare"]
 
 ROOM: Final = 0.98
-"""A budget that is used for less than this held nobody back."""
+"""Part of a budget. A budget of which less than this part was used held no VM back."""
 
 PAROLE: Final = 60.0
-"""Seconds of its fair share: the most that a VM is remembered to have had beyond it."""
+"""Seconds of a VM's fair share: the most that is remembered of what the VM had beyond it. So no VM rests for longer
+than a minute before its limit goes."""
 
 
 @attrs.define(eq=False)
 class _Vm:
-    """What is remembered of a VM: only of those that were active during the last few ticks."""
+    """What is remembered of a VM that was active during the last few ticks. Rates are events per second."""
 
     name: str
     launch: int
     tenant: str
     weight: float
     vcpus: int
-    asked: deque[float]  # events per second, a tick each; inf: it waited, so it wants more than it got
-    limit: Limit | None = None  # what we set
-    lost: bool = False  # it ran faster than that allows
+    asked: deque[float]  # events per second in each tick; inf: the VM waited, so it wants more than it got
+    limit: Limit | None = None  # the limit that this policy set
+    lost: bool = False  # the VM ran faster than `limit` allows, so that limit is not in force
     rate: float = 0.0
     throttled: float = 0.0
-    tick: int = 0  # in which it was in the facts last
-    absent: float = 0.0  # seconds since then
-    held: int = 0  # ticks in a row that something other than us held it back
-    ceiling: float | None = None  # the rate at which it is held, once we are sure
-    ahead: float = 0.0  # events that it did beyond its fair share and has not rested for yet
-    demand: float = 0.0  # the most of what it asked for
-    want: float = 0.0  # and the headroom: what is set aside for it
+    tick: int = 0  # the tick in which the VM was in the facts last
+    absent: float = 0.0  # seconds since that tick
+    held: int = 0  # ticks in a row in which another limit than ours held the VM back
+    ceiling: float | None = None  # the rate at which that limit holds the VM, once this is sure
+    ahead: float = 0.0  # events that the VM did beyond its fair share and has not rested for yet
+    demand: float = 0.0  # the most that the VM asked for
+    want: float = 0.0  # the demand and the headroom: what is set aside for the VM
 
 
 @attrs.define(eq=False, slots=False)
 class WeightedShare(Metered):
     """Share the host's budget among tenants by weight and, inside each, among its VMs by weight (weighted max-min).
 
-    At each tick it looks at what each VM asked for. A VM that hardly waited got all it wanted: that much and a headroom
-    is set aside for it, and it needs no limit. A VM that waited is greedy: the greedy share what is left, each held to
-    its share by a limit of its own. So nobody gets less than what it asks for or its weighted fair share, whichever is
-    less, and what one does not use is lent to the others. A tenant's own limit caps what its VMs get together.
+    At each tick the policy looks at what each VM asked for. A VM that hardly waited got all that it wanted. So much and
+    a headroom is set aside for the VM, which needs no limit. A VM that waited is greedy. The greedy VMs share what is
+    left, and a limit of its own holds each of them to its share. So each VM gets what it asks for or its weighted fair
+    share, whichever is less. What a VM does not use is lent to the others. A tenant's own limit caps what its VMs get
+    together.
 
-    A VM that comes back after a rest starts without a limit, under the host's alone, and is found at the next tick.
-    That is as much as it can have beyond its fair share: it keeps its limit until it has rested for that, so coming and
-    going gains nothing. A VM that something else holds back all the time (a limit of its own) is found after some
-    ticks, and its idle share lent as well.
+    A VM that comes back after a rest starts without a limit of this policy, under the host's limit alone, and gets its
+    limit at the next tick. What it did by then is all that it can have beyond its fair share: the VM keeps its limit
+    until it has rested for that, so coming and going gains nothing. If something else holds a VM back all the time
+    (a limit of the VM's own), the policy finds that after some ticks, and lends the unused share as well.
 
     Parameters:
-        limit: the budget; None: the host's limit, as the facts tell it. Without either, only the tenants' limits are
+        limit: the budget. None: the host's limit, as in the facts. If there is neither, only the tenants' limits are
             shared.
         interval: seconds between two ticks.
-        meter: what is shared.
-        headroom: how much more than it asked for is set aside for a VM that did not wait; from 0.06 up, as a part.
-        tolerance: a limit is left alone while it is off by no more than this part of itself.
-        memory: ticks for which what a VM asked for counts: the largest one does. It keeps a VM that comes and goes
-            from moving everybody's limit, and is how long it takes to lend what an idle one leaves.
+        meter: the events that are shared.
+        headroom: how much more than its demand is set aside for a VM that did not wait, as a part of the demand; 0.06
+            or more. A VM that waits for up to 0.05 of the time counts as one that did not, and may want as much more.
+        tolerance: a limit stays as it is while it is off by no more than this part of itself.
+        memory: ticks for which what a VM asked for is remembered. The largest value counts. So a VM that comes and goes
+            does not move the limits of all others, and what an idle VM leaves is lent after so many ticks.
+        name: the policy's name in the journal.
 
     Raises:
         SpecError: a parameter is out of its range.
@@ -123,7 +127,7 @@ class WeightedShare(Metered):
 
     @property
     def limit(self) -> Limit | None:
-        """The budget that it shares; None: the host's limit."""
+        """The budget that the policy shares. None: the host's limit."""
         return self._limit
 
     def decide(self, facts: Facts) -> list[Throttle | Unthrottle]:
@@ -138,7 +142,7 @@ class WeightedShare(Metered):
         self._settle(facts, budget, tenants, shares)
         return [*self._idle(), *self._changes(facts, host, shares)]
 
-    # ---- what each asked for --------------------------------------------------------------------------------------
+    # ---- what each VM asked for -----------------------------------------------------------------------------------
 
     def _cap(self, facts: Facts, tenant: str) -> float:
         known = facts.tenants.get(tenant)
@@ -146,7 +150,10 @@ class WeightedShare(Metered):
         return math.inf if limit is None else limit.rate
 
     def _look(self, facts: Facts, budget: float) -> None:
-        """Runs for each active VM in each tick: it does no more than it has to."""
+        """Note what each VM asked for. This runs for each active VM in each tick, so it does no more than it has to.
+
+        VMs that waited come last: whether the budget was used up is known only once all events are summed.
+        """
         self._tick += 1
         tick, interval, count_of, vms = self._tick, facts.interval, self._count, self._vms
         most = WAITED * interval
@@ -163,10 +170,12 @@ class WeightedShare(Metered):
             tenant = told.tenant
             by_tenant[tenant] = by_tenant.get(tenant, 0.0) + rate
             vm = vms.get(told.name)
-            if vm is None or vm.launch != told.launch:  # another of that name starts without limits
+            if vm is None or vm.launch != told.launch:  # a new VM of that name starts without limits
                 asked: deque[float] = deque(maxlen=self._ticks)
                 vm = vms[told.name] = _Vm(told.name, told.launch, tenant, told.weight, told.vcpus, asked)
             vm.tick, vm.rate, vm.throttled, vm.absent = tick, rate, told.throttled, 0.0
+            # The rate and a whole burst is the most that a limit allows in a tick: one that the VM is clearly above is
+            # not in force.
             if vm.limit is not None:
                 vm.lost = rate > 1.5 * (vm.limit.rate + vm.limit.tokens / interval)
             if told.throttled > most:  # as `presses`
@@ -190,13 +199,13 @@ class WeightedShare(Metered):
                 vm.want = vm.demand * headroom
 
     def _asked(self, vm: _Vm, interval: float, room: bool) -> float:
-        """Of one that waited."""
+        """What a VM that waited asked for, in events per second. `room`: neither its host nor its tenant is used up."""
         # Two events more or less in a tick say nothing about a rate.
         if vm.ceiling is not None and abs(vm.rate - vm.ceiling) <= max(0.1 * vm.ceiling, 2 / interval):
             return vm.ceiling
         vm.ceiling = None
-        # It waits, though not for us, and neither host nor tenant is used up: so for a limit of its own. That is sure
-        # only after some ticks: a limit that was lowered first makes its VM pay back the larger burst.
+        # The VM waits at less than our limit, and neither host nor tenant is used up: so it waits for a limit of its
+        # own. That is sure only after some ticks: after a limit is lowered, the VM pays back the larger burst first.
         if room and vm.limit is not None and vm.rate + 2 / interval < 0.9 * vm.limit.rate:
             vm.held += 1
             if vm.held > self._ticks:
@@ -207,7 +216,7 @@ class WeightedShare(Metered):
             vm.held = 0
         return math.inf
 
-    # ---- what each gets -------------------------------------------------------------------------------------------
+    # ---- what each VM gets ----------------------------------------------------------------------------------------
 
     @staticmethod
     def _weights(facts: Facts, tenants: Mapping[str, list[_Vm]]) -> list[float]:
@@ -224,7 +233,10 @@ class WeightedShare(Metered):
     def _settle(
         self, facts: Facts, budget: float, tenants: Mapping[str, list[_Vm]], shares: Mapping[str, float]
     ) -> None:
-        """Keep book of what each did beyond its share. It rests for that by what it would have if all were greedy."""
+        """Record what each VM did beyond its share. A VM works that off at the rate of its fair share.
+
+        The fair share here is what the VM would get if all VMs were greedy.
+        """
         caps = [self._cap(facts, tenant) for tenant in tenants]
         for part, vms in zip(divide(budget, caps, self._weights(facts, tenants)), tenants.values(), strict=True):
             whole = sum([vm.weight for vm in vms])
@@ -232,7 +244,7 @@ class WeightedShare(Metered):
                 fair = part * vm.weight / whole
                 if math.isinf(fair):
                     vm.ahead = 0.0
-                elif vm.ahead or vm.rate > fair:  # who keeps within it and owes nothing goes on like that
+                elif vm.ahead or vm.rate > fair:  # a VM within its fair share that owes nothing needs no record
                     ahead = vm.ahead + (vm.rate - max(fair, shares[vm.name])) * facts.interval
                     vm.ahead = min(max(0.0, ahead), PAROLE * fair)
 
@@ -252,7 +264,8 @@ class WeightedShare(Metered):
         moved = False
         for vm in self._vms.values():
             share, old = shares[vm.name], vm.limit
-            # Set when it takes or wants more than its share now, taken away only once its share has the headroom too.
+            # A limit is set when the VM takes or wants more than its share now. The limit is taken away only once the
+            # share has the headroom too: else a VM near its share would gain and lose its limit in turn.
             if share < (vm.asked[-1] if old is None else vm.want):
                 rate = within_reach(share)
                 off = math.inf if old is None else abs(rate - old.rate) / old.rate
@@ -260,7 +273,8 @@ class WeightedShare(Metered):
                 moved = moved or self._tolerance < off < math.inf
             elif old is not None and not vm.ahead:
                 yield self._release(vm, "the budget has room for what it asks for")
-        # When one has to move, all that are off do, so that they keep their ratios and add up.
+        # When one limit has to move, all that are off move with it, so that the limits keep their ratios and add up to
+        # the budget. A limit that is off by less than a quarter of the tolerance is not worth an action.
         least = self._tolerance / 4 if moved else self._tolerance
         for vm, rate, off in rates:
             old = vm.limit

@@ -1,4 +1,4 @@
-"""Where a VM stands on a ladder: states, events, and what follows from them.
+"""Where a VM stands on a ladder: its states, the events, and the move that follows from both.
 
                    worse                        worse: one step higher
     OBSERVED ──────────────────▶ HELD ──────────────────────────▶ HELD, or STOPPED on the step that ends the VM
@@ -12,7 +12,8 @@
      ▼
     forgotten
 
-Somebody else may let a paused VM go on (*released*). That is a step down as well, with nothing left to be done.
+A caller or another policy may resume a VM that this ladder paused (*released*). The VM then stands one step lower, and
+the ladder asks for no action.
 """
 
 from __future__ import annotations
@@ -26,34 +27,34 @@ import attrs
 __all__ = ["TRANSITIONS", "Event", "LadderState", "Move", "Standing"]
 
 PATIENCE: Final = 16
-"""The most by which relapses multiply the time in the clear that is asked for: a VM that relapses for ever waits some
-minutes on the default ladder, and not days."""
+"""The most by which relapses multiply the time in the clear that a step asks for. With 16, a VM that relapses again and
+again waits some minutes on the default ladder, and not days."""
 
 
 class Standing(StrEnum):
     """The state of a VM on a ladder."""
 
     OBSERVED = "observed"
-    """On no step."""
+    """The VM is on no step."""
     HELD = "held"
-    """On a step that it came up to."""
+    """The VM came up to its step."""
     RETURNING = "returning"
-    """On a step that it came down to."""
+    """The VM came down to its step."""
     STOPPED = "stopped"
-    """On the step that ends it."""
+    """The VM is on the step that ends it."""
 
 
 class Event(StrEnum):
-    """What happens to a VM between two ticks."""
+    """What happened to a VM between two ticks."""
 
     WORSE = "worse"
-    """What calls for the next step was so for its dwell; or for one tick, if the VM left that step a short time ago."""
+    """The condition of the next step held for its dwell; or for one tick, if the VM is on probation for that step."""
     BETTER = "better"
-    """It was in the clear for long enough."""
+    """The VM was in the clear for as long as its step asks for."""
     RELEASED = "released"
-    """It is paused by this ladder, and runs: somebody else let it go on."""
+    """The VM runs although this ladder paused it: a caller or another policy resumed it."""
     CALM = "calm"
-    """It did nothing bad, and there is no bad time left to forget and no probation."""
+    """The VM is not bad, has no bad time left to forget, and is not on probation."""
 
 
 class Move(StrEnum):
@@ -76,26 +77,27 @@ TRANSITIONS: Final[Mapping[tuple[Standing, Event], Move]] = {
     (Standing.STOPPED, Event.BETTER): Move.FORGET,
     (Standing.STOPPED, Event.RELEASED): Move.DOWN,
 }
-"""What is not in it leaves the VM where it is. `Move.UP` leads to HELD, or to STOPPED on the step that ends the VM;
-`Move.DOWN` to RETURNING, or to OBSERVED below the lowest step."""
+"""A pair of state and event that is not in this table leaves the VM where it is. `Move.UP` leads to HELD, or to STOPPED
+on the step that ends the VM. `Move.DOWN` leads to RETURNING, or to OBSERVED below the lowest step. A stopped VM that
+still runs does not go up: there is no step above."""
 
 
 @attrs.define(eq=False)
 class LadderState:
-    """One VM on a ladder. Times in seconds, moments in nanoseconds.
+    """One VM on a ladder. Durations are seconds; points in time are nanoseconds on the fleet's clock.
 
     Attributes:
         at: how many steps are in force.
-        since: when it came there.
-        bad: for how long what calls for the next step was so; it is forgotten more slowly than it grows.
+        since: when the VM came to its step.
+        bad: for how long the condition of the next step held. This time is forgotten more slowly than it grows.
         good: for how long the VM was in the clear without a break.
-        absent: for how long it was in no facts.
-        busy: for how many ticks in a row it ran although it is paused.
-        relapses: how often it came back to a step on probation.
-        probation: until when one bad tick is enough to be on a step again, by the step's number from 1 on.
-        visits: how often it came up to each step since it was last forgotten.
-        asked: the type of the action that this tick's move asked for; None: no move, or nothing to do.
-        before: where it stood before that move.
+        absent: for how long the VM was in no facts.
+        busy: for how many ticks in a row the VM ran although the ladder paused it.
+        relapses: how often the VM came back to a step while on probation.
+        probation: by the number of a step, from 1 on: until when one bad tick is enough to be on that step again.
+        visits: how often the VM came up to each step since it was last forgotten.
+        asked: the type of the action that this tick's move asked for. None: no move, or a move without an action.
+        before: the step and the state before that move.
     """
 
     name: str
@@ -116,7 +118,7 @@ class LadderState:
 
     @property
     def patience(self) -> int:
-        """By how much its relapses multiply the time in the clear that is asked for."""
+        """By how much the VM's relapses multiply the time in the clear that its step asks for."""
         return min(PATIENCE, 1 << min(self.relapses, 30))
 
     def on_probation(self, step: int, time: int) -> bool:
@@ -127,7 +129,7 @@ class LadderState:
         self.visits[self.at] = self.visits.get(self.at, 0) + 1
 
     def fall(self, time: int, tail: float) -> None:
-        """`tail`: seconds of probation after leaving the step."""
+        """Go one step down. `tail` is the probation after leaving the step, in seconds, before relapses lengthen it."""
         self.probation[self.at] = time + round(tail * self.patience * 1e9)
         self._move(self.at - 1, Standing.RETURNING if self.at > 1 else Standing.OBSERVED, time)
         self.busy = 0
@@ -138,7 +140,10 @@ class LadderState:
         self.bad = self.good = 0.0
 
     def stay(self) -> None:
-        """This tick's move was refused: it is where it was, and the time starts anew."""
+        """Take back this tick's move, which was refused. The VM is where it was, and its times start anew at 0.
+
+        If the times went on, the ladder would ask for the same move, and be refused, in every tick.
+        """
         was, standing = self.before
         if was < self.at:
             self.visits[self.at] -= 1

@@ -1,4 +1,4 @@
-"""A policy in an engine: what it says of itself, checked, and where it is between two decisions."""
+"""A policy in an engine: its checked name, interval and signals, and its state between two decisions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ __all__ = ["PolicyState", "PolicyStatus", "check_policies", "interval_of"]
 
 @attrs.frozen
 class PolicyStatus:
-    """A policy's name, whether it is on, why it was switched off, and how many actions it asked for."""
+    """How a policy does.
+
+    Attributes:
+        name: the policy's name.
+        on: False once the policy raised, or has no interval any more.
+        error: why the policy was switched off. None: it raised nothing.
+        actions: how many actions the policy asked for.
+    """
 
     name: str
     on: bool
@@ -30,14 +37,15 @@ class PolicyState:
     """A policy between two decisions. Times are nanoseconds on the engine's clock.
 
     Attributes:
-        name, signals: as it said at first: asked again, it might raise where nobody expects it.
-        order: its place among the policies; lower goes first.
-        since: when it decided last, or came.
-        due: when it decides next.
-        interval: between two decisions, as it said after the last; None: it decides no more.
-        on: False once it raised, or has no interval any more.
-        rehearsal: the fleet as a dry run shows it; None: what it decides is done.
-        window: what the source of facts has opened for it.
+        name, signals: as the policy gave them at first. They are kept, as a property that is read again might raise in
+            a place where nobody expects an error.
+        order: the policy's place among the policies; a lower one goes first.
+        since: when the policy decided last, or was added.
+        due: when the policy decides next.
+        interval: time between two decisions, as read after the last decision. None: the policy decides no more.
+        on: False once the policy raised, or has no interval any more.
+        rehearsal: the fleet as a dry run shows it. None: what the policy decides is done.
+        window: what the source of facts has opened for the policy.
     """
 
     policy: Policy
@@ -55,10 +63,12 @@ class PolicyState:
 
     @classmethod
     def of(cls, policy: Policy, order: int, now: int, rehearsal: DryRun | None) -> PolicyState:
-        """A new one. Facts are about an interval, so one that ticks decides first when one has passed.
+        """The state of a policy that is new.
+
+        Facts are about an interval, so a policy with an interval decides first when one interval has passed.
 
         Raises:
-            SpecError: what it says of itself can't be.
+            SpecError: the policy's name, interval or signals are not valid.
         """
         interval = interval_of(policy)
         due = now + (interval or 0)
@@ -70,8 +80,10 @@ class PolicyState:
 
 
 def check_policies(policies: Iterable[Policy]) -> list[Policy]:
-    """Raises:
-    SpecError: one is no policy, or two have one name, or one raises when it is asked what it is.
+    """Check policies alone and together, and return them as a list.
+
+    Raises:
+        SpecError: an object is no policy, two policies have the same name, or an attribute of a policy raises.
     """
     checked = list(policies)
     for policy in checked:
@@ -82,7 +94,7 @@ def check_policies(policies: Iterable[Policy]) -> list[Policy]:
         _signals(policy)
     names = [_name(policy) for policy in checked]
     for name in names:
-        if names.count(name) > 1:  # its limits and its entries in the journal go by its name
+        if names.count(name) > 1:  # limits, and rows of the journal, name the policy that they belong to
             raise SpecError(f"policies: two are named {name!r}; give each a name of its own (name=...)")
     return checked
 
@@ -91,7 +103,7 @@ def interval_of(policy: Policy) -> int | None:
     """A policy's interval in nanoseconds.
 
     Raises:
-        SpecError: it is none.
+        SpecError: the interval is neither None nor at least a microsecond, or reading it raises.
     """
     interval = _ask(policy, "interval")
     if interval is None:
@@ -104,7 +116,7 @@ def interval_of(policy: Policy) -> int | None:
 
 
 def _ask(policy: Policy, what: str, default: Any = None) -> Any:
-    """What a policy says of itself. Out of a property anything may come."""
+    """Read an attribute of a policy. A property is the policy's code, so it may raise anything."""
     try:
         return getattr(policy, what, default)
     except Exception as error:
@@ -119,7 +131,7 @@ def _name(policy: Policy) -> str:
 
 
 def _signals(policy: Policy) -> tuple[str, ...]:
-    """The host's signals that a policy says it listens to."""
+    """The names of the host's signals that a policy needs."""
     signals = _ask(policy, "signals", ())
     if not isinstance(signals, Collection) or isinstance(signals, str) or not all(isinstance(s, str) for s in signals):
         raise SpecError(f"policies: {type(policy).__name__}: signals={signals!r}: must be names of signals")

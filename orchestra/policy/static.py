@@ -1,4 +1,4 @@
-"""Limits by name: what an operator would set by hand on each VM, tenant and the host."""
+"""Limits by name, which an operator would else set by hand on each VM, each tenant and the host."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ __all__ = ["StaticLimits"]
 
 @attrs.define(eq=False, slots=False)
 class StaticLimits(Metered):
-    """Hold VMs, tenants and the host to fixed limits, each from the moment it is first seen.
+    """Hold VMs, tenants and the host to fixed limits, each from the moment at which the policy first sees it.
 
-    Limits stack, and the tighter counts: this one never loosens what a spec says. One that was refused is asked for
-    again, first after a second and then ever more seldom.
+    Limits stack, and the tightest counts: this policy never loosens what a spec says. If a limit was refused, the
+    policy asks for the limit again after a second, and then after twice as long each time, up to 64 s.
 
     Parameters:
-        vms: a `Limit` by VM name, or by a pattern as in a shell (``"web-*"``). A name in full goes before patterns; of
-            several patterns that fit, the first counts.
-        tenants: the same for tenants, each limit for all VMs of the tenant together.
-        host: for the whole fleet.
-        meter: what the limits count.
+        vms: a `Limit` by VM name, or by a pattern as in a shell (``"web-*"``). A full name goes before patterns. If
+            several patterns fit, the first counts.
+        tenants: the same for tenants. Each limit is for all VMs of the tenant together.
+        host: the limit for the whole fleet.
+        meter: the events that the limits count.
         interval: seconds between two looks for new VMs. Without `vms` one look is enough.
-        name: in the journal; each policy of a fleet has one of its own.
+        name: the policy's name in the journal. Each policy of a fleet needs a name of its own.
 
     Raises:
         SpecError: a limit is not a `Limit`, or the interval is out of its range.
@@ -51,7 +51,7 @@ class StaticLimits(Metered):
         optional_limit("host", self._host)
         super().__attrs_post_init__()
         self._places, self._launches = Once(), Once()
-        self._seen: dict[str, int] = {}  # launches, of those that were limited at the last tick
+        self._seen: dict[str, int] = {}  # launches of the VMs that were limited at the last tick
         self._time = 0
 
     @property
@@ -59,7 +59,7 @@ class StaticLimits(Metered):
         return self._interval if self._by_vm or self._places.waiting else None
 
     def tenant_limit(self, tenant: str) -> Limit | None:
-        """What a tenant of that name is held to."""
+        """The limit of a tenant of that name. None: this policy has no limit for the tenant."""
         found = _find(self._by_tenant, tenant)
         return None if found is None else found[1]
 
@@ -68,7 +68,7 @@ class StaticLimits(Metered):
         return list(self._new(facts))
 
     def refused(self, action: Action, reason: str) -> None:
-        """It is not in force, so it is asked for again."""
+        """Note that a limit is not in force, so that the policy asks for it again."""
         if action.vm is None:
             self._places.refused(action.tenant if isinstance(action, Throttle) else None, self._time)
         elif action.vm in self._seen:
@@ -93,7 +93,7 @@ class StaticLimits(Metered):
             return
         self._launches.forget(facts.gone)
         for name, vm in facts.vms.items():
-            if not self._launches.due((name, vm.launch), facts.time):  # another VM of that name starts without limits
+            if not self._launches.due((name, vm.launch), facts.time):  # a new VM of that name starts without limits
                 continue
             self._seen[name] = vm.launch
             if (found := _find(self._by_vm, name)) is not None:

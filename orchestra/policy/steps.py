@@ -1,4 +1,4 @@
-"""The steps of a ladder, as data: what is done, on which condition, for how long, and when it goes back."""
+"""The steps of a ladder, as data: the action, its condition, its dwell, and the way back."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .validation import above, within
 __all__ = ["Condition", "Rung", "Step", "check_steps", "default_steps"]
 
 FEWEST: Final = 5
-"""Events in a tick at a threshold: with fewer, one more or less would decide."""
+"""Events in a tick at a threshold. With fewer, one event more or less would decide whether the VM is bad."""
 
 
 class Rung(StrEnum):
-    """What can be done about a VM, from the mildest on. Observing is where each one starts."""
+    """What a step does about a VM, from the mildest on. Each VM starts at OBSERVE, on no step."""
 
     OBSERVE = "observe"
     WARN = "warn"
@@ -34,15 +34,19 @@ class Rung(StrEnum):
 
 @attrs.frozen
 class Condition:
-    """What is over which threshold.
+    """A signal and its threshold.
 
     Parameters:
-        signal: of the VM itself ``bus_locks``, ``exits`` and ``answers`` (a second), ``cpu`` (seconds per second and
-            vCPU), ``share`` (its part of all events of the ladder's meter), ``dirty_pages`` (written a second, of VMs
-            that are logged: `VmSpec.log_dirty`); of the host or the other VMs all that `Adaptive` knows.
-        over: it is bad when the signal is more than this.
-        clear: it is in the clear when the signal is no more than this. Default: half-way from the calm to `over`. Give
-            it with ``lock_ns`` and ``memory_ns``: in the calm they are more than 0.
+        signal: a signal of the VM itself: ``bus_locks``, ``exits`` and ``answers`` (events a second), ``cpu`` (seconds
+            per second and vCPU), ``share`` (the VM's part of all events of the ladder's meter), ``dirty_pages`` (pages
+            written a second, of VMs whose memory is logged: `VmSpec.log_dirty`). Or a signal of the host or of the
+            other VMs: each that `Adaptive` knows.
+        over: the VM is bad when the signal is more than this.
+        clear: the VM is in the clear when the signal is no more than this. Default: half-way from the calm to `over`.
+            Give `clear` with ``lock_ns`` and ``memory_ns``, which are more than 0 in the calm.
+
+    Raises:
+        SpecError: the signal is not known, or a number is out of its range.
     """
 
     signal: str
@@ -70,17 +74,20 @@ class Step:
     """One step of a ladder.
 
     Parameters:
-        rung: what is done.
-        when: what must be over its threshold, all of it, for this step to be taken from the one below. Nothing: the
+        rung: the action of this step.
+        when: the conditions. All of them must hold for the ladder to take this step from the step below. Nothing: the
             time on the step below and `returns` are enough.
-        dwell: seconds for which it must have been so on the step below. 0: at the first tick.
-        clear: seconds in the clear on this step before the way back, one step down: any of `when` is below its
-            `clear`, and the VM does not press against a limit or a cap that holds it on this ladder. Doubled by each
-            relapse, up to 16 times.
-        probation: seconds after leaving this step in which one bad tick is enough to be back on it. Default: `clear`.
-        returns: the VM must have come up to the step below so many times since it was last at the bottom.
-        limit: of a throttle.
-        cpu: of a CPU cap: the part of the time.
+        dwell: seconds for which the conditions must have held on the step below. 0: one tick is enough.
+        clear: seconds in the clear on this step before the ladder goes one step down. The VM is in the clear while the
+            signal of any condition is below its `clear`, and the VM does not press against a limit or a cap that holds
+            it on this ladder. Each relapse doubles this time, up to 16 times.
+        probation: seconds after leaving this step in which one bad tick is enough to be on it again. Default: `clear`.
+        returns: how many times the VM must have come up to the step below since it was last on no step.
+        limit: the limit of a throttle.
+        cpu: the share of a CPU cap: a part of the time.
+
+    Raises:
+        SpecError: a number is out of its range, or a figure is missing that the rung needs, or is there and not needed.
     """
 
     rung: Rung = attrs.field(converter=Rung)
@@ -118,13 +125,18 @@ class Step:
 def default_steps(
     over: float = 1000.0, *, meter: Meter | str = Meter.BUS_LOCKS, highest: Rung | str = Rung.EVICT
 ) -> tuple[Step, ...]:
-    """The ladder for VMs that do more than `over` events a second: each step if the one before did not help for longer.
+    """The steps against VMs that do more than `over` events a second.
 
-    Over it: a warning at once, and after a second a throttle to half of it, which normally ends the matter. A VM that
-    is over it for 5 s more, throttle or not, has its CPU time halved; 10 s more, it is isolated; 20 s more, it is
-    paused for 30 s; when that is the third time, it is to leave this host. `highest` says where to end; stopping a VM
-    that was to leave twice and is still here has to be asked for.
+    Each step comes if the step before did not help, and waits longer than it. A VM that is over the threshold gets a
+    warning at once. After 1 s the ladder throttles it to half of the threshold, which normally ends the matter. If the
+    VM is over the threshold for 5 s more, throttle or not, its CPU time is halved; after 10 s more it is isolated;
+    after 20 s more it is paused for 30 s. After the third pause the VM is to leave this host.
+
+    Parameters:
+        over: events of the meter a second.
+        highest: the last step. STOP must be asked for: it stops a VM that was to leave twice and is still here.
     """
+    # Half of the threshold: a VM that keeps to its throttle must be clearly below what is bad (`check_steps`).
     bad = Condition(as_meter(meter).value, over)
     steps = (
         Step(rung=Rung.WARN, when=bad),

@@ -1,14 +1,17 @@
-"""Who slows a victim: whose bus locks or CPU use goes up and down with what the victim suffers, and how sure that is.
+"""Which VM slows a victim: whose bus locks or CPU use goes up and down with what the victim suffers, and how surely.
 
-As CPI² does it: a victim's signal and each suspect's use over the last ten minutes, window by window, and nobody is
-named below a correlation of 0.35 (Zhang et al., EuroSys 2013, section 4.2; the score there is one of its own, here it
-is Pearson's). What CPI² leaves out is chance: two series that go on as they began (a storm that lasts, a load that
-rises) agree often, whoever made them. So each pair is compared with itself shifted against each other in time, where
-nothing but chance is left, and the best of all pairs counts at each shift, so that many suspects make nobody more
-suspect (Westfall and Young, Resampling-Based Multiple Testing, 1993). Before that, trends are taken out, and both are
-prewhitened by the suspect's own autocorrelation (Box and Jenkins, Time Series Analysis, 1976; Dean and Dunsmuir,
-Behavior Research Methods 48, 2016, on what goes wrong without): that lets a single storm, which fits nearly as well
-when it is shifted by a little, be told by its beginning and end.
+The method is that of CPI² (Zhang et al., EuroSys 2013, section 4.2): it correlates a victim's signal with each
+suspect's use over the last ten minutes, window by window, and names no VM below a correlation of 0.35. CPI² has a score
+of its own; here it is Pearson's correlation.
+
+CPI² leaves chance out. Two series that go on as they began (a storm that lasts, a load that rises) agree often, even if
+neither causes the other. So the two series of each pair are also compared with a shift in time between them, where only
+chance can make them agree. At each shift the best of all pairs counts, so that many suspects make no VM more suspect
+(Westfall and Young, Resampling-Based Multiple Testing, 1993).
+
+Before that, trends are taken out, and both series are prewhitened by the suspect's own autocorrelation (Box and
+Jenkins, Time Series Analysis, 1976; Dean and Dunsmuir, Behavior Research Methods 48, 2016, on what goes wrong without).
+A single storm fits nearly as well when it is shifted by a little; prewhitened, its beginning and end decide.
 """
 
 from __future__ import annotations
@@ -26,22 +29,23 @@ from .facts import Facts
 __all__ = ["CHANCE", "FEWEST", "LEAST", "Past", "Suspect", "Suspicion", "suspects"]
 
 WINDOWS: Final = 120
-"""That are remembered."""
+"""Windows that are remembered: ten minutes in windows of 5 s, as CPI² looks at the last ten minutes."""
 
 FEWEST: Final = 20
-"""Windows, below which nothing is told."""
+"""Windows. With fewer no VM can be named: there is about one shift in time for each window, so the smallest chance that
+can be found is about 1 / windows, and it must be at most `CHANCE`."""
 
 LEAST: Final = 0.35
-"""The correlation from which somebody is named. Source: CPI², section 4.2 and table 2."""
+"""The correlation from which on a VM is named. Source: CPI², section 4.2 and table 2."""
 
 CHANCE: Final = 0.05
-"""The probability, at most, with which somebody is named where nobody is to blame."""
+"""The highest probability with which a VM is named although no VM is to blame."""
 
 SURE: Final = 0.01
-"""The same, for what is "very likely"."""
+"""The same probability, for a suspect that is called "very likely"."""
 
 HELD: Final = 0.05
-"""Part of a window: a VM that limits or caps held for longer got less done for that reason."""
+"""Part of a window. A VM that limits or caps held for longer got less done for that reason."""
 
 BOTH: Final = ("bus_locks", "cpu")
 ASKED: Final[Mapping[str, tuple[str, ...]]] = {
@@ -52,10 +56,10 @@ ASKED: Final[Mapping[str, tuple[str, ...]]] = {
     "cpu_pressure": ("cpu",),
     "memory_pressure": ("cpu",),
 }
-"""For each signal what may be behind it."""
+"""For each signal the activities that may cause it."""
 
 OWN: Final = ("run_delay", "work")
-"""Signals of the VM itself; the others are the host's, and it may be behind those itself."""
+"""Signals of the victim itself, which is no suspect for them. The others are the host's: the victim may cause them."""
 
 
 class Seen(Protocol):
@@ -95,13 +99,13 @@ class Suspect:
     """A VM whose activity goes along with what a victim suffers.
 
     Attributes:
-        vm: it may be the victim itself, where the signal is one of the host.
-        activity: "bus_locks" or "cpu", a second.
-        signal: "run_delay" (part of the time that the victim could run in which it had no CPU), "work" (a second),
+        vm: the name of the suspect. It may be the victim itself, if the signal is one of the host.
+        activity: "bus_locks" or "cpu", as a rate per second.
+        signal: "run_delay" (part of the time in which the victim could have run and had no CPU), "work" (a second),
             "lock_ns", "memory_ns", "cpu_pressure" or "memory_pressure".
-        correlation: Pearson's, -1 to 1; of work with the sign turned, so that more is always worse.
-        chance: with what probability a correlation this telling, of any suspect, comes about if none has to do with it.
-        windows: that were compared.
+        correlation: Pearson's correlation, -1 to 1. For work its sign is turned, so that more is always worse.
+        chance: the probability that some suspect shows so strong a correlation although no suspect is to blame.
+        windows: how many windows were compared.
     """
 
     vm: str
@@ -118,26 +122,27 @@ class Suspect:
 
     @property
     def named(self) -> bool:
-        """Whether it is likely enough to be said."""
+        """Whether the suspect is likely enough to be named."""
         return self.correlation >= LEAST and self.chance <= CHANCE
 
     @property
     def sure(self) -> bool:
-        """Whether it is very likely."""
+        """Whether the suspect is very likely."""
         return self.named and self.chance <= SURE
 
 
 @attrs.frozen
 class Suspicion:
-    """What is known of who slows a VM.
+    """What is known about the VMs that may slow a victim.
 
     Attributes:
-        vm: the victim.
-        windows, seconds: that were looked at, and how long they are in the mean.
-        asked: other VMs that were active in them.
-        suspects: of each VM and signal the activity that fits best, the most telling first; also those who are not
-            likely (`Suspect.named`). Empty where nothing can be told: fewer than 20 windows, or nothing goes up and
-            down.
+        vm: the name of the victim.
+        windows: how many windows were looked at.
+        seconds: the mean length of a window.
+        asked: how many other VMs were active in these windows.
+        suspects: for each VM and signal the activity that fits best, the strongest suspect first. Unlikely suspects are
+            among them (see `Suspect.named`). Empty if nothing can be said: there are fewer than 20 windows, or nothing
+            goes up and down.
     """
 
     vm: str
@@ -147,7 +152,7 @@ class Suspicion:
     suspects: tuple[Suspect, ...]
 
     def named(self, signal: str) -> tuple[Suspect, ...]:
-        """Who is likely to be behind a signal, the one that it goes along with most first."""
+        """The suspects that are likely to cause a signal, the highest correlation first."""
         found = [one for one in self.suspects if one.signal == signal and one.named]
         return tuple(sorted(found, key=lambda one: -one.correlation))
 
@@ -160,11 +165,11 @@ class _Window:
 
 
 class Past:
-    """What a VM and those around it did, window by window, as far as it is remembered.
+    """What a victim and the other VMs did, window by window.
 
     Parameters:
-        vm: the victim.
-        windows: how many are remembered.
+        vm: the name of the victim.
+        windows: how many windows are remembered.
     """
 
     def __init__(self, vm: str, windows: int = WINDOWS) -> None:
@@ -172,12 +177,12 @@ class Past:
         self._windows: deque[_Window] = deque(maxlen=windows)
 
     def add(self, interval: float, vms: Mapping[str, Seen], host: Host | None) -> None:
-        """One more window.
+        """Add a window.
 
         Parameters:
-            interval: seconds.
-            vms: what they did; who is not there was idle.
-            host: None: not known.
+            interval: its length in seconds.
+            vms: what each VM did, by name. A VM that is not in it was idle.
+            host: the host's signals. None: not known.
         """
         signals = {} if host is None else _signals_of(host)
         if self.vm in vms:
@@ -191,7 +196,7 @@ class Past:
         self._windows.append(_Window(interval, signals, activity))
 
     def suspicion(self) -> Suspicion:
-        """Compare. Takes some milliseconds for each suspect."""
+        """Compare the series of all VMs. Takes some milliseconds for each suspect."""
         windows = list(self._windows)
         signals = {
             name: [window.signals.get(name) for window in windows]
@@ -199,7 +204,7 @@ class Past:
             if any(name in window.signals for window in windows)
         }
         if "run_delay" in signals:
-            signals.pop("cpu_pressure", None)  # the victim's own is the better one
+            signals.pop("cpu_pressure", None)  # the victim's own delay says more about it than that of all tasks
         who = {key for window in windows for key, value in window.activity.items() if value}
         activities = {key: [window.activity.get(key, 0.0) for window in windows] for key in sorted(who)}
         return Suspicion(
@@ -212,7 +217,7 @@ class Past:
 
 
 def suspects(vm: str, facts: Iterable[Facts]) -> Suspicion:
-    """Who slows a VM, by facts of a fleet that were kept: those of the last ten minutes in windows of 5 s, say."""
+    """Which VMs slow a VM, by kept facts of a fleet: for example those of the last ten minutes, in windows of 5 s."""
     past = Past(vm)
     for one in facts:
         past.add(one.interval, one.vms, one.host)
@@ -253,7 +258,7 @@ class _Pair:
     ys: Sequence[float]
 
     def at(self, shift: float) -> float:
-        """The correlation of what is prewhitened, shifted by a part (-0.5 to 0.5) of its length; where they overlap."""
+        """The correlation of the prewhitened series where they overlap. `shift`: part of their length, -0.5 to 0.5."""
         n = len(self.xs)
         by = round(shift * n)
         xs, ys = (self.xs[by:], self.ys) if by >= 0 else (self.xs, self.ys[-by:])
@@ -311,7 +316,7 @@ def _pair(vm: str, activity: str, signal: str, xs: list[float], ys: list[float])
 
 
 def _level(values: Sequence[float]) -> list[float]:
-    """Without its trend: two that rise agree, whatever makes them rise."""
+    """The values without their trend: two series that rise agree, whatever makes them rise."""
     middle = (len(values) - 1) / 2
     slope = sum([(i - middle) * value for i, value in enumerate(values)])
     slope /= sum([(i - middle) ** 2 for i in range(len(values))])
@@ -323,7 +328,7 @@ def _filtered(values: Sequence[float], follows: float) -> list[float]:
 
 
 def _unit(values: Sequence[float], scale: float = 1.0) -> list[float] | None:
-    """Of mean 0 and length 1; None: they are all the same, but for what rounding makes of values of that scale."""
+    """The values with mean 0 and length 1. None: all values are equal, up to rounding errors of values of `scale`."""
     mean = math.fsum(values) / len(values)
     rest = [value - mean for value in values]
     length = math.sqrt(math.fsum([value * value for value in rest]))

@@ -1,4 +1,4 @@
-"""What would other policies have done? A journal's afternoon once more, under the policy objects that run live.
+"""What would other policies have done? Goes through a journal once more, with the policy objects that run live.
 
 Model and limits: docs/journal.md.
 

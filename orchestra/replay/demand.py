@@ -1,4 +1,4 @@
-"""What the VMs wanted: what they were seen to do, and what they would have done in the time that they were held."""
+"""The demand of the VMs: what they did, and what they would have done in the time in which they were held."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from ..policy.facts import add_known
 __all__ = ["HELD", "Demands", "Tick", "Want", "ticks", "together"]
 
 HELD: Final = 0.05
-"""Part of a tick: who was held for less was as good as free."""
+"""Part of a tick. A VM that was held for less counts as free. As `orchestra.policy.metered.WAITED`."""
 
 MOST_HELD: Final = 0.99
-"""One that was held for longer than that did too little to tell what it wanted."""
+"""Part of a tick. A VM that was held for longer did too little to show what it wanted: its counts are scaled by 100 at
+most."""
 
 
 @attrs.frozen
@@ -26,9 +27,9 @@ class Tick:
     """One interval of the journal, as it was.
 
     Attributes:
-        vms: what was seen of those that did something.
-        new: those among them that were not seen before in this session, or as another launch.
-        gone: name and launch of VMs that ended for good meanwhile.
+        vms: the facts of the VMs that were active.
+        new: the VMs among them that were not seen before in this session, or only as another launch.
+        gone: name and launch of the VMs that ended for good in the interval.
     """
 
     session: int
@@ -49,11 +50,16 @@ _COLUMNS: Final = (  # as of `VmFacts`
 def ticks(
     journal: JournalReader, since: int | None = None, until: int | None = None, *, every: int = 1
 ) -> Iterator[Tick]:
-    """The journal's intervals in order, also those in which no VM did anything. The rest of one in which a fleet was
-    closed is added to the one before.
+    """The journal's intervals in order, also those in which no VM was active.
+
+    The end of a fleet cuts its last interval short. A very short interval is added to the one before it.
 
     Parameters:
-        every: only every so manieth of those in which some VM did something.
+        since, until: nanoseconds since the epoch.
+        every: 2 gives every second interval in which a VM was active, and so on.
+
+    Raises:
+        JournalError: the journal can't be read.
     """
     before: Tick | None = None
     for tick in _ticks(journal, since, until, every):
@@ -75,7 +81,7 @@ def _join(one: Tick, other: Tick) -> Tick:
 
 
 def together(told: Sequence[Mapping[str, VmFacts]], gone: Collection[tuple[str, int]] = ()) -> Mapping[str, VmFacts]:
-    """What VMs did in several intervals, but for those that are gone since."""
+    """The sums of several intervals, without the VMs that have ended since."""
     sums = _added(told)
     return {name: vm for name, vm in sums.items() if (name, vm.launch) not in gone} if gone else sums
 
@@ -127,7 +133,7 @@ def _ticks(journal: JournalReader, since: int | None, until: int | None, every: 
             continue
         if session != before:
             before, launches = session, {}
-        # This runs for each row: it does no more than it has to.
+        # This runs for each row, so it does no more than it has to.
         vms = {row[0]: VmFacts(*row) for row in journal.moment(session, time, _COLUMNS)}
         new = [vm for name, vm in vms.items() if launches.get(name) != vm.launch]
         launches.update((vm.name, vm.launch) for vm in new)
@@ -138,15 +144,17 @@ def _ticks(journal: JournalReader, since: int | None, until: int | None, every: 
 
 
 class _Ends:
-    """VMs that ended, as time goes on."""
+    """Reads the ends of VMs, as time goes on."""
 
     def __init__(self, journal: JournalReader, since: int | None, until: int | None) -> None:
         self._rows = journal.ends(since=since, until=until)
         self._next = next(self._rows, None)
 
     def until(self, time: int, session: int) -> tuple[tuple[str, int], ...]:
-        """Those of this session before that time: launches are numbered anew in each. One that ended in the very moment
-        of a look did so after it, as one does that a policy stops."""
+        """The VMs of a session that ended before a time. Each session numbers its launches anew.
+
+        A VM that ended at the very time of a look ended after the look, as does a VM that a policy stops.
+        """
         gone = []
         while self._next is not None and self._next.time < time:
             if self._next.session == session:
@@ -160,9 +168,9 @@ class Want:
     """What a VM that was held would have done in an interval if nothing had held it.
 
     Attributes:
-        seen: what it did.
-        bus_locks, exits, answers: what it would have done; bus locks are None where they were not seen.
-        ran: the part of the time that nothing held it, 0.01 to 1: what was seen was done in this part.
+        seen: what the VM did.
+        bus_locks, exits, answers: what the VM would have done. Bus locks are None if the journal has none.
+        ran: the part of the time in which nothing held the VM, 0.01 to 1. It did in this part what was seen.
     """
 
     seen: VmFacts
@@ -185,7 +193,7 @@ class Want:
 
     @property
     def cpu(self) -> float | None:
-        """Seconds that it would have used."""
+        """Seconds of CPU time that the VM would have used. None: not known."""
         return None if self.seen.cpu is None else self.seen.cpu / self.ran
 
 
@@ -194,15 +202,15 @@ class Demands:
 
     def __init__(self) -> None:
         self._free: dict[str, VmFacts] = {}
-        self._seconds: dict[str, float] = {}  # in which it did that
+        self._seconds: dict[str, float] = {}  # the time in which the VM did that
 
     def forget(self, vm: str) -> None:
-        """It has ended."""
+        """Forget a VM that has ended."""
         self._free.pop(vm, None)
         self._seconds.pop(vm, None)
 
     def held(self, tick: Tick) -> dict[str, Want]:
-        """What those wanted that were held. All others did what they wanted."""
+        """The demand of the VMs that were held in an interval. All others did what they wanted."""
         wants: dict[str, Want] = {}
         before: list[tuple[str, VmFacts | None, float]] = []
         for name, seen in tick.vms.items():
@@ -230,7 +238,8 @@ class Demands:
             free = None
 
         def wanted(count: float, before: float | None) -> float:
-            # What waited: it would have gone on as it did when it ran, or as it did when it was free last.
+            # In the time in which the VM was held, it would have gone on as when it ran, or as when it was free last,
+            # whichever is more.
             rate = count / interval / ran
             return count + held * interval * max(rate, 0.0 if not before else before / seconds)
 

@@ -1,5 +1,5 @@
-"""The limits that no policy had set: those that a fleet, its tenants and its VMs began with, and those that callers
-set. They are there in a replay as they were, but for those that its rules name."""
+"""The limits that no policy set: those with which a fleet, its tenants and its VMs began, and those that callers set.
+In a replay they are in force as they were, except for those that the rules of the replay name."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["Given"]
 
 
 class Given:
-    """Reads along in the limits of one fleet.
+    """Reads the limits of one fleet, as time goes on.
 
     Attributes:
-        knows_host: one of them, so far, was a limit of the host on bus locks.
+        knows_host: a limit of the host on bus locks was among the limits so far.
     """
 
     def __init__(self, journal: JournalReader, session: int, rules: Rules) -> None:
@@ -28,7 +28,7 @@ class Given:
         self._next = next(self._rows, None)
 
     def until(self, time: int) -> Iterator[SetLimit]:
-        """Those that came into force by then, since this was asked last."""
+        """The limits that came into force since the last call, up to `time` (nanoseconds since the epoch)."""
         while self._next is not None and self._next.time <= time:
             row, self._next = self._next, next(self._rows, None)
             if (limit := self._limit(row)) is not None:
@@ -39,9 +39,9 @@ class Given:
         if not isinstance(action, SetLimit):
             raise JournalError(f"a limit in the journal can't be: {dict(row.details)}")
         if action.vcpu is not None:
-            return None  # a VM's vCPUs are taken as alike
+            return None  # the model takes all vCPUs of a VM as alike
         if row.given == "host_budget":
-            return None  # what the other processes used of it is not in this journal
+            return None  # this journal does not have what other processes used of the budget
         if action.vm is None and action.tenant is None:
             self.knows_host = self.knows_host or action.meter is Meter.BUS_LOCKS
             if getattr(self._rules, action.meter.field) is not None:

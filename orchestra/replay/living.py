@@ -1,4 +1,4 @@
-"""Which VMs a fleet had at a time: those that do nothing as well, of which the intervals say nothing."""
+"""The VMs that a fleet had at a time, idle ones included: the intervals have only the VMs that were active."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ENDED = ("stopped", "failed")
 
 
 class Living:
-    """Reads along in the states of one fleet's VMs."""
+    """Reads the states of one fleet's VMs, as time goes on."""
 
     def __init__(self, journal: JournalReader, session: int) -> None:
         self._rows = journal.lives(session)
@@ -23,7 +23,8 @@ class Living:
         self._of: Counter[str] = Counter()
 
     def until(self, time: int) -> None:
-        """Go on to that time. What came in that very moment came after the look: a VM that a policy stopped, say."""
+        """Go on to a time. States of that very time came after the look, such as the end of a VM that a policy
+        stopped."""
         while self._next is not None and self._next.time < time:
             row, self._next = self._next, next(self._rows, None)
             if row.state in ENDED:
@@ -32,7 +33,7 @@ class Living:
                 self._add(row.vm, row.launch, row.tenant)
 
     def seen(self, vm: VmFacts) -> None:
-        """One that did something: its states may have been removed from the journal."""
+        """Add a VM that was active: its states may have been removed from the journal."""
         self._add(vm.name, vm.launch, vm.tenant)
 
     def _add(self, vm: str, launch: int, tenant: str) -> None:
@@ -46,7 +47,7 @@ class Living:
             self._of[tenant] -= 1
 
     def below(self, action: Action) -> int:
-        """How many VMs an action is about; as `Fleet.below`."""
+        """How many VMs an action affects; as `Fleet.below`."""
         if action.vm is not None:
             return 1
         tenant = action.tenant if isinstance(action, Throttle | Unthrottle | SetLimit) else None

@@ -1,4 +1,4 @@
-"""Adds up both worlds side by side: as it was, and as it would have been."""
+"""Adds up two worlds side by side: the world as it was, and as it would have been."""
 
 from __future__ import annotations
 
@@ -21,9 +21,14 @@ BINS: Final = 240
 
 @attrs.frozen
 class VmSums:
-    """One VM in one world: bus locks made, seconds of its vCPUs that it was held for, seconds that it had no CPU.
+    """One VM in one world.
 
-    `delay` is None where nobody knows. `fair` is what would have been its share, `wanted` what it asked for.
+    Attributes:
+        bus_locks: bus locks that the VM made.
+        wanted: bus locks that it asked for.
+        fair: bus locks that would have been its fair share.
+        throttled, capped, paused: vCPU seconds in which it was held.
+        delay: seconds in which it could have run and had no CPU. None: not known.
     """
 
     vm: str
@@ -39,7 +44,7 @@ class VmSums:
 
 @attrs.frozen
 class Bin:
-    """A part of the time: bus locks a second, and seconds a second that vCPUs waited for limits and for a CPU."""
+    """A part of the time. Bus locks are per second; waits for limits and for a CPU are vCPU seconds per second."""
 
     time: int
     wanted: float
@@ -50,17 +55,18 @@ class Bin:
 
 @attrs.frozen
 class World:
-    """One of the two.
+    """The sums of one world.
 
     Attributes:
-        actions: what was done, by kind.
-        not_done: dry runs, refusals and failures, by outcome.
-        bus_locks, wanted: let through, and asked for.
-        throttled, capped, paused: seconds of vCPUs. None: the journal does not tell (pauses, as it was).
-        touched: VMs that something was done to.
-        victims_delay: seconds for which the VMs that neither world touched had no CPU; None: not known.
-        jain: Jain's index over what each VM got of its fair share; None: no VM asked for anything.
-        vms: each of them, the one that was held longest first.
+        actions: how many actions were done, by kind.
+        not_done: how many dry runs, refusals and failures there were, by outcome.
+        bus_locks, wanted: bus locks that were made, and asked for.
+        throttled, capped, paused: vCPU seconds. `paused` is None for the world as it was: the journal does not have it.
+        touched: the VMs on which an action was done.
+        victims_delay: seconds in which the VMs that neither world touched had no CPU. None: not known.
+        jain: Jain's index over the part of its fair share that each VM got. None: no VM asked for anything.
+        vms: all VMs, the one that was held longest first.
+        series: the same over time.
     """
 
     actions: Mapping[str, int]
@@ -79,24 +85,28 @@ class World:
 
 @attrs.frozen
 class Told:
-    """What policies are told of an interval."""
+    """The facts of an interval for policies."""
 
     vms: Mapping[str, VmFacts]
     host: HostFacts
 
 
 def jain(values: Sequence[float]) -> float:
-    """Jain's fairness index: 1 if all are equal, 1/n if one has it all. Source: Jain, Chiu, Hawe, DEC-TR-301 (1984)."""
+    """Jain's fairness index: 1 if all are equal, 1/n if one of n has everything.
+
+    Source: Jain, Chiu, Hawe, DEC-TR-301 (1984).
+    """
     squares = sum(value * value for value in values)
     return sum(values) ** 2 / (len(values) * squares) if squares else 1.0
 
 
 @attrs.define
 class _Vm:
-    """`locks`, `throttled`, `capped`, `delay`: as it was; what is called `more_`: how much more it would have been.
+    """The sums of one VM. `locks`, `throttled`, `capped` and `delay` are of the world as it was.
 
-    Of most VMs in most intervals both worlds are the same, so that one is added up and the difference only where there
-    is one. `more_wanted` and `more_fair` are beyond `locks`.
+    The fields `more_...` say how much more it would have been in the other world. For most VMs in most intervals both
+    worlds are the same, so adding up one world and the differences costs least. `more_wanted` and `more_fair` are
+    differences to `locks`.
     """
 
     tenant: str
@@ -116,7 +126,7 @@ class _Vm:
 
 @attrs.define
 class _Bin:
-    """As it was, and how much more it would have been."""
+    """The sums of a part of the time, as `_Vm` has them for a VM."""
 
     seconds: float = 0.0
     wanted: float = 0.0
@@ -129,7 +139,7 @@ class _Bin:
 
 
 class Metrics:
-    """Index 0 is the world as it was, 1 as it would have been."""
+    """Adds up both worlds. Index 0 is the world as it was, 1 the world as it would have been."""
 
     def __init__(self, since: int, until: int, response: Response) -> None:
         self.seconds = 0.0
@@ -143,11 +153,11 @@ class Metrics:
         self._touched: tuple[set[str], set[str]] = (set(), set())
 
     def did(self, kind: str, outcome: str, vm: str | None) -> None:
-        """An action of the journal."""
+        """Count an action of the journal."""
         self._count(0, kind, outcome, vm)
 
     def would(self, kind: str, outcome: str, vm: str | None) -> None:
-        """An action of the replay."""
+        """Count an action of the replay."""
         self._count(1, kind, outcome, vm)
 
     def _count(self, world: int, kind: str, outcome: str, vm: str | None) -> None:
@@ -165,12 +175,12 @@ class Metrics:
     def add(
         self, tick: Tick, held: Mapping[str, Want], passed: Mapping[str, Passed], fair: Mapping[str, float] | None
     ) -> Told:
-        """Add it to both worlds; what policies would have been told of it.
+        """Add an interval to both worlds. Returns the facts that policies would have got.
 
         Parameters:
-            held: what those wanted that something held.
-            passed: what would have become of those that something would have held.
-            fair: what would have been each one's fair share, in bus locks; None: what it wanted.
+            held: the demand of the VMs that something held.
+            passed: what would have become of the VMs that something would have held.
+            fair: each VM's fair share, in bus locks. None: it is what the VM wanted.
         """
         seconds = tick.interval
         at = self._bins.setdefault((tick.time - 1 - self._since) // self._width, _Bin())
@@ -194,7 +204,7 @@ class Metrics:
         return Told(facts, self._host(tick, more / seconds))
 
     def _add_seen(self, tick: Tick, at: _Bin) -> None:
-        """As it was. This runs for each row."""
+        """Add the world as it was. This runs for each row, so it does no more than it has to."""
         vms = self._vms
         for told in tick.new:
             if told.name not in vms:
@@ -230,7 +240,7 @@ class Metrics:
         seconds: float,
         at: _Bin,
     ) -> None:
-        """One that was held, or would have been: how the worlds differ, and what it would have been seen to do."""
+        """Add the difference of a VM that was held, or would have been, and change its facts accordingly."""
         seen, sums = facts[name], self._vms[name]
         wanted = want.bus_locks or 0.0
         locks = wanted * came.part - (seen.bus_locks or 0)
@@ -256,7 +266,7 @@ class Metrics:
     def _shift(
         self, facts: dict[str, VmFacts], others: Mapping[str, object], more: float, seconds: float, at: _Bin
     ) -> None:
-        """How those would have fared that did what they wanted, had the others made so many more locks."""
+        """Add how the free VMs would have fared if the others had made `more` bus locks more."""
         if not {"run_delay", "work"} & self._response.lines.keys():
             return
         for name, seen in facts.items():
@@ -269,9 +279,9 @@ class Metrics:
             facts[name] = fact
 
     def _fact(self, seen: VmFacts, want: Want | VmFacts, came: Passed, others: float, seconds: float) -> VmFacts:
-        """What the VM would have been seen to do, had the others made so many locks a second more."""
+        """The facts of a VM in the other world, where the others make `others` bus locks a second more."""
         ran = want.ran if isinstance(want, Want) else 1.0
-        # What it did in the time that it ran, for as long as it would have run now.
+        # What the VM did in the time in which it ran, scaled to the time in which it would have run.
         scale = came.part / ran
         delay, work = seen.run_delay, seen.work
         if delay is not None:
@@ -318,7 +328,7 @@ class Metrics:
     # ---- the end ----------------------------------------------------------------------------------------------------
 
     def worlds(self) -> tuple[World, World]:
-        """Both, when all is added."""
+        """Both worlds, once all intervals are added."""
         touched = self._touched[0] | self._touched[1]
         before, after = (self._world(world, touched) for world in (0, 1))
         return before, after
@@ -328,7 +338,7 @@ class Metrics:
         order = {name: -max(one.throttled, one.throttled + one.more_throttled) for name, one in self._vms.items()}
         vms.sort(key=lambda one: (round(order[one.vm], 9), -one.wanted, one.vm))
         victims = [one.delay for one in vms if one.delay is not None and one.vm not in touched]
-        # One that asks for next to nothing says nothing about fairness.
+        # A VM whose fair share is less than one bus lock says nothing about fairness.
         asked = [one for one in vms if one.fair >= 1.0]
         return World(
             actions=dict(self._actions[world]),
@@ -371,6 +381,6 @@ class Metrics:
 
 
 def _rest(was: float, more: float) -> float:
-    """Their sum; what is left of sums that cancel is rounding."""
+    """The sum of both. What is left of sums that cancel out is rounding, and counts as 0."""
     found = was + more
     return found if found > 1e-9 * was else 0.0

@@ -1,4 +1,4 @@
-"""How the victims answer to bus locks: straight lines through what the journal saw.
+"""How the victims respond to bus locks: straight lines, fitted to what the journal has.
 
 Comparing a VM with its own past, and taking its run-queue delay for the cost of interference, is CPI² (Zhang et al.,
 EuroSys 2013) and Alita (Chen et al., SC 2020).
@@ -16,10 +16,10 @@ from .demand import HELD, Tick
 __all__ = ["SIGNALS", "Line", "Response", "fit"]
 
 FEWEST: Final = 20
-"""Points that a line takes."""
+"""Points. A line through fewer is not used: a good fit of few points may be chance."""
 
 SURE: Final = 0.3
-"""The part of the variance that the line explains (r²), below which it is not used."""
+"""The part of the variance that a line explains (r²). A line that explains less is not used."""
 
 SIGNALS: Final = ("run_delay", "work", "lock_ns", "memory_ns")
 
@@ -29,9 +29,9 @@ class Line:
     """How a signal changes with one bus lock a second more by the others.
 
     Attributes:
-        slope: of the signal; of `work`, as a part of what the VM gets done in the mean.
+        slope: the change of the signal. For `work`: as a part of what the VM gets done in the mean.
         certainty: r², 0 to 1.
-        points: how many were looked at.
+        points: how many points were fitted.
     """
 
     slope: float
@@ -41,7 +41,7 @@ class Line:
 
 @attrs.frozen
 class Response:
-    """The lines that are sure enough, by signal. Where there is none, the signal is taken as it was."""
+    """The lines that are sure enough, by signal. A signal without a line is taken as it was."""
 
     lines: Mapping[str, Line] = attrs.field(factory=dict)
 
@@ -70,7 +70,7 @@ class _Sums:
 
 
 def _line(groups: Iterable[_Sums], relative: bool) -> Line | None:
-    """One slope for all, each VM compared with itself only (its own mean is taken off)."""
+    """One slope for all groups. Each VM is compared only with itself: the mean of its group is taken off."""
     xx = xy = yy = all_xx = all_yy = 0.0
     points = 0
     for sums in groups:
@@ -83,14 +83,14 @@ def _line(groups: Iterable[_Sums], relative: bool) -> Line | None:
         xx += max(0.0, sums.xx - sums.x**2 / sums.n)
         xy += (sums.xy - sums.x * sums.y / sums.n) / mean
         yy += max(0.0, sums.yy - sums.y**2 / sums.n) / mean**2
-    # What is left of sums that cancel is rounding, and no variance.
+    # What is left of sums that cancel out is rounding, and no variance.
     if points < FEWEST or xx <= 1e-9 * all_xx or yy <= 1e-12 * all_yy:
         return None
     return Line(xy / xx, min(1.0, xy * xy / (xx * yy)), points)
 
 
 def fit(seen: Iterable[Tick]) -> Response:
-    """Look at all that was seen. VMs that were held themselves are no victims, and say nothing."""
+    """Fit the lines to intervals. VMs that were held themselves are left out: their limits slowed them too."""
     groups: dict[str, list[_Sums]] = {signal: [] for signal in SIGNALS}
     of: dict[str, tuple[_Sums, _Sums]] = {}  # each VM's: by name, of the launch that is seen
     session: int | None = None
@@ -129,7 +129,7 @@ def fit(seen: Iterable[Tick]) -> Response:
     for signal, sums in groups.items():
         line = _line(sums, relative=signal == "work")
         harm = -1.0 if signal == "work" else 1.0
-        # That others' locks do good is no effect of theirs.
+        # Locks of others do a VM no good, so a line that says so is chance.
         if line is not None and line.certainty >= SURE and line.slope * harm > 0:
             lines[signal] = line
     return Response(lines)

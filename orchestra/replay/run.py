@@ -1,4 +1,4 @@
-"""Goes through a journal once more, interval by interval, under other rules."""
+"""Goes through a journal once more, interval by interval, with other rules."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ __all__ = ["Replay", "World", "replay"]
 
 
 DEEDS: Final = 1000
-"""Actions that are kept one by one."""
+"""Actions that are kept one by one. Further ones are only counted, so that memory does not grow with the journal."""
 
 ENOUGH: Final = 10_000
-"""Intervals from which lines are drawn: more don't make them surer, and would have to be read twice."""
+"""Intervals to which lines are fitted. More do not make the lines surer, and all of them have to be read twice."""
 
 
 @attrs.frozen
@@ -47,17 +47,17 @@ class ActionRecord:
 
 @attrs.frozen
 class Replay:
-    """What came of it.
+    """The result of a replay.
 
     Attributes:
-        since, until: the time that was gone through, nanoseconds since the epoch.
-        seconds: of it, in which the journal was written.
-        sessions: fleets that were open one after another. Each starts anew.
-        before, after: as it was, and as it would have been.
+        since, until: the time that was replayed, in nanoseconds since the epoch.
+        seconds: how much of that time the journal's intervals cover.
+        sessions: how many fleets were open, one after another. The rules start anew for each of them.
+        before, after: the world as it was, and as it would have been.
         deeds: the first actions, one by one.
-        errors: why policies were switched off.
-        response: how the victims answer to bus locks, as far as that can be told.
-        budget: there was a budget to share fairly; if not, fair is what each asked for.
+        errors: why policies were switched off, by the policy's name.
+        response: how the victims respond to bus locks, as far as the journal shows it.
+        budget: there was a budget to share. If not, the fair share of each VM is what it asked for.
     """
 
     since: int
@@ -74,7 +74,7 @@ class Replay:
 
 @attrs.define(eq=False)
 class _Window:
-    """What was told to a policy since it decided last."""
+    """The facts for a policy since it decided last."""
 
     since: int
     told: list[Mapping[str, VmFacts]] = attrs.field(factory=list)
@@ -89,18 +89,19 @@ def replay(
     until: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Replay:
-    """Have rules decide on what a journal saw.
+    """Let rules decide on the intervals of a journal.
 
-    It costs what was active: some 10 microseconds for each VM and interval in which it did something, and what the
-    policies themselves take. How victims answer is worked out from some 10,000 of the intervals, evenly spread.
+    The time grows with activity: some 10 microseconds for each VM and interval in which it was active, and what the
+    policies themselves take. How victims respond is fitted to some 10,000 of the intervals, evenly spread.
 
     Parameters:
-        make: the rules, made anew: policies remember, and each session starts with new ones.
+        make: makes the rules. It is called for each session, as policies remember and each session starts anew.
         since, until: nanoseconds since the epoch.
-        progress: told now and then: what is done, how much of it, of how much.
+        progress: called now and then with the name of the step, how much of it is done, and of how much.
 
     Raises:
-        FileError: there is nothing in that time.
+        FileError: the journal has nothing of that time.
+        JournalError: the journal can't be read.
         SpecError: a policy looks at answers, which no journal keeps.
     """
     span = _span(journal, since, until)
@@ -122,7 +123,7 @@ def replay(
             whole.sessions += 1
         run.step(tick)
     for row in journal.actions(since=span[0], until=span[1]):
-        if row.given is None:  # else nobody did it
+        if row.given is None:  # a limit that was given at the start is no action
             whole.tally.did(row.kind, row.outcome, row.vm)
     before, after = whole.tally.worlds()
     return Replay(
@@ -151,17 +152,19 @@ def _span(journal: JournalReader, since: int | None, until: int | None) -> tuple
 
 
 def _intervals(journal: JournalReader, span: tuple[int, int]) -> int:
-    """About how many there are. The host's row is there in each."""
+    """About how many intervals there are: each has a row of the host."""
     return int(journal.query("SELECT count(*) FROM hosts WHERE time BETWEEN ? AND ?", span)[0][0])
 
 
 def _check_kept(rules: Rules) -> None:
-    """Raises:
-    SpecError: a policy would be told that there were none of what is not in a journal.
+    """Check that journals keep what the policies look at.
+
+    Raises:
+        SpecError: a policy looks at answers. A replay would show it none, and it would decide as if there were none.
     """
     for policy in rules.policies:
         decides: Any = policy
-        while isinstance(decides, Only):  # it shows the meter of what decides, and not its steps
+        while isinstance(decides, Only):  # `Only` shows the meter of its policy, and not the steps
             decides = decides.policy
         signals = {one.signal for step in getattr(decides, "steps", ()) for one in step.when}
         if getattr(decides, "meter", None) is Meter.ANSWERS or Meter.ANSWERS in signals:
@@ -173,7 +176,7 @@ def _check_kept(rules: Rules) -> None:
 
 @attrs.define(eq=False)
 class _Whole:
-    """What all sessions add to."""
+    """The sums of all sessions."""
 
     tally: Metrics
     sessions: int = 0
@@ -183,7 +186,7 @@ class _Whole:
 
 
 class _Run:
-    """One session under the rules: the engine's source of facts and its executor."""
+    """One session with the rules: the engine's source of facts and its executor."""
 
     def __init__(self, rules: Rules, first: Tick, whole: _Whole, journal: JournalReader) -> None:
         _check_kept(rules)
@@ -217,7 +220,8 @@ class _Run:
             if vm.tenant not in self._tenants:
                 self._tenants[vm.tenant] = Tenant(vm.tenant)
         if self._rules.limit is None and tick.host is not None and not self._given.knows_host:
-            # An older journal, and the rules say nothing: as it was.
+            # A journal of an older version has no row of the host's limit. The rules have none either, so the limit is
+            # that of the host's rows.
             rate = tick.host.rate
             base = None if rate is None else Limit(rate=rate)
             self._force.set_base(("host", ""), Meter.BUS_LOCKS, base)
@@ -237,7 +241,7 @@ class _Run:
         self._engine.tick(tick.time)
 
     def _seen(self, vm: str, launch: int) -> None:
-        """Maybe a VM that was not seen before; then nothing holds it, whatever held another of its name."""
+        """Note a VM. If it is a new VM of a known name, forget what held the earlier one."""
         if self._force.seen(vm, launch):
             self._gone(vm)
             self._force.seen(vm, launch)
@@ -248,7 +252,7 @@ class _Run:
         self._demands.forget(vm)
 
     def _fair(self, wants: Mapping[str, Want | VmFacts], interval: float) -> dict[str, float] | None:
-        """Each VM's weighted max-min share of the budget, in bus locks; None: all can have what they ask for."""
+        """Each VM's weighted max-min share of the budget, in bus locks. None: there is enough for all demands."""
         budgets = [self._rules.limit or self._force.host_limit(Meter.BUS_LOCKS)]
         budgets += [
             getattr(policy, "limit", None)
@@ -287,7 +291,7 @@ class _Run:
             gone=tuple(window.gone),
         )
 
-    # ---- what the engine wants done
+    # ---- the engine's executor
 
     def do(
         self, action: Action, policy: str | None, verdict: Verdict | None, state: PolicyState | None, now: int
@@ -299,7 +303,7 @@ class _Run:
 
     def record(self, applied: Applied, cause: Exception | None = None) -> None:
         policy = applied.policy or ""
-        if applied.action is None:  # as in a fleet: it is switched off, and the others go on
+        if applied.action is None:  # as in a fleet: the policy is switched off, and the others go on
             self._whole.errors[policy] = applied.error or ""
         elif applied.policy is not None:
             self._tell(policy, applied.action, applied.outcome)

@@ -22,7 +22,7 @@ Generator: TypeAlias = np.random.Generator
 
 
 def generator(*key: int) -> Generator:
-    """A stream of random numbers of its own for each key: what one draws does not move what another does."""
+    """A generator of random numbers for a key. Each key has its own stream, so draws from one do not move another."""
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
 
 

@@ -1,13 +1,13 @@
-"""Token buckets and QEMU's windows as fluids: a tick at a time, for many guests at once.
+"""Token buckets and QEMU's windows as a fluid model: a tick at a time, for many guests at once.
 
-How a bucket fills and empties is the arithmetic of `policy/buckets`. This is how long guests wait for one. A vCPU that
-wants to lock n times in a tick does something else for z = tick / n between two locks. If it also waits W for each
-turn, it does tick / (z + W) locks. W is what makes those that share a bucket use up just what the bucket has: its
-tokens at the tick's start and those that the tick brings. A vCPU under several buckets waits for the slowest, as in the
-core.
+`policy/buckets` computes how a bucket fills and empties. This module computes how long guests wait for a bucket. A vCPU
+that wants to lock n times in a tick does something else for z = tick / n between two locks. If the vCPU also waits W
+for each lock, it makes tick / (z + W) locks. W is chosen so that the vCPUs under a bucket use exactly what the bucket
+has: its tokens at the start of the tick and those that the tick brings. A vCPU under several buckets waits for the
+slowest, as in the core.
 
-What this leaves out is the order of events within a tick: tests/test_simulate_buckets.py compares it with the core,
-docs/simulate.md says how far it is off.
+The model leaves out the order of events within a tick. tests/test_simulate_buckets.py compares it with the core, and
+docs/simulate.md says how large the difference is.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Buckets:
         self.limited += (limit is not None) - was
 
     def fill(self, limit: Limit, places: Ints) -> None:
-        """The same for many places that had no limit yet, at time 0."""
+        """Put a limit in force at many places that had none yet, at time 0."""
         self.rate[places] = self._last[places] = limit.rate
         self._tokens[places] = self.burst[places] = limit.tokens
         self.delay[places] = np.inf if limit.max_delay is None else limit.max_delay
@@ -75,15 +75,15 @@ class Buckets:
 
 
 def shared_waits(bucket: Ints, vcpus: Floats, think: Floats, least: Floats, rate: Floats) -> Floats:
-    """How long each turn takes in buckets that are asked for more than they have.
+    """How long a vCPU waits for each lock under buckets that are asked for more than they have.
 
     Solves, for each bucket, sum(vcpus / (think + max(least, W))) = rate.
 
     Parameters:
-        bucket: which bucket each guest is under, 0 to n - 1.
-        vcpus: how many of each guest's vCPUs lock.
-        think: seconds that a vCPU of it lets pass between a turn and the next lock.
-        least: seconds that it waits anyway, for other buckets.
+        bucket: the bucket of each guest, 0 to n - 1.
+        vcpus: how many vCPUs of each guest lock.
+        think: seconds that a vCPU of the guest lets pass between two locks.
+        least: seconds that a vCPU waits anyway, for other buckets.
         rate: locks per second that each of the n buckets has.
 
     Returns:
@@ -120,7 +120,7 @@ class Windows:
         rate = want / tick
         at = np.full(len(places), now)
         end = now + tick
-        # A slice may end within the tick and the next begin; ever so often if ticks are long.
+        # A slice may end within the tick and the next one begin, many times if ticks are long.
         while True:
             fresh = (self._end[places] <= at + 1e-12) & (at < end - 1e-12)
             self._end[places] = np.where(fresh, at + self._length, self._end[places])
@@ -128,7 +128,7 @@ class Windows:
             until = np.minimum(self._end[places], end)
             asked = rate * np.maximum(until - at, 0.0)
             left = self._left[places]
-            # The lock that uses up the quota sends its vCPU to sleep; those of the other vCPUs come on top.
+            # The lock that uses up the quota sends its vCPU to sleep. One lock of each other vCPU comes on top.
             exhausted = (asked >= left) & (left > 0)
             through = np.where(exhausted, left + (vcpus - 1), np.minimum(asked, left))
             through = np.minimum(through, asked)

@@ -1,4 +1,5 @@
-"""The policy engine of each host, made when its policies first have something to decide: a quiet host costs nothing."""
+"""The policy engines of all hosts. An engine is made when its host's policies first have something to decide, so that a
+quiet host costs nothing."""
 
 from __future__ import annotations
 
@@ -22,12 +23,12 @@ __all__ = ["ActionRecord", "Engines"]
 
 @attrs.frozen
 class ActionRecord:
-    """An action that a host's policy asked for, as it was judged. `time` in seconds.
+    """An action that a host's policy asked for, as the guard judged it. `time` is in seconds.
 
     Attributes:
-        policy: its name; empty: nobody's, such as the end of a pause that lasted too long.
-        error: why it was not done; None: it was.
-        refused: by the guard, or only rehearsed, so it was not even tried.
+        policy: the policy's name. Empty: no policy asked, as for the end of a pause that lasted too long.
+        error: why the action was not done. None: it was done.
+        refused: the guard refused the action, or it was only rehearsed. So it was not tried.
     """
 
     time: float
@@ -39,11 +40,10 @@ class ActionRecord:
 
 
 class Engines:
-    """Of all hosts.
+    """The policy engines of all hosts.
 
     Attributes:
-        deeds: what was asked for since `take`.
-        left: VMs that an action ended since `take_left`, by host.
+        left: the VMs that an action ended since the last `take_left`, with their hosts.
         errors: why policies were switched off, and on how many hosts.
     """
 
@@ -70,7 +70,7 @@ class Engines:
         return engine
 
     def end_pauses(self, now: float) -> None:
-        """Let those go on who were paused for longer than any may be."""
+        """Resume the VMs that were paused for longer than the guard allows."""
         for host in sorted(self._pausing):
             self._engines[host].end_pauses(round(now * 1e9))
             if not self._engines[host].pausing:
@@ -84,10 +84,10 @@ class Engines:
         left, self.left = self.left, []
         return left
 
-    # ---- what the engines want done
+    # ---- the executor of the engines
 
     def below(self, host: int, action: Action) -> int:
-        """How many VMs an action is about."""
+        """How many VMs an action affects."""
         tenant = getattr(action, "tenant", None)
         if action.vm is not None:
             return 1
@@ -106,7 +106,7 @@ class Engines:
         return error
 
     def _watch(self, host: int, action: Action) -> None:
-        """A pause, also one that is only rehearsed, may last too long."""
+        """Remember a host with a pause, also one that is only rehearsed: the pause may last too long."""
         if isinstance(action, Pause):
             self._pausing.add(host)
 
@@ -132,7 +132,7 @@ class Engines:
 
 @attrs.frozen(eq=False)
 class _Executor:
-    """One host's."""
+    """The executor of one host."""
 
     engines: Engines
     host: int

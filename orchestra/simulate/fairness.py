@@ -1,4 +1,4 @@
-"""Max-min shares of many hosts at once, and Jain's index."""
+"""Max-min shares on many hosts at once, and Jain's index."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ __all__ = ["fair_shares", "jain"]
 
 
 def fair_shares(host: Ints, wants: Floats, weight: Floats, budget: Floats) -> Floats:
-    """Weighted max-min of each host's budget among those on it; what `policy.maxmin.max_min` does for one.
+    """Share each host's budget among its guests by weighted max-min, as `policy.maxmin.max_min` does for one host.
 
     Parameters:
-        host: of each guest, 0 to n - 1.
-        wants, weight: of each guest.
-        budget: of each of the n hosts.
+        host: the host of each guest, 0 to n - 1.
+        wants, weight: the demand and the weight of each guest.
+        budget: the budget of each of the n hosts.
+
+    Returns:
+        The share of each guest.
     """
     if not len(host):
         return np.empty(0)
@@ -21,7 +24,8 @@ def fair_shares(host: Ints, wants: Floats, weight: Floats, budget: Floats) -> Fl
     h, want, w = host[order], wants[order], weight[order]
     first = np.flatnonzero(np.r_[True, h[1:] != h[:-1]])
     sizes = np.diff(np.r_[first, len(h)])
-    # Sums from each host's start, and what is left to its end. Host by host, so that no rounding crosses over.
+    # Sums from each host's first guest on, and from each guest to its host's last. They are formed host by host, so
+    # that the rounding errors of one host do not reach another.
     before = np.cumsum(want) - want
     before -= np.repeat(before[first], sizes)
     heavier = np.cumsum(w) - w

@@ -1,4 +1,4 @@
-"""What is in force: limits with all who set them, CPU caps, isolation, pauses, and who is gone. Applies actions."""
+"""What is in force on the hosts: limits, CPU caps, isolation, pauses, and the VMs that are gone. Applies actions."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Holds:
     Attributes:
         vm, pair, host: the buckets by level.
         duty: the part of the time that each VM may run: 1, a cap, its part of the quarantine CPUs, or 0.
-        held: whether a policy holds it by anything.
-        gone: it left or was stopped.
-        engaged: of each host, how many limits on VMs are in force that policies asked for.
-        hindering: the same of caps, isolations and pauses.
+        held: for each VM, whether a policy holds it in any way.
+        gone: for each VM, whether it left its host or was stopped.
+        engaged: for each host, how many limits on VMs are in force that policies asked for.
+        hindering: for each host, how many caps, isolations and pauses are in force.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -60,7 +60,7 @@ class Holds:
                     self.pair.fill(one.limit.on(model), places[layout.host_class[where] == kind])
 
     def own_limit(self, level: str, place: int) -> Limit | None:
-        """The limit that is set there, apart from throttles."""
+        """The limit itself of a place, which throttles only tighten."""
         if (level, place) in self._base:
             return self._base[level, place]
         layout, scenario = self.layout, self.layout.scenario
@@ -77,7 +77,7 @@ class Holds:
     # ---- actions ----------------------------------------------------------------------------------------------------
 
     def apply(self, host: int, policy: str, action: Action, now: float) -> str | None:
-        """Carry out what a host's policy asks for; why it can't be done, or None."""
+        """Carry out an action of a host's policy. Returns why it can't be done, or None."""
         if isinstance(action, Throttle | Unthrottle | SetLimit):
             return self._limit(host, policy, action, now)
         vm = None if action.vm is None else self.layout.number(action.vm, host)
@@ -88,12 +88,12 @@ class Holds:
         elif (key := self._note(host, policy, action)) is not None:
             self._follow(host, vm, key)
         self._run(vm)
-        for other in self._isolated.get(host, ()):  # they share the quarantine CPUs
+        for other in self._isolated.get(host, ()):  # isolated VMs share the quarantine CPUs
             self._run(other)
         return None
 
     def _note(self, host: int, policy: str, action: Action) -> Key | None:
-        """Put an action into the books of its host; where that was."""
+        """Note an action in the holdings of its host. Returns the place."""
         held = self._in_force.setdefault(host, Holdings())
         if (key := key_of(action)) is None:
             return None
@@ -167,7 +167,7 @@ class Holds:
         self.gone[vm] = True
 
     def _run(self, vm: int) -> None:
-        """Work out what part of the time it may run."""
+        """Compute the part of the time that a VM may run."""
         layout = self.layout
         host = int(layout.host[vm])
         caps = [one.share for one in self._actions(host, layout.name(vm), What.CAP) if isinstance(one, CapCpu)]

@@ -1,8 +1,8 @@
-"""The policies of all hosts: facts for those that have something to tell, and what the policies want done.
+"""The policies of all hosts: gives facts to the policies of active hosts, and lets them decide.
 
-Each host has policies of its own, made when it first has something to tell; they are the objects that run live. A host
-in which nobody locks and on which nothing is in force is left alone: its policies would see empty facts. When it wakes,
-they are told of the time that went by, as of a few ticks that came late.
+Each host has policies of its own, which are made when the host is first active; they are the objects that run live. A
+host on which no VM locks and nothing is in force is skipped, as its policies would see empty facts. When the host
+becomes active, its policies get the time that went by, as a few ticks that came late.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from .policies import Factory
 __all__ = ["Hosts", "Sums"]
 
 PATIENCE: Final = 300
-"""Ticks for which a host in which nobody locks is looked at although nothing but limits is in force there. Who does not
-lock is not hurt by them, and when somebody does, the policies are told of the time between first."""
+"""Ticks for which policies still look at a host on which no VM locks and only limits are in force. After that it may be
+skipped: a VM that does not lock does not feel a limit, and once a VM locks, the policies first get the time between."""
 
 
 class Sums(Protocol):

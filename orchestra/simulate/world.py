@@ -1,4 +1,4 @@
-"""One simulated world: guests lock, limits hold them back, the others suffer, policies look and act; tick by tick."""
+"""One simulated world, tick by tick: guests lock, limits hold them back, other VMs suffer, policies decide and act."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class World:
 
     Attributes:
         now: seconds that have passed.
-        locks, throttled, capped, work: of each VM so far: locks made, seconds its vCPUs waited for their turn, seconds
-            a cap held them, CPU seconds' worth of own work (of groups that report it).
-        bus: of each host, the sum over time of the part of the bus that locks took.
-        released: locks let go by `max_delay`.
+        locks, throttled, capped, work: the sums of each VM so far: locks made, vCPU seconds of waiting for a bucket,
+            vCPU seconds in which a cap held it, and CPU seconds of its own work (for groups that report work).
+        bus: for each host, the sum over time of the part of the bus that locks took.
+        released: locks that `max_delay` released.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class World:
         vcpus = layout.vcpus[vms]
         host = layout.host[vms]
 
-        # What a cap, a pause or the quarantine leaves of it.
+        # First what a cap, a pause or the quarantine leaves of the demand: limits see only what still runs.
         asked = wants
         if holds.hindered:
             duty = holds.duty[vms]
@@ -88,7 +88,7 @@ class World:
         waited[done >= asked * (1 - 1e-9)] = 0.0
         lost = 1 - done / np.maximum(wants, 1e-300)
 
-        # A bus has only so much time. Whoever is slow for that reason is not throttled.
+        # A bus has only so much time. This comes after the limits: a VM that is slow for that reason is not throttled.
         total = np.bincount(host, done, layout.hosts)
         full = total > layout.capacity * tick
         if full.any():
@@ -129,7 +129,7 @@ class World:
         return vms_, wants
 
     def _through(self, vms: Ints, asked: Floats, vcpus: Floats, host: Ints, start: float) -> Floats:
-        """What the limits let through of what is asked for."""
+        """The locks that the limits let through."""
         if not len(vms):
             return asked
         holds, tick = self.holds, self.tick
@@ -165,7 +165,7 @@ class World:
         done = np.where(wait > 0, np.minimum(vcpus * tick / (think + wait), limited), limited)
         for buckets, under, used, index, available in charged:
             through = totals(index, done[under], len(used))
-            # Rounding must not make locks: what is above the bucket by no more than that is cut.
+            # Rounding must not make locks: an excess over the bucket that is as small as rounding errors is cut.
             over = (through > available) & (through <= available * (1 + 1e-6))
             if over.any():
                 done[under] *= np.where(over, available / np.maximum(through, 1e-300), 1.0)[index]
@@ -177,7 +177,7 @@ class World:
     def _shared(
         self, buckets: Buckets, used: Ints, index: Ints, available: Floats, n: Floats, z: Floats, least: Floats
     ) -> Floats:
-        """How long guests wait under buckets that several share: `used`, and which of them each is under."""
+        """How long guests wait under shared buckets. `used`: the buckets. `index`: each guest's bucket in `used`."""
         # With one vCPU under a bucket, its own time to think is the bucket's.
         alone = buckets.alone(used, totals(index, n, len(used)), totals(index, z, len(used)))
         least = np.maximum(least, np.minimum(alone, buckets.delay[used])[index])
