@@ -210,8 +210,8 @@ def bounds(several: Sequence[Guest], host: Limit | None, of_a: Limit | None, sec
     return low, let_through(host, several, high, seconds)
 
 
-# The same hosts each time. Once in some thousand hosts, a guest that makes some twenty locks while three share a burst is
-# 31 % off in a fluid (27 for 21). ORCHESTRA_HOSTS=n looks at n other hosts.
+# The same hosts each time. Once in some thousand hosts, a guest that makes some twenty locks while three share a burst
+# is 31 % off in a fluid (27 for 21). ORCHESTRA_HOSTS=n looks at n other hosts.
 @settings(max_examples=int(os.environ.get("ORCHESTRA_HOSTS", "25")), derandomize="ORCHESTRA_HOSTS" not in os.environ)
 @given(st.lists(guests, min_size=1, max_size=4), st.none() | limits, st.none() | limits)
 @example([Guest(5.0), Guest(5.0), Guest(6.0)], None, Limit(rate=16.0, burst=2.0, max_delay=None))
