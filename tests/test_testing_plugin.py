@@ -288,4 +288,4 @@ def test_a_marker_without_names_is_refused(suite):
 def test_an_option_that_no_fleet_has_is_named(suite):
     result = suite("@pytest.mark.orchestra(speed=3)\nasync def test_it(orchestra_fleet):\n    pass\n")
     result.assert_outcomes(failed=1)
-    result.stdout.fnmatch_lines(["*unexpected keyword argument 'speed'*"])
+    result.stdout.fnmatch_lines(["*open_fleet() takes no 'speed'*"])
