@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 
 import attrs
@@ -560,6 +561,37 @@ def test_a_journal_of_the_first_version_is_read_once_it_is_upgraded(path):
         (row,), (host,) = reader.aggregates(), reader.hosts()
     assert (row.bus_locks, row.work, row.dirty_pages, row.by_reason) == (7, 2, None, None)
     assert (host.lock_ns, host.exit_rate, host.absent) == (20, None, None)
+
+
+def test_what_an_older_journal_calls_launch_is_the_generation_once_it_is_upgraded(path):
+    """The column of four tables, and the key of an action and of its evidence; a policy's parameter stays."""
+    reload = '{"policies":[{"name":"burst-credits","launch":20}]}'
+    rows = [("Pause", '{"noise":3,"launch":2,"calm":1}', '{"launch":2}'), ("Reload", "{}", reload)]
+    connection = schema.connect(path, readonly=False)
+    for migrate in schema._MIGRATIONS[:3]:
+        migrate(connection)
+    connection.execute("INSERT INTO states VALUES (1, 5, 'a', 2, 't', 'running', '')")
+    connection.execute("INSERT INTO profiles VALUES (1, 5, 'a', 2, 16, 16, 0, 0, 1, 1, x'f4')")
+    connection.execute("INSERT INTO vcpus VALUES (1, 5, 1.0, 'a', 2, 0, 7, 9, 0, NULL, NULL, NULL)")
+    for kind, evidence, details in rows:
+        connection.execute(
+            "INSERT INTO actions VALUES (NULL, 1, 5, ?, 'a', NULL, 'p', 'done', NULL, '', ?, ?)",
+            (kind, evidence, details),
+        )
+    connection.execute(f"PRAGMA application_id = {schema.APPLICATION}")
+    connection.execute("PRAGMA user_version = 3")
+    connection.close()
+    assert schema.upgrade(path) == (3, VERSION)
+    with closing(sqlite3.connect(path)) as upgraded:
+        numbers = [
+            upgraded.execute(f"SELECT generation FROM {one}").fetchall() for one in ("states", "profiles", "vcpus")
+        ]
+        assert numbers == [[(2,)]] * 3
+        texts = upgraded.execute("SELECT evidence, details FROM actions ORDER BY id").fetchall()
+    assert texts == [('{"noise":3,"generation":2,"calm":1}', '{"generation":2}'), ("{}", reload)]
+    with read_journal(path) as reader:
+        pause, _ = reader.actions()
+        assert pause.action == orc.Pause(vm="a", generation=2, evidence={"noise": 3, "generation": 2, "calm": 1})
 
 
 def test_one_that_is_used_again_waits_between_its_commits(path):

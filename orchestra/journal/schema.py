@@ -7,6 +7,7 @@ not committed (https://www.sqlite.org/wal.html). All times are nanoseconds since
 from __future__ import annotations
 
 import errno
+import json
 import os
 import sqlite3
 from collections.abc import Callable, Sequence
@@ -79,10 +80,36 @@ ALTER TABLE aggregates ADD COLUMN throttled_by TEXT;
 CREATE TABLE removed (name TEXT PRIMARY KEY, until INTEGER NOT NULL);
 """
 
+
+def _fourth(connection: sqlite3.Connection) -> None:
+    """The number that distinguishes VMs of one name is called `generation`, and was called `launch`."""
+    for table in ("states", "aggregates", "profiles", "vcpus"):
+        connection.execute(f"ALTER TABLE {table} RENAME COLUMN launch TO generation")
+    # In Python and not with SQLite's JSON functions, which before 3.38 a build may lack. Only the key of the action
+    # itself and of its evidence: a policy in a row about a reload may have a parameter of the old name.
+    renamed = []
+    for row in connection.execute("SELECT id, evidence, details FROM actions"):
+        texts = [_rename(row["evidence"]), _rename(row["details"])]
+        if texts != [row["evidence"], row["details"]]:
+            renamed.append((*texts, row["id"]))
+    connection.executemany("UPDATE actions SET evidence = ?, details = ? WHERE id = ?", renamed)
+
+
+def _rename(text: str) -> str:
+    if '"launch"' not in text:  # most rows: not worth parsing
+        return text
+    found = json.loads(text)
+    if not isinstance(found, dict) or "launch" not in found:
+        return text
+    # The keys keep their order, as `orchestra why` lists evidence in the order in which the policy wrote it.
+    return json.dumps({"generation" if k == "launch" else k: v for k, v in found.items()}, separators=(",", ":"))
+
+
 _MIGRATIONS: Final[Sequence[Callable[[sqlite3.Connection], object]]] = (
     lambda connection: _run(connection, _FIRST),
     lambda connection: _run(connection, _SECOND),
     lambda connection: _run(connection, _THIRD),
+    _fourth,
 )
 """Entry n makes version n + 1 of version n. Append entries and never change one: files of every version exist."""
 
