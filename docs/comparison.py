@@ -176,7 +176,7 @@ others needed. More: they got what was the others' due.
 INNOCENT: Final = """
 ## What the innocent pay
 
-Seconds that VMs waited for their turn although they had wanted no more than their share for a minute.
+Seconds for which VMs were throttled although they had wanted no more than their share for a minute.
 """
 
 READ: Final = """

@@ -17,7 +17,7 @@ class Strict:
     def __init__(self, most: float, calm: float) -> None:
         self.most = most  # exits a second
         self.calm = calm  # seconds without a wait, after which a VM is released
-        self.quiet: dict[str, float] = {}  # of the VMs that are held: seconds since they last waited for their turn
+        self.quiet: dict[str, float] = {}  # of the VMs that are held: seconds since they were last throttled
 
     def decide(self, facts: orc.Facts) -> Iterator[orc.Action]:
         for name, seconds in list(self.quiet.items()):

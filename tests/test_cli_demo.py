@@ -25,7 +25,7 @@ from orchestra.backend.scripted import bus_lock, failed_run, io_write
 from orchestra.cli.app import main
 from orchestra.cli.demo import _staged
 from orchestra.cli.render import LiveTable, Trends
-from orchestra.demo import scripts as rehearsal, words
+from orchestra.demo import scripts as scripted, words
 from orchestra.demo.account import Row, Sample, document
 from orchestra.demo.plain import Plain, columns, summary
 from orchestra.demo.story import MORE, Plan, Story
@@ -473,7 +473,7 @@ def test_the_opening_says_how_bus_locks_are_seen():
     assert "as all share 1 CPU here" in said(None, Meter.EXITS, cpus=1)
     assert "before" in said("fault-like", Meter.BUS_LOCKS)
     assert "behind" in said("trap-like", Meter.BUS_LOCKS)
-    assert "rehearsal" in said("trap-like", Meter.BUS_LOCKS, "scripted")
+    assert "without guests" in said("trap-like", Meter.BUS_LOCKS, "scripted")
     emulated = said("fault-like", Meter.BUS_LOCKS, "emulated", cpus=2, advice="Do it.")
     assert "it stalls no other core" in emulated
     assert "CPU time from the others, as all share 2 CPUs here." in emulated
@@ -483,15 +483,15 @@ def test_the_opening_says_how_bus_locks_are_seen():
 # ---- the command
 
 
-def test_the_rehearsal_runs_anywhere(capsys):
+def test_the_scripted_demo_runs_anywhere(capsys):
     assert main(["demo", "--backend", "scripted", "--seconds", "0.2"]) == 0
-    assert "rehearsal" in capsys.readouterr().out
+    assert "without guests" in capsys.readouterr().out
 
 
-def test_rehearsed_noise_is_what_the_rehearsal_promises():
+def test_scripted_noise_is_what_the_story_promises():
     spec = attrs.make_class("Spec", ["name"])
-    assert next(rehearsal.scripts(spec("noisy-1"), 0)).after == 0.002
-    assert next(rehearsal.scripts(spec("quiet-1"), 0)).after == 2.0
+    assert next(scripted.scripts(spec("noisy-1"), 0)).after == 0.002
+    assert next(scripted.scripts(spec("quiet-1"), 0)).after == 2.0
 
 
 def test_json_leaves_nothing_else_on_standard_output(capsys):

@@ -227,7 +227,7 @@ async def test_what_a_gone_policy_held_stays_so_if_one_that_goes_first_holds_it(
 async def test_a_policy_that_rehearsed_does_not_become_real_with_what_it_believes(autojump_clock):
     policy = Decides(name="ladder")
     async with play(noisy(), policies=[policy], guard=orc.Guard(dry_run="ladder")) as fleet:
-        with pytest.raises(orc.SpecError, match="policy 'ladder' only rehearsed so far"):
+        with pytest.raises(orc.SpecError, match="policy 'ladder' was a dry run so far"):
             await fleet.set_policies([policy], orc.Guard())
         await fleet.set_policies([policy], orc.Guard(dry_run=True))
         await fleet.set_policies([Decides(name="ladder")], orc.Guard())

@@ -1,4 +1,4 @@
-"""How far a VM is held: paused is not quiesced, and what is said of one pause is not taken for another."""
+"""How far a VM has followed a pause: paused is not quiesced, and what is said of one pause is not taken for another."""
 
 from __future__ import annotations
 

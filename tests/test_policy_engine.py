@@ -226,10 +226,10 @@ def test_other_policies_keep_their_state_and_what_went_is_let_go(world):
     assert len(world.windows) == 2
 
 
-def test_a_policy_that_is_there_can_not_become_a_rehearsal(world):
+def test_a_policy_that_is_there_can_not_become_a_dry_run(world):
     policy = Does()
     made = engine(world, policy)
-    with pytest.raises(orc.SpecError, match="was no rehearsal so far"):
+    with pytest.raises(orc.SpecError, match="was no dry run so far"):
         made.set_policies([policy], orc.Guard(dry_run=True), 0, ActionsInForce())
     assert [state.name for state in made.states] == ["does"]
 

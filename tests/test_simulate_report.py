@@ -86,7 +86,7 @@ def test_the_page_is_well_formed_and_shows_all_plots(text):
     said = " ".join(page.text)
     for title in ("Victims' slow-down", "Who gets the bus", "Throttled time", "Fairness", "Actions", "Jain's index"):
         assert title in said
-    assert "a <small> one: a rehearsal" in said
+    assert "a <small> one: a simulation" in said
     assert "Two noisy & one that learns." in said
 
 

@@ -53,7 +53,7 @@ class ScriptedExit:
 
     Attributes:
         reason: the kernel's name in lower case ("io", "hlt", "x86_bus_lock", ...) or any number.
-        after: seconds that the guest runs before this exit, without waits for its turn.
+        after: seconds that the guest runs before this exit, without the time in which it is throttled.
         flags: KVM_RUN_X86_*: 1 SMM, 2 bus lock, 4 guest mode.
         rip: the RIP of the sample.
         args, data: as `describe` in native/kvm.c fills them for the reason.

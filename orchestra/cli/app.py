@@ -308,9 +308,9 @@ def check(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line (default: this program's); the exit status. A user's mistake is one line on standard error."""
+    """Run a command line (default: this program's). Returns the exit status. A user's mistake is one line on stderr."""
     _open_standard_streams()
-    # What the library logs is said by the commands themselves, where it matters to them.
+    # The commands print what matters of what the library logs, so the log itself stays silent.
     logging.getLogger("orchestra").addHandler(_SILENT)
     tokens = list(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -352,7 +352,8 @@ _SILENT = logging.NullHandler()
 
 
 def _open_standard_streams() -> None:
-    """If we were started with one closed, the next file opened would take its number, and guests would write to it."""
+    """Open the standard descriptors that the caller closed: otherwise the next file to be opened would get such a
+    number, and output would be written into that file."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -365,18 +366,18 @@ def _open_standard_streams() -> None:
 
 
 def _give_up_output() -> None:
-    """Standard output can't be written: Python must not complain again when it flushes what is left at its end."""
+    """Point standard output at /dev/null: it can't be written, and Python would complain of that at exit."""
     null = os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(null, sys.stdout.fileno())
     except (OSError, ValueError):
-        pass  # replaced by something without a descriptor
+        pass  # the program replaced it by an object without a descriptor
     finally:
         os.close(null)
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What is in a group of one, as nurseries raise them."""
+    """The single error within an exception group, as nurseries raise them."""
     while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
         error = error.exceptions[0]
     return error

@@ -1,4 +1,4 @@
-"""``orchestra demo``: tells the story to whoever is there, a terminal, a pipe or a script."""
+"""``orchestra demo``: shows the story on a terminal, in a pipe or as JSON for a script."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .interrupts import until_interrupted
 __all__ = ["demo"]
 
 VMS_PER_CPU = 3
-"""Where nothing but CPU time is taken from the quiet VMs, so many share a CPU, as on a host that is full."""
+"""VMs for each CPU where the noisy VMs take nothing but CPU time from the quiet ones: as on a host that is full."""
 
 
 def demo(plan: Plan, *, as_json: bool, plain: bool, plot: Path | None) -> int:
@@ -36,7 +36,7 @@ def demo(plan: Plan, *, as_json: bool, plain: bool, plot: Path | None) -> int:
         OrchestraError: it can't be done; the message says why.
     """
     draw: Callable[[Result, Path], None] | None = None
-    if plot is not None:  # what is wrong with it is told now, not after the last act
+    if plot is not None:  # an error in its path is reported now, not after the last act
         draw = _artist()
         check_target("--plot", plot, ".svg")
     with _staged(plan) as staged:
@@ -64,7 +64,7 @@ def demo(plan: Plan, *, as_json: bool, plain: bool, plot: Path | None) -> int:
 
 @contextmanager
 def _staged(plan: Plan) -> Iterator[Plan]:
-    """The plan with its backend open, and what follows from which one that is."""
+    """The plan with its backend open, and the choices that depend on the backend."""
     backend, advice = _opened(plan.backend)
     try:
         seen = backend.bus_lock_detection() is not None
@@ -79,14 +79,14 @@ def _staged(plan: Plan) -> Iterator[Plan]:
 
 
 def _opened(backend: str | Backend) -> tuple[Backend, str]:
-    """The backend, and what would make the demonstration better."""
+    """Returns the backend, and advice for a better demonstration."""
     if backend == "scripted":
         from ..demo.scripts import scripts
 
         return ScriptedBackend(scripts), ""
     try:
         return choose(backend, Asked("the demo")), ""
-    except BusLockUnsupported:  # only "auto" asks whether they are seen: exits tell the same story
+    except BusLockUnsupported:  # only "auto" asks for bus-lock detection; exits tell the same story
         unicorn = next(found for found in look() if found.name == "emulated")
         return choose(backend), f"With real split locks: {unicorn.remedy}, then once more."
 

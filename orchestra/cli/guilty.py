@@ -21,7 +21,7 @@ MOST = 20
 
 
 class NotSeen(OrchestraError):
-    """The fleet did not see the VM's bus locks, or the journal has nothing of it: nobody can say which it made."""
+    """The fleet did not see the VM's bus locks, or the journal has no row about the VM, so its locks are not known."""
 
 
 def profile_of(journal: JournalReader, vm: str, symbols: Sequence[Symbols] = (), last: float | None = None) -> Profile:
@@ -54,7 +54,7 @@ def _since(journal: JournalReader, last: float | None) -> int | None:
 
 
 def _unseen(journal: JournalReader, vm: str, last: float | None, *, intervals: bool) -> str:
-    """Why nothing is known of its bus locks."""
+    """Says why nothing is known of the VM's bus locks."""
     query = (
         "SELECT count(*) FROM sessions WHERE detection IS NOT NULL AND id IN (SELECT session FROM states WHERE vm = ?)"
     )
@@ -112,7 +112,7 @@ def guilty(
     as_json: bool = False,
     as_folded: bool = False,
 ) -> int:
-    """Show it; the exit status: 1 if its bus locks were not seen.
+    """Show the profile. Returns the exit status: 1 if the VM's bus locks were not seen.
 
     Raises:
         OrchestraError: it can't be done; the message says why.

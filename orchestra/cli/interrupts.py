@@ -1,4 +1,4 @@
-"""Ctrl-C as a cancellation, so that a fleet closes in order and what was seen can still be told."""
+"""Ctrl-C as a cancellation, so that a fleet closes in order and the command can still print its results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ __all__ = ["until_interrupted"]
 
 
 async def until_interrupted(function: Callable[[], Awaitable[None]]) -> int:
-    """Await it; SIGINT or SIGTERM cancels it. The signal's number, or 0. A second signal does what it always does."""
+    """Await the function. SIGINT or SIGTERM cancels it. Returns the signal's number, or 0.
+
+    trio delivers a second signal again when the receiver is closed, so that signal has its usual effect then.
+    """
     number = 0
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async with trio.open_nursery() as nursery:

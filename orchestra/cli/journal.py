@@ -1,4 +1,4 @@
-"""``orchestra journal``: what was seen and done, filtered; as lines, JSON, CSV or Parquet; and upgrades."""
+"""``orchestra journal``: prints rows of a journal as lines, JSON, CSV or Parquet, and upgrades old journals."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def journal(
     parquet: Path | None,
     upgrades: bool,
 ) -> int:
-    """Show, export or upgrade; the exit status.
+    """Show, export or upgrade a journal. Returns the exit status.
 
     Raises:
         OrchestraError: it can't be done; the message says why.
@@ -87,7 +87,7 @@ def _report(path: Path, count: int) -> None:
 
 
 def _json(table: str, found: Iterable[Row]) -> None:
-    """One document, written as it is read: a journal may be large."""
+    """Write one document row by row while the journal is read: a journal may be larger than memory."""
     print(json.dumps({"table": table})[:-1] + ', "rows": [', end="")
     for i, row in enumerate(found):
         print(",\n " * bool(i) + json.dumps(plain(row)), end="")

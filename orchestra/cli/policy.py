@@ -1,4 +1,4 @@
-"""``orchestra policy check``: says all that is wrong with a file of rules, or what it asks for."""
+"""``orchestra policy check``: reports all mistakes in a file of rules, or else what the rules ask for."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["check"]
 
 
 def check(path: Path, *, as_json: bool) -> int:
-    """Check it; the exit status: 1 if anything is wrong with it.
+    """Check the file. Returns the exit status: 1 if the file has a mistake.
 
     Raises:
         TomlError: without `as_json`: what is wrong with it.
@@ -49,7 +49,7 @@ def document(rules: Rules) -> dict[str, Any]:
 
 
 def summary(rules: Rules) -> Iterator[str]:
-    """What they ask for, a line each."""
+    """What the rules ask for, one line for each."""
     limits = _limits(rules)
     if limits:
         yield f"host: {limits}"

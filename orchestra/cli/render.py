@@ -25,7 +25,7 @@ from ..output.numbers import shown
 __all__ = ["LiveTable", "Progress", "show_report"]
 
 AROUND: int = 12
-"""Lines of the live picture that belong to no VM."""
+"""Lines of the live table that belong to no VM."""
 BARS = " ▁▂▃▄▅▆▇█"
 """The characters of trends, from zero to the highest value."""
 WIDEST = 48
@@ -164,7 +164,7 @@ class Trends:
             parts[min(int(seen[0] / self._seconds * wide), wide - 1)].append(seen[which])
         bars, empty = "", 0
         for part in parts:
-            if part:  # where no sample fell, it is as in the next one: that looked back
+            if part:  # a part without a sample has the value of the next sample, which covers it
                 mean = sum(part) / len(part)
                 bars += BARS[max(round(mean / most * (len(BARS) - 1)), 1) if mean else 0] * (empty + 1)
             empty = 0 if part else empty + 1
@@ -176,7 +176,7 @@ def _table() -> Table:
 
 
 def _fitting(rows: Sequence[Row], room: int) -> list[Row]:
-    """As many rows as there is room for: of the quiet VMs, only the first ones, of the noisy ones half the room."""
+    """As many rows as fit. Noisy VMs get at most half of the rows; of the quiet VMs only the first ones are shown."""
     if len(rows) <= room:
         return list(rows)
     noisy = [row for row in rows if row.noisy][: max(room // 2, 1)]

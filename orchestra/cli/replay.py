@@ -28,17 +28,17 @@ LISTED: Final = 10
 def replay(
     journal: Path, rules: Path, *, since: int | None, until: int | None, as_json: bool, plot: Path | None
 ) -> int:
-    """Go through it; the exit status: 1 if a policy raised.
+    """Replay the journal. Returns the exit status: 1 if a policy raised.
 
     Raises:
         OrchestraError: the rules or the journal can't be; the message says why.
     """
     draw = None
-    if plot is not None:  # what is wrong with it is told now, not when all is done
+    if plot is not None:  # an error in its path is reported now, not after the replay
         draw = _artist()
         check_target("--plot", plot, ".svg")
     text = rules.read_bytes()
-    parse_rules(text, str(rules))  # what is wrong with them is told before anything else is
+    parse_rules(text, str(rules))  # mistakes in the rules are reported before the replay begins
     with read_journal(journal) as reader, audience() as watching:
         result = run(reader, lambda: parse_rules(text, str(rules)), since=since, until=until, progress=watching.show)
     if plot is not None and draw is not None:
@@ -82,7 +82,7 @@ def document(result: Replay) -> dict[str, Any]:
 
 
 def lines(result: Replay) -> Iterator[str]:
-    """A table for a person, and what is to be thought of it."""
+    """A table for a person, and remarks on what its figures mean."""
     before, after = result.before, result.after
     fleets = "" if result.sessions == 1 else f", {result.sessions} fleets one after another"
     yield (

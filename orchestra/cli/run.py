@@ -30,7 +30,8 @@ PATIENCE: Final = 0.02
 """Seconds that a write of console output may take before the guest is held until it is done: it must not outrun what is
 kept for us (64 KiB)."""
 AT_ONCE: Final = 256
-"""Bytes that whatever polls as writable takes without blocking; terminals promise the least (WAKEUP_CHARS, n_tty.c)."""
+"""A descriptor that polls as writable takes so many bytes without blocking. Terminals promise the fewest: WAKEUP_CHARS
+(drivers/tty/n_tty.c)."""
 TIMED_OUT: Final = 124
 PIECE: Final = 1 << 20
 MOST_CODE: Final = 1 << 30
@@ -49,7 +50,7 @@ def read_image(path: Path, memory: int, load: int) -> bytes:
     code = bytearray()
     try:
         with path.open("rb") as file:
-            # Piece by piece, and no more than fits: it may be a device without an end.
+            # In pieces, and no more than fits: the file may be a device without an end.
             while len(code) <= min(room, MOST_CODE) and (piece := file.read(PIECE)):
                 code += piece
     except OSError as error:
@@ -85,15 +86,15 @@ class _Seen:
 
 
 def run(plan: GuestRun, *, as_json: bool) -> int:
-    """Run it to its end, the timeout or Ctrl-C; the exit status.
+    """Run the guest until it ends, the timeout passes or Ctrl-C is pressed. Returns the exit status.
 
     Raises:
-        OrchestraError: it could not be started.
+        OrchestraError: the guest could not be started.
     """
     if plan.backend == "scripted":
         raise SpecError(
             "--backend scripted: plays a list of exits and runs no guest: use auto, kvm or emulated "
-            "(ScriptedBackend is for tests of Python programs, and `orchestra demo --backend scripted` rehearses)"
+            "(ScriptedBackend is for tests of Python programs; `orchestra demo --backend scripted` needs no guest)"
         )
     seen = _Seen()
     opened = choose(plan.backend, Asked.by(plan.spec))
@@ -116,7 +117,7 @@ def run(plan: GuestRun, *, as_json: bool) -> int:
 
 
 def status(outcome: Outcome | None) -> int:
-    """The exit status that a shell is told."""
+    """The exit status for the shell."""
     match outcome:
         case Failed() | None:
             return 1
@@ -146,11 +147,11 @@ async def _run(plan: GuestRun, seen: _Seen, *, says_why: bool = False) -> None:
             try:
                 seen.registers = vm.registers()
             except StateError:
-                pass  # it was running, or ended before they could be read
+                pass  # the guest was running, or ended before its registers could be read
 
 
 async def _copy_console(vm: Vm, output: int) -> None:
-    """Write what the guest writes, as it comes. While nobody takes it the guest is held, and Ctrl-C still works."""
+    """Write console output as it comes. While the reader takes none, the guest is held, and Ctrl-C still works."""
     async with aclosing(vm.console.follow()) as chunks:
         async for chunk in chunks:
             if _taken_at_once(output, chunk):
@@ -163,7 +164,7 @@ async def _copy_console(vm: Vm, output: int) -> None:
 
 
 def _taken_at_once(output: int, data: bytes) -> bool:
-    """Write it if that is certain not to block."""
+    """Write the bytes if the write is certain not to block."""
     if len(data) > AT_ONCE:
         return False
     poll = select.poll()

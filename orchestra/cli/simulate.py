@@ -1,4 +1,4 @@
-"""``orchestra simulate``: rehearses policies on a simulated fleet."""
+"""``orchestra simulate``: tries policies on a simulated fleet."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class _Audience(Protocol):
 
 
 class _Lines:
-    """Progress where there is no terminal: a line for each quarter of each world."""
+    """Shows progress where there is no terminal: prints a line for each quarter of each world."""
 
     def __init__(self) -> None:
         self._shown: tuple[str, int] = ("", -1)
@@ -44,13 +44,13 @@ class _Lines:
 
 
 def simulate(scenario: Path, *, seed: int | None, html: Path | None, as_json: bool) -> int:
-    """Run it; the exit status.
+    """Run the scenario. Returns the exit status.
 
     Raises:
         OrchestraError: it can't be done; the message says why, of a scenario all that is wrong with it.
     """
     draw: Callable[[Any], str] | None = None
-    if html is not None:  # what is wrong with it is told now, not when all is done
+    if html is not None:  # an error in its path is reported now, not after the simulation
         check_target("--html", html, ".html", ".htm")
         draw = _artist()
     if seed is not None and seed < 0:
@@ -79,7 +79,7 @@ def _artist() -> Callable[[Any], str]:
 
 
 def audience() -> _Audience:
-    """Whom to tell how far it is: a bar on a terminal, a line now and then elsewhere; on standard error."""
+    """The progress display, on standard error: a bar on a terminal, otherwise a few lines."""
     if sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb":
         from .render import Progress
 

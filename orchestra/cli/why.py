@@ -1,4 +1,4 @@
-"""``orchestra why``: what held a VM at a time, why, how it fared, and what would end it; by a fleet's journal."""
+"""``orchestra why``: reads a fleet's journal and says what held a VM at a time, why, and what would end the hold."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def why(vm: str, journal: Path, *, at: int | None, window: float, as_json: bool,
         OrchestraError: the journal can't be read, or has nothing of that VM.
     """
     draw = None
-    if plot is not None:  # what is missing is told before anything else is
+    if plot is not None:  # a missing library is reported before any other work
         draw = _artist()
         check_target("--plot", plot, ".svg")
     with read_journal(journal) as reader:
@@ -48,7 +48,7 @@ def why(vm: str, journal: Path, *, at: int | None, window: float, as_json: bool,
         from_ = max(explained.since, explained.launched or explained.since)
         if (span := reader.span()) is not None:
             from_ = max(from_, span[0])
-        # Of one that is gone nothing is idle; its last interval ends a moment after it has.
+        # A VM that is gone has no idle time to show. Its last interval ends a moment after the VM.
         end = min(explained.at, max(explained.until, explained.covered.end)) if explained.gone else explained.at
         from_ = min(from_, end)
         until = max(end, from_ + WIDE)
@@ -75,7 +75,7 @@ def _artist() -> Callable[[Explanation, Sequence[Bin], Path], None]:
 def document(explained: Explanation, bins: Sequence[Bin]) -> dict[str, Any]:
     """For JSON."""
     known: dict[str, Any] = encode(explained)
-    known["covered"].pop("hosts")  # what they say is in `host`
+    known["covered"].pop("hosts")  # the figures of these rows are in `host`
     return {
         **known,
         "suspicion": suspicion_document(explained.suspicion),
@@ -89,7 +89,7 @@ def document(explained: Explanation, bins: Sequence[Bin]) -> dict[str, Any]:
 
 
 def sentences(explained: Explanation) -> Iterator[str]:
-    """The answer: first what held it, by the counters; what can only be inferred comes after that, or not at all."""
+    """The answer. What held the VM by the counters comes first. An inference comes after that, or not at all."""
     yield from _state(explained)
     yield from unknown(explained)
     yield from held(explained)
@@ -199,7 +199,7 @@ def _host(explained: Explanation) -> Iterator[str]:
 
 
 def _ending(hold: Hold, explained: Explanation) -> str:
-    """What would end it, as far as the evidence tells how the policy thinks."""
+    """What would end the hold, as far as the evidence shows how the policy decides."""
     row, what = hold.action, {"Pause": "pause", "CapCpu": "cap", "Isolate": "isolation"}.get(hold.action.kind, "limit")
     evidence = row.evidence
     if row.given == "spec":
@@ -262,7 +262,7 @@ def _short(row: ActionRow, at: int) -> str:
 
 
 def sparklines(bins: Sequence[Bin], since: int, at: int, bars: str) -> Iterator[str]:
-    """A line for each signal that is known: what there was over time, and the most there was."""
+    """A line for each signal that is known: its values over time, and the highest value."""
     for name, key, unit in (
         ("bus locks", "bus_locks", "/s"),
         ("exits", "exits", "/s"),

@@ -1,4 +1,4 @@
-"""What ``orchestra why`` says of a VM that nothing holds: whether something else slows it, and who is behind it."""
+"""What ``orchestra why`` says of a VM that nothing holds: whether something else slows it, and which VM."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..policy.suspects import FEWEST, Suspect, Suspicion
 __all__ = ["suspicion_document", "verdict"]
 
 MUCH: Final = 0.1
-"""Share of a VM's time from which a wait is mentioned."""
+"""A wait is mentioned from this share of the VM's time on."""
 
 SLOWER: Final = 1.5
 
@@ -37,7 +37,7 @@ def suspicion_document(suspicion: Suspicion) -> dict[str, Any]:
 
 
 def verdict(explained: Explanation) -> Iterator[str]:
-    """Of one that nothing held for long, by the counters: whether something else slows it, and who."""
+    """For a VM that nothing held for long, by the counters: whether something else slows it, and which VM."""
     if sum(cause.share for cause in explained.causes) >= MUCH:
         return
     fared, host = explained.fared, explained.host

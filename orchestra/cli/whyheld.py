@@ -17,7 +17,7 @@ __all__ = ["capital", "figure", "held", "in_force", "per_second", "unknown", "wi
 SECOND: Final = 1_000_000_000
 
 EVENTS: Final = {"bus_locks": "bus locks"}
-"""What a meter counts, where that is not its own name."""
+"""What a meter counts, where the meter's name does not say so."""
 
 
 def capital(text: str) -> str:
@@ -28,7 +28,7 @@ def capital(text: str) -> str:
 
 
 def window(explained: Explanation) -> str:
-    """The time that the figures are about."""
+    """Names the time for which the figures hold."""
     until = explained.until if explained.gone else explained.at
     if abs(explained.end - until) < SECOND and not inner_gaps(explained):
         whole = abs(explained.seconds * SECOND - LATELY) < 1.5 * SECOND
@@ -42,12 +42,12 @@ def _from_to(explained: Explanation) -> str:
 
 
 def inner_gaps(explained: Explanation) -> list[tuple[int, int]]:
-    """Those between two times that are known."""
+    """The gaps between two known times."""
     return [(begin, end) for begin, end in explained.covered.gaps if begin > explained.begin and end < explained.end]
 
 
 def unknown(explained: Explanation) -> Iterator[str]:
-    """What of the time in question is not in the journal: nothing is said about it."""
+    """Says which parts of the time are not in the journal. The answer says nothing about these parts."""
     at = time_of_day(explained.at)
     if explained.begins is not None:
         begins = day_and_time(explained.begins)
@@ -85,7 +85,7 @@ def unknown(explained: Explanation) -> Iterator[str]:
 
 
 def held(explained: Explanation) -> Iterator[str]:
-    """What held it, what did for longest first."""
+    """What held the VM, the longest hold first."""
     for cause in explained.causes:
         made_wait = f"{_part(cause.share)} of its vCPUs' time {window(explained)}"
         if cause.kind == "waiting":
@@ -122,7 +122,7 @@ def _by(cause: Cause, first: Setter, explained: Explanation, made_wait: str) -> 
         has = "has "
     else:
         since = f"From {time_of_day(first.since, explained.at)} to {time_of_day(over, explained.at)},"
-        if cause.kind == "pause" and over - first.since < 10 * SECOND:  # a moment, and of no length in whole seconds
+        if cause.kind == "pause" and over - first.since < 10 * SECOND:  # so short that whole seconds would say nothing
             long = duration((over - first.since) / SECOND)
             since = (
                 f"For {long if long != '0 s' else 'less than 0.1 s'}, from {time_of_day(first.since, explained.at)} on,"
@@ -144,7 +144,7 @@ def _part(share: float) -> str:
 
 
 def per_second(rate: float) -> str:
-    """As `shown`, but what is little is not nothing."""
+    """As `shown`, but a small value is not shown as 0."""
     return f"{rate:.3g}" if rate < 9.95 else shown(rate)
 
 
@@ -217,7 +217,7 @@ def _several(texts: Iterable[str]) -> str:
 
 
 def in_force(explained: Explanation) -> Iterator[str]:
-    """What was in force, and is not what held it, as far as is known."""
+    """What was in force and did not hold the VM, as far as is known."""
     if explained.ends is not None and not explained.seconds:
         return  # the journal does not know the present
     waits = [one.hold for cause in explained.causes for one in cause.setters]

@@ -40,7 +40,7 @@ def draw(explained: Explanation, bins: Sequence[Bin], path: Path) -> None:
                 times, drawn, color=LIMIT, linestyle=":", linewidth=1, label="its limit", drawstyle="steps-mid"
             )
         axes[0].set_title("bus locks a second")
-        _line(axes[1], times, [one.throttled for one in bins], TURN, "for its turn")
+        _line(axes[1], times, [one.throttled for one in bins], TURN, "throttled")
         _line(axes[1], times, [one.queued for one in bins], CPU, "for a CPU")
         axes[1].set_title("part of the time that it waited")
         if host:

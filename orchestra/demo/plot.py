@@ -102,6 +102,6 @@ def _quiet(result: Result, axes: Any) -> None:
             _write(axes, begin, text, fontweight="bold")
     if any(map(any, each)):
         axes.set_ylim(0, axes.get_ylim()[1] * 1.15)
-    else:  # a rehearsal: scripts do no work
+    else:  # scripted: scripts do no work
         axes.set_yticks([0])
     axes.legend(**LEGEND)

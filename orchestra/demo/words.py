@@ -28,7 +28,7 @@ def opening(plan: Plan, fleet: Fleet, meter: Meter) -> Iterator[str]:
     yield f"Backend {fleet.backend.why}."
     match fleet.backend.name:
         case "scripted":
-            yield "A rehearsal: scripts stand in for the guests, so there is no work to be seen."
+            yield "A demonstration without guests: scripts stand in for them, so there is no work to be seen."
         case "emulated":
             yield (
                 "Every split lock is seen and counted exactly. In an emulator it stalls no other core: the noisy VMs "

@@ -217,7 +217,7 @@ class Observer:
     def look(self, now: int) -> None:
         """Add what was done since the last look to every window. `now`: nanoseconds on the fleet's clock."""
         vcpus = self._vcpus
-        # A vCPU that waits for its turn accounts no exit meanwhile, but it is not idle. So the observer looks at it
+        # A vCPU that is throttled accounts no exit meanwhile, but it is not idle. So the observer looks at it
         # again until it has stopped waiting.
         ids = self._again.union(self._fleet.core.active())
         again = {id for id in ids if (vcpu := vcpus.get(id)) is not None and self._look(vcpu, now)}

@@ -50,7 +50,11 @@ class Span:
 
 
 class HoldTracker:
-    """Reads actions in their order, and knows what is in force. Its size is that of what is in force."""
+    """Reads the rows of actions in their order, and has the holds in force after the last one.
+
+    `model.effects.ActionsInForce` does the same for actions of a live fleet. A tracker also distinguishes a limit that
+    was given at the start from a limit that was set later, as the journal does. Its size is that of what is in force.
+    """
 
     def __init__(self) -> None:
         self._held: dict[tuple[Key, str | None], Hold] = {}

@@ -1,4 +1,4 @@
-"""How far a run is held: from the command to pause to the moment when its state may be read and saved.
+"""How far a run has followed a pause: from the command to the moment when its state may be read and saved.
 
 Each vCPU reaches its levels by itself. The level of the run is the lowest level of its vCPUs. A vCPU that has ended
 counts as quiesced. `lifecycle` has the states of the run as a whole, and the drawing.
@@ -23,7 +23,7 @@ __all__ = ["Level", "PauseLevels", "PendingIo"]
 
 
 class Level(IntEnum):
-    """How far one vCPU, or a VM, is held."""
+    """How far one vCPU, or a VM, has followed a pause."""
 
     RUNNING = 0
     PAUSED = 1
@@ -32,7 +32,7 @@ class Level(IntEnum):
 
 @attrs.frozen
 class PendingIo:
-    """An access of a paused VM's guest that nobody has answered yet. It keeps the VM from being quiesced.
+    """An access of a paused VM's guest that still waits for its answer. It keeps the VM from being quiesced.
 
     Attributes:
         vcpu: the number of the vCPU that made the access.

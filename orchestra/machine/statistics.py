@@ -22,9 +22,9 @@ class VcpuStatistics:
 
     Attributes:
         state: as `Vm.state`, for this vCPU.
-        throttled: the vCPU waits for its turn right now.
+        throttled: a bucket holds the vCPU back right now.
         bus_locks: as many as the host reported; None: the host reports none.
-        throttled_seconds: how long the vCPU waited for its turn, a wait in progress included.
+        throttled_seconds: how long the vCPU was throttled, a wait in progress included.
         waits: how many times it waited.
         released: waits that ``max_delay`` ended before the turn came.
         exits: exits by the kernel's name of the reason, lower case ("io", "mmio", "hlt", "x86_bus_lock", ...).

@@ -73,7 +73,7 @@ class Vm:
 
     @property
     def throttled(self) -> bool:
-        """Whether one of the vCPUs waits for its turn right now."""
+        """Whether one of the vCPUs is throttled right now."""
         return self._control.inspection.throttled
 
     @property
@@ -94,7 +94,7 @@ class Vm:
         return self.outcome
 
     async def pause(self, *, quiesce: bool = True) -> None:
-        """Pause the VM. Returns when every vCPU is outside the guest, none waits for its turn, and all accesses of the
+        """Pause the VM. Returns when every vCPU is outside the guest, none is throttled, and all accesses of the
         guest are completed, so that registers and memory may be read and saved.
 
         A pause waits for every access that a device or a task (`requests`) has yet to answer.
@@ -117,7 +117,7 @@ class Vm:
         await (control.wait_quiesced() if quiesce else control.wait_paused())
 
     async def resume(self) -> None:
-        """Let the VM go on. A vCPU that waited for its turn before the pause waits for the rest of that time.
+        """Let the VM go on. A vCPU that was throttled before the pause waits for the rest of that time.
 
         Raises:
             StateError: the VM has ended.

@@ -1,4 +1,4 @@
-"""Why a guest came out of KVM_RUN: a type for each x86 exit reason of the kernel's API document, and a catch-all.
+"""The reasons for which KVM_RUN returns: a type for each x86 exit reason of the kernel's API document, and a catch-all.
 
 Source: Linux Documentation/virt/kvm/api.rst, section 5 (The kvm_run structure), and include/uapi/linux/kvm.h. The
 types carry no numbers: `orchestra.native.records` maps the kernel's numbers, taken from its headers, to them.
@@ -56,7 +56,7 @@ class Exit:
         wait: nanoseconds that the guest has to wait for this exit before it goes on, by the limits then in force on bus
             locks and on exits.
         bus_lock: the exit reports a bus lock (KVM_RUN_X86_BUS_LOCK), whatever its reason.
-        guest_mode: it was a guest of the guest that exited (KVM_RUN_X86_GUEST_MODE).
+        guest_mode: a nested guest exited (KVM_RUN_X86_GUEST_MODE).
         smm: the vCPU was in system management mode (KVM_RUN_X86_SMM).
     """
 

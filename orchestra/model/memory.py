@@ -1,4 +1,4 @@
-"""What a guest's memory is to be: sizes, regions, and what the pages are made of."""
+"""The specs of guest memory: sizes, regions, and what the pages are made of."""
 
 from __future__ import annotations
 
@@ -51,22 +51,22 @@ def check_size(field: str, size: object, unit: int = PAGE) -> None:
 
 @attrs.frozen
 class Memory:
-    """A VM's RAM and what it is made of, where the number of bytes is not all there is to say.
+    """A VM's RAM and what it is made of. A plain number of bytes means anonymous memory.
 
     Parameters:
         size: bytes of RAM from address 0, a multiple of 4096. Above 3 GiB it continues at 4 GiB.
-        backing: "anonymous": pages of this process alone. "shared": a memfd, which other processes can be given.
-            "file": what is in `path`, in the order of the addresses; a page becomes the VM's own when it is first
-            written, and the file is never changed. Whoever makes that file shorter while a VM runs on it ends the
-            process (SIGBUS), so give it files that nobody else writes.
+        backing: "anonymous": pages of this process alone. "shared": a memfd, which can be handed to other processes.
+            "file": the contents of `path`, in the order of the addresses. A page becomes the VM's own when it is
+            first written, and the file is never changed. If another program truncates the file while the VM runs,
+            the kernel ends this process (SIGBUS). So give the VM files that no other program writes.
         path: the file. It must be as long as the RAM, at least.
         huge_pages: take pages of 2 MiB from the host's pool (`vm.nr_hugepages`), all of them at launch. `size` must be
             a multiple of 2 MiB. Not with "file".
         dirty_ring: log written pages in a ring of so many entries for each vCPU, a power of two from 1,024 to 65,536,
-            instead of a bitmap. Reading it costs what was written and not what there is, which pays for big memories of
-            which little is written. A full ring stops the guest until it was read, and a KVM without hardware may write
-            over it: readers are then told that every page was written. None: a bitmap. Either is in use
-            only while pages are logged (`VmSpec.log_dirty`).
+            instead of a bitmap. Reading a ring costs time for each written page, and not for each page there is. So
+            a ring pays for a big memory of which the guest writes little. A full ring stops the guest until it was
+            read. A KVM without hardware may overwrite entries; readers then get every page as written. None: a
+            bitmap. Ring and bitmap are in use only while pages are logged (`VmSpec.log_dirty`).
     """
 
     size: int
@@ -100,7 +100,7 @@ class MemoryRegion:
     Parameters:
         address: guest-physical, a multiple of 4096.
         size: bytes, a multiple of 4096.
-        readonly: a guest's write leaves KVM_RUN as MMIO (KVM_MEM_READONLY) instead of reaching the memory.
+        readonly: a guest's write does not reach the memory; KVM reports it as MMIO (KVM_MEM_READONLY).
         log_dirty: written pages are logged and counted, whatever `VmSpec.log_dirty` says of the rest.
         contents: the first bytes of the region.
     """

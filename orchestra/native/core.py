@@ -61,7 +61,7 @@ BUCKETS: Final = tuple(
 RING_RECORDS: Final = 4096
 NEVER: Final = int(lib.ORC_NEVER)
 NOT_HELD: Final = [0] * len(BUCKETS)
-"""What `VcpuCore.look` returns for a vCPU that never waited for its turn. No code may change this list."""
+"""What `VcpuCore.look` returns for a vCPU that was never throttled. No code may change this list."""
 
 THREAD_NAME: Final = 15  # bytes: TASK_COMM_LEN, less its end
 _ENTER: Final = ffi.addressof(lib, "orc_enter")
@@ -239,7 +239,7 @@ class FleetCore:
         return ffi.unpack(self._ids, n) if n else []
 
     def limits_changed(self) -> None:
-        """Wake all vCPUs that wait for their turn, so that each looks at its limits again."""
+        """Wake all throttled vCPUs, so that each reads its limits again."""
         lib.orc_fleet_limits_changed(self.handle)
 
     @contextmanager
@@ -285,7 +285,7 @@ class Settled(IntEnum):
 
 @attrs.frozen
 class Counters:
-    """The counters of a vCPU. Times in nanoseconds. `throttled_since`: None unless the vCPU waits for its turn now.
+    """The counters of a vCPU. Times in nanoseconds. `throttled_since`: None unless the vCPU is throttled now.
     `held`: `throttled` by the bucket whose turn came last, in the order of `BUCKETS`."""
 
     exits: dict[str, int]

@@ -37,7 +37,7 @@ class DryRun:
         self._coming.append((time, action, policy))
 
     def let_go(self, policy: str) -> None:
-        """Undo what a policy that was removed has rehearsed."""
+        """Undo what a policy that was removed asked for."""
         self._coming = [one for one in self._coming if one[2] != policy]
         self._force.let_go(policy)
 

@@ -5,7 +5,7 @@ the tests all run this engine. Each of them brings its own source of facts and i
 the same rulings in all of them.
 
     tick(now)   pauses that last too long  → executor
-                each policy that is due    → source.facts → decide → guard → executor, or refused, or rehearsed
+                each policy that is due    → source.facts → decide → guard → executor, or refused, or a dry run
                                            → its interval, asked last: a policy that was refused may want another turn
 """
 
@@ -70,7 +70,7 @@ class Executor(Protocol):
         """
 
     def record(self, applied: Applied, cause: Exception | None = None) -> object:
-        """Keep a record of what was not tried: an action that was refused or rehearsed, or a policy that was switched
+        """Keep a record of what was not tried: an action that was refused or a dry run, or a policy that was switched
         off because it raised `cause`."""
 
 
@@ -287,7 +287,7 @@ class PolicyEngine:
             state.order = order
             if state in self._states:
                 continue
-            if guard.is_dry(state.name):  # a new dry policy also sees what the other policies have rehearsed so far
+            if guard.is_dry(state.name):  # a new dry policy also sees what the other policies asked for in dry runs
                 state.dry_run = DryRun() if dry_run is None else copy.deepcopy(dry_run)
             if self._source is not None:
                 state.window = self._source.open()
@@ -310,7 +310,7 @@ class PolicyEngine:
         for policy in policies:
             name = there.get(id(policy))
             if name is not None and self.guard.is_dry(name) != guard.is_dry(name):
-                was = "only rehearsed" if self.guard.is_dry(name) else "was no rehearsal"
+                was = "was a dry run" if self.guard.is_dry(name) else "was no dry run"
                 raise SpecError(f"guard: policy {name!r} {was} so far, and remembers that: give a new one in its place")
 
     def _let_go(self, state: PolicyState, action: Action, now: int) -> None:

@@ -229,7 +229,7 @@ class Guard:
         self._dry_records.reorder({name: order for name, order in orders.items() if self.is_dry(name)})
 
     def is_dry(self, policy: str) -> bool:
-        """Whether a policy's actions are only rehearsed."""
+        """Whether a policy's actions are a dry run."""
         if isinstance(self.dry_run, bool):
             return self.dry_run
         return any(fnmatchcase(policy, pattern) for pattern in self.dry_run)

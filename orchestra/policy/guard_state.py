@@ -58,7 +58,7 @@ class Undo:
 class GuardState:
     """The records of the real actions, or of a dry run. Times are nanoseconds on the fleet's clock.
 
-    A dry run has records of its own: an action that was only rehearsed must not stop an action that is done.
+    A dry run has records of its own: an action of a dry run must not stop an action that is done.
 
     Attributes:
         hard: the time of the last hard action on each VM.

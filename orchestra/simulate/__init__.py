@@ -1,4 +1,4 @@
-"""Rehearse policies on simulated fleets of up to a million VMs. Model, sources and limits: docs/simulate.md.
+"""Try policies on simulated fleets of up to a million VMs. Model, sources and limits: docs/simulate.md.
 
 It may import `output`, the words, and nothing that runs a guest.
 The one to copy: `cpus.py`.

@@ -1,4 +1,4 @@
-"""How guests behave: bus locks that each wants to make in a tick if nothing holds it, for a whole group at a time.
+"""How guests behave: the bus locks that each guest wants to make in a tick, for a whole group at a time.
 
 Each class is both what a scenario says (its fields) and what makes the group's state (`start`). Counts are Poisson
 around the rate. Each group draws from a generator of its own and always for all its members, so that one policy's
@@ -78,7 +78,7 @@ class _Timed:
 
 
 class _TimedCrowd:
-    """Start times and rates of its members; a subclass says what part of its rate each is at."""
+    """Start times and rates of the members. A subclass says at which part of its rate each member locks."""
 
     def __init__(self, how: _Timed, size: int, rng: Generator) -> None:
         self.size = size
@@ -109,7 +109,7 @@ class _TimedCrowd:
 
 @attrs.frozen(kw_only=True)
 class Quiet:
-    """Hardly locks: a lock now and then. Costs by what it does, not by how many there are.
+    """Makes a lock now and then. Its cost grows with the locks and not with the number of members.
 
     Parameters:
         rate: locks per second of each member. Default: none.
@@ -157,7 +157,7 @@ class _SteadyCrowd(_TimedCrowd):
 
 @attrs.frozen(kw_only=True)
 class Bursty(_Timed):
-    """At its rate for a while, then silent for a while (a two-state Markov chain, sampled at each tick).
+    """Locks at its rate for a while, then is silent for a while (a two-state Markov chain, sampled at each tick).
 
     Parameters:
         on, off: mean seconds of a burst and of a pause. Bursts shorter than a tick come out as long as a tick, at the

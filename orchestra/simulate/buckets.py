@@ -25,7 +25,7 @@ class Buckets:
     """One `policy.buckets.Bucket` for each of many places, as columns; most have no limit."""
 
     def __init__(self, size: int) -> None:
-        self.rate = np.full(size, np.inf)  # in force; inf: no limit is
+        self.rate = np.full(size, np.inf)  # the rate in force; inf: there is no limit
         self.burst = np.zeros(size)
         self.delay = np.full(size, np.inf)
         self._last = np.zeros(size)  # the rate in force, or that of the last limit; 0: there was none
@@ -91,7 +91,7 @@ def shared_waits(bucket: Ints, vcpus: Floats, think: Floats, least: Floats, rate
     """
     n = len(rate)
     low = np.zeros(n)
-    high = np.bincount(bucket, vcpus, n) / rate  # were there no time to think
+    high = np.bincount(bucket, vcpus, n) / rate  # as if a vCPU took no time between two locks
     wait = high / 2
     for _ in range(100):
         each = think + np.maximum(least, wait[bucket])
@@ -111,11 +111,11 @@ class Windows:
 
     def __init__(self, size: int, quota: float, length: float) -> None:
         self._quota, self._length = quota, length
-        self._left = np.full(size, quota)  # of the slice
+        self._left = np.full(size, quota)  # quota left in the slice
         self._end = np.full(size, -np.inf)
 
     def through(self, places: Ints, want: Floats, vcpus: Floats, now: float, tick: float) -> Floats:
-        """How many of the locks that they want each gets through in the tick that begins at `now`."""
+        """How many of the locks that each VM wants pass in the tick that begins at `now`."""
         done = np.zeros(len(places))
         rate = want / tick
         at = np.full(len(places), now)

@@ -121,7 +121,7 @@ def drawings(result: Result) -> Iterator[tuple[str, str, str]]:
     if groups and any(sum(first.series["waited"][i]) for i in groups):
         yield (
             "Throttled time, by group",
-            "vCPUs that wait for their turn at any time (seconds waited per second).",
+            "vCPUs that are throttled at any time (seconds waited per second).",
             over_time("waited", lambda axes: _waits(axes, first, scenario.vms, groups, time), "vCPUs waiting"),
         )
 

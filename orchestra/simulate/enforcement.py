@@ -15,7 +15,7 @@ __all__ = ["SimulatedEnforcement"]
 
 
 class SimulatedEnforcement:
-    """Limits and holds of one world.
+    """What is in force on all hosts of one simulated world, as arrays. `policy.Enforcement` is that of one fleet.
 
     Attributes:
         vm, pair, host: the buckets by level.

@@ -28,7 +28,7 @@ class ActionRecord:
     Attributes:
         policy: the policy's name. Empty: no policy asked, as for the end of a pause that lasted too long.
         error: why the action was not done. None: it was done.
-        refused: the guard refused the action, or it was only rehearsed. So it was not tried.
+        refused: the guard refused the action, or the action was a dry run. So it was not tried.
     """
 
     time: float
@@ -108,7 +108,7 @@ class Engines:
         return error
 
     def _watch(self, host: int, action: Action) -> None:
-        """Remember a host with a pause, also one that is only rehearsed: the pause may last too long."""
+        """Remember a host with a pause, a dry run's pause too: the engine has to end a pause that lasts too long."""
         if isinstance(action, Pause):
             self._pausing.add(host)
 

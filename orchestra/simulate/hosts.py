@@ -36,16 +36,17 @@ class Sums(Protocol):
 
 
 class _Schedule:
-    """One of the policies, on all hosts."""
+    """When one of the policies decides on each host, and the sums that it had seen by then."""
 
     def __init__(self, factory: Factory, order: int, layout: Layout, now: float) -> None:
         self.order = order
         self.interval = factory(layout.models[0]).interval
         self.due = now + (self.interval or 0.0)
-        self.decided: set[int] = set()  # hosts on which it ever did
-        self.again: list[tuple[float, int]] = []  # of one that decides once: when it wants another turn, and where
-        self.pending: list[Ints] = []  # who was active since it last decided
-        self.gone: dict[int, list[tuple[str, int]]] = {}  # who left each host since then
+        self.decided: set[int] = set()  # hosts on which the policy has decided
+        # For a policy without an interval: when it decides again, and on which host.
+        self.again: list[tuple[float, int]] = []
+        self.pending: list[Ints] = []  # VMs that were active since the policy last decided
+        self.gone: dict[int, list[tuple[str, int]]] = {}  # VMs that left each host since then
         self.last = np.full(layout.hosts, now)
         self.awake = np.full(layout.hosts, -PATIENCE - 1, np.int64)  # until which of its ticks
         self.tick = 0
@@ -165,7 +166,7 @@ class Hosts:
     def _rows(self, schedule: _Schedule, active: Ints, interval: float) -> list[VmFacts]:
         """What facts tell of the active VMs, in their order."""
         layout, sums = self.layout, self._sums
-        # Locks are a fluid: whole ones are told, and the rest with the next.
+        # Locks are a fluid. Facts have whole locks; the fraction is carried into the next tick.
         locks = np.floor(sums.locks[active]).astype(np.int64)
         seen = np.floor(schedule.locks[active]).astype(np.int64)
         counts = (locks - seen).tolist()
@@ -199,9 +200,10 @@ class Hosts:
         return rows
 
     def _catch_up(self, schedule: _Schedule, host: int, now: float, gap: float, interval: float) -> None:
-        """Tell of the time in which nothing happened, as of ticks that came ever later: each twice as long as the last.
+        """Decide for the time in which nothing happened, by ticks each of which is twice as long as the one before.
 
-        A host's first ones are told the other way round: what counts is that the last few are of the usual length.
+        Before the first decision about a host, one long tick comes first and then ticks of the usual length: what the
+        policy takes for usual must be of such ticks.
         """
         lengths: list[float] = []
         if host in schedule.decided:

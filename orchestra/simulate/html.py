@@ -53,7 +53,7 @@ def page(result: Result) -> str:
         OrchestraError: matplotlib is missing; the message says which command installs it.
     """
     scenario = result.scenario
-    title = f"{scenario.name}: a rehearsal"
+    title = f"{scenario.name}: a simulation"
     about = f"<p>{escape(scenario.about)}</p>" if scenario.about else ""
     ruled = ", ".join(result.policies) or "no policy"
     plots = "".join(
@@ -76,10 +76,10 @@ def page(result: Result) -> str:
 <section class="card wide"><details><summary>The scenario, and how to read this</summary>
 <p class="muted">A simulation shows how policies act on the guests that the scenario describes; it does not measure a
 host. The slow-down of victims is worked out by a model whose sources and limits are in orchestra's documentation
-(docs/simulate.md). <em>Guilty</em> is who wants more than its weighted max-min share of the budget while its host is
-asked for more than that. <em>Time to detect</em>: from then to the first time it is held or acted on. <em>Time to
-recover</em>: how long a host stays over its budget. <em>Time to release</em>: from the end of guilt to the end of the
-last hold.
+(docs/simulate.md). <em>Guilty</em> is a VM that wants more than its weighted max-min share of the budget while its
+host is asked for more than that. <em>Time to detect</em>: from then to the first time it is held or acted on.
+<em>Time to recover</em>: how long a host stays over its budget. <em>Time to release</em>: from the end of guilt to the
+end of the last hold.
 <em>False positives</em>: VMs held that took no more than their share. The same seed gives the same figures.</p>
 <pre>{escape(json.dumps(document(result)["scenario"], indent=1))}</pre></details></section>
 </main></body></html>

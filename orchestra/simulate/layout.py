@@ -10,7 +10,7 @@ from .scenario import Placement, Scenario, Vms
 __all__ = ["Layout"]
 
 PLACES = 0
-"""The generator's key for who is where; groups have those from 1 up."""
+"""The key of the random numbers that place VMs on hosts; groups have the keys from 1 up."""
 
 
 class Layout:

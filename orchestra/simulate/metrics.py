@@ -1,4 +1,4 @@
-"""What a simulation is judged by: who got what, who suffered, and how soon and how rightly the policies acted.
+"""The figures of a simulation: what each VM got, which VMs suffered, and how soon and how rightly the policies acted.
 
 Who is *guilty* is worked out from what guests want, whatever the policies think: over a window of a second, a VM is
 guilty when the VMs of its host together want more locks than the scenario's budget, and it wants more than its weighted

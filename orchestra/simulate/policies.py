@@ -41,7 +41,7 @@ class PolicySpec:
 
     @classmethod
     def from_data(cls, data: object, reading: Reading, at: At) -> Any:
-        """For the codec. What is wrong with it is told for each CPU, by `check_policy`."""
+        """For the codec. `check_policy` reports its mistakes for each CPU model."""
         given = reading.table({KIND: data} if isinstance(data, str) else data, at)
         if given is BAD:
             return BAD

@@ -87,7 +87,7 @@ def simulate(
         seed: in the place of the scenario's.
         policies: in the place of the scenario's: each makes a policy for one host, given its CPU.
         guard: in the place of the scenario's: its settings, for a guard of its own on each host.
-        progress: told about 100 times for each world. What it raises ends the simulation.
+        progress: called about 100 times for each world. An exception that it raises ends the simulation.
     """
     seed = scenario.seed if seed is None else seed
     window, factories = _policies(scenario, policies)

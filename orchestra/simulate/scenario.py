@@ -158,8 +158,8 @@ class Scenario:
         tick: seconds; limits, damage and policies are worked out once in each.
         seed: the same seed gives the same run, bit by bit (with the same numpy on the same kind of CPU).
         budget: the report's yardstick.
-        hosts, vms, tenants: who is there.
-        placement: who is where.
+        hosts, vms, tenants: the classes of hosts, the groups of VMs, and the tenants.
+        placement: how VMs are distributed over hosts.
         policies: what each host runs; each host has instances of its own.
         guard: what no policy may do, as live; each host has one of its own.
         settle: ticks for which the policies of a host still look at it when nobody locks there any more.

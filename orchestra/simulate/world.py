@@ -76,7 +76,7 @@ class World:
         vcpus = layout.vcpus[vms]
         host = layout.host[vms]
 
-        # First what a cap, a pause or the quarantine leaves of the demand: limits see only what still runs.
+        # Caps, pauses and the quarantine come first: limits charge only the guests that still run.
         asked = wants
         if enforcement.hindered:
             duty = enforcement.duty[vms]
@@ -88,7 +88,7 @@ class World:
         waited[done >= asked * (1 - 1e-9)] = 0.0
         lost = 1 - done / np.maximum(wants, 1e-300)
 
-        # A bus has only so much time. This comes after the limits: a VM that is slow for that reason is not throttled.
+        # The bus itself is the last limit. It comes after the buckets: a VM that the bus slows is not throttled.
         total = np.bincount(host, done, layout.hosts)
         full = total > layout.capacity * tick
         if full.any():
@@ -156,7 +156,7 @@ class World:
             if not len(under):
                 continue
             n, z, least = vcpus[under], think[under], wait[under]
-            if buckets is enforcement.vm:  # each has one of its own
+            if buckets is enforcement.vm:  # each VM has a bucket of its own
                 used, index = places[under], np.arange(len(under))
                 available = buckets.available(used, start, tick)
                 turn = np.maximum(np.maximum(n * tick / available - z, 0.0), buckets.alone(used, n, z))
@@ -169,7 +169,7 @@ class World:
         done = np.where(wait > 0, np.minimum(vcpus * tick / (think + wait), limited), limited)
         for buckets, under, used, index, available in charged:
             through = totals(index, done[under], len(used))
-            # Rounding must not make locks: an excess over the bucket that is as small as rounding errors is cut.
+            # Rounding must not make locks, so an excess over the bucket of the size of rounding errors is cut.
             over = (through > available) & (through <= available * (1 + 1e-6))
             if over.any():
                 done[under] *= np.where(over, available / np.maximum(through, 1e-300), 1.0)[index]
@@ -182,7 +182,7 @@ class World:
         self, buckets: Buckets, used: Ints, index: Ints, available: Floats, n: Floats, z: Floats, least: Floats
     ) -> Floats:
         """How long guests wait under shared buckets. `used`: the buckets. `index`: each guest's bucket in `used`."""
-        # With one vCPU under a bucket, its own time to think is the bucket's.
+        # With one vCPU under a bucket, the time between two of its locks is the time between two locks of the bucket.
         alone = buckets.alone(used, totals(index, n, len(used)), totals(index, z, len(used)))
         least = np.maximum(least, np.minimum(alone, buckets.delay[used])[index])
         short = totals(index, n * self.tick / (z + least), len(used)) > available * (1 + 1e-12)

@@ -1,4 +1,4 @@
-"""For the tests of your own control plane: a fleet without a host, in virtual time, and guests that behave as told.
+"""For the tests of your own control plane: a fleet without a host, in virtual time, and guests with a known behaviour.
 
     async def test_the_noisy_one_is_slowed(autojump_clock):  # pytest-trio's
         async with orc.open_fleet(backend=testing.backend(), limit=orc.Limit(rate=100)) as fleet:

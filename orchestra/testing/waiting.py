@@ -28,7 +28,7 @@ def run(async_fn: Callable[..., Awaitable[T]], *args: object) -> T:
 
 
 class _Watch(trio.abc.Instrument):
-    """Looks each time when trio has run every task that could run, and is about to wait or to jump."""
+    """Checks the predicate each time trio has run every task that could run, and is about to wait or to jump."""
 
     def __init__(self, predicate: Callable[[], object]) -> None:
         self.seen = trio.Event()

@@ -2,7 +2,7 @@
 
 Each is a real 64-bit image (nasm source with its bytes beside it, ``nasm -f bin -o NAME.bin NAME.asm``), and its
 parameters stand behind the image, where the guest finds them. By the same bytes `script` knows what it would do, so
-what is launched behaves the same on every backend, whoever made the `VmSpec` around the image.
+a VM behaves the same on every backend, also if a program of yours made the `VmSpec` around the image.
 
 Times and rates are of the guest's own making: what it does when nothing holds it up. One that was held up by a limit or
 a pause does not make up for it. On a real CPU it watches the time-stamp counter, so it keeps its CPU busy all the time,
@@ -45,7 +45,7 @@ TSC_KHZ: Final = 2_500_000
 LONGEST: Final = 1e9
 _FOOLISH: Final = "a guest that runs for a billion seconds and longer is `spinning`"
 
-# Behind the image: period (ns), frequency (kHz), port; for the guest. Then who it is, for `read`.
+# Behind the image: period (ns), frequency (kHz) and port, for the guest. Then the kind of guest, for `read`.
 _PARAMETERS: Final = struct.Struct("<QIH2x32s")
 _SIGNATURE: Final = "orchestra.testing."
 
@@ -108,7 +108,7 @@ def split_locking(name: str = "noisy", *, rate: float = 1000.0, **spec: Any) -> 
 def spinning(name: str = "spinning", **spec: Any) -> VmSpec:
     """Keeps its CPU busy and never exits.
 
-    In virtual time it fails after 100 years: whoever still waits for it then would wait for ever.
+    In virtual time the VM fails after 100 years, as a task that still waits for it then would wait for ever.
     """
     return _spec("spinning", name, spec)
 
