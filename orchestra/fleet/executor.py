@@ -140,6 +140,7 @@ class FleetExecutor:
             raise SpecError(f"action={action!r}: must be one of orchestra's actions")
         begun = Begun(action, policy)
         try:
+            # An eviction has no command: `on_evict` does it, which `finish` awaits.
             if not self._is_replaced(action) and not isinstance(action, Evict):
                 begun.effect = self._do(action, policy)
                 if self.takes_time(action):  # if its policy is removed meanwhile, this cap must be found
@@ -199,6 +200,7 @@ class FleetExecutor:
         """Journal an action with its outcome. The guard notes what callers do, as it judges policies by that."""
         now = self._fleet.now()
         if policy is None and error is None:
+            # Only what was done: an action that failed for a caller binds no policy.
             self.guard.judge(action, None, now, 0)
         applied = Applied(time=now, action=action, policy=policy, error=error)
         if applied.outcome == "done":
@@ -267,6 +269,7 @@ class FleetExecutor:
             raise StateError(f"can't evict vm {vm.name!r}: it is {vm.state}")
         if vm in self._leaving:
             raise StateError(f"vm {vm.name!r} is being evicted already")
+        # Before the first checkpoint, so that a second eviction finds it.
         self._leaving.add(vm)
         try:
             await self._on_evict(vm.handle, action)
@@ -361,6 +364,8 @@ class FleetExecutor:
         before = budget.limit
         change(fleet.now())
         if budget.limit != before:
+            # Only if the limit in force has changed: this wakes every throttled vCPU. The core wakes threads, the
+            # backend wakes engines that are awaited.
             fleet.core.limits_changed()
             fleet.backend.limits_changed()
 

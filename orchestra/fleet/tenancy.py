@@ -86,6 +86,7 @@ class Tenancy:
         _check(tenant, executor)
         if tenant.name in self.states:
             raise StateError(f"can't add tenant {tenant.name!r}: this fleet has it; `change_tenant` changes it")
+        # Without limits at first: `_put_limits` then sets each one and journals it, as for a tenant that changes.
         self.states[tenant.name] = TenantState(tenant, make_budgets(dict.fromkeys(Meter), now))
         self._put_limits(tenant, executor, f"add_tenant({tenant.name!r})")
 
@@ -106,6 +107,7 @@ class Tenancy:
             raise StateError(f"can't remove tenant {name!r}: it has VMs that have not ended ({alive}): stop them first")
         for vm in theirs:
             vm.release()
+        # While the tenant's state is still there: it has the budgets whose limits end.
         self._end_limits(name, executor)
         self.removed.join(state.gone)
         del self.states[name]
@@ -124,6 +126,7 @@ class Tenancy:
         for meter, budget in self.states[tenant].budgets.items():
             if budget.base is not None:
                 executor.done(SetLimit(limit=None, meter=meter, tenant=tenant, reason=reason), None)
+        # A copy, as each release takes an entry out.
         for key, held in list(executor.in_force):
             if key.tenant == tenant and (back := inverse(held.action)) is not None:
                 executor.done(attrs.evolve(back, reason=reason), held.policy)

@@ -194,6 +194,7 @@ class _JsonMaker(Maker[T]):
 
 class _ProfileMaker(Maker[ProfileRow]):
     def _made(self, values: tuple[Any, ...]) -> ProfileRow:
+        # SQLite's integers are signed, so the writer keeps an address of the upper half as a negative number.
         row = ProfileRow(*values)
         return row if row.rip >= 0 else attrs.evolve(row, rip=row.rip + (1 << 64))
 
@@ -285,6 +286,7 @@ class JournalReader:
         last = [self.query(f"SELECT max(time) FROM {table}")[0][0] for table in tables]
         known = [time for time in (*first, *last) if time is not None]
         for time in known:
+            # SQLite checks no types: a damaged file may have anything in this column.
             if not isinstance(time, int | float) or not 0 <= time <= LAST:
                 raise self._unreadable(ValueError(f"time={time!r:.80}"))
         return (round(min(known)), round(max(known))) if known else None
@@ -333,6 +335,7 @@ class JournalReader:
             tests.append("time <= ?")
             values.append(until)
         where = f" WHERE {' AND '.join(tests)}" if tests else ""
+        # Rows of one interval have the same time. rowid has the order in which they were written.
         return self._made(f"SELECT {columns} FROM {table}{where} ORDER BY time, rowid", values, make)
 
     def _made(self, sql: str, values: Sequence[Any], make: Callable[[sqlite3.Row], T]) -> Iterator[T]:
@@ -349,6 +352,7 @@ class JournalReader:
             "(SELECT 1 FROM states WHERE vm = last.vm AND session = last.session AND generation = last.generation "
             "AND time >= last.time AND rowid > last.rowid) ORDER BY time"
         )
+        # The largest integer of SQLite.
         most = (1 << 63) - 1
         values = (-1 if since is None else since, most if until is None else until)
         return self._made(query, values, self._state)
@@ -367,6 +371,7 @@ class JournalReader:
 
     def moments(self, *, since: int | None = None, until: int | None = None) -> Iterator[tuple[int, int, float]]:
         """Session, time and interval of the aggregates, each once, in the order of their time."""
+        # One query for each moment: it finds the next time in the index and reads the rows of that time alone.
         query = (
             "SELECT min(session), max(session), time, interval FROM aggregates "
             "WHERE time = (SELECT min(time) FROM aggregates WHERE time > ?)"
@@ -386,6 +391,7 @@ class JournalReader:
     def moment(self, session: int, time: int, columns: str) -> list[tuple[Any, ...]]:
         """Columns of the aggregates of one moment, as plain tuples: for callers that read millions of rows."""
         cursor = self._connection.cursor()
+        # Without Row objects, which nobody would use.
         cursor.row_factory = None
         query = f"SELECT {columns} FROM aggregates WHERE time = ? AND session = ?"
         try:

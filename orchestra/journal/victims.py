@@ -74,6 +74,8 @@ def _active(journal: JournalReader, session: int, since: int, until: int) -> lis
     found: dict[str, None] = {}
     for what in ("bus_locks", "cpu"):
         for row in journal.query(
+            # total() and not sum(): it is 0.0 where nothing is known, and does not overflow
+            # (sqlite.org/lang_aggfunc.html).
             f"SELECT vm, total({what}) AS did FROM aggregates WHERE session = ? AND time > ? AND time <= ? "
             "GROUP BY vm HAVING did > 0 ORDER BY did DESC, vm LIMIT ?",
             (session, since, until, MOST),
@@ -87,6 +89,7 @@ def _by_window(rows: Iterable[Aggregate], since: int, width: int, session: int) 
     sums: dict[int, Aggregate] = {}
     for row in rows:
         if row.session == session:
+            # A row's time is the end of its interval: a row that ends with a window belongs to that window, hence - 1.
             number = (row.time - 1 - since) // width
             before = sums.get(number)
             sums[number] = row if before is None else join(before, row)

@@ -96,11 +96,14 @@ class HostBudget:
         if not isinstance(source, str | Path):
             raise SpecError(f"source={source!r}: must be a descriptor or a path")
         try:
+            # The path comes from outside. Whatever it names, opening it must not block and must not give this process a
+            # controlling terminal.
             fd = os.open(source, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
         except (OSError, ValueError) as error:
             raise SpecError(f"source={str(source)!r}: can't be opened for reading and writing: {error}") from None
         try:
             return cls(SharedBuckets(fd))
+        # The mapping has a descriptor of its own.
         finally:
             os.close(fd)
 

@@ -81,6 +81,7 @@ class PauseLevels:
 
     def begin(self) -> None:
         """The run is told to pause."""
+        # First, as this raises if the run can't pause now: then nothing else has changed.
         self._life.happen(Event.PAUSE)
         self._asked = True
         self.number += 1
@@ -96,6 +97,8 @@ class PauseLevels:
         """The run may go on. Tasks that wait for the pause, which is taken back, go on too."""
         self._life.happen(Event.RESUME)
         self._asked = False  # from now on a report of a vCPU about that pause comes too late
+        # The events of the pause that is taken back let their tasks go. `_renew` makes others, as an event stays set
+        # and the next pause must not find itself reached.
         self.paused.set()
         self.quiesced.set()
         self._renew()
@@ -133,6 +136,7 @@ class PauseLevels:
         return len(self._gone) == len(self._levels)
 
     def _check(self) -> None:
+        # A vCPU that has ended runs no guest code, so the others decide.
         alive = [level for index, level in enumerate(self._levels) if index not in self._gone]
         if not alive:
             self.close()

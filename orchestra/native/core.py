@@ -126,6 +126,7 @@ def put_limit(bucket: Any, limit: Limit | None, now: int) -> bool:
     """Put a limit into force for this ``orc_bucket *`` at `now` ns. False: other processes change its limit
     endlessly."""
     if limit is None:
+        # The core has no None: rate 0 is no limit, and a delay of -1 is no `max_delay`.
         return not lib.orc_bucket_set(bucket, 0.0, 1.0, -1, now)
     delay = -1 if limit.max_delay is None else round(limit.max_delay * 1e9)
     return not lib.orc_bucket_set(bucket, float(limit.rate), float(limit.tokens), delay, now)
@@ -189,6 +190,7 @@ class FleetCore:
             )
         self.eventfd = int(lib.orc_fleet_eventfd(self.handle))
         self.asked_eventfd = int(lib.orc_fleet_asked_eventfd(self.handle))
+        # Buffers are made once and used for all calls: the fleet's thread alone makes these calls, one at a time.
         self._questions = ffi.new("struct orc_question[]", self.BATCH)
         self._records = ffi.new("struct orc_record[]", self.BATCH)
         self.channels: set[Channel] = set()  # channels that were not ended: kept alive, as the core has their addresses
@@ -228,6 +230,8 @@ class FleetCore:
     def active(self) -> list[int]:
         """Ids of the vCPUs that accounted an exit since the last call, and before this one."""
         ids: list[int] = []
+        # This cuts the list off here. Otherwise vCPUs that go on accounting exits would join it, and keep the loop
+        # below from ending.
         lib.orc_fleet_look(self.handle)
         while n := lib.orc_fleet_active(self.handle, self._ids, self.BATCH):
             ids += ffi.unpack(self._ids, n)
@@ -252,6 +256,7 @@ class FleetCore:
             lib.orc_fleet_urgent(self.handle, False)
 
     def close(self) -> None:
+        # First the channels: the core's fleet has their addresses. A copy, as `end` takes the channel out of the set.
         for channel in list(self.channels):
             channel.end()
         lib.orc_fleet_free(self.handle)
@@ -509,6 +514,8 @@ class VcpuCore:
     def close(self) -> None:
         """Free the core, after the runner has ended."""
         with self._open:
+            # Taken under the lock and freed after it: a wake that comes later finds no handle, and none is inside the
+            # core.
             handle, self.handle = self.handle, ffi.NULL
         lib.orc_vcpu_free(handle)
         self._buses = ()
@@ -517,6 +524,7 @@ class VcpuCore:
 @ffi.def_extern()  # type: ignore[untyped-decorator]
 def orc_proceed(context: Any, why: int) -> None:
     """A thread of the core enters Python."""
+    # No `threading.Thread` has made this thread, so nobody else hands the trace functions over.
     sys.settrace(threading.gettrace())  # as `threading` does for its threads, for coverage and debuggers
     sys.setprofile(threading.getprofile())
     ffi.from_handle(context)(why)
@@ -539,6 +547,8 @@ class Runner:
 
     def __init__(self, core: VcpuCore, vm: str, index: int, run: Any, proceed: Callable[[int], object]) -> None:
         self._context = ffi.new_handle(proceed)
+        # The kernel keeps 15 bytes of a thread's name (pthread_setname_np(3)). The VM's name is cut and the vCPU's
+        # number is kept, as it tells the threads of one VM apart.
         number, out = b"/%d" % index, ffi.new("orc_runner **")
         name = vm.encode("utf-8", "replace")[: THREAD_NAME - len(number)] + number
         result = lib.orc_runner_start(core.handle, name, run, _ENTER, self._context, out)

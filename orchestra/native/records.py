@@ -84,8 +84,12 @@ def event_mask(kinds: tuple[type[exits.Exit], ...]) -> int:
     """The mask of `VcpuCore.subscribe` for subscribers of `kinds`."""
     mask = 0
     for kind in kinds:
+        # A bit of its own, and not only the exit reason's: on Intel a bus lock rides on exits for other reasons, with
+        # the flag set (api.rst, KVM_CAP_X86_BUS_LOCK_EXIT).
         if issubclass(exits.BusLock, kind):
             mask |= EVENT_BUS_LOCK
+        # Every number without a type is an `OtherExit`. Numbers beyond the mask share its last reason bit
+        # (`orc_mask_has`).
         if issubclass(exits.OtherExit, kind):
             mask |= ((1 << OTHER_REASON) - 1) & ~sum(1 << number for number in REASON_NUMBERS.values())
             mask |= EVENT_OTHERS
@@ -135,6 +139,7 @@ def build(
         record.rip, record.has_rip = rip, 1
     for index, value in enumerate(args):
         record.arg[index] = value
+    # As the core does with what a guest writes: a record keeps the first bytes only.
     record.data_size = min(len(data), len(record.data))
     ffi.memmove(record.data, data, record.data_size)
     return record

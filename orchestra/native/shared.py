@@ -91,8 +91,10 @@ class SharedBuckets:
             StateError: this is closed, or other processes change the limit endlessly.
         """
         handle = self.check_open()
+        # On CLOCK_MONOTONIC and on no fleet's clock: all processes of the host have to agree on the time.
         if not put_limit(self.buckets[meter].handle, limit, monotonic_ns()):
             raise StateError("host budget: other processes that share it change its limit without end: stop them")
+        # After the limit is in force: who is woken by this reads the new one.
         lib.orc_budget_changed(handle)
 
     def look(self, meter: Meter) -> tuple[Limit | None, float]:
@@ -109,6 +111,7 @@ class SharedBuckets:
                 max_delay=None if raw.max_delay < 0 else raw.max_delay / 1e9,
             )
         except SpecError as error:
+            # Any process with the descriptor can write to the file, so its contents are checked like input.
             raise StateError(f"host budget: a process that shares it has written what is no limit: {error}") from None
         wait = max(0.0, raw.debt + 1 - (limit.tokens - 1)) / limit.rate
         return limit, wait if limit.max_delay is None else min(wait, limit.max_delay)

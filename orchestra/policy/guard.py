@@ -143,8 +143,10 @@ class Guard:
         claim = Claim(order, policy, time)
         dry = self.is_dry(policy)
         records = self._dry_records if dry else self._records
+        # Floors come first: the checks below, and the journal, are about the action that would be carried out.
         judged, changed = self._raised(action, vms)
         refused = self._contradicts(records, judged, claim)
+        # Bounds and cool-downs protect VMs from being held, so they never refuse a release. It needs only the right to.
         if not refused and not releases(judged):
             refused = (
                 self._failures.why_not(judged, time)
@@ -153,6 +155,8 @@ class Guard:
             )
         if refused:
             return Verdict(None, Ruling.REFUSED, refused, judged)
+        # Noted before the action is carried out: the next action of the same tick is judged with this one counted.
+        # `failed` takes the note back.
         noted = self._note(records, judged, claim)
         if dry:
             return Verdict(None, Ruling.DRY_RUN, "; ".join(filter(None, ["a dry run", changed])), judged)
@@ -194,6 +198,7 @@ class Guard:
             evidence = {"policy": claim.policy, "paused": (time - claim.time) / 1e9, "max_pause": self.max_pause}
             reason = f"paused by policy {claim.policy} for more than {self.max_pause:g} s"
             action = Resume(vm=vm, reason=reason, evidence=evidence)
+            # As a caller's, whose order is before all policies: so no policy pauses the VM again within its cool-down.
             self._note(records, action, Claim(-1, None, time))
             actions.append(action)
         return actions
@@ -254,6 +259,7 @@ class Guard:
 
     def _least(self, limit: Limit, meter: Meter, vms: int) -> tuple[Limit, str]:
         why = []
+        # 1e9 is the highest rate that a `Limit` takes; many VMs times a high floor would exceed it.
         floor = min(1e9, vms * (self.floor if meter is Meter.BUS_LOCKS else self.exit_floor))
         if limit.rate < floor:
             of = f" ({vms} VMs)" if vms > 1 else ""
@@ -280,6 +286,7 @@ class Guard:
         if EFFECTS[type(action)].axis is None:
             return ""
         for said in self._claims(records, action):
+            # A policy may go back on its own claim, and on those of the policies after it.
             if said is None or said.order >= claim.order:
                 continue
             who = "a caller" if said.policy is None else f"policy {said.policy}, which goes first,"
@@ -299,6 +306,7 @@ class Guard:
             return f"cool-down: {(time - last) / 1e9:.3g} of {self.vm_cool_down:g} s since the last one on this VM"
         if effect.what is What.PAUSE and action.vm in records.paused:
             ended, lasted = records.paused[action.vm]
+            # most_paused = lasted / (lasted + due), solved for `due`.
             due = lasted * (1 - self.most_paused) / self.most_paused
             if time - ended < due:
                 ran = f"has run for {(time - ended) / 1e9:.3g} of {due / 1e9:.3g} s since"

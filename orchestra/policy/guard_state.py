@@ -88,6 +88,7 @@ class GuardState:
     def lately(self, action: Action, time: int) -> deque[int]:
         """The times of actions of this sort in the last minute. Older times are dropped here."""
         when = self.limits if is_limit(action) else self.recent
+        # Times are added in their order, so old ones are at the left end only.
         while when and time - when[0] >= MINUTE:
             when.popleft()
         return when
@@ -123,6 +124,7 @@ class GuardState:
             if len(self.let) > MOST_REMEMBERED:
                 self.let = {at: said for at, said in self.let.items() if said.time > claim.time - cool_down}
         elif not effect.ends:
+            # The last release binds later policies only until somebody holds the VM again.
             self.let.pop(key, None)
             before = self.held.get(key)
             if before is None or claim.order < before.order:  # the claim that goes first counts
@@ -135,6 +137,7 @@ class GuardState:
         vm = action.vm or ""
         effect = EFFECTS[type(action)]
         if effect.hard:
+            # Times identify the note: if a later action has been noted since, its time counts and is not touched.
             if self.host == noted.claim.time:
                 self.host = noted.host
             if self.hard.get(vm) == noted.claim.time:
@@ -189,6 +192,7 @@ class Failures:
         before = kinds.get(_kind(action))
         # A failure long after the last wait has another cause, so the count begins anew.
         times = 0 if before is None or time - before.until > MOST_WAIT else before.times
+        # 30 only bounds the shift, which would grow without end with the failures; MOST_WAIT is reached long before.
         kinds[_kind(action)] = _Failing(times + 1, time + min(FIRST_WAIT << min(times, 30), MOST_WAIT))
 
     def why_not(self, action: Action, time: int) -> str:

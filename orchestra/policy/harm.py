@@ -261,6 +261,7 @@ class Signals:
                 return None
             worker = self._workers[key] = _Worker()
         worker.seen = facts.time
+        # A VM that a limit holds is slow because of the limit: this look would blame others for it.
         if vm.throttled + (vm.capped or 0.0) > HELD * interval:
             worker.begin()
             return None

@@ -271,6 +271,7 @@ def _compare(
     pairs = []
     for signal, values in signals.items():
         known = [i for i, value in enumerate(values) if value is not None]
+        # Less work is harm, more of any other signal is: the sign makes both a rise.
         worse = -1.0 if signal == "work" else 1.0
         ys = [worse * value for value in values if value is not None]
         for (name, activity), series in activities.items():
@@ -285,8 +286,11 @@ def _compare(
     best = [max(pair.at(shift) for pair in pairs) for shift in shifts]
     found: dict[tuple[str, str], Suspect] = {}
     for pair in pairs:
-        told = pair.at(0.0)
-        chance = (1 + sum(value >= told - 1e-9 for value in best)) / (1 + len(shifts))
+        # A test by shifts in time, which keep what each series has of itself: how often does a shifted series agree as
+        # well as the present one? `best` is the best of all pairs, so asking about many VMs makes no chance hit
+        # likelier. 1 is added to both counts, as the present is one of the cases: so the chance is never 0.
+        now = pair.at(0.0)
+        chance = (1 + sum(value >= now - 1e-9 for value in best)) / (1 + len(shifts))
         suspect = Suspect(pair.vm, pair.activity, pair.signal, pair.correlation, chance, pair.windows)
         before = found.get((pair.vm, pair.signal))
         if before is None or _by_strength(suspect) < _by_strength(before):

@@ -101,6 +101,7 @@ class KvmMachine:
         result = lib.orc_kvm_build(plan)
         if plan.vm >= 0:
             made = range(plan.vcpus_made)
+            # Until a `KvmVcpu` has taken them over, nothing else would close these if a step in between raises.
             with ExitStack() as nobodys:
                 for index in made:
                     nobodys.callback(os.close, fds[index])
@@ -108,6 +109,8 @@ class KvmMachine:
                 self.vm = KvmVm.adopt(plan.vm, kvm.vcpu_mmap_size, self.memory, bus_lock_exits=how["bus_locks"])
                 vcpus = [KvmVcpu(self.vm, fds[index], runs[index], kvm.vcpu_mmap_size) for index in made]
                 nobodys.pop_all()
+            # Also after a step that failed: what was made by then gets its owners, so that `close` gives all of it
+            # back.
             irqchip = irqchip_kind(spec.irqchip)
             self.interrupts = self.vm.interrupts if irqchip == "full" else None
             self.wires = KvmWires(self.vm, irqchip)
@@ -176,6 +179,7 @@ class KvmBackend:
         self._supported = kvm.supported_cpuid().entries()
         # api.rst 4.4: KVM_CAP_MAX_VCPUS; without it as many as recommended; without that, 4
         self._max_vcpus = kvm.extension(lib.KVM_CAP_MAX_VCPUS) or kvm.extension(lib.KVM_CAP_NR_VCPUS) or 4
+        # KVM_CHECK_EXTENSION gives the largest ring in bytes, for either capability; a host may have only one of them.
         rings = (lib.KVM_CAP_DIRTY_LOG_RING_ACQ_REL, lib.KVM_CAP_DIRTY_LOG_RING)
         self._most_ring = max(map(kvm.extension, rings)) // ffi.sizeof("struct kvm_dirty_gfn")
         self._sync_regs = bool(kvm.extension(lib.KVM_CAP_SYNC_REGS) & lib.KVM_SYNC_X86_REGS)

@@ -57,6 +57,7 @@ class Part(ABC, Generic[T]):
         try:
             return call(owner.fd, name, argument)
         except KvmError as error:
+            # KVM answers an ioctl that it lacks with one of these, but each of them may also mean a bad argument.
             if error.errno in (errno.EINVAL, errno.ENOTTY, errno.ENXIO, errno.EIO):
                 self.require(owner)
             raise

@@ -14,6 +14,8 @@ from .vm import KvmVm
 
 __all__ = ["Kvm"]
 
+# Without immediate_exit, a signal between the last look at the commands and KVM_RUN would be lost, and the kick with it
+# (api.rst, 5: immediate_exit).
 _NEEDED = ("KVM_CAP_USER_MEMORY", "KVM_CAP_IMMEDIATE_EXIT")
 
 
@@ -77,6 +79,8 @@ class Kvm:
             try:
                 call(self.fd, "KVM_GET_SUPPORTED_CPUID", buffer)
             except KvmError as error:
+                # E2BIG does not say how many entries there are (api.rst, 4.46), so the room is doubled, up to far more
+                # than any CPU has.
                 if error.errno != errno.E2BIG or room > 1 << 16:
                     raise
                 room *= 2

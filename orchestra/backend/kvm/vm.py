@@ -284,6 +284,8 @@ class KvmVm:
         Raises ResourceLimit (no file descriptor or memory left; nothing stays behind), KvmError (EEXIST, EINVAL).
         """
         fd = call(self.fd, "KVM_CREATE_VCPU", index)
+        # Also if the mapping fails below: the kernel keeps a vCPU that was created until the VM ends, without its
+        # descriptor too (virt/kvm/kvm_main.c, kvm_destroy_vcpus).
         self._has_vcpus = True
         try:
             return KvmVcpu(self, fd, map_run(fd, self._vcpu_mmap_size), self._vcpu_mmap_size)
@@ -305,7 +307,11 @@ class KvmVm:
         if self._statistics is not None:
             self._statistics.close()
             self._statistics = None
+        # Before the descriptor: a device that sets a line from here on finds the VM closed. Afterwards the number may
+        # already be another file's.
         lib.orc_interrupts_close(self.interrupts)
+        # Forgotten first: Linux frees the number even if close() fails (close(2)), so a second try could close another
+        # file.
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)

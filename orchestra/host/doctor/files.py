@@ -50,6 +50,7 @@ class Host:
 
     def number(self, path: str) -> int | None:
         text = self.read(path)
+        # 20 digits hold every number of 64 bits.
         return int(text) if re.fullmatch(r"-?[0-9]{1,20}", text) else None
 
     @cached_property
@@ -79,6 +80,7 @@ class Host:
         settings = re.findall(r"(?:^|\s)split_lock_detect=(\S+)", self.read("proc/cmdline"))
         if not self.flags & {"split_lock_detect", "bus_lock_detect"}:
             return "off", "off (the CPU has no detection for host programs)"
+        # Of several the last counts (cmdline_find_option in arch/x86/lib/cmdline.c).
         mode = settings[-1].partition(":")[0] if settings else ""
         if mode in ("off", "warn", "fatal", "ratelimit"):
             return mode, settings[-1]

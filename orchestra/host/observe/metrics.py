@@ -113,6 +113,7 @@ class HostSignals:
             return HostFacts(absent={**self.absent, **absent})
         passed = max(1, until.time - since.time)
         pressure = {
+            # Clipped to a share: clock and counters are not read at one instant.
             signal: min(1.0, max(0.0, (total - since.pressure[signal]) * 1000 / passed))
             for signal, total in until.pressure.items()
             if signal in since.pressure
@@ -120,6 +121,7 @@ class HostSignals:
         probed = None if self._probe is None else self._probe.medians(since.samples, until.samples)
         before, after = since.cache.traffic, until.cache.traffic
         return HostFacts(
+            # Asked each time: a cpuset may change while the fleet runs.
             cpus=len(os.sched_getaffinity(0)),
             lock_ns=None if probed is None else probed[0],
             memory_ns=None if probed is None else probed[1],

@@ -102,6 +102,7 @@ class Bus:
         if self.handle == ffi.NULL:
             raise MemoryError("orc_bus_new")
         self._claims: list[Claim] = []
+        # From 1: the core says 0 where nobody has claimed (`orc_bus_find`).
         self._versions = count(1)
         self._lock = Lock()
 
@@ -116,6 +117,7 @@ class Bus:
         """
         with self._lock:
             self._check(span, self._claims)
+            # Reentrant: a device may release or move its own claim within a call.
             added = self._made(span, handler, lock or RLock())
             self._replace([*self._claims, added])
             return added
@@ -136,6 +138,7 @@ class Bus:
             self._check(span, others)
             moved = self._made(span, claim.handler, claim.lock)
             self._replace([*others, moved])
+        # Outside the bus's lock: the call that this waits for may itself claim, move or release.
         claim.retire()
         return moved
 
