@@ -92,6 +92,7 @@ class _Executor:
     ) -> Done:
         if not self._fleet.takes_time(action):
             return self._fleet.apply_nowait(action, policy).error
+        # Begun here and not in the task: commands have the order in which the policies decided.
         self._fleet.start_soon(self._finish, self._fleet.begin(action, policy), verdict, state)
         return PENDING
 
@@ -118,7 +119,7 @@ class PolicyRunner:
             policies,
             guard,
             now=fleet.now(),
-            executor=_Executor(fleet, lambda *told: self._engine.settle(*told)),
+            executor=_Executor(fleet, lambda *outcome: self._engine.settle(*outcome)),
             source=activity,
             strict=strict,
         )
@@ -173,6 +174,7 @@ class PolicyRunner:
                     self._watched |= new
                     for trigger in self._activity.host.triggers(new):
                         nursery.start_soon(self._watch, trigger)
+                # Made before the tick: a wake during the tick sets this one, so it is not lost.
                 self._hurry = trio.Event()
                 due = await self.tick()
                 with trio.move_on_after(math.inf if due is None else max(0.0, (due - self._fleet.now()) / 1e9)):
@@ -213,6 +215,7 @@ class PolicyRunner:
         await self._read_logs(now)
         if self._observer is not None:
             self._observe(self._observer, now)
+        # Only if a policy has decided: otherwise the observer may have seen the host more lately than the engine.
         before = self._engine.host
         self._engine.tick(now)
         if self._engine.host is not before:
@@ -221,6 +224,7 @@ class PolicyRunner:
         if self._observer is not None:
             passed = self._observer.passed
             dues.append(self._observer.due if passed is None else passed.due)
+        # While a policy holds a VM paused, the guard must look regularly whether the pause lasts too long.
         if self._engine.pausing:
             dues.append(now + OVERDUE)
         if (due := self._activity.logs.next(now)) is not None:

@@ -105,6 +105,7 @@ def causes(
     for state, since, until in _idle(states, begin, end):
         last[STATES[state.state]] = state
         add(STATES[state.state], "", (until - since) / SECOND * vcpus, since, until)
+    # Never 0, as the journal may cover none of the time.
     whole = max(seconds, 1e-9) * vcpus
     found = []
     for (kind, name), much in held.items():

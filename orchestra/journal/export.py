@@ -69,6 +69,7 @@ def rows(
         given["kind"] = _one_of("kind", given["kind"], KINDS)
     if "outcome" in given:
         given["outcome"] = _one_of("outcome", given["outcome"], OUTCOMES)
+    # The reader's methods are named after the tables, and TABLES was checked above: no other attribute can be reached.
     read: Callable[..., Iterator[Row]] = getattr(journal, table)
     return read(since=since, until=until, **given)
 

@@ -146,7 +146,7 @@ class Guard:
         # Floors come first: the checks below, and the journal, are about the action that would be carried out.
         judged, changed = self._raised(action, vms)
         refused = self._contradicts(records, judged, claim)
-        # Bounds and cool-downs protect VMs from being held, so they never refuse a release. It needs only the right to.
+        # Bounds and cool-downs protect VMs from being held, so they never refuse a release.
         if not refused and not releases(judged):
             refused = (
                 self._failures.why_not(judged, time)

@@ -119,6 +119,7 @@ class LadderState:
     @property
     def patience(self) -> int:
         """By how much the VM's relapses multiply the time in the clear that its step asks for."""
+        # 30 bounds the number that is made; PATIENCE decides long before.
         return min(PATIENCE, 1 << min(self.relapses, 30))
 
     def on_probation(self, step: int, time: int) -> bool:
@@ -130,6 +131,7 @@ class LadderState:
 
     def fall(self, time: int, tail: float) -> None:
         """Go one step down. `tail` is the probation after leaving the step, in seconds, before relapses lengthen it."""
+        # Before `_move`, which changes `at`: the probation is about the step that the VM leaves.
         self.probation[self.at] = time + round(tail * self.patience * 1e9)
         self._move(self.at - 1, Standing.RETURNING if self.at > 1 else Standing.OBSERVED, time)
         self.busy = 0

@@ -54,6 +54,7 @@ def _refused(path: Path, error: OSError) -> ResourceLimit:
 def _write(path: Path, text: str) -> None:
     """Write to a cgroup file. This never makes a file: a missing file means a missing controller."""
     try:
+        # One write() for the whole text, as the kernel takes each write for a complete value; and no O_CREAT.
         fd = os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC)
         try:
             os.write(fd, text.encode())
@@ -93,6 +94,7 @@ class ThreadCap:
         except OSError as error:
             raise _refused(self.folder, error) from error
         try:
+            # A new cgroup is a domain, into which no single thread can be moved (admin-guide/cgroup-v2.rst, Threads).
             _write(self.folder / "cgroup.type", "threaded")
         except ResourceLimit:
             self.remove()
@@ -126,6 +128,8 @@ class ThreadCap:
         if self._inside and threading.get_native_id() == self._tid:
             _write(self._parent / "cgroup.threads", "0")
             self._inside = False
+            # Threads that the vCPU's thread has started while inside are born in its cgroup, which can't be removed
+            # with them.
             for other in (self.folder / "cgroup.threads").read_text().split():
                 try:
                     _write(self._parent / "cgroup.threads", other)

@@ -140,6 +140,8 @@ class CgroupCaps:
         try:
             for index, tid in threads.items():
                 if index not in self._caps:
+                    # Made empty and loose first, and filled by the thread itself: no thread is ever held by a cap that
+                    # it has not entered.
                     made[index] = self._cgroup.cap(f"{self._name}.{index}", tid)
                     made[index].put(share, loose=True)  # until the thread has reported that it is in
             for cap in self._caps.values():
@@ -151,6 +153,7 @@ class CgroupCaps:
         self._share = share
         self._caps |= made
         self._entering.update(made.values())
+        # Last: only when all cgroups are made and nothing can fail any more, does a thread learn of its cap.
         for index, cap in made.items():
             self._ask(index, partial(self._enter, index, cap))
 
@@ -158,9 +161,11 @@ class CgroupCaps:
         caps, self._caps = self._caps, {}
         for index, cap in caps.items():
             try:
+                # No quota any more, before the thread has left: it may be held just now, and then could not leave.
                 cap.put(None)
             except ResourceLimit as error:
                 log.error("vm %s: %s", self._name, error.strerror)
+            # The cgroup goes, so its time is added up here.
             self._held[index] += cap.held()
             self._lifted.append(cap)
             self._ask(index, partial(self._leave, cap))
@@ -192,6 +197,7 @@ class CgroupCaps:
                 self._problem = error
                 self._lift()
                 self._failed(error)
+        # A new event for the next change, as an event can't be unset; `settled` looks again at what is left.
         self._changed.set()
         self._changed = trio.Event()
 
@@ -220,6 +226,7 @@ class CgroupCaps:
         return self._ending or self._hurries > 0
 
     def hurry(self, on: bool) -> None:
+        # Written only when the answer changes: several callers may be in a hurry at once.
         before = self._loose
         self._hurries += 1 if on else -1
         if self._loose != before:
@@ -248,6 +255,8 @@ class CgroupCaps:
         left = [*self._caps.values(), *self._lifted]
         self._caps = {}
         self._lifted = []
+        # A thread that has ended may still be in its cgroup for a moment, and rmdir fails until then. This runs on a
+        # worker thread, so a sleep harms nobody.
         end = time.monotonic() + PATIENCE
         for cap in left:
             while not cap.remove():

@@ -67,6 +67,7 @@ class Quarantine:
         self.cpus = cpus
         self._group = group
         self._moved = moved
+        # As it is now, to be given back later: the mask of a thread that is isolated says nothing of it any more.
         self._all = frozenset(os.sched_getaffinity(0))
 
     def confine(self, threads: Iterable[int]) -> None:
@@ -88,6 +89,7 @@ class Quarantine:
         except ResourceLimit:
             self._let_run(placed)
             raise
+        # Last, as it can't be refused with an error that would have to be undone.
         _core_scheduling(PR_SCHED_CORE_CREATE, placed)
         self._notify(threads, True)
 
