@@ -169,6 +169,7 @@ class ScriptedEngine:
         if self.access.count:  # elements that were answered since the last return
             lib.orc_vcpu_answered(handle, self.access.count, backend.now())
         while True:
+            # Taken before the commands are read: a kick in between sets this event, so that no wait below misses it.
             kicked = self._kicked
             commands = self.core.commands()
             if lib.orc_access_next(handle):
@@ -193,6 +194,8 @@ class ScriptedEngine:
                 begun = trio.current_time()
                 with trio.move_on_after(self._left):
                     await kicked.wait()
+                # A command interrupts the guest's time and does not shorten it: the rest is waited for at the next
+                # entry.
                 self._left -= trio.current_time() - begun
                 if kicked.is_set() and self._left > 0:
                     continue
@@ -261,6 +264,7 @@ class ScriptedEngine:
         """Nothing: there is no thread."""
 
     def kick(self) -> None:
+        # A new event for the next wait, as an event stays set.
         self._kicked.set()
         self._kicked = trio.Event()
 

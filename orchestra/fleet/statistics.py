@@ -159,6 +159,7 @@ class Figures:
 def summarise(fleet: Summed) -> FleetStatistics:
     """The statistics of a whole fleet."""
     tenant_states, detection, figures = fleet.tenant_states, fleet.bus_lock_detection, fleet.figures()
+    # Copies: the VMs that are still here are added for this call only.
     sums = {name: state.gone.copy() for name, state in tenant_states.items()}
     states: dict[str, int] = {}
     live = dict.fromkeys(tenant_states, 0)

@@ -98,6 +98,7 @@ class Supervisor:
         self.check_open(f"launch {spec.name!r}")
         context = self._context
         state = context.tenancy.state_of(spec.tenant or DEFAULT_TENANT, spec.name)
+        # Every check comes before anything is made or dropped: what is refused leaves the fleet as it was.
         for placed in desired.limits:
             if placed.meter is Meter.BUS_LOCKS:
                 field = "limit" if placed.vcpu is None else "vcpu_limit"
@@ -113,6 +114,7 @@ class Supervisor:
             check_device(device, ports, mmio)
 
         vm = make_vm(context, spec, state.tenant.name, (context.tenancy.host, state.budgets), desired, devices)
+        # Only now, as making the new VM may fail: then the ended VM keeps its name and its figures.
         if previous is not None:
             self.drop(previous)
         self.controls[spec.name] = vm  # before the first checkpoint: another launch finds the name taken
@@ -157,6 +159,7 @@ class Supervisor:
         finally:
             state.live -= 1
             self.live -= 1
+            # Each step alone: one that fails must not keep the others from giving back what they hold.
             for step in context.ended(vm):
                 with contained(f"vm {vm.name}: leaving the fleet"):
                     step(vm)
@@ -181,7 +184,7 @@ class Supervisor:
         return 0 if state is None else state.live
 
     async def stop(self, reason: str) -> dict[str, Outcome]:
-        """Stop all VMs: first all are told, then all are awaited, so they stop side by side. Outcomes by name."""
+        """Command all VMs to stop, then wait for each: so they stop side by side. Returns the outcomes by name."""
         vms = list(self.controls.values())
         for vm in vms:
             vm.stop_nowait(Stopped(reason), journal=True)

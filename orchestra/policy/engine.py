@@ -191,6 +191,7 @@ class PolicyEngine:
             self._record_dry(verdict.judged, state.name, now, verdict.reason)
         elif verdict.action is None:
             self._refuse(verdict, state.name, now)
+            # The action as the policy asked for it, and not as the guard judged it: the policy has to recognise it.
             _notify_refused(state.policy, action, verdict.reason)
         else:
             done = self._executor.do(verdict.action, state.name, verdict, state, now)
@@ -211,6 +212,7 @@ class PolicyEngine:
         if error is None or verdict.action is None:
             return
         self.guard.failed(verdict, now)
+        # A policy that was removed or switched off meanwhile has nothing left to decide by the outcome.
         if not state.on:
             return
         try:
@@ -277,6 +279,7 @@ class PolicyEngine:
 
     def _place(self, policies: list[Policy], guard: Guard, now: int) -> list[PolicyState]:
         """Install the policies in their order, and return the states of those that were removed."""
+        # By identity: two policies that are equal have memories of their own.
         there = {id(state.policy): state for state in self._states}
         dry_run = next(self._dry_runs(), None)
         states = []

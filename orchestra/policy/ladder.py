@@ -113,8 +113,10 @@ class Ladder(Metered):
         reading = Reading(facts, self.meter, self._harm)
         first = self.steps[0]
         for vm in facts.vms.values():
+            # A state is made at the first bad tick: the ladder keeps nothing about VMs that behave.
             if self._vms.of(vm) is None and reading.holds(first, vm):
                 self._vms[vm.name] = LadderState(vm.name, vm.generation, vm.vcpus, facts.time)
+        # A copy, as a state that is forgotten leaves the table in between.
         return [action for state in list(self._vms.values()) for action in self._step(state, facts, reading)]
 
     def refused(self, action: Action, reason: str) -> None:
