@@ -7,7 +7,7 @@
 struct orc_console {
 	pthread_mutex_t lock; /* all of it; nothing is locked within */
 	orc_u64 total;
-	bool wanted; /* somebody waits for output, and was not told yet */
+	bool wanted; /* a task waits for output, and was not notified yet */
 	uint8_t *kept; /* byte n of the output is at n modulo `room`, which grows as long as nothing was overwritten */
 	size_t room;
 };

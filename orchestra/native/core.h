@@ -213,7 +213,7 @@ static inline bool orc_mask_has(orc_u64 mask, unsigned reason, unsigned flags)
 	return mask & (1ull << (reason < ORC_REASONS - 1 ? reason : ORC_REASONS - 2));
 }
 
-/* Whether somebody listens to them. */
+/* Whether an exit of that reason and flags has subscribers. */
 static inline bool orc_is_subscribed(const orc_vcpu *v, unsigned reason, unsigned flags)
 {
 	orc_u64 mask = atomic_load_explicit(&((orc_vcpu *)v)->event_mask, memory_order_acquire);
@@ -258,8 +258,8 @@ void orc_talk(orc_vcpu *);
 /* Output of a device: kept, and announced if somebody waits for it. */
 void orc_console_say(orc_console *, orc_vcpu *by, const uint8_t *data, size_t size);
 int orc_signal_send(int thread); /* one of this process; 0 or a negative errno */
-/* As orc_vcpu_account. `subscribed`: what orc_is_subscribed said of this exit, asked once and before it was described: a subscription that
- * comes in between would otherwise have a record told that describes another exit. */
+/* As orc_vcpu_account. `subscribed`: the answer of orc_is_subscribed about this exit, asked once and before the exit was
+ * described: a subscription that comes in between would otherwise get a record that describes another exit. */
 orc_ns orc_account(orc_vcpu *, struct orc_record *, orc_ns now, bool subscribed);
 /* Runner: a run of an engine, from Python and back to it. `guest` enters the guest until something is to be decided. What a task
  * answers is asked and waited for here. */

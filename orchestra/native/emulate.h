@@ -115,7 +115,7 @@ struct orc_attempt {
 
 struct orc_replay {
 	struct orc_touch answers[ORC_TOUCHES]; /* to what the instruction reads, in that order, as far as known */
-	unsigned answered, delivered;          /* and how many of its writes were told */
+	unsigned answered, delivered;          /* and how many of its writes were reported */
 	bool once;                             /* what it reads twice has one answer */
 };
 
@@ -139,7 +139,7 @@ struct orc_emulator {
 	bool alone;         /* the instruction at RIP was met already: it is executed by itself, and hooks let it pass */
 	bool careful;       /* a fault may belong to an instruction further on: execute one at a time */
 	bool stepping, stepped;
-	/* What completes the access that was told, when the guest is entered again; NULL: nothing is to be. */
+	/* What completes the access that was reported, when the guest is entered again; NULL: nothing is to be. */
 	enum orc_why (*pending)(struct orc_emulator *);
 	uint8_t data[ORC_IO_BYTES]; /* of that access: a write's bytes, or where a read's answer comes */
 	uint32_t io_count;          /* how many elements it has */
@@ -247,7 +247,7 @@ void orc_on_instruction(uc_engine *, uint64_t address, uint32_t size, void *e);
 void orc_meet_begin(struct orc_emulator *);
 /* The instruction met was executed by us: RIP goes behind it. */
 void orc_meet_done(struct orc_emulator *);
-/* The breakpoint there was told: the guest passes it the next time. */
+/* The breakpoint there was reported: the guest passes it the next time. */
 void orc_meet_reported(struct orc_emulator *);
 
 /* ---- emulate_locks.c ------------------------------------------------------------------------------------------ */

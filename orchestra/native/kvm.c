@@ -218,7 +218,7 @@ static enum orc_why run_guest(orc_vcpu *v)
 				return ORC_ERROR;
 			name(&v->record, run, 0);
 			describe(&v->record, run);
-			orc_vcpu_account(v, &v->record, orc_now()); /* described whoever listens */
+			orc_vcpu_account(v, &v->record, orc_now()); /* described whether it has subscribers or not */
 			return ORC_EXIT;
 		}
 

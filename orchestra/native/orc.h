@@ -179,7 +179,7 @@ orc_budget *orc_budget_attach(int fd, const char **problem);
 void orc_budget_detach(orc_budget *); /* no fleet has it */
 int orc_budget_fd(const orc_budget *);
 orc_bucket *orc_budget_bucket(orc_budget *, int meter);
-uint32_t orc_budget_changes(const orc_budget *); /* how many changes of limits were told; wraps */
+uint32_t orc_budget_changes(const orc_budget *); /* how many changes of limits were published; wraps */
 /* A limit of it changed: wakes whoever waits, in all processes. */
 void orc_budget_changed(orc_budget *);
 /* Before the fleet has a vCPU: their waits end when a limit of the budget changes. It outlives the fleet. */
@@ -282,7 +282,7 @@ void orc_vcpu_hold(orc_vcpu *);          /* sets ORC_HOLD, before there is a run
 /* Runner, before orc_vcpu_account: the exit stands for so many accesses, the elements of a string instruction. Without this
  * an exit is one. */
 void orc_vcpu_weigh(orc_vcpu *, uint32_t accesses);
-/* Runner: counts one exit, charges the buckets, tells it if somebody listens. Returns when the vCPU may go on
+/* Runner: counts one exit, charges the buckets, writes a record if it has subscribers. Returns when the vCPU may go on
  * (ORC_NEVER: at once). Counts a bus lock by the flag and by nothing else. */
 orc_ns orc_vcpu_account(orc_vcpu *, struct orc_record *, orc_ns now);
 /* Runner, after orc_vcpu_account: Python has answered so many accesses of this exit. Counts and charges them; they are paid
@@ -481,7 +481,7 @@ enum { ORC_CONSOLE_KEPT = 64 * 1024 };
 typedef struct orc_console orc_console;
 orc_console *orc_console_new(void);
 void orc_console_free(orc_console *);
-bool orc_console_put(orc_console *, const uint8_t *, size_t); /* whether the one who waits for output is to be told */
+bool orc_console_put(orc_console *, const uint8_t *, size_t); /* whether the task that waits for output is to be notified */
 /* A new console as one that has had `total` bytes, of which these are the last that it kept. False: it can't have. */
 bool orc_console_load(orc_console *, orc_u64 total, const uint8_t *, size_t);
 orc_u64 orc_console_total(orc_console *);

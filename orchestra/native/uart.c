@@ -309,7 +309,7 @@ static void set_up(orc_uart *u, orc_uart_output output, void *to, orc_uart_inter
 	u->interrupt = interrupt;
 	u->line = line;
 	power_on(&s);
-	take_over(u, &s); /* and nobody is told of the line, which is low */
+	take_over(u, &s); /* and the line, which is low, is not set */
 	pthread_mutex_init(&u->lock, NULL);
 }
 

@@ -103,7 +103,7 @@ void orc_vcpu_name(orc_vcpu *v, uint32_t vm, uint32_t vcpu)
 int orc_vcpu_subscribe(orc_vcpu *v, orc_u64 mask)
 {
 	if (mask && !v->ring.records) {
-		/* Only now: a vCPU that nobody listens to needs no ring, and each mapping of a process makes its next
+		/* Only now: a vCPU without subscribers needs no ring, and each mapping of a process makes its next
 		 * KVM_CREATE_VM slower. Mapped, so that it costs memory only as it is written. */
 		void *records = mmap(NULL, ring_size(v), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
 				     -1, 0);
