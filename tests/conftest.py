@@ -86,8 +86,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def keep_bytecode(config: pytest.Config) -> None:
     """Where no bytecode may be written beside the sources (PYTHONDONTWRITEBYTECODE), it goes into pytest's cache.
 
-    Without any, each worker compiles all tests anew, with their assertions rewritten (7 s of CPU), and each of a hundred
-    child processes compiles all of orchestra (0.2 s). Workers and children are told by the environment.
+    Without any, each worker compiles all tests anew, with their assertions rewritten (7 s of CPU), and each of many
+    child processes all of orchestra (0.2 s). Workers and children are told by the environment.
     """
     if sys.dont_write_bytecode and hasattr(config, "cache"):
         sys.dont_write_bytecode = False
@@ -104,6 +104,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, problem in problems.items():
             if problem is not None and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=problem))
+    # Long ones first: at the end one worker would wait for another that has only begun such a test.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 def pytest_collection_finish() -> None:
