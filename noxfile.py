@@ -60,13 +60,17 @@ CLAIMED = [c.rpartition(" ")[2] for c in PROJECT["project"]["classifiers"] if c.
 PYTHONS = [version for version in CLAIMED if _find(version)]
 
 
+# In halves of the suite, so that what a module makes for its tests is made once; who is done takes of the other's.
+SPREAD = ("-n", "auto", "--dist", "worksteal")
+
+
 @nox.session(python=PYTHONS)
 def tests(session: nox.Session) -> None:
     """The test-suite with coverage, on each Python found; `-- --no-cov` for without."""
     # Editable: the extension module uses the stable ABI, so the one built in the tree serves every session.
     session.install("-e", ".[test]")
     # What measures time has the machine for itself; all the rest is spread over its CPUs.
-    session.run("pytest", "--cov", "--cov-report=", "-n", "auto", "-m", "not timed", *session.posargs)
+    session.run("pytest", "--cov", "--cov-report=", *SPREAD, "-m", "not timed", *session.posargs)
     session.run("pytest", "--cov", "--cov-append", "--cov-report=term-missing", "-m", "timed", *session.posargs)
 
 
@@ -96,6 +100,27 @@ def bench(session: nox.Session) -> None:
     """The benchmarks, as one table of ratios. Wants a quiet machine."""
     session.install("-e", ".[cli,plot]")
     session.run("python", "-m", "benchmarks", *session.posargs)
+
+
+# Files that have a number to be made larger, and its name.
+MORE = {
+    "tests/test_backend_emulated_differential.py": "ORCHESTRA_DIFFERENTIAL",
+    "tests/test_journal.py": "ORCHESTRA_KILLS",
+    "tests/test_journal_causes.py": "ORCHESTRA_AFTERNOONS",
+    "tests/test_policy_engine.py": "ORCHESTRA_RULINGS",
+    "tests/test_policy_guard.py": "ORCHESTRA_PAUSES",
+    "tests/test_simulate_buckets.py": "ORCHESTRA_HOSTS",
+    "tests/test_soak.py": "ORCHESTRA_SOAK",
+}
+
+
+@nox.session
+def soak(session: nox.Session) -> None:
+    """The tests with random programs, kills and many VMs, with more of each than the suite has: for the night."""
+    session.install("-e", ".[test]")
+    session.run(
+        "pytest", *(session.posargs or MORE), env=dict.fromkeys(MORE.values(), "200") | {"ORCHESTRA_SOAK": "30"}
+    )
 
 
 @nox.session

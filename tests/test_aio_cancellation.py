@@ -551,9 +551,12 @@ def test_a_program_ends_when_it_is_interrupted(door, times: int):
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "up\n"
-        for _ in range(times):
-            process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=LIMIT)
+        try:
+            for _ in range(times):
+                process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=LIMIT)
+        finally:
+            process.kill()  # one that did not hear would be waited for at the end of the block, for ever
     assert err == ""
     assert out.splitlines()[-1] == "interrupted"
     assert process.returncode == 0

@@ -15,6 +15,8 @@ import pytest
 
 from conftest import emulated_problem, kvm_problem
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 EXPECTED = {
     "hello": ["Hello from a guest!", "Halted()"],

@@ -1,4 +1,7 @@
-"""Many VMs at once, and VMs coming and going: nothing grows. `ORCHESTRA_SOAK=300` goes on for 300 seconds."""
+"""Many VMs at once, and VMs coming and going: nothing grows. `ORCHESTRA_SOAK=300` goes on for 300 seconds.
+
+The suite takes half as long and has 200 VMs at once; with ORCHESTRA_SOAK there are 500, as in CI and in `nox -s soak`.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,8 @@ from orchestra.native.core import FleetCore
 
 pytestmark = [pytest.mark.slow, pytest.mark.timed]
 
-SECONDS = float(os.environ.get("ORCHESTRA_SOAK", "2"))
+SECONDS = float(os.environ.get("ORCHESTRA_SOAK", "1"))
+MANY = 500 if "ORCHESTRA_SOAK" in os.environ else 200
 STORM = b"\xe6\x80\xeb\xfc"  # out 0x80, al / jmp
 ONE_EXIT = b"\xe6\x80\xf4"  # out 0x80, al / hlt
 SPECS = [
@@ -45,32 +49,32 @@ def holds() -> tuple[int, int]:
 
 
 @pytest.mark.kvm
-async def test_500_vms_run_at_once_and_all_of_them_exit(nothing_left):
+async def test_many_vms_run_at_once_and_all_of_them_exit(nothing_left):
     async with orc.open_fleet(backend="kvm", bus_locks="off") as fleet:
         code = orc.FlatImage(code=ONE_EXIT)
         async with trio.open_nursery() as nursery:
-            for index in range(500):
+            for index in range(MANY):
                 nursery.start_soon(fleet.launch, orc.VmSpec(name=f"vm{index}", boot=code, memory=64 * orc.KiB))
         with trio.fail_after(60):
             for vm in fleet.vms.values():
                 assert await vm.wait() == orc.Halted()
         statistics = fleet.statistics()
-        assert statistics.exits == {"io": 500, "hlt": 500}
-        assert statistics.launched == 500
+        assert statistics.exits == {"io": MANY, "hlt": MANY}
+        assert statistics.launched == MANY
 
 
 @pytest.mark.kvm
-async def test_500_vms_that_are_paused_in_the_middle_of_a_storm_stop_together(nothing_left):
+async def test_many_vms_that_are_paused_in_the_middle_of_a_storm_stop_together(nothing_left):
     async with orc.open_fleet(backend="kvm", bus_locks="off", exit_limit=orc.Limit(rate=2000)) as fleet:
         vms = [
             await fleet.launch(orc.VmSpec(name=f"vm{i}", boot=orc.FlatImage(code=STORM), memory=64 * orc.KiB))
-            for i in range(500)
+            for i in range(MANY)
         ]
         with trio.fail_after(60):
             async with trio.open_nursery() as nursery:
                 for vm in vms:
                     nursery.start_soon(vm.pause)
-            assert fleet.statistics().states == {"paused": 500}
+            assert fleet.statistics().states == {"paused": MANY}
             outcomes = await fleet.stop("enough")
         assert set(outcomes.values()) == {orc.Stopped("enough")}
 

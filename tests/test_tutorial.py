@@ -37,6 +37,7 @@ def test_every_step_is_in_the_tutorial():
     assert set(SHOWN) == set(INCLUDED) - {"fair_part"}  # the policy, which is no program by itself
 
 
+@pytest.mark.slow
 @pytest.mark.emulated
 @pytest.mark.parametrize("name", SHOWN)
 def test_a_step_prints_what_the_tutorial_shows(name):
@@ -74,5 +75,6 @@ def check_live(lines: list[str]) -> None:
 CHECKS = {"limit_by_hand": check_limit_by_hand, "two_tenants": check_two_tenants, "live": check_live}
 
 
+@pytest.mark.slow
 def test_the_policy_is_tested_by_pytest_as_well():
     assert "4 passed" in run("test_fair_part", "-m", "pytest", "-q", "-p", "no:cacheprovider")
