@@ -32,7 +32,7 @@ class Null:
 
 def debug_console(console: Console) -> DebugConsolePort:
     """A device of the core."""
-    return DebugConsolePort(orc.DebugConsole(), Hooks(memory=None, timer=None, console=console, shut_down=print))  # type: ignore[arg-type]
+    return DebugConsolePort(orc.DebugConsole(), Hooks(memory=None, timer=None, console=console, end=print))  # type: ignore[arg-type]
 
 
 @pytest.fixture

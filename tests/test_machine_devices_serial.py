@@ -24,7 +24,7 @@ NONE = 1  # IIR: no interrupt is pending
 
 def hooks(console: Console | None = None, interrupts: Any = None) -> Hooks:
     console = console or Console(lambda wake: wake())
-    return Hooks(memory=None, timer=None, console=console, shut_down=print, interrupts=interrupts)  # type: ignore[arg-type]
+    return Hooks(memory=None, timer=None, console=console, end=print, interrupts=interrupts)  # type: ignore[arg-type]
 
 
 class Uart(Uart16550):

@@ -20,7 +20,7 @@ import trio
 from ...backend import Machine
 from ...backend.memory import GuestMemory
 from ...backend.wiring import InterruptLine, InterruptPulse
-from ...model.actions import Outcome, Shutdown
+from ...model.actions import Outcome
 from ...model.devices import DeviceSpec, Wiring, irqchip_kind
 from ...model.errors import GuestMemoryError, StateError
 from ...model.spec import Limit, VmSpec
@@ -148,7 +148,7 @@ class Assembly:
             memory=Dma(self._board.memory),
             timer=lambda expired: self._service.new_timer(self._makes, expired),
             console=self._console,
-            shut_down=lambda code: self._board.end(Shutdown(code=code)),
+            end=self._board.end,
             line=level,
             pulse=pulse,
             msis=tuple(wires.msi() for _ in range(wiring.msis)) if wires is not None else (),
