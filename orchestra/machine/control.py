@@ -80,7 +80,7 @@ class VmControl:
         self.name = spec.name
         self.tenant = tenant
         self.generation = context.next_id()
-        self.console = Console(context.post)
+        self.console = Console(context.post, spec.name)
         self.claims = Claims(devices)
         self.samples = Samples()
         self.was_capped = desired.cap is not None
