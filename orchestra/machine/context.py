@@ -18,6 +18,7 @@ from .desired import Desired
 from .devices.console import Console
 from .holding import Level
 from .inbox import Inbox
+from .pacer import Pacer
 from .workers import Workers
 
 __all__ = ["REFUSED", "InstanceContext", "Owner"]
@@ -35,6 +36,7 @@ class InstanceContext(Protocol):
     workers: Workers
     quarantine: Quarantine
     inbox: Inbox
+    pacer: Pacer
     cpu_cgroup: CpuCgroup | None
     """The cgroup that keeps CPU caps. None: the run loop keeps them."""
 
