@@ -111,6 +111,8 @@ class FleetContext:
         self.tenancy.begin(self.executor)
         if observed is not None:
             self.runner.observe(self.recording.write, observed)
+        if self.core.shared is not None and not self.bus_locks:
+            self._nursery.start_soon(self.recording.watch_host_budget)
         self._nursery.start_soon(self.dispatcher.run)
         self._nursery.start_soon(self.inbox.run)
         self._nursery.start_soon(self.pacer.run)
