@@ -142,10 +142,10 @@ class Service:
 
     # ---- serving
 
-    async def _listen(self, plugged: Plugged, fd: int, tell: Callable[[int], object]) -> None:
-        debt, ring = Debt(self._buckets), partial(_tell, fd, tell)
+    async def _listen(self, plugged: Plugged, fd: int, notify: Callable[[int], object]) -> None:
+        debt, ring = Debt(self._buckets), partial(_notify, fd, notify)
         if self.going_on:  # one ring more than the guest made: a ring before the restore may be lost
-            await self._serve(debt, plugged, lambda: (tell(1), True)[1])
+            await self._serve(debt, plugged, lambda: (notify(1), True)[1])
         while True:
             await trio.lowlevel.wait_readable(fd)
             if self._may(debt):
@@ -233,10 +233,10 @@ class Service:
                 debt.leave()
 
 
-def _tell(fd: int, tell: Callable[[int], object]) -> bool:
+def _notify(fd: int, notify: Callable[[int], object]) -> bool:
     times = taken(fd)
     if times:
-        tell(times)
+        notify(times)
     return times > 0
 
 
