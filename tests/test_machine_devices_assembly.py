@@ -19,8 +19,10 @@ from orchestra.backend.memory import GuestMemory
 from orchestra.backend.scripted import hlt, io_write
 from orchestra.machine.devices.assembly import Assembly, Dma
 from orchestra.machine.devices.service import RING
+from orchestra.machine.pacer import Pacer
 from orchestra.machine.vcpu import Vcpu
 from orchestra.model.errors import GuestMemoryError, StateError
+from orchestra.native.core import Charged
 from orchestra.testing import wait_until
 
 KVM = pytest.mark.kvm
@@ -299,8 +301,8 @@ class Here:
     def end(self, outcome: orc.Outcome) -> None:
         self.ended.append(outcome)
 
-    def answer_limit(self) -> orc.Limit | None:
-        return self.spec.answer_limit
+    def answer_buckets(self) -> list[Charged]:
+        return []
 
 
 class Wired:
@@ -325,7 +327,7 @@ def assembly(here: Here, machine: Any, states: Any = None) -> Assembly:
     def at_once(function: Callable[[], object]) -> None:
         function()
 
-    return Assembly(here, machine, None, at_once, at_once, states)  # type: ignore[arg-type]
+    return Assembly(here, machine, None, at_once, at_once, Pacer(here.now, lambda: (0, 0, 0)), states)  # type: ignore[arg-type]
 
 
 DEVICES = blank(devices=[Bells(), Clock()])

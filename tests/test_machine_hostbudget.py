@@ -315,6 +315,41 @@ async def test_bus_lock_limit_of_the_host_needs_a_fleet_that_sees_them(budget, m
             pass
 
 
+async def test_a_fleet_that_sees_no_bus_locks_says_so_when_the_host_gets_a_limit_on_them(
+    backend, budget, tmp_path, caplog, monkeypatch
+):
+    monkeypatch.setattr("orchestra.fleet.recording.LOOKED_AT", 0.01)
+    path = tmp_path / "fleet.db"
+    async with orc.open_fleet(backend=backend, bus_locks="off", host_budget=budget, journal=Journal(path)) as fleet:
+        assert not caplog.records
+        budget.set_limit(orc.Limit(rate=5))
+        with trio.fail_after(20):
+            while not fleet.actions():  # noqa: ASYNC110  # another process could have done this: it tells nobody
+                await trio.sleep(0.01)
+        budget.set_limit(orc.Limit(rate=9), meter="exits")  # another meter: it is said once
+        with trio.fail_after(20):
+            while fleet._context.recording._host_changes != budget.statistics().changes:  # noqa: ASYNC110
+                await trio.sleep(0.01)
+        (said,) = fleet.actions()
+    assert said.outcome == "failed"
+    assert said.error is not None
+    assert "does not see bus locks" in said.error
+    (warning,) = [record.getMessage() for record in caplog.records if "host budget" in record.getMessage()]
+    assert "rate=5" in warning
+    with read_journal(path) as journal:
+        assert [row.details["meter"] for row in journal.actions(outcome="failed")] == ["bus_locks"]
+
+
+async def test_a_fleet_without_a_journal_says_so_as_well(backend, budget, caplog, monkeypatch):
+    monkeypatch.setattr("orchestra.fleet.recording.LOOKED_AT", 0.01)
+    async with orc.open_fleet(backend=backend, bus_locks="off", host_budget=budget):
+        budget.set_limit(orc.Limit(rate=5))
+        with trio.fail_after(20):
+            while not caplog.records:  # noqa: ASYNC110
+                await trio.sleep(0.01)
+    assert "does not see bus locks" in caplog.text
+
+
 async def test_what_a_hostile_process_writes_into_the_file_ends_no_fleet(backend, budget, tmp_path, nothing_left):
     budget.set_limit(orc.Limit(rate=50, burst=1), meter="exits")
     journal = Journal(tmp_path / "fleet.db")

@@ -10,7 +10,10 @@ FleetContext ─┬─ resources     what it was opened on: backend, core, signa
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import attrs
@@ -24,6 +27,7 @@ from ..machine.budget import Budgets
 from ..machine.control import VmControl
 from ..machine.inbox import Inbox
 from ..machine.instance import Instance
+from ..machine.pacer import Pacer
 from ..machine.workers import Workers
 from ..model.actions import Action, SetLimit, State
 from ..model.errors import ResourceLimit
@@ -79,12 +83,14 @@ class FleetContext:
         self.quarantine = resources.quarantine
         self.cpu_cgroup = resources.cpu_cgroup
         self.inbox = Inbox(resources.core)
+        threads = ThreadTimes() if backend.blocking else None
+        self.pacer = Pacer(backend.now, partial(_times, backend.now, threads, threading.get_native_id()))
         self.workers = Workers(backend.blocking)
         self.tenancy = Tenancy(spec, backend.now())
         self.records = Records(resources.recorder)
         self.supervisor = Supervisor(self, nursery)
         self.executor = FleetExecutor(self, guard, self.records, spec.on_evict)
-        self.observer = Observer(self, resources.host, ThreadTimes() if backend.blocking else None)
+        self.observer = Observer(self, resources.host, threads)
         # Raises if a policy is refused.
         self.runner = PolicyRunner(self.executor, policies, activity=self.observer, guard=guard, strict=spec.strict)
         self.dispatcher = Dispatcher(resources.core, paced=backend.blocking)
@@ -105,8 +111,11 @@ class FleetContext:
         self.tenancy.begin(self.executor)
         if observed is not None:
             self.runner.observe(self.recording.write, observed)
+        if self.core.shared is not None and not self.bus_locks:
+            self._nursery.start_soon(self.recording.watch_host_budget)
         self._nursery.start_soon(self.dispatcher.run)
         self._nursery.start_soon(self.inbox.run)
+        self._nursery.start_soon(self.pacer.run)
         self._nursery.start_soon(self.runner.run)
 
     async def close(self) -> None:
@@ -262,3 +271,9 @@ class FleetContext:
         if self.controls.get(vm.name) is vm:
             self.runner.gone(vm.name)
             self.executor.in_force.forget(vm.name)
+
+
+def _times(now: Callable[[], int], threads: ThreadTimes | None, tid: int) -> tuple[int, int, int]:
+    """Nanoseconds that passed, that this thread ran, and that it waited for a CPU (0 where that can't be known)."""
+    waited = None if threads is None else threads.run_delay(tid)
+    return now(), 0 if threads is None else time.thread_time_ns(), waited or 0

@@ -16,6 +16,7 @@ import trio
 
 from ..backend.kvm.dirty import DirtyLog, read_logs
 from ..machine.control import VmControl
+from ..machine.workers import at_length
 
 __all__ = ["DirtyLogs", "DirtyPages"]
 
@@ -102,7 +103,7 @@ class DirtyLogs:
         try:
             logs = [watch.log for watch in due]
             try:
-                problem = await trio.to_thread.run_sync(read_logs, logs, limiter=self._one)
+                problem = await trio.to_thread.run_sync(at_length, read_logs, logs, limiter=self._one)
             except RuntimeError:  # the host has no thread left
                 problem = read_logs(logs)
             if problem is not None:

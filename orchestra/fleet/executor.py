@@ -55,6 +55,8 @@ log: Final = logging.getLogger("orchestra")
 GIVERS: Final = {"open_fleet": "open_fleet()", "spec": "its spec", "default": "default (answer_limit)"}
 DEFAULTS: Final = {Meter.ANSWERS: ANSWER_LIMIT}
 
+UNSEEN: Final = "this fleet does not see bus locks, so they are not limited; see `orchestra doctor`"
+
 _Effect = Callable[[], Awaitable[object]]
 
 
@@ -114,6 +116,7 @@ class FleetExecutor:
         self.guard = guard
         self.in_force = ActionsInForce()
         self._records = records
+        self._not_kept: Limit | None = None  # the host's limit on bus locks, in a fleet that does not see them
         self._on_evict = on_evict
         self._leaving: set[VmControl] = set()
         self.now = fleet.now
@@ -324,7 +327,19 @@ class FleetExecutor:
                 continue
             reason = "given by the host's budget"
             given = SetLimit(limit=limit, meter=meter, reason=reason, evidence={"given": "host_budget"})
-            self._records.given(self._fleet.now(), given)
+            kept = limit is None or meter is not Meter.BUS_LOCKS or self._fleet.bus_locks
+            if meter is Meter.BUS_LOCKS:
+                before, self._not_kept = self._not_kept, None if kept else limit
+                if not kept and limit != before:
+                    self._cannot_keep(given)
+            if kept:
+                self._records.given(self._fleet.now(), given)
+
+    def _cannot_keep(self, given: SetLimit) -> None:
+        """The host's budget limits bus locks, which this fleet does not see. Any process may set that at any time, so
+        it can't be refused. But it is never ignored in silence (design rule 3)."""
+        log.warning("host budget: limit=%s: %s", given.limit, UNSEEN)
+        self._records.action(Applied(time=self._fleet.now(), action=given, error=UNSEEN))
 
     def check_limit(
         self, limit: Limit | None, meter: Meter, tenant: str | None, vm: str | None, vcpu: int | None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -15,7 +15,9 @@ from ..backend.detection import Asked
 from ..host.control.bandwidth import CpuCgroup
 from ..host.control.placement import Quarantine, quarantine_cpus
 from ..host.control.resources import ControlGroup
+from ..host.control.slice import ShortSlice
 from ..host.observe import HostSignals
+from ..machine.workers import at_length
 from ..model.errors import BusLockUnsupported, SpecError
 from ..model.journalspec import JournalSpec
 from ..native.core import FleetCore
@@ -32,6 +34,8 @@ log: Final = logging.getLogger("orchestra")
 
 LOOKED_AT: Final = 1.0
 """Seconds between two looks at the host, if only a probe needs them: there is no journal."""
+
+_SLICE: Final[trio.lowlevel.RunVar[ShortSlice | None]] = trio.lowlevel.RunVar("orchestra.slice", None)
 
 NO_HOST: Final = "the scripted backend runs nothing on this host"
 
@@ -92,6 +96,8 @@ async def open_fleet(spec: FleetSpec) -> AsyncIterator[Fleet]:
         resources = _resources(spec, backend, needed, cpus, stack)
         if resources.recorder is not None:
             await stack.enter_async_context(_recording(resources.recorder, resources))
+        if backend.blocking:
+            stack.enter_context(_short_slice())
         yield await stack.enter_async_context(_running(spec, resources, policies))
 
 
@@ -133,6 +139,20 @@ def _recorder(journal: Recorder | JournalSpec | None) -> Recorder | None:
     from ..journal.writer import Journal  # here, as this loads SQLite, which a fleet without a journal does not need
 
     return Journal(journal.path, keep_days=journal.keep_days, keep_bytes=journal.keep_bytes)
+
+
+@contextmanager
+def _short_slice() -> Iterator[None]:
+    """A short slice for this thread, of the scheduler's time, while fleets of this run of trio are open."""
+    slice = _SLICE.get()
+    if slice is None:
+        slice = ShortSlice()
+        _SLICE.set(slice)
+    slice.acquire()
+    try:
+        yield
+    finally:
+        slice.release()
 
 
 @asynccontextmanager
@@ -182,7 +202,7 @@ async def _off_the_loop(function: Callable[..., object], *arguments: object) -> 
         function(*arguments)
 
     try:
-        await trio.to_thread.run_sync(call)
+        await trio.to_thread.run_sync(at_length, call)
     except RuntimeError:
         if called:
             raise

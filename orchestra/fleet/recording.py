@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import logging
+from typing import TYPE_CHECKING, Final
+
+import trio
 
 from ..machine.control import VmControl
 from ..policy import Facts
@@ -11,6 +14,11 @@ if TYPE_CHECKING:
     from .context import FleetContext
 
 __all__ = ["Recording"]
+
+log: Final = logging.getLogger("orchestra")
+
+LOOKED_AT: Final = 1.0
+"""Seconds between two looks at the host's budget by a fleet that could not keep all its limits."""
 
 
 class Recording:
@@ -38,6 +46,13 @@ class Recording:
         if shared is not None and (changes := shared.changes()) != self._host_changes:
             self._host_changes = changes  # first: a change during the reading makes the next call read again
             self._fleet.executor.given_host(shared)
+
+    async def watch_host_budget(self) -> None:
+        """For a fleet that sees no bus locks: notice that the host's budget got a limit on them, whether or not there
+        is a journal. `open_fleet` has refused one that was there from the beginning."""
+        while True:
+            await trio.sleep(LOOKED_AT)
+            self.host_budget()
 
     def profile(self, vm: VmControl) -> None:
         """Record where a VM locked the bus since the last call."""

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 from ..model.spec import Limit, Meter, tightest
-from ..native.core import Bucket, VcpuCore
-from ..native.shared import SharedBucket
+from ..native.core import Bucket, Charged, VcpuCore
+from ..native.shared import SharedBucket, SharedBuckets
 from .desired import LimitStack
 
-__all__ = ["Budget", "Budgets", "connect", "limits_of", "make_budgets", "tightest"]
+__all__ = ["Budget", "Budgets", "above", "connect", "limits_of", "make_budgets", "tightest"]
 
 
 class Budget:
@@ -82,3 +82,9 @@ def connect(core: VcpuCore, levels: tuple[Budgets, Budgets, Budgets, Budgets]) -
         stack += [fleet, None] if shared is None else [shared.buckets[meter], fleet]
         stack += [budgets[meter].bucket for budgets in narrower]
     core.set_buckets(stack)
+
+
+def above(shared: SharedBuckets | None, levels: Sequence[Budgets], meter: Meter) -> list[Charged]:
+    """The buckets of these levels on one meter, with the host's before them if the fleet shares it (see `connect`)."""
+    own: list[Charged] = [budgets[meter].bucket for budgets in levels]
+    return own if shared is None else [shared.buckets[meter], *own]

@@ -17,6 +17,7 @@ from .claims import Claims
 from .desired import Desired
 from .devices.console import Console
 from .inbox import Inbox
+from .pacer import Pacer
 from .pause_levels import Level
 from .workers import Workers
 
@@ -35,6 +36,7 @@ class InstanceContext(Protocol):
     workers: Workers
     quarantine: Quarantine
     inbox: Inbox
+    pacer: Pacer
     cpu_cgroup: CpuCgroup | None
     """The cgroup that keeps CPU caps. None: the run loop keeps them."""
 

@@ -19,10 +19,10 @@ from ..backend.kvm.dirty import DirtyLog, read_logs
 from ..backend.memory import GuestMemory
 from ..model.actions import Failed, Halted, Outcome, Stopped
 from ..model.errors import OrchestraError, ResourceLimit
-from ..model.spec import Limit, Meter, VmSpec
-from ..native.core import Command, VcpuCore
+from ..model.spec import Meter, VmSpec
+from ..native.core import Charged, Command, VcpuCore
 from . import boot
-from .budget import Budgets, connect
+from .budget import Budgets, above, connect
 from .calls import Calls
 from .contain import contained
 from .context import InstanceContext, Owner
@@ -163,7 +163,7 @@ class Instance:
             self._machine = context.backend.create(spec, self._cores, self.memory, states, bus_locks=context.bus_locks)
             try:
                 in_turn = partial(context.inbox.put, (spec.tenant or "default", spec.name))
-                self.devices = Assembly(self, self._machine, self._console, context.post, in_turn)
+                self.devices = Assembly(self, self._machine, self._console, context.post, in_turn, context.pacer)
                 self.vcpus += [Vcpu(self, index, engine) for index, engine in enumerate(self._machine.engines)]
                 self._done = [trio.Event() for _ in self.vcpus]
                 for vcpu in self.vcpus:
@@ -292,10 +292,9 @@ class Instance:
     def machine(self) -> Machine:
         return self._machine
 
-    def answer_limit(self) -> Limit | None:
-        """The limit of the VM as a whole, as in force."""
-        _, _, own, _ = self._levels[0]
-        return own[Meter.ANSWERS].limit
+    def answer_buckets(self) -> Sequence[Charged]:
+        """What the work of its devices is charged to, as the accesses of its vCPUs are: all levels but the vCPU's."""
+        return above(self.context.core.shared, self._levels[0][:3], Meter.ANSWERS)
 
     # ---- called by runners, on their threads
 

@@ -16,8 +16,9 @@ from typing import Any, Final, TypeVar, cast
 import trio
 
 from ..backend.memory import GuestMemory, Region, unmap
+from ..host.control.slice import end_short_slice
 
-__all__ = ["Workers"]
+__all__ = ["Workers", "at_length"]
 
 log: Final = logging.getLogger("orchestra")
 
@@ -29,6 +30,12 @@ THREADS: Final = 4
 BIG: Final = 256 << 20
 """Bytes. A memory of this size takes 20 ms or more to unmap. So big memories never take the last thread: small ones,
 and the restarts that wait for them, need not wait for a big one."""
+
+
+def at_length(function: Callable[..., T], *arguments: object) -> T:
+    """Call a function that takes long, on a worker thread: with the default slice, whatever the thread inherited."""
+    end_short_slice()
+    return function(*arguments)
 
 
 class Workers:
@@ -71,7 +78,9 @@ class Workers:
             trio.lowlevel.reschedule(task, result)
 
         try:
-            trio.lowlevel.start_thread_soon(function, lambda result: self._token.run_sync_soon(done, result))
+            trio.lowlevel.start_thread_soon(
+                partial(at_length, function), lambda result: self._token.run_sync_soon(done, result)
+            )
         except RuntimeError:  # the host has no thread left
             limiter.release_on_behalf_of(turn)
             return function()
@@ -102,7 +111,7 @@ class Workers:
             if size >= BIG and sum(other >= BIG for other in self._running) >= THREADS - 1:
                 return  # the heap has the smallest first, so all that wait are big
             try:
-                trio.lowlevel.start_thread_soon(partial(unmap, regions), partial(self._report, size, done))
+                trio.lowlevel.start_thread_soon(partial(at_length, unmap, regions), partial(self._report, size, done))
             except RuntimeError:
                 if self._running:
                     return  # a thread that is at work calls `_start` again at its end

@@ -16,6 +16,7 @@ SOURCES = [
     "vcpu.c",
     "stock.c",
     "runner.c",
+    "slice.c",
     "signal.c",
     "bus.c",
     "access.c",

@@ -98,6 +98,10 @@ typedef struct orc_runner orc_runner;
 int orc_runner_start(orc_vcpu *, const char *name, enum orc_why (*)(orc_vcpu *), void (*)(void *, int), void *context, orc_runner **out);
 int orc_runner_tid(const orc_runner *);
 void orc_runner_join(orc_runner *);
+
+int64_t orc_slice(int thread);
+bool orc_slice_shorten(void);
+void orc_slice_restore(void);
 extern "Python" void orc_proceed(void *, int);
 void orc_enter(void *, int);
 

@@ -31,6 +31,7 @@ __all__ = [
     "BUCKETS",
     "NOT_HELD",
     "Bucket",
+    "Charged",
     "Command",
     "Counters",
     "FleetCore",
@@ -132,33 +133,23 @@ def put_limit(bucket: Any, limit: Limit | None, now: int) -> bool:
     return not lib.orc_bucket_set(bucket, float(limit.rate), float(limit.tokens), delay, now)
 
 
-class Bucket:
-    """A GCRA bucket of the C core with a limit that can change at any time."""
+class Charged:
+    """A bucket of the C core as those charge it who are no vCPU."""
 
-    __slots__ = ("handle", "limit")
+    __slots__ = ("handle",)
 
-    def __init__(self) -> None:
-        self.handle: Any = lib.orc_bucket_new()
-        if self.handle == ffi.NULL:
-            raise MemoryError("orc_bucket_new")
-        self.limit: Limit | None = None
+    def __init__(self, handle: Any) -> None:
+        self.handle = handle
 
-    def set(self, limit: Limit | None, now: int) -> None:
-        """Put `limit` in force at `now` ns. Call `FleetCore.limits_changed` after the last of several."""
-        if limit == self.limit:
-            return
-        self.limit = limit
-        put_limit(self.handle, limit, now)  # never False: no other process sets this bucket
-
-    def take(self, now: int, count: int = 1) -> int:
-        """Reserve `count` tokens, first come first served. Returns when the turn of the last comes; `now` or less: at
-        once."""
-        ticket = self.charge(now, count)
-        return now if ticket is None else self.turn(ticket)
+    @property
+    def limited(self) -> bool:
+        return bool(lib.orc_bucket_limited(self.handle))
 
     def charge(self, now: int, count: int) -> Any:
-        """As `take`, for those who wait while the limit may change: a ticket for `turn`, which they `leave` once they
-        have waited. None: it is their turn."""
+        """Reserve `count` tokens, first come first served: a ticket for `turn`, which its owner has to `leave` once it
+        has waited. None: there is nothing to wait for."""
+        if not self.limited:
+            return None
         ticket = ffi.new("struct orc_ticket *")
         return ticket if lib.orc_bucket_charge_many(self.handle, count, now, ticket) else None
 
@@ -171,6 +162,30 @@ class Bucket:
     def leave(self, ticket: Any) -> None:
         """Wait no more."""
         lib.orc_bucket_leave(self.handle, ticket)
+
+
+class Bucket(Charged):
+    """A GCRA bucket of the C core with a limit that can change at any time."""
+
+    __slots__ = ("limit",)
+
+    def __init__(self) -> None:
+        super().__init__(lib.orc_bucket_new())
+        if self.handle == ffi.NULL:
+            raise MemoryError("orc_bucket_new")
+        self.limit: Limit | None = None
+
+    def set(self, limit: Limit | None, now: int) -> None:
+        """Put `limit` in force at `now` ns. Call `FleetCore.limits_changed` after the last of several."""
+        if limit == self.limit:
+            return
+        self.limit = limit
+        put_limit(self.handle, limit, now)  # never False: no other process sets this bucket
+
+    def take(self, now: int, count: int = 1) -> int:
+        """Reserve `count` tokens. Returns when the turn of the last comes; `now` or less: at once."""
+        ticket = self.charge(now, count)
+        return now if ticket is None else self.turn(ticket)
 
     def close(self) -> None:
         lib.orc_bucket_free(self.handle)

@@ -317,6 +317,14 @@ int orc_runner_start(orc_vcpu *, const char *name, orc_runner_run *, orc_runner_
 int orc_runner_tid(const orc_runner *); /* the kernel's number of the thread */
 void orc_runner_join(orc_runner *); /* waits until the thread is gone, and frees all of it; before the vCPU is */
 
+/* ---- the scheduler's slice ------------------------------------------------------------------------------------- */
+
+orc_ns orc_slice(int thread); /* of any thread, 0: the calling one. 0: this kernel has none, or not for the thread's policy */
+/* The calling thread's: a short one, if it has the default. True if it has a short one now because of this call. */
+bool orc_slice_shorten(void);
+/* The default again, if it has the short one. A thread inherits its parent's: each that is for long work begins with this. */
+void orc_slice_restore(void);
+
 struct orc_counters {
 	orc_u64 exits[ORC_REASONS];
 	orc_u64 bus_locks;

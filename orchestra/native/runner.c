@@ -34,6 +34,7 @@ static void *begin(void *argument)
 {
 	orc_runner *r = argument;
 
+	orc_slice_restore();
 	orc_vcpu_attach(r->v);
 	r->proceed(r->context, (int)r->run(r->v));
 	return NULL;

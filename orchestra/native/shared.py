@@ -8,7 +8,7 @@ from typing import Any, Final
 from ..model.errors import ResourceLimit, SpecError, StateError
 from ..model.spec import Limit, Meter
 from . import ffi, lib
-from .core import METER_NUMBERS, monotonic_ns, put_limit
+from .core import METER_NUMBERS, Charged, monotonic_ns, put_limit
 
 __all__ = ["SharedBucket", "SharedBuckets"]
 
@@ -16,13 +16,10 @@ DIGITS: Final = 12
 """Significant digits of a rate that is read back: the file keeps rates per nanosecond, which loses the last bits."""
 
 
-class SharedBucket:
-    """One shared bucket, which vCPUs take like a `Bucket`."""
+class SharedBucket(Charged):
+    """One shared bucket, which is charged like a `Bucket`."""
 
-    __slots__ = ("handle",)
-
-    def __init__(self, handle: Any) -> None:
-        self.handle = handle
+    __slots__ = ()
 
 
 class SharedBuckets:

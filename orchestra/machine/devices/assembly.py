@@ -23,8 +23,10 @@ from ...backend.wiring import InterruptLine, InterruptPulse
 from ...model.actions import Outcome
 from ...model.devices import DeviceSpec, Wiring, irqchip_kind
 from ...model.errors import GuestMemoryError, StateError
-from ...model.spec import Limit, VmSpec
+from ...model.spec import VmSpec
+from ...native.core import Charged
 from ..contain import contained
+from ..pacer import Pacer
 from .bus import Bus
 from .console import Console
 from .peripheral import NOWHERE, Hooks, implementation
@@ -45,8 +47,8 @@ class Board(Protocol):
 
     def now(self) -> int: ...
     def end(self, outcome: Outcome) -> None: ...
-    def answer_limit(self) -> Limit | None:
-        """The VM's, as in force."""
+    def answer_buckets(self) -> Sequence[Charged]:
+        """What the work of the VM's devices is charged to, from the widest to the narrowest."""
 
 
 @runtime_checkable
@@ -86,6 +88,7 @@ class Assembly:
     Parameters:
         post: runs a function soon on the fleet's thread; from any thread.
         in_turn: runs a function when it is this VM's turn (`machine.inbox`).
+        pacer: keeps devices to a part of the event loop's time.
         states: what `state` returned for such a spec: the devices go on from there. None: power-on.
 
     Raises:
@@ -101,13 +104,15 @@ class Assembly:
         console: Console,
         post: Callable[..., object],
         in_turn: Callable[[Callable[[], object]], object],
+        pacer: Pacer,
         states: Sequence[object] | None = None,
     ) -> None:
         specs = board.spec.devices
         if states is not None and len(states) != len(specs):
             raise StateError(f"vm {board.spec.name!r}: {len(states)} states for {len(specs)} devices")
         self._board, self._machine, self._console = board, machine, console
-        self._service = Service(board.spec.name, board.now, board.end, board.answer_limit, in_turn, post)
+        whose = board.spec.tenant or "default", board.spec.name
+        self._service = Service(whose, board.now, board.end, board.answer_buckets(), in_turn, pacer, post)
         self._service.going_on = states is not None
         self._makes: Plugged | None = None
         self._stopped = False

@@ -1,7 +1,9 @@
 """Calls a device for what is no access of the guest: rings, ends of interrupts, timers that expired.
 
-    eventfd readable, timer due → the VM's turn among all → not while it is paused, no vCPU in the device → the device
-                                                                       what it cost is paid for before the next one
+    within the budget       eventfd readable, timer due → the VM's turn among all (`inbox`) → not while it is paused, no
+                            vCPU in the device → called, charged
+    over the budget         the eventfd is not watched, no task wakes: called from the `pacer`, and only once all that
+                            was served before is paid for
 
 All of it is the fleet's thread's, which is everybody's: so it is paced by what it costs, and never waits for a lock.
 """
@@ -11,7 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from threading import RLock
 from typing import Any, Final
@@ -22,8 +24,9 @@ import trio
 from ...model.actions import Failed, Outcome
 from ...model.devices import Wiring
 from ...model.errors import StateError
-from ...model.spec import Limit
-from ...native.core import Bucket
+from ...native.core import Charged
+from ..debt import Debt
+from ..pacer import Pacer
 from .peripheral import Peripheral
 from .timers import Timers, VmTimer
 
@@ -37,14 +40,6 @@ wake a task on the event loop, to give it its turn and to let it wait again take
 
 ANSWER: Final = 6_000
 """Nanoseconds. For each such part of a device's work the call counts as one more answer (see above: 6 us)."""
-
-GRID: Final = 5_000_000
-"""Nanoseconds. Devices that have to wait for their budget are served at multiples of this, so that the event loop wakes
-once for all of them, and not once for each."""
-
-LOOK: Final = 0.05
-"""Seconds between two looks of those who wait at the limit in force. By default a wait is shorter: then it costs no
-look."""
 
 BUSY: Final = 0.0005
 """Seconds until the next try, if a vCPU is in the device. An access takes Python some microseconds, which is less."""
@@ -80,30 +75,32 @@ class Service:
     """Serves the devices of one VM.
 
     Parameters:
-        vm: its name, for the log.
+        whose: the names of its tenant and of the VM.
         now: the fleet's clock, in nanoseconds.
         end: ends the VM. Any thread.
-        limit: says what its devices' work may cost by now, in answers; None: anything.
+        buckets: what its devices' work is charged to, in answers.
         in_turn: runs a function in this VM's turn among all that ask (`machine.inbox`).
+        pacer: keeps devices to a part of the event loop's time.
         post: runs a function soon on the fleet's thread; from any thread.
     """
 
     def __init__(
         self,
-        vm: str,
+        whose: tuple[str, str],
         now: Callable[[], int],
         end: Callable[[Outcome], object],
-        limit: Callable[[], Limit | None],
+        buckets: Sequence[Charged],
         in_turn: Callable[[Callable[[], object]], object],
+        pacer: Pacer,
         post: Callable[..., object],
     ) -> None:
         self.timers = Timers(now, lambda: post(self._wake))
         self.going_on = False  # the devices were made from states, which lack the rings that the kernel had counted
-        self._vm, self._now, self._end, self._limit, self._in_turn = vm, now, end, limit, in_turn
+        self._tenant, self._vm = whose
+        self._now, self._end = now, end
+        self._buckets, self._in_turn, self._pacer = buckets, in_turn, pacer
         self._owner: dict[int, Plugged] = {}  # of a timer, by its identity
         self._changed, self._held = trio.Event(), False  # the event is replaced at each change
-        self._bucket: Bucket | None = None
-        self._worth = 0  # answers that were served and are not charged yet
 
     @property
     def has_timers(self) -> bool:
@@ -119,21 +116,16 @@ class Service:
 
     async def run(self, devices: Iterable[Plugged], ended: trio.Event) -> None:
         """Serve the devices until the guest has ended."""
-        self._bucket = Bucket()
-        self._bucket.set(self._limit(), self._now())
-        try:
-            async with trio.open_nursery() as nursery:
-                for plugged in devices:
-                    for number, fd in enumerate(plugged.bells):
-                        nursery.start_soon(self._listen, plugged, fd, partial(plugged.device.rang, number))
-                    if plugged.ends is not None:
-                        nursery.start_soon(self._listen, plugged, plugged.ends, plugged.acknowledge)
-                if self._owner:
-                    nursery.start_soon(self._watch_timers)
-                await ended.wait()
-                nursery.cancel_scope.cancel()
-        finally:
-            self._bucket.close()
+        async with trio.open_nursery() as nursery:
+            for plugged in devices:
+                for number, fd in enumerate(plugged.bells):
+                    nursery.start_soon(self._listen, plugged, fd, partial(plugged.device.rang, number))
+                if plugged.ends is not None:
+                    nursery.start_soon(self._listen, plugged, plugged.ends, plugged.acknowledge)
+            if self._owner:
+                nursery.start_soon(self._watch_timers)
+            await ended.wait()
+            nursery.cancel_scope.cancel()
 
     def hold(self) -> None:
         """Let nothing reach a device, until `let_go`."""
@@ -151,15 +143,17 @@ class Service:
     # ---- serving
 
     async def _listen(self, plugged: Plugged, fd: int, notify: Callable[[int], object]) -> None:
+        debt, ring = Debt(self._buckets), partial(_notify, fd, notify)
         if self.going_on:  # one ring more than the guest made: a ring before the restore may be lost
-            await self._serve(plugged, partial(notify, 1))
+            await self._serve(debt, plugged, lambda: (notify(1), True)[1])
         while True:
             await trio.lowlevel.wait_readable(fd)
-            # After a wait for the budget, read the descriptor again at once: that saves a turn of the event loop.
-            while await self._serve(plugged, partial(_notify, fd, notify)) and await self._waited():
-                pass
+            if self._may(debt):
+                await self._serve(debt, plugged, ring)
+            await self._paid(debt, lambda: self._try(debt, plugged, ring))
 
     async def _watch_timers(self) -> None:
+        debt = Debt(self._buckets)
         while True:
             changed, at = self._changed, self.timers.next()
             if at is None:
@@ -168,56 +162,75 @@ class Service:
             if (left := at - self._now()) > 0:
                 with trio.move_on_after(left / 1e9):
                     await changed.wait()
-            for timer, setting in self.timers.due():
-                await self._serve(self._owner[id(timer)], partial(self._expire, timer, setting))
-                await self._waited()
+            for timer, setting in self.timers.due()[:1]:
+                if self._may(debt):
+                    await self._serve(debt, self._owner[id(timer)], partial(self._expire, timer, setting))
+                await self._paid(debt, lambda: self._expire_next(debt))
 
-    def _expire(self, timer: VmTimer, setting: int) -> None:
-        if self.timers.taken(timer, setting):
+    def _expire(self, timer: VmTimer, setting: int) -> bool:
+        taken = self.timers.taken(timer, setting)
+        if taken:
             timer.expired()
+        return taken
 
-    async def _serve(self, plugged: Plugged, call: Callable[[], object]) -> object:
-        """Call a device: in the VM's turn among all others, not while the VM is held, and with no vCPU in the device.
-        An exception of the device ends this VM."""
+    def _expire_next(self, debt: Debt) -> bool | None:
+        """As `_try`, with the timer that is due first."""
+        due = self.timers.due()
+        if not due:
+            return False
+        timer, setting = due[0]
+        return self._try(debt, self._owner[id(timer)], partial(self._expire, timer, setting))
+
+    async def _serve(self, debt: Debt, plugged: Plugged, call: Callable[[], bool]) -> None:
+        """Call a device: in the VM's turn among all others, not while the VM is held, and with no vCPU in the
+        device."""
         served = trio.Event()
         self._in_turn(served.set)
         await served.wait()
-        while self._held or not plugged.lock.acquire(blocking=False):
+        while self._try(debt, plugged, call) is None:
             if self._held:
                 await self._changed.wait()
             else:  # a vCPU is in the device, perhaps for long: the event loop, which all need, waits for no lock
                 await trio.sleep(BUSY)
+        self._pacer.spend(debt.unpaid * ANSWER)
+
+    def _may(self, debt: Debt) -> bool:
+        """Whether a device may be called at once. Without a limit on answers, always: somebody wants it so."""
+        return not debt.limited or self._pacer.may()
+
+    def _try(self, debt: Debt, plugged: Plugged, call: Callable[[], bool]) -> bool | None:
+        """Call a device at once, and note what it cost. None: that is not possible now. False: there was nothing to do.
+        An exception of the device ends this VM."""
+        if self._held or not plugged.lock.acquire(blocking=False):
+            return None
         begun = time.thread_time_ns()
         try:  # nothing is awaited here, so a pause finds the call either done or not begun
-            return call()
+            if not call():
+                return False
         except (Exception, SystemExit) as error:  # a device has no say in whether the program ends
             log.error("vm %s: device %s failed", self._vm, plugged.name, exc_info=error)
             self._end(Failed(f"device {plugged.name} failed: {error!r}"))
-            return None
         finally:
             plugged.lock.release()
-            self._worth += RING + (time.thread_time_ns() - begun) // ANSWER
-
-    async def _waited(self) -> bool:
-        """Charge what was served, and wait for the budget. False: there was nothing to wait for."""
-        assert self._bucket is not None
-        worth, self._worth = self._worth, 0
-        if not worth:
-            return False
-        now = self._now()
-        self._bucket.set(self._limit(), now)
-        ticket = self._bucket.charge(now, worth)
-        if ticket is None:
-            return False
-        try:
-            while (turn := self._bucket.turn(ticket)) > now:
-                turn += -turn % GRID
-                await trio.sleep(min((turn - now) / 1e9, LOOK))
-                now = self._now()
-                self._bucket.set(self._limit(), now)  # a change counts for waits in progress too
-        finally:
-            self._bucket.leave(ticket)
+        debt.add(RING + (time.thread_time_ns() - begun) // ANSWER)
         return True
+
+    async def _paid(self, debt: Debt, again: Callable[[], bool | None]) -> None:
+        """Charge what was served. If that has to wait for the budget, or nothing was served as devices had their part
+        of the event loop's time: serve on from the pacer, by `again`, until there is nothing to do, or what there is
+        has to wait for something else."""
+
+        def step(now: int) -> int | None:
+            due = debt.due(now)
+            return due if due > now else now if again() else None
+
+        now, served = self._now(), debt.unpaid > 0
+        due = debt.due(now)
+        if due > now or not served:
+            try:
+                await self._pacer.wait(self._tenant, max(due, now + 1), step)
+            finally:
+                debt.leave()
 
 
 def _notify(fd: int, notify: Callable[[int], object]) -> bool:

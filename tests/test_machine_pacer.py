@@ -1,0 +1,198 @@
+"""What devices do on the event loop is charged to all levels, and has a part of the loop's time and no more."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import trio
+import trio.lowlevel
+
+import orchestra as orc
+from orchestra.machine.budget import Budgets, above, make_budgets
+from orchestra.machine.debt import PIECE, Debt
+from orchestra.machine.pacer import GRID, LOOK, PART, SAVED, STEPS, Pacer, Part
+from orchestra.model.spec import Meter
+
+SECOND = 10**9
+ON_IDLE_CPUS = (0, 0, 0)
+
+
+def level(limit: orc.Limit | None = None) -> Budgets:
+    return make_budgets({**dict.fromkeys(Meter), Meter.ANSWERS: limit}, 0)
+
+
+def close(*levels: Budgets) -> None:
+    for budgets in levels:
+        for budget in budgets.values():
+            budget.close()
+
+
+# ---- debts
+
+
+@pytest.mark.parametrize("limited", ["host", "fleet", "tenant", "vm"])
+def test_a_debt_waits_for_the_limit_of_each_level(limited):
+    rate = orc.Limit(rate=1000, burst=1)
+    fleet, tenant, vm = (level(rate if name == limited else None) for name in ("fleet", "tenant", "vm"))
+    with orc.HostBudget.create(answer_limit=rate if limited == "host" else None) as host:
+        debt = Debt(above(host.buckets, (fleet, tenant, vm), Meter.ANSWERS))
+        assert debt.limited
+        debt.add(20)
+        begun = 3 * 10**18  # long after the budget was made, whose clock is the host's
+        assert debt.due(begun) - begun == pytest.approx(0.020 * SECOND, rel=0.01)
+        debt.leave()
+    close(fleet, tenant, vm)
+
+
+def test_a_debt_without_limits_is_paid_at_once():
+    vm = level()
+    debt = Debt(above(None, (vm,), Meter.ANSWERS))
+    debt.add(10**9)
+    assert not debt.limited
+    assert debt.due(5) == 5
+    close(vm)
+
+
+def test_a_vm_that_owes_thousands_makes_its_tenants_others_wait_for_a_piece_only():
+    tenant = level(orc.Limit(rate=1000, burst=1))
+    owes, other = (Debt(above(None, (tenant,), Meter.ANSWERS)) for _ in range(2))
+    owes.add(8000)
+    other.add(10)
+    assert owes.due(0) > 0
+    assert other.due(0) == pytest.approx((PIECE + 10) * SECOND / 1000)
+    close(tenant)
+
+
+def test_a_debt_that_is_left_in_the_middle_goes_on_where_it_was():
+    vm = level(orc.Limit(rate=1000, burst=1))
+    debt = Debt(above(None, (vm,), Meter.ANSWERS))
+    debt.add(3 * PIECE)
+    debt.due(0)
+    debt.leave()
+    assert debt.unpaid == 2 * PIECE
+    close(vm)
+
+
+# ---- the part
+
+
+class Times:
+    """Of the event loop's thread, to be set."""
+
+    def __init__(self) -> None:
+        self.passed = self.ran = self.waited = 0
+
+    def __call__(self) -> tuple[int, int, int]:
+        return self.passed, self.ran, self.waited
+
+
+def test_steps_get_their_part_of_all_time_on_idle_cpus():
+    times = Times()
+    part = Part(times)
+    part.spend(SAVED)
+    assert part.left() == 0
+    times.passed += SAVED
+    times.ran += 1000
+    assert part.left() == pytest.approx(SAVED * PART)
+
+
+def test_steps_get_less_where_the_loop_waits_for_a_cpu():
+    times = Times()
+    part = Part(times)
+    part.spend(SAVED)
+    part.left()
+    times.passed, times.ran, times.waited = SAVED, 1000, 4000
+    assert part.left() == pytest.approx(SAVED * PART / 5)
+
+
+def test_what_steps_leave_is_saved_for_a_short_time_only():
+    times = Times()
+    part = Part(times)
+    times.passed = 100 * SECOND
+    assert part.left() == SAVED
+
+
+# ---- the pacer
+
+
+async def test_steps_wait_for_the_grid_and_come_again_when_they_want(autojump_clock):
+    called: list[int] = []
+
+    def step(now: int) -> int | None:
+        called.append(now)
+        return now + GRID // 2 if len(called) < 3 else None
+
+    async with running() as pacer:
+        await pacer.wait("a", now() + 1, step)
+    first = called[0] / GRID
+    assert first == pytest.approx(round(first))
+    assert called[2] - called[0] == pytest.approx(2 * GRID)
+
+
+async def test_tenants_take_turns_however_many_steps_each_has(autojump_clock):
+    order: list[str] = []
+
+    def step(tenant: str) -> Callable[[int], None]:
+        return lambda now: order.append(tenant)
+
+    async with running() as pacer, trio.open_nursery() as nursery:
+        for tenant in ["many"] * 10 + ["one"]:
+            nursery.start_soon(pacer.wait, tenant, now() + 1, step(tenant))
+    assert order.index("one") == 1
+    assert len(order) == 11
+
+
+async def test_many_steps_are_done_in_several_rounds_of_the_loop(autojump_clock):
+    turns: list[str] = []
+
+    async def other() -> None:
+        """Has its turn in each round, from the first step to the last."""
+        while len(turns) < 3 * STEPS:
+            await trio.sleep(GRID / 1e9 if not turns else 0)
+            turns.append("other")
+
+    async with running() as pacer, trio.open_nursery() as nursery:
+        for _ in range(3 * STEPS):
+            nursery.start_soon(pacer.wait, "a", now() + 1, lambda at: turns.append("step"))
+        nursery.start_soon(other)
+    in_a_row = [len(list(group)) for what, group in itertools.groupby(turns) if what == "step"]
+    assert sum(in_a_row) == 3 * STEPS
+    assert max(in_a_row) <= STEPS
+
+
+async def test_nothing_is_done_once_the_part_is_used_up(autojump_clock):
+    times = Times()
+    called: list[int] = []
+    async with running(times) as pacer:
+        pacer.spend(10 * SAVED)
+        assert not pacer.may()
+        with trio.move_on_after(10 * LOOK / 1e9):
+            await pacer.wait("a", now() + 1, lambda at: called.append(at))  # type: ignore[func-returns-value]
+        assert not called
+        times.passed += SECOND
+        await pacer.wait("a", now() + 1, lambda at: called.append(at))  # type: ignore[func-returns-value]
+    assert len(called) == 1  # and not the one that was cancelled
+
+
+def now() -> int:
+    return int(trio.current_time() * SECOND)
+
+
+class running:  # used as a function
+    """A pacer that serves."""
+
+    def __init__(self, times: Callable[[], tuple[int, int, int]] = lambda: ON_IDLE_CPUS) -> None:
+        self._pacer = Pacer(now, times)
+
+    async def __aenter__(self) -> Pacer:
+        self._nursery = trio.open_nursery()
+        nursery = await self._nursery.__aenter__()
+        nursery.start_soon(self._pacer.run)
+        self._scope = nursery.cancel_scope
+        return self._pacer
+
+    async def __aexit__(self, *error: object) -> None:
+        self._scope.cancel()
+        await self._nursery.__aexit__(*error)  # type: ignore[arg-type]
