@@ -22,6 +22,8 @@ orc_fleet *orc_fleet_new(void)
 
 		if (f->told.eventfd >= 0)
 			close(f->told.eventfd);
+		if (f->asked.eventfd >= 0)
+			close(f->asked.eventfd);
 		free(f);
 		errno = error;
 		return NULL;

@@ -484,6 +484,24 @@ static void readers_and_the_count_get_the_same_pages_and_none_gets_those_before_
 	guest_free(&g);
 }
 
+static void a_reader_that_nobody_shut_goes_with_its_log(void)
+{
+	struct kvm_userspace_memory_region slot;
+	struct guest g;
+	orc_dirty_reader *open;
+	orc_dirty *d;
+
+	if (!guest_new(&g, writes, writes_end))
+		return;
+	slot = whole(&g);
+	d = orc_dirty_new(g.vm, &slot, 1);
+	CHECK(!orc_dirty_open(d, &open));
+	open = NULL; /* so that AddressSanitizer looks for its memory in vain */
+	orc_dirty_close(d);
+	orc_dirty_free(d);
+	guest_free(&g);
+}
+
 enum { READINGS = 200 };
 
 static void *read_often(void *argument)
@@ -654,6 +672,7 @@ const struct test kvm_tests[] = {
 	TEST(logging_is_all_or_nothing_and_leaves_out_what_the_guest_may_not_write),
 	TEST(a_log_that_cant_be_read_is_told_and_the_others_are_read),
 	TEST(readers_and_the_count_get_the_same_pages_and_none_gets_those_before_it_came),
+	TEST(a_reader_that_nobody_shut_goes_with_its_log),
 	TEST(a_log_may_be_read_switched_and_closed_by_several_threads_at_once),
 	{NULL, NULL},
 };
