@@ -126,7 +126,7 @@ class Instance:
             self._apply(self._owner.wanted)
         except BaseException:
             with trio.CancelScope(shield=True):
-                self._join()
+                await house.workers.run(self._join, house.workers.teardown)
                 await self._give_back()
                 await house.workers.discard(self.memory).wait()
             raise
@@ -162,8 +162,7 @@ class Instance:
             states = boot.load(spec, self.memory)
             self._machine = house.backend.create(spec, self._cores, self.memory, states, bus_locks=house.bus_locks)
             try:
-                in_turn = partial(house.inbox.put, (spec.tenant or "default", spec.name))
-                self.devices = Assembly(self, self._machine, self._console, house.post, in_turn)
+                self.devices = Assembly(self, self._machine, self._console, house.post, self._in_turn)
                 self.vcpus += [Vcpu(self, index, engine) for index, engine in enumerate(self._machine.engines)]
                 self._done = [trio.Event() for _ in self.vcpus]
                 for vcpu in self.vcpus:
@@ -229,7 +228,6 @@ class Instance:
             if vcpu.engine.threaded:
                 with trio.CancelScope(shield=True):  # `run` stops all vCPUs first, and then this waits
                     await self._done[vcpu.index].wait()
-                vcpu.join()
             else:
                 await vcpu.drive_async()
         except Exception as error:
@@ -243,14 +241,21 @@ class Instance:
 
     def _post(self, function: Callable[..., object], *args: object) -> None:
         """Run a function soon on the fleet's thread. Any thread. If it raises, this VM fails, and not the fleet."""
+        self.house.post(partial(self._guarded, function, *args))
 
-        def run() -> None:
-            try:
-                function(*args)
-            except Exception as error:
-                self._fail(getattr(function, "__name__", "a call"), error)
+    def _in_turn(self, function: Callable[[], object]) -> None:
+        """Run a function when it is this VM's turn. If it raises, this VM fails, and not the fleet."""
+        self.house.inbox.put((self.spec.tenant or "default", self.name), partial(self._guarded, function))
 
-        self.house.post(run)
+    def _guarded(self, function: Callable[..., object], *args: object) -> None:
+        try:
+            function(*args)
+        except Exception as error:
+            self._fail(getattr(function, "__name__", "a call"), error)
+
+    def turn_failed(self, error: Exception) -> None:
+        """An error in this VM's turn ends it, and not the fleet."""
+        self._fail("its turn", error)
 
     def end(self, outcome: Outcome) -> None:
         """End the run with that outcome, unless it has one already: the first counts. Any thread."""
@@ -374,7 +379,10 @@ class Instance:
             vcpu.keep_registers()
 
     def _close(self, problems: list[str]) -> None:
-        """Close vCPUs, machine and caps, in this order. May run on a worker thread: the kernel takes a millisecond."""
+        """Close vCPUs, machine and caps, in this order. May run on a worker thread: the kernel takes a millisecond, and a
+        vCPU's thread that has ended still needs a CPU, for which it may wait long, to go."""
+        for vcpu in self.vcpus:
+            vcpu.join()
         for vcpu in self.vcpus:
             with contained(f"vm {self.name}: vCPU {vcpu.index}", problems):
                 vcpu.engine.close()
