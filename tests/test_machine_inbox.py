@@ -287,7 +287,8 @@ def test_what_a_vcpu_asked_before_its_end_is_no_question_of_the_next_run(rig, ta
     rig.inbox.serve()
     requests = guest.taken() if taken else []
     rig.inbox.remove(guest.cores[0].id)
-    assert guest.taken() == [] and not guest.requests._outstanding
+    assert guest.taken() == []
+    assert not guest.requests._outstanding
     for request in requests:
         request.answer(b"\x01")  # no error, and nobody needs it
     assert guest.engine.kicks == 0

@@ -629,4 +629,5 @@ async def test_the_fleets_thread_waits_for_no_thread_of_a_vcpu(monkeypatch, star
     async with KVM.open() as fleet:
         with suppress(ZeroDivisionError):
             await (await fleet.launch(KVM.spec("halt"))).stop()
-    assert joined and threading.get_ident() not in joined
+    assert joined
+    assert threading.get_ident() not in joined

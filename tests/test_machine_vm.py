@@ -1311,7 +1311,8 @@ async def test_whoever_waits_for_a_reset_that_fails_is_told_though_restarts_go_o
         monkeypatch.setattr(Counts, "reset", lambda self: 1 / 0)
         with trio.fail_after(60), pytest.raises(orc.StateError, match="could not be reset: ZeroDivisionError"):
             await vm.reset()
-        assert vm.outcome is None and vm.state == "waiting"
+        assert vm.outcome is None
+        assert vm.state == "waiting"
         monkeypatch.setattr(Counts, "reset", works)
         await vm.reset()
         assert (vm.state, device.resets) == ("running", 1)
@@ -1324,7 +1325,8 @@ async def test_a_device_that_exits_at_its_reset_fails_its_vm_alone(autojump_cloc
         monkeypatch.setattr(Counts, "reset", lambda self: sys.exit("bye"))
         with pytest.raises(orc.StateError, match="bye"):
             await vm.reset()
-        assert isinstance(vm.outcome, orc.Failed) and "bye" in vm.outcome.reason
+        assert isinstance(vm.outcome, orc.Failed)
+        assert "bye" in vm.outcome.reason
         assert other.state == "running"
 
 

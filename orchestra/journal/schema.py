@@ -79,10 +79,13 @@ ALTER TABLE aggregates ADD COLUMN throttled_by TEXT;
 CREATE TABLE removed (name TEXT PRIMARY KEY, until INTEGER NOT NULL);
 """
 
+_ANSWERS: Final = "ALTER TABLE aggregates ADD COLUMN answers INTEGER;"
+
 _MIGRATIONS: Final[Sequence[Callable[[sqlite3.Connection], object]]] = (
     lambda connection: _run(connection, _FIRST),
     lambda connection: _run(connection, _SECOND),
     lambda connection: _run(connection, _THIRD),
+    lambda connection: _run(connection, _ANSWERS),
 )
 """Entry n makes version n + 1 of version n. Append entries and never change one: files of every version exist."""
 

@@ -31,8 +31,8 @@ def contained(what: str, problems: list[str] | None = None) -> Iterator[None]:
 
 @contextmanager
 def in_device() -> Iterator[None]:
-    """Within the block a device's own code runs, which has no say in whether the program ends: its SystemExit becomes an
-    error like any other."""
+    """Within the block a device's own code runs, which has no say in whether the program ends: its SystemExit becomes
+    an error like any other."""
     try:
         yield
     except SystemExit as error:

@@ -120,8 +120,8 @@ class Inbox:
         self._askers[core.id] = Asker(core, engine, index, whose, *buses, failed)
 
     def remove(self, id: int) -> None:
-        """Serve this vCPU no more. Questions that still wait for their turn, or for an answer, are dropped. `id`: of its
-        core."""
+        """Serve this vCPU no more. Questions that still wait for their turn, or for an answer, are dropped. `id`: of
+        its core."""
         asker = self._askers.pop(id, None)
         if asker is not None:
             asker.gone()

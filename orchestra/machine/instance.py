@@ -379,8 +379,8 @@ class Instance:
             vcpu.keep_registers()
 
     def _close(self, problems: list[str]) -> None:
-        """Close vCPUs, machine and caps, in this order. May run on a worker thread: the kernel takes a millisecond, and a
-        vCPU's thread that has ended still needs a CPU, for which it may wait long, to go."""
+        """Close vCPUs, machine and caps, in this order. May run on a worker thread: the kernel takes a millisecond, and
+        a vCPU's thread that has ended still needs a CPU to go, for which it may wait long."""
         for vcpu in self.vcpus:
             vcpu.join()
         for vcpu in self.vcpus:

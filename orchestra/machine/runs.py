@@ -50,8 +50,8 @@ def in_a_line(outcome: Outcome) -> str:
 
 
 class Renewal:
-    """What callers of `Runs.reset` wait for. `over` is set when another run has started, or could not be started, or none
-    will be. `error` says why a run could not be started."""
+    """What callers of `Runs.reset` wait for. `over` is set when another run has started, or could not be started, or
+    none will be. `error` says why a run could not be started."""
 
     def __init__(self) -> None:
         self.over = trio.Event()
@@ -120,7 +120,7 @@ class Runs:
             raise StateError(f"vm {self._name!r} has ended before it was reset: {in_a_line(self.outcome)}")
         if (error := renewal.error) is not None:
             raise StateError(
-                f"vm {self._name!r} could not be reset: {type(error).__name__}: {error}; it is restarted as its spec says"
+                f"vm {self._name!r} could not be reset: {type(error).__name__}: {error}; `restart` says what follows"
             ) from error
 
     def _renewed(self, error: Exception | None = None) -> None:
