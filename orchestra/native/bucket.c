@@ -65,7 +65,7 @@ static int64_t get(struct orc_word *w)
 }
 
 /* The limit in force when `control` was what it returns. */
-static uint64_t read_limit(const orc_bucket *constant, struct limit *l)
+ORC_HOT static uint64_t read_limit(const orc_bucket *constant, struct limit *l)
 {
 	orc_bucket *b = writable(constant);
 	uint64_t control = atomic_load_explicit(&b->control, memory_order_acquire), before;
@@ -131,14 +131,14 @@ static int64_t minus(int64_t a, int64_t b)
 }
 
 /* Units made between `since` and `t`, with the part that there was. */
-static double more(const struct limit *l, orc_ns t)
+ORC_HOT static double more(const struct limit *l, orc_ns t)
 {
 	/* A runner may have read the clock just before the limit was set: time never runs backwards here. */
 	return t <= l->since ? l->part : l->part + (double)minus(t, l->since) * l->per_ns;
 }
 
 /* Tokens made by `t`, in whole units; *part is what there is of the next one. */
-static int64_t tokens(const struct limit *l, orc_ns t, double *part)
+ORC_HOT static int64_t tokens(const struct limit *l, orc_ns t, double *part)
 {
 	double m = more(l, t);
 
@@ -170,13 +170,13 @@ struct orc_share *orc_bucket_share(orc_bucket *b)
 	return &ORC_CONTAINER(b, struct private_bucket, bucket)->share;
 }
 
-bool orc_bucket_limited(const orc_bucket *b)
+ORC_HOT bool orc_bucket_limited(const orc_bucket *b)
 {
 	return atomic_load_explicit(&writable(b)->control, memory_order_relaxed) & ORC_LIMITED;
 }
 
 /* How far ahead of the tokens the last ticket is. */
-static int64_t debt_of(int64_t last, int64_t made)
+ORC_HOT static int64_t debt_of(int64_t last, int64_t made)
 {
 	int64_t debt = minus(last, made);
 
@@ -184,7 +184,7 @@ static int64_t debt_of(int64_t last, int64_t made)
 }
 
 /* What is still owed of a burst that was enlarged. It counts in time since then, which does not wrap. */
-static int64_t still_owed(const struct limit *l, orc_ns now)
+ORC_HOT static int64_t still_owed(const struct limit *l, orc_ns now)
 {
 	double made = more(l, now);
 
@@ -269,12 +269,12 @@ bool orc_bucket_charge(orc_bucket *b, orc_ns now, struct orc_ticket *out)
 }
 
 /* Units of debt that max_delay lets pile up. */
-static int64_t most(const struct limit *l)
+ORC_HOT static int64_t most(const struct limit *l)
 {
 	return l->max_delay < 0 ? INT64_MAX : plus(l->tolerance, to_int((double)l->max_delay * l->per_ns));
 }
 
-bool orc_bucket_charge_many(orc_bucket *b, orc_u64 n, orc_ns now, struct orc_ticket *out)
+ORC_HOT bool orc_bucket_charge_many(orc_bucket *b, orc_u64 n, orc_ns now, struct orc_ticket *out)
 {
 	const int64_t events = (int64_t)n * (int64_t)UNIT;
 	struct limit l;

@@ -44,7 +44,7 @@ int orc_fleet_asked_eventfd(const orc_fleet *f)
 	return f->asked.eventfd;
 }
 
-void orc_push(struct orc_stack *s, struct orc_link *link)
+ORC_HOT void orc_push(struct orc_stack *s, struct orc_link *link)
 {
 	struct orc_link *top;
 

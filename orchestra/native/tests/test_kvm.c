@@ -632,6 +632,31 @@ static int exits_that_need_nothing(unsigned long request, void *argument)
 	return 0;
 }
 
+static void the_clock_is_read_only_if_somebody_needs_the_time(void)
+{
+	enum { EXITS = 601 };
+	orc_fleet *f = orc_fleet_new();
+	orc_vcpu *v = orc_vcpu_new(f, 0, 1024);
+	orc_bucket *b = orc_bucket_new();
+	int before;
+
+	orc_vcpu_bind_kvm(v, -1, &shared.run, false);
+	orc_vcpu_set_bucket(v, ORC_EXITS, ORC_VM, b);
+	for (int needed = 0; needed < 3; needed++) { /* by nobody, by a limit, by who listens */
+		orc_bucket_set(b, needed == 1 ? 1e9 : 0, 1e6, -1, orc_now());
+		orc_vcpu_tell(v, needed == 2 ? UINT64_MAX : 0);
+		entries = 0;
+		before = clock_reads;
+		played = exits_that_need_nothing;
+		CHECK(orc_kvm_run(v) == ORC_EXIT);
+		played = NULL;
+		CHECK(clock_reads - before == (needed ? EXITS : 0), "%d", clock_reads - before);
+	}
+	orc_vcpu_free(v);
+	orc_bucket_free(b);
+	orc_fleet_free(f);
+}
+
 static void exits_that_need_nothing_done_stay_in_the_loop(void)
 {
 	orc_fleet *f = orc_fleet_new();
@@ -660,6 +685,7 @@ const struct test kvm_tests[] = {
 	TEST(the_signal_may_be_installed_again),
 	TEST(a_subscription_in_the_middle_of_an_exit_is_told_the_next_and_nothing_stale),
 	TEST(exits_that_need_nothing_done_stay_in_the_loop),
+	TEST(the_clock_is_read_only_if_somebody_needs_the_time),
 	TEST(accesses_to_claimed_ports_come_out_and_others_stay_in_the_loop),
 	TEST(string_instructions_on_ports_move_every_byte),
 	TEST(a_command_during_an_answer_comes_after_the_access_is_finished),
