@@ -177,9 +177,9 @@ ORC_HOT static enum orc_why run_guest(orc_vcpu *v)
 
 	for (;;) {
 		enum orc_why why;
-		orc_u64 told;
+		orc_u64 mask;
 		unsigned reason;
-		bool tells;
+		bool subscribed;
 		int rc;
 
 		if (v->io.open && (why = orc_access_resume(v)) != ORC_ANSWERED)
@@ -197,8 +197,8 @@ ORC_HOT static enum orc_why run_guest(orc_vcpu *v)
 			continue;
 		}
 
-		told = atomic_load_explicit(&v->told, memory_order_relaxed);
-		run->kvm_valid_regs = v->sync_regs && told & (1ull << ORC_TOLD_BUS_LOCK) ? KVM_SYNC_X86_REGS : 0;
+		mask = atomic_load_explicit(&v->event_mask, memory_order_relaxed);
+		run->kvm_valid_regs = v->sync_regs && mask & (1ull << ORC_EVENT_BUS_LOCK) ? KVM_SYNC_X86_REGS : 0;
 		atomic_store_explicit(&v->in_guest, true, memory_order_seq_cst);
 		rc = ioctl(v->fd, KVM_RUN, 0);
 		/* Release is enough: a kick that still reads true sends a signal that finds nothing to interrupt. */
@@ -224,8 +224,8 @@ ORC_HOT static enum orc_why run_guest(orc_vcpu *v)
 
 		reason = run->exit_reason;
 		name(&v->record, run, run->flags);
-		tells = orc_tells(v, reason, run->flags);
-		if (tells) {
+		subscribed = orc_is_subscribed(v, reason, run->flags);
+		if (subscribed) {
 			describe(&v->record, run);
 			if (run->flags & KVM_RUN_X86_BUS_LOCK)
 				sample_rip(v);
@@ -233,7 +233,7 @@ ORC_HOT static enum orc_why run_guest(orc_vcpu *v)
 		if (reason == KVM_EXIT_IO)
 			orc_vcpu_weigh(v, run->io.count); /* up to a page of a string instruction */
 		/* Unread: a guest that nobody limits and nobody listens to needs no clock, which costs as much as all the rest. */
-		orc_account(v, &v->record, ORC_UNREAD, tells);
+		orc_account(v, &v->record, ORC_UNREAD, subscribed);
 		v->unfinished = finishes_on_entry(reason);
 
 		switch (reason) {
@@ -260,7 +260,7 @@ ORC_HOT static enum orc_why run_guest(orc_vcpu *v)
 				return why;
 			break;
 		default:
-			if (!tells)
+			if (!subscribed)
 				describe(&v->record, run);
 			return ORC_EXIT;
 		}

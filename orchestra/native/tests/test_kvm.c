@@ -592,7 +592,7 @@ static bool subscribe(orc_vcpu *v, const struct orc_record *record, struct orc_s
 {
 	(void)record, (void)site;
 	if (entries == 2)
-		orc_vcpu_tell(v, UINT64_MAX);
+		orc_vcpu_subscribe(v, UINT64_MAX);
 	return false;
 }
 
@@ -644,7 +644,7 @@ static void the_clock_is_read_only_if_somebody_needs_the_time(void)
 	orc_vcpu_set_bucket(v, ORC_EXITS, ORC_VM, b);
 	for (int needed = 0; needed < 3; needed++) { /* by nobody, by a limit, by who listens */
 		orc_bucket_set(b, needed == 1 ? 1e9 : 0, 1e6, -1, orc_now());
-		orc_vcpu_tell(v, needed == 2 ? UINT64_MAX : 0);
+		orc_vcpu_subscribe(v, needed == 2 ? UINT64_MAX : 0);
 		entries = 0;
 		before = clock_reads;
 		played = exits_that_need_nothing;
