@@ -262,6 +262,25 @@ def test_the_emulated_backend_refuses_rings():
 
 
 @pytest.mark.kvm
+def test_more_memory_than_kvm_maps_or_the_cpu_has_addresses_for_is_refused_by_the_field_and_with_what_fits():
+    backend = KvmBackend.open()
+    most = 0xC0000000 + ((1 << 31) - 1) * 4096
+    backend._address_bits = 52
+    backend.check(blank(memory=orc.Memory(most)))
+    with pytest.raises(SpecError, match=rf"memory={1 << 46}: .* in one piece.*ask for at most {most} bytes"):
+        backend.check(blank(memory=orc.Memory(1 << 46)))
+    backend._address_bits = 40
+    backend.check(blank(memory=orc.Memory((1 << 40) - (1 << 30))))
+    with pytest.raises(
+        SpecError, match=rf"memory={1 << 40}: .* 40 bits of address; ask for at most {(1 << 40) - (1 << 30)} "
+    ):
+        backend.check(blank(memory=orc.Memory(1 << 40)))
+    with pytest.raises(SpecError, match=r"region size=8192: .* 40 bits of address; put all of the region below 0x100"):
+        backend.check(blank(regions=[orc.MemoryRegion((1 << 40) - 4096, 8192)]))
+    backend.close()
+
+
+@pytest.mark.kvm
 def test_a_host_whose_kvm_allows_smaller_rings_says_so():
     backend = KvmBackend.open()
     made = blank(memory=orc.Memory(SIZE, dirty_ring=1 << 16))

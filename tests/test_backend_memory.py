@@ -43,6 +43,27 @@ def memory():
     made.close()
 
 
+def test_whoever_is_told_of_writes_may_go_at_any_moment():
+    class Leaves(GuestMemory):
+        """Another thread ends the run just after a write has looked for whom to tell."""
+
+        @property
+        def on_write(self):
+            told, self.told = self.told, None
+            return told
+
+        @on_write.setter
+        def on_write(self, value):
+            self.told = value
+
+    made, seen = Leaves(spec()), []
+    made.on_write = lambda address, size: seen.append((address, size))
+    made.write(8, b"abc")
+    made.write(8, b"abc")
+    assert seen == [(8, 3)]
+    made.close()
+
+
 def test_new_memory_reads_as_zeros(memory):
     assert memory.read(0, RAM) == bytes(RAM)
 

@@ -527,6 +527,21 @@ async def test_tenants_that_wait_for_another_fleet_stand_in_no_later_reload_s_wa
         assert not compare(now, parse_rules(text))
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"fleet": 3}, "fleet=3: must be a fleet"),
+        ({"rules": "rules.toml"}, "rules='rules.toml': must be the rules"),
+        ({"path": 3}, "path=3: must be the name"),
+        ({"every": 0}, "every=0: must be seconds, more than 0"),
+        ({"every": "1"}, "every='1': must be a number"),
+    ],
+)
+async def test_a_watch_of_what_cant_be_watched_is_refused(wrong, message):
+    with trio.fail_after(5), pytest.raises(orc.SpecError, match=message):
+        await watch_rules(**{"fleet": Asked(), "rules": parse_rules(""), **wrong})
+
+
 async def test_a_change_before_the_watch_begins_is_not_missed(tmp_path):
     path = tmp_path / "rules.toml"
     path.write_text("limit = 100")

@@ -114,6 +114,7 @@ def test_whatever_comes_for_a_policy_is_one_or_a_spec_error(kind, data):
     ("fields", "message"),
     [
         ({"backend": 5}, "backend=5: must be a name"),
+        ({"backend": "kvn"}, "backend='kvn': must be 'auto', .* or a Backend object; did you mean 'kvm'?"),
         ({"limit": 5}, "limit=5: must be a Limit"),
         ({"tenants": 5}, "tenants=5: must be a mapping by name"),
         ({"tenants": {"a": orc.Tenant("b")}}, "its name is 'b'"),
@@ -289,6 +290,11 @@ only = { vms = "web-*" }
         guard=orc.Guard(max_pause=None),
         policies=[orc.PolicySpec("ladder", {"over": 300.0}, orc.Chosen(vms=("web-*",)))],
     )
+    path.write_text("journal = 'fleet.db'")
+    assert load_fleet(path) == orc.FleetSpec(journal="fleet.db")
+    path.write_text("journal = 5")
+    with pytest.raises(TomlError, match="line 1: journal: 5: must be a table"):
+        load_fleet(path)
     path.write_text("limit = -5\nbackend = 5\n[[policies]]\nkind = 'laddr'")
     with pytest.raises(TomlError) as caught:
         load_fleet(path)

@@ -78,12 +78,13 @@ def test_times_are_of_the_wall_clock_whatever_the_fleets_clock_says(path):
 def test_aggregates_keep_what_is_unknown_as_none(path):
     journal = written(path)
     journal.aggregate(facts(1, 6 * SECOND))
-    journal.aggregate(facts(1, 7 * SECOND, cpu=0.5, work=3.0))
+    journal.aggregate(facts(1, 7 * SECOND, cpu=0.5, work=3.0, answers=7, throttled_by={"vm.exits": 0.5}))
     journal.end(8 * SECOND)
     with read_journal(path) as read:
         unknown, known = read.aggregates(vm="vm-0")
         assert (unknown.cpu, unknown.run_delay, unknown.work) == (None, None, None)
         assert (known.cpu, known.work, known.bus_locks, known.exits) == (0.5, 3.0, 10, 20)
+        assert (known.answers, known.throttled_by) == (7, {"vm.exits": 0.5})
         hosts = list(read.hosts())
         assert [(host.cpus, host.cpu_pressure, host.lock_ns, host.rate) for host in hosts] == [(2, 0.25, None, 100)] * 2
 
@@ -559,7 +560,7 @@ def test_a_journal_of_the_first_version_is_read_once_it_is_upgraded(path):
     assert schema.upgrade(path) == (1, VERSION)
     with read_journal(path) as reader:
         (row,), (host,) = reader.aggregates(), reader.hosts()
-    assert (row.bus_locks, row.work, row.dirty_pages, row.by_reason) == (7, 2, None, None)
+    assert (row.bus_locks, row.work, row.dirty_pages, row.by_reason, row.answers) == (7, 2, None, None, None)
     assert (host.lock_ns, host.exit_rate, host.absent) == (20, None, None)
 
 

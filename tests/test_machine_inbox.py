@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import Counter
 from collections.abc import Iterator
 
 import pytest
 import trio
+import trio.testing
 from hypothesis import given, settings, strategies as st
 
 from orchestra.machine.devices.bus import Bus
@@ -38,12 +40,13 @@ class Guest:
         self.requests = Requests()
         self.claim = self.ports.claim(range(PORT, PORT + 1), self.requests)
         self.engine = Engine()
+        self.failures: list[Exception] = []
         self.cores: list[VcpuCore] = []
         self.data = [ffi.new("uint8_t[]", 8) for _ in range(vcpus)]
         for index in range(vcpus):
             core = VcpuCore(rig.core, rig.next_id())
             core.set_buses(self.ports.handle, self.mmio.handle)
-            rig.inbox.add(core, self.engine, index, (tenant, name), (self.ports, self.mmio))
+            rig.inbox.add(core, self.engine, index, (tenant, name), (self.ports, self.mmio), self.failures.append)
             self.cores.append(core)
 
     def ask(self, vcpu: int = 0) -> None:
@@ -260,3 +263,42 @@ async def test_threads_ask_and_each_gets_its_answer(rig):
                 await trio.to_thread.run_sync(thread.join)
             nursery.cancel_scope.cancel()
     assert seen == {(guest.name, n): rounds for guest in guests for n in range(2)}
+
+
+# ---- errors and ends
+
+
+@pytest.mark.parametrize("asking", [1, 2])
+def test_a_turn_that_raises_fails_its_vm_and_the_others_are_served(rig, monkeypatch, asking):
+    broken, other = rig.guest("acme", "b"), rig.guest("umbra", "o")
+    monkeypatch.setattr(broken.requests, "deliver", lambda request: 1 / 0)
+    broken.ask()
+    if asking == 2:  # otherwise there is nothing to take turns with, which is a way of its own
+        other.ask()
+    assert rig.play() == ["o0"] * (asking - 1)
+    assert [type(error) for error in broken.failures] == [ZeroDivisionError]
+    assert other.failures == []
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_what_a_vcpu_asked_before_its_end_is_no_question_of_the_next_run(rig, taken):
+    guest = rig.guest("acme", "a")
+    guest.ask()
+    rig.inbox.serve()
+    requests = guest.taken() if taken else []
+    rig.inbox.remove(guest.cores[0].id)
+    assert guest.taken() == []
+    assert not guest.requests._outstanding
+    for request in requests:
+        request.answer(b"\x01")  # no error, and nobody needs it
+    assert guest.engine.kicks == 0
+
+
+async def test_after_the_task_was_cancelled_nobody_rings_for_it(rig):
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(rig.inbox.run)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    rig.inbox.put(("acme", "a"), lambda: None)
+    with pytest.raises(BlockingIOError):
+        os.eventfd_read(rig.core.asked_eventfd)

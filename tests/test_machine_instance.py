@@ -35,6 +35,7 @@ from orchestra.machine.cores import Cores
 from orchestra.machine.devices.console import Console
 from orchestra.machine.instance import Instance
 from orchestra.machine.pause_levels import PauseLevels
+from orchestra.machine.vcpu import Vcpu
 from orchestra.native import ffi, lib
 from orchestra.native.core import VcpuCore
 
@@ -612,3 +613,21 @@ async def test_a_running_guest_does_not_keep_what_the_kernel_counts_of_it_from_b
                 counted = await vm.kernel_statistics()
                 assert {"vcpu0.exits", "vcpu1.exits"} <= set(counted)
             await vm.stop()
+
+
+@pytest.mark.parametrize("starts", [True, False])
+async def test_the_fleets_thread_waits_for_no_thread_of_a_vcpu(monkeypatch, starts):
+    joined, join = [], Vcpu.join
+
+    def joins(vcpu: Vcpu) -> None:
+        joined.append(threading.get_ident())
+        join(vcpu)
+
+    monkeypatch.setattr(Vcpu, "join", joins)
+    if not starts:
+        monkeypatch.setattr(Cores, "tell", lambda self, mask: 1 / 0)
+    async with KVM.open() as fleet:
+        with suppress(ZeroDivisionError):
+            await (await fleet.launch(KVM.spec("halt"))).stop()
+    assert joined
+    assert threading.get_ident() not in joined

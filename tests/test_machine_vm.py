@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -1300,6 +1301,32 @@ async def test_a_device_whose_reset_fails_fails_its_vm_alone(autojump_clock, mon
             await vm.reset()
         assert isinstance(vm.outcome, orc.Failed)
         assert vm.outcome.reason.startswith("reset: ")
+        assert other.state == "running"
+
+
+async def test_whoever_waits_for_a_reset_that_fails_is_told_though_restarts_go_on(autojump_clock, monkeypatch):
+    device, works = Counts(), Counts.reset
+    async with play([FOR_EVER]) as fleet:
+        vm = await fleet.launch(blank(restart=restart(backoff=1)), devices=[(range(0x500, 0x504), None, device)])
+        monkeypatch.setattr(Counts, "reset", lambda self: 1 / 0)
+        with trio.fail_after(60), pytest.raises(orc.StateError, match="could not be reset: ZeroDivisionError"):
+            await vm.reset()
+        assert vm.outcome is None
+        assert vm.state == "waiting"
+        monkeypatch.setattr(Counts, "reset", works)
+        await vm.reset()
+        assert (vm.state, device.resets) == ("running", 1)
+
+
+async def test_a_device_that_exits_at_its_reset_fails_its_vm_alone(autojump_clock, monkeypatch):
+    async with play({"guest": [FOR_EVER], "other": [FOR_EVER]}) as fleet:
+        other = await fleet.launch(blank("other"))
+        vm = await fleet.launch(blank(), devices=[(range(0x500, 0x504), None, Counts())])
+        monkeypatch.setattr(Counts, "reset", lambda self: sys.exit("bye"))
+        with pytest.raises(orc.StateError, match="bye"):
+            await vm.reset()
+        assert isinstance(vm.outcome, orc.Failed)
+        assert "bye" in vm.outcome.reason
         assert other.state == "running"
 
 

@@ -345,7 +345,7 @@ async def test_limits_of_specs_tenants_and_the_host_are_there_in_a_replay_as_the
 )
 def test_a_policy_that_looks_at_what_no_journal_keeps_is_refused(afternoon, policy):
     lived(afternoon, 3, {"a": noisy}, [])
-    with pytest.raises(orc.SpecError, match="answers, which journals don't keep"):
+    with pytest.raises(orc.SpecError, match="answers, which a replay does not show"):
         replayed(afternoon, only_with(policy))
 
 

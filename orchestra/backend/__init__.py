@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 from ..model.errors import NoSuchBackend
+from ..model.mistakes import meant
 from ..model.spec import VmSpec
 from ..native import lib
 from ..native.core import Runner, VcpuCore
@@ -181,6 +182,16 @@ class Backend(Protocol):
     def close(self) -> None: ...
 
 
+NAMES: Final = ("auto", "kvm", "emulated", "scripted")
+"""The backends that have a name."""
+
+
+def no_such(backend: str) -> NoSuchBackend:
+    """The error for a name that is not among `NAMES`."""
+    names = ", ".join(map(repr, NAMES))
+    return NoSuchBackend(f"backend={backend!r}: must be {names} or a Backend object{meant(backend, NAMES)}")
+
+
 def choose(backend: str | Backend, asked: Asked | None = None) -> Backend:
     """The backend of that name, opened; "auto": the best one that can do what is asked for (see `detection`).
 
@@ -211,4 +222,4 @@ def choose(backend: str | Backend, asked: Asked | None = None) -> Backend:
         from .detection import Asked, open_best
 
         return open_best(asked or Asked())
-    raise NoSuchBackend(f"backend={backend!r}: must be 'auto', 'kvm', 'emulated', 'scripted' or a Backend object")
+    raise no_such(backend)

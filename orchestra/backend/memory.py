@@ -201,8 +201,9 @@ class GuestMemory:
         for region, offset, length in list(self._pieces(address, len(data))):
             region.mapping[offset : offset + length] = data[done : done + length]
             done += length
-        if self.on_write is not None and done:
-            self.on_write(address, done)
+        on_write = self.on_write  # read once: the end of the run, on another thread, takes it away
+        if on_write is not None and done:
+            on_write(address, done)
 
     # ---- descriptor, and the end
 

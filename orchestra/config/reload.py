@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, runtime_checkable
 
 import attrs
 import trio
 
 from ..model.actions import Reload
+from ..model.checks import number
 from ..model.codec import encode
-from ..model.errors import OrchestraError
+from ..model.errors import OrchestraError, SpecError
 from ..model.spec import Limit, Meter, Tenant
 from ..policy import Guard, Policy
 from .file import Rules, load_rules, stamp_of
@@ -23,6 +24,7 @@ __all__ = ["Change", "Reloadable", "compare", "reload", "watch_rules"]
 log: Final = logging.getLogger("orchestra.policy")
 
 
+@runtime_checkable
 class Reloadable(Protocol):
     """The methods of a fleet that a reload needs."""
 
@@ -182,7 +184,20 @@ async def watch_rules(fleet: Reloadable, rules: Rules, path: Path | str | None =
         rules: the rules that the fleet was opened with.
         path: the file. Default: the file of `rules`.
         every: seconds between two looks at the file.
+
+    Raises:
+        SpecError: an argument is of another kind, or `every` is not more than 0.
     """
+    if not isinstance(fleet, Reloadable):
+        raise SpecError(f"fleet={fleet!r}: must be a fleet that runs")
+    if not isinstance(rules, Rules):
+        raise SpecError(
+            f"rules={rules!r}: must be the rules that the fleet was opened with, as `load_rules` returns them"
+        )
+    if not isinstance(path, str | Path | None):
+        raise SpecError(f"path={path!r}: must be the name of a file, or None for that of the rules")
+    if number("every", every) <= 0:
+        raise SpecError(f"every={every!r}: must be seconds, more than 0")
     file = Path(rules.file if path is None else path)
     seen = rules.stamp
     while True:

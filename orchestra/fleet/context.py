@@ -208,7 +208,8 @@ class FleetContext:
         self._guests[core.id] = guest
         vm = self.controls[guest.name]
         self.dispatcher.register(core, vm.name, vm.generation, index)
-        self.inbox.add(core, guest.vcpus[index].engine, index, (vm.tenant, vm.name), (guest.ports, guest.mmio))
+        of = (vm.tenant, vm.name)
+        self.inbox.add(core, guest.vcpus[index].engine, index, of, (guest.ports, guest.mmio), guest.turn_failed)
         self.observer.add(core.id, vm, guest, index)
 
     def retire(self, cores: Iterable[VcpuCore]) -> None:

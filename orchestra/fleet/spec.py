@@ -13,7 +13,7 @@ from typing import Any, Final, Literal, TypeAlias
 
 import attrs
 
-from ..backend import Backend
+from ..backend import NAMES, Backend, no_such
 from ..machine.hostbudget import HostBudget
 from ..model.actions import Evict
 from ..model.codec import LIVE, encode
@@ -142,6 +142,7 @@ class FleetSpec:
             this yet.
 
     Raises:
+        NoSuchBackend: no backend has that name.
         SpecError: the message names the field, the value and the remedy.
     """
 
@@ -202,6 +203,8 @@ class FleetSpec:
             raise SpecError(f"on_evict={self.on_evict!r}: must be an async function, or None")
         if not isinstance(self.backend, str) and not callable(getattr(self.backend, "create", None)):
             raise SpecError(f"backend={self.backend!r}: must be a name, such as 'kvm', or a Backend object")
+        if isinstance(self.backend, str) and self.backend not in NAMES:
+            raise no_such(self.backend)
         asked = self._limits_bus_locks(self.make_policies())
         if self.bus_locks == "off" and asked:
             raise SpecError(f"{asked} limits bus locks, but bus_locks='off': leave one of them out")

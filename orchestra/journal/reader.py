@@ -87,7 +87,7 @@ class StateRow:
 class Aggregate:
     """What a VM did in the `interval` seconds before `time`. The fields mean the same as in `VmFacts`.
 
-    `throttled_by` is None in rows that an older version of orchestra wrote.
+    `throttled_by` and `answers` are None in rows that an older version of orchestra wrote.
     """
 
     session: int
@@ -108,6 +108,7 @@ class Aggregate:
     dirty_pages: int | None
     by_reason: Mapping[str, Any] | None
     throttled_by: Mapping[str, Any] | None
+    answers: int | None
 
 
 @attrs.frozen
@@ -181,15 +182,17 @@ class _ActionMaker(Maker[ActionRow]):
 
 
 class _JsonMaker(Maker[T]):
-    """Makes rows whose last `last` values are JSON text or None."""
+    """Makes rows in which the values from the field `first` up to `last` are JSON text or None."""
 
-    def __init__(self, kind: type[T], last: int) -> None:
+    def __init__(self, kind: type[T], first: str, last: str) -> None:
         super().__init__(kind)
-        self._last = last
+        names = [field.name for field in attrs.fields(kind)]  # type: ignore[arg-type]
+        self._first, self._end = names.index(first), names.index(last) + 1
 
     def _made(self, values: tuple[Any, ...]) -> T:
-        parts = (None if text is None else mapping(text) for text in values[-self._last :])
-        return super()._made((*values[: -self._last], *parts))
+        first, end = self._first, self._end
+        parts = (None if text is None else mapping(text) for text in values[first:end])
+        return super()._made((*values[:first], *parts, *values[end:]))
 
 
 class _ProfileMaker(Maker[ProfileRow]):
@@ -212,7 +215,10 @@ class JournalReader:
         self._path = path
         self._action, self._profile = _ActionMaker(ActionRow), _ProfileMaker(ProfileRow)
         self._state, self._vcpu = Maker(StateRow), Maker(VcpuRow)
-        self._aggregate, self._host = _JsonMaker(Aggregate, 2), _JsonMaker(HostRow, 1)
+        self._aggregate, self._host = (
+            _JsonMaker(Aggregate, "by_reason", "throttled_by"),
+            _JsonMaker(HostRow, "absent", "absent"),
+        )
 
     @property
     def path(self) -> Path:

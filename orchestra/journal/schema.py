@@ -104,12 +104,14 @@ def _rename(text: str) -> str:
     # The keys keep their order, as `orchestra why` lists evidence in the order in which the policy wrote it.
     return json.dumps({"generation" if k == "launch" else k: v for k, v in found.items()}, separators=(",", ":"))
 
+_ANSWERS: Final = "ALTER TABLE aggregates ADD COLUMN answers INTEGER;"
 
 _MIGRATIONS: Final[Sequence[Callable[[sqlite3.Connection], object]]] = (
     lambda connection: _run(connection, _FIRST),
     lambda connection: _run(connection, _SECOND),
     lambda connection: _run(connection, _THIRD),
     _fourth,
+    lambda connection: _run(connection, _ANSWERS),
 )
 """Entry n makes version n + 1 of version n. Append entries and never change one: files of every version exist."""
 

@@ -51,7 +51,7 @@ _INSERTS: Final = {
     "actions": "INSERT INTO actions (session, time, kind, vm, tenant, policy, outcome, error, reason, evidence, "
     "details) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
     "states": "INSERT INTO states VALUES (?, ?, ?, ?, ?, ?, ?)",
-    "aggregates": "INSERT INTO aggregates VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+    "aggregates": "INSERT INTO aggregates VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
     "vcpus": "INSERT INTO vcpus VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
     "hosts": "INSERT INTO hosts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
     "profiles": "INSERT INTO profiles VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -220,6 +220,7 @@ class Journal:
                     vm.dirty_pages,
                     _json(vm.by_reason),
                     _json(vm.throttled_by),
+                    vm.answers,
                 ),
             )
             for vm in facts.vms.values()

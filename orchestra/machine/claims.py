@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from ..model.errors import SpecError
+from .contain import in_device
 from .devices.bus import Device, Handler
 from .devices.requests import Requests
 
@@ -55,7 +56,12 @@ class Claims:
         return tuple(self._requests)
 
     def reset_devices(self) -> None:
-        """Call `reset` of each device that has it, once a device. Before each run but the first."""
+        """Call `reset` of each device that has it, once a device. Before each run but the first.
+
+        Raises:
+            Exception: what a device raised.
+        """
         for device in {id(device): device for _, _, device in self._devices}.values():
             if callable(reset := getattr(device, "reset", None)):
-                reset()
+                with in_device():
+                    reset()

@@ -28,6 +28,10 @@ Turn: TypeAlias = Callable[[], object]
 """A function that is called when it is a VM's turn."""
 
 
+Failure: TypeAlias = Callable[[Exception], object]
+"""Ends a VM whose turn raised an error."""
+
+
 class Kicked(Protocol):
     """An engine that has to be kicked after the core has an answer, as `Engine.kick`."""
 
@@ -37,17 +41,34 @@ class Kicked(Protocol):
 class Asker:
     """A vCPU that may ask questions."""
 
-    __slots__ = ("_buses", "_core", "_engine", "_index", "whose")
+    __slots__ = ("_buses", "_core", "_engine", "_failed", "_index", "_request", "whose")
 
-    def __init__(self, core: VcpuCore, engine: Kicked, index: int, whose: Key, ports: Bus, mmio: Bus) -> None:
+    def __init__(
+        self, core: VcpuCore, engine: Kicked, index: int, whose: Key, ports: Bus, mmio: Bus, failed: Failure
+    ) -> None:
         self._core = core
+        self._failed = failed
+        self._request: tuple[Requests, Request] | None = None  # the last that was delivered
         self._engine = engine
         self._index = index
         self._buses = {int(lib.ORC_IO): ports, int(lib.ORC_MMIO): mmio}
         self.whose = whose
 
     def ask(self, question: Question) -> None:
-        """Hand a question to the task that has the claim now. If no task has: the core looks the address up again."""
+        """Hand a question to the task that has the claim now. If no task has: the core looks the address up again. An
+        error ends this VM."""
+        try:
+            self._ask(question)
+        except Exception as error:
+            self._failed(error)
+
+    def gone(self) -> None:
+        """The vCPU has ended: no task is handed its access any more. In the next run it would be nobody's question."""
+        if self._request is not None:
+            requests, request = self._request
+            requests.drop(request)
+
+    def _ask(self, question: Question) -> None:
         claim = self._buses[question.bus].claimed.get(question.claim)
         if claim is None or not isinstance(claim.handler, Requests):
             self._settle(question.number, Settled.AGAIN)
@@ -57,6 +78,7 @@ class Asker:
             self._settle(question.number, settled(request, claim), request.answer_bytes)
 
         request = Request(self._index, question.address, question.size, question.write, question.data, settle)
+        self._request = claim.handler, request
         claim.handler.deliver(request)
 
     def _settle(self, number: int, how: int, answer: bytes = b"") -> None:
@@ -91,16 +113,21 @@ class Inbox:
         self._tenants: dict[str, dict[str, deque[Turn]]] = {}
         self._asleep = False
 
-    def add(self, core: VcpuCore, engine: Kicked, index: int, whose: Key, buses: tuple[Bus, Bus]) -> None:
+    def add(
+        self, core: VcpuCore, engine: Kicked, index: int, whose: Key, buses: tuple[Bus, Bus], failed: Failure
+    ) -> None:
         """Serve this vCPU from now on. `whose`: its tenant and VM."""
-        self._askers[core.id] = Asker(core, engine, index, whose, *buses)
+        self._askers[core.id] = Asker(core, engine, index, whose, *buses, failed)
 
     def remove(self, id: int) -> None:
-        """Serve this vCPU no more. Questions that still wait for their turn are dropped. `id`: of its core."""
-        self._askers.pop(id, None)
+        """Serve this vCPU no more. Questions that still wait for their turn, or for an answer, are dropped. `id`: of
+        its core."""
+        asker = self._askers.pop(id, None)
+        if asker is not None:
+            asker.gone()
 
     def put(self, whose: Key, turn: Turn) -> None:
-        """Call `turn` when it is that VM's turn."""
+        """Call `turn` when it is that VM's turn. `turn` must not raise: an error in it ends the fleet."""
         self._append(whose, turn)
         if self._asleep:
             # Wakes the task as a question would. The task empties the eventfd before it sleeps again.
@@ -120,8 +147,10 @@ class Inbox:
                 # Sleep at once. A few empty rounds first would answer the next question sooner on idle CPUs. But beside
                 # guests that spin, the kernel lets a thread that slept run first, and makes a thread that spins wait.
                 self._asleep = True
-                await trio.lowlevel.wait_readable(core.asked_eventfd)
-                self._asleep = False
+                try:
+                    await trio.lowlevel.wait_readable(core.asked_eventfd)
+                finally:
+                    self._asleep = False
             else:
                 await trio.lowlevel.checkpoint()
 

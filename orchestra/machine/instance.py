@@ -126,7 +126,7 @@ class Instance:
             self._apply(self._owner.wanted)
         except BaseException:
             with trio.CancelScope(shield=True):
-                self._join()
+                await context.workers.run(self._join, context.workers.teardown)
                 await self._give_back()
                 await context.workers.discard(self.memory).wait()
             raise
@@ -162,8 +162,9 @@ class Instance:
             states = boot.load(spec, self.memory)
             self._machine = context.backend.create(spec, self._cores, self.memory, states, bus_locks=context.bus_locks)
             try:
-                in_turn = partial(context.inbox.put, (spec.tenant or "default", spec.name))
-                self.devices = Assembly(self, self._machine, self._console, context.post, in_turn, context.pacer)
+                self.devices = Assembly(
+                    self, self._machine, self._console, context.post, self._in_turn, context.pacer
+                )
                 self.vcpus += [Vcpu(self, index, engine) for index, engine in enumerate(self._machine.engines)]
                 self._done = [trio.Event() for _ in self.vcpus]
                 for vcpu in self.vcpus:
@@ -229,7 +230,6 @@ class Instance:
             if vcpu.engine.threaded:
                 with trio.CancelScope(shield=True):  # `run` stops all vCPUs first, and then this waits
                     await self._done[vcpu.index].wait()
-                vcpu.join()
             else:
                 await vcpu.drive_async()
         except Exception as error:
@@ -243,14 +243,21 @@ class Instance:
 
     def _post(self, function: Callable[..., object], *args: object) -> None:
         """Run a function soon on the fleet's thread. Any thread. If it raises, this VM fails, and not the fleet."""
+        self.context.post(partial(self._guarded, function, *args))
 
-        def run() -> None:
-            try:
-                function(*args)
-            except Exception as error:
-                self._fail(getattr(function, "__name__", "a call"), error)
+    def _in_turn(self, function: Callable[[], object]) -> None:
+        """Run a function when it is this VM's turn. If it raises, this VM fails, and not the fleet."""
+        self.context.inbox.put((self.spec.tenant or "default", self.name), partial(self._guarded, function))
 
-        self.context.post(run)
+    def _guarded(self, function: Callable[..., object], *args: object) -> None:
+        try:
+            function(*args)
+        except Exception as error:
+            self._fail(getattr(function, "__name__", "a call"), error)
+
+    def turn_failed(self, error: Exception) -> None:
+        """An error in this VM's turn ends it, and not the fleet."""
+        self._fail("its turn", error)
 
     def end(self, outcome: Outcome) -> None:
         """End the run with that outcome, unless it has one already: the first counts. Any thread."""
@@ -373,7 +380,10 @@ class Instance:
             vcpu.keep_registers()
 
     def _close(self, problems: list[str]) -> None:
-        """Close vCPUs, machine and caps, in this order. May run on a worker thread: the kernel takes a millisecond."""
+        """Close vCPUs, machine and caps, in this order. May run on a worker thread: the kernel takes a millisecond, and
+        a vCPU's thread that has ended still needs a CPU to go, for which it may wait long."""
+        for vcpu in self.vcpus:
+            vcpu.join()
         for vcpu in self.vcpus:
             with contained(f"vm {self.name}: vCPU {vcpu.index}", problems):
                 vcpu.engine.close()

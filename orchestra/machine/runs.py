@@ -49,6 +49,15 @@ def in_a_line(outcome: Outcome) -> str:
     return str(outcome)
 
 
+class Renewal:
+    """What callers of `Runs.reset` wait for. `over` is set when another run has started, or could not be started, or
+    none will be. `error` says why a run could not be started."""
+
+    def __init__(self) -> None:
+        self.over = trio.Event()
+        self.error: Exception | None = None
+
+
 class Runs:
     """The runs of one VM; for the fleet's thread.
 
@@ -82,7 +91,7 @@ class Runs:
         self._unmapped: trio.Event | None = None
         self._reset_reason: str | None = None
         self._nudged = trio.Event()  # a stop or a reset came; it ends the wait for the next run
-        self._renewed = trio.Event()  # set when another run has started, or none will
+        self._renewal = Renewal()
 
     # ---- requests
 
@@ -99,16 +108,27 @@ class Runs:
         """As `Vm.reset`. The VM must have started, and must not have ended.
 
         Raises:
-            StateError: the VM ended before the reset.
+            StateError: the VM could not be reset, or ended before the reset.
         """
-        renewed = self._renewed
+        renewal = self._renewal
         self._reset_reason = self._reset_reason or reason
         self._nudge()
         assert self.guest is not None
         self.guest.end(Stopped(reason))
-        await renewed.wait()
+        await renewal.over.wait()
         if self.outcome is not None:
             raise StateError(f"vm {self._name!r} has ended before it was reset: {in_a_line(self.outcome)}")
+        if (error := renewal.error) is not None:
+            raise StateError(
+                f"vm {self._name!r} could not be reset: {type(error).__name__}: {error}; `restart` says what follows"
+            ) from error
+
+    def _renewed(self, error: Exception | None = None) -> None:
+        """A run has started, or a reset failed: all who asked for a reset until now have their answer."""
+        self._reset_reason = None
+        renewal, self._renewal = self._renewal, Renewal()
+        renewal.error = error
+        renewal.over.set()
 
     def _nudge(self) -> None:
         self._nudged.set()
@@ -159,7 +179,7 @@ class Runs:
             for end in (self._vm.console.close, *(requests.end for requests in self._vm.claims.requests())):
                 with contained(f"vm {self._name}: its readers"):
                     end()
-            self._renewed.set()
+            self._renewal.over.set()
             self.ended.set()
 
     async def _follow(self, outcome: Outcome, ran: float) -> Next | None:
@@ -201,6 +221,14 @@ class Runs:
         return trio.current_time() + following.delay
 
     async def _start(self, following: Next | None) -> Instance:
+        try:
+            return await self._make(following)
+        except Exception as error:
+            if following is not None and following.kind == "reset":
+                self._renewed(error)  # a restart may follow, for ever: nobody waits for that
+            raise
+
+    async def _make(self, following: Next | None) -> Instance:
         vm = self._vm
         if following is not None:
             vm.claims.reset_devices()
@@ -211,15 +239,12 @@ class Runs:
                 with contained(f"vm {self._name}: the run before"):
                     self._retire(self.guest)
             self.guest = guest
-        self._reset_reason = None  # this run answers every reset that was asked for until now
         why = "" if following is None else self.succession.begin(following)
         if self.stop_reason is not None:
             guest.end(self.stop_reason)
         with contained(f"vm {self._name}: the journal"):
             vm.became(why)
-        if following is not None:
-            self._renewed.set()
-            self._renewed = trio.Event()
+        self._renewed()
         return guest
 
     async def _old_is_unmapped(self) -> None:

@@ -173,9 +173,11 @@ class Vcpu:
         return Living(self, self._living)
 
     def join(self) -> None:
-        """Wait until the thread is gone: microseconds, as `on_ended` was called already."""
-        if self._runner is not None:
-            self._runner.join()
+        """Wait until the thread is gone, after `on_ended` was called or will be. Not for the fleet's thread: while the
+        vCPU's thread waits for a CPU, so does the caller. A second call does nothing."""
+        runner, self._runner = self._runner, None
+        if runner is not None:
+            runner.join()
 
     async def drive_async(self) -> None:
         """Run to the end on the fleet's thread. Cancelling ends the vCPU where it is."""

@@ -138,7 +138,8 @@ class Vm:
         If this call is cancelled, the VM is reset all the same.
 
         Raises:
-            StateError: the VM has ended, or ends before the reset.
+            StateError: the VM has ended, or ends before the reset. Or it could not be reset: a device's `reset()`
+                raised, or the host lacks what a new run needs. `VmSpec.restart` says what follows then.
         """
         self._control.alive("reset")
         await self._control.runs.reset(reason)

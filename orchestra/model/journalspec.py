@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import attrs
 
 from .checks import fail, whole
+from .decoding import BAD, Reading
 from .errors import SpecError
+from .mistakes import At
 from .spec import GiB, MiB
 
 __all__ = ["JournalSpec", "JournalStatistics"]
@@ -14,6 +18,8 @@ __all__ = ["JournalSpec", "JournalStatistics"]
 @attrs.frozen
 class JournalSpec:
     """A journal as data: the fleet that is opened with it makes the `orchestra.journal.Journal`, and closes it.
+
+    As data, in a file or a document, the file's name alone will do.
 
     Parameters:
         path: the file; made if it is not there, continued if it is.
@@ -28,6 +34,12 @@ class JournalSpec:
     path: str
     keep_days: float = 30.0
     keep_bytes: int = 1 * GiB
+
+    @classmethod
+    def from_data(cls, data: object, reading: Reading, at: At) -> Any:
+        """For the codec."""
+        given = reading.table({"path": data} if isinstance(data, str) else data, at)
+        return BAD if given is BAD else reading.build(cls, given, at)
 
     def __attrs_post_init__(self) -> None:
         if not isinstance(self.path, str) or not self.path:

@@ -14,9 +14,10 @@
  * tokens. A `last` that seems further ahead lies far behind. */
 #define DEBT ((int64_t)1 << 50)
 
-/* Once is enough unless the limit changes meanwhile. More changes than these in the time of one reading (tens of ns), or of one
- * change of our own, are an attack on the budget by one who shares it, which no number would outlast. */
-enum { READ_TRIES = 1000, SET_TRIES = 100 };
+/* Once is enough unless the limit changes meanwhile. More changes than these in the time of one reading (tens of ns), of one
+ * word's writing, of one change of our own, or of one charge, are an attack on the budget by one who shares it, which no
+ * number would outlast. */
+enum { READ_TRIES = 1000, WORD_TRIES = 20, SET_TRIES = 100, CHARGE_TRIES = 1000 };
 
 /* The bucket of one process, with what only that process needs. */
 struct private_bucket {
@@ -64,7 +65,7 @@ static int64_t get(struct orc_word *w)
 }
 
 /* The limit in force when `control` was what it returns. */
-static uint64_t read_limit(const orc_bucket *constant, struct limit *l)
+ORC_HOT static uint64_t read_limit(const orc_bucket *constant, struct limit *l)
 {
 	orc_bucket *b = writable(constant);
 	uint64_t control = atomic_load_explicit(&b->control, memory_order_acquire), before;
@@ -88,17 +89,17 @@ static uint64_t read_limit(const orc_bucket *constant, struct limit *l)
 	return control;
 }
 
-/* Into a slot that the change `number` has claimed. False: a later one has. */
+/* Into a slot that the change `number` has claimed. False: a later one has, or it is written to all the time: those who keep
+ * to the rules write a word once for each claim, with numbers that only grow. */
 static bool write_word(struct orc_word *w, uint64_t number, int64_t to)
 {
 	uint64_t was = atomic_load_explicit(&w->number, memory_order_relaxed);
 	int64_t value = atomic_load_explicit(&w->value, memory_order_relaxed);
 
-	do {
-		if (was >= number)
-			return false;
-	} while (!exchange_word(w, &value, &was, to, number));
-	return true;
+	for (int tries = WORD_TRIES; tries && was < number; tries--)
+		if (exchange_word(w, &value, &was, to, number))
+			return true;
+	return false;
 }
 
 static bool write_limit(struct orc_word *w, uint64_t number, const struct limit *l)
@@ -130,14 +131,14 @@ static int64_t minus(int64_t a, int64_t b)
 }
 
 /* Units made between `since` and `t`, with the part that there was. */
-static double more(const struct limit *l, orc_ns t)
+ORC_HOT static double more(const struct limit *l, orc_ns t)
 {
 	/* A runner may have read the clock just before the limit was set: time never runs backwards here. */
 	return t <= l->since ? l->part : l->part + (double)minus(t, l->since) * l->per_ns;
 }
 
 /* Tokens made by `t`, in whole units; *part is what there is of the next one. */
-static int64_t tokens(const struct limit *l, orc_ns t, double *part)
+ORC_HOT static int64_t tokens(const struct limit *l, orc_ns t, double *part)
 {
 	double m = more(l, t);
 
@@ -169,13 +170,13 @@ struct orc_share *orc_bucket_share(orc_bucket *b)
 	return &ORC_CONTAINER(b, struct private_bucket, bucket)->share;
 }
 
-bool orc_bucket_limited(const orc_bucket *b)
+ORC_HOT bool orc_bucket_limited(const orc_bucket *b)
 {
 	return atomic_load_explicit(&writable(b)->control, memory_order_relaxed) & ORC_LIMITED;
 }
 
 /* How far ahead of the tokens the last ticket is. */
-static int64_t debt_of(int64_t last, int64_t made)
+ORC_HOT static int64_t debt_of(int64_t last, int64_t made)
 {
 	int64_t debt = minus(last, made);
 
@@ -183,7 +184,7 @@ static int64_t debt_of(int64_t last, int64_t made)
 }
 
 /* What is still owed of a burst that was enlarged. It counts in time since then, which does not wrap. */
-static int64_t still_owed(const struct limit *l, orc_ns now)
+ORC_HOT static int64_t still_owed(const struct limit *l, orc_ns now)
 {
 	double made = more(l, now);
 
@@ -241,7 +242,7 @@ int orc_bucket_set(orc_bucket *b, double rate, double burst, orc_ns max_delay, o
 {
 	const uint64_t one = ORC_FLAGS + 1;
 
-	for (int tries = READ_TRIES; tries; tries--) {
+	for (int tries = SET_TRIES; tries; tries--) {
 		uint64_t before = atomic_load_explicit(&b->control, memory_order_acquire), claimed = before + one, published;
 		struct limit old, l;
 
@@ -268,17 +269,18 @@ bool orc_bucket_charge(orc_bucket *b, orc_ns now, struct orc_ticket *out)
 }
 
 /* Units of debt that max_delay lets pile up. */
-static int64_t most(const struct limit *l)
+ORC_HOT static int64_t most(const struct limit *l)
 {
 	return l->max_delay < 0 ? INT64_MAX : plus(l->tolerance, to_int((double)l->max_delay * l->per_ns));
 }
 
-bool orc_bucket_charge_many(orc_bucket *b, orc_u64 n, orc_ns now, struct orc_ticket *out)
+ORC_HOT bool orc_bucket_charge_many(orc_bucket *b, orc_u64 n, orc_ns now, struct orc_ticket *out)
 {
 	const int64_t events = (int64_t)n * (int64_t)UNIT;
 	struct limit l;
 	double part;
 	int64_t made, owed, last, debt, kept, limit;
+	int tries = CHARGE_TRIES;
 
 	read_limit(b, &l);
 	made = tokens(&l, now, &part);
@@ -295,6 +297,10 @@ bool orc_bucket_charge_many(orc_bucket *b, orc_u64 n, orc_ns now, struct orc_tic
 			kept = limit > debt ? limit : debt;
 		if (kept < (int64_t)UNIT) /* a max_delay shorter than a token still leaves this event's own */
 			kept = debt + (int64_t)UNIT;
+		if (!tries--) { /* an addition always succeeds: the others still pay for this ticket */
+			atomic_fetch_add_explicit(&b->last, kept - debt, memory_order_acq_rel);
+			break;
+		}
 	} while (!atomic_compare_exchange_weak_explicit(&b->last, &last, plus(made, kept), memory_order_acq_rel,
 							memory_order_relaxed));
 	out->number = plus(made, debt + events);

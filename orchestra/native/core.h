@@ -188,6 +188,13 @@ struct orc_vcpu {
 	_Atomic uint32_t wait_version; /* the last bit says which of the two is in force */
 };
 
+/* What runs at each exit that the loop handles by itself. The linker puts it together: each page that is touched between two
+ * entries of the guest costs an entry of the TLB, which entering the guest may have emptied. */
+#define ORC_HOT __attribute__((hot))
+
+/* Of a `now`: the clock was not read yet, as it may not be needed. */
+#define ORC_UNREAD INT64_MIN
+
 #define ORC_CONTAINER(pointer, type, member) ((type *)((char *)(pointer) - offsetof(type, member)))
 
 /* It is on one of the fleet's lists: the owner's question about one whose runner has ended. */
@@ -258,8 +265,9 @@ void orc_talk(orc_vcpu *);
 /* Output of a device: kept, and announced if somebody waits for it. */
 void orc_console_say(orc_console *, orc_vcpu *by, const uint8_t *data, size_t size);
 int orc_signal_send(int thread); /* one of this process; 0 or a negative errno */
-/* As orc_vcpu_account. `subscribed`: the answer of orc_is_subscribed about this exit, asked once and before the exit was
- * described: a subscription that comes in between would otherwise get a record that describes another exit. */
+/* As orc_vcpu_account; `now` may be ORC_UNREAD. `subscribed`: the answer of orc_is_subscribed about this exit, asked once and
+ * before the exit was described: a subscription that comes in between would otherwise get a record that describes another
+ * exit. */
 orc_ns orc_account(orc_vcpu *, struct orc_record *, orc_ns now, bool subscribed);
 /* Runner: a run of an engine, from Python and back to it. `guest` enters the guest until something is to be decided. What a task
  * answers is asked and waited for here. */

@@ -69,11 +69,24 @@ orc_dirty *orc_dirty_new(int vm, struct kvm_userspace_memory_region *slot, size_
 	return d;
 }
 
+static void free_reader(struct orc_dirty_reader *reader)
+{
+	if (reader)
+		free(reader->bitmap);
+	free(reader);
+}
+
 void orc_dirty_free(orc_dirty *d)
 {
 	if (!d)
 		return;
 	orc_dirty_unmap_rings(d);
+	while (d->readers) { /* that nobody shut */
+		struct orc_dirty_reader *reader = d->readers;
+
+		d->readers = reader->next;
+		free_reader(reader);
+	}
 	pthread_mutex_destroy(&d->lock);
 	pthread_mutex_destroy(&d->sums_lock);
 	free(d->ring);
@@ -275,13 +288,6 @@ static void unlink_reader(struct orc_dirty_reader *reader)
 		at = &(*at)->next;
 	*at = reader->next;
 	atomic_store(&reader->log->read, reader->log->readers != NULL);
-}
-
-static void free_reader(struct orc_dirty_reader *reader)
-{
-	if (reader)
-		free(reader->bitmap);
-	free(reader);
 }
 
 int orc_dirty_open(orc_dirty *d, struct orc_dirty_reader **out)

@@ -585,7 +585,7 @@ orc_dirty *orc_dirty_new(int vm, struct kvm_userspace_memory_region *slot, size_
 /* Before any vCPU runs, of a VM whose KVM_CAP_DIRTY_LOG_RING was enabled with so many entries, a power of two. 0 or a
  * negative errno, when only orc_dirty_free is left. */
 int orc_dirty_rings(orc_dirty *, uint32_t entries, const int *vcpu, uint32_t vcpus);
-void orc_dirty_free(orc_dirty *); /* nobody uses it any more; readers are shut */
+void orc_dirty_free(orc_dirty *); /* nobody uses it any more; readers that are still open go with it */
 /* Before the VM's descriptor is closed: waits for a reading in progress, and from then on there is nothing to read. */
 void orc_dirty_close(orc_dirty *);
 

@@ -22,6 +22,8 @@ orc_fleet *orc_fleet_new(void)
 
 		if (f->reported.eventfd >= 0)
 			close(f->reported.eventfd);
+		if (f->asked.eventfd >= 0)
+			close(f->asked.eventfd);
 		free(f);
 		errno = error;
 		return NULL;
@@ -42,7 +44,7 @@ int orc_fleet_asked_eventfd(const orc_fleet *f)
 	return f->asked.eventfd;
 }
 
-void orc_push(struct orc_stack *s, struct orc_link *link)
+ORC_HOT void orc_push(struct orc_stack *s, struct orc_link *link)
 {
 	struct orc_link *top;
 

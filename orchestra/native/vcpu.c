@@ -11,7 +11,7 @@
 
 #include "core.h"
 
-orc_ns orc_now(void)
+ORC_HOT orc_ns orc_now(void)
 {
 	struct timespec t;
 
@@ -124,8 +124,9 @@ void orc_vcpu_hold(orc_vcpu *v)
 
 /* ---- accounting ----------------------------------------------------------------------------------------------- */
 
-/* Takes a ticket for `n` events of each limited bucket. *waits is set if one's turn has not come. */
-static bool charge(orc_vcpu *v, int meter, orc_u64 n, orc_ns now, bool *waits)
+/* Takes a ticket for `n` events of each limited bucket. *waits is set if one's turn has not come. Reads the clock if there is
+ * one, and it was not read. */
+ORC_HOT static bool charge(orc_vcpu *v, int meter, orc_u64 n, orc_ns *now, bool *waits)
 {
 	bool charged = false;
 
@@ -135,7 +136,9 @@ static bool charge(orc_vcpu *v, int meter, orc_u64 n, orc_ns now, bool *waits)
 		/* number 0: no ticket. (Numbers wrap, so one real ticket in 2^64 goes free.) */
 		v->ticket[meter][level].number = 0;
 		if (b && orc_bucket_limited(b)) {
-			*waits |= orc_bucket_charge_many(b, n, now, &v->ticket[meter][level]);
+			if (*now == ORC_UNREAD)
+				*now = orc_now();
+			*waits |= orc_bucket_charge_many(b, n, *now, &v->ticket[meter][level]);
 			charged = true;
 		}
 	}
@@ -193,7 +196,7 @@ void orc_vcpu_answered(orc_vcpu *v, uint32_t accesses, orc_ns now)
 	for (int level = 0; level < ORC_LEVELS; level++)
 		if (v->ticket[ORC_ANSWERS][level].waits)
 			orc_bucket_leave(v->bucket[ORC_ANSWERS][level], &v->ticket[ORC_ANSWERS][level]);
-	v->charged[ORC_ANSWERS] = charge(v, ORC_ANSWERS, accesses, now, &waits);
+	v->charged[ORC_ANSWERS] = charge(v, ORC_ANSWERS, accesses, &now, &waits);
 	if (waits && turn(v, &by_tokens, &slowest) > now)
 		v->waiting = true;
 	else if (!v->waiting)
@@ -228,14 +231,15 @@ orc_ns orc_vcpu_account(orc_vcpu *v, struct orc_record *record, orc_ns now)
 	return orc_account(v, record, now, orc_is_subscribed(v, record->reason, record->flags));
 }
 
-orc_ns orc_account(orc_vcpu *v, struct orc_record *record, orc_ns now, bool subscribed)
+ORC_HOT orc_ns orc_account(orc_vcpu *v, struct orc_record *record, orc_ns now, bool subscribed)
 {
 	unsigned reason = record->reason < ORC_REASONS ? record->reason : ORC_REASONS - 1;
 	bool bus_lock = record->flags & KVM_RUN_X86_BUS_LOCK, waits = false;
 	orc_ns at = ORC_NEVER, by_tokens;
 	unsigned slowest;
 
-	v->accounted = now;
+	if (tells && now == ORC_UNREAD)
+		now = orc_now();
 	if (bus_lock) {
 		orc_count(&v->bus_locks, 1);
 		orc_profile_lock(v, record);
@@ -247,10 +251,11 @@ orc_ns orc_account(orc_vcpu *v, struct orc_record *record, orc_ns now, bool subs
 
 	if (v->waiting) /* the turn it waited for is another's now: what completed its last access was an exit as well */
 		leave(v);
-	v->charged[ORC_BUS_LOCKS] = bus_lock && charge(v, ORC_BUS_LOCKS, 1, now, &waits);
-	v->charged[ORC_EXITS] = charge(v, ORC_EXITS, v->accesses, now, &waits);
+	v->charged[ORC_BUS_LOCKS] = bus_lock && charge(v, ORC_BUS_LOCKS, 1, &now, &waits);
+	v->charged[ORC_EXITS] = charge(v, ORC_EXITS, v->accesses, &now, &waits);
 	v->charged[ORC_ANSWERS] = false; /* who answers is not known yet: orc_vcpu_answered */
 	v->accesses = 1;
+	v->accounted = now == ORC_UNREAD ? 0 : now;
 	if (waits) {
 		at = turn(v, &by_tokens, &slowest);
 		v->waiting = at > now;

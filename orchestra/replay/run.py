@@ -102,7 +102,7 @@ def replay(
     Raises:
         FileError: the journal has nothing of that time.
         JournalError: the journal can't be read.
-        SpecError: a policy looks at answers, which no journal keeps.
+        SpecError: a policy looks at answers, which a replay does not show.
     """
     span = _span(journal, since, until)
     tell = progress or (lambda *_: None)
@@ -160,7 +160,7 @@ def _check_kept(rules: Rules) -> None:
     """Check that journals keep what the policies look at.
 
     Raises:
-        SpecError: a policy looks at answers. A replay would show it none, and it would decide as if there were none.
+        SpecError: a policy looks at answers. A replay shows it none, and it would decide as if there were none.
     """
     for policy in rules.policies:
         decides: Any = policy
@@ -169,8 +169,8 @@ def _check_kept(rules: Rules) -> None:
         signals = {one.signal for step in getattr(decides, "steps", ()) for one in step.when}
         if getattr(decides, "meter", None) is Meter.ANSWERS or Meter.ANSWERS in signals:
             raise SpecError(
-                f"policy {policy.name!r}: looks at answers, which journals don't keep: it can't be replayed; leave it "
-                "out of the rules to replay, or let it run dry (guard.dry_run) beside a fleet"
+                f"policy {policy.name!r}: looks at answers, which a replay does not show: it can't be replayed; leave "
+                "it out of the rules to replay, or let it run dry (guard.dry_run) beside a fleet"
             )
 
 

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from ...model.devices import irqchip_kind
 from ...model.errors import BusLockUnsupported, OrchestraError, SpecError
+from ...model.memory import MMIO_HOLE, PAGE
 from ...model.spec import VmSpec
 from ...native import ffi, lib
 from ...native.core import VcpuCore, install_signal, monotonic_ns
@@ -33,6 +34,9 @@ __all__ = ["KvmBackend", "KvmEngine", "KvmMachine"]
 # Three pages and one below 4 GiB and above the APICs, where every VMM has them (api.rst, KVM_SET_TSS_ADDR).
 TSS_ADDRESS: Final = 0xFFFB_D000
 IDENTITY_MAP_ADDRESS: Final = 0xFFFB_C000
+
+SLOT: Final = ((1 << 31) - 1) * PAGE
+"""Bytes of a memory slot at most (include/linux/kvm_host.h, KVM_MEM_MAX_NR_PAGES: its bitmap of pages must fit)."""
 
 IRQCHIPS: Final = {"none": lib.ORC_NO_IRQCHIP, "full": lib.ORC_FULL_IRQCHIP, "split": lib.ORC_SPLIT_IRQCHIP}
 
@@ -178,6 +182,9 @@ class KvmBackend:
         self._cpuids: dict[tuple[int, bool], list[Cpuid]] = {}
         self._supported = kvm.supported_cpuid().entries()
         # api.rst 4.4: KVM_CAP_MAX_VCPUS; without it as many as recommended; without that, 4
+        # CPUID 0x80000008, EAX bits 7:0; a CPU without that leaf has 36 (Intel SDM vol. 3, 4.1.4)
+        leaf = next((entry for entry in self._supported if entry.function == 0x80000008), None)
+        self._address_bits = 36 if leaf is None else leaf.eax & 0xFF
         self._max_vcpus = kvm.extension(lib.KVM_CAP_MAX_VCPUS) or kvm.extension(lib.KVM_CAP_NR_VCPUS) or 4
         # KVM_CHECK_EXTENSION gives the largest ring in bytes, for either capability; a host may have only one of them.
         rings = (lib.KVM_CAP_DIRTY_LOG_RING_ACQ_REL, lib.KVM_CAP_DIRTY_LOG_RING)
@@ -246,6 +253,8 @@ class KvmBackend:
         """Why this host's KVM can't run that VM, and what to do; None: no reason is known."""
         if spec.vcpus > self._max_vcpus:
             return f"vcpus={spec.vcpus}: this host's KVM allows at most {self._max_vcpus} in a VM", "ask for fewer"
+        if refusal := self._no_room(spec):
+            return refusal
         ring, most = spec.backing.dirty_ring, self._most_ring
         if ring is not None and ring > most:
             what = (
@@ -261,6 +270,21 @@ class KvmBackend:
         for capability, needed in _kernel_parts(spec):
             if needed and not self.kvm.extension(getattr(lib, capability)):
                 return f"{needed}: this host's KVM has no {capability}", "use Linux 4.5 or newer, on x86-64"
+        return None
+
+    def _no_room(self, spec: VmSpec) -> tuple[str, str] | None:
+        """As `refusal`, of the memory."""
+        bits, end = self._address_bits, 1 << self._address_bits
+        most = MMIO_HOLE.start + min(SLOT, end - MMIO_HOLE.stop)
+        pieces = [(f"memory={spec.backing.size}", span, f"ask for at most {most} bytes") for span in spec.ram]
+        for region in spec.regions:
+            pieces.append((f"region size={region.size}", region.span, f"put all of the region below {end:#x}"))
+        for field, span, remedy in pieces:
+            if span.stop > end:
+                return f"{field}: would end at {span.stop:#x}, and this host's CPU has {bits} bits of address", remedy
+            if len(span) > SLOT:
+                what = f"{field}: has {len(span)} bytes in one piece, and KVM takes at most {SLOT}"
+                return what, remedy if span in spec.ram else "make it several regions"
         return None
 
     def check(self, spec: VmSpec) -> None:

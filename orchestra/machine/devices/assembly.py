@@ -25,7 +25,7 @@ from ...model.devices import DeviceSpec, Wiring, irqchip_kind
 from ...model.errors import GuestMemoryError, StateError
 from ...model.spec import VmSpec
 from ...native.core import Charged
-from ..contain import contained
+from ..contain import contained, in_device
 from ..pacer import Pacer
 from .bus import Bus
 from .console import Console
@@ -135,7 +135,8 @@ class Assembly:
         name = f"{type(spec).__name__} at {_where(wiring)}"
         plugged = self._makes = Plugged(name, None, lock, wiring)  # type: ignore[arg-type]  # in a moment
         hooks = self._hooks(plugged)
-        plugged.device = kind(spec, hooks) if state is None else kind.from_state(spec, hooks, state)
+        with in_device():
+            plugged.device = kind(spec, hooks) if state is None else kind.from_state(spec, hooks, state)
         self._makes = None
         self.plugged.append(plugged)
         board, wires = self._board, self._machine.wires
@@ -197,14 +198,14 @@ class Assembly:
         """The state of each device, in the order of the spec. While the VM is quiesced."""
         found = []
         for plugged in self.plugged:
-            with plugged.lock:
+            with plugged.lock, in_device():
                 found.append(plugged.device.state())
         return tuple(found)
 
     def reset(self) -> None:
         """Reset all devices to power-on, and drop rings that were not served yet. While no vCPU runs."""
         for plugged in self.plugged:
-            with plugged.lock:
+            with plugged.lock, in_device():
                 plugged.device.reset()
                 for fd in [*plugged.bells, *([] if plugged.ends is None else [plugged.ends])]:
                     taken(fd)

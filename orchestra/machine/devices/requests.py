@@ -143,6 +143,14 @@ class Requests:
             await trio.lowlevel.wait_task_rescheduled(abort)
         return self._queue.popleft()
 
+    def drop(self, request: Request) -> None:
+        """The guest waits for this access no more: no task is handed it. A task that has it may still answer, which
+        changes nothing."""
+        request.returned = True
+        self._outstanding.discard(request)
+        if request in self._queue:
+            self._queue.remove(request)
+
     def end(self) -> None:
         """The VM has ended: readers stop after what is queued."""
         self._ended = True

@@ -486,6 +486,38 @@ static void a_setter_that_slept_at_any_instruction_changes_nothing_that_came_aft
 	}
 }
 
+static void set_a_limit_if_it_can(orc_budget *b, void *nothing)
+{
+	int rc = orc_bucket_set(exits_of(b), 500, 3, -1, orc_now());
+
+	(void)nothing;
+	CHECK(!rc || rc == -EBUSY);
+}
+
+/* Somebody changes all that is read, between any two instructions. */
+static void one_who_writes_to_the_file_all_the_time_keeps_nobody_in_a_loop(void)
+{
+	enum { MOST = 3 * 1000 * 1000 }; /* instructions, under the slowest of the sanitizers */
+	void (*const run[])(orc_budget *, void *) = {set_a_limit_if_it_can, charge_once};
+
+	for (int i = 0; i < 2; i++) {
+		orc_budget *b = new_budget();
+		orc_bucket *bucket = exits_of(b);
+		pid_t pid;
+
+		CHECK(!orc_bucket_set(bucket, 1000, 1, -1, 0));
+		pid = traced(run[i], b, NULL);
+		for (int steps = 0; pid && step(pid); steps++) {
+			CHECK(steps < MOST);
+			bucket->last++;
+			for (int slot = 0; slot < 2; slot++)
+				for (int word = 0; word < ORC_LIMIT_WORDS; word++)
+					bucket->slot[slot][word].value ^= 1;
+		}
+		orc_budget_detach(b);
+	}
+}
+
 static void processes_that_are_killed_while_they_wait_leave_no_count_behind(void)
 {
 	orc_budget *b = new_budget();
@@ -526,6 +558,7 @@ const struct test budget_tests[] = {
 	TEST(a_setter_that_slept_at_any_instruction_changes_nothing_that_came_after_it),
 	TEST(a_charger_killed_at_any_instruction_costs_the_others_its_ticket_at_most),
 	TEST(one_killed_on_its_way_to_freedom_owes_its_own_ticket_at_most),
+	TEST(one_who_writes_to_the_file_all_the_time_keeps_nobody_in_a_loop),
 	TEST(processes_that_are_killed_while_they_wait_leave_no_count_behind),
 	{NULL, NULL},
 };

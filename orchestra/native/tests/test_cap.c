@@ -6,6 +6,7 @@
 /* Clocks are read through here, so that a test can hold the capper right after it has looked at a thread's. */
 static _Atomic bool looks_are_held;
 static _Atomic int looking; /* it has looked, and waits */
+_Thread_local int clock_reads;
 int __real_clock_gettime(clockid_t clock, struct timespec *t);
 int __wrap_clock_gettime(clockid_t clock, struct timespec *t);
 
@@ -13,6 +14,7 @@ int __wrap_clock_gettime(clockid_t clock, struct timespec *t)
 {
 	int rc = __real_clock_gettime(clock, t);
 
+	clock_reads++;
 	if (clock < 0 && !rc && atomic_load(&looks_are_held)) { /* another thread's CPU clock */
 		atomic_store(&looking, 1);
 		while (atomic_load(&looks_are_held))

@@ -484,6 +484,24 @@ static void readers_and_the_count_get_the_same_pages_and_none_gets_those_before_
 	guest_free(&g);
 }
 
+static void a_reader_that_nobody_shut_goes_with_its_log(void)
+{
+	struct kvm_userspace_memory_region slot;
+	struct guest g;
+	orc_dirty_reader *open;
+	orc_dirty *d;
+
+	if (!guest_new(&g, writes, writes_end))
+		return;
+	slot = whole(&g);
+	d = orc_dirty_new(g.vm, &slot, 1);
+	CHECK(!orc_dirty_open(d, &open));
+	open = NULL; /* so that AddressSanitizer looks for its memory in vain */
+	orc_dirty_close(d);
+	orc_dirty_free(d);
+	guest_free(&g);
+}
+
 enum { READINGS = 200 };
 
 static void *read_often(void *argument)
@@ -614,6 +632,31 @@ static int exits_that_need_nothing(unsigned long request, void *argument)
 	return 0;
 }
 
+static void the_clock_is_read_only_if_somebody_needs_the_time(void)
+{
+	enum { EXITS = 601 };
+	orc_fleet *f = orc_fleet_new();
+	orc_vcpu *v = orc_vcpu_new(f, 0, 1024);
+	orc_bucket *b = orc_bucket_new();
+	int before;
+
+	orc_vcpu_bind_kvm(v, -1, &shared.run, false);
+	orc_vcpu_set_bucket(v, ORC_EXITS, ORC_VM, b);
+	for (int needed = 0; needed < 3; needed++) { /* by nobody, by a limit, by who listens */
+		orc_bucket_set(b, needed == 1 ? 1e9 : 0, 1e6, -1, orc_now());
+		orc_vcpu_subscribe(v, needed == 2 ? UINT64_MAX : 0);
+		entries = 0;
+		before = clock_reads;
+		played = exits_that_need_nothing;
+		CHECK(orc_kvm_run(v) == ORC_EXIT);
+		played = NULL;
+		CHECK(clock_reads - before == (needed ? EXITS : 0), "%d", clock_reads - before);
+	}
+	orc_vcpu_free(v);
+	orc_bucket_free(b);
+	orc_fleet_free(f);
+}
+
 static void exits_that_need_nothing_done_stay_in_the_loop(void)
 {
 	orc_fleet *f = orc_fleet_new();
@@ -642,6 +685,7 @@ const struct test kvm_tests[] = {
 	TEST(the_signal_may_be_installed_again),
 	TEST(a_subscription_in_the_middle_of_an_exit_is_told_the_next_and_nothing_stale),
 	TEST(exits_that_need_nothing_done_stay_in_the_loop),
+	TEST(the_clock_is_read_only_if_somebody_needs_the_time),
 	TEST(accesses_to_claimed_ports_come_out_and_others_stay_in_the_loop),
 	TEST(string_instructions_on_ports_move_every_byte),
 	TEST(a_command_during_an_answer_comes_after_the_access_is_finished),
@@ -654,6 +698,7 @@ const struct test kvm_tests[] = {
 	TEST(logging_is_all_or_nothing_and_leaves_out_what_the_guest_may_not_write),
 	TEST(a_log_that_cant_be_read_is_told_and_the_others_are_read),
 	TEST(readers_and_the_count_get_the_same_pages_and_none_gets_those_before_it_came),
+	TEST(a_reader_that_nobody_shut_goes_with_its_log),
 	TEST(a_log_may_be_read_switched_and_closed_by_several_threads_at_once),
 	{NULL, NULL},
 };

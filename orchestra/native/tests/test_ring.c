@@ -1,5 +1,7 @@
+#include <errno.h>
 #include <poll.h>
 #include <sched.h>
+#include <unistd.h>
 
 #include "check.h"
 
@@ -441,7 +443,35 @@ static void vcpus_come_and_go_while_others_tell(void)
 	orc_fleet_free(f);
 }
 
+static int refused_eventfd; /* counts down: the one that the kernel has no descriptor for */
+
+int __real_eventfd(unsigned, int);
+int __wrap_eventfd(unsigned count, int flags)
+{
+	if (refused_eventfd && !--refused_eventfd) {
+		errno = EMFILE;
+		return -1;
+	}
+	return __real_eventfd(count, flags);
+}
+
+static void a_fleet_that_cant_be_made_keeps_no_descriptor(void)
+{
+	int free_one = dup(0), next;
+
+	CHECK(free_one >= 0 && !close(free_one));
+	for (int nth = 1; nth <= 2; nth++) { /* another thread may close one in between, so the second may be there without the first */
+		refused_eventfd = nth;
+		CHECK(!orc_fleet_new() && errno == EMFILE);
+		refused_eventfd = 0;
+		next = dup(0);
+		CHECK(next == free_one, "%d, not %d", next, free_one);
+		close(next);
+	}
+}
+
 const struct test ring_tests[] = {
+	TEST(a_fleet_that_cant_be_made_keeps_no_descriptor),
 	TEST(records_come_out_in_order_over_many_turns_of_the_ring),
 	TEST(a_full_ring_counts_what_it_misses_and_keeps_what_it_has),
 	TEST(draining_a_few_at_a_time_gets_all_and_starves_nobody),
