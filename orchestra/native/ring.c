@@ -32,10 +32,10 @@ orc_fleet *orc_fleet_new(void)
 	}
 	memset(f, 0, sizeof *f);
 	f->asked.eventfd[0] = f->asked.eventfd[1] = -1;
-	if (!open_bell(&f->told, 1) || !open_bell(&f->asked, 2)) {
+	if (!open_bell(&f->reported, 1) || !open_bell(&f->asked, 2)) {
 		int error = errno;
 
-		close_bell(&f->told);
+		close_bell(&f->reported);
 		close_bell(&f->asked);
 		free(f);
 		errno = error;
@@ -49,7 +49,7 @@ orc_fleet *orc_fleet_new(void)
 
 int orc_fleet_eventfd(const orc_fleet *f)
 {
-	return f->told.eventfd[0];
+	return f->reported.eventfd[0];
 }
 
 int orc_fleet_asked_eventfd(const orc_fleet *f, enum orc_sleeper who)
@@ -152,21 +152,21 @@ void orc_ring_put(orc_vcpu *v, const struct orc_record *record)
 	 * `queued` before it reads head. One of the two sees the other. */
 	atomic_store_explicit(&r->head, head + 1, memory_order_seq_cst);
 	orc_push(&f->ready, &v->ready);
-	orc_bell_ring(&f->told);
+	orc_bell_ring(&f->reported);
 }
 
 void orc_talk(orc_vcpu *v)
 {
 	orc_push(&v->fleet->talking, &v->talking);
-	orc_bell_ring(&v->fleet->told);
+	orc_bell_ring(&v->fleet->reported);
 }
 
 bool orc_fleet_sleep(orc_fleet *f)
 {
-	listen_for(&f->told, ORC_MAIN);
+	listen_for(&f->reported, ORC_MAIN);
 	if (is_empty(&f->ready, f->draining) && is_empty(&f->talking, f->hearing))
 		return true;
-	atomic_store_explicit(&f->told.asleep, ORC_AWAKE, memory_order_relaxed);
+	atomic_store_explicit(&f->reported.asleep, ORC_AWAKE, memory_order_relaxed);
 	return false;
 }
 
@@ -359,7 +359,7 @@ void orc_fleet_free(orc_fleet *f)
 	orc_capper_stop(f->capper);
 	sweep_all(f); /* no vCPU is left but the dead */
 	orc_stock_free(&f->stock);
-	close_bell(&f->told);
+	close_bell(&f->reported);
 	close_bell(&f->asked);
 	pthread_mutex_destroy(&f->gate.lock);
 	free(f);
