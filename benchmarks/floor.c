@@ -7,15 +7,20 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/futex.h>
 #include <linux/kvm.h>
 #include <pthread.h>
 #include <semaphore.h>
+#include <stdatomic.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -190,6 +195,67 @@ void floor_exits(const char *path, double seconds, int bus_locks, uint64_t out[3
 {
 	prepare(path);
 	exits(seconds, bus_locks, out);
+}
+
+/* A question and its answer between two threads, with nothing on either side: an eventfd there, a futex back. `pings` asks for
+ * so long; whoever waits for the eventfd calls `pong`. Returns nanoseconds for each. */
+static _Atomic uint32_t answers;
+
+double floor_pings(int eventfd, double seconds)
+{
+	uint64_t n = 0, one = 1, start = now(CLOCK_MONOTONIC), end, until = start + (uint64_t)(seconds * 1e9);
+
+	do {
+		uint32_t seen = atomic_load(&answers);
+
+		if (write(eventfd, &one, sizeof one) < 0)
+			die("write to an eventfd");
+		while (atomic_load(&answers) == seen)
+			syscall(SYS_futex, &answers, FUTEX_WAIT | FUTEX_PRIVATE_FLAG, seen, NULL, NULL, 0);
+		n++;
+		end = now(CLOCK_MONOTONIC);
+	} while (end < until);
+	return (double)(end - start) / (double)n;
+}
+
+void floor_pong(int eventfd)
+{
+	uint64_t count;
+
+	if (read(eventfd, &count, sizeof count) < 0)
+		return; /* nobody asked */
+	atomic_fetch_add(&answers, 1);
+	syscall(SYS_futex, &answers, FUTEX_WAKE | FUTEX_PRIVATE_FLAG, 1, NULL, NULL, 0);
+}
+
+static void *pongs(void *eventfd)
+{
+	struct epoll_event event = {.events = EPOLLIN};
+	int fd = *(int *)eventfd, epoll = epoll_create1(EPOLL_CLOEXEC);
+
+	epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &event);
+	for (;;) {
+		pthread_testcancel();
+		epoll_wait(epoll, &event, 1, -1); /* a cancellation point */
+		floor_pong(fd);
+	}
+	return NULL;
+}
+
+/* Both sides in C. */
+double floor_ping_pong(double seconds)
+{
+	int fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	pthread_t other;
+	double each;
+
+	if (fd < 0 || pthread_create(&other, NULL, pongs, &fd))
+		die("ping-pong");
+	each = floor_pings(fd, seconds);
+	pthread_cancel(other);
+	pthread_join(other, NULL);
+	close(fd);
+	return each;
 }
 
 int main(int argc, char **argv)

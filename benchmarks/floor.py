@@ -11,7 +11,7 @@ from pathlib import Path
 
 import trio
 
-__all__ = ["compile_c", "exits", "exits_inside", "guest", "launch"]
+__all__ = ["compile_c", "exits", "exits_inside", "guest", "launch", "ping_pong", "ping_task"]
 
 HERE = Path(__file__).parent
 
@@ -59,6 +59,35 @@ async def exits_inside(library: Path, name: str, seconds: float, bus_locks: bool
     await trio.to_thread.run_sync(lambda: run(image, ctypes.c_double(seconds), int(bus_locks), out))
     count, cpu, wall = out
     return cpu / count, wall / count
+
+
+async def ping_pong(library: Path, seconds: float) -> float:
+    """Nanoseconds from one C thread to another and back, by an eventfd in an epoll and a futex."""
+    ping = ctypes.CDLL(str(library)).floor_ping_pong
+    ping.restype = ctypes.c_double
+    return float(await trio.to_thread.run_sync(ping, ctypes.c_double(seconds)))
+
+
+async def ping_task(library: Path, seconds: float) -> float:
+    """As `ping_pong`, but it is a trio task that waits for the eventfd; it does nothing else."""
+    ping = ctypes.CDLL(str(library)).floor_pings
+    ping.restype = ctypes.c_double
+    pong = ctypes.PyDLL(str(library)).floor_pong  # keeps the interpreter lock, as the core's calls do
+    fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    async def answer() -> None:
+        while True:
+            await trio.lowlevel.wait_readable(fd)
+            pong(fd)
+
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(answer)
+            each = float(await trio.to_thread.run_sync(ping, fd, ctypes.c_double(seconds)))
+            nursery.cancel_scope.cancel()
+    finally:
+        os.close(fd)
+    return each
 
 
 async def launch(floor: Path, name: str, vms: int, bus_locks: bool = False) -> tuple[float, float]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 
 import pytest
 import trio
@@ -16,7 +17,7 @@ from orchestra.machine.devices.bus import Bus
 from orchestra.machine.devices.requests import Request, Requests
 from orchestra.machine.inbox import Inbox
 from orchestra.native import ffi, lib
-from orchestra.native.core import FleetCore, VcpuCore
+from orchestra.native.core import FleetCore, Sleeper, VcpuCore
 
 PORT, ONES = 0x80, 0xFF
 
@@ -37,7 +38,7 @@ class Guest:
     def __init__(self, rig: Rig, tenant: str, name: str, vcpus: int = 1) -> None:
         self.tenant, self.name = tenant, name
         self.ports, self.mmio = Bus("ports", 1 << 16), Bus("mmio", 1 << 52)
-        self.requests = Requests()
+        self.requests = Requests(rig.inbox)
         self.claim = self.ports.claim(range(PORT, PORT + 1), self.requests)
         self.engine = Engine()
         self.failures: list[Exception] = []
@@ -301,4 +302,172 @@ async def test_after_the_task_was_cancelled_nobody_rings_for_it(rig):
         nursery.cancel_scope.cancel()
     rig.inbox.put(("acme", "a"), lambda: None)
     with pytest.raises(BlockingIOError):
-        os.eventfd_read(rig.core.asked_eventfd)
+        os.eventfd_read(rig.core.asked_eventfds[Sleeper.MAIN])
+
+
+# ---- in the place of `run`
+
+
+class Steps(trio.abc.Instrument):
+    """Counts the steps of each task, by its name."""
+
+    def __init__(self) -> None:
+        self.of: Counter[str] = Counter()
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        self.of[task.name] += 1
+
+
+@asynccontextmanager
+async def serving(rig: Rig) -> AsyncIterator[trio.Nursery]:
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(rig.inbox.run, name="inbox")
+            await trio.testing.wait_all_tasks_blocked()
+            yield nursery
+            nursery.cancel_scope.cancel()
+
+
+def one_answers(guest: Guest) -> None:
+    """The vCPU takes its answer, so that it may ask again."""
+    assert not guest.cores[0].is_asking()
+    guest.cores[0].settled()
+
+
+async def answer_all(guest: Guest) -> None:
+    async for request in guest.requests:
+        request.answer(b"\1")
+
+
+async def played(guest: Guest) -> None:
+    """One question and its answer."""
+    guest.ask()
+    await trio.testing.wait_all_tasks_blocked()
+    one_answers(guest)
+
+
+async def test_a_task_that_is_asked_again_and_again_is_the_only_one_to_wake(rig):
+    guest, steps = rig.guest("acme", "a"), Steps()
+    async with serving(rig) as nursery:
+        nursery.start_soon(answer_all, guest, name="reader")
+        await trio.testing.wait_all_tasks_blocked()
+        trio.lowlevel.add_instrument(steps)
+        for _ in range(20):
+            await played(guest)
+        trio.lowlevel.remove_instrument(steps)
+    assert (steps.of["inbox"], steps.of["reader"]) == (0, 20)
+
+
+async def test_a_question_that_comes_while_the_last_is_answered_wakes_nobody_else(rig):
+    """As if the vCPU's thread ran at once whenever an answer wakes it."""
+    guest, steps, asked = rig.guest("acme", "a"), Steps(), 1
+
+    async def read() -> None:
+        nonlocal asked
+        async for request in guest.requests:
+            request.answer(b"\1")
+            one_answers(guest)
+            if asked < 20:
+                guest.ask()
+                asked += 1
+
+    async with serving(rig) as nursery:
+        nursery.start_soon(read, name="reader")
+        await trio.testing.wait_all_tasks_blocked()
+        trio.lowlevel.add_instrument(steps)
+        guest.ask()
+        await trio.testing.wait_all_tasks_blocked()
+        trio.lowlevel.remove_instrument(steps)
+    assert (asked, steps.of["inbox"], steps.of["reader"]) == (20, 0, 20)
+
+
+async def test_while_the_task_that_stood_in_does_something_else_the_others_are_served(rig):
+    slow, other = rig.guest("acme", "a"), rig.guest("umbrella", "b")
+
+    async with serving(rig) as nursery:
+        nursery.start_soon(answer_all, other)
+
+        async def read_one() -> None:
+            request = await anext(slow.requests)
+            await trio.sleep_forever()
+            request.answer(b"\1")
+
+        nursery.start_soon(read_one)
+        await trio.testing.wait_all_tasks_blocked()
+        slow.ask()
+        await trio.testing.wait_all_tasks_blocked()
+        for _ in range(3):
+            await played(other)
+        assert slow.cores[0].is_asking()
+
+
+async def test_questions_to_others_come_to_them_whoever_stands_in(rig):
+    one, two, three = (rig.guest(f"tenant {n}", str(n)) for n in range(3))
+    async with serving(rig) as nursery:
+        for guest in (one, two, three):
+            nursery.start_soon(answer_all, guest)
+            await trio.testing.wait_all_tasks_blocked()
+        for guest in (one, two, two, three, one, three, three, two):
+            await played(guest)
+        for guest in (one, two, three):
+            guest.ask()
+        await trio.testing.wait_all_tasks_blocked()
+        for guest in (one, two, three):
+            one_answers(guest)
+
+
+async def test_a_question_is_served_though_the_task_that_stands_in_is_cancelled_when_it_comes(rig):
+    gone, other = rig.guest("acme", "a"), rig.guest("umbrella", "b")
+    async with serving(rig) as nursery:
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as readers:
+                readers.start_soon(answer_all, gone)
+                await trio.testing.wait_all_tasks_blocked()
+                nursery.start_soon(answer_all, other)
+                await trio.testing.wait_all_tasks_blocked()
+                other.ask()
+                gone.ask()
+                scope.cancel()
+        await trio.testing.wait_all_tasks_blocked()
+        one_answers(other)
+        nursery.start_soon(answer_all, gone)  # nothing is lost: the next task gets it
+        await trio.testing.wait_all_tasks_blocked()
+        one_answers(gone)
+        await played(other)
+
+
+async def test_a_device_has_its_turn_in_the_inbox_task_whoever_stands_in(rig):
+    guest, turns = rig.guest("acme", "a"), list[str]()
+    async with serving(rig) as nursery:
+        nursery.start_soon(answer_all, guest)
+        await trio.testing.wait_all_tasks_blocked()
+        rig.inbox.put(("acme", "a"), lambda: turns.append(trio.lowlevel.current_task().name))
+        await trio.testing.wait_all_tasks_blocked()
+        assert turns == ["inbox"]
+        await played(guest)
+
+
+@pytest.mark.parametrize("how", [Requests.end, Requests.close])
+async def test_the_vms_end_lets_a_task_that_stands_in_stop_and_the_others_are_served(rig, how):
+    guest, other = rig.guest("acme", "a"), rig.guest("umbrella", "b")
+    async with serving(rig) as nursery:
+        nursery.start_soon(answer_all, other)
+        async with trio.open_nursery() as readers:
+            readers.start_soon(answer_all, guest)
+            await trio.testing.wait_all_tasks_blocked()
+            await played(guest)
+            how(guest.requests)
+        await played(other)
+
+
+async def test_a_task_that_stands_in_when_the_fleet_closes_does_not_use_the_core_any_more():
+    rig = Rig()
+    guest = rig.guest("acme", "a")
+    with trio.fail_after(10):
+        async with trio.open_nursery() as readers:
+            async with serving(rig):
+                readers.start_soon(answer_all, guest)
+                await trio.testing.wait_all_tasks_blocked()
+                await played(guest)
+            rig.close()
+            guest.requests.end()

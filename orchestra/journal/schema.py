@@ -104,6 +104,7 @@ def _rename(text: str) -> str:
     # The keys keep their order, as `orchestra why` lists evidence in the order in which the policy wrote it.
     return json.dumps({"generation" if k == "launch" else k: v for k, v in found.items()}, separators=(",", ":"))
 
+
 _ANSWERS: Final = "ALTER TABLE aggregates ADD COLUMN answers INTEGER;"
 
 _MIGRATIONS: Final[Sequence[Callable[[sqlite3.Connection], object]]] = (

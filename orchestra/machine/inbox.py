@@ -2,6 +2,9 @@
 
 vCPU: question → core → a turn → the task that claimed the address
 doorbell, timer ───────→ a turn → the device
+
+While nobody has anything to do, one of two tasks waits for questions: `Inbox.run`, or the task that answered last, in
+its place (`stand_in`). So a guest that asks the same task again and again wakes that task and no other.
 """
 
 from __future__ import annotations
@@ -9,13 +12,14 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Final, Protocol, TypeAlias
 
 import trio
 
 from ..native import lib
-from ..native.core import FleetCore, Question, Settled, VcpuCore
+from ..native.core import FleetCore, Question, Settled, Sleeper, VcpuCore
 from .devices.bus import Bus, Claim
 from .devices.requests import Request, Requests
 
@@ -30,6 +34,9 @@ Turn: TypeAlias = Callable[[], object]
 
 Failure: TypeAlias = Callable[[Exception], object]
 """Ends a VM whose turn raised an error."""
+
+# As plain numbers: this is done for each access, and an enum's member costs as much to convert as the call.
+ANSWERED, AGAIN, NOBODY = int(Settled.ANSWERED), int(Settled.AGAIN), int(Settled.NOBODY)
 
 
 class Kicked(Protocol):
@@ -70,12 +77,13 @@ class Asker:
 
     def _ask(self, question: Question) -> None:
         claim = self._buses[question.bus].claimed.get(question.claim)
+        number = question.number
         if claim is None or not isinstance(claim.handler, Requests):
-            self._settle(question.number, Settled.AGAIN)
+            self._settle(number, AGAIN)
             return
 
         def settle(request: Request) -> None:
-            self._settle(question.number, settled(request, claim), request.answer_bytes)
+            self._settle(number, ANSWERED if request.answered else unanswered(claim), request.answer_bytes)
 
         request = Request(self._index, question.address, question.size, question.write, question.data, settle)
         self._request = claim.handler, request
@@ -86,12 +94,10 @@ class Asker:
             self._engine.kick()
 
 
-def settled(request: Request, claim: Claim) -> int:
-    """What became of a question, as the core needs it."""
-    if request.answered:
-        return Settled.ANSWERED
+def unanswered(claim: Claim) -> int:
+    """What becomes of a question that its task gave back."""
     # A task that keeps its claim and does not answer: the guest reads ones. `AGAIN` would ask the same task for ever.
-    return Settled.NOBODY if claim.live else Settled.AGAIN
+    return NOBODY if claim.live else AGAIN
 
 
 class Inbox:
@@ -109,9 +115,11 @@ class Inbox:
 
     def __init__(self, core: FleetCore) -> None:
         self._core = core
+        self._eventfd, self._deputys_eventfd = (core.asked_eventfds[who] for who in (Sleeper.MAIN, Sleeper.DEPUTY))
         self._askers: dict[int, Asker] = {}
         self._tenants: dict[str, dict[str, deque[Turn]]] = {}
-        self._asleep = False
+        self._waits = False  # `run` waits for its eventfd
+        self._deputy = False  # a task waits in its place
 
     def add(
         self, core: VcpuCore, engine: Kicked, index: int, whose: Key, buses: tuple[Bus, Bus], failed: Failure
@@ -129,10 +137,7 @@ class Inbox:
     def put(self, whose: Key, turn: Turn) -> None:
         """Call `turn` when it is that VM's turn. `turn` must not raise: an error in it ends the fleet."""
         self._append(whose, turn)
-        if self._asleep:
-            # Wakes the task as a question would. The task empties the eventfd before it sleeps again.
-            self._asleep = False
-            os.eventfd_write(self._core.asked_eventfd, 1)
+        self._core.ring_asked()
 
     def _append(self, whose: Key, turn: Turn) -> None:
         tenant, vm = whose
@@ -142,30 +147,83 @@ class Inbox:
         """Serve until cancelled."""
         core = self._core
         while True:
-            self.serve()
-            if not self._tenants and core.may_sleep_unasked():
+            if not self.serve() and core.may_sleep_unasked():
                 # Sleep at once. A few empty rounds first would answer the next question sooner on idle CPUs. But beside
                 # guests that spin, the kernel lets a thread that slept run first, and makes a thread that spins wait.
-                self._asleep = True
-                try:
-                    await trio.lowlevel.wait_readable(core.asked_eventfd)
-                finally:
-                    self._asleep = False
+                await self._sleep()
             else:
                 await trio.lowlevel.checkpoint()
 
-    def serve(self) -> None:
-        """Serve one round: one turn of each tenant."""
+    async def _sleep(self) -> None:
+        eventfd = self._eventfd
+        self._waits = True
+        try:
+            await trio.lowlevel.wait_readable(eventfd)
+            while self._deputy:  # somebody rang just before the deputy came, which found what it was for
+                with suppress(BlockingIOError):
+                    os.eventfd_read(eventfd)
+                await trio.lowlevel.wait_readable(eventfd)
+        finally:
+            self._waits = False
+            self.recall()
+
+    # ---- in the place of `run`
+
+    def may_stand_in(self) -> bool:
+        """Whether the calling task may wait in the place of `run`: while `run` waits, nobody else stands in, and no
+        device has a turn."""
+        return self._waits and not self._deputy and not self._tenants
+
+    async def stand_in(self) -> None:
+        """Wait until there are questions, and serve one round; or until `recall`.
+
+        When it returns or is cancelled, `run` has its place again: the caller may sleep for something else, for as long
+        as it likes.
+
+        A guest's next question often comes before the last one's answer has returned: the vCPU's thread takes over the
+        CPU that woke it. Then neither task sleeps at all, and the round is in the next pass of the event loop.
+        """
+        self._deputy = True
+        try:
+            if self._core.stand_in_unasked():
+                await trio.lowlevel.wait_readable(self._deputys_eventfd)
+            else:
+                await trio.lowlevel.checkpoint()
+        except trio.ClosedResourceError:
+            pass  # recalled
+        finally:
+            if self._deputy:
+                self._deputy, more = False, True
+                try:
+                    if not self._tenants:  # otherwise a device has a turn: what it raises belongs into `run`
+                        more = self.serve()
+                finally:
+                    # After the round: what was taken in it need not wake `run`.
+                    self._core.give_back_asked(more)
+
+    def recall(self) -> None:
+        """The task that stands in wakes, and does no round. Nothing, if none does."""
+        if self._deputy:
+            self._deputy = False
+            self._core.give_back_asked(more=False)
+            # As if the eventfd were closed: this wakes the waiting task now, and not when the event loop polls again.
+            trio.lowlevel.notify_closing(self._deputys_eventfd)
+
+    # ---- rounds
+
+    def serve(self) -> bool:
+        """Serve one round: one turn of each tenant. Whether the next round has something to do already."""
         arrived, tenants = self._core.asked(self.MOST), self._tenants
         if not tenants and len(arrived) == 1:  # the usual case: there is nothing to take turns with
             self._ask(arrived[0])
-            return
+            return False
         for question in arrived:
             asker = self._askers.get(question.vcpu)
             if asker is not None:
                 self._append(asker.whose, partial(self._ask, question))
         for turn in [self._next(tenant) for tenant in list(tenants)]:
             turn()
+        return bool(tenants)
 
     def _ask(self, question: Question) -> None:
         asker = self._askers.get(question.vcpu)

@@ -162,9 +162,7 @@ class Instance:
             states = boot.load(spec, self.memory)
             self._machine = context.backend.create(spec, self._cores, self.memory, states, bus_locks=context.bus_locks)
             try:
-                self.devices = Assembly(
-                    self, self._machine, self._console, context.post, self._in_turn, context.pacer
-                )
+                self.devices = Assembly(self, self._machine, self._console, context.post, self._in_turn, context.pacer)
                 self.vcpus += [Vcpu(self, index, engine) for index, engine in enumerate(self._machine.engines)]
                 self._done = [trio.Event() for _ in self.vcpus]
                 for vcpu in self.vcpus:

@@ -261,7 +261,7 @@ class Vm:
             StateError: the VM has ended.
         """
         control = self._control
-        requests = Requests()
+        requests = Requests(control.context.inbox)
         control.claim(ports, mmio, requests)
         control.claims.add_requests(ports, mmio, requests)
         try:

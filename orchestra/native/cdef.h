@@ -160,8 +160,12 @@ void orc_ask_question(const orc_vcpu *, struct orc_question *out);
 bool orc_ask_open(const orc_vcpu *);
 void orc_ask_settled(orc_vcpu *);
 size_t orc_fleet_asked(orc_fleet *, struct orc_question *out, size_t most);
-int orc_fleet_asked_eventfd(const orc_fleet *);
+enum orc_sleeper { ORC_AWAKE, ORC_MAIN, ORC_DEPUTY, ... };
+int orc_fleet_asked_eventfd(const orc_fleet *, enum orc_sleeper);
 bool orc_fleet_asked_sleep(orc_fleet *);
+bool orc_fleet_asked_stand_in(orc_fleet *);
+void orc_fleet_asked_give_back(orc_fleet *, bool more);
+void orc_fleet_asked_ring(orc_fleet *);
 bool orc_vcpu_settle(orc_vcpu *, uint32_t number, enum orc_asked, const void *answer, size_t size);
 
 enum { ORC_CONSOLE_KEPT, ... };

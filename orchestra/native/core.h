@@ -44,10 +44,10 @@ struct orc_gate {
 };
 
 /* Wakes the owner, but only if it sleeps. Whoever rings has pushed something before, as the owner sets `asleep` before it looks
- * at the stacks. */
+ * at the stacks. The owner may sleep in either of two of its tasks. */
 struct orc_bell {
-	_Alignas(ORC_CACHE_LINE) _Atomic bool asleep;
-	int eventfd;
+	_Alignas(ORC_CACHE_LINE) _Atomic uint32_t asleep; /* enum orc_sleeper */
+	int eventfd[2]; /* by orc_sleeper, from ORC_MAIN on; -1: it has none */
 };
 /* What a fleet has for its vCPUs to live in: stock.c. */
 struct orc_stock {

@@ -39,6 +39,7 @@ __all__ = [
     "Runner",
     "Sampled",
     "Settled",
+    "Sleeper",
     "VcpuCore",
     "install_signal",
     "monotonic_ns",
@@ -192,6 +193,13 @@ class Bucket(Charged):
         self.handle = ffi.NULL
 
 
+class Sleeper(IntEnum):
+    """Which task is woken by a question: `enum orc_sleeper`."""
+
+    MAIN = int(lib.ORC_MAIN)
+    DEPUTY = int(lib.ORC_DEPUTY)
+
+
 class FleetCore:
     """The core's part of a fleet: its vCPUs' rings, the lists of vCPUs that have something, and the eventfds."""
 
@@ -204,7 +212,7 @@ class FleetCore:
                 ffi.errno, f"eventfd: {os.strerror(ffi.errno)}: raise the limit on open files (ulimit -n)"
             )
         self.eventfd = int(lib.orc_fleet_eventfd(self.handle))
-        self.asked_eventfd = int(lib.orc_fleet_asked_eventfd(self.handle))
+        self.asked_eventfds = {who: int(lib.orc_fleet_asked_eventfd(self.handle, who)) for who in Sleeper}
         # Buffers are made once and used for all calls: the fleet's thread alone makes these calls, one at a time.
         self._questions = ffi.new("struct orc_question[]", self.BATCH)
         self._records = ffi.new("struct orc_record[]", self.BATCH)
@@ -239,8 +247,22 @@ class FleetCore:
         return [Question(questions[index]) for index in range(lib.orc_fleet_asked(self.handle, questions, most))]
 
     def may_sleep_unasked(self) -> bool:
-        """Before waiting for `asked_eventfd`: False if questions came meanwhile."""
+        """The main task, before it waits for its eventfd: False if questions came meanwhile."""
         return bool(lib.orc_fleet_asked_sleep(self.handle))
+
+    def stand_in_unasked(self) -> bool:
+        """The deputy takes the place of the main task, which waits, before it waits for its own eventfd: False if
+        questions came meanwhile, which are the deputy's then."""
+        return bool(lib.orc_fleet_asked_stand_in(self.handle))
+
+    def give_back_asked(self, more: bool) -> None:
+        """The main task, which still waits, is woken from now on, and the deputy no more. It is woken at once if there
+        are questions or `more` to do."""
+        lib.orc_fleet_asked_give_back(self.handle, more)
+
+    def ring_asked(self) -> None:
+        """There is something to do beside questions: wake whoever sleeps for them."""
+        lib.orc_fleet_asked_ring(self.handle)
 
     def active(self) -> list[int]:
         """Ids of the vCPUs that accounted an exit since the last call, and before this one."""

@@ -477,8 +477,17 @@ bool orc_ask_open(const orc_vcpu *);
 void orc_ask_settled(orc_vcpu *);
 /* Owner: takes up to `most` questions that are open. */
 size_t orc_fleet_asked(orc_fleet *, struct orc_question *out, size_t most);
-int orc_fleet_asked_eventfd(const orc_fleet *);
-bool orc_fleet_asked_sleep(orc_fleet *); /* as orc_fleet_sleep */
+/* Which of the owner's tasks is woken by a question. Each has an eventfd of its own, so that the one that always waits stays
+ * registered with the event loop while another takes its place: giving the place back is a store. */
+enum orc_sleeper { ORC_AWAKE, ORC_MAIN, ORC_DEPUTY };
+int orc_fleet_asked_eventfd(const orc_fleet *, enum orc_sleeper);
+bool orc_fleet_asked_sleep(orc_fleet *); /* the main task; as orc_fleet_sleep */
+/* The deputy is woken from now on, and not the main task, which waits, nor by what it was rung for just now: that is the
+ * deputy's. False: there are questions, so the deputy is not to sleep. */
+bool orc_fleet_asked_stand_in(orc_fleet *);
+/* From now on the main task is woken, which waits already; at once, if there is a question or `more` to do. */
+void orc_fleet_asked_give_back(orc_fleet *, bool more);
+void orc_fleet_asked_ring(orc_fleet *); /* there is something else to do: wakes the task that sleeps, if one does */
 /* Owner: settles a question, if it is open still, and wakes the runner. */
 bool orc_vcpu_settle(orc_vcpu *, uint32_t number, enum orc_asked, const void *answer, size_t size);
 

@@ -6,6 +6,22 @@
 
 #include "core.h"
 
+static bool open_bell(struct orc_bell *b, int sleepers)
+{
+	b->eventfd[0] = b->eventfd[1] = -1;
+	for (int i = 0; i < sleepers; i++)
+		if ((b->eventfd[i] = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) < 0)
+			return false;
+	return true;
+}
+
+static void close_bell(struct orc_bell *b)
+{
+	for (int i = 0; i < 2; i++)
+		if (b->eventfd[i] >= 0)
+			close(b->eventfd[i]);
+}
+
 orc_fleet *orc_fleet_new(void)
 {
 	orc_fleet *f = aligned_alloc(ORC_CACHE_LINE, sizeof *f);
@@ -15,15 +31,12 @@ orc_fleet *orc_fleet_new(void)
 		return NULL;
 	}
 	memset(f, 0, sizeof *f);
-	f->reported.eventfd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-	f->asked.eventfd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-	if (f->reported.eventfd < 0 || f->asked.eventfd < 0) {
+	f->asked.eventfd[0] = f->asked.eventfd[1] = -1;
+	if (!open_bell(&f->reported, 1) || !open_bell(&f->asked, 2)) {
 		int error = errno;
 
-		if (f->reported.eventfd >= 0)
-			close(f->reported.eventfd);
-		if (f->asked.eventfd >= 0)
-			close(f->asked.eventfd);
+		close_bell(&f->reported);
+		close_bell(&f->asked);
 		free(f);
 		errno = error;
 		return NULL;
@@ -36,12 +49,12 @@ orc_fleet *orc_fleet_new(void)
 
 int orc_fleet_eventfd(const orc_fleet *f)
 {
-	return f->reported.eventfd;
+	return f->reported.eventfd[0];
 }
 
-int orc_fleet_asked_eventfd(const orc_fleet *f)
+int orc_fleet_asked_eventfd(const orc_fleet *f, enum orc_sleeper who)
 {
-	return f->asked.eventfd;
+	return f->asked.eventfd[who - ORC_MAIN];
 }
 
 ORC_HOT void orc_push(struct orc_stack *s, struct orc_link *link)
@@ -83,21 +96,27 @@ static struct orc_link *take(struct orc_link **taken)
 void orc_bell_ring(struct orc_bell *b)
 {
 	uint64_t one = 1;
+	uint32_t who;
 
 	if (atomic_load_explicit(&b->asleep, memory_order_seq_cst) &&
-	    atomic_exchange_explicit(&b->asleep, false, memory_order_acq_rel))
-		while (write(b->eventfd, &one, sizeof one) < 0 && errno == EINTR)
+	    (who = atomic_exchange_explicit(&b->asleep, ORC_AWAKE, memory_order_acq_rel)))
+		while (write(b->eventfd[who - ORC_MAIN], &one, sizeof one) < 0 && errno == EINTR)
 			;
 }
 
-/* The owner, before it looks at the stacks for the last time. */
-static void listen_for(struct orc_bell *b)
+static void silence(struct orc_bell *b, enum orc_sleeper who)
 {
 	uint64_t count;
 
-	while (read(b->eventfd, &count, sizeof count) < 0 && errno == EINTR)
+	while (read(b->eventfd[who - ORC_MAIN], &count, sizeof count) < 0 && errno == EINTR)
 		;
-	atomic_store_explicit(&b->asleep, true, memory_order_seq_cst);
+}
+
+/* The owner, before it looks at the stacks for the last time. */
+static void listen_for(struct orc_bell *b, enum orc_sleeper who)
+{
+	silence(b, who);
+	atomic_store_explicit(&b->asleep, who, memory_order_seq_cst);
 }
 
 static bool is_empty(struct orc_stack *s, const struct orc_link *taken)
@@ -144,20 +163,46 @@ void orc_talk(orc_vcpu *v)
 
 bool orc_fleet_sleep(orc_fleet *f)
 {
-	listen_for(&f->reported);
+	listen_for(&f->reported, ORC_MAIN);
 	if (is_empty(&f->ready, f->draining) && is_empty(&f->talking, f->hearing))
 		return true;
-	atomic_store_explicit(&f->reported.asleep, false, memory_order_relaxed);
+	atomic_store_explicit(&f->reported.asleep, ORC_AWAKE, memory_order_relaxed);
+	return false;
+}
+
+static bool asked_sleep(orc_fleet *f, enum orc_sleeper who)
+{
+	listen_for(&f->asked, who);
+	if (is_empty(&f->asking, f->answering))
+		return true;
+	atomic_store_explicit(&f->asked.asleep, ORC_AWAKE, memory_order_relaxed);
 	return false;
 }
 
 bool orc_fleet_asked_sleep(orc_fleet *f)
 {
-	listen_for(&f->asked);
-	if (is_empty(&f->asking, f->answering))
-		return true;
-	atomic_store_explicit(&f->asked.asleep, false, memory_order_relaxed);
-	return false;
+	return asked_sleep(f, ORC_MAIN);
+}
+
+bool orc_fleet_asked_stand_in(orc_fleet *f)
+{
+	/* Rung since it waits. Whoever rang may write only after this: then the main task wakes for nothing. */
+	if (atomic_exchange_explicit(&f->asked.asleep, ORC_AWAKE, memory_order_acq_rel) == ORC_AWAKE)
+		silence(&f->asked, ORC_MAIN);
+	return is_empty(&f->asking, f->answering) && asked_sleep(f, ORC_DEPUTY);
+}
+
+void orc_fleet_asked_give_back(orc_fleet *f, bool more)
+{
+	/* Its eventfd is not emptied: it waits on it, and a ring of before is still to wake it. */
+	atomic_store_explicit(&f->asked.asleep, ORC_MAIN, memory_order_seq_cst);
+	if (more || !is_empty(&f->asking, f->answering))
+		orc_bell_ring(&f->asked);
+}
+
+void orc_fleet_asked_ring(orc_fleet *f)
+{
+	orc_bell_ring(&f->asked);
 }
 
 static size_t drain_one(orc_vcpu *v, struct orc_record *out, size_t most)
@@ -314,8 +359,8 @@ void orc_fleet_free(orc_fleet *f)
 	orc_capper_stop(f->capper);
 	sweep_all(f); /* no vCPU is left but the dead */
 	orc_stock_free(&f->stock);
-	close(f->reported.eventfd);
-	close(f->asked.eventfd);
+	close_bell(&f->reported);
+	close_bell(&f->asked);
 	pthread_mutex_destroy(&f->gate.lock);
 	free(f);
 }

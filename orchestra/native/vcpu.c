@@ -238,7 +238,7 @@ ORC_HOT orc_ns orc_account(orc_vcpu *v, struct orc_record *record, orc_ns now, b
 	orc_ns at = ORC_NEVER, by_tokens;
 	unsigned slowest;
 
-	if (tells && now == ORC_UNREAD)
+	if (subscribed && now == ORC_UNREAD)
 		now = orc_now();
 	if (bus_lock) {
 		orc_count(&v->bus_locks, 1);

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import trio
 
 from ...model.errors import SpecError, StateError
 
-__all__ = ["Request", "Requests"]
+__all__ = ["Bell", "Request", "Requests"]
+
+
+class Bell(Protocol):
+    """Where a reader may wait for questions itself, in the place of the task that delivers them (`machine.inbox`)."""
+
+    def may_stand_in(self) -> bool: ...
+
+    async def stand_in(self) -> None: ...
+
+    def recall(self) -> None: ...
+
+
+def _is_bytes(data: object, size: int) -> bool:
+    return isinstance(data, bytes | bytearray | memoryview) and memoryview(data).nbytes == size
 
 
 class Request:
@@ -65,7 +79,7 @@ class Request:
         if self.write:
             if data is not None:
                 raise SpecError(f"data={data!r}: a write is answered without data")
-        elif not isinstance(data, bytes | bytearray | memoryview) or memoryview(data).nbytes != self.size:
+        elif not (type(data) is bytes and len(data) == self.size) and not _is_bytes(data, self.size):
             raise SpecError(f"data={data!r}: this read wants exactly {self.size} bytes")
         if self.answered:
             raise StateError(f"the {'write' if self.write else 'read'} at {self.address:#x} is answered already")
@@ -97,10 +111,12 @@ class Requests:
     The queue can't overflow: each vCPU has at most one access outstanding. All methods: fleet's thread.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, bell: Bell | None = None) -> None:
+        self._bell = bell
         self._queue: deque[Request] = deque()
         self._outstanding: set[Request] = set()
-        self._arrived: Any = None  # the task that waits
+        self._arrived: Any = None  # the task that waits to be rescheduled
+        self._stands_in = False  # a task waits at the bell
         self._closed = False
         self._ended = False
 
@@ -117,6 +133,8 @@ class Requests:
         if self._arrived is not None:
             task, self._arrived = self._arrived, None
             trio.lowlevel.reschedule(task)
+        elif self._stands_in and self._bell is not None:
+            self._bell.recall()
 
     def __aiter__(self) -> Requests:
         return self
@@ -128,12 +146,22 @@ class Requests:
             request = self._queue.popleft()
             await trio.lowlevel.cancel_shielded_checkpoint()
             return request
-        await trio.lowlevel.checkpoint_if_cancelled()
+        stood_in = False
         while not self._queue:
             if self._ended:
+                await trio.lowlevel.checkpoint_if_cancelled()
                 raise StopAsyncIteration
-            if self._arrived is not None:  # the queue may be empty again, if another task took the request
+            # The queue may be empty again, if another task took the request.
+            if self._arrived is not None or self._stands_in:
                 raise trio.BusyResourceError("another task is waiting for these requests")
+            # Only once. A reader that was woken by a question to another one leaves its place to that one.
+            if not stood_in and self._bell is not None and self._bell.may_stand_in():
+                stood_in = self._stands_in = True
+                try:
+                    await self._bell.stand_in()
+                finally:
+                    self._stands_in = False
+                continue
             self._arrived = trio.lowlevel.current_task()
 
             def abort(_: Any) -> trio.lowlevel.Abort:

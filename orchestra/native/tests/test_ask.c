@@ -46,12 +46,12 @@ static void a_question_says_what_is_accessed_and_the_answer_comes_to_its_place(v
 	struct asker a;
 
 	open_asker(&a, f, 3);
-	CHECK(orc_fleet_asked_sleep(f) && !readable(orc_fleet_asked_eventfd(f)));
+	CHECK(orc_fleet_asked_sleep(f) && !readable(orc_fleet_asked_eventfd(f, ORC_MAIN)));
 	CHECK(orc_access_begin(a.v, ORC_IO, 0x502, 2, 3, false, a.data) == ORC_IO);
 	CHECK(a.v->access.task && a.v->access.count == 1, "one element at a time");
 	orc_ask(a.v, 99);
-	CHECK(readable(orc_fleet_asked_eventfd(f)) && orc_ask_open(a.v));
-	CHECK(orc_fleet_asked(f, q, 2) == 1 && orc_fleet_asked_sleep(f) && !readable(orc_fleet_asked_eventfd(f)));
+	CHECK(readable(orc_fleet_asked_eventfd(f, ORC_MAIN)) && orc_ask_open(a.v));
+	CHECK(orc_fleet_asked(f, q, 2) == 1 && orc_fleet_asked_sleep(f) && !readable(orc_fleet_asked_eventfd(f, ORC_MAIN)));
 	CHECK(q->vcpu == 3 && q->bus == ORC_IO && q->claim == 7 && q->address == 0x502 && q->size == 2 && !q->write &&
 	      q->since == 99);
 	CHECK(orc_vcpu_settle(a.v, q->number, ORC_ASK_ANSWERED, "ab", 2) && orc_ask_wait(a.v));
@@ -118,6 +118,35 @@ static void *ask_again_and_again(void *p)
 	return NULL;
 }
 
+static void the_deputy_is_rung_in_the_main_tasks_place_and_gives_it_back(void)
+{
+	orc_fleet *f = orc_fleet_new();
+	struct asker a;
+	struct orc_question q[2];
+	int main_task = orc_fleet_asked_eventfd(f, ORC_MAIN), deputy = orc_fleet_asked_eventfd(f, ORC_DEPUTY);
+
+	open_asker(&a, f, 0);
+	CHECK(orc_fleet_asked_sleep(f) && orc_fleet_asked_stand_in(f));
+	orc_fleet_asked_ring(f);
+	CHECK(readable(deputy) && !readable(main_task));
+	orc_fleet_asked_give_back(f, false);
+	CHECK(!readable(main_task));
+	orc_fleet_asked_ring(f);
+	CHECK(readable(main_task));
+	/* What the main task was rung for is the deputy's, if that comes before the main task has woken. */
+	CHECK(orc_fleet_asked_stand_in(f) && !readable(main_task) && !readable(deputy));
+	orc_fleet_asked_give_back(f, true);
+	CHECK(readable(main_task) && orc_fleet_asked_sleep(f));
+	CHECK(orc_access_begin(a.v, ORC_IO, 0x502, 1, 1, false, a.data) == ORC_IO);
+	orc_ask(a.v, 99);
+	CHECK(readable(main_task) && !orc_fleet_asked_stand_in(f) && !readable(main_task));
+	orc_fleet_asked_give_back(f, false);
+	CHECK(readable(main_task) && orc_fleet_asked(f, q, 2) == 1);
+	orc_ask_settled(a.v);
+	close_asker(&a);
+	orc_fleet_free(f);
+}
+
 static void many_ask_at_once_and_each_gets_its_answer(void)
 {
 	orc_fleet *f = orc_fleet_new();
@@ -130,7 +159,7 @@ static void many_ask_at_once_and_each_gets_its_answer(void)
 		a[i].thread = start(ask_again_and_again, &a[i]);
 	while (left) {
 		struct orc_question q[RUNNERS];
-		struct pollfd bell = {.fd = orc_fleet_asked_eventfd(f), .events = POLLIN};
+		struct pollfd bell = {.events = POLLIN};
 
 		for (size_t n = orc_fleet_asked(f, q, RUNNERS); n--; left--) {
 			uint32_t *rounds = &a[q[n].vcpu].rounds;
@@ -140,8 +169,20 @@ static void many_ask_at_once_and_each_gets_its_answer(void)
 			CHECK(orc_vcpu_settle(a[q[n].vcpu].v, q[n].number, ORC_ASK_ANSWERED, rounds, 4));
 			++*rounds;
 		}
-		if (left && orc_fleet_asked_sleep(f))
+		if (!left || !orc_fleet_asked_sleep(f))
+			continue;
+		if (left % 3) {
+			bell.fd = orc_fleet_asked_eventfd(f, ORC_MAIN);
 			CHECK(poll(&bell, 1, PATIENCE / 1000000) == 1, "a question that nobody rang for");
+			continue;
+		}
+		if (orc_fleet_asked_stand_in(f)) {
+			bell.fd = orc_fleet_asked_eventfd(f, ORC_DEPUTY);
+			CHECK(poll(&bell, 1, PATIENCE / 1000000) == 1, "a question that nobody rang the deputy for");
+		}
+		orc_fleet_asked_give_back(f, false);
+		bell.fd = orc_fleet_asked_eventfd(f, ORC_MAIN);
+		CHECK(poll(&bell, 1, PATIENCE / 1000000) == 1, "a question that the deputy left, and nobody rang for");
 	}
 	for (int i = 0; i < RUNNERS; i++) {
 		join(a[i].thread);
@@ -154,6 +195,7 @@ static void many_ask_at_once_and_each_gets_its_answer(void)
 const struct test ask_tests[] = {
 	TEST(a_question_says_what_is_accessed_and_the_answer_comes_to_its_place),
 	TEST(a_question_that_was_withdrawn_is_nobodys),
+	TEST(the_deputy_is_rung_in_the_main_tasks_place_and_gives_it_back),
 	TEST(many_ask_at_once_and_each_gets_its_answer),
 	{NULL, NULL},
 };
