@@ -560,3 +560,50 @@ def test_a_program_ends_when_it_is_interrupted(door, times: int):
     assert err == ""
     assert out.splitlines()[-1] == "interrupted"
     assert process.returncode == 0
+
+
+ELSEWHERE = """
+import asyncio, os, signal, threading
+import orchestra as orc
+from orchestra.aio import open_fleet
+
+async def main():
+    async with open_fleet(backend=orc.ScriptedBackend({})):
+        # The main thread takes no SIGINT any more, so another one gets it, as it may in any program.
+        threading.Thread(target=os.kill, args=(os.getpid(), signal.SIGINT)).start()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        await asyncio.sleep(LIMIT)
+
+try:
+    asyncio.run(main())
+except KeyboardInterrupt:
+    print("interrupted", signal.set_wakeup_fd(-1))
+"""
+
+
+def test_a_signal_that_another_thread_gets_interrupts_the_program_as_well():
+    script = ELSEWHERE.replace("LIMIT", str(LIMIT))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=LIMIT)
+    assert (done.stdout, done.stderr) == ("interrupted -1\n", "")
+
+
+def test_a_program_that_handles_signals_by_its_loop_goes_on_doing_so():
+    script = """
+import asyncio, os, signal
+import orchestra as orc
+from orchestra.aio import open_fleet
+
+async def main():
+    loop, got = asyncio.get_running_loop(), asyncio.Event()
+    async with open_fleet(backend=orc.ScriptedBackend({})):
+        loop.add_signal_handler(signal.SIGUSR1, got.set)
+    os.kill(os.getpid(), signal.SIGUSR1)
+    await asyncio.wait_for(got.wait(), LIMIT)
+    print("handled")
+
+asyncio.run(main())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script.replace("LIMIT", str(LIMIT))], capture_output=True, text=True, timeout=2 * LIMIT
+    )
+    assert (done.stdout, done.stderr) == ("handled\n", "")

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import os
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 from typing import Any, Final, ParamSpec, Self, TypeVar
 
@@ -130,6 +132,7 @@ class _Interrupts:
         self._previous: Any = None
         self._waiting: asyncio.Handle | None = None
         self._raised = False
+        self._pipe: tuple[int, int] | None = None
 
     def install(self) -> None:
         """Install the handler, if this is the main thread, where signals are handled, and the old handler may raise."""
@@ -137,6 +140,33 @@ class _Interrupts:
             self._previous = signal.getsignal(signal.SIGINT)
             if callable(self._previous):
                 signal.signal(signal.SIGINT, self._handle)
+                self._watch()
+
+    def _watch(self) -> None:
+        reader, writer = self._pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._loop.add_reader(reader, self._drain, reader)
+        before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        if before != -1:
+            signal.set_wakeup_fd(before)
+            self._unwatch()
+
+    @staticmethod
+    def _drain(reader: int) -> None:
+        """Nothing is to be learned from the bytes: handlers run because the loop does."""
+        with suppress(BlockingIOError):
+            os.read(reader, 4096)
+
+    def _unwatch(self) -> None:
+        if self._pipe is None:
+            return
+        (reader, writer), self._pipe = self._pipe, None
+        now = signal.set_wakeup_fd(-1)
+        if now != writer:  # other code has set its own since
+            signal.set_wakeup_fd(now)
+        if not self._loop.is_closed():
+            self._loop.remove_reader(reader)
+        os.close(reader)
+        os.close(writer)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._waiting is None and not self._loop.is_closed():
@@ -156,6 +186,7 @@ class _Interrupts:
 
     def restore(self) -> None:
         """Put the old handler back, unless other code has installed another one since."""
+        self._unwatch()
         if callable(self._previous) and signal.getsignal(signal.SIGINT) == self._handle:
             # asyncio.run takes its handler back when the main task is done, or when it raises. If trio outlasts that,
             # it found ours and does not come again.
