@@ -84,10 +84,11 @@ class VmControl:
         self.claims = Claims(devices)
         self.samples = Samples()
         self.was_capped = desired.cap is not None
-        self.budgets = make_budgets({meter: desired.limits_at(meter) for meter in Meter}, now)
-        self.vcpu_budgets = [
-            make_budgets({meter: desired.limits_at(meter, vcpu) for meter in Meter}, now) for vcpu in range(spec.vcpus)
-        ]
+        placed = {(one.meter, one.vcpu): one.limits for one in desired.limits}
+        self.budgets, *self.vcpu_budgets = (
+            make_budgets({meter: placed.get((meter, place), UNLIMITED) for meter in Meter}, now)
+            for place in (None, *range(spec.vcpus))
+        )
         self.wanted = attrs.evolve(desired, limits=())
         self._released = False
         self.inspection = Inspection(self)

@@ -91,7 +91,6 @@ class Instance:
         self._machine: Machine
         self._console = owner.console
         self._ended = trio.Event()  # set when all vCPUs have ended, or the run is given back
-        self._done: list[trio.Event] = []
 
     # ---- set-up
 
@@ -164,7 +163,6 @@ class Instance:
             try:
                 self.devices = Assembly(self, self._machine, self._console, context.post, self._in_turn, context.pacer)
                 self.vcpus += [Vcpu(self, index, engine) for index, engine in enumerate(self._machine.engines)]
-                self._done = [trio.Event() for _ in self.vcpus]
                 for vcpu in self.vcpus:
                     if vcpu.engine.threaded:
                         vcpu.spawn()
@@ -202,20 +200,17 @@ class Instance:
             ready: awaited before the guest runs its first instruction.
         """
         failed: Failed | None = None
+        awaited = [vcpu for vcpu in self.vcpus if not vcpu.engine.threaded]
         try:
-            async with trio.open_nursery() as nursery:
-                for vcpu in self.vcpus:
-                    nursery.start_soon(self._run_vcpu, vcpu)
-                if self.devices is not None and self.devices.listens:
-                    nursery.start_soon(self.devices.run, self._ended)
-                try:
-                    await ready()
-                    self.command(clear=Command.HOLD)
-                    await self._ended.wait()
-                except Exception as error:
-                    self._fail("run", error)
-                finally:
-                    self.end(Stopped(CLOSED))
+            if awaited or (self.devices is not None and self.devices.listens):
+                async with trio.open_nursery() as nursery:
+                    for vcpu in awaited:
+                        nursery.start_soon(self._drive, vcpu)
+                    if self.devices is not None and self.devices.listens:
+                        nursery.start_soon(self.devices.run, self._ended)
+                    await self._run(ready)
+            else:  # no task where nothing waits: a task and its nursery are a tenth of what a launch takes of the loop
+                await self._run(ready)
         finally:
             with trio.CancelScope(shield=True):  # closing a VM's descriptors takes about a millisecond, no more
                 failed = await self._give_back()
@@ -223,13 +218,23 @@ class Instance:
         assert outcome is not None
         return outcome
 
-    async def _run_vcpu(self, vcpu: Vcpu) -> None:
+    async def _run(self, ready: Callable[[], Awaitable[object]]) -> None:
+        """Let the guest run until it has ended, and wait until its threads are gone."""
         try:
-            if vcpu.engine.threaded:
-                with trio.CancelScope(shield=True):  # `run` stops all vCPUs first, and then this waits
-                    await self._done[vcpu.index].wait()
-            else:
-                await vcpu.drive_async()
+            await ready()
+            self.command(clear=Command.HOLD)
+            await self._ended.wait()
+        except Exception as error:
+            self._fail("run", error)
+        finally:
+            self.end(Stopped(CLOSED))
+            if not self._ended.is_set() and any(vcpu.engine.threaded for vcpu in self.vcpus):
+                with trio.CancelScope(shield=True):  # microseconds, as they are told to stop
+                    await self._ended.wait()
+
+    async def _drive(self, vcpu: Vcpu) -> None:
+        try:
+            await vcpu.drive_async()
         except Exception as error:
             self._fail(f"vCPU {vcpu.index}", error)
             self._on_ended(vcpu.index)
@@ -331,7 +336,6 @@ class Instance:
             self._post(self._on_ended, index)
 
     def _on_ended(self, index: int) -> None:
-        self._done[index].set()
         try:
             self.pause_levels.gone(index)
             if not self.life.has_ended:

@@ -232,13 +232,19 @@ class Runs:
         vm = self._vm
         if following is not None:
             vm.claims.reset_devices()
-        async with self.logging:  # `log_dirty` changes the old guest before this, or the new one after it
+        try:  # `log_dirty` changes the old guest before this, or the new one after it
+            self.logging.acquire_nowait()  # without a turn of the loop: nobody has it at a launch
+        except trio.WouldBlock:
+            await self.logging.acquire()
+        try:
             guest = Instance(self._context, vm.wanted.spec(vm.spec), self._levels, vm)
             await guest.start()
             if self.guest is not None:
                 with contained(f"vm {self._name}: the run before"):
                     self._retire(self.guest)
             self.guest = guest
+        finally:
+            self.logging.release()
         why = "" if following is None else self.succession.begin(following)
         if self.stop_reason is not None:
             guest.end(self.stop_reason)

@@ -5,6 +5,7 @@ Each error names the field, the value and the remedy. All checks are made here, 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections.abc import Iterable, Mapping
@@ -50,10 +51,16 @@ class Meter(StrEnum):
     ANSWERS = "answers"
     """Accesses that Python answers, by a device or by a task. Each element of a string instruction counts."""
 
+    __hash__ = str.__hash__  # in C: Enum's is a function in Python, and most of a launch is looked up by meter
+
     @property
     def field(self) -> str:
         """What a spec, a tenant, a fleet and a file of rules call a limit on it."""
-        return {Meter.BUS_LOCKS: "limit", Meter.EXITS: "exit_limit", Meter.ANSWERS: "answer_limit"}[self]
+        return _FIELDS[self]
+
+
+_FIELDS: Final = {Meter.BUS_LOCKS: "limit", Meter.EXITS: "exit_limit", Meter.ANSWERS: "answer_limit"}
+_LIMIT_FIELDS: Final = (*_FIELDS.values(), *(f"vcpu_{field}" for field in _FIELDS.values()))
 
 
 def _check_name(field: str, value: object) -> str:
@@ -221,6 +228,11 @@ def _to_restart(value: object) -> object:
     return Restart(when=value) if isinstance(value, str) else value  # type: ignore[arg-type]  # Restart checks it
 
 
+@functools.lru_cache(maxsize=64)  # a launch asks for it five times
+def _plain(size: int) -> Memory:
+    return Memory(size)
+
+
 @attrs.frozen(kw_only=True)
 class VmSpec:
     """One virtual machine.
@@ -290,7 +302,7 @@ class VmSpec:
         if self.tenant is not None:
             _check_name("tenant", self.tenant)
         _check_weight(self.weight)
-        for field in (field for meter in Meter for field in (meter.field, f"vcpu_{meter.field}")):
+        for field in _LIMIT_FIELDS:
             optional_limit(field, getattr(self, field))
         if self.bus_lock_detection not in (None, "fault-like", "trap-like"):
             raise _fail("bus_lock_detection", self.bus_lock_detection, 'must be "fault-like", "trap-like" or None')
@@ -321,7 +333,7 @@ class VmSpec:
     @property
     def backing(self) -> Memory:
         """What the RAM is made of, also where `memory` is just a number."""
-        return self.memory if isinstance(self.memory, Memory) else Memory(self.memory)
+        return self.memory if isinstance(self.memory, Memory) else _plain(self.memory)
 
     @property
     def layout(self) -> Layout:
