@@ -32,7 +32,7 @@ INTERNAL = {
     orc.Fleet: "",
     orc.Vm: "generation",
     orc.Exits: "mask channel wake end next_batch next_batch_nowait",
-    Requests: "deliver end close",
+    Requests: "deliver drop end close",
     Request: "answer_bytes give_back put_among",
     Console: "handle put wake close state from_state",
     orc.Watch: "close",

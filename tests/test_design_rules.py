@@ -93,7 +93,7 @@ RULES = {
             "test_kicks_from_everywhere_lose_no_command",
             "test_a_vcpu_in_a_guest_loop_ends_within_100_ms",
         ],
-        "test_soak": ["test_500_vms_that_are_paused_in_the_middle_of_a_storm_stop_together"],
+        "test_soak": ["test_many_vms_that_are_paused_in_the_middle_of_a_storm_stop_together"],
     },
     13: {"test_machine_instance": ["test_more_vcpus_than_trio_has_threads_run_at_once_and_take_none_of_them"]},
     14: {"test_layers": ["test_no_module_keeps_counters_registries_or_locks"]},

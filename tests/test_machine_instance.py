@@ -625,7 +625,7 @@ async def test_the_fleets_thread_waits_for_no_thread_of_a_vcpu(monkeypatch, star
 
     monkeypatch.setattr(Vcpu, "join", joins)
     if not starts:
-        monkeypatch.setattr(Cores, "tell", lambda self, mask: 1 / 0)
+        monkeypatch.setattr(Cores, "subscribe", lambda self, mask: 1 / 0)
     async with KVM.open() as fleet:
         with suppress(ZeroDivisionError):
             await (await fleet.launch(KVM.spec("halt"))).stop()

@@ -17,6 +17,7 @@ from orchestra.backend.emulated.machine import EmulatedEngine
 from orchestra.backend.kvm.machine import KvmEngine
 from orchestra.backend.scripted import ScriptedEngine, ScriptedExit, io_read
 from orchestra.machine.devices.console import Console
+from orchestra.native import lib
 from orchestra.native.core import Command
 
 DEVICES = [orc.Serial(), orc.DebugConsole(), orc.ExitPort()]
@@ -381,12 +382,12 @@ async def test_bytes_that_are_received_while_the_vm_is_closed_interrupt_nobody(n
 
         def receive() -> None:
             while not ended.is_set():
-                uart.receive(b"x")
+                lib.orc_console_type(vm.console.handle, b"x", 1)
                 uart.read(0, 1)
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(trio.to_thread.run_sync, receive)
             await vm.stop()
             ended.set()
-        uart.receive(b"x")
+        lib.orc_console_type(vm.console.handle, b"x", 1)
         assert uart.read(5, 1) & 1
