@@ -97,7 +97,6 @@ struct orc_virtio {
 	orc_u64 offered;
 	_Atomic(orc_io *) io;     /* that serves it; NULL: none yet */
 	_Atomic orc_u64 kicked;   /* queues that are to be served, a bit each. Any thread sets, the I/O thread clears */
-	orc_virtio *next;         /* io->lock */
 	int watched;              /* a descriptor; -1: none. Before it is attached */
 	orc_virtio_ready *ready;
 
@@ -148,7 +147,9 @@ void orc_virtio_watch(orc_virtio *, int fd, orc_virtio_ready *);
 /* Lock held, all of them. */
 void orc_virtio_serve(orc_virtio *, uint16_t queue); /* if it is live */
 void orc_virtio_settle(orc_virtio *); /* after requests were put: interrupts, errors, resets that waited for them */
+void orc_virtio_called(orc_virtio *); /* what it watches is ready */
 uint32_t orc_virtio_in_flight(const orc_virtio *);
+uint32_t orc_virtio_pending(const orc_virtio *); /* vectors that fired and that no irqfd has taken, a bit each */
 /* Registers by offset, of any size and at any place; what is not there reads as 0 and ignores writes. */
 void orc_virtio_common_read(orc_virtio *, uint32_t offset, uint8_t *data, uint32_t size);
 void orc_virtio_common_write(orc_virtio *, uint32_t offset, const uint8_t *data, uint32_t size);
@@ -185,7 +186,7 @@ void orc_virtio_look(orc_virtio *, struct orc_virtio_counters *out); /* any thre
 /* All that it keeps, but who it is wired to. Nothing is in flight: the I/O thread is held, or does not have it. */
 struct orc_queue_state {
 	orc_u64 descriptors, driver, device;
-	uint16_t size, vector, next_avail, next_used, error;
+	uint16_t size, vector, next, error;
 	bool enabled;
 };
 struct orc_virtio_state {

@@ -107,14 +107,15 @@ struct orc_queue {
 	uint16_t signalled;             /* next_used when the driver's wish was looked at last */
 	uint16_t in_flight;             /* taken and not put */
 	orc_u64 heads[ORC_QUEUE_MOST / 64]; /* whose they are */
-	enum orc_queue_error error;     /* not ORC_QUEUE_FINE: nothing is taken or put any more */
+	enum orc_queue_error error;     /* the first; once there is one, or it is not enabled, nothing is taken, and a put writes nothing */
 	orc_u64 requests;               /* that were put, ever */
 };
 
-/* The driver has set it up: finds its rings, which begin at `next` (0, or where a saved queue was). `offered`: its largest size.
- * The error is left in `error` as well. Reads and writes no guest memory. */
+/* The driver has set it up: finds its rings, and goes on at `next` (0, or where a saved queue was: with nothing in flight it is at
+ * the same place in both rings). `offered`: its largest size. The error is left in `error` as well. Reads and writes no guest
+ * memory. */
 enum orc_queue_error orc_queue_enable(struct orc_queue *, const orc_guest_memory *, uint16_t offered, bool event_idx,
-				      bool indirect, uint16_t next_avail, uint16_t next_used);
+				      bool indirect, uint16_t next);
 /* Nothing of it is in flight: as at power on, with this size. Its count of requests stays. */
 void orc_queue_disable(struct orc_queue *, uint16_t size);
 
@@ -125,8 +126,8 @@ bool orc_queue_take(struct orc_queue *, struct orc_chain *out);
 void orc_queue_put(struct orc_queue *, const struct orc_chain *, uint32_t written);
 /* The same of one whose pieces are not kept: whatever was written of guest memory, orc_guest_memory_wrote was told. */
 void orc_queue_put_head(struct orc_queue *, uint16_t head, uint32_t written);
-/* The guest broke a rule of the device. */
-void orc_queue_break(struct orc_queue *, enum orc_queue_error);
+/* Instead of it: the chain breaks a rule of the device (ORC_QUEUE_BAD_REQUEST), and ends the queue. */
+void orc_queue_refuse(struct orc_queue *, const struct orc_chain *);
 
 /* Whether the driver wants an interrupt for what was put since this was asked last. */
 bool orc_queue_wants_interrupt(struct orc_queue *);
