@@ -134,13 +134,13 @@ static void forget_queue(orc_virtio *v, uint16_t i)
 	v->queue_resetting &= ~(1ull << i);
 }
 
-/* 2.4.1, once nothing is in flight. The generation goes on: a driver that compares it across a reset sees a change. */
+/* 2.4.1, once nothing is in flight. The configuration and its generation are the device's, not the driver's. */
 static void forget(orc_virtio *v)
 {
 	v->accepted = 0;
 	v->device_feature_select = v->driver_feature_select = 0;
 	v->status = v->isr = 0;
-	v->config_changed = v->resetting = false;
+	v->resetting = false;
 	v->queue_select = 0;
 	v->config_vector = VIRTIO_MSI_NO_VECTOR;
 	for (uint16_t i = 0; i < v->queues; i++)
@@ -278,11 +278,12 @@ static void write_address(orc_u64 *address, uint32_t offset, const uint8_t *data
 static void write_of_queue(orc_virtio *v, uint32_t offset, const uint8_t *data, uint32_t size)
 {
 	uint16_t i = v->queue_select, value = (uint16_t)(data[0] | (size > 1 ? data[1] << 8 : 0));
-	struct orc_queue *q = &v->queue[i];
+	struct orc_queue *q;
 	bool fixed;
 
 	if (i >= v->queues || v->resetting || v->queue_resetting >> i & 1)
 		return;
+	q = &v->queue[i];
 	fixed = q->enabled; /* 4.1.4.3.2: all is set up before it is enabled */
 	if (offset >= VIRTIO_PCI_COMMON_Q_DESCLO && offset < VIRTIO_PCI_COMMON_Q_NDATA) {
 		orc_u64 *const address[] = {&q->descriptors, &q->driver, &q->device};
@@ -355,10 +356,11 @@ static uint32_t features(orc_u64 all, uint32_t select)
 static void show_queue(const orc_virtio *v, uint8_t *image)
 {
 	uint16_t i = v->queue_select, enabled, resetting;
-	const struct orc_queue *q = &v->queue[i];
+	const struct orc_queue *q;
 
 	if (i >= v->queues) /* its size reads as 0: there is none */
 		return;
+	q = &v->queue[i];
 	resetting = v->queue_resetting >> i & 1;
 	enabled = q->enabled || resetting; /* both until it is done: 4.1.4.3.1 */
 	memcpy(image + VIRTIO_PCI_COMMON_Q_SIZE, &q->size, 2);
@@ -645,6 +647,7 @@ void orc_virtio_power_on(orc_virtio *v)
 	pthread_mutex_lock(&v->lock);
 	reset(v);
 	v->generation = 0;
+	v->config_changed = false;
 	for (unsigned i = 0; i < v->vectors; i++) {
 		v->vector[i] = (struct orc_vector){.masked = true};
 		if (v->vector_fd[i] >= 0)
