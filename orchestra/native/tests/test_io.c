@@ -327,6 +327,44 @@ static void holding_waits_for_what_is_in_flight_and_keeps_notifications(void)
 	guest_end(&g);
 }
 
+static void *stop(void *argument)
+{
+	struct holder *h = argument;
+
+	orc_io_stop(h->io);
+	atomic_store(&h->held, 1);
+	return NULL;
+}
+
+static void stopping_waits_for_what_is_in_flight(void)
+{
+	struct guest g;
+	struct bench b;
+	struct slow *s;
+	struct holder h = {.io = io_new()};
+	pthread_t thread;
+
+	guest_begin(&g, NULL);
+	s = slow_new(&g);
+	wire(&b, &g, &s->virtio, RINGS);
+	CHECK(!orc_io_attach(h.io, b.v));
+	drive(&b, 0);
+	for (uint16_t i = 0; i < SIZE; i++)
+		request(&b, 0, i, DATA, 16, W);
+	await_count(&s->taken, SIZE);
+	thread = start(stop, &h);
+	for (unsigned i = 0; i < SIZE; i++) {
+		CHECK(!h.held);
+		notify(s->virtio.watched);
+		CHECK(await_used(&b, 0).id == i);
+	}
+	join(thread);
+	CHECK(h.held);
+	unwire(&b);
+	orc_io_free(h.io);
+	guest_end(&g);
+}
+
 static void a_device_that_waits_is_served_again_after_its_callback(void)
 {
 	struct guest g;
@@ -434,6 +472,8 @@ static void devices_come_and_go_while_others_are_served(void)
 		request(&guests, 0, 0, DATA + 0x100, 64, W);
 		if (i % 2) /* or as it goes */
 			await_used(&guests, 0);
+		orc_io_detach(io, guests.v);
+		CHECK(!orc_io_attach(io, guests.v), "nothing of it was left");
 		orc_io_detach(io, guests.v);
 		notify(guests.kick[0]);
 		unwire(&guests);
@@ -558,6 +598,7 @@ const struct test io_tests[] = {
 	TEST(a_write_to_the_notify_register_that_reaches_the_device_counts_too),
 	TEST(a_busy_device_keeps_no_other_from_its_turn_and_nobody_from_holding),
 	TEST(holding_waits_for_what_is_in_flight_and_keeps_notifications),
+	TEST(stopping_waits_for_what_is_in_flight),
 	TEST(a_device_that_waits_is_served_again_after_its_callback),
 	TEST(a_reset_waits_for_requests_that_end_on_the_io_thread),
 	TEST(after_stop_no_guest_memory_is_touched_whoever_notifies),

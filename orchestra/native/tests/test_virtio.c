@@ -52,7 +52,9 @@ struct lazy {
 static enum orc_served lazy_serve(orc_virtio *v, uint16_t queue)
 {
 	struct lazy *l = (struct lazy *)v;
+	const struct orc_queue *q = &v->queue[queue];
 
+	CHECK(q->event_idx || q->used->flags == VRING_USED_F_NO_NOTIFY, "nobody need notify us now");
 	while (l->n < HELD && orc_queue_take(&v->queue[queue], &l->held[l->n].chain))
 		l->held[l->n++].queue = queue;
 	return ORC_DRAINED;
