@@ -75,7 +75,7 @@ struct orc_virtio_ops {
 	enum orc_served (*serve)(orc_virtio *, uint16_t queue);
 	/* Runner: within config_size, 1 to 8 bytes. To store them in v->config is its own affair. NULL: nothing is written. */
 	void (*config_write)(orc_virtio *, uint32_t offset, const uint8_t *data, uint32_t size);
-	/* Any thread: the driver has set DRIVER_OK; v->accepted says what was negotiated. Or a saved one was, again. NULL: nothing. */
+	/* Any thread: the driver has set DRIVER_OK, or a saved state has it; v->accepted says what was negotiated. NULL: nothing. */
 	void (*start)(orc_virtio *);
 	/* Any thread: nothing is taken from now on. Requests in flight end as they may, soon, and are put, which writes nothing
 	 * any more; the reset ends with the last of them. Also of a device that was not started. NULL: nothing. */
@@ -237,7 +237,7 @@ orc_virtio *orc_virtio_console_new(const orc_guest_memory *, orc_console *, uint
 /* How many fitted. Any thread. */
 size_t orc_virtio_console_input(orc_virtio *, const uint8_t *, size_t);
 void orc_virtio_console_resize(orc_virtio *, uint16_t columns, uint16_t rows); /* any thread */
-/* Input that waits, the oldest first, as part of its state: how many bytes. And sets it, instead of what waits. */
+/* Input that waits, the oldest first, as part of its state: how many bytes. A new device gets it by orc_virtio_console_input. */
 size_t orc_virtio_console_waiting(orc_virtio *, uint8_t out[ORC_VIRTIO_CONSOLE_INPUT]);
 /* A descriptor that is readable once there is room for input again, after orc_virtio_console_input took less than it was given. */
 int orc_virtio_console_room(const orc_virtio *);
