@@ -593,6 +593,102 @@ static void a_console_that_is_resized_tells_its_driver(void)
 	guest_end(&g);
 }
 
+/* ---- all at once ------------------------------------------------------------------------------------------------ */
+
+struct crowd {
+	struct bench b;
+	orc_io *io;
+	_Atomic bool over;
+};
+
+static void *play_owner(void *argument)
+{
+	struct crowd *c = argument;
+	struct orc_virtio_state state;
+	struct orc_virtio_counters counters;
+
+	while (!c->over) {
+		orc_io_hold(c->io);
+		orc_virtio_save(c->b.v, &state);
+		CHECK(!state.error, "%s", orc_queue_error_name(state.error));
+		orc_io_let_go(c->io);
+		orc_virtio_look(c->b.v, &counters);
+		sched_yield();
+	}
+	return NULL;
+}
+
+static void *play_user(void *argument)
+{
+	struct crowd *c = argument;
+
+	for (uint16_t i = 0; !c->over; i++) {
+		orc_virtio_console_input(c->b.v, (const uint8_t *)"some text", 9);
+		orc_virtio_console_resize(c->b.v, i & 127, 25);
+		sched_yield();
+	}
+	return NULL;
+}
+
+/* Its rings as they were at first, once the device has let them go. */
+static void start_again(struct bench *b)
+{
+	orc_ns deadline = orc_now() + PATIENCE;
+
+	put(b->v, VIRTIO_PCI_COMMON_STATUS, 1, 0);
+	while (get(b->v, VIRTIO_PCI_COMMON_STATUS, 1)) {
+		CHECK(orc_now() < deadline);
+		sched_yield();
+	}
+	for (int i = 0; i < 2; i++) {
+		memset(b->d[i].avail, 0, 6 + 2 * SIZE);
+		memset(b->d[i].used, 0, 6 + 8 * SIZE);
+		b->d[i] = driver_at(b->g, b->d[i].descriptors, SIZE);
+	}
+	drive(b, F_RINGS);
+}
+
+static void a_guest_its_owner_and_its_user_are_at_a_device_at_the_same_time(void)
+{
+	struct guest g;
+	struct crowd c = {.io = io_new()};
+	orc_console *console = orc_console_new();
+	pthread_t owner, user;
+	uint64_t seed = 5;
+
+	guest_begin(&g, NULL);
+	wire(&c.b, &g, orc_virtio_console_new(g.memory, console, 80, 25), RINGS);
+	CHECK(!orc_io_attach(c.io, c.b.v));
+	start_again(&c.b);
+	owner = start(play_owner, &c);
+	user = start(play_user, &c);
+	for (unsigned i = 0, heads[2] = {0, 0}; i < 3000; i++) {
+		uint64_t r = random_number(&seed);
+
+		get(c.b.v, (uint32_t)(r >> 8 & 0x7fff), 4);
+		put(c.b.v, ORC_BAR_TABLE + (r >> 24 & 0x2f), 4, r >> 32);
+		if (r % 64 == 0) {
+			start_again(&c.b);
+			heads[RECEIVE] = heads[TRANSMIT] = 0;
+		}
+		request(&c.b, TRANSMIT, (uint16_t)(heads[TRANSMIT]++ % SIZE), DATA, 16, 0);
+		await_used(&c.b, TRANSMIT);
+		if (r % 4 == 0) {
+			request(&c.b, RECEIVE, (uint16_t)(heads[RECEIVE]++ % SIZE), DATA + 0x100, 64, W);
+			CHECK(await_used(&c.b, RECEIVE).len);
+		}
+	}
+	atomic_store(&c.over, true);
+	join(owner);
+	join(user);
+	CHECK(orc_console_total(console) == 3000 * 16);
+	orc_io_stop(c.io);
+	unwire(&c.b);
+	orc_io_free(c.io);
+	orc_console_free(console);
+	guest_end(&g);
+}
+
 const struct test io_tests[] = {
 	TEST(a_guest_gets_random_bytes_by_notifications_alone),
 	TEST(a_write_to_the_notify_register_that_reaches_the_device_counts_too),
@@ -606,5 +702,6 @@ const struct test io_tests[] = {
 	TEST(what_a_guest_transmits_is_on_the_console),
 	TEST(input_waits_for_buffers_and_whoever_gives_it_for_room),
 	TEST(a_console_that_is_resized_tells_its_driver),
+	TEST(a_guest_its_owner_and_its_user_are_at_a_device_at_the_same_time),
 	{0},
 };
