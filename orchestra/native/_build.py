@@ -24,8 +24,11 @@ SOURCES = [
     "interrupts.c",
     "ports.c",
     "uart.c",
+    "guest_memory.c",
     "virtqueue.c",
     "virtio.c",
+    "virtio_registers.c",
+    "virtio_state.c",
     "virtio_pci.c",
     "io.c",
     "virtio_rng.c",
@@ -63,6 +66,7 @@ HEADERS = [
     "interpreter.h",
     "virtqueue.h",
     "virtio.h",
+    "virtio_rules.h",
     "cdef.h",
 ]
 

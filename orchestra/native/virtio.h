@@ -142,9 +142,11 @@ void orc_virtio_config_set(orc_virtio *, uint32_t offset, const void *data, uint
  * when it is freed. One for each device. */
 void orc_virtio_watch(orc_virtio *, int fd, orc_virtio_ready *);
 
-/* ---- for io.c and virtio_pci.c ---------------------------------------------------------------------------------- */
+/* ---- between io.c and virtio*.c --------------------------------------------------------------------------------- */
 
 /* Lock held, all of them. */
+void orc_virtio_reset(orc_virtio *);     /* begins it: 2.4 */
+void orc_virtio_all_again(orc_virtio *); /* each queue */
 void orc_virtio_serve(orc_virtio *, uint16_t queue); /* if it is live */
 void orc_virtio_settle(orc_virtio *); /* after requests were put: interrupts, errors, resets that waited for them */
 void orc_virtio_called(orc_virtio *); /* what it watches is ready */
