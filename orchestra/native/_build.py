@@ -25,6 +25,15 @@ SOURCES = [
     "interrupts.c",
     "ports.c",
     "uart.c",
+    "guest_memory.c",
+    "virtqueue.c",
+    "virtio.c",
+    "virtio_registers.c",
+    "virtio_state.c",
+    "virtio_pci.c",
+    "io.c",
+    "virtio_rng.c",
+    "virtio_console.c",
     "kvm.c",
     "build.c",
     "cap.c",
@@ -47,13 +56,26 @@ SOURCES = [
     "profile.c",
     "profile_unicorn.c",
 ]
-HEADERS = ["orc.h", "core.h", "budget.h", "dirty.h", "decode.h", "unicorn.h", "emulate.h", "interpreter.h", "cdef.h"]
+HEADERS = [
+    "orc.h",
+    "core.h",
+    "budget.h",
+    "dirty.h",
+    "decode.h",
+    "unicorn.h",
+    "emulate.h",
+    "interpreter.h",
+    "virtqueue.h",
+    "virtio.h",
+    "virtio_rules.h",
+    "cdef.h",
+]
 
 ffibuilder = FFI()
 ffibuilder.cdef((HERE / "cdef.h").read_text())
 ffibuilder.set_source(
     "orchestra.native._core",
-    '#include "orc.h"\n#include "decode.h"\n#include "interpreter.h"',
+    '#include "orc.h"\n#include "decode.h"\n#include "interpreter.h"\n#include "virtio.h"',
     sources=[f"orchestra/native/{name}" for name in SOURCES],
     depends=[f"orchestra/native/{name}" for name in HEADERS],
     include_dirs=["orchestra/native"],

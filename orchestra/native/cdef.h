@@ -516,6 +516,75 @@ void orc_emulator_special_registers(orc_emulator *, struct kvm_sregs *);
 void orc_emulator_debug(orc_emulator *, const struct kvm_guest_debug *);
 void orc_emulator_written(orc_emulator *, uint64_t address, uint64_t size);
 
+/* ---- virtqueue.h, virtio.h ---- */
+
+typedef struct orc_guest_memory orc_guest_memory;
+orc_guest_memory *orc_guest_memory_new(const struct kvm_userspace_memory_region *, size_t slots, orc_dirty *);
+void orc_guest_memory_free(orc_guest_memory *);
+enum orc_queue_error { ORC_QUEUE_FINE, ORC_QUEUE_ERRORS, ... };
+const char *orc_queue_error_name(enum orc_queue_error);
+
+typedef struct orc_virtio orc_virtio;
+typedef struct orc_io orc_io;
+enum { ORC_QUEUE_MOST, ORC_VIRTIO_QUEUES, ORC_VIRTIO_VECTORS, ORC_VIRTIO_CONFIG, ... };
+enum {
+	ORC_BAR_COMMON, ORC_BAR_ISR, ORC_BAR_DEVICE, ORC_BAR_NOTIFY, ORC_BAR_TABLE, ORC_BAR_PBA, ORC_BAR_SIZE, ORC_BAR_PART,
+	ORC_BAR_COMMON_SIZE, ORC_NOTIFY_MULTIPLIER, ...
+};
+#define VIRTIO_CONFIG_S_DRIVER_OK ...
+#define VIRTIO_CONFIG_S_NEEDS_RESET ...
+#define VIRTIO_MSI_NO_VECTOR ...
+orc_device *orc_virtio_device(orc_virtio *);
+uint16_t orc_virtio_type(const orc_virtio *);
+uint16_t orc_virtio_queues(const orc_virtio *);
+uint16_t orc_virtio_vectors(const orc_virtio *);
+uint32_t orc_virtio_config_size(const orc_virtio *);
+void orc_virtio_set_kick_fd(orc_virtio *, uint16_t queue, int fd);
+void orc_virtio_set_vector_fd(orc_virtio *, uint16_t vector, int fd);
+struct orc_vector { uint64_t address; uint32_t data; bool masked; ...; };
+void orc_virtio_vector(orc_virtio *, uint16_t vector, struct orc_vector *out);
+struct orc_virtio_counters { uint64_t requests, interrupts, kicks; uint8_t status; uint16_t error, error_queue; ...; };
+void orc_virtio_look(orc_virtio *, struct orc_virtio_counters *out);
+struct orc_queue_state {
+	uint64_t descriptors, driver, device;
+	uint16_t size, vector, next, error;
+	bool enabled;
+	...;
+};
+struct orc_virtio_state {
+	uint64_t accepted;
+	uint32_t device_feature_select, driver_feature_select;
+	uint8_t status, isr, generation;
+	bool config_changed;
+	uint16_t queue_select, config_vector, error, error_queue;
+	uint16_t queues, vectors;
+	struct orc_queue_state queue[16];
+	struct orc_vector vector[17];
+	uint32_t pending;
+	uint8_t config[128];
+	...;
+};
+void orc_virtio_save(orc_virtio *, struct orc_virtio_state *);
+bool orc_virtio_load(orc_virtio *, const struct orc_virtio_state *);
+void orc_virtio_power_on(orc_virtio *);
+
+int orc_io_start(const char *name, orc_io **out);
+void orc_io_set_voice(orc_io *, orc_vcpu *);
+int orc_io_attach(orc_io *, orc_virtio *);
+void orc_io_detach(orc_io *, orc_virtio *);
+void orc_io_hold(orc_io *);
+void orc_io_let_go(orc_io *);
+void orc_io_stop(orc_io *);
+void orc_io_free(orc_io *);
+
+orc_virtio *orc_virtio_rng_new(const orc_guest_memory *);
+enum { ORC_VIRTIO_CONSOLE_INPUT, ... };
+orc_virtio *orc_virtio_console_new(const orc_guest_memory *, orc_console *, uint16_t columns, uint16_t rows);
+size_t orc_virtio_console_input(orc_virtio *, const uint8_t *, size_t);
+void orc_virtio_console_resize(orc_virtio *, uint16_t columns, uint16_t rows);
+size_t orc_virtio_console_waiting(orc_virtio *, uint8_t *out);
+int orc_virtio_console_room(const orc_virtio *);
+
 /* ---- decode.c: for its tests ---- */
 
 #define ORC_INSN_OTHER ...

@@ -9,7 +9,7 @@
  * Where nothing is said, a function is the owner's.
  *
  * Locks: capper->lock, orc_dirty's two, bus->lock (among owners), stock->lock (owners, makers), fleet->gate.lock, those of
- * devices: uart->lock, then console->lock or interrupts->lock. Of the others none is held while another is taken, but
+ * devices: uart->lock, then console->lock or interrupts->lock (and those of virtio.h). Of the others none is held while another is taken, but
  * dirty->lock before its sums_lock; under capper->lock vCPUs are commanded and kicked, which takes none. A runner takes
  * none but devices' (and dirty->lock, when its ring of written pages is full, and at its end), so that nobody waits until one has its CPU back:
  * what runners write is written for readers that do not wait.

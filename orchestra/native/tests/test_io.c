@@ -1,0 +1,707 @@
+/* The I/O thread, with the devices that it serves: from the driver's notification to the vector's eventfd. */
+#include <errno.h>
+#include <poll.h>
+#include <sched.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#include "driver.h"
+
+enum { RINGS = LOW, DATA = LOW + 0x8000, W = VRING_DESC_F_WRITE, N = VRING_DESC_F_NEXT, SIZE = 8 };
+
+static int new_eventfd(void)
+{
+	int fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+
+	CHECK(fd >= 0);
+	return fd;
+}
+
+static void notify(int fd)
+{
+	const uint64_t one = 1;
+
+	CHECK(write(fd, &one, sizeof one) == sizeof one);
+}
+
+static bool is_readable(int fd)
+{
+	struct pollfd p = {.fd = fd, .events = POLLIN};
+
+	return poll(&p, 1, 0) == 1;
+}
+
+static void await(int fd) /* and take it */
+{
+	struct pollfd p = {.fd = fd, .events = POLLIN};
+	uint64_t n;
+
+	CHECK(poll(&p, 1, (int)(PATIENCE / 1000000)) == 1, "it does not come");
+	CHECK(read(fd, &n, sizeof n) == sizeof n);
+}
+
+/* A device with its driver and all that it is wired to. */
+struct bench {
+	struct guest *g;
+	orc_virtio *v;
+	struct driver d[2];
+	int kick[2], vector[3];
+	uint16_t queues;
+};
+
+static void wire(struct bench *b, struct guest *g, orc_virtio *v, uint64_t rings)
+{
+	*b = (struct bench){.g = g, .v = v, .queues = orc_virtio_queues(v)};
+	CHECK(v && b->queues <= 2);
+	for (uint16_t i = 0; i < b->queues; i++) {
+		b->d[i] = driver_at(g, rings + 0x1000u * i, SIZE);
+		orc_virtio_set_kick_fd(v, i, b->kick[i] = new_eventfd());
+	}
+	for (uint16_t i = 0; i <= b->queues; i++)
+		orc_virtio_set_vector_fd(v, i, b->vector[i] = new_eventfd());
+}
+
+static void drive(struct bench *b, uint64_t features)
+{
+	CHECK(negotiate(b->v, features | F_VERSION_1));
+	put(b->v, VIRTIO_PCI_COMMON_MSIX, 2, b->queues);
+	for (uint16_t i = 0; i < b->queues; i++)
+		set_up(b->v, i, &b->d[i], features, i);
+	go(b->v);
+}
+
+static void unwire(struct bench *b) /* its I/O thread has stopped */
+{
+	orc_device_free(orc_virtio_device(b->v));
+	for (uint16_t i = 0; i < b->queues; i++)
+		close(b->kick[i]);
+	for (uint16_t i = 0; i <= b->queues; i++)
+		close(b->vector[i]);
+}
+
+static void request(struct bench *b, int queue, uint16_t head, uint64_t address, uint32_t size, uint16_t flags)
+{
+	describe(&b->d[queue], head, address, size, flags, 0);
+	offer(&b->d[queue], head);
+	if (must_notify(&b->d[queue]))
+		notify(b->kick[queue]);
+}
+
+static struct vring_used_elem await_used(struct bench *b, int queue)
+{
+	struct vring_used_elem e;
+
+	for (;;) {
+		ask_for_interrupt(&b->d[queue]);
+		if (reap(&b->d[queue], &e))
+			return e;
+		await(b->vector[queue]);
+	}
+}
+
+static orc_io *io_new(void)
+{
+	orc_io *io;
+
+	CHECK(!orc_io_start("orchestra-io-of-a-long-name", &io));
+	return io;
+}
+
+/* ---- entropy ---------------------------------------------------------------------------------------------------- */
+
+static void a_guest_gets_random_bytes_by_notifications_alone(void)
+{
+	const uint64_t features[] = {0, F_RINGS};
+
+	for (int f = 0; f < 2; f++) {
+		struct guest g;
+		struct bench b;
+		orc_io *io = io_new();
+		uint8_t *bytes, before[64];
+		struct orc_virtio_counters c;
+
+		guest_begin(&g, NULL);
+		wire(&b, &g, orc_virtio_rng_new(g.memory), RINGS);
+		CHECK(orc_virtio_type(b.v) == 4 && orc_virtio_queues(b.v) == 1 && orc_virtio_vectors(b.v) == 2);
+		CHECK(!orc_virtio_config_size(b.v) && !orc_io_attach(io, b.v));
+		drive(&b, features[f]);
+		bytes = at(&g, DATA);
+		for (uint16_t i = 0; i < 300; i++) {
+			struct vring_used_elem e;
+
+			memcpy(before, bytes, 64);
+			request(&b, 0, i % SIZE, DATA, 64, W);
+			e = await_used(&b, 0);
+			CHECK(e.id == i % SIZE && e.len == 64 && memcmp(before, bytes, 64));
+		}
+		request(&b, 0, 0, DATA, 0x8000, W);
+		CHECK(await_used(&b, 0).len == 4096, "bounded");
+		orc_virtio_look(b.v, &c);
+		CHECK(c.requests == 301 && c.kicks && c.interrupts && !c.error);
+		request(&b, 0, 0, DATA, 64, 0); /* nothing to be written */
+		await(b.vector[1]);
+		orc_virtio_look(b.v, &c);
+		CHECK(c.status & NEEDS_RESET && c.error == ORC_QUEUE_BAD_REQUEST);
+		orc_io_stop(io);
+		unwire(&b);
+		orc_io_free(io);
+		guest_end(&g);
+	}
+}
+
+static void a_write_to_the_notify_register_that_reaches_the_device_counts_too(void)
+{
+	struct guest g;
+	struct bench b;
+	orc_io *io = io_new();
+
+	guest_begin(&g, NULL);
+	wire(&b, &g, orc_virtio_rng_new(g.memory), RINGS);
+	CHECK(!orc_io_attach(io, b.v));
+	drive(&b, 0);
+	describe(&b.d[0], 0, DATA, 64, W, 0);
+	offer(&b.d[0], 0);
+	CHECK(put(b.v, ORC_BAR_NOTIFY, 2, 0));
+	CHECK(await_used(&b, 0).len == 64);
+	orc_io_stop(io);
+	unwire(&b);
+	orc_io_free(io);
+	guest_end(&g);
+}
+
+/* ---- a device that is never done, and one that is done when the test says so ------------------------------------- */
+
+struct slow {
+	orc_virtio virtio;
+	struct orc_chain held[SIZE];
+	unsigned n;
+	_Atomic unsigned taken, served;
+	bool endless;
+};
+
+static enum orc_served slow_serve(orc_virtio *v, uint16_t queue)
+{
+	struct slow *s = (struct slow *)v;
+
+	atomic_fetch_add(&s->served, 1);
+	while (s->n < SIZE && orc_queue_take(&v->queue[queue], &s->held[s->n])) {
+		s->n++;
+		atomic_fetch_add(&s->taken, 1);
+	}
+	return s->endless ? ORC_MORE : s->n == SIZE ? ORC_WAITING : ORC_DRAINED;
+}
+
+static void slow_ready(orc_virtio *v, int fd)
+{
+	struct slow *s = (struct slow *)v;
+	uint64_t n;
+
+	CHECK(read(fd, &n, sizeof n) == sizeof n);
+	while (s->n && n--) { /* as many as were said: the oldest */
+		orc_queue_put(&v->queue[0], &s->held[0], 1);
+		memmove(s->held, s->held + 1, --s->n * sizeof s->held[0]);
+	}
+}
+
+static void slow_free(orc_virtio *v)
+{
+	orc_virtio_fini(v);
+	free(v);
+}
+
+static const struct orc_virtio_ops slow_ops = {
+	.type = VIRTIO_ID_BLOCK, .queues = 1, .queue_size = SIZE, .serve = slow_serve, .free = slow_free,
+};
+
+static struct slow *slow_new(const struct guest *g)
+{
+	struct slow *s = calloc(1, sizeof *s);
+
+	CHECK(s);
+	orc_virtio_init(&s->virtio, &slow_ops, g->memory, 0, 0);
+	orc_virtio_watch(&s->virtio, new_eventfd(), slow_ready);
+	return s;
+}
+
+static void await_count(_Atomic unsigned *counter, unsigned n)
+{
+	orc_ns deadline = orc_now() + PATIENCE;
+
+	while (atomic_load(counter) < n) {
+		CHECK(orc_now() < deadline);
+		sched_yield();
+	}
+}
+
+static void a_busy_device_keeps_no_other_from_its_turn_and_nobody_from_holding(void)
+{
+	struct guest g;
+	struct bench busy, b;
+	struct slow *s;
+	orc_io *io = io_new();
+
+	guest_begin(&g, NULL);
+	s = slow_new(&g);
+	s->endless = true;
+	wire(&busy, &g, &s->virtio, RINGS);
+	wire(&b, &g, orc_virtio_rng_new(g.memory), RINGS + 0x3000);
+	CHECK(!orc_io_attach(io, busy.v) && !orc_io_attach(io, b.v));
+	drive(&busy, 0);
+	await_count(&s->served, 1);
+	drive(&b, 0);
+	for (uint16_t i = 0; i < 100; i++) {
+		request(&b, 0, i % SIZE, DATA, 64, W);
+		await_used(&b, 0);
+	}
+	for (int i = 0; i < 50; i++) {
+		unsigned served;
+
+		orc_io_hold(io);
+		served = s->served;
+		sched_yield();
+		CHECK(s->served == served);
+		orc_io_let_go(io);
+		await_count(&s->served, served + 1);
+	}
+	orc_io_stop(io);
+	unwire(&busy);
+	unwire(&b);
+	orc_io_free(io);
+	guest_end(&g);
+}
+
+struct holder {
+	orc_io *io;
+	_Atomic unsigned held;
+};
+
+static void *hold(void *argument)
+{
+	struct holder *h = argument;
+
+	orc_io_hold(h->io);
+	atomic_store(&h->held, 1);
+	return NULL;
+}
+
+static void holding_waits_for_what_is_in_flight_and_keeps_notifications(void)
+{
+	struct guest g;
+	struct bench b;
+	struct slow *s;
+	struct holder h = {.io = io_new()};
+	pthread_t thread;
+
+	guest_begin(&g, NULL);
+	s = slow_new(&g);
+	wire(&b, &g, &s->virtio, RINGS);
+	CHECK(!orc_io_attach(h.io, b.v));
+	drive(&b, F_RINGS);
+	for (uint16_t i = 0; i < 3; i++)
+		request(&b, 0, i, DATA, 16, W);
+	await_count(&s->taken, 3);
+	thread = start(hold, &h);
+	notify(s->virtio.watched);
+	await_used(&b, 0);
+	CHECK(!h.held && s->virtio.queue[0].in_flight, "two are left");
+	notify(s->virtio.watched);
+	await_used(&b, 0);
+	CHECK(!h.held);
+	notify(s->virtio.watched);
+	join(thread);
+	CHECK(h.held && b.d[0].used->idx == 3);
+	for (uint16_t i = 3; i < 5; i++)
+		request(&b, 0, i, DATA, 16, W);
+	notify(b.kick[0]);
+	orc_io_hold(h.io); /* a second one */
+	orc_io_let_go(h.io);
+	CHECK(s->taken == 3);
+	orc_io_let_go(h.io);
+	await_count(&s->taken, 5);
+	for (int i = 0; i < 2; i++)
+		notify(s->virtio.watched);
+	orc_io_stop(h.io);
+	CHECK(b.d[0].used->idx == 5, "stopping waits as well");
+	unwire(&b);
+	orc_io_free(h.io);
+	guest_end(&g);
+}
+
+static void *stop(void *argument)
+{
+	struct holder *h = argument;
+
+	orc_io_stop(h->io);
+	atomic_store(&h->held, 1);
+	return NULL;
+}
+
+static void stopping_waits_for_what_is_in_flight(void)
+{
+	struct guest g;
+	struct bench b;
+	struct slow *s;
+	struct holder h = {.io = io_new()};
+	pthread_t thread;
+
+	guest_begin(&g, NULL);
+	s = slow_new(&g);
+	wire(&b, &g, &s->virtio, RINGS);
+	CHECK(!orc_io_attach(h.io, b.v));
+	drive(&b, 0);
+	for (uint16_t i = 0; i < SIZE; i++)
+		request(&b, 0, i, DATA, 16, W);
+	await_count(&s->taken, SIZE);
+	thread = start(stop, &h);
+	for (unsigned i = 0; i < SIZE; i++) {
+		CHECK(!h.held);
+		notify(s->virtio.watched);
+		CHECK(await_used(&b, 0).id == i);
+	}
+	join(thread);
+	CHECK(h.held);
+	unwire(&b);
+	orc_io_free(h.io);
+	guest_end(&g);
+}
+
+static void a_device_that_waits_is_served_again_after_its_callback(void)
+{
+	struct guest g;
+	struct bench b;
+	struct slow *s;
+	orc_io *io = io_new();
+	unsigned done = 0;
+
+	guest_begin(&g, NULL);
+	s = slow_new(&g);
+	wire(&b, &g, &s->virtio, RINGS);
+	CHECK(!orc_io_attach(io, b.v));
+	drive(&b, 0);
+	for (uint16_t i = 0; i < SIZE; i++)
+		request(&b, 0, i, DATA, 16, W);
+	await_count(&s->taken, SIZE); /* it is full, and waits */
+	for (uint16_t i = 0; i < 20; i++) {
+		notify(s->virtio.watched);
+		CHECK(await_used(&b, 0).id == i % SIZE);
+		done++;
+		request(&b, 0, i % SIZE, DATA, 16, W);
+		await_count(&s->taken, SIZE + done);
+	}
+	for (int i = 0; i < SIZE; i++)
+		notify(s->virtio.watched);
+	orc_io_stop(io);
+	unwire(&b);
+	orc_io_free(io);
+	guest_end(&g);
+}
+
+static void a_reset_waits_for_requests_that_end_on_the_io_thread(void)
+{
+	struct guest g;
+	struct bench b;
+	struct slow *s;
+	orc_io *io = io_new();
+	orc_ns deadline = orc_now() + PATIENCE;
+
+	guest_begin(&g, NULL);
+	s = slow_new(&g);
+	wire(&b, &g, &s->virtio, RINGS);
+	CHECK(!orc_io_attach(io, b.v));
+	drive(&b, 0);
+	request(&b, 0, 0, DATA, 16, W);
+	await_count(&s->taken, 1);
+	put(b.v, VIRTIO_PCI_COMMON_STATUS, 1, 0);
+	CHECK(get(b.v, VIRTIO_PCI_COMMON_STATUS, 1));
+	notify(s->virtio.watched);
+	while (get(b.v, VIRTIO_PCI_COMMON_STATUS, 1)) {
+		CHECK(orc_now() < deadline);
+		sched_yield();
+	}
+	CHECK(!b.d[0].used->idx && !is_readable(b.vector[0]));
+	orc_io_stop(io);
+	unwire(&b);
+	orc_io_free(io);
+	guest_end(&g);
+}
+
+static void after_stop_no_guest_memory_is_touched_whoever_notifies(void)
+{
+	struct guest g;
+	struct bench b;
+	orc_io *io = io_new();
+
+	guest_begin(&g, NULL);
+	wire(&b, &g, orc_virtio_rng_new(g.memory), RINGS);
+	CHECK(!orc_io_attach(io, b.v));
+	drive(&b, 0);
+	request(&b, 0, 0, DATA, 64, W);
+	await_used(&b, 0);
+	orc_io_stop(io);
+	orc_io_stop(io); /* again */
+	request(&b, 0, 1, DATA, 64, W);
+	notify(b.kick[0]);
+	CHECK(!mprotect(g.host, g.size, PROT_NONE));
+	CHECK(put(b.v, ORC_BAR_NOTIFY, 2, 0));
+	CHECK(put(b.v, VIRTIO_PCI_COMMON_STATUS, 1, 0) && !get(b.v, VIRTIO_PCI_COMMON_STATUS, 1));
+	orc_io_hold(io);
+	orc_io_let_go(io);
+	unwire(&b);
+	orc_io_free(io);
+	guest_end(&g);
+}
+
+static void devices_come_and_go_while_others_are_served(void)
+{
+	struct guest g;
+	struct bench b, guests;
+	orc_io *io = io_new();
+	orc_virtio *many[32];
+
+	guest_begin(&g, NULL);
+	wire(&b, &g, orc_virtio_rng_new(g.memory), RINGS);
+	CHECK(!orc_io_attach(io, b.v));
+	drive(&b, 0);
+	for (uint16_t i = 0; i < 50; i++) {
+		wire(&guests, &g, orc_virtio_rng_new(g.memory), RINGS + 0x3000);
+		guests.d[0].avail->idx = guests.d[0].used->idx = 0;
+		request(&b, 0, i % SIZE, DATA, 64, W);
+		notify(guests.kick[0]); /* as it comes */
+		CHECK(!orc_io_attach(io, guests.v));
+		drive(&guests, 0);
+		request(&guests, 0, 0, DATA + 0x100, 64, W);
+		if (i % 2) /* or as it goes */
+			await_used(&guests, 0);
+		orc_io_detach(io, guests.v);
+		CHECK(!orc_io_attach(io, guests.v), "nothing of it was left");
+		orc_io_detach(io, guests.v);
+		notify(guests.kick[0]);
+		unwire(&guests);
+		await_used(&b, 0);
+	}
+	for (int i = 0; i < 32; i++) {
+		many[i] = orc_virtio_rng_new(g.memory);
+		CHECK(orc_io_attach(io, many[i]) == (i < 31 ? 0 : -ENOSPC));
+	}
+	orc_io_stop(io);
+	for (int i = 0; i < 32; i++)
+		orc_device_free(orc_virtio_device(many[i]));
+	unwire(&b);
+	orc_io_free(io);
+	guest_end(&g);
+}
+
+/* ---- console ---------------------------------------------------------------------------------------------------- */
+
+enum { RECEIVE, TRANSMIT };
+
+static void what_a_guest_transmits_is_on_the_console(void)
+{
+	struct guest g;
+	struct bench b;
+	orc_console *console = orc_console_new();
+	orc_io *io = io_new();
+	uint8_t text[64];
+	orc_u64 position = 0;
+
+	guest_begin(&g, NULL);
+	wire(&b, &g, orc_virtio_console_new(g.memory, console, 80, 25), RINGS);
+	CHECK(!orc_io_attach(io, b.v));
+	CHECK(put(b.v, ORC_BAR_DEVICE + 8, 4, 'e') && put(b.v, ORC_BAR_DEVICE, 2, 1), "before there is a driver");
+	CHECK(get(b.v, ORC_BAR_DEVICE, 4) == (25 << 16 | 80));
+	drive(&b, F_RINGS);
+	memcpy(at(&g, DATA), "hello", 5);
+	memcpy(at(&g, DATA + 0x100), " world", 6);
+	describe(&b.d[TRANSMIT], 1, DATA + 0x100, 6, 0, 0);
+	describe(&b.d[TRANSMIT], 0, DATA, 5, N, 1);
+	offer(&b.d[TRANSMIT], 0);
+	notify(b.kick[TRANSMIT]);
+	CHECK(await_used(&b, TRANSMIT).len == 0);
+	CHECK(orc_console_copy(console, &position, text, sizeof text) == 12 && !memcmp(text, "ehello world", 12));
+	request(&b, TRANSMIT, 0, DATA, LOW_SIZE - 0x8000, 0); /* more than it keeps */
+	await_used(&b, TRANSMIT);
+	CHECK(orc_console_total(console) == 12 + LOW_SIZE - 0x8000);
+	request(&b, TRANSMIT, 0, DATA, 5, W);
+	await(b.vector[2]);
+	CHECK(get(b.v, VIRTIO_PCI_COMMON_STATUS, 1) & NEEDS_RESET);
+	orc_io_stop(io);
+	unwire(&b);
+	orc_io_free(io);
+	orc_console_free(console);
+	guest_end(&g);
+}
+
+static void input_waits_for_buffers_and_whoever_gives_it_for_room(void)
+{
+	struct guest g;
+	struct bench b;
+	orc_console *console = orc_console_new();
+	orc_io *io = io_new();
+	static uint8_t in[3 * ORC_VIRTIO_CONSOLE_INPUT], out[sizeof in], waiting[ORC_VIRTIO_CONSOLE_INPUT];
+	size_t given = 0, got = 0;
+
+	guest_begin(&g, NULL);
+	for (size_t i = 0; i < sizeof in; i++)
+		in[i] = (uint8_t)(i * 7 >> 3);
+	wire(&b, &g, orc_virtio_console_new(g.memory, console, 80, 25), RINGS);
+	CHECK(!orc_io_attach(io, b.v));
+	given = orc_virtio_console_input(b.v, in, sizeof in);
+	CHECK(given == ORC_VIRTIO_CONSOLE_INPUT && !orc_virtio_console_input(b.v, in + given, 1));
+	CHECK(orc_virtio_console_waiting(b.v, waiting) == given && !memcmp(waiting, in, given));
+	CHECK(!is_readable(orc_virtio_console_room(b.v)));
+	drive(&b, 0);
+	for (uint16_t i = 0; got < sizeof in; i++) {
+		struct vring_used_elem e;
+
+		request(&b, RECEIVE, i % SIZE, DATA, 100 + i, W);
+		e = await_used(&b, RECEIVE);
+		CHECK(e.len && e.len <= 100u + i && got + e.len <= sizeof in);
+		memcpy(out + got, at(&g, DATA), e.len);
+		got += e.len;
+		if (given < sizeof in) {
+			await(orc_virtio_console_room(b.v));
+			given += orc_virtio_console_input(b.v, in + given, sizeof in - given);
+		}
+	}
+	CHECK(!memcmp(in, out, sizeof in) && !orc_virtio_console_waiting(b.v, waiting));
+	request(&b, RECEIVE, 0, DATA, 100, W);
+	CHECK(orc_virtio_console_input(b.v, in, 1) == 1 && await_used(&b, RECEIVE).len == 1, "buffers wait for input");
+	request(&b, RECEIVE, 0, DATA, 100, 0);
+	CHECK(orc_virtio_console_input(b.v, in, 1) == 1);
+	await(b.vector[2]);
+	CHECK(get(b.v, VIRTIO_PCI_COMMON_STATUS, 1) & NEEDS_RESET);
+	orc_io_stop(io);
+	unwire(&b);
+	orc_io_free(io);
+	orc_console_free(console);
+	guest_end(&g);
+}
+
+static void a_console_that_is_resized_tells_its_driver(void)
+{
+	struct guest g;
+	struct bench b;
+	orc_console *console = orc_console_new();
+
+	guest_begin(&g, NULL);
+	wire(&b, &g, orc_virtio_console_new(g.memory, console, 80, 25), RINGS);
+	drive(&b, 1);
+	orc_virtio_console_resize(b.v, 132, 50);
+	CHECK(is_readable(b.vector[2]) && get(b.v, ORC_BAR_DEVICE, 2) == 132 && get(b.v, ORC_BAR_DEVICE + 2, 2) == 50);
+	unwire(&b);
+	orc_console_free(console);
+	guest_end(&g);
+}
+
+/* ---- all at once ------------------------------------------------------------------------------------------------ */
+
+struct crowd {
+	struct bench b;
+	orc_io *io;
+	_Atomic bool over;
+};
+
+static void *play_owner(void *argument)
+{
+	struct crowd *c = argument;
+	struct orc_virtio_state state;
+	struct orc_virtio_counters counters;
+
+	while (!c->over) {
+		orc_io_hold(c->io);
+		orc_virtio_save(c->b.v, &state);
+		CHECK(!state.error, "%s", orc_queue_error_name(state.error));
+		orc_io_let_go(c->io);
+		orc_virtio_look(c->b.v, &counters);
+		sched_yield();
+	}
+	return NULL;
+}
+
+static void *play_user(void *argument)
+{
+	struct crowd *c = argument;
+
+	for (uint16_t i = 0; !c->over; i++) {
+		orc_virtio_console_input(c->b.v, (const uint8_t *)"some text", 9);
+		orc_virtio_console_resize(c->b.v, i & 127, 25);
+		sched_yield();
+	}
+	return NULL;
+}
+
+/* Its rings as they were at first, once the device has let them go. */
+static void start_again(struct bench *b)
+{
+	orc_ns deadline = orc_now() + PATIENCE;
+
+	put(b->v, VIRTIO_PCI_COMMON_STATUS, 1, 0);
+	while (get(b->v, VIRTIO_PCI_COMMON_STATUS, 1)) {
+		CHECK(orc_now() < deadline);
+		sched_yield();
+	}
+	for (int i = 0; i < 2; i++) {
+		memset(b->d[i].avail, 0, 6 + 2 * SIZE);
+		memset(b->d[i].used, 0, 6 + 8 * SIZE);
+		b->d[i] = driver_at(b->g, b->d[i].descriptors, SIZE);
+	}
+	drive(b, F_RINGS);
+}
+
+static void a_guest_its_owner_and_its_user_are_at_a_device_at_the_same_time(void)
+{
+	struct guest g;
+	struct crowd c = {.io = io_new()};
+	orc_console *console = orc_console_new();
+	pthread_t owner, user;
+	uint64_t seed = 5;
+
+	guest_begin(&g, NULL);
+	wire(&c.b, &g, orc_virtio_console_new(g.memory, console, 80, 25), RINGS);
+	CHECK(!orc_io_attach(c.io, c.b.v));
+	start_again(&c.b);
+	owner = start(play_owner, &c);
+	user = start(play_user, &c);
+	for (unsigned i = 0, heads[2] = {0, 0}; i < 3000; i++) {
+		uint64_t r = random_number(&seed);
+
+		get(c.b.v, (uint32_t)(r >> 8 & 0x7fff), 4);
+		put(c.b.v, ORC_BAR_TABLE + (r >> 24 & 0x2f), 4, r >> 32);
+		if (r % 64 == 0) {
+			start_again(&c.b);
+			heads[RECEIVE] = heads[TRANSMIT] = 0;
+		}
+		request(&c.b, TRANSMIT, (uint16_t)(heads[TRANSMIT]++ % SIZE), DATA, 16, 0);
+		await_used(&c.b, TRANSMIT);
+		if (r % 4 == 0) {
+			request(&c.b, RECEIVE, (uint16_t)(heads[RECEIVE]++ % SIZE), DATA + 0x100, 64, W);
+			CHECK(await_used(&c.b, RECEIVE).len);
+		}
+	}
+	atomic_store(&c.over, true);
+	join(owner);
+	join(user);
+	CHECK(orc_console_total(console) == 3000 * 16);
+	orc_io_stop(c.io);
+	unwire(&c.b);
+	orc_io_free(c.io);
+	orc_console_free(console);
+	guest_end(&g);
+}
+
+const struct test io_tests[] = {
+	TEST(a_guest_gets_random_bytes_by_notifications_alone),
+	TEST(a_write_to_the_notify_register_that_reaches_the_device_counts_too),
+	TEST(a_busy_device_keeps_no_other_from_its_turn_and_nobody_from_holding),
+	TEST(holding_waits_for_what_is_in_flight_and_keeps_notifications),
+	TEST(stopping_waits_for_what_is_in_flight),
+	TEST(a_device_that_waits_is_served_again_after_its_callback),
+	TEST(a_reset_waits_for_requests_that_end_on_the_io_thread),
+	TEST(after_stop_no_guest_memory_is_touched_whoever_notifies),
+	TEST(devices_come_and_go_while_others_are_served),
+	TEST(what_a_guest_transmits_is_on_the_console),
+	TEST(input_waits_for_buffers_and_whoever_gives_it_for_room),
+	TEST(a_console_that_is_resized_tells_its_driver),
+	TEST(a_guest_its_owner_and_its_user_are_at_a_device_at_the_same_time),
+	{0},
+};

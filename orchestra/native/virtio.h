@@ -1,0 +1,247 @@
+/* virtio devices (virtio 1.2) on PCI, and the thread of a VM that serves them.
+ *
+ *   runner    accesses BAR 0 (virtio_pci.c): registers, MSI-X table
+ *   I/O       the VM's one thread in io.c: takes requests from queues, writes guest memory, fires vectors
+ *   owner     makes, wires, holds, saves and frees
+ *
+ * Locks: io->lock, then virtio->lock, then those of a device's own, of a console and of a dirty log. A runner takes
+ * virtio->lock for registers alone, and whoever has it does nothing that may take long: a device reads and writes files
+ * asynchronously, or on a thread of its own.
+ *
+ * Lifetimes: orc_io_stop before guest memory goes and before the vCPU of orc_io_set_voice is freed; orc_io_free after the devices
+ * (orc_device_free of orc_virtio_device, once no bus has it); the eventfds that were given stay the caller's, and open until
+ * orc_io_stop. */
+#ifndef ORC_VIRTIO_H
+#define ORC_VIRTIO_H
+
+#include <linux/virtio_config.h>
+#include <linux/virtio_ids.h>
+#include <linux/virtio_pci.h>
+#include <linux/virtio_ring.h>
+
+#include "virtqueue.h"
+
+/* Numbers that older kernel headers lack: include/uapi/linux/virtio_config.h and virtio_pci.h of Linux 6.1. */
+#ifndef VIRTIO_F_RING_RESET
+#define VIRTIO_F_RING_RESET 40
+#endif
+#ifndef VIRTIO_PCI_COMMON_Q_RESET
+#define VIRTIO_PCI_COMMON_Q_NDATA 56
+#define VIRTIO_PCI_COMMON_Q_RESET 58
+#endif
+
+typedef struct orc_virtio orc_virtio;
+typedef struct orc_io orc_io;
+
+enum {
+	ORC_VIRTIO_QUEUES = 16,
+	ORC_VIRTIO_VECTORS = ORC_VIRTIO_QUEUES + 1, /* one for each queue, and one for changes of the configuration */
+	ORC_VIRTIO_CONFIG = 128,                    /* bytes of the device's own configuration, at most */
+};
+
+/* BAR 0 of every device, whatever it has. A page for each part: a hypervisor above us could map them one by one, and the
+ * offsets need no arithmetic. The size is a power of two, as that of a BAR is. */
+enum {
+	ORC_BAR_COMMON = 0x0,    /* 4.1.4.3 */
+	ORC_BAR_ISR = 0x1000,    /* 4.1.4.5 */
+	ORC_BAR_DEVICE = 0x2000, /* 4.1.4.6 */
+	ORC_BAR_NOTIFY = 0x3000, /* 4.1.4.4: queue n at 4 * n */
+	ORC_BAR_TABLE = 0x4000,  /* MSI-X */
+	ORC_BAR_PBA = 0x5000,
+	ORC_BAR_SIZE = 0x8000,
+	ORC_BAR_PART = 0x1000, /* the most that a part has */
+	ORC_BAR_COMMON_SIZE = 60, /* up to and with queue_reset and the padding to 4 */
+	ORC_NOTIFY_MULTIPLIER = 4, /* a doubleword for each queue: an ioeventfd of any width */
+};
+
+/* ---- what a kind of device is --------------------------------------------------------------------------------- */
+
+/* What became of a queue that was served. */
+enum orc_served {
+	ORC_DRAINED, /* orc_queue_take gave nothing: the driver is to notify us of more */
+	ORC_MORE,    /* a ring's worth was served: again, after the others */
+	ORC_WAITING, /* for something else than the driver: again after orc_virtio_again, or after a callback of this device */
+};
+
+/* All but `free` with virtio->lock held; whoever is called may use orc_queue_*, and what says so. */
+struct orc_virtio_ops {
+	uint16_t type;       /* 5: VIRTIO_ID_* */
+	uint16_t queues;     /* or 0: orc_virtio_init's */
+	uint16_t queue_size; /* the most, of each queue: a power of two up to ORC_QUEUE_MOST */
+	uint32_t config_size;
+	orc_u64 features;    /* the device's own, 1ull << n; those of queues are added: orc_virtio_init */
+	/* I/O thread: takes at most a ring's worth of chains, and puts those that are done. The device is live, and the queue is
+	 * enabled. What is to be interrupted for it is seen to, and so is a queue that broke. */
+	enum orc_served (*serve)(orc_virtio *, uint16_t queue);
+	/* Runner: within config_size, 1 to 8 bytes. To store them in v->config is its own affair. NULL: nothing is written. */
+	void (*config_write)(orc_virtio *, uint32_t offset, const uint8_t *data, uint32_t size);
+	/* Any thread: the driver has set DRIVER_OK, or a saved state has it; v->accepted says what was negotiated. NULL: nothing. */
+	void (*start)(orc_virtio *);
+	/* Any thread: nothing is taken from now on. Requests in flight end as they may, soon, and are put, which writes nothing
+	 * any more; the reset ends with the last of them. Also of a device that was not started. NULL: nothing. */
+	void (*reset)(orc_virtio *);
+	void (*free)(orc_virtio *); /* frees it, after orc_virtio_fini. Nothing is in flight */
+};
+
+/* A callback of a descriptor that the device watches. I/O thread, with virtio->lock held; also while the I/O thread is held and
+ * something is in flight. It reads the descriptor, or is called again at once. Queues may be put to, and are served after it
+ * if they were ORC_WAITING; interrupts are seen to. */
+typedef void orc_virtio_ready(orc_virtio *, int fd);
+
+/* First member of each kind's own structure. */
+struct orc_virtio {
+	orc_device bar;
+	const struct orc_virtio_ops *ops;
+	const orc_guest_memory *memory;
+	uint16_t queues, vectors;
+	orc_u64 offered;
+	_Atomic(orc_io *) io;     /* that serves it; NULL: none yet */
+	_Atomic orc_u64 kicked;   /* queues that are to be served, a bit each. Any thread sets, the I/O thread clears */
+	int watched;              /* a descriptor; -1: none. Before it is attached */
+	orc_virtio_ready *ready;
+
+	pthread_mutex_t lock;     /* what follows */
+	orc_u64 accepted;         /* feature bits that the driver wrote; in force once FEATURES_OK is set */
+	uint32_t device_feature_select, driver_feature_select;
+	uint8_t status, isr, generation;
+	bool config_changed;      /* since the driver read any of it: 4.1.4.3.1 */
+	bool resetting;           /* something is in flight still; `status` is as it was */
+	uint16_t queue_select, config_vector;
+	struct orc_queue queue[ORC_VIRTIO_QUEUES];
+	uint16_t queue_vector[ORC_VIRTIO_QUEUES];
+	orc_u64 queue_resetting, waiting; /* a bit for each queue */
+	struct orc_vector {
+		orc_u64 address;
+		uint32_t data;
+		bool masked;
+	} vector[ORC_VIRTIO_VECTORS];
+	int kick_fd[ORC_VIRTIO_QUEUES], vector_fd[ORC_VIRTIO_VECTORS]; /* -1: none */
+	enum orc_queue_error error; /* why it needs a reset: what the driver broke, in which queue */
+	uint16_t error_queue;
+	orc_u64 interrupts, kicks;
+	uint8_t config[ORC_VIRTIO_CONFIG]; /* little-endian, as the guest reads it */
+};
+
+/* ---- for the author of a kind ----------------------------------------------------------------------------------- */
+
+/* The structure that begins with it is zeroed. `queues`: as many as the device has, where ops->queues is 0. Offers VERSION_1,
+ * INDIRECT_DESC, EVENT_IDX, RING_RESET and ops->features | features. */
+void orc_virtio_init(orc_virtio *, const struct orc_virtio_ops *, const orc_guest_memory *, uint16_t queues, orc_u64 features);
+void orc_virtio_fini(orc_virtio *); /* from ops->free */
+static inline bool orc_virtio_has(const orc_virtio *v, unsigned feature) /* negotiated; lock held */
+{
+	return v->accepted >> feature & 1;
+}
+/* Its chains may be taken: DRIVER_OK, no error, enabled, not being reset. Lock held. */
+bool orc_virtio_live(const orc_virtio *, uint16_t queue);
+/* Have a queue served by the I/O thread. Any thread, the lock held or not. */
+void orc_virtio_again(orc_virtio *, uint16_t queue);
+/* Changes the configuration, and tells the driver. Any thread, the lock not held. */
+void orc_virtio_config_set(orc_virtio *, uint32_t offset, const void *data, uint32_t size);
+/* Before it is attached: whatever else wakes it (an io_uring's eventfd, input). The descriptor is the device's own: it closes it
+ * when it is freed. One for each device. */
+void orc_virtio_watch(orc_virtio *, int fd, orc_virtio_ready *);
+
+/* ---- between io.c and virtio*.c --------------------------------------------------------------------------------- */
+
+/* Lock held, all of them. */
+void orc_virtio_reset(orc_virtio *);     /* begins it: 2.4 */
+void orc_virtio_all_again(orc_virtio *); /* each queue */
+void orc_virtio_serve(orc_virtio *, uint16_t queue); /* if it is live */
+void orc_virtio_settle(orc_virtio *); /* after requests were put: interrupts, errors, resets that waited for them */
+void orc_virtio_called(orc_virtio *); /* what it watches is ready */
+uint32_t orc_virtio_in_flight(const orc_virtio *);
+uint32_t orc_virtio_pending(const orc_virtio *); /* vectors that fired and that no irqfd has taken, a bit each */
+/* Registers by offset, of any size and at any place; what is not there reads as 0 and ignores writes. */
+void orc_virtio_common_read(orc_virtio *, uint32_t offset, uint8_t *data, uint32_t size);
+void orc_virtio_common_write(orc_virtio *, uint32_t offset, const uint8_t *data, uint32_t size);
+void orc_virtio_config_read(orc_virtio *, uint32_t offset, uint8_t *data, uint32_t size);
+void orc_virtio_config_write(orc_virtio *, uint32_t offset, const uint8_t *data, uint32_t size);
+bool orc_virtio_pci_answer(orc_device *, orc_vcpu *by, const struct orc_access *);
+
+/* ---- for the owner --------------------------------------------------------------------------------------------- */
+
+/* BAR 0, to be claimed; free it to free all. An access to it that concerns where or whether a vector fires (its mask, or the
+ * address or data of one that is not masked) is stored and then goes up to Python, which looks at orc_virtio_vector and binds
+ * or unbinds the vector's eventfd, before the guest goes on. Nothing else does. */
+orc_device *orc_virtio_device(orc_virtio *);
+uint16_t orc_virtio_type(const orc_virtio *);
+uint16_t orc_virtio_queues(const orc_virtio *);
+uint16_t orc_virtio_vectors(const orc_virtio *);
+uint32_t orc_virtio_config_size(const orc_virtio *); /* of ORC_BAR_DEVICE; 0: it has none */
+
+/* Before the device is attached: the ioeventfd at ORC_BAR_NOTIFY + 4 * queue. Non-blocking. */
+void orc_virtio_set_kick_fd(orc_virtio *, uint16_t queue, int fd);
+/* Before the guest runs: written when the vector fires, whether an irqfd listens or not. Non-blocking. Without one (-1) it
+ * does not fire. What was written and nobody took is its pending bit. */
+void orc_virtio_set_vector_fd(orc_virtio *, uint16_t vector, int fd);
+/* As the guest programmed it. Any thread. */
+void orc_virtio_vector(orc_virtio *, uint16_t vector, struct orc_vector *out);
+
+struct orc_virtio_counters {
+	orc_u64 requests, interrupts, kicks;
+	uint8_t status;
+	uint16_t error, error_queue; /* enum orc_queue_error, since the last reset: why it needs one */
+};
+void orc_virtio_look(orc_virtio *, struct orc_virtio_counters *out); /* any thread */
+
+/* All that it keeps, but who it is wired to. Nothing is in flight: the I/O thread is held, or does not have it. */
+struct orc_queue_state {
+	orc_u64 descriptors, driver, device;
+	uint16_t size, vector, next, error;
+	bool enabled;
+};
+struct orc_virtio_state {
+	orc_u64 accepted;
+	uint32_t device_feature_select, driver_feature_select;
+	uint8_t status, isr, generation;
+	bool config_changed;
+	uint16_t queue_select, config_vector, error, error_queue;
+	uint16_t queues, vectors;
+	struct orc_queue_state queue[ORC_VIRTIO_QUEUES];
+	struct orc_vector vector[ORC_VIRTIO_VECTORS];
+	uint32_t pending; /* vectors that fired and that no irqfd has taken, a bit each */
+	uint8_t config[ORC_VIRTIO_CONFIG];
+};
+void orc_virtio_save(orc_virtio *, struct orc_virtio_state *);
+/* As one that was saved, of the same kind with the same features and memory. Its eventfds are set: those of pending vectors are
+ * written, and all queues are looked at once. False: no such device can be in that state, and this one is as it was. */
+bool orc_virtio_load(orc_virtio *, const struct orc_virtio_state *);
+/* As it was made: also the MSI-X table, which the driver's own reset leaves. Not while it is attached and let go. */
+void orc_virtio_power_on(orc_virtio *);
+
+/* ---- io.c ----------------------------------------------------------------------------------------------------- */
+
+/* A thread of that name, which serves what is attached. 0 or a negative errno. Any thread, all of these; one at a time, of those
+ * that wait. */
+int orc_io_start(const char *name, orc_io **out);
+/* Who is told of output of consoles: any vCPU of the VM (orc_talk). Before a device is attached. */
+void orc_io_set_voice(orc_io *, orc_vcpu *);
+orc_vcpu *orc_io_voice(orc_virtio *); /* I/O thread, in a device */
+int orc_io_attach(orc_io *, orc_virtio *); /* 0 or a negative errno. Its kick_fds are set */
+void orc_io_detach(orc_io *, orc_virtio *); /* waits until nothing of it is in flight */
+/* Waits until nothing is in flight, and nothing is taken from a queue until each hold was let go. Notifications are kept. */
+void orc_io_hold(orc_io *);
+void orc_io_let_go(orc_io *);
+/* Waits until nothing is in flight, and for the thread's end: no guest memory is touched any more, whoever notifies. */
+void orc_io_stop(orc_io *);
+void orc_io_free(orc_io *); /* stops it, if need be; after its devices are freed */
+void orc_io_wake(orc_io *); /* any thread */
+
+/* ---- kinds ------------------------------------------------------------------------------------------------------ */
+
+/* virtio_rng.c: the host's getrandom(2). The one to copy. NULL: no memory. */
+orc_virtio *orc_virtio_rng_new(const orc_guest_memory *);
+
+/* virtio_console.c: output goes to the console, input comes by orc_virtio_console_input. NULL: no memory. */
+enum { ORC_VIRTIO_CONSOLE_INPUT = 4096 }; /* bytes that wait for the guest */
+orc_virtio *orc_virtio_console_new(const orc_guest_memory *, orc_console *, uint16_t columns, uint16_t rows);
+/* How many fitted. Any thread. */
+size_t orc_virtio_console_input(orc_virtio *, const uint8_t *, size_t);
+void orc_virtio_console_resize(orc_virtio *, uint16_t columns, uint16_t rows); /* any thread */
+/* Input that waits, the oldest first, as part of its state: how many bytes. A new device gets it by orc_virtio_console_input. */
+size_t orc_virtio_console_waiting(orc_virtio *, uint8_t out[ORC_VIRTIO_CONSOLE_INPUT]);
+/* A descriptor that is readable once there is room for input again, after orc_virtio_console_input took less than it was given. */
+int orc_virtio_console_room(const orc_virtio *);
+
+#endif
