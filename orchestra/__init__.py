@@ -99,6 +99,7 @@ from .model.exits import (
     Xen,
 )
 from .model.journalspec import JournalSpec, JournalStatistics
+from .model.linux import LinuxBoot
 from .model.spec import (
     BootSpec,
     FlatImage,
@@ -216,6 +217,7 @@ __all__ = [
     "Limit",
     "LimitStack",
     "Line",
+    "LinuxBoot",
     "Memory",
     "MemoryFault",
     "MemoryRegion",

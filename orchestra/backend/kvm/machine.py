@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, Final
 
-from ...model.devices import irqchip_kind
 from ...model.errors import BusLockUnsupported, OrchestraError, SpecError
 from ...model.spec import VmSpec
 from ...native import ffi, lib
@@ -20,7 +19,7 @@ from ..memory_layout import entries, memory_slots
 from ..registers import Registers, SpecialRegisters
 from ..threaded import ThreadedEngine
 from . import state
-from .cpuid import Cpuid, make_cpuid
+from .cpuid import Cpuid, make_cpuid, missing_features
 from .dirty import DirtyLog
 from .ioctl import failure
 from .system import Kvm
@@ -91,7 +90,7 @@ class KvmMachine:
         slots = memory_slots(self.memory)
         entry, _kept = entries(states)
         fds, runs = ffi.new("int[]", len(cores)), ffi.new("struct kvm_run *[]", len(cores))
-        plan.kvm, plan.bus_locks, plan.irqchip = kvm.fd, how["bus_locks"], IRQCHIPS[irqchip_kind(spec.irqchip)]
+        plan.kvm, plan.bus_locks, plan.irqchip = kvm.fd, how["bus_locks"], IRQCHIPS[spec.irqchip_kind]
         plan.identity_map, plan.tss, plan.run_size = IDENTITY_MAP_ADDRESS, TSS_ADDRESS, kvm.vcpu_mmap_size
         ring = spec.backing.dirty_ring or 0
         plan.dirty_ring = ring
@@ -108,7 +107,7 @@ class KvmMachine:
                 self.vm = KvmVm.adopt(plan.vm, kvm.vcpu_mmap_size, self.memory, bus_lock_exits=how["bus_locks"])
                 vcpus = [KvmVcpu(self.vm, fds[index], runs[index], kvm.vcpu_mmap_size) for index in made]
                 nobodys.pop_all()
-            irqchip = irqchip_kind(spec.irqchip)
+            irqchip = spec.irqchip_kind
             self.interrupts = self.vm.interrupts if irqchip == "full" else None
             self.wires = KvmWires(self.vm, irqchip)
             for index, vcpu in enumerate(vcpus):
@@ -221,11 +220,12 @@ class KvmBackend:
         machine = KvmMachine(memory)
         # A table belongs to one thread at a time, and making one takes as long as the rest. There is one kind of them
         # for each number of vCPUs, and those of a fleet are few.
-        tables = self._cpuids.setdefault((spec.vcpus, bool(spec.irqchip)), [])
+        local_apics = spec.irqchip_kind != "none"
+        tables = self._cpuids.setdefault((spec.vcpus, local_apics), [])
         try:
             cpuid = tables.pop()
         except IndexError:
-            cpuid = Cpuid.from_entries(make_cpuid(self._supported, spec.vcpus, bool(spec.irqchip)))
+            cpuid = Cpuid.from_entries(make_cpuid(self._supported, spec.vcpus, local_apics))
         try:
             machine.build(self.kvm, spec, cores, states, cpuid, bus_locks=bus_locks, sync_regs=self._sync_regs)
         except BaseException:
@@ -242,6 +242,9 @@ class KvmBackend:
         """Why this host's KVM can't run that VM, and what to do; None: no reason is known."""
         if spec.vcpus > self._max_vcpus:
             return f"vcpus={spec.vcpus}: this host's KVM allows at most {self._max_vcpus} in a VM", "ask for fewer"
+        if missing := missing_features(self._supported, spec.boot.cpu_features):
+            what = f"boot: a {type(spec.boot).__name__} needs CPU features that this host's KVM does not give"
+            return f"{what}: {', '.join(missing)}", "use a host with them, or a guest that needs less"
         ring, most = spec.backing.dirty_ring, self._most_ring
         if ring is not None and ring > most:
             what = (
@@ -269,7 +272,7 @@ class KvmBackend:
 
 def _kernel_parts(spec: VmSpec) -> tuple[tuple[str, str], ...]:
     """Capabilities beyond those that each VM needs, each with what needs it; empty if nothing of this spec does."""
-    irqchip, wirings = irqchip_kind(spec.irqchip), [(type(one).__name__, one.wiring()) for one in spec.devices]
+    irqchip, wirings = spec.irqchip_kind, [(type(one).__name__, one.wiring()) for one in spec.machine_devices]
     interrupts = next((name for name, wiring in wirings if wiring.msis), "")
     bells = next((name for name, wiring in wirings if wiring.doorbells), "")
     return (
