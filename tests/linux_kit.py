@@ -2,7 +2,10 @@
 
     debian_kernel()   Debian's cloud kernel, by apt-get download
     host_kernel()     the kernel of the machine in a box that the tests run in, from its own folder
+    vmlinux(kernel)   the ELF file that is compressed in a bzImage
     initrd(...)       a cpio archive with busybox and /init
+
+A machine in a box has no network, and forgets what is written there. `python tests/linux_kit.py` fetches all before.
 """
 
 from __future__ import annotations
@@ -11,11 +14,15 @@ import functools
 import os
 import shutil
 import stat
+import struct
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
-import pytest
+
+class NotHereError(Exception):
+    """What Linux guests are made of can't be had here. The message says why."""
+
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "orchestra-tests"
 KERNEL_PACKAGE = "linux-image-cloud-amd64"
@@ -42,7 +49,7 @@ def host_kernel() -> Path:
     """The kernel that the box itself runs."""
     kernel = kvmhost().parent / "vmlinuz"
     if not kernel.is_file():
-        pytest.skip(f"no {kernel}: ORCHESTRA_KVMHOST names the command beside which a kernel lies")
+        raise NotHereError(f"no {kernel}: ORCHESTRA_KVMHOST names the command beside which a kernel lies")
     return kernel
 
 
@@ -63,11 +70,11 @@ def _newest(package: str) -> str:
     if kept := sorted(CACHE.glob("linux-image-*-cloud-amd64")):
         return kept[-1].name
     if not (shutil.which("apt-cache") and shutil.which("dpkg-deb")):
-        pytest.skip("Linux guests are made of Debian's packages, and there is no apt here")
+        raise NotHereError("Linux guests are made of Debian's packages, and there is no apt here")
     found = subprocess.run(["apt-cache", "depends", package], capture_output=True, text=True, check=False)
     names = [line.split()[-1] for line in found.stdout.splitlines() if line.strip().startswith("Depends: linux-image-")]
     if not names:
-        pytest.skip(f"apt knows no {package}: {found.stderr.strip() or 'it is of another distribution'}")
+        raise NotHereError(f"apt knows no {package}: {found.stderr.strip() or 'it is of another distribution'}")
     return names[0]
 
 
@@ -81,7 +88,7 @@ def _unpacked(package: str, pattern: str) -> Path:
             for command in (["apt-get", "download", package], ["sh", "-c", "dpkg-deb -x *.deb content"]):
                 done = subprocess.run(command, cwd=making, capture_output=True, text=True, check=False)
                 if done.returncode:
-                    pytest.skip(f"{package} can't be had: {done.stderr.strip().splitlines()[-1:] or command}")
+                    raise NotHereError(f"{package} can't be had: {done.stderr.strip().splitlines()[-1:] or command}")
             folder.mkdir(exist_ok=True)
             for found in sorted((making / "content").glob(pattern)):
                 target = folder / found.relative_to(making / "content")
@@ -93,11 +100,35 @@ def _unpacked(package: str, pattern: str) -> Path:
     return found
 
 
+def vmlinux(kernel: Path, *, pvh: bool = True) -> bytes:
+    """The ELF kernel that is compressed in a bzImage.
+
+    Parameters:
+        pvh: with its PVH note. Without it, the kernel is one for the 64-bit boot protocol.
+    """
+    packed = kernel.read_bytes()
+    setup = (packed[0x1F1] + 1) * 512
+    offset, size = struct.unpack_from("<II", packed, 0x248)
+    payload = packed[setup + offset : setup + offset + size - 4]  # the last four bytes are the length
+    tools = {b"\x02\x21\x4c\x18": "lz4", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zX": "xz"}
+    tool = tools.get(payload[:4])
+    if tool is None or not shutil.which(tool):
+        raise NotHereError(f"{kernel} is compressed with {tool or payload[:4]!r}, which is not here")
+    unpacked = subprocess.run([tool, "-dcf"], input=payload, capture_output=True, check=True).stdout
+    note = struct.pack("<III4s", 4, 8, 18, b"Xen\0")
+    assert unpacked.startswith(b"\x7fELF")
+    assert unpacked.count(note) == 1
+    return unpacked if pvh else unpacked.replace(note, struct.pack("<III4s", 4, 8, 0x100, b"Xen\0"))
+
+
 # ---- the initrd
 
 
 def cpio(files: Mapping[str, bytes | str | tuple[int, int, int]]) -> bytes:
-    """A cpio archive ("newc"): directories end with "/", programs are bytes, links are text, devices (mode, major, minor)."""
+    """A cpio archive ("newc").
+
+    Directories end with "/", programs are bytes, symbolic links are text, and devices are (mode, major, minor).
+    """
     made = bytearray()
 
     def add(name: str, mode: int, content: bytes = b"", device: tuple[int, int] = (0, 0)) -> None:
@@ -126,7 +157,7 @@ def initrd(script: str = "", files: Mapping[str, bytes] | None = None) -> bytes:
     names = ("sh", "mount", "setsid", "poweroff", "reboot", "cat", "uname", "grep", "ls", "nproc", "dmesg")
     return cpio(
         {
-            **{name: b"" for name in ("bin/", "dev/", "proc/", "sys/")},
+            **dict.fromkeys(("bin/", "dev/", "proc/", "sys/"), b""),
             "dev/console": (stat.S_IFCHR | 0o600, 5, 1),
             "bin/busybox": program,
             **{f"bin/{name}": "busybox" for name in names},
@@ -134,3 +165,7 @@ def initrd(script: str = "", files: Mapping[str, bytes] | None = None) -> bytes:
             **(files or {}),
         }
     )
+
+
+if __name__ == "__main__":
+    print(debian_kernel(), busybox())

@@ -1,4 +1,4 @@
-"""Linux kernels in guest memory: what each format becomes, where everything lies, and what is refused with which words."""
+"""Linux kernels in guest memory: what each format becomes, where everything lies, and what is refused."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def elf(
     entry_size: int = 56,
     content: bytes = b"\x90" * 0x400,
 ) -> bytes:
-    """An ELF file with its content at 0x1000 and its notes behind that; one segment for the content if none is given."""
+    """An ELF file with its content at 0x1000 and its notes behind that. By default one segment has the content."""
     table = [*(segments or [segment(1, 0x1000, LOAD, len(content), 0x800)])]
     if notes:
         table.append(segment(4, 0x1000 + len(content), 0, len(notes), len(notes)))
@@ -193,7 +193,10 @@ def test_elf_with_a_pvh_note_is_entered_by_it_with_start_info(kernel, tmp_path):
 def test_room_behind_a_segment_is_zeros_also_where_memory_is_a_file(kernel, tmp_path):
     (tmp_path / "ram").write_bytes(b"\xaa" * (32 * orc.MiB))
     kernel.write_bytes(elf(content=b"\xf4" * 0x400))
-    with loaded(spec_of(kernel, memory=orc.Memory(32 * orc.MiB, backing="file", path=str(tmp_path / "ram")))) as (memory, _):
+    with loaded(spec_of(kernel, memory=orc.Memory(32 * orc.MiB, backing="file", path=str(tmp_path / "ram")))) as (
+        memory,
+        _,
+    ):
         assert memory.read(LOAD + 0x3FF, 0x402) == b"\xf4" + bytes(0x400) + b"\xaa"
 
 
@@ -351,7 +354,7 @@ def test_linux_has_interrupt_controllers_and_its_platform_unless_the_spec_says_o
             attrs.evolve(spec, irqchip=irqchip)
     with pytest.raises(orc.SpecError, match=r"memory=1048576: must be at least 33554432 for Linux"):
         spec_of(kernel, memory=orc.MiB)
-    with pytest.raises(orc.SpecError, match='cpu=\'fast\': must be "host"'):
+    with pytest.raises(orc.SpecError, match="cpu='fast': must be \"host\""):
         attrs.evolve(spec, cpu="fast")
 
 
@@ -368,8 +371,8 @@ def try_to_load(path: Path, content: bytes) -> None:
             assert memory.read(platform.COMMAND_LINE.start, 14) == b"console=ttyS0\0"
             assert memory.read(platform.ACPI_TABLES.start, 8) == b"RSD PTR "
             assert platform.HIGH_MEMORY <= state.registers.rip < 32 * orc.MiB
-    except (orc.FileError, orc.SpecError) as error:
-        assert len(str(error)) < 1000
+    except (orc.FileError, orc.SpecError):
+        pass  # whatever else it raises fails the test
 
 
 fuzzed = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)

@@ -123,8 +123,8 @@ def make_cpuid(supported: Iterable[CpuidEntry], vcpus: int, local_apics: bool) -
     - It is a guest, and may look for its hypervisor's leaves. The local APIC's timer has deadlines if there is one.
     - One package of as many cores as it has vCPUs, each of one thread. What the host's own topology is, a guest would
       read from leaves that KVM copies from the CPU that happens to answer.
-    - No detection of bus locks and split locks of the guest's own: it would have its own measures against the locks that
-      are counted and limited out here, and warn of each.
+    - No detection of bus locks and split locks by the guest: it would take its own measures against locks that the
+      fleet counts and limits, and warn of each.
     - Where the TSC runs at one rate, a leaf with that rate, so that a kernel need not measure it.
     - No power management: turbo, energy bias and UMWAIT (which would keep a core asleep that others wait for) are the
       host's. No performance counters and no debug store, as no state of them is kept.
@@ -170,10 +170,8 @@ def _made(entry: CpuidEntry, vcpus: int, local_apics: bool) -> CpuidEntry:
             return attrs.evolve(entry, eax=entry.eax & 0x3FFF | min(shared, 0xFFF) << 14 | min(vcpus - 1, 63) << 26)
         case 0x6:  # turbo, energy bias
             return attrs.evolve(entry, eax=_bits(entry.eax, {1: False}), ecx=_bits(entry.ecx, {3: False}))
-        case 0x7 if entry.index == 0:  # UMWAIT, bus-lock detection; IA32_CORE_CAPABILITIES, which has split-lock detection
-            return attrs.evolve(
-                entry, ecx=_bits(entry.ecx, {5: False, 24: False}), edx=_bits(entry.edx, {30: False})
-            )
+        case 0x7 if entry.index == 0:  # UMWAIT, bus-lock detection; IA32_CORE_CAPABILITIES, for split locks
+            return attrs.evolve(entry, ecx=_bits(entry.ecx, {5: False, 24: False}), edx=_bits(entry.edx, {30: False}))
         case 0xA:
             return attrs.evolve(entry, eax=0, ebx=0, ecx=0, edx=0)
         case 0x80000008:  # AMD: cores less one, and the width of their numbers; Intel keeps these bits clear

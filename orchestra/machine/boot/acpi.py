@@ -17,9 +17,9 @@ from typing import Final
 
 from ...backend.memory import GuestMemory
 from ...model import platform
+from ...model.boot import Layout
 from ...model.devices import Serial
 from ...model.errors import SpecError
-from ...model.boot import Layout
 from . import aml
 
 __all__ = ["MOST_VCPUS", "build", "write_tables"]

@@ -1,4 +1,4 @@
-"""The bzImage, which is what distributions install as vmlinuz: real-mode code with a header, then the compressed kernel.
+"""The bzImage, which distributions install as vmlinuz: real-mode code with a header, then the compressed kernel.
 
 The 64-bit boot protocol skips the real-mode code: the rest of the file goes to the address that the header prefers, and
 is entered 0x200 bytes behind it.

@@ -30,7 +30,7 @@ def memory_map(layout: Layout) -> list[Entry]:
     """All ranges, by address. What no entry has is a hole, for BARs and interrupt controllers.
 
     What a PC has between 639 KiB and 1 MiB is reserved, the ACPI tables with it. So is ECAM, without which Linux does
-    not use it (arch/x86/pci/mmconfig-shared.c). So are regions beside the RAM: who has a VM with one knows what it is for.
+    not use it (arch/x86/pci/mmconfig-shared.c). So are regions beside the RAM, which the kernel knows nothing about.
     """
     entries = [Entry(platform.LOW_MEMORY, RAM), Entry(_FIRMWARE, RESERVED), Entry(platform.ECAM, RESERVED)]
     for span in layout.ram:

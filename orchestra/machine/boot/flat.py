@@ -11,6 +11,7 @@ from .tables import CODE32, CODE64, DATA, GDT, page_tables
 
 __all__ = ["load"]
 
+
 def load(image: FlatImage, layout: Layout, memory: GuestMemory) -> list[EntryState]:
     """Write the image and the tables that its mode needs; return the entry state of each vCPU."""
     memory.write(image.load, image.code)

@@ -4,8 +4,8 @@
     Image + initrd + command line → guest memory
     e820.memory_map, acpi.write_tables → boot_params (64-bit entry) or start_info (pvh.enter) → EntryState
 
-Nothing is kept from one launch to the next: what is parsed is a page of the file, and the rest goes from the host's page
-cache to guest memory in one copy.
+Nothing is kept from one launch to the next: a page of the file is parsed, and the rest goes from the host's page cache
+to guest memory in one copy.
 
 Source: Linux, Documentation/arch/x86/boot.rst, zero-page.rst.
 """
@@ -43,16 +43,8 @@ MSRS: Final = (
     (IA32_MTRR_DEF_TYPE, 0x806),  # MTRRs on, write-back: after reset all memory is uncached, and each lock a bus lock
 )
 # boot_params (arch/x86/include/uapi/asm/bootparam.h)
-_RSDP, _ENTRIES, _BOOT_FLAG, _MAGIC, _LOADER, _INITRD, _COMMAND_LINE, _MAP = (
-    0x70,
-    0x1E8,
-    0x1FE,
-    0x202,
-    0x210,
-    0x218,
-    0x228,
-    0x2D0,
-)
+_RSDP, _ENTRIES, _MAP = 0x70, 0x1E8, 0x2D0
+_BOOT_FLAG, _MAGIC, _LOADER, _INITRD, _COMMAND_LINE = 0x1FE, 0x202, 0x210, 0x218, 0x228  # the setup header
 _MAP_ENTRY: Final = struct.Struct("<QQI")
 UNREGISTERED_LOADER: Final = 0xFF
 

@@ -73,7 +73,9 @@ class Dma:
 
 
 class Assembly:
-    """All devices of a VM (`VmSpec.machine_devices`), in their order. Made on any thread; the methods are for the fleet's thread.
+    """All devices of a VM (`VmSpec.machine_devices`), in their order.
+
+    Made on any thread; the methods are for the fleet's thread.
 
     Parameters:
         post: runs a function soon on the fleet's thread; from any thread.
