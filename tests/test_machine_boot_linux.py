@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, example, given, settings, strategies as st
 
 import orchestra as orc
 from orchestra.backend.entry import APPLICATION_PROCESSOR, EntryState
+from orchestra.backend.kvm.machine import KvmBackend
 from orchestra.backend.memory import GuestMemory
 from orchestra.machine import boot as boots
 from orchestra.machine.boot import e820
@@ -231,6 +232,13 @@ def test_regions_beside_the_ram_are_reserved(kernel):
     assert (0xD000_0000, 0xD000_1000, e820.RESERVED) in ranges(spec)
 
 
+def test_more_regions_than_a_kernel_can_be_told_of_are_refused(kernel):
+    regions = [orc.MemoryRegion(address=0xD000_0000 + 2 * PAGE * index, size=PAGE) for index in range(125)]
+    assert len(ranges(attrs.evolve(spec_of(kernel), regions=regions[:124]))) == e820.MOST_ENTRIES
+    with pytest.raises(orc.SpecError, match="regions='<125>': must be 124 at most"):
+        ranges(attrs.evolve(spec_of(kernel), regions=regions))
+
+
 def test_initrd_ends_where_the_kernel_wants_it_to(kernel, tmp_path):
     kernel.write_bytes(bzimage(initrd_addr_max=0x2FF_FFFF))
     (tmp_path / "initrd").write_bytes(b"i" * 5000)
@@ -356,6 +364,22 @@ def test_linux_has_interrupt_controllers_and_its_platform_unless_the_spec_says_o
         spec_of(kernel, memory=orc.MiB)
     with pytest.raises(orc.SpecError, match="cpu='fast': must be \"host\""):
         attrs.evolve(spec, cpu="fast")
+
+
+@pytest.mark.kvm
+def test_host_whose_kvm_lacks_what_linux_needs_refuses_it_by_name(kernel, monkeypatch):
+    backend = KvmBackend.open()
+    try:
+        assert backend.refusal(spec_of(kernel)) is None
+        without = [
+            attrs.evolve(one, edx=one.edx & ~(1 << 26)) if one.function == 1 else one for one in backend._supported
+        ]
+        monkeypatch.setattr(backend, "_supported", without)
+        with pytest.raises(orc.SpecError, match=r"^vm 'vm': boot: .* CPU features .* does not give: sse2; use a host"):
+            backend.check(spec_of(kernel))
+        backend.check(orc.VmSpec(name="flat", boot=orc.FlatImage(code=b"\xf4")))  # which needs nothing of the kind
+    finally:
+        backend.close()
 
 
 # ---- hostile files

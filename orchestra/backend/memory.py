@@ -216,14 +216,16 @@ class GuestMemory:
         """
         done = 0
         for region, start, length in list(self._pieces(address, size)):
+            stop = done + length
             with memoryview(region.mapping) as whole, whole[start : start + length] as part:
-                filled = 0
-                while filled < length:
-                    with part[filled:] as rest:
+                while done < stop:
+                    with part[length - (stop - done) :] as rest:
                         got = os.preadv(file, [rest], offset + done)
+                    done += got
                     if not got:
-                        return done
-                    filled, done = filled + got, done + got
+                        break
+            if done < stop:
+                break
         if self.on_write is not None and done:
             self.on_write(address, done)
         return done

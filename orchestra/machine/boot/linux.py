@@ -54,7 +54,7 @@ def load(boot: LinuxBoot, layout: Layout, memory: GuestMemory) -> list[EntryStat
 
     Raises:
         FileError: kernel or initrd can't be read, or are not what they should be.
-        SpecError: they do not fit the memory, or the command line does not fit the kernel.
+        SpecError: they do not fit the memory, the command line does not fit the kernel, or there are too many regions.
     """
     with BootFile("kernel", boot.kernel) as kernel:
         head = kernel.read(0, bzimage.HEAD)
@@ -69,8 +69,6 @@ def load(boot: LinuxBoot, layout: Layout, memory: GuestMemory) -> list[EntryStat
     memory.write(platform.GDT, GDT)
     rsdp = write_tables(layout, memory, os.urandom(16))
     found = memory_map(layout)
-    if len(found) > pvh.MOST_ENTRIES:
-        raise fail("regions", f"<{len(found)} ranges>", f"a kernel is told of {pvh.MOST_ENTRIES} at most: give fewer")
     if image.protocol == "pvh":
         first = pvh.enter(memory, image.entry, found, initrd, platform.COMMAND_LINE.start, rsdp)
     else:

@@ -13,10 +13,10 @@ from ...backend.entry import EntryState, protected_mode
 from ...backend.memory import GuestMemory
 from ...backend.registers import DescriptorTable, Registers
 from ...model import platform
-from .e820 import Entry
+from .e820 import MOST_ENTRIES, Entry
 from .tables import CODE32, DATA, GDT
 
-__all__ = ["MOST_ENTRIES", "enter"]
+__all__ = ["enter"]
 
 _START_INFO: Final = struct.Struct("<IIIIQQQQII")
 _MODULE: Final = struct.Struct("<QQQQ")
@@ -24,7 +24,7 @@ _ENTRY: Final = struct.Struct("<QQII")
 MAGIC, VERSION = 0x336E_C578, 1
 _MODULES_AT: Final = platform.START_INFO.start + _START_INFO.size + 8
 _MAP_AT: Final = platform.START_INFO.start + 0x100
-MOST_ENTRIES: Final = (platform.START_INFO.stop - _MAP_AT) // _ENTRY.size
+assert _MAP_AT + MOST_ENTRIES * _ENTRY.size <= platform.START_INFO.stop
 
 
 def enter(
