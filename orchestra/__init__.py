@@ -100,6 +100,7 @@ from .model.exits import (
     Xen,
 )
 from .model.journalspec import JournalSpec, JournalStatistics
+from .model.linux import LinuxBoot
 from .model.spec import (
     BootSpec,
     FlatImage,
@@ -218,6 +219,7 @@ __all__ = [
     "Limit",
     "LimitStack",
     "Line",
+    "LinuxBoot",
     "Memory",
     "MemoryFault",
     "MemoryRegion",

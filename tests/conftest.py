@@ -76,6 +76,15 @@ def bus_lock_problem() -> str | None:
     return "this host's KVM reports no bus locks (KVM_CAP_X86_BUS_LOCK_EXIT)"
 
 
+def linux_problem() -> str | None:
+    problem = kvm_problem()
+    if problem is not None:
+        return problem
+    if not {"vmx", "svm"} & set(Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split()):
+        return "this host's KVM interprets guests, without vmx or svm: Linux would take minutes, if it runs at all"
+    return None
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """What a shell runs in the background ignores Ctrl-C, and tests that interrupt themselves would wait for ever."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -97,7 +106,12 @@ def keep_bytecode(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    problems = {"kvm": kvm_problem(), "emulated": emulated_problem(), "buslock": bus_lock_problem()}
+    problems = {
+        "kvm": kvm_problem(),
+        "emulated": emulated_problem(),
+        "buslock": bus_lock_problem(),
+        "linux": linux_problem(),
+    }
     for item in items:
         if item.get_closest_marker("smp") and getattr(item, "callspec", None) and "emulated" in item.callspec.id:  # type: ignore[attr-defined]
             item.add_marker(pytest.mark.skip(reason="the emulated backend gives a VM one vCPU"))

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from orchestra.backend.kvm import system
-from orchestra.backend.kvm.cpuid import Cpuid, CpuidEntry, make_cpuid
+from orchestra.backend.kvm.cpuid import Cpuid, CpuidEntry, make_cpuid, missing_features
 from orchestra.backend.kvm.ioctl import call, failure
 from orchestra.backend.kvm.state import CPUID
 from orchestra.backend.kvm.system import Kvm
@@ -317,6 +317,8 @@ def test_a_made_cpuid_tells_of_a_guest_of_so_many_processors_whatever_the_host_i
             assert (one.eax, one.ebx, one.ecx, one.edx) == (0, 0, 0, 0)
         if one.function == 7 and one.index == 0:
             assert not one.ecx >> 5 & 1  # UMWAIT
+            assert not one.ecx >> 24 & 1  # bus-lock detection
+            assert not one.edx >> 30 & 1  # split-lock detection
         assert one.function != 0x1F  # levels that would have to agree with those of 0xB
     # What is not about topology, power or counters is the host's.
     kept = (0, 2, 0xD, 0x40000000, 0x80000001)
@@ -331,6 +333,25 @@ def test_a_made_cpuid_tells_of_a_guest_of_so_many_processors_whatever_the_host_i
         assert (cores.ebx, cores.ecx >> 8) == (vcpus, 2)
         assert 1 << cores.eax >= vcpus
         assert (end.eax, end.ebx, end.ecx >> 8) == (0, 0, 0)
+
+
+def leaves(edx_of_power: int) -> list[CpuidEntry]:
+    kvm = CpuidEntry(function=0x40000000, eax=0x40000001, ebx=0x4B4D564B)
+    return [CpuidEntry(function=0, eax=1), kvm, CpuidEntry(function=0x80000007, edx=edx_of_power)]
+
+
+def test_a_guest_whose_tsc_is_invariant_is_told_where_its_rate_is():
+    made = {one.function: one for one in make_cpuid(leaves(1 << 8), 1, True)}
+    assert made[0x40000000] == CpuidEntry(function=0x40000000, eax=0x40000010, ebx=0x4B4D564B)
+    assert made[0x40000010].ebx == 1_000_000  # kHz of the local APIC's timer
+    assert make_cpuid(leaves(0), 1, True) == leaves(0)
+    assert make_cpuid(leaves(1 << 8), 1, False) == leaves(1 << 8)  # no local APIC, so nothing to tell
+
+
+def test_features_that_kvm_does_not_give_are_named():
+    given = [CpuidEntry(function=1, edx=1 << 25), CpuidEntry(function=0x80000001, edx=1 << 29)]
+    assert missing_features(given, ("sse", "sse2", "lm")) == ["sse2"]
+    assert missing_features([], ("lm", "such")) == ["lm", "such"]
 
 
 @pytest.mark.kvm

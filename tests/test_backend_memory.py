@@ -169,6 +169,38 @@ def test_a_structure_is_unpacked_from_one_copy(memory, monkeypatch):
 # ---- what it is made of
 
 
+def test_a_file_is_read_to_where_it_belongs_and_no_further(tmp_path):
+    (tmp_path / "file").write_bytes(bytes(range(1, 11)))
+    written = []
+    with (tmp_path / "file").open("rb") as file:
+        adjacent = MemoryRegion(address=RAM, size=PAGE)
+        memory = of(adjacent)
+        memory.on_write = lambda address, size: written.append((address, size))
+        try:
+            assert memory.read_file(RAM - 2, 4, file.fileno(), 3) == 4
+            assert memory.read(RAM - 3, 6) == bytes([0, 4, 5, 6, 7, 0])
+            assert memory.read_file(0, 8, file.fileno(), 6) == 4  # the file ends there
+            assert memory.read(0, 5) == bytes([7, 8, 9, 10, 0])
+            with pytest.raises(GuestMemoryError):
+                memory.read_file(RAM + PAGE - 1, 2, file.fileno(), 0)
+            assert memory.read(RAM + PAGE - 1, 1) == b"\0"
+            assert written == [(RAM - 2, 4), (0, 4)]
+        finally:
+            memory.close()
+
+
+def test_zeros_are_written_only_where_memory_did_not_begin_with_them(image):
+    memory = made_of(Memory(RAM, backing="file", path=str(image)))
+    try:
+        before = memory.read(0, PAGE)
+        memory.zero(8, 16)
+        assert memory.read(0, PAGE) == before[:8] + bytes(16) + before[24:]
+        with pytest.raises(GuestMemoryError):
+            memory.zero(RAM - 1, 2)
+    finally:
+        memory.close()
+
+
 def made_of(memory: Memory | int = RAM, **more: object) -> GuestMemory:
     made = VmSpec(name="vm", boot=FlatImage(code=b"\xf4", load=0), memory=memory)
     return GuestMemory(made, **more)

@@ -476,5 +476,5 @@ async def test_machines_are_listed_by_name_until_the_backend_is_closed():
 
 
 def test_script_takes_no_interrupts():
-    with pytest.raises(SpecError, match="irqchip=True needs backend='kvm'"):
+    with pytest.raises(SpecError, match="irqchip='full' needs backend='kvm'"):
         ScriptedBackend().check(spec(irqchip=True))

@@ -23,11 +23,11 @@ def spec_of(vcpus: int = 1, devices: tuple[orc.DeviceSpec, ...] = (orc.Serial(),
 
 
 def table_named(signature: bytes, spec: orc.VmSpec | None = None) -> bytes:
-    return next(table for table in acpi.build(spec or spec_of()).values() if table[:4] == signature)
+    return next(table for table in acpi.build((spec or spec_of()).layout).values() if table[:4] == signature)
 
 
 def test_all_tables_add_up_to_zero_and_have_the_length_that_they_say():
-    placed = acpi.build(spec_of(vcpus=4))
+    placed = acpi.build(spec_of(vcpus=4).layout)
     rsdp = placed.pop(platform.ACPI_TABLES.start)
     assert sum(rsdp[:20]) % 256 == sum(rsdp) % 256 == 0
     assert {table[:4] for table in placed.values()} == SIGNATURES
@@ -37,7 +37,7 @@ def test_all_tables_add_up_to_zero_and_have_the_length_that_they_say():
 
 
 def test_each_pointer_leads_to_the_table_that_it_should():
-    placed = acpi.build(spec_of())
+    placed = acpi.build(spec_of().layout)
     rsdp = placed[platform.ACPI_TABLES.start]
     assert rsdp.startswith(b"RSD PTR ")
     (xsdt,) = struct.unpack_from("<Q", rsdp, 24)
@@ -49,7 +49,7 @@ def test_each_pointer_leads_to_the_table_that_it_should():
 
 def test_tables_of_the_largest_vm_stay_within_their_place_and_do_not_overlap():
     end = platform.ACPI_TABLES.start
-    for address, table in sorted(acpi.build(spec_of(vcpus=acpi.MOST_VCPUS)).items()):
+    for address, table in sorted(acpi.build(spec_of(vcpus=acpi.MOST_VCPUS).layout).items()):
         assert address >= end
         assert address % 16 == 0
         end = address + len(table)
@@ -58,7 +58,7 @@ def test_tables_of_the_largest_vm_stay_within_their_place_and_do_not_overlap():
 
 def test_more_vcpus_than_apic_ids_of_8_bits_are_refused():
     with pytest.raises(orc.SpecError, match=r"vcpus=256: .* at most 255"):
-        acpi.build(spec_of(vcpus=256))
+        acpi.build(spec_of(vcpus=256).layout)
 
 
 def test_each_vcpu_has_a_local_apic_with_its_number():
@@ -75,8 +75,8 @@ def test_writing_puts_the_tables_and_the_generation_id_into_memory():
     memory = GuestMemory(spec)
     try:
         generation = bytes(range(16))
-        assert acpi.write_tables(spec, memory, generation) == platform.ACPI_TABLES.start
-        for address, table in acpi.build(spec).items():
+        assert acpi.write_tables(spec.layout, memory, generation) == platform.ACPI_TABLES.start
+        for address, table in acpi.build(spec.layout).items():
             assert memory.read(address, len(table)) == table
         assert memory.read(platform.GENERATION_ID.start, 16) == generation
     finally:

@@ -64,7 +64,7 @@ def test_irqchip_is_none_full_or_split(irqchip, kind):
     assert spec(irqchip=irqchip).irqchip == irqchip
 
 
-@pytest.mark.parametrize("irqchip", ["none", "half", "", 1, None])
+@pytest.mark.parametrize("irqchip", ["none", "half", "", 1, 2.0])
 def test_another_irqchip_is_refused(irqchip):
     with pytest.raises(orc.SpecError, match="irqchip="):
         spec(irqchip=irqchip)
@@ -104,9 +104,9 @@ def test_what_a_backend_without_interrupts_and_ioeventfds_lacks_is_named():
         def wiring(self) -> orc.Wiring:
             return orc.Wiring(mmio=range(8), doorbells=(orc.Doorbell(0),))
 
-    assert unwired([orc.Serial(), orc.DebugConsole(), orc.ExitPort()], False) is None
+    assert unwired([orc.Serial(), orc.DebugConsole(), orc.ExitPort()], "none") is None
     assert unwired([], "split") == "irqchip='split'"
-    assert unwired([Bell()], False) == "the doorbells of Bell (ioeventfd)"
+    assert unwired([Bell()], "none") == "the doorbells of Bell (ioeventfd)"
 
 
 # ---- an open set
@@ -137,7 +137,7 @@ def test_a_spec_of_somebody_elses_goes_through_the_codec(port, irq, trigger):
     [
         ({"kind": "Alarm", "port": "0x600"}, r"devices\[0\].port='0x600'"),
         ({"kind": "Alarm", "volume": 1}, r"devices\[0\].volume: no such key; there are: port, irq, trigger"),
-        ({"kind": "Nobody"}, r"devices\[0\].kind='Nobody': must be one of Alarm, .*Serial.*imported before"),
+        ({"kind": "Nobody"}, r"devices\[0\].kind='Nobody': must be one of .*Alarm, .*Serial.*imported before"),
         ({"port": 1}, r"devices\[0\].kind=None: must be one of"),
         ({"kind": "DeviceSpec"}, r"devices\[0\].kind='DeviceSpec': must be one of"),
         ("Nobody", r"devices\[0\].kind='Nobody': must be one of"),

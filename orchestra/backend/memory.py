@@ -56,6 +56,7 @@ class Region:
     view: Any  # cffi's buffer over the mapping. It pins the mapping, and must be released first
     readonly: bool = False
     log_dirty: bool = False
+    blank: bool = True  # it was zeros when it was made
 
     @property
     def host(self) -> int:
@@ -148,7 +149,7 @@ class GuestMemory:
             mapping = mmap.mmap(file, len(span), flags=flags, **more)
         except (OSError, OverflowError, ValueError) as error:
             raise _no_memory(len(span), huge, error) from error
-        self.regions.append(Region(span, mapping, ffi.from_buffer(mapping), readonly, log_dirty))
+        self.regions.append(Region(span, mapping, ffi.from_buffer(mapping), readonly, log_dirty, not private))
 
     # ---- access
 
@@ -204,6 +205,41 @@ class GuestMemory:
         on_write = self.on_write  # read once: the end of the run, on another thread, takes it away
         if on_write is not None and done:
             on_write(address, done)
+
+    def read_file(self, address: int, size: int, file: int, offset: int) -> int:
+        """Read `size` bytes of an open file to guest-physical `address`, without a copy in between.
+
+        Returns how many bytes there were: fewer than `size` only if the file ends.
+
+        Raises:
+            GuestMemoryError: not all of the range is memory; nothing was written then.
+            OSError: the file can't be read.
+        """
+        done = 0
+        for region, start, length in list(self._pieces(address, size)):
+            stop = done + length
+            with memoryview(region.mapping) as whole, whole[start : start + length] as part:
+                while done < stop:
+                    with part[length - (stop - done) :] as rest:
+                        got = os.preadv(file, [rest], offset + done)
+                    done += got
+                    if not got:
+                        break
+            if done < stop:
+                break
+        if self.on_write is not None and done:
+            self.on_write(address, done)
+        return done
+
+    def zero(self, address: int, size: int) -> None:
+        """Make a range zeros. Memory that nothing was written to is not touched if it is zeros from the start.
+
+        Raises:
+            GuestMemoryError: not all of the range is memory; nothing was written then.
+        """
+        for region, start, length in list(self._pieces(address, size)):
+            if not region.blank:
+                region.mapping[start : start + length] = bytes(length)
 
     # ---- descriptor, and the end
 

@@ -337,7 +337,7 @@ class ScriptedBackend:
         return round(trio.current_time() * 1e9) + 1  # never 0, which the core reads as "not waiting"
 
     def check(self, spec: VmSpec) -> None:
-        if what := unwired(spec.devices, spec.irqchip):
+        if what := unwired(spec.machine_devices, spec.irqchip_kind):
             raise SpecError(
                 f"vm {spec.name!r}: {what} needs backend='kvm'; a script has no interrupts and no ioeventfds"
             )

@@ -12,6 +12,7 @@ from typing import ClassVar, Final, Literal
 import attrs
 
 from .checks import fail, whole
+from .devices import DeviceSpec, Irqchip
 from .errors import SpecError
 from .memory import MAX_MEMORY, PAGE
 from .openset import members
@@ -29,13 +30,15 @@ class Layout:
         ram: guest-physical ranges of its RAM, from address 0.
         memory: all that is memory, regions beside the RAM included, by address.
         vcpus: how many vCPUs.
-        irqchip: it has local APICs, so that vCPUs can wait for one another's signal.
+        irqchip: its interrupt controllers. With local APICs ("full", "split") vCPUs can wait for one another's signal.
+        devices: all that is plugged in, what comes with the boot spec before what the VM's spec names.
     """
 
     ram: tuple[range, ...]
     memory: tuple[range, ...]
     vcpus: int
-    irqchip: bool
+    irqchip: Irqchip
+    devices: tuple[DeviceSpec, ...] = ()
 
     @property
     def size(self) -> int:
@@ -51,9 +54,18 @@ class BootSpec:
         loader: "package.module:function". It is called for each run of a VM, on a worker thread, with the spec, the
             VM's `Layout` and its `GuestMemory`. It writes what the guest needs into that memory, and returns an
             `EntryState` for each vCPU. It may raise any `OrchestraError`, such as `FileError`.
+        irqchip: what a VM gets unless `VmSpec.irqchip` says otherwise.
+        cpu_features: what the guest can't do without, by the names in Linux's /proc/cpuinfo. A host that lacks one of
+            them refuses the VM.
     """
 
     loader: ClassVar[str] = ""
+    irqchip: ClassVar[Irqchip] = "none"
+    cpu_features: ClassVar[tuple[str, ...]] = ()
+
+    def platform(self) -> tuple[DeviceSpec, ...]:
+        """Devices that a guest of this kind expects of every machine. They are plugged in before `VmSpec.devices`."""
+        return ()
 
     def check(self, layout: Layout) -> None:
         """Check that this can boot on a VM with that layout.
@@ -146,7 +158,7 @@ class FlatImage(BootSpec):
             )
         if not any(self.start in span for span in layout.memory):
             raise SpecError(f"entry={self.start:#x}: lies outside the guest's memory of {layout.size:#x} bytes")
-        if self.starts == "first" and not layout.irqchip:
+        if self.starts == "first" and layout.irqchip == "none":
             raise SpecError('starts="first": vCPUs wait for a signal of the local APIC: needs irqchip=True')
         if self.mode != 16:
             self._check_tables(layout)

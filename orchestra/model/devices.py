@@ -211,9 +211,9 @@ def check_wiring(devices: Sequence[DeviceSpec], irqchip: Irqchip, memory: Iterab
                     )
 
 
-def unwired(devices: Iterable[DeviceSpec], irqchip: bool | str) -> str | None:
+def unwired(devices: Iterable[DeviceSpec], irqchip: Irqchip) -> str | None:
     """What this VM needs that a backend without irqchip and ioeventfds can't give. None: it needs no such thing."""
-    if irqchip_kind(irqchip) != "none":
+    if irqchip != "none":
         return f"irqchip={irqchip!r}"
     for device in devices:
         wiring = device.wiring()

@@ -17,20 +17,40 @@ __all__ = [
     "ACPI_SLEEP_STATUS",
     "ACPI_TABLES",
     "BARS",
+    "BOOT_PARAMS",
+    "BOOT_STACK",
+    "COMMAND_LINE",
     "ECAM",
     "EVENT_GSI",
+    "GDT",
     "GENERATION_ID",
+    "HIGH_MEMORY",
     "I8042_PORTS",
     "IO_APIC",
     "LOCAL_APIC",
+    "LOW_MEMORY",
     "NEW_GENERATION",
+    "PAGE_TABLES",
     "PANIC_PORTS",
     "POWER_BUTTON",
     "RTC_PORTS",
+    "START_INFO",
 ]
 
 # ---- memory
 
+GDT: Final = 0x500
+"""Behind the BIOS data area, which a kernel may still read."""
+START_INFO: Final = range(0x6000, 0x7000)
+"""A kernel that is entered by PVH finds its boot information here, and any other in BOOT_PARAMS."""
+BOOT_PARAMS: Final = range(0x7000, 0x8000)
+BOOT_STACK: Final = 0x8FF0
+PAGE_TABLES: Final = range(0x9000, 0xF000)
+COMMAND_LINE: Final = range(0x2_0000, 0x3_0000)
+LOW_MEMORY: Final = range(0x9_FC00)
+"""What is free for all use below 640 KiB. A PC has its extended BIOS data area behind it."""
+HIGH_MEMORY: Final = 1 * MiB
+"""Where RAM goes on behind what a PC has for its video memory and firmware."""
 ACPI_TABLES: Final = range(0xE_0000, 0xF_F000)
 """Reserved in the memory map. A guest without the boot protocol's pointer looks for the RSDP from 0xe0000 on."""
 GENERATION_ID: Final = range(0xF_F000, 0xF_F010)

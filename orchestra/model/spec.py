@@ -16,7 +16,7 @@ import attrs
 
 from .boot import BootSpec, FlatImage, Layout
 from .checks import fail as _fail, number as _number, whole as _whole
-from .devices import DeviceSpec, check_wiring, irqchip_kind
+from .devices import DeviceSpec, Irqchip, check_wiring, irqchip_kind
 from .errors import SpecError
 from .memory import GiB, KiB, Memory, MemoryRegion, MiB, check_size, ram_ranges
 
@@ -239,7 +239,7 @@ class VmSpec:
 
     Parameters:
         name: unique in its fleet.
-        boot: what to run: a `FlatImage`, or another `BootSpec`.
+        boot: what to run: a `LinuxBoot`, a `FlatImage`, or another `BootSpec`.
         memory: bytes of RAM from address 0, a multiple of 4096. Above 3 GiB it continues at 4 GiB. Or a `Memory`, which
             says as well what it is made of.
         vcpus: how many virtual CPUs.
@@ -255,7 +255,9 @@ class VmSpec:
         devices: what the guest finds on its buses: `DeviceSpec` objects, ours or your own.
         irqchip: give it in-kernel interrupt controllers. True or "full": PIC, I/O APIC, local APICs and a timer (PIT).
             "split": the local APICs alone, for guests whose devices have MSIs and no interrupt lines. Then HLT waits
-            for an interrupt in the kernel; without, a HLT on every vCPU ends the VM as ``Halted``.
+            for an interrupt in the kernel; without (False), a HLT on every vCPU ends the VM as ``Halted``. None: what
+            the guest needs (`BootSpec.irqchip`): "full" for Linux, none for a flat image.
+        cpu: which CPU the guest finds. "host": all that the host's KVM can give.
         bus_lock_detection: where a bus lock is reported, for the emulated backend to choose: "fault-like" (before the
             instruction, as AMD does) or "trap-like" (behind it, as Intel does). None: as the host does.
         sample_every: one bus lock of so many, and each vCPU's first, is looked at closely, for `Vm.profile`; 0: none.
@@ -284,7 +286,8 @@ class VmSpec:
     vcpu_answer_limit: Limit | None = None
     regions: tuple[MemoryRegion, ...] = attrs.field(default=(), converter=_to_tuple)
     devices: tuple[DeviceSpec, ...] = attrs.field(default=(), converter=_to_tuple)
-    irqchip: bool | Literal["full", "split"] = False
+    irqchip: bool | Literal["full", "split"] | None = None
+    cpu: Literal["host"] = "host"
     bus_lock_detection: Literal["fault-like", "trap-like"] | None = None
     sample_every: int = 100
     log_dirty: bool = False
@@ -306,6 +309,8 @@ class VmSpec:
             optional_limit(field, getattr(self, field))
         if self.bus_lock_detection not in (None, "fault-like", "trap-like"):
             raise _fail("bus_lock_detection", self.bus_lock_detection, 'must be "fault-like", "trap-like" or None')
+        if self.cpu != "host":
+            raise _fail("cpu", self.cpu, 'must be "host"')
         check_sampling("sample_every", self.sample_every)
         check_flag("log_dirty", self.log_dirty)
         if not isinstance(self.restart, Restart):
@@ -340,7 +345,23 @@ class VmSpec:
         """What it has for what it boots."""
         ram = self.ram
         spans = sorted([*ram, *(region.span for region in self.regions)], key=lambda span: span.start)
-        return Layout(ram=ram, memory=tuple(spans), vcpus=self.vcpus, irqchip=bool(self.irqchip))
+        return Layout(
+            ram=ram,
+            memory=tuple(spans),
+            vcpus=self.vcpus,
+            irqchip=self.irqchip_kind,
+            devices=self.machine_devices,
+        )
+
+    @property
+    def irqchip_kind(self) -> Irqchip:
+        """The interrupt controllers that it has: as `irqchip` says, or as what it boots needs."""
+        return self.boot.irqchip if self.irqchip is None else irqchip_kind(self.irqchip)
+
+    @property
+    def machine_devices(self) -> tuple[DeviceSpec, ...]:
+        """All devices, in the order in which they are plugged in: those of the platform before `devices`."""
+        return *self.boot.platform(), *self.devices
 
     def _check_layout(self) -> None:
         layout = self.layout
@@ -350,5 +371,5 @@ class VmSpec:
                     f"regions: {high.start:#x}-{high.stop - 1:#x} overlaps {low.start:#x}-{low.stop - 1:#x}; "
                     "RAM starts at 0 and is `memory` bytes: move the region or make the memory smaller"
                 )
-        check_wiring(self.devices, irqchip_kind(self.irqchip), list(layout.memory))
-        self.boot.check(layout)
+        self.boot.check(layout)  # first, as what comes with it may need what it explains
+        check_wiring(layout.devices, layout.irqchip, list(layout.memory))

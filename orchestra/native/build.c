@@ -65,6 +65,12 @@ static int set_up(struct orc_plan *plan, uint32_t i)
 	long rc;
 
 	orc_cpuid_set_apic_id(plan->cpuid, i);
+	for (uint32_t leaf = 0; leaf < plan->cpuid->nent; leaf++) {
+		if (plan->cpuid->entries[leaf].function != 0x40000010)
+			continue;
+		STEP(KVM_GET_TSC_KHZ, vcpu, 0); /* the guest's rate, known only now that it has a vCPU */
+		plan->cpuid->entries[leaf].eax = (uint32_t)rc;
+	}
 	STEP(KVM_SET_CPUID2, vcpu, plan->cpuid);
 	if (entry->msrs) {
 		STEP(KVM_SET_MSRS, vcpu, entry->msrs);

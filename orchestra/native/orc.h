@@ -648,7 +648,7 @@ struct orc_plan {
 	uint32_t slots, vcpus;
 	struct kvm_userspace_memory_region *slot;
 	struct orc_entry *entry;
-	struct kvm_cpuid2 *cpuid; /* changed: the APIC id */
+	struct kvm_cpuid2 *cpuid; /* changed: the APIC id, and the TSC's rate where a leaf has it */
 	/* out, as far as it got: the caller owns what is there, also after an error */
 	int vm;
 	int *vcpu;

@@ -154,7 +154,7 @@ class EmulatedBackend:
                 f"vcpus={spec.vcpus}: the emulated backend gives a VM one vCPU, as several would not see each other's "
                 "atomic operations"
             ), can
-        if what := unwired(spec.devices, spec.irqchip):
+        if what := unwired(spec.machine_devices, spec.irqchip_kind):
             return f"{what}: the emulated backend delivers no interrupts and has no ioeventfds", can
         ring = spec.backing.dirty_ring
         if ring is not None or spec.log_dirty or any(region.log_dirty for region in spec.regions):

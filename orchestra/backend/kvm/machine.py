@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, Final
 
-from ...model.devices import irqchip_kind
 from ...model.errors import BusLockUnsupported, OrchestraError, SpecError
 from ...model.memory import MMIO_HOLE, PAGE
 from ...model.spec import VmSpec
@@ -21,7 +20,7 @@ from ..memory_layout import entries, memory_slots
 from ..registers import Registers, SpecialRegisters
 from ..threaded import ThreadedEngine
 from . import state
-from .cpuid import Cpuid, make_cpuid
+from .cpuid import Cpuid, make_cpuid, missing_features
 from .dirty import DirtyLog
 from .ioctl import failure
 from .system import Kvm
@@ -95,7 +94,7 @@ class KvmMachine:
         slots = memory_slots(self.memory)
         entry, _kept = entries(states)
         fds, runs = ffi.new("int[]", len(cores)), ffi.new("struct kvm_run *[]", len(cores))
-        plan.kvm, plan.bus_locks, plan.irqchip = kvm.fd, how["bus_locks"], IRQCHIPS[irqchip_kind(spec.irqchip)]
+        plan.kvm, plan.bus_locks, plan.irqchip = kvm.fd, how["bus_locks"], IRQCHIPS[spec.irqchip_kind]
         plan.identity_map, plan.tss, plan.run_size = IDENTITY_MAP_ADDRESS, TSS_ADDRESS, kvm.vcpu_mmap_size
         ring = spec.backing.dirty_ring or 0
         plan.dirty_ring = ring
@@ -115,7 +114,7 @@ class KvmMachine:
                 nobodys.pop_all()
             # Also after a step that failed: what was made by then gets its owners, so that `close` gives all of it
             # back.
-            irqchip = irqchip_kind(spec.irqchip)
+            irqchip = spec.irqchip_kind
             self.interrupts = self.vm.interrupts if irqchip == "full" else None
             self.wires = KvmWires(self.vm, irqchip)
             for index, vcpu in enumerate(vcpus):
@@ -232,11 +231,12 @@ class KvmBackend:
         machine = KvmMachine(memory)
         # A table belongs to one thread at a time, and making one takes as long as the rest. There is one kind of them
         # for each number of vCPUs, and those of a fleet are few.
-        tables = self._cpuids.setdefault((spec.vcpus, bool(spec.irqchip)), [])
+        local_apics = spec.irqchip_kind != "none"
+        tables = self._cpuids.setdefault((spec.vcpus, local_apics), [])
         try:
             cpuid = tables.pop()
         except IndexError:
-            cpuid = Cpuid.from_entries(make_cpuid(self._supported, spec.vcpus, bool(spec.irqchip)))
+            cpuid = Cpuid.from_entries(make_cpuid(self._supported, spec.vcpus, local_apics))
         try:
             machine.build(self.kvm, spec, cores, states, cpuid, bus_locks=bus_locks, sync_regs=self._sync_regs)
         except BaseException:
@@ -255,6 +255,9 @@ class KvmBackend:
             return f"vcpus={spec.vcpus}: this host's KVM allows at most {self._max_vcpus} in a VM", "ask for fewer"
         if refusal := self._no_room(spec):
             return refusal
+        if missing := missing_features(self._supported, spec.boot.cpu_features):
+            what = f"boot: a {type(spec.boot).__name__} needs CPU features that this host's KVM does not give"
+            return f"{what}: {', '.join(missing)}", "use a host with them, or a guest that needs less"
         ring, most = spec.backing.dirty_ring, self._most_ring
         if ring is not None and ring > most:
             what = (
@@ -297,7 +300,7 @@ class KvmBackend:
 
 def _kernel_parts(spec: VmSpec) -> tuple[tuple[str, str], ...]:
     """Capabilities beyond those that each VM needs, each with what needs it; empty if nothing of this spec does."""
-    irqchip, wirings = irqchip_kind(spec.irqchip), [(type(one).__name__, one.wiring()) for one in spec.devices]
+    irqchip, wirings = spec.irqchip_kind, [(type(one).__name__, one.wiring()) for one in spec.machine_devices]
     interrupts = next((name for name, wiring in wirings if wiring.msis), "")
     bells = next((name for name, wiring in wirings if wiring.doorbells), "")
     return (

@@ -32,7 +32,7 @@ def load(spec: VmSpec, memory: GuestMemory) -> list[EntryState]:
     states: list[EntryState] = loader(boot, spec.layout, memory)
     if len(states) != spec.vcpus:
         raise SpecError(f"boot: {boot.loader!r} told where {len(states)} vCPUs start, and the VM has {spec.vcpus}")
-    if states[0].waits or (not spec.irqchip and any(state.waits for state in states)):
+    if states[0].waits or (spec.irqchip_kind == "none" and any(state.waits for state in states)):
         raise SpecError(
             f"boot: {boot.loader!r} has vCPUs wait for INIT and SIPI: not the first can, and the others need an irqchip"
         )

@@ -17,9 +17,9 @@ from typing import Final
 
 from ...backend.memory import GuestMemory
 from ...model import platform
+from ...model.boot import Layout
 from ...model.devices import Serial
 from ...model.errors import SpecError
-from ...model.spec import VmSpec
 from . import aml
 
 __all__ = ["MOST_VCPUS", "build", "write_tables"]
@@ -43,15 +43,15 @@ PRESSED, CHANGED = 0x80, 0x80
 """What a device is notified of: tables 5.184 (button), and Microsoft's paper for the generation id."""
 
 
-def build(spec: VmSpec) -> dict[int, bytes]:
+def build(layout: Layout) -> dict[int, bytes]:
     """The tables of a VM, by guest-physical address.
 
     Raises:
         SpecError: it has more vCPUs than the tables have room for.
     """
-    if spec.vcpus > MOST_VCPUS:
+    if layout.vcpus > MOST_VCPUS:
         raise SpecError(
-            f"vcpus={spec.vcpus}: a guest that finds its CPUs by ACPI has at most {MOST_VCPUS}: APIC ids above 254 "
+            f"vcpus={layout.vcpus}: a guest that finds its CPUs by ACPI has at most {MOST_VCPUS}: APIC ids above 254 "
             "need x2APIC, which orchestra does not announce yet"
         )
     placed: dict[int, bytes] = {}
@@ -64,15 +64,15 @@ def build(spec: VmSpec) -> dict[int, bytes]:
         next_address = (address + len(table) + 15) & ~15
         return address
 
-    dsdt = place(_table(b"DSDT", 2, _dsdt(spec)))
-    tables = [place(_fadt(dsdt)), place(_madt(spec.vcpus)), place(_mcfg())]
+    dsdt = place(_table(b"DSDT", 2, _dsdt(layout)))
+    tables = [place(_fadt(dsdt)), place(_madt(layout.vcpus)), place(_mcfg())]
     xsdt = place(_table(b"XSDT", 1, struct.pack(f"<{len(tables)}Q", *tables)))
     placed[platform.ACPI_TABLES.start] = _rsdp(xsdt)
     assert next_address <= platform.ACPI_TABLES.stop  # 255 vCPUs take 2 KiB
     return placed
 
 
-def write_tables(spec: VmSpec, memory: GuestMemory, generation: bytes) -> int:
+def write_tables(layout: Layout, memory: GuestMemory, generation: bytes) -> int:
     """Write the tables, and the VM generation id, into guest memory. Returns the address of the RSDP.
 
     Parameters:
@@ -81,7 +81,7 @@ def write_tables(spec: VmSpec, memory: GuestMemory, generation: bytes) -> int:
     Raises:
         SpecError: as `build`.
     """
-    for address, table in build(spec).items():
+    for address, table in build(layout).items():
         memory.write(address, table)
     memory.write(platform.GENERATION_ID.start, generation)
     return platform.ACPI_TABLES.start
@@ -143,8 +143,8 @@ def _mcfg() -> bytes:
 # ---- the DSDT
 
 
-def _dsdt(spec: VmSpec) -> bytes:
-    serial = next((one for one in spec.devices if isinstance(one, Serial)), None)
+def _dsdt(layout: Layout) -> bytes:
+    serial = next((one for one in layout.devices if isinstance(one, Serial)), None)
     devices = [_host_bridge(), _reserved(), _power_button(), _generation_id(), _events(), _clock(), _panic()]
     if serial is not None:
         devices.append(_serial(serial))

@@ -21,7 +21,7 @@ from ...backend import Machine
 from ...backend.memory import GuestMemory
 from ...backend.wiring import InterruptLine, InterruptPulse
 from ...model.actions import Outcome
-from ...model.devices import DeviceSpec, Wiring, irqchip_kind
+from ...model.devices import DeviceSpec, Wiring
 from ...model.errors import GuestMemoryError, StateError
 from ...model.spec import VmSpec
 from ...native.core import Charged
@@ -83,7 +83,9 @@ class Dma:
 
 
 class Assembly:
-    """All devices that a spec names, in its order. Made on any thread; the methods are for the fleet's thread.
+    """All devices of a VM (`VmSpec.machine_devices`), in their order.
+
+    Made on any thread; the methods are for the fleet's thread.
 
     Parameters:
         post: runs a function soon on the fleet's thread; from any thread.
@@ -107,7 +109,7 @@ class Assembly:
         pacer: Pacer,
         states: Sequence[object] | None = None,
     ) -> None:
-        specs = board.spec.devices
+        specs = board.spec.machine_devices
         if states is not None and len(states) != len(specs):
             raise StateError(f"vm {board.spec.name!r}: {len(states)} states for {len(specs)} devices")
         self._board, self._machine, self._console = board, machine, console
@@ -154,7 +156,7 @@ class Assembly:
         line = wiring.line
         level: InterruptLine = NOWHERE
         pulse: InterruptPulse = NOWHERE
-        if wires is not None and line is not None and irqchip_kind(self._board.spec.irqchip) == "full":
+        if wires is not None and line is not None and self._board.spec.irqchip_kind == "full":
             match line.trigger:
                 case "level":
                     level = wires.line(line.gsi)

@@ -1,0 +1,121 @@
+"""Linux kernels as they are, booted to a shell on the serial console: three formats, one and four vCPUs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import linux_kit
+import orchestra as orc
+from orchestra.machine.devices.serial import Uart16550
+from orchestra.testing import wait_until
+
+pytestmark = [pytest.mark.kvm, pytest.mark.linux]
+
+BOOTED = 150.0
+"""Seconds. On an emulated host, with other things to do, a kernel takes 25 s; on a real one, less than one."""
+PROMPT = "/ # "
+ASKS_FOR_CURSOR = "\x1b[6n"
+"""The shell asks its terminal where the cursor is, unless input waits. A serial port does not say."""
+
+
+@pytest.fixture(scope="module")
+def initrd(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("linux") / "initrd"
+    path.write_bytes(had(linux_kit.initrd))
+    return path
+
+
+def had(make, *args, **more):
+    """What the kit makes. Where it can't be had, the test is skipped, with the reason."""
+    try:
+        return make(*args, **more)
+    except linux_kit.NotHereError as error:
+        pytest.skip(str(error))
+
+
+def spec_of(kernel: Path, initrd: Path, vcpus: int = 1, cmdline: str = "quiet") -> orc.VmSpec:
+    return orc.VmSpec(
+        name="linux",
+        boot=orc.LinuxBoot(kernel=kernel, initrd=initrd, cmdline=cmdline),
+        memory=256 * orc.MiB,
+        vcpus=vcpus,
+        devices=(orc.Serial(),),
+    )
+
+
+def printed(vm: orc.Vm) -> str:
+    return vm.console.text.replace(ASKS_FOR_CURSOR, "").replace("\r", "")
+
+
+async def answer(vm: orc.Vm, line: str) -> str:
+    """Type a line at the prompt, and return what the guest printed up to its next prompt."""
+    (uart,) = (one.device for one in vm._control.guest.devices.plugged if isinstance(one.device, Uart16550))
+    rest = line.encode() + b"\n"
+
+    def typed() -> bool:
+        nonlocal rest
+        rest = rest[uart.receive(rest) :]
+        return not rest
+
+    begin = len(printed(vm))
+    await wait_until(typed)
+    await wait_until(lambda: "\n" in printed(vm)[begin:] and printed(vm).endswith(PROMPT))
+    return printed(vm)[begin:].partition("\n")[2].removesuffix(PROMPT)
+
+
+async def booted(fleet: orc.Fleet, spec: orc.VmSpec) -> orc.Vm:
+    vm = await fleet.launch(spec)
+    await wait_until(lambda: vm.outcome is not None or printed(vm).endswith(PROMPT), within=BOOTED)
+    assert vm.outcome is None, vm.console.text
+    return vm
+
+
+async def ended(vm: orc.Vm, how: str) -> orc.Outcome:
+    (uart,) = (one.device for one in vm._control.guest.devices.plugged if isinstance(one.device, Uart16550))
+    assert uart.receive(how.encode() + b"\n") == len(how) + 1
+    return await vm.wait()
+
+
+async def test_bzimage_boots_to_a_shell_that_answers_and_powers_off(initrd):
+    kernel = had(linux_kit.debian_kernel)
+    async with orc.open_fleet(backend="kvm", bus_locks="auto") as fleet:
+        vm = await booted(fleet, spec_of(kernel, initrd))
+        assert await answer(vm, "uname -r") == kernel.name.removeprefix("vmlinuz-") + "\n"
+        assert await answer(vm, "cat /proc/cmdline") == "console=ttyS0 quiet\n"
+        assert await answer(vm, "cat /sys/devices/system/clocksource/*/current_clocksource") == "kvm-clock\n"
+        found = await answer(vm, "dmesg | grep -E 'BIOS-e820|RSDP 0x|MTRR|TSC deadline'")
+        assert "[mem 0x0000000000100000-0x000000000fffffff] usable" in found
+        assert "[mem 0x00000000e0000000-0x00000000e00fffff] reserved" in found
+        assert "RSDP 0x00000000000E0000" in found
+        assert "TSC deadline timer available" in found
+        outcome = await ended(vm, "poweroff -f")
+        assert isinstance(outcome, orc.Shutdown), outcome
+
+
+@pytest.mark.smp
+async def test_newest_kernel_brings_up_four_vcpus_and_resets(initrd):
+    kernel = had(linux_kit.host_kernel)
+    async with orc.open_fleet(backend="kvm", bus_locks="auto") as fleet:
+        vm = await booted(fleet, spec_of(kernel, initrd, vcpus=4))
+        assert await answer(vm, "nproc") == "4\n"
+        apics = await answer(vm, "grep -E '^(apicid|core id|siblings)' /proc/cpuinfo")
+        words = [line.split(":") for line in apics.splitlines()]
+        assert [int(value) for name, value in words if name.startswith("apicid")] == [0, 1, 2, 3]
+        assert {int(value) for name, value in words if name.startswith("siblings")} == {4}
+        assert isinstance(await ended(vm, "reboot -f"), orc.Shutdown)
+
+
+@pytest.mark.parametrize(
+    ("pvh", "end", "cmdline"),
+    [(True, "poweroff -f", "quiet"), (False, "reboot -f", "quiet reboot=t")],
+    ids=["pvh", "64-bit protocol, and a triple fault at the end"],
+)
+async def test_elf_kernel_boots_to_a_shell(initrd, tmp_path, pvh, end, cmdline):
+    (tmp_path / "vmlinux").write_bytes(had(linux_kit.vmlinux, had(linux_kit.debian_kernel), pvh=pvh))
+    async with orc.open_fleet(backend="kvm", bus_locks="auto") as fleet:
+        vm = await booted(fleet, spec_of(tmp_path / "vmlinux", initrd, cmdline=cmdline))
+        assert await answer(vm, "cat /proc/cmdline") == f"console=ttyS0 {cmdline}\n"
+        outcome = await ended(vm, end)
+        assert isinstance(outcome, orc.Shutdown), outcome
