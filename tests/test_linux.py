@@ -8,8 +8,6 @@ import pytest
 
 import linux_kit
 import orchestra as orc
-from orchestra.machine.devices.serial import Uart16550
-from orchestra.testing import wait_until
 
 pytestmark = [pytest.mark.kvm, pytest.mark.linux]
 
@@ -45,36 +43,25 @@ def spec_of(kernel: Path, initrd: Path, vcpus: int = 1, cmdline: str = "quiet") 
     )
 
 
-def printed(vm: orc.Vm) -> str:
-    return vm.console.text.replace(ASKS_FOR_CURSOR, "").replace("\r", "")
+def plain(output: bytes) -> str:
+    return output.decode().replace(ASKS_FOR_CURSOR, "").replace("\r", "")
 
 
 async def answer(vm: orc.Vm, line: str) -> str:
     """Type a line at the prompt, and return what the guest printed up to its next prompt."""
-    (uart,) = (one.device for one in vm._control.guest.devices.plugged if isinstance(one.device, Uart16550))
-    rest = line.encode() + b"\n"
-
-    def typed() -> bool:
-        nonlocal rest
-        rest = rest[uart.receive(rest) :]
-        return not rest
-
-    begin = len(printed(vm))
-    await wait_until(typed)
-    await wait_until(lambda: "\n" in printed(vm)[begin:] and printed(vm).endswith(PROMPT))
-    return printed(vm)[begin:].partition("\n")[2].removesuffix(PROMPT)
+    await vm.console.write(f"{line}\n")
+    await vm.console.wait_for("\n")  # its echo
+    return plain(await vm.console.wait_for(PROMPT)).removesuffix(PROMPT)
 
 
 async def booted(fleet: orc.Fleet, spec: orc.VmSpec) -> orc.Vm:
     vm = await fleet.launch(spec)
-    await wait_until(lambda: vm.outcome is not None or printed(vm).endswith(PROMPT), within=BOOTED)
-    assert vm.outcome is None, vm.console.text
+    await vm.console.wait_for(PROMPT, timeout=BOOTED)
     return vm
 
 
 async def ended(vm: orc.Vm, how: str) -> orc.Outcome:
-    (uart,) = (one.device for one in vm._control.guest.devices.plugged if isinstance(one.device, Uart16550))
-    assert uart.receive(how.encode() + b"\n") == len(how) + 1
+    await vm.console.write(f"{how}\n")
     return await vm.wait()
 
 
