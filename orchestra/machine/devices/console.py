@@ -161,17 +161,20 @@ class Console:
             chunk, end = self._since(searched)
             at = chunk.find(wanted)
             if at >= 0:
-                await trio.lowlevel.checkpoint()
                 stop = end - len(chunk) + at + len(wanted)
+                kept, kept_end = self._since(begin)  # the guest writes on: the match itself may be overwritten by now
+                size = len(kept) - (kept_end - stop)
+                await trio.lowlevel.checkpoint()
                 self._found = max(self._found, stop)
-                kept, kept_end = self._since(begin)
-                return kept[: len(kept) - (kept_end - stop)]
+                return kept[:size] if size >= len(wanted) else wanted
             searched = max(searched, end - len(wanted) + 1)  # the rest of a match may still come
             if closed:
                 await trio.lowlevel.checkpoint()
                 raise StateError(f"{self._who}ended before {wanted!r} came; {self._last_lines()}")
             if lib.orc_console_want(self.handle, end):
                 await changed.wait()
+            else:  # a guest that never stops talking must not keep the loop to itself
+                await trio.lowlevel.checkpoint()
 
     @property
     def _who(self) -> str:
