@@ -285,7 +285,8 @@ async def test_wait_for_leaves_the_event_loop_to_others_while_the_guest_writes_o
 
     async def other() -> None:
         nonlocal turns
-        for turns in range(10):
+        for _ in range(10):
+            turns += 1
             await trio.lowlevel.checkpoint()
         nursery.cancel_scope.cancel()
 
@@ -293,7 +294,7 @@ async def test_wait_for_leaves_the_event_loop_to_others_while_the_guest_writes_o
     async with trio.open_nursery() as nursery:
         nursery.start_soon(other)
         await console.wait_for(b"x")
-    assert turns == 9
+    assert turns == 10
 
 
 async def test_wait_for_returns_the_match_though_the_guest_has_overwritten_it_since():
