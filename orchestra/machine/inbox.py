@@ -218,7 +218,7 @@ class Inbox:
         arrived, tenants = self._core.asked(self.MOST), self._tenants
         if not tenants and len(arrived) == 1:  # the usual case: there is nothing to take turns with
             self._ask(arrived[0])
-            return False
+            return bool(tenants)
         for question in arrived:
             asker = self._askers.get(question.vcpu)
             if asker is not None:
