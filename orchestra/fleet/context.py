@@ -209,8 +209,8 @@ class FleetContext:
         self._guests[core.id] = guest
         vm = self.controls[guest.name]
         self.dispatcher.register(core, vm.name, vm.generation, index)
-        of = (vm.tenant, vm.name)
-        self.inbox.add(core, guest.vcpus[index].engine, index, of, (guest.ports, guest.mmio), guest.turn_failed)
+        of, failed = (vm.tenant, vm.name), partial(guest.fail, "its turn")
+        self.inbox.add(core, guest.vcpus[index].engine, index, of, (guest.ports, guest.mmio), failed)
         self.observer.add(core.id, vm, guest, index)
 
     def retire(self, cores: Iterable[VcpuCore]) -> None:
