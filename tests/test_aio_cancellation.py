@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import signal
 import subprocess
 import sys
@@ -607,3 +609,18 @@ asyncio.run(main())
         [sys.executable, "-c", script.replace("LIMIT", str(LIMIT))], capture_output=True, text=True, timeout=2 * LIMIT
     )
     assert (done.stdout, done.stderr) == ("handled\n", "")
+
+
+def test_a_host_without_descriptors_keeps_its_handler_of_ctrl_c(monkeypatch):
+    def none_left(flags: int) -> tuple[int, int]:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    async def main() -> None:
+        before = signal.getsignal(signal.SIGINT)
+        monkeypatch.setattr(os, "pipe2", none_left)
+        with pytest.raises(OSError, match="Too many open files"):
+            async with orchestra.aio.open_fleet(backend=orc.ScriptedBackend({})):
+                pytest.fail("opened")
+        assert signal.getsignal(signal.SIGINT) == before
+
+    asyncio.run(main())

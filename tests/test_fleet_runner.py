@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 import trio
@@ -311,6 +313,21 @@ def odd(what: str, get: Callable[[], object]) -> Told:
 
 def a_bug() -> object:
     raise ValueError("a bug of yours")
+
+
+def open_files(named: str) -> list[str]:
+    targets = [os.readlink(file) for file in Path("/proc/self/fd").iterdir() if file.is_symlink()]
+    return [target for target in targets if named in target]
+
+
+async def test_a_fleet_that_refuses_a_policy_leaves_no_descriptor_open():
+    class Threaded(orc.ScriptedBackend):
+        blocking = True  # as the backends whose threads the fleet looks at
+
+    with pytest.raises(orc.SpecError, match="interval="):
+        async with orc.open_fleet(backend=Threaded(), policies=[Told(interval=-1)]):
+            pytest.fail("opened")
+    assert open_files("schedstat") == []
 
 
 @pytest.mark.parametrize("what", ["name", "signals", "interval", "meter"])

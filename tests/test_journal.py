@@ -595,6 +595,24 @@ def test_what_an_older_journal_calls_launch_is_the_generation_once_it_is_upgrade
         assert pause.action == orc.Pause(vm="a", generation=2, evidence={"noise": 3, "generation": 2, "calm": 1})
 
 
+def test_a_damaged_row_does_not_keep_a_journal_from_being_upgraded(path):
+    connection = schema.connect(path, readonly=False)
+    for migrate in schema._MIGRATIONS[:3]:
+        migrate(connection)
+    connection.execute(
+        "INSERT INTO actions VALUES (NULL, 1, 5, 'Pause', 'a', NULL, 'p', 'done', NULL, '', ?, '{}')", ('{"launch":2',)
+    )
+    connection.execute("INSERT INTO states VALUES (1, 5, 'a', 2, 't', 'running', '')")
+    connection.execute(f"PRAGMA application_id = {schema.APPLICATION}")
+    connection.execute("PRAGMA user_version = 3")
+    connection.close()
+    assert schema.upgrade(path) == (3, VERSION)
+    with read_journal(path) as reader:
+        assert [row.generation for row in reader.states()] == [2]
+        with pytest.raises(JournalError, match="can't be read"):
+            list(reader.actions())
+
+
 def test_one_that_is_used_again_waits_between_its_commits(path):
     journal = Journal(path)
     for _ in range(2):

@@ -10,6 +10,7 @@ from hypothesis import given, strategies as st
 import orchestra as orc
 from orchestra.machine.devices.acpi import AcpiState
 from orchestra.machine.devices.rtc import RtcState
+from orchestra.machine.runs import in_a_line
 from orchestra.model import platform
 from orchestra.model.actions import ACPI_RESET, KEYBOARD_RESET, POWER_OFF
 from orchestra.model.chipset import I8042, AcpiRegisters, PanicPort, Rtc
@@ -84,6 +85,16 @@ def test_a_panic_ends_the_vm_with_the_last_lines_of_its_console():
         assert isinstance(outcome, orc.Failed)
         assert outcome.console.splitlines()[-2:] == ["line 98", "line 99"]
         assert str(outcome).startswith("the guest's kernel panicked\nline 88\n")
+
+
+def test_a_panic_after_endless_lines_keeps_the_begin_of_each():
+    with DeviceRig(PanicPort()) as rig:
+        rig.console.put(b"".join(b"%d" % n + b"a" * 4000 + b"\n" for n in range(15)))
+        rig.write(0, 1, size=1)
+        (outcome,) = rig.outcomes
+        assert isinstance(outcome, orc.Failed)
+        assert {len(line) for line in outcome.console.splitlines()} == {200}
+        assert in_a_line(outcome) == "the guest's kernel panicked"
 
 
 # ---- the clock

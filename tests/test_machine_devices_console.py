@@ -268,6 +268,48 @@ async def test_wait_for_a_silent_vm_says_so(autojump_clock):
         await Console(at_once).wait_for(b"x", timeout=1)
 
 
+class Talkative(Console):
+    """A console whose guest writes on after each look at its output, as one does that another CPU runs."""
+
+    def _since(self, position: int) -> tuple[bytes, int]:
+        found = super()._since(position)
+        assert self.total < 100 * len(self.words), "the event loop has no turn"
+        self.put(self.words)
+        return found
+
+    words = b"a" * 100
+
+
+async def test_wait_for_leaves_the_event_loop_to_others_while_the_guest_writes_on_and_on():
+    turns = 0
+
+    async def other() -> None:
+        nonlocal turns
+        for _ in range(10):
+            turns += 1
+            await trio.lowlevel.checkpoint()
+        nursery.cancel_scope.cancel()
+
+    console = Talkative(at_once)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(other)
+        await console.wait_for(b"x")
+    assert turns == 10
+
+
+async def test_wait_for_returns_the_match_though_the_guest_has_overwritten_it_since():
+    class Flood(Console):
+        def _since(self, position: int) -> tuple[bytes, int]:
+            found = super()._since(position)
+            if b"login" in found[0]:
+                self.put(b"z" * (KEPT + 100))
+            return found
+
+    console = Flood(at_once)
+    console.put(b"boot\nlogin: ")
+    assert await console.wait_for(b"login:") == b"login:"
+
+
 async def test_wait_for_ends_with_the_vm():
     console = Console(at_once)
     console.put(b"power down")

@@ -680,6 +680,15 @@ async def test_loopback_keeps_input_out_until_it_ends():
     assert read_all(uart) == b"x"
 
 
+async def test_a_uart_that_was_stopped_takes_no_input_though_somebody_still_has_it():
+    """As between two runs: the last one's devices are kept until there are others."""
+    console, uart = listening()
+    uart.stop()
+    with pytest.raises(orc.StateError, match="nothing takes input"):
+        await console.write(b"x")
+    assert read_all(uart) == b""
+
+
 def test_a_uart_that_is_freed_is_typed_at_no_more():
     console, uart = listening()
     assert lib.orc_console_listened(console.handle)

@@ -463,6 +463,24 @@ async def test_the_vms_end_lets_a_task_that_stands_in_stop_and_the_others_are_se
         await played(other)
 
 
+async def test_a_task_that_was_recalled_leaves_the_place_to_the_one_that_took_it_meanwhile(rig):
+    """As when a VM ends, and the reader of another VM comes back for its next question in the same round."""
+    gone, other = rig.guest("acme", "a"), rig.guest("umbrella", "b")
+    async with serving(rig) as nursery:
+        async with trio.open_nursery() as readers:
+            readers.start_soon(answer_all, gone)
+            await trio.testing.wait_all_tasks_blocked()
+
+            async def read() -> None:
+                gone.requests.end()
+                assert rig.inbox.may_stand_in()
+                await answer_all(other)
+
+            nursery.start_soon(read)
+        await trio.testing.wait_all_tasks_blocked()
+        await played(other)
+
+
 async def test_a_task_that_stands_in_when_the_fleet_closes_does_not_use_the_core_any_more():
     rig = Rig()
     guest = rig.guest("acme", "a")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import select
@@ -27,6 +28,7 @@ from orchestra.native.core import (
     Bucket,
     Command,
     FleetCore,
+    Runner,
     VcpuCore,
     install_signal,
     monotonic_ns,
@@ -711,6 +713,23 @@ runner = Runner(core, "guest", 0, run, lambda why: None)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_number_of_a_runners_thread_can_be_read_while_another_thread_joins_it():
+    fleet = FleetCore()
+    core = VcpuCore(fleet, 1)
+    core.hold()
+    run = ffi.cast("enum orc_why (*)(orc_vcpu *)", ctypes.cast(ctypes.CDLL(None).getpid, ctypes.c_void_p).value)
+    runner = Runner(core, "guest", 0, run, lambda why: None)
+    joins = threading.Thread(target=runner.join)
+    joins.start()
+    while runner._handle is not None:  # it waits for the thread now, or soon
+        os.sched_yield()
+    assert str(runner.tid) in os.listdir("/proc/self/task")
+    core.command(clear=Command.HOLD)
+    joins.join()
+    core.close()
+    fleet.close()
 
 
 def test_close_gives_the_eventfd_and_the_ring_back():

@@ -67,8 +67,8 @@ class LoopBridge(Bridge):
         return bridge
 
     def _start(self) -> None:
-        self._interrupts.install()
         try:
+            self._interrupts.install()
             trio.lowlevel.start_guest_run(
                 self._stop.wait,
                 run_sync_soon_threadsafe=self.loop.call_soon_threadsafe,

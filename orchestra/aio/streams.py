@@ -220,6 +220,9 @@ class Console(Wrapper[console.Console]):
     def log(self) -> bytes:
         return self._inner.log()
 
+    def last_lines(self) -> str:
+        return self._inner.last_lines()
+
     async def wait_for(self, pattern: bytes | str, *, timeout: float | None = None) -> bytes:  # noqa: ASYNC109 (its error has the last lines)
         return await self._bridge.call(partial(self._inner.wait_for, pattern, timeout=timeout))
 

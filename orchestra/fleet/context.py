@@ -84,7 +84,6 @@ class FleetContext:
         self.cpu_cgroup = resources.cpu_cgroup
         self.inbox = Inbox(resources.core)
         threads = ThreadTimes() if backend.blocking else None
-        self.pacer = Pacer(backend.now, partial(_times, backend.now, threads, threading.get_native_id()))
         self.workers = Workers(backend.blocking)
         self.tenancy = Tenancy(spec, backend.now())
         self.records = Records(resources.recorder)
@@ -93,6 +92,8 @@ class FleetContext:
         self.observer = Observer(self, resources.host, threads)
         # Raises if a policy is refused.
         self.runner = PolicyRunner(self.executor, policies, activity=self.observer, guard=guard, strict=spec.strict)
+        # After it: this opens a file of `threads`, which only the observer's end closes.
+        self.pacer = Pacer(backend.now, partial(_times, backend.now, threads, threading.get_native_id()))
         self.dispatcher = Dispatcher(resources.core, paced=backend.blocking)
         self.dispatcher.on_change(self._update_event_masks)
         self.dispatcher.on_talk(self._talked)
@@ -208,8 +209,8 @@ class FleetContext:
         self._guests[core.id] = guest
         vm = self.controls[guest.name]
         self.dispatcher.register(core, vm.name, vm.generation, index)
-        of = (vm.tenant, vm.name)
-        self.inbox.add(core, guest.vcpus[index].engine, index, of, (guest.ports, guest.mmio), guest.turn_failed)
+        of, failed = (vm.tenant, vm.name), partial(guest.fail, "its turn")
+        self.inbox.add(core, guest.vcpus[index].engine, index, of, (guest.ports, guest.mmio), failed)
         self.observer.add(core.id, vm, guest, index)
 
     def retire(self, cores: Iterable[VcpuCore]) -> None:

@@ -98,7 +98,10 @@ def _fourth(connection: sqlite3.Connection) -> None:
 def _rename(text: str) -> str:
     if '"launch"' not in text:  # most rows: not worth parsing
         return text
-    found = json.loads(text)
+    try:
+        found = json.loads(text)
+    except ValueError:  # damaged: a reader says so when it comes to this row, and the others can be read
+        return text
     if not isinstance(found, dict) or "launch" not in found:
         return text
     # The keys keep their order, as `orchestra why` lists evidence in the order in which the policy wrote it.

@@ -119,7 +119,7 @@ class Inbox:
         self._askers: dict[int, Asker] = {}
         self._tenants: dict[str, dict[str, deque[Turn]]] = {}
         self._waits = False  # `run` waits for its eventfd
-        self._deputy = False  # a task waits in its place
+        self._deputy: object | None = None  # a task waits in its place: this call of `stand_in`
 
     def add(
         self, core: VcpuCore, engine: Kicked, index: int, whose: Key, buses: tuple[Bus, Bus], failed: Failure
@@ -137,7 +137,8 @@ class Inbox:
     def put(self, whose: Key, turn: Turn) -> None:
         """Call `turn` when it is that VM's turn. `turn` must not raise: an error in it ends the fleet."""
         self._append(whose, turn)
-        self._core.ring_asked()
+        if self._waits:  # otherwise `run` looks before it sleeps; or it has ended, and nobody is there to be woken
+            self._core.ring_asked()
 
     def _append(self, whose: Key, turn: Turn) -> None:
         tenant, vm = whose
@@ -159,7 +160,7 @@ class Inbox:
         self._waits = True
         try:
             await trio.lowlevel.wait_readable(eventfd)
-            while self._deputy:  # somebody rang just before the deputy came, which found what it was for
+            while self._deputy is not None:  # somebody rang just before the deputy came, which found what it was for
                 with suppress(BlockingIOError):
                     os.eventfd_read(eventfd)
                 await trio.lowlevel.wait_readable(eventfd)
@@ -172,7 +173,7 @@ class Inbox:
     def may_stand_in(self) -> bool:
         """Whether the calling task may wait in the place of `run`: while `run` waits, nobody else stands in, and no
         device has a turn."""
-        return self._waits and not self._deputy and not self._tenants
+        return self._waits and self._deputy is None and not self._tenants
 
     async def stand_in(self) -> None:
         """Wait until there are questions, and serve one round; or until `recall`.
@@ -183,7 +184,8 @@ class Inbox:
         A guest's next question often comes before the last one's answer has returned: the vCPU's thread takes over the
         CPU that woke it. Then neither task sleeps at all, and the round is in the next pass of the event loop.
         """
-        self._deputy = True
+        # Each call is an object of its own: one that was recalled may run only after another task has taken the place.
+        deputy = self._deputy = object()
         try:
             if self._core.stand_in_unasked():
                 await trio.lowlevel.wait_readable(self._deputys_eventfd)
@@ -192,8 +194,8 @@ class Inbox:
         except trio.ClosedResourceError:
             pass  # recalled
         finally:
-            if self._deputy:
-                self._deputy, more = False, True
+            if self._deputy is deputy:
+                self._deputy, more = None, True
                 try:
                     if not self._tenants:  # otherwise a device has a turn: what it raises belongs into `run`
                         more = self.serve()
@@ -203,8 +205,8 @@ class Inbox:
 
     def recall(self) -> None:
         """The task that stands in wakes, and does no round. Nothing, if none does."""
-        if self._deputy:
-            self._deputy = False
+        if self._deputy is not None:
+            self._deputy = None
             self._core.give_back_asked(more=False)
             # As if the eventfd were closed: this wakes the waiting task now, and not when the event loop polls again.
             trio.lowlevel.notify_closing(self._deputys_eventfd)
@@ -216,7 +218,7 @@ class Inbox:
         arrived, tenants = self._core.asked(self.MOST), self._tenants
         if not tenants and len(arrived) == 1:  # the usual case: there is nothing to take turns with
             self._ask(arrived[0])
-            return False
+            return bool(tenants)
         for question in arrived:
             asker = self._askers.get(question.vcpu)
             if asker is not None:

@@ -225,7 +225,7 @@ class Instance:
             self.command(clear=Command.HOLD)
             await self._ended.wait()
         except Exception as error:
-            self._fail("run", error)
+            self.fail("run", error)
         finally:
             self.end(Stopped(CLOSED))
             if not self._ended.is_set() and any(vcpu.engine.threaded for vcpu in self.vcpus):
@@ -236,10 +236,10 @@ class Instance:
         try:
             await vcpu.drive_async()
         except Exception as error:
-            self._fail(f"vCPU {vcpu.index}", error)
+            self.fail(f"vCPU {vcpu.index}", error)
             self._on_ended(vcpu.index)
 
-    def _fail(self, what: str, error: Exception) -> None:
+    def fail(self, what: str, error: Exception) -> None:
         """An error of orchestra or of the host: it ends this VM. Any thread."""
         log.error("vm %s: %s failed", self.name, what, exc_info=error)
         self.end(Failed(f"{what}: {type(error).__name__}: {error}"))
@@ -256,11 +256,7 @@ class Instance:
         try:
             function(*args)
         except Exception as error:
-            self._fail(getattr(function, "__name__", "a call"), error)
-
-    def turn_failed(self, error: Exception) -> None:
-        """An error in this VM's turn ends it, and not the fleet."""
-        self._fail("its turn", error)
+            self.fail(getattr(function, "__name__", "a call"), error)
 
     def end(self, outcome: Outcome) -> None:
         """End the run with that outcome, unless it has one already: the first counts. Any thread."""
@@ -331,7 +327,7 @@ class Instance:
                 read_logs([self.dirty])  # on this thread, as the kernel may take long; the last writes count too
             self._caps.leave(index)  # the fleet waits for this thread's end: no cap may delay that
         except Exception as error:
-            self._fail(f"the end of vCPU {index}", error)
+            self.fail(f"the end of vCPU {index}", error)
         finally:
             self._post(self._on_ended, index)
 

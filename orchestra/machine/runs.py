@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import attrs
 import trio
 
 from ..model.actions import Failed, Halted, Outcome, Shutdown, Stopped
@@ -46,6 +47,8 @@ def in_a_line(outcome: Outcome) -> str:
             return f"shutdown: {reason}" + ("" if code is None else f", code {code}")
         case Stopped(reason=reason):
             return reason
+        case Failed():  # the console's lines are the guest's, and would be kept once more for each restart
+            return str(attrs.evolve(outcome, console=""))
     return str(outcome)
 
 

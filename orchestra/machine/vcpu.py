@@ -166,7 +166,8 @@ class Vcpu:
     def tid(self) -> int | None:
         """The kernel's number of the vCPU's thread; None: there is no thread, or no thread any more. The thread may end
         at any moment: use `living` to do something to it."""
-        return None if self._runner is None or self._over else self._runner.tid
+        runner = self._runner  # read once: `join`, on a worker thread, takes it away
+        return None if runner is None or self._over else runner.tid
 
     def living(self) -> Living:
         """A block that gives `tid`. The thread does not end within the block, so the number is no other thread's."""

@@ -570,6 +570,9 @@ def orc_proceed(context: Any, why: int) -> None:
 class Runner:
     """A thread of the core that runs a vCPU. It enters Python when the guest needs that for the first time.
 
+    Attributes:
+        tid: the kernel's number of the thread. Once the thread has ended, another may have it.
+
     Parameters:
         run: the core's function that runs the vCPU (``enum orc_why (*)(orc_vcpu *)``).
         proceed: called on the thread then, with what `run` returned; must not raise.
@@ -580,7 +583,7 @@ class Runner:
         ResourceLimit: the host has no thread left.
     """
 
-    __slots__ = ("_context", "_handle")
+    __slots__ = ("_context", "_handle", "tid")
 
     def __init__(self, core: VcpuCore, vm: str, index: int, run: Any, proceed: Callable[[int], object]) -> None:
         self._context = ffi.new_handle(proceed)
@@ -592,11 +595,7 @@ class Runner:
         if result:
             raise ResourceLimit(-result, f"thread of a vCPU: {os.strerror(-result)}: see ulimit -u and cgroup pids.max")
         self._handle: Any = out[0]
-
-    @property
-    def tid(self) -> int:
-        """The kernel's number of the thread. Not once it is joined."""
-        return int(lib.orc_runner_tid(self._handle))
+        self.tid = int(lib.orc_runner_tid(self._handle))  # now, as another thread may be at `join` when it is read
 
     def join(self) -> None:
         """Wait until the thread is gone. Done at once if it was joined before."""

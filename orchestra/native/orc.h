@@ -9,10 +9,10 @@
  * Where nothing is said, a function is the owner's.
  *
  * Locks: capper->lock, orc_dirty's two, bus->lock (among owners), stock->lock (owners, makers), fleet->gate.lock, those of
- * devices: uart->lock, then console->lock or interrupts->lock (and those of virtio.h). Of the others none is held while another is taken, but
- * dirty->lock before its sums_lock; under capper->lock vCPUs are commanded and kicked, which takes none. A runner takes
- * none but devices' (and dirty->lock, when its ring of written pages is full, and at its end), so that nobody waits until one has its CPU back:
- * what runners write is written for readers that do not wait.
+ * devices: console->reader_lock, then uart->lock, then console->lock or interrupts->lock (and virtio.h). Of the others none is held while
+ * another is taken, but dirty->lock before its sums_lock; under capper->lock vCPUs are commanded and kicked, which takes none.
+ * A runner takes none but devices' (and dirty->lock, when its ring of written pages is full, and at its end), so that nobody
+ * waits until one has its CPU back: what runners write is written for readers that do not wait.
  *
  * Lifetimes. What a thread may touch outlives that thread's last look at it:
  *   runner   ends first; it was joined, or (where there is none) its task has ended. It then waits for no turn, pushes
@@ -549,6 +549,8 @@ typedef void (*orc_uart_interrupt)(void *line, bool level);
 orc_uart *orc_uart_new(orc_uart_output, void *to, orc_uart_interrupt, void *line);
 orc_uart *orc_serial_new(orc_console *, orc_interrupts *, uint32_t gsi); /* on these; interrupts NULL: not wired */
 void orc_serial_listen(orc_uart *); /* one of orc_serial_new: it takes the console's input from now on */
+/* Owner, once no vCPU has it: it takes no more input, and is freed without a look at the console, which may go first. */
+void orc_serial_stop(orc_uart *);
 orc_device *orc_uart_device(orc_uart *);
 /* Bytes from the other side: how many fitted. Any thread. */
 size_t orc_uart_receive(orc_uart *, const uint8_t *, size_t);

@@ -363,7 +363,7 @@ size_t orc_uart_receive(orc_uart *u, const uint8_t *data, size_t n)
 
 struct serial {
 	orc_uart uart;
-	orc_console *console;
+	orc_console *console; /* NULL: it was stopped */
 	orc_interrupts *interrupts;
 	uint32_t gsi;
 };
@@ -387,11 +387,18 @@ static void typed(void *device)
 	pthread_mutex_unlock(&u->lock);
 }
 
+void orc_serial_stop(orc_uart *u)
+{
+	struct serial *s = (struct serial *)u;
+
+	if (s->console)
+		orc_console_detach(s->console, s);
+	s->console = NULL;
+}
+
 static void free_serial(orc_device *d)
 {
-	struct serial *s = (struct serial *)d;
-
-	orc_console_detach(s->console, s);
+	orc_serial_stop((orc_uart *)d);
 	free_uart(d);
 }
 

@@ -16,7 +16,9 @@ __all__ = ["Console", "ConsoleState"]
 
 KEPT: Final = int(lib.ORC_CONSOLE_KEPT)
 LINES: Final = 12
-"""Of the output, which an error shows: about what a kernel says in its last moment."""
+"""Of the output, which an error shows: about what a kernel says in its last moment, without its registers."""
+WIDTH: Final = 200
+"""Characters of such a line. A kernel's lines are shorter, and a guest that writes none must not fill logs."""
 
 
 @attrs.frozen
@@ -106,6 +108,10 @@ class Console:
         """`log` as text; bytes that are not UTF-8 are replaced."""
         return self.log().decode(errors="replace")
 
+    def last_lines(self) -> str:
+        """The last lines, for an error: a dozen at most, long ones cut off. Any thread."""
+        return "\n".join(line[:WIDTH] for line in self.text.splitlines()[-LINES:])
+
     @property
     def total(self) -> int:
         """How many bytes were ever written."""
@@ -161,25 +167,28 @@ class Console:
             chunk, end = self._since(searched)
             at = chunk.find(wanted)
             if at >= 0:
-                await trio.lowlevel.checkpoint()
                 stop = end - len(chunk) + at + len(wanted)
+                kept, kept_end = self._since(begin)  # the guest writes on: the match itself may be overwritten by now
+                size = len(kept) - (kept_end - stop)
+                await trio.lowlevel.checkpoint()
                 self._found = max(self._found, stop)
-                kept, kept_end = self._since(begin)
-                return kept[: len(kept) - (kept_end - stop)]
+                return kept[:size] if size >= len(wanted) else wanted
             searched = max(searched, end - len(wanted) + 1)  # the rest of a match may still come
             if closed:
                 await trio.lowlevel.checkpoint()
                 raise StateError(f"{self._who}ended before {wanted!r} came; {self._last_lines()}")
             if lib.orc_console_want(self.handle, end):
                 await changed.wait()
+            else:  # a guest that never stops talking must not keep the loop to itself
+                await trio.lowlevel.checkpoint()
 
     @property
     def _who(self) -> str:
         return f"vm {self._name!r}: " if self._name else ""
 
     def _last_lines(self) -> str:
-        lines = self.text.splitlines()[-LINES:]
-        return "its last lines are:\n" + "\n".join(lines) if lines else "it wrote nothing"
+        lines = self.last_lines()
+        return f"its last lines are:\n{lines}" if lines else "it wrote nothing"
 
     async def write(self, data: bytes | str) -> None:
         """Type for the guest. Returns when all of it is on its way: up to 4 KiB wait until the guest reads them.

@@ -13,8 +13,6 @@ __all__ = ["PanicDevice"]
 
 PANICKED: Final = 1 << 0
 """The kernel panicked. Bit 1, "a crash kernel was loaded, and goes on", is not taken: the VM would be gone for it."""
-LINES: Final = 12
-"""Of the console, which go into the outcome: those of a panic without its registers."""
 
 
 class PanicDevice(Peripheral[PanicPort, Stateless]):
@@ -27,8 +25,7 @@ class PanicDevice(Peripheral[PanicPort, Stateless]):
 
     def write(self, offset: int, size: int, value: int) -> None:
         if value & PANICKED:
-            last = self.hooks.console.text.splitlines()[-LINES:]
-            self.hooks.end(Failed(reason="the guest's kernel panicked", console="\n".join(last)))
+            self.hooks.end(Failed(reason="the guest's kernel panicked", console=self.hooks.console.last_lines()))
 
     def reset(self) -> None:
         """Nothing: it keeps nothing."""

@@ -51,6 +51,11 @@ class Uart16550(NativeDevice, Peripheral[Serial, UartState]):
     def listen(self) -> None:
         lib.orc_serial_listen(self._handle)
 
+    def stop(self) -> None:
+        # Not left to the garbage collector: until the next run nothing takes input, and in a cycle of objects the
+        # console may be freed before this is.
+        lib.orc_serial_stop(self._handle)
+
     def reset(self) -> None:
         lib.orc_uart_reset(self._handle)
 

@@ -148,9 +148,9 @@ class Service:
             await self._serve(debt, plugged, lambda: (notify(1), True)[1])
         while True:
             await trio.lowlevel.wait_readable(fd)
-            if self._may(debt):
+            if may := self._may(debt):
                 await self._serve(debt, plugged, ring)
-            await self._paid(debt, lambda: self._try(debt, plugged, ring))
+            await self._paid(debt, may, lambda: self._try(debt, plugged, ring))
 
     async def _watch_timers(self) -> None:
         debt = Debt(self._buckets)
@@ -163,9 +163,9 @@ class Service:
                 with trio.move_on_after(left / 1e9):
                     await changed.wait()
             for timer, setting in self.timers.due()[:1]:
-                if self._may(debt):
+                if may := self._may(debt):
                     await self._serve(debt, self._owner[id(timer)], partial(self._expire, timer, setting))
-                await self._paid(debt, lambda: self._expire_next(debt))
+                await self._paid(debt, may, lambda: self._expire_next(debt))
 
     def _expire(self, timer: VmTimer, setting: int) -> bool:
         taken = self.timers.taken(timer, setting)
@@ -215,18 +215,18 @@ class Service:
         debt.add(RING + (time.thread_time_ns() - begun) // ANSWER)
         return True
 
-    async def _paid(self, debt: Debt, again: Callable[[], bool | None]) -> None:
-        """Charge what was served. If that has to wait for the budget, or nothing was served as devices had their part
-        of the event loop's time: serve on from the pacer, by `again`, until there is nothing to do, or what there is
-        has to wait for something else."""
+    async def _paid(self, debt: Debt, may: bool, again: Callable[[], bool | None]) -> None:
+        """Charge what was served. If that has to wait for the budget, or nothing was (not `may`) as devices had their
+        part of the event loop's time: serve on from the pacer, by `again`, until there is nothing to do, or what there
+        is has to wait for something else."""
 
         def step(now: int) -> int | None:
             due = debt.due(now)
             return due if due > now else now if again() else None
 
-        now, served = self._now(), debt.unpaid > 0
+        now = self._now()
         due = debt.due(now)
-        if due > now or not served:
+        if due > now or not may:
             try:
                 await self._pacer.wait(self._tenant, max(due, now + 1), step)
             finally:

@@ -167,9 +167,23 @@ static void several_serial_ports_write_to_one_console_and_lose_nothing(void)
 	orc_console_free(console);
 }
 
+static void a_serial_port_that_was_stopped_may_outlive_its_console(void)
+{
+	orc_console *goes = orc_console_new();
+	orc_uart *u = orc_serial_new(goes, NULL, 0);
+
+	orc_serial_listen(u);
+	CHECK(orc_console_listened(goes));
+	orc_serial_stop(u);
+	CHECK(!orc_console_listened(goes));
+	orc_console_free(goes);
+	orc_device_free(orc_uart_device(u)); /* the sanitizers see whether it looks at the console */
+}
+
 const struct test uart_tests[] = {
 	TEST(any_accesses_leave_the_line_at_the_level_that_iir_tells),
 	TEST(bytes_that_another_thread_sends_are_read_in_order_and_each_is_once),
 	TEST(several_serial_ports_write_to_one_console_and_lose_nothing),
+	TEST(a_serial_port_that_was_stopped_may_outlive_its_console),
 	{0},
 };
