@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import trio
 
 import linux_kit
 import orchestra as orc
@@ -67,15 +68,20 @@ async def answer(vm: orc.Vm, line: str) -> str:
 
 async def booted(fleet: orc.Fleet, spec: orc.VmSpec) -> orc.Vm:
     vm = await fleet.launch(spec)
-    await wait_until(lambda: vm.outcome is not None or printed(vm).endswith(PROMPT), within=BOOTED)
-    assert vm.outcome is None, vm.console.text
+    try:
+        await wait_until(lambda: vm.outcome is not None or printed(vm).endswith(PROMPT), within=BOOTED)
+    except AssertionError:
+        raise AssertionError(f"no prompt after {BOOTED:g} s, but: {printed(vm)[-2000:]}") from None
+    assert vm.outcome is None, printed(vm)
     return vm
 
 
 async def ended(vm: orc.Vm, how: str) -> orc.Outcome:
     (uart,) = (one.device for one in vm._control.guest.devices.plugged if isinstance(one.device, Uart16550))
     assert uart.receive(how.encode() + b"\n") == len(how) + 1
-    return await vm.wait()
+    with trio.move_on_after(60):
+        return await vm.wait()
+    raise AssertionError(f"{how} did nothing, but: {printed(vm)[-2000:]}")
 
 
 async def test_bzimage_boots_to_a_shell_that_answers_and_powers_off(initrd):
