@@ -89,7 +89,7 @@ async def test_bzimage_boots_to_a_shell_that_answers_and_powers_off(initrd):
     async with orc.open_fleet(backend="kvm", bus_locks="auto") as fleet:
         vm = await booted(fleet, spec_of(kernel, initrd))
         assert await answer(vm, "uname -r") == kernel.name.removeprefix("vmlinuz-") + "\n"
-        assert await answer(vm, "cat /proc/cmdline") == "console=ttyS0 quiet\n"
+        assert await answer(vm, "cat /proc/cmdline") == "console=ttyS0 reboot=a quiet\n"
         assert await answer(vm, "cat /sys/devices/system/clocksource/*/current_clocksource") == "kvm-clock\n"
         found = await answer(vm, "dmesg | grep -E 'BIOS-e820|RSDP 0x|MTRR|TSC deadline'")
         assert "[mem 0x0000000000100000-0x000000000fffffff] usable" in found
@@ -115,7 +115,7 @@ async def test_newest_kernel_brings_up_four_vcpus_and_resets(initrd):
 
 @pytest.mark.parametrize(
     ("pvh", "end", "cmdline"),
-    [(True, "poweroff -f", "quiet"), (False, "reboot -f", "quiet reboot=t")],
+    [(True, "poweroff -f", "reboot=a quiet"), (False, "reboot -f", "quiet reboot=t")],
     ids=["pvh", "64-bit protocol, and a triple fault at the end"],
 )
 async def test_elf_kernel_boots_to_a_shell(initrd, tmp_path, pvh, end, cmdline):
