@@ -8,6 +8,7 @@ from ..backend.memory import GuestMemory
 from ..machine.devices.console import Console
 from ..machine.devices.peripheral import Hooks, Peripheral, implementation
 from ..machine.devices.timers import Timers, VmTimer
+from ..model.actions import Outcome
 from ..model.devices import DeviceSpec
 from ..model.spec import FlatImage, VmSpec
 
@@ -67,7 +68,8 @@ class DeviceRig:
         memory: the guest's memory, which a test writes like the guest.
         line, pulse, msis: its interrupts; `line.levels`, `pulse.fired`, `msis[0].fired` and `.where` say what it did.
         now: the time, in nanoseconds. `advance` sets it.
-        codes: the codes with which the device shut the VM down.
+        outcomes: with which the device ended the VM.
+        wall_clock: seconds since 1970 of the host's clock.
     """
 
     def __init__(self, spec: DeviceSpec, *, memory: int = 64 * 1024, state: object = None, now: int = 1) -> None:
@@ -76,14 +78,16 @@ class DeviceRig:
         self.line, self.pulse = RecordedLine(), RecordedPulse()
         self.msis = tuple(RecordedMsi() for _ in range(wiring.msis))
         self.now = now
-        self.codes: list[int] = []
+        self.outcomes: list[Outcome] = []
+        self.wall_clock = 1_700_000_000.0
         self.console = Console(lambda wake: wake())
         self._timers = Timers(lambda: self.now, lambda: None)
         hooks = Hooks(
             memory=self.memory,
             timer=self._timers.new,
             console=self.console,
-            shut_down=self.codes.append,
+            end=self.outcomes.append,
+            wall_clock=lambda: self.wall_clock,
             line=self.line,
             pulse=self.pulse,
             msis=self.msis,

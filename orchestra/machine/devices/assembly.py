@@ -13,14 +13,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from threading import RLock
-from typing import Final, Protocol
+from typing import Final, Protocol, runtime_checkable
 
 import trio
 
 from ...backend import Machine
 from ...backend.memory import GuestMemory
 from ...backend.wiring import InterruptLine, InterruptPulse
-from ...model.actions import Outcome, Shutdown
+from ...model.actions import Outcome
 from ...model.devices import DeviceSpec, Wiring, irqchip_kind
 from ...model.errors import GuestMemoryError, StateError
 from ...model.spec import Limit, VmSpec
@@ -47,6 +47,14 @@ class Board(Protocol):
     def end(self, outcome: Outcome) -> None: ...
     def answer_limit(self) -> Limit | None:
         """The VM's, as in force."""
+
+
+@runtime_checkable
+class Listener(Protocol):
+    """A device that takes console input."""
+
+    def listen(self) -> None:
+        """Take what is typed at the VM's console from now on, and what was typed before. Called once, of one device."""
 
 
 class Dma:
@@ -107,6 +115,10 @@ class Assembly:
         try:
             for index, spec in enumerate(specs):
                 self._plug(spec, None if states is None else states[index])
+            for device in (plugged.device for plugged in self.plugged):
+                if isinstance(device, Listener):
+                    device.listen()
+                    break
         except BaseException:
             self.stop()
             raise
@@ -148,7 +160,7 @@ class Assembly:
             memory=Dma(self._board.memory),
             timer=lambda expired: self._service.new_timer(self._makes, expired),
             console=self._console,
-            shut_down=lambda code: self._board.end(Shutdown(code=code)),
+            end=self._board.end,
             line=level,
             pulse=pulse,
             msis=tuple(wires.msi() for _ in range(wiring.msis)) if wires is not None else (),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pkgutil import resolve_name
@@ -10,6 +11,7 @@ from typing import Any, ClassVar, Final, Generic, Protocol, TypeVar
 import attrs
 
 from ...backend.wiring import InterruptLine, InterruptPulse, MsiVector
+from ...model.actions import Outcome
 from ...model.devices import DeviceSpec
 from ...model.errors import SpecError, StateError
 from .console import Console
@@ -56,18 +58,20 @@ class Hooks:
         msis: its message-signalled interrupts, as many as `Wiring.msis` says.
         timer: makes a timer that calls a function of the device. In `__init__` only.
         console: where output for the VM's owner goes.
-        shut_down: ends the VM as ``Shutdown`` with that code. Any thread.
+        end: ends the VM with that outcome. Any thread.
+        wall_clock: seconds since 1970, UTC.
         interrupts: the irqchip's lines for a device of the core (``orc_interrupts *``); None: there are none.
     """
 
     memory: Memory
     timer: Callable[[Callable[[], None]], Timer]
     console: Console
-    shut_down: Callable[[int], None]
+    end: Callable[[Outcome], None]
     line: InterruptLine = NOWHERE
     pulse: InterruptPulse = NOWHERE
     msis: tuple[MsiVector, ...] = ()
     interrupts: Any = None
+    wall_clock: Callable[[], float] = time.time
 
 
 class Peripheral(ABC, Generic[SpecT, StateT]):
