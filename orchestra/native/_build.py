@@ -31,6 +31,7 @@ SOURCES = [
     "virtio_state.c",
     "virtio_pci.c",
     "io.c",
+    "pci.c",
     "virtio_rng.c",
     "virtio_console.c",
     "kvm.c",
@@ -67,6 +68,7 @@ HEADERS = [
     "virtqueue.h",
     "virtio.h",
     "virtio_rules.h",
+    "pci.h",
     "cdef.h",
 ]
 
@@ -74,7 +76,7 @@ ffibuilder = FFI()
 ffibuilder.cdef((HERE / "cdef.h").read_text())
 ffibuilder.set_source(
     "orchestra.native._core",
-    '#include "orc.h"\n#include "decode.h"\n#include "interpreter.h"\n#include "virtio.h"',
+    '#include "orc.h"\n#include "decode.h"\n#include "interpreter.h"\n#include "virtio.h"\n#include "pci.h"',
     sources=[f"orchestra/native/{name}" for name in SOURCES],
     depends=[f"orchestra/native/{name}" for name in HEADERS],
     include_dirs=["orchestra/native"],
