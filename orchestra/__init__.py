@@ -51,6 +51,7 @@ from .model.actions import (
     Unthrottle,
     Warn,
 )
+from .model.chipset import PciHostBridge
 from .model.codec import CodecError, decode, encode, from_document, to_document
 from .model.devices import DebugConsole, DeviceSpec, Digest, Doorbell, ExitPort, Line, Serial, Wiring
 from .model.errors import (
@@ -100,6 +101,7 @@ from .model.exits import (
     Xen,
 )
 from .model.journalspec import JournalSpec, JournalStatistics
+from .model.pci import Capability, PciFunction
 from .model.spec import (
     BootSpec,
     FlatImage,
@@ -115,6 +117,7 @@ from .model.spec import (
     Tenant,
     VmSpec,
 )
+from .model.virtio import Console, Rng
 from .native.channels import ExitBatch
 from .policy import (
     CPU_MODELS,
@@ -160,9 +163,11 @@ __all__ = [
     "BusLockUnsupported",
     "BusTime",
     "CapCpu",
+    "Capability",
     "Chosen",
     "CodecError",
     "Condition",
+    "Console",
     "ConsoleTimeout",
     "CpuModel",
     "Debug",
@@ -232,6 +237,8 @@ __all__ = [
     "OtherExit",
     "Outcome",
     "Pause",
+    "PciFunction",
+    "PciHostBridge",
     "PendingIo",
     "Peripheral",
     "PlacedLimits",
@@ -245,6 +252,7 @@ __all__ = [
     "ResourceLimit",
     "Restart",
     "Resume",
+    "Rng",
     "Ruling",
     "Rung",
     "ScriptedBackend",
