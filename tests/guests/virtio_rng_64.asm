@@ -1,6 +1,6 @@
 ; A driver of a virtio entropy device in slot 1 of the PCI bus, by virtio 1.2: turns it on, negotiates, asks for 64 bytes,
 ; is interrupted by an MSI (vector 0x30), and ends with how many interrupts there were when the bytes were there. Before
-; that, it waits for as long as there is a zero at 0x7010. The queue (8 entries) is at 0x8000: descriptors, at 0x8100 the
+; it makes the request available, it waits for as long as there is a zero at 0x7010. The queue (8 entries) is at 0x8000: descriptors, at 0x8100 the
 ; available ring, at 0x8200 the used one. The bytes are for 0x9000.
 bits 64
 org 0x1000
@@ -61,10 +61,10 @@ found:  mov word [rbx + rax + 2], 0x8000        ; it is on
         mov dword [0x8008], 64
         mov dword [0x800c], 2           ; to be written
         mov word [0x8104], 0
-        mov word [0x8102], 1
 ready:  pause
         cmp byte [0x7010], 0
         je ready
+        mov word [0x8102], 1            ; it is available
         mov word [rdi + 0x3000], 0      ; rings
 wait_:  cli
         cmp dword [COUNT], 1
