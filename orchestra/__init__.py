@@ -51,6 +51,7 @@ from .model.actions import (
     Unthrottle,
     Warn,
 )
+from .model.chipset import PciHostBridge
 from .model.codec import CodecError, decode, encode, from_document, to_document
 from .model.devices import DebugConsole, DeviceSpec, Digest, Doorbell, ExitPort, Line, Serial, Wiring
 from .model.errors import (
@@ -101,6 +102,7 @@ from .model.exits import (
 )
 from .model.journalspec import JournalSpec, JournalStatistics
 from .model.linux import LinuxBoot
+from .model.pci import Capability, PciFunction
 from .model.spec import (
     BootSpec,
     FlatImage,
@@ -116,6 +118,7 @@ from .model.spec import (
     Tenant,
     VmSpec,
 )
+from .model.virtio import Console, Rng
 from .native.channels import ExitBatch
 from .policy import (
     CPU_MODELS,
@@ -161,9 +164,11 @@ __all__ = [
     "BusLockUnsupported",
     "BusTime",
     "CapCpu",
+    "Capability",
     "Chosen",
     "CodecError",
     "Condition",
+    "Console",
     "ConsoleTimeout",
     "CpuModel",
     "Debug",
@@ -234,6 +239,8 @@ __all__ = [
     "OtherExit",
     "Outcome",
     "Pause",
+    "PciFunction",
+    "PciHostBridge",
     "PendingIo",
     "Peripheral",
     "PlacedLimits",
@@ -247,6 +254,7 @@ __all__ = [
     "ResourceLimit",
     "Restart",
     "Resume",
+    "Rng",
     "Ruling",
     "Rung",
     "ScriptedBackend",

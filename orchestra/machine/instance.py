@@ -222,6 +222,8 @@ class Instance:
         """Let the guest run until it has ended, and wait until its threads are gone."""
         try:
             await ready()
+            if self.devices is not None:
+                self.devices.begin()
             self.command(clear=Command.HOLD)
             await self._ended.wait()
         except Exception as error:

@@ -12,7 +12,7 @@ import attrs
 from . import platform
 from .devices import DeviceSpec, Line, Wiring
 
-__all__ = ["I8042", "AcpiRegisters", "PanicPort", "Rtc"]
+__all__ = ["I8042", "AcpiRegisters", "PanicPort", "PciHostBridge", "Rtc"]
 
 
 @attrs.frozen
@@ -26,6 +26,19 @@ class AcpiRegisters(DeviceSpec):
 
     def wiring(self) -> Wiring:
         return Wiring(ports=platform.ACPI_PORTS, line=Line(platform.EVENT_GSI, trigger="edge"))
+
+
+@attrs.frozen
+class PciHostBridge(DeviceSpec):
+    """The PCI bus: configuration space, memory-mapped (`platform.ECAM`) and by ports, of all devices that are on it.
+
+    It answers as device 0. Devices have the slots from 1 on, in the order of the spec.
+    """
+
+    implementation: ClassVar[str] = "orchestra.machine.devices.bridge:PciBridge"
+
+    def wiring(self) -> Wiring:
+        return Wiring(mmio=platform.ECAM, hosts_pci=True)
 
 
 @attrs.frozen

@@ -8,7 +8,7 @@ import attrs
 
 from .boot import BootSpec, Layout
 from .checks import fail
-from .chipset import I8042, AcpiRegisters, PanicPort, Rtc
+from .chipset import I8042, AcpiRegisters, PanicPort, PciHostBridge, Rtc
 from .devices import DeviceSpec, Irqchip, Serial
 from .memory import MiB
 
@@ -58,7 +58,7 @@ class LinuxBoot(BootSpec):
             raise fail("cmdline", self.cmdline, "must be text without zero bytes, such as 'quiet panic=1'")
 
     def platform(self) -> tuple[DeviceSpec, ...]:
-        return AcpiRegisters(), Rtc(), I8042(), PanicPort()
+        return PciHostBridge(), AcpiRegisters(), Rtc(), I8042(), PanicPort()
 
     def check(self, layout: Layout) -> None:
         if layout.irqchip != "full":

@@ -32,6 +32,7 @@ __all__ = [
     "NEW_GENERATION",
     "PAGE_TABLES",
     "PANIC_PORTS",
+    "PCI_PORTS",
     "POWER_BUTTON",
     "RTC_PORTS",
     "START_INFO",
@@ -66,6 +67,8 @@ LOCAL_APIC: Final = 0xFEE0_0000
 I8042_PORTS: Final = range(0x64, 0x65)
 RTC_PORTS: Final = range(0x70, 0x72)
 PANIC_PORTS: Final = range(0x505, 0x506)
+PCI_PORTS: Final = range(0xCF8, 0xD00)
+"""PCI configuration mechanism 1: an address, and data."""
 ACPI_PORTS: Final = range(0x600, 0x610)
 ACPI_SLEEP_CONTROL: Final = 0x600
 ACPI_SLEEP_STATUS: Final = 0x601

@@ -32,6 +32,7 @@ SOURCES = [
     "virtio_state.c",
     "virtio_pci.c",
     "io.c",
+    "pci.c",
     "virtio_rng.c",
     "virtio_console.c",
     "kvm.c",
@@ -68,6 +69,7 @@ HEADERS = [
     "virtqueue.h",
     "virtio.h",
     "virtio_rules.h",
+    "pci.h",
     "cdef.h",
 ]
 
@@ -75,7 +77,7 @@ ffibuilder = FFI()
 ffibuilder.cdef((HERE / "cdef.h").read_text())
 ffibuilder.set_source(
     "orchestra.native._core",
-    '#include "orc.h"\n#include "decode.h"\n#include "interpreter.h"\n#include "virtio.h"',
+    '#include "orc.h"\n#include "decode.h"\n#include "interpreter.h"\n#include "virtio.h"\n#include "pci.h"',
     sources=[f"orchestra/native/{name}" for name in SOURCES],
     depends=[f"orchestra/native/{name}" for name in HEADERS],
     include_dirs=["orchestra/native"],

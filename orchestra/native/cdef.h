@@ -249,6 +249,7 @@ extern const struct orc_name orc_capabilities[], orc_exit_reasons[];
 #define KVM_CAP_XSAVE2 ...
 #define KVM_CAP_IRQFD ...
 #define KVM_CAP_IOEVENTFD ...
+#define KVM_CAP_IOEVENTFD_ANY_LENGTH ...
 #define KVM_CAP_IRQ_ROUTING ...
 #define KVM_CAP_SPLIT_IRQCHIP ...
 #define KVM_BUS_LOCK_DETECTION_OFF ...
@@ -574,17 +575,31 @@ void orc_io_set_voice(orc_io *, orc_vcpu *);
 int orc_io_attach(orc_io *, orc_virtio *);
 void orc_io_detach(orc_io *, orc_virtio *);
 void orc_io_hold(orc_io *);
+void orc_io_hold_soon(orc_io *);
+void orc_io_wait(orc_io *);
 void orc_io_let_go(orc_io *);
 void orc_io_stop(orc_io *);
 void orc_io_free(orc_io *);
 
 orc_virtio *orc_virtio_rng_new(const orc_guest_memory *);
-enum { ORC_VIRTIO_CONSOLE_INPUT, ... };
 orc_virtio *orc_virtio_console_new(const orc_guest_memory *, orc_console *, uint16_t columns, uint16_t rows);
-size_t orc_virtio_console_input(orc_virtio *, const uint8_t *, size_t);
+void orc_virtio_console_listen(orc_virtio *, bool on);
 void orc_virtio_console_resize(orc_virtio *, uint16_t columns, uint16_t rows);
-size_t orc_virtio_console_waiting(orc_virtio *, uint8_t *out);
-int orc_virtio_console_room(const orc_virtio *);
+
+/* ---- pci.h ---- */
+
+enum { ORC_PCI_SLOTS, ORC_PCI_SPACE, ORC_PCI_ECAM, ORC_PCI_PORTS, ... };
+typedef struct orc_pci orc_pci;
+orc_pci *orc_pci_new(void);
+orc_device *orc_pci_ecam(orc_pci *);
+orc_device *orc_pci_ports(orc_pci *);
+int orc_pci_add(orc_pci *, uint32_t slot, const uint8_t *reset, const uint8_t *writable, const uint8_t *effect);
+void orc_pci_window(orc_pci *, uint32_t slot, uint32_t capability, orc_device *bar);
+void orc_pci_copy(orc_pci *, uint32_t slot, uint32_t offset, uint32_t size, void *out);
+bool orc_pci_load(orc_pci *, uint32_t slot, const uint8_t *bytes);
+uint32_t orc_pci_selected(orc_pci *);
+void orc_pci_select(orc_pci *, uint32_t value);
+void orc_pci_reset(orc_pci *);
 
 /* ---- decode.c: for its tests ---- */
 
