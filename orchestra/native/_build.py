@@ -33,6 +33,10 @@ SOURCES = [
     "io.c",
     "virtio_rng.c",
     "virtio_console.c",
+    "uring.c",
+    "store.c",
+    "file.c",
+    "virtio_blk.c",
     "kvm.c",
     "build.c",
     "cap.c",
@@ -67,6 +71,8 @@ HEADERS = [
     "virtqueue.h",
     "virtio.h",
     "virtio_rules.h",
+    "uring.h",
+    "store.h",
     "cdef.h",
 ]
 
@@ -74,7 +80,7 @@ ffibuilder = FFI()
 ffibuilder.cdef((HERE / "cdef.h").read_text())
 ffibuilder.set_source(
     "orchestra.native._core",
-    '#include "orc.h"\n#include "decode.h"\n#include "interpreter.h"\n#include "virtio.h"',
+    '#include "orc.h"\n#include "decode.h"\n#include "interpreter.h"\n#include "virtio.h"\n#include "store.h"',
     sources=[f"orchestra/native/{name}" for name in SOURCES],
     depends=[f"orchestra/native/{name}" for name in HEADERS],
     include_dirs=["orchestra/native"],

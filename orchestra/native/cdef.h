@@ -513,6 +513,7 @@ const char *orc_queue_error_name(enum orc_queue_error);
 
 typedef struct orc_virtio orc_virtio;
 typedef struct orc_io orc_io;
+typedef struct orc_store orc_store;
 enum { ORC_QUEUE_MOST, ORC_VIRTIO_QUEUES, ORC_VIRTIO_VECTORS, ORC_VIRTIO_CONFIG, ... };
 enum {
 	ORC_BAR_COMMON, ORC_BAR_ISR, ORC_BAR_DEVICE, ORC_BAR_NOTIFY, ORC_BAR_TABLE, ORC_BAR_PBA, ORC_BAR_SIZE, ORC_BAR_PART,
@@ -571,6 +572,23 @@ size_t orc_virtio_console_input(orc_virtio *, const uint8_t *, size_t);
 void orc_virtio_console_resize(orc_virtio *, uint16_t columns, uint16_t rows);
 size_t orc_virtio_console_waiting(orc_virtio *, uint8_t *out);
 int orc_virtio_console_room(const orc_virtio *);
+
+enum { ORC_BLK_OPERATIONS, ORC_BLK_SECTORS, ORC_BLK_METERS, ORC_BLK_LEVELS, ... };
+int orc_virtio_blk_new(const orc_guest_memory *, orc_store *, const char *id, orc_virtio **out);
+int orc_virtio_blk_set_bucket(orc_virtio *, int meter, int level, orc_bucket *);
+void orc_virtio_blk_limit_changed(orc_virtio *);
+struct orc_blk_counters {
+	uint64_t reads, writes, flushes, discards, zeroes, read_bytes, written_bytes, errors, no_space, waits;
+	...;
+};
+void orc_virtio_blk_look(orc_virtio *, struct orc_blk_counters *out);
+
+/* ---- store.h ---- */
+
+enum { ORC_STORE_READONLY, ORC_STORE_DIRECT, ORC_STORE_NO_URING, ... };
+int orc_file_new(int fd, uint64_t size, uint32_t block, unsigned flags, orc_store **out);
+int orc_file_block(int fd);
+void orc_store_free(orc_store *);
 
 /* ---- decode.c: for its tests ---- */
 

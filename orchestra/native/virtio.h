@@ -244,4 +244,24 @@ size_t orc_virtio_console_waiting(orc_virtio *, uint8_t out[ORC_VIRTIO_CONSOLE_I
 /* A descriptor that is readable once there is room for input again, after orc_virtio_console_input took less than it was given. */
 int orc_virtio_console_room(const orc_virtio *);
 
+/* virtio_blk.c: a disk whose bytes a store has (store.h), which it frees; not if this fails. `id`: at most 20 characters, for the
+ * guest's /dev/disk/by-id. 0 or a negative errno. */
+typedef struct orc_store orc_store;
+int orc_virtio_blk_new(const orc_guest_memory *, orc_store *, const char *id, orc_virtio **out);
+/* What is limited: requests, and their data, in sectors of 512 bytes (a bucket counts no more than 1e9 a second). Each by a
+ * bucket of the disk, and one that a group of disks shares. */
+enum { ORC_BLK_OPERATIONS, ORC_BLK_SECTORS, ORC_BLK_METERS };
+enum { ORC_BLK_LEVELS = 2 };
+/* Before it is attached. The bucket outlives the device. 0 or a negative errno. */
+int orc_virtio_blk_set_bucket(orc_virtio *, int meter, int level, orc_bucket *);
+void orc_virtio_blk_limit_changed(orc_virtio *); /* of a bucket that it has: whoever waits looks again. Any thread */
+struct orc_blk_counters {
+	orc_u64 reads, writes, flushes, discards, zeroes; /* that were done */
+	orc_u64 read_bytes, written_bytes;
+	orc_u64 errors;   /* requests that the guest got an error for */
+	orc_u64 no_space; /* those among them that the host had no room for */
+	orc_u64 waits;    /* requests that a bucket has kept waiting */
+};
+void orc_virtio_blk_look(orc_virtio *, struct orc_blk_counters *out); /* any thread */
+
 #endif
