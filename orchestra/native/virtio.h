@@ -249,7 +249,8 @@ int orc_virtio_console_room(const orc_virtio *);
 typedef struct orc_store orc_store;
 int orc_virtio_blk_new(const orc_guest_memory *, orc_store *, const char *id, orc_virtio **out);
 /* What is limited: requests, and their data, in sectors of 512 bytes (a bucket counts no more than 1e9 a second). Each by a
- * bucket of the disk, and one that a group of disks shares. */
+ * bucket of the disk, and one that a group of disks shares. A bucket counts what has been done already (orc.h), and a request
+ * waits before it is done: so of a bucket with a burst of b + 1, b go at once. */
 enum { ORC_BLK_OPERATIONS, ORC_BLK_SECTORS, ORC_BLK_METERS };
 enum { ORC_BLK_LEVELS = 2 };
 /* Before it is attached. The bucket outlives the device. 0 or a negative errno. */

@@ -495,6 +495,171 @@ static void a_reset_or_a_hold_waits_for_what_is_in_flight_and_loses_nothing(void
 	}
 }
 
+/* ---- limits ---------------------------------------------------------------------------------------------------------- */
+
+/* A disk with a bucket of its own for one of the meters. */
+static orc_bucket *begin_limited(struct bench *b, int meter, double rate, double burst)
+{
+	orc_bucket *bucket = orc_bucket_new();
+
+	CHECK(bucket && !orc_bucket_set(bucket, rate, burst + 1, -1, orc_now())); /* virtio.h says why 1 more */
+	make(b, 0);
+	CHECK(!orc_virtio_blk_set_bucket(b->v, meter, 0, bucket));
+	CHECK(!orc_io_attach(b->io, b->v));
+	drive(b, F_DISK);
+	return bucket;
+}
+
+static uint64_t waits(struct bench *b)
+{
+	struct orc_blk_counters c;
+
+	orc_virtio_blk_look(b->v, &c);
+	return c.waits;
+}
+
+static void await_waits(struct bench *b, uint64_t n)
+{
+	orc_ns until = orc_now() + PATIENCE;
+
+	while (waits(b) < n) {
+		CHECK(orc_now() < until, "nobody waits");
+		sched_yield();
+	}
+}
+
+static void requests_and_bytes_go_no_faster_than_their_limits(void)
+{
+	for (int meter = 0; meter < ORC_BLK_METERS; meter++) {
+		bool bytes = meter == ORC_BLK_SECTORS;
+		struct bench b;
+		orc_ns since = orc_now();
+		orc_bucket *bucket = begin_limited(&b, meter, bytes ? 8000 : 1000, bytes ? 8 : 1);
+
+		for (int i = 0; i < 20; i++) /* of 8 sectors each */
+			CHECK(one(&b, i & 1 ? IN : OUT, 0, DATA, 4096, i & 1 ? W : 0) == OK);
+		CHECK(orc_now() - since >= 19 * SECOND / 1000, "%lld ns", (long long)(orc_now() - since));
+		CHECK(waits(&b));
+		end(&b);
+		orc_bucket_free(bucket);
+	}
+}
+
+static void what_costs_nothing_of_a_limit_does_not_wait_for_it(void)
+{
+	struct bench b;
+	orc_bucket *bucket = begin_limited(&b, ORC_BLK_SECTORS, 0.001, 1);
+
+	CHECK(one(&b, OUT, 0, DATA, 512, 0) == OK);
+	CHECK(one(&b, FLUSH, 0, 0, 0, 0) == OK && range(&b, DISCARD, 0, 8, 0) == OK && one(&b, GET_ID, 0, DATA, 20, W) == OK);
+	CHECK(one(&b, IN, SECTORS, DATA, 512, W) == IOERR && !waits(&b));
+	memcpy(at(&b.g, DATA), &(struct virtio_blk_discard_write_zeroes){0, 1, 0}, 16);
+	ask(&b, 1, ZEROES, 0, DATA, 16, 0);
+	await_waits(&b, 1);
+	end(&b); /* while it waits: the I/O thread stops all the same */
+	orc_bucket_free(bucket);
+}
+
+static void await_ok(struct bench *b, unsigned n) /* in any order */
+{
+	while (n--)
+		CHECK(*status_of(b, await_used(b).id / 3) == OK);
+}
+
+static void a_limit_that_is_raised_or_taken_off_is_in_force_at_once(void)
+{
+	struct bench b;
+	orc_bucket *bucket = begin_limited(&b, ORC_BLK_OPERATIONS, 0.001, 1);
+
+	for (int i = 0; i < 3; i++)
+		ask(&b, i, OUT, 0, DATA, 512, 0);
+	CHECK(result(&b, 0) == OK);
+	await_waits(&b, 1);
+	CHECK(*status_of(&b, 1) == PENDING);
+	CHECK(!orc_bucket_set(bucket, 1e6, 2, -1, orc_now()));
+	orc_virtio_blk_limit_changed(b.v);
+	await_ok(&b, 2);
+	CHECK(!orc_bucket_set(bucket, 0.001, 2, -1, orc_now()));
+	ask(&b, 0, OUT, 0, DATA, 512, 0);
+	ask(&b, 1, OUT, 0, DATA, 512, 0);
+	await_waits(&b, 2);
+	CHECK(!orc_bucket_set(bucket, 0, 0, -1, orc_now()));
+	orc_virtio_blk_limit_changed(b.v);
+	await_ok(&b, 2);
+	end(&b);
+	orc_bucket_free(bucket);
+}
+
+static void who_waits_for_a_limit_keeps_no_hold_and_no_reset_waiting(void)
+{
+	struct bench b;
+	orc_bucket *bucket = begin_limited(&b, ORC_BLK_OPERATIONS, 0.001, 1);
+
+	CHECK(one(&b, OUT, 0, DATA, 512, 0) == OK);
+	ask(&b, 1, OUT, 0, DATA, 512, 0);
+	await_waits(&b, 1);
+	orc_io_hold(b.io);
+	CHECK(!orc_virtio_in_flight(b.v) && *status_of(&b, 1) == PENDING);
+	orc_io_let_go(b.io);
+	put(b.v, VIRTIO_PCI_COMMON_STATUS, 1, 0);
+	CHECK(!get(b.v, VIRTIO_PCI_COMMON_STATUS, 1), "done at once");
+	CHECK(!orc_bucket_set(bucket, 0, 0, -1, orc_now()));
+	drive(&b, F_DISK);
+	CHECK(one(&b, OUT, 0, DATA, 512, 0) == OK);
+	end(&b);
+	orc_bucket_free(bucket);
+}
+
+static void a_request_that_grows_while_it_waits_pays_for_what_it_is(void)
+{
+	struct orc_limit l;
+	struct bench b;
+	orc_bucket *bucket = begin_limited(&b, ORC_BLK_SECTORS, 0.001, 8);
+
+	CHECK(one(&b, OUT, 0, DATA, 4096, 0) == OK);
+	ask(&b, 1, OUT, 0, DATA, 512, 0);
+	await_waits(&b, 1);
+	orc_bucket_limit(bucket, orc_now(), &l);
+	CHECK(l.debt > 8.9 && l.debt < 9.1);
+	for (int i = 0; i < 3; i++) { /* and once: it is not charged for looking again */
+		b.d.table[4].len = 64 * 512;
+		orc_virtio_blk_limit_changed(b.v);
+		for (orc_ns until = orc_now() + PATIENCE; l.debt < 71.9; orc_bucket_limit(bucket, orc_now(), &l))
+			CHECK(orc_now() < until, "%f", l.debt);
+		orc_io_hold(b.io);
+		orc_io_let_go(b.io);
+		orc_bucket_limit(bucket, orc_now(), &l);
+		CHECK(l.debt < 72.1, "%f", l.debt);
+	}
+	CHECK(*status_of(&b, 1) == PENDING);
+	end(&b);
+	orc_bucket_free(bucket);
+}
+
+static void disks_of_a_group_share_its_limit(void)
+{
+	orc_bucket *group = orc_bucket_new();
+	orc_ns since = orc_now();
+	struct bench b[2];
+
+	CHECK(group && !orc_bucket_set(group, 1000, 2, -1, since));
+	for (int i = 0; i < 2; i++) {
+		make(&b[i], 0);
+		CHECK(!orc_virtio_blk_set_bucket(b[i].v, ORC_BLK_OPERATIONS, 1, group) && !orc_io_attach(b[i].io, b[i].v));
+		drive(&b[i], F_DISK);
+	}
+	for (int i = 0; i < 10; i++) {
+		for (int k = 0; k < 2; k++)
+			ask(&b[k], 0, OUT, 0, DATA, 512, 0);
+		for (int k = 0; k < 2; k++)
+			CHECK(result(&b[k], 0) == OK);
+	}
+	CHECK(orc_now() - since >= 19 * SECOND / 1000);
+	for (int i = 0; i < 2; i++)
+		end(&b[i]);
+	orc_bucket_free(group);
+}
+
 const struct test blk_tests[] = {
 	TEST(the_configuration_has_capacity_and_limits),
 	TEST(each_kind_of_request_does_what_it_says),
@@ -507,5 +672,11 @@ const struct test blk_tests[] = {
 	TEST(a_request_may_be_a_megabyte_long),
 	TEST(requests_in_flight_end_in_any_order_and_more_than_there_is_room_for_wait),
 	TEST(a_reset_or_a_hold_waits_for_what_is_in_flight_and_loses_nothing),
+	TEST(requests_and_bytes_go_no_faster_than_their_limits),
+	TEST(what_costs_nothing_of_a_limit_does_not_wait_for_it),
+	TEST(a_limit_that_is_raised_or_taken_off_is_in_force_at_once),
+	TEST(who_waits_for_a_limit_keeps_no_hold_and_no_reset_waiting),
+	TEST(a_request_that_grows_while_it_waits_pays_for_what_it_is),
+	TEST(disks_of_a_group_share_its_limit),
 	{0},
 };
