@@ -36,6 +36,7 @@ SOURCES = [
     "uring.c",
     "store.c",
     "file.c",
+    "overlay.c",
     "virtio_blk.c",
     "kvm.c",
     "build.c",

@@ -588,6 +588,8 @@ void orc_virtio_blk_look(orc_virtio *, struct orc_blk_counters *out);
 enum { ORC_STORE_READONLY, ORC_STORE_DIRECT, ORC_STORE_NO_URING, ... };
 int orc_file_new(int fd, uint64_t size, uint32_t block, unsigned flags, orc_store **out);
 int orc_file_block(int fd);
+int orc_overlay_create(int fd, uint64_t size);
+int orc_overlay_new(int fd, int base, uint64_t base_size, unsigned flags, orc_store **out);
 void orc_store_free(orc_store *);
 
 /* ---- decode.c: for its tests ---- */

@@ -86,6 +86,12 @@ int orc_file_new(int fd, orc_u64 size, uint32_t block, unsigned flags, orc_store
 /* What offsets, sizes and memory must be multiples of for this descriptor with O_DIRECT. 0 or less: it can't be. */
 int orc_file_block(int fd);
 
+/* What is written over a base of that size, in a new file. */
+int orc_overlay_create(int fd, orc_u64 size);
+/* Such a file over its base, of which both descriptors are the store's then. A negative errno: EBADMSG: it is no such file; ESTALE:
+ * it is for a base of another size. */
+int orc_overlay_new(int fd, int base, orc_u64 base_size, unsigned flags, orc_store **out);
+
 /* ---- for kinds -------------------------------------------------------------------------------------------------- */
 
 int orc_store_init(orc_store *, const struct orc_store_ops *, int fd, orc_u64 size, uint32_t block, unsigned flags);
