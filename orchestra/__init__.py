@@ -51,11 +51,13 @@ from .model.actions import (
     Unthrottle,
     Warn,
 )
+from .model.chipset import PciHostBridge
 from .model.codec import CodecError, decode, encode, from_document, to_document
 from .model.devices import DebugConsole, DeviceSpec, Digest, Doorbell, ExitPort, Line, Serial, Wiring
 from .model.errors import (
     BackendUnavailable,
     BusLockUnsupported,
+    ConsoleTimeout,
     FileError,
     GuestMemoryError,
     KvmError,
@@ -99,6 +101,7 @@ from .model.exits import (
     Xen,
 )
 from .model.journalspec import JournalSpec, JournalStatistics
+from .model.pci import Capability, PciFunction
 from .model.spec import (
     BootSpec,
     FlatImage,
@@ -114,6 +117,7 @@ from .model.spec import (
     Tenant,
     VmSpec,
 )
+from .model.virtio import Console, Rng
 from .native.channels import ExitBatch
 from .policy import (
     CPU_MODELS,
@@ -159,9 +163,12 @@ __all__ = [
     "BusLockUnsupported",
     "BusTime",
     "CapCpu",
+    "Capability",
     "Chosen",
     "CodecError",
     "Condition",
+    "Console",
+    "ConsoleTimeout",
     "CpuModel",
     "Debug",
     "DebugConsole",
@@ -230,6 +237,8 @@ __all__ = [
     "OtherExit",
     "Outcome",
     "Pause",
+    "PciFunction",
+    "PciHostBridge",
     "PendingIo",
     "Peripheral",
     "PlacedLimits",
@@ -243,6 +252,7 @@ __all__ = [
     "ResourceLimit",
     "Restart",
     "Resume",
+    "Rng",
     "Ruling",
     "Rung",
     "ScriptedBackend",

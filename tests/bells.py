@@ -98,4 +98,4 @@ class ClockDevice(Recorder):
     def expired(self) -> None:
         self.threads.add(threading.get_ident())
         self.during()
-        self.hooks.shut_down(self.value)
+        self.hooks.end(orc.Shutdown(code=self.value))

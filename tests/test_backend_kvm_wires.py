@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import struct
 import threading
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from conftest import guest
 from orchestra.backend.kvm.machine import KvmBackend
 from orchestra.backend.kvm.system import Kvm
 from orchestra.backend.kvm.vm import KvmVm
-from orchestra.backend.kvm.wires import MOST_ROUTES, KvmWires
+from orchestra.backend.kvm.wires import MOST_ROUTES, KvmWires, Routes
 from orchestra.machine.devices.digest import DigestState
 from orchestra.model.errors import KvmError, ResourceLimit
 from orchestra.native import ffi, lib
@@ -98,6 +99,46 @@ def test_a_route_that_does_not_change_asks_the_kernel_nothing(wires, monkeypatch
     assert msi.route(0xFEE0_0000, 0x30)
 
 
+def test_an_interrupt_is_bound_only_while_it_is_routed_and_not_masked(wires, monkeypatch):
+    asked: list[tuple[str, bool]] = []
+    irqfd, change = KvmVm.irqfd, Routes._change
+
+    def watched(vm: KvmVm, fd: int, gsi: int, *, deassign: bool = False) -> None:
+        asked.append(("irqfd", not deassign))
+        irqfd(vm, fd, gsi, deassign=deassign)
+
+    def changed(routes: Routes, gsi: int, where: tuple[int, int] | None) -> None:
+        asked.append(("route", where is not None))
+        change(routes, gsi, where)
+
+    monkeypatch.setattr(KvmVm, "irqfd", watched)
+    monkeypatch.setattr(Routes, "_change", changed)
+    msi = wires.msi()
+    msi.mask()
+    assert asked == []
+    for step, then in [
+        (lambda: msi.route(0xFEE0_0000, 0x30), [("route", True), ("irqfd", True)]),
+        (lambda: msi.route(0xFEE0_0000, 0x31), [("route", True)]),  # in one step, without a gap
+        (msi.mask, [("irqfd", False)]),
+        (msi.mask, []),
+        (lambda: msi.route(0xFEE0_0000, 0x31), [("route", True), ("irqfd", True)]),
+        (msi.unroute, [("irqfd", False), ("route", False)]),  # in this order
+    ]:
+        step()
+        assert asked == then
+        asked.clear()
+
+
+def test_what_is_fired_while_an_interrupt_is_masked_is_kept_and_what_is_fired_before_a_reset_is_not(wires):
+    msi = wires.msi()
+    msi.route(0xFEE0_0000, 0x30)
+    msi.mask()
+    msi.fire()
+    assert select.select([msi.fd], [], [], 0)[0]
+    msi.unroute()
+    assert not select.select([msi.fd], [], [], 0)[0]
+
+
 def test_more_routes_than_a_vm_has_are_refused(wires):
     wires.routes._next = MOST_ROUTES
     with pytest.raises(ResourceLimit, match="4096 routes"):
@@ -177,6 +218,19 @@ def test_two_doorbells_at_one_address_differ_by_their_value(wires):
         wires.doorbell(0xD000_0000, 4, 2, pio=False)
 
 
+def test_a_doorbell_that_moves_is_at_one_place_at_most(wires):
+    bell, other = wires.bell(), wires.bell()
+    bell.place(0xD000_3000)
+    bell.place(0xD000_3000)
+    with pytest.raises(KvmError, match="KVM_IOEVENTFD: File exists"):
+        other.place(0xD000_3000)
+    bell.place(0x4_D000_3000)
+    other.place(0xD000_3000)
+    bell.place(None)
+    other.place(0x4_D000_3000)
+    bell.place(0xD000_3000)
+
+
 # ---- what a host must have
 
 
@@ -186,6 +240,13 @@ def test_two_doorbells_at_one_address_differ_by_their_value(wires):
         ("SPLIT_IRQCHIP", "split", [], 'irqchip="split": this host\'s KVM has no KVM_CAP_SPLIT_IRQCHIP'),
         ("IRQFD", "full", [orc.Digest()], "the interrupts of Digest: this host's KVM has no KVM_CAP_IRQFD"),
         ("IRQ_ROUTING", "full", [orc.Digest()], "the interrupts of Digest.*KVM_CAP_IRQ_ROUTING"),
+        ("IRQFD", "full", [orc.PciHostBridge(), orc.Rng()], "the interrupts of Rng.*KVM_CAP_IRQFD"),
+        (
+            "IOEVENTFD_ANY_LENGTH",
+            "full",
+            [orc.PciHostBridge(), orc.Rng()],
+            "the doorbells of Rng: this host's KVM has no KVM_CAP_IOEVENTFD_ANY_LENGTH",
+        ),
         ("IOEVENTFD", "full", [orc.Digest()], "the doorbells of Digest.*KVM_CAP_IOEVENTFD"),
     ],
 )

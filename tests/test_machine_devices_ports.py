@@ -19,16 +19,16 @@ def make_console() -> Console:
     return Console(lambda wake: wake())
 
 
-def hooks(console: Console | None = None, shut_down: Callable[[int], None] = lambda code: None) -> Hooks:
-    return Hooks(memory=None, timer=None, console=console or make_console(), shut_down=shut_down)  # type: ignore[arg-type]
+def hooks(console: Console | None = None, end: Callable[[orc.Outcome], None] = lambda outcome: None) -> Hooks:
+    return Hooks(memory=None, timer=None, console=console or make_console(), end=end)  # type: ignore[arg-type]
 
 
 def debug_console(port: int, console: Console) -> DebugConsolePort:
     return DebugConsolePort(orc.DebugConsole(port), hooks(console))
 
 
-def exit_port(end: Callable[[int], None] = lambda code: None) -> ExitDevice:
-    return ExitDevice(orc.ExitPort(), hooks(shut_down=end))
+def exit_port(end: Callable[[orc.Outcome], None] = lambda outcome: None) -> ExitDevice:
+    return ExitDevice(orc.ExitPort(), hooks(end=end))
 
 
 SIZES = st.sampled_from([1, 2, 4, 8])
@@ -39,13 +39,13 @@ def test_bytes_written_to_the_console_come_out_in_order():
     port = debug_console(0xE9, console)
     for byte in b"hello":
         port.write(0, 1, byte)
-    assert console.output == b"hello"
+    assert console.log() == b"hello"
 
 
 def test_wider_write_to_the_console_is_its_bytes_from_the_lowest():
     console = make_console()
     debug_console(0xE9, console).write(0, 4, int.from_bytes(b"abcd", "little"))
-    assert console.output == b"abcd"
+    assert console.log() == b"abcd"
 
 
 @pytest.mark.parametrize(("port", "value"), [(0xE9, 0xE9), (0x402, 0x02)])
@@ -54,11 +54,11 @@ def test_reading_the_console_gives_the_ports_number_by_which_guests_find_it(port
 
 
 def test_write_to_the_exit_port_ends_with_that_code():
-    codes: list[int] = []
-    device = exit_port(codes.append)
+    outcomes: list[orc.Outcome] = []
+    device = exit_port(outcomes.append)
     device.write(0, 1, 0)
     device.write(0, 4, 0xFFFF_FFFF)
-    assert codes == [0, 0xFFFF_FFFF]
+    assert outcomes == [orc.Shutdown(code=0), orc.Shutdown(code=0xFFFF_FFFF)]
 
 
 def test_a_write_to_the_exit_port_is_not_the_cores():
@@ -67,9 +67,9 @@ def test_a_write_to_the_exit_port_is_not_the_cores():
 
 
 def test_reading_the_exit_port_ends_nothing():
-    codes: list[int] = []
-    assert exit_port(codes.append).read(0, 4) == 0
-    assert codes == []
+    outcomes: list[orc.Outcome] = []
+    assert exit_port(outcomes.append).read(0, 4) == 0
+    assert outcomes == []
 
 
 @pytest.mark.parametrize("make", [lambda: debug_console(0xE9, make_console()), exit_port])
@@ -96,4 +96,4 @@ def test_what_was_said_stays_with_the_console_over_a_reset():
     port = debug_console(0xE9, console)
     port.write(0, 1, 65)
     port.reset()
-    assert console.output == b"A"
+    assert console.log() == b"A"

@@ -7,7 +7,7 @@ import pytest
 import orchestra as orc
 from conftest import blank
 from orchestra.machine.restart import RESET_LIMIT, Next, Succession
-from orchestra.machine.vcpu import RESETS
+from orchestra.model.actions import RESETS
 
 SECOND = 1_000_000_000
 FAULT = orc.Shutdown("triple fault")

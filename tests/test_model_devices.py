@@ -137,7 +137,7 @@ def test_a_spec_of_somebody_elses_goes_through_the_codec(port, irq, trigger):
     [
         ({"kind": "Alarm", "port": "0x600"}, r"devices\[0\].port='0x600'"),
         ({"kind": "Alarm", "volume": 1}, r"devices\[0\].volume: no such key; there are: port, irq, trigger"),
-        ({"kind": "Nobody"}, r"devices\[0\].kind='Nobody': must be one of Alarm, .*Serial.*imported before"),
+        ({"kind": "Nobody"}, r"devices\[0\].kind='Nobody': must be one of .*Alarm, .*Serial.*imported before"),
         ({"port": 1}, r"devices\[0\].kind=None: must be one of"),
         ({"kind": "DeviceSpec"}, r"devices\[0\].kind='DeviceSpec': must be one of"),
         ("Nobody", r"devices\[0\].kind='Nobody': must be one of"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-__all__ = ["InterruptLine", "InterruptPulse", "MsiVector", "Wires"]
+__all__ = ["Bell", "InterruptLine", "InterruptPulse", "MsiVector", "Wires"]
 
 
 class InterruptLine(Protocol):
@@ -26,7 +26,11 @@ class InterruptPulse(Protocol):
 
 
 class MsiVector(InterruptPulse, Protocol):
-    """A message-signalled interrupt. It goes nowhere until the guest has programmed it."""
+    """A message-signalled interrupt. It goes nowhere until the guest has programmed it.
+
+    What is fired while it goes nowhere, or while it is masked, is not lost: it stays in the eventfd, and becomes one
+    interrupt at the next `route`.
+    """
 
     def route(self, address: int, data: int) -> bool:
         """Send the interrupt there from now on. The change is one step: an interrupt never goes to a mixture of both.
@@ -35,8 +39,26 @@ class MsiVector(InterruptPulse, Protocol):
         before.
         """
 
+    def mask(self) -> None:
+        """Keep what is fired from now on in the eventfd, until `route`."""
+
     def unroute(self) -> None:
-        """Send the interrupt nowhere, as after a reset."""
+        """Send the interrupt nowhere and forget what was fired, as after a reset."""
+
+
+class Bell(Protocol):
+    """A doorbell that moves: a write of any size and value at its place."""
+
+    @property
+    def fd(self) -> int:
+        """The eventfd (non-blocking) that counts the writes. -1 once the VM is closed."""
+
+    def place(self, address: int | None) -> None:
+        """It is at that guest-physical address from now on, and no more where it was. None: nowhere.
+
+        Raises:
+            KvmError, ResourceLimit: the kernel refuses; it is nowhere then.
+        """
 
 
 class Wires(Protocol):
@@ -50,6 +72,7 @@ class Wires(Protocol):
         these ends."""
 
     def msi(self) -> MsiVector: ...
+    def bell(self) -> Bell: ...
 
     def doorbell(self, address: int, size: int, value: int | None, *, pio: bool) -> int:
         """An eventfd (non-blocking) that counts the guest's writes there, none of which leaves the kernel.

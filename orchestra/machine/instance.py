@@ -211,6 +211,8 @@ class Instance:
                     nursery.start_soon(self.devices.run, self._ended)
                 try:
                     await ready()
+                    if self.devices is not None:
+                        self.devices.begin()
                     self.command(clear=Command.HOLD)
                     await self._ended.wait()
                 except Exception as error:

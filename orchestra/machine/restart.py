@@ -6,10 +6,9 @@ from typing import Final, Literal, TypeGuard
 
 import attrs
 
-from ..model.actions import Failed, Outcome, Shutdown
+from ..model.actions import RESETS, Failed, Outcome, Shutdown
 from ..model.spec import Limit, VmSpec
 from ..native.core import Bucket
-from .vcpu import RESETS
 
 __all__ = ["Next", "Succession"]
 

@@ -20,13 +20,13 @@ from typing import Any, Final, Protocol, cast
 
 from ..backend import Engine, RunResult, Threaded
 from ..model import exits
-from ..model.actions import Failed, Halted, Outcome, Shutdown, Stopped
+from ..model.actions import TRIPLE_FAULT, Failed, Halted, Outcome, Shutdown, Stopped
 from ..native import ffi
 from ..native.core import Command, Question, Runner
 from ..native.records import decode
 from .devices.bus import Bus, Claim, Device
 
-__all__ = ["RESETS", "Vcpu"]
+__all__ = ["Vcpu"]
 
 
 RUN: Final = -1
@@ -44,9 +44,6 @@ _GO_ON: Final = (
 )
 NOTIFY_CONTEXT_INVALID: Final = 1
 SYSTEM_EVENTS: Final = {1: "shutdown", 2: "reset", 3: "crash"}
-TRIPLE_FAULT: Final = "triple fault"
-RESETS: Final = (TRIPLE_FAULT, f"system event: {SYSTEM_EVENTS[2]}")
-"""Reasons of a `Shutdown` that count as a reset: the guest asked for one, or hardware would make one."""
 _ACCESS: Final = struct.Struct("=4Q4I")
 """The begin of `struct orc_access`, unpacked in one call: address, offset, claim, value, size, count, write, task."""
 _MASKS: Final = {size: (1 << 8 * size) - 1 for size in (1, 2, 4, 8)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import StrEnum
-from typing import Any, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 import attrs
 
@@ -269,9 +269,17 @@ class Halted:
     """Every vCPU executed HLT, and nothing can wake the VM, as it has no irqchip."""
 
 
+TRIPLE_FAULT: Final = "triple fault"
+ACPI_RESET: Final = "ACPI reset"
+KEYBOARD_RESET: Final = "keyboard controller reset"
+RESETS: Final = (TRIPLE_FAULT, "system event: reset", ACPI_RESET, KEYBOARD_RESET)
+"""Reasons of a `Shutdown` that count as a reset: the guest asked for a reset, or hardware would make one."""
+POWER_OFF: Final = "ACPI power-off"
+
+
 @attrs.frozen
 class Shutdown:
-    """The guest ended itself: through an exit port, a system event, or a triple fault. `code` is the exit port's."""
+    """The guest ended itself: by ACPI, an exit port, a system event, or a triple fault. `code` is the exit port's."""
 
     reason: str = _text("exit port")
     code: int | None = None
@@ -288,17 +296,22 @@ class Stopped:
 class Failed:
     """An exit that nothing can handle, or an error of the host or of a device, ended the VM.
 
-    `registers` are the registers of the vCPU that failed, by name, as far as they could be read.
+    Attributes:
+        registers: those of the vCPU that failed, by name, as far as they could be read.
+        console: the last lines of the guest's console, if the guest said itself that it failed.
     """
 
     reason: str
     registers: Mapping[str, int] = attrs.field(factory=dict, hash=False)
     vcpu: int | None = None
+    console: str = ""
 
     def __str__(self) -> str:
         where = "" if self.vcpu is None else f"vCPU {self.vcpu}: "
         registers = " ".join(f"{name}={value:#x}" for name, value in self.registers.items())
-        return f"{where}{self.reason}" + (f" ({registers})" if registers else "")
+        return (
+            f"{where}{self.reason}" + (f" ({registers})" if registers else "") + (self.console and f"\n{self.console}")
+        )
 
 
 Outcome: TypeAlias = Halted | Shutdown | Stopped | Failed

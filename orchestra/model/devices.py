@@ -16,6 +16,7 @@ from .checks import fail, whole
 from .errors import SpecError
 from .mistakes import shown
 from .openset import members
+from .pci import MOST_FUNCTIONS, PciFunction
 
 __all__ = [
     "DebugConsole",
@@ -108,6 +109,9 @@ class Wiring:
         line: its interrupt line.
         msis: how many message-signalled interrupts it has. The guest programs where each one goes.
         doorbells: registers that reach it without an exit.
+        pci: what it is on the PCI bus. Where its BAR is, is the guest's to say; so it has neither MSIs nor doorbells
+            of its own.
+        hosts_pci: it is the host bridge of the PCI bus, of which a VM has one if it has devices there.
     """
 
     ports: range | None = None
@@ -115,10 +119,16 @@ class Wiring:
     line: Line | None = None
     msis: int = 0
     doorbells: tuple[Doorbell, ...] = ()
+    pci: PciFunction | None = None
+    hosts_pci: bool = False
 
     def __attrs_post_init__(self) -> None:
-        if self.ports is None and self.mmio is None:
-            raise SpecError("ports=None, mmio=None: a device answers at one of them at least")
+        if not isinstance(self.pci, PciFunction | None):
+            raise fail("pci", self.pci, "must be a PciFunction, or None for a device that is not on the PCI bus")
+        if self.ports is None and self.mmio is None and self.pci is None:
+            raise SpecError("ports=None, mmio=None: a device answers at one of them at least, or is on the PCI bus")
+        if self.pci is not None and (self.msis or self.doorbells):
+            raise SpecError("pci: its interrupts and doorbells are those of the PciFunction")
         for name, span, end in (("ports", self.ports, PORTS), ("mmio", self.mmio, PHYSICAL)):
             if span is not None and not (isinstance(span, range) and span.step == 1 and 0 <= span.start < span.stop):
                 raise fail(name, span, "must be a range of addresses with step 1, at least one")
@@ -135,6 +145,11 @@ class Wiring:
             where = self.mmio if bell.bus == "mmio" else self.ports
             if where is None or bell.offset + bell.size > len(where):
                 raise fail("doorbell offset", bell.offset, f"must lie within the device's {bell.bus}")
+
+    @property
+    def vectors(self) -> int:
+        """How many message-signalled interrupts it has, as a PCI function or by itself."""
+        return self.msis if self.pci is None else self.pci.vectors
 
     def address(self, bell: Doorbell) -> int:
         """The port or guest-physical address of a doorbell."""
@@ -187,11 +202,10 @@ def check_wiring(devices: Sequence[DeviceSpec], irqchip: Irqchip, memory: Iterab
         SpecError: a device needs interrupts that the VM has not, or its addresses are memory or an APIC's.
     """
     spans = list(memory)
+    _check_bus(devices)
     for device in devices:
-        name, wiring = type(device).__name__, device.wiring()
-        if not isinstance(wiring, Wiring):
-            raise SpecError(f"{name}: wiring() returned {shown(wiring)}: it must return a Wiring")
-        if wiring.msis and irqchip == "none":
+        name, wiring = type(device).__name__, _is_wired(device)
+        if wiring.vectors and irqchip == "none":
             raise SpecError(f'{name}: its interrupts need irqchip="full" or irqchip="split"')
         if wiring.line is not None and irqchip == "split":
             raise SpecError(
@@ -211,6 +225,25 @@ def check_wiring(devices: Sequence[DeviceSpec], irqchip: Irqchip, memory: Iterab
                     )
 
 
+def _check_bus(devices: Sequence[DeviceSpec]) -> None:
+    functions = [type(device).__name__ for device in devices if _is_wired(device).pci is not None]
+    hosts = sum(_is_wired(device).hosts_pci for device in devices)
+    if len(functions) > MOST_FUNCTIONS:
+        raise SpecError(f"{len(functions)} devices on the PCI bus: it has room for {MOST_FUNCTIONS}")
+    if functions and not hosts:
+        raise SpecError(f"{functions[0]} is on the PCI bus: add PciHostBridge() to the devices")
+    if hosts > 1:
+        raise SpecError(f"{hosts} host bridges: a VM has one PCI bus")
+
+
+def _is_wired(device: DeviceSpec) -> Wiring:
+    """Its wiring, if it is one."""
+    wiring = device.wiring()
+    if not isinstance(wiring, Wiring):
+        raise SpecError(f"{type(device).__name__}: wiring() returned {shown(wiring)}: it must return a Wiring")
+    return wiring
+
+
 def unwired(devices: Iterable[DeviceSpec], irqchip: bool | str) -> str | None:
     """What this VM needs that a backend without irqchip and ioeventfds can't give. None: it needs no such thing."""
     if irqchip_kind(irqchip) != "none":
@@ -219,6 +252,8 @@ def unwired(devices: Iterable[DeviceSpec], irqchip: bool | str) -> str | None:
         wiring = device.wiring()
         if wiring.doorbells:
             return f"the doorbells of {type(device).__name__} (ioeventfd)"
+        if wiring.pci is not None:
+            return f"{type(device).__name__} on the PCI bus (irqfd)"
     return None
 
 

@@ -31,6 +31,7 @@ SOURCES = [
     "virtio_state.c",
     "virtio_pci.c",
     "io.c",
+    "pci.c",
     "virtio_rng.c",
     "virtio_console.c",
     "uring.c",
@@ -74,6 +75,7 @@ HEADERS = [
     "virtio_rules.h",
     "uring.h",
     "store.h",
+    "pci.h",
     "cdef.h",
 ]
 
@@ -81,7 +83,7 @@ ffibuilder = FFI()
 ffibuilder.cdef((HERE / "cdef.h").read_text())
 ffibuilder.set_source(
     "orchestra.native._core",
-    '#include "orc.h"\n#include "decode.h"\n#include "interpreter.h"\n#include "virtio.h"\n#include "store.h"',
+    "".join(f'#include "{name}.h"\n' for name in ("orc", "decode", "interpreter", "virtio", "pci", "store")),
     sources=[f"orchestra/native/{name}" for name in SOURCES],
     depends=[f"orchestra/native/{name}" for name in HEADERS],
     include_dirs=["orchestra/native"],

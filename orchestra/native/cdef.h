@@ -169,6 +169,10 @@ bool orc_console_load(orc_console *, uint64_t total, const uint8_t *, size_t);
 uint64_t orc_console_total(orc_console *);
 size_t orc_console_copy(orc_console *, uint64_t *position, uint8_t *out, size_t room);
 bool orc_console_want(orc_console *, uint64_t position);
+#define ORC_CONSOLE_TYPED ...
+size_t orc_console_type(orc_console *, const uint8_t *, size_t);
+bool orc_console_listened(orc_console *);
+size_t orc_console_typed(orc_console *);
 size_t orc_fleet_talking(orc_fleet *, uint32_t *out, size_t most);
 orc_device *orc_debug_console_new(orc_console *, uint8_t detected);
 orc_device *orc_exit_port_new(void);
@@ -184,6 +188,7 @@ typedef void (*orc_uart_output)(void *to, orc_vcpu *by, const uint8_t *, size_t)
 typedef void (*orc_uart_interrupt)(void *line, bool level);
 orc_uart *orc_uart_new(orc_uart_output, void *to, orc_uart_interrupt, void *line);
 orc_uart *orc_serial_new(orc_console *, orc_interrupts *, uint32_t gsi);
+void orc_serial_listen(orc_uart *);
 orc_device *orc_uart_device(orc_uart *);
 size_t orc_uart_receive(orc_uart *, const uint8_t *, size_t);
 enum { ORC_UART_FIFO, ... };
@@ -235,6 +240,7 @@ extern const struct orc_name orc_capabilities[], orc_exit_reasons[];
 #define KVM_CAP_XSAVE2 ...
 #define KVM_CAP_IRQFD ...
 #define KVM_CAP_IOEVENTFD ...
+#define KVM_CAP_IOEVENTFD_ANY_LENGTH ...
 #define KVM_CAP_IRQ_ROUTING ...
 #define KVM_CAP_SPLIT_IRQCHIP ...
 #define KVM_BUS_LOCK_DETECTION_OFF ...
@@ -561,17 +567,31 @@ void orc_io_set_voice(orc_io *, orc_vcpu *);
 int orc_io_attach(orc_io *, orc_virtio *);
 void orc_io_detach(orc_io *, orc_virtio *);
 void orc_io_hold(orc_io *);
+void orc_io_hold_soon(orc_io *);
+void orc_io_wait(orc_io *);
 void orc_io_let_go(orc_io *);
 void orc_io_stop(orc_io *);
 void orc_io_free(orc_io *);
 
 orc_virtio *orc_virtio_rng_new(const orc_guest_memory *);
-enum { ORC_VIRTIO_CONSOLE_INPUT, ... };
 orc_virtio *orc_virtio_console_new(const orc_guest_memory *, orc_console *, uint16_t columns, uint16_t rows);
-size_t orc_virtio_console_input(orc_virtio *, const uint8_t *, size_t);
+void orc_virtio_console_listen(orc_virtio *, bool on);
 void orc_virtio_console_resize(orc_virtio *, uint16_t columns, uint16_t rows);
-size_t orc_virtio_console_waiting(orc_virtio *, uint8_t *out);
-int orc_virtio_console_room(const orc_virtio *);
+
+/* ---- pci.h ---- */
+
+enum { ORC_PCI_SLOTS, ORC_PCI_SPACE, ORC_PCI_ECAM, ORC_PCI_PORTS, ... };
+typedef struct orc_pci orc_pci;
+orc_pci *orc_pci_new(void);
+orc_device *orc_pci_ecam(orc_pci *);
+orc_device *orc_pci_ports(orc_pci *);
+int orc_pci_add(orc_pci *, uint32_t slot, const uint8_t *reset, const uint8_t *writable, const uint8_t *effect);
+void orc_pci_window(orc_pci *, uint32_t slot, uint32_t capability, orc_device *bar);
+void orc_pci_copy(orc_pci *, uint32_t slot, uint32_t offset, uint32_t size, void *out);
+bool orc_pci_load(orc_pci *, uint32_t slot, const uint8_t *bytes);
+uint32_t orc_pci_selected(orc_pci *);
+void orc_pci_select(orc_pci *, uint32_t value);
+void orc_pci_reset(orc_pci *);
 
 enum { ORC_BLK_OPERATIONS, ORC_BLK_SECTORS, ORC_BLK_METERS, ORC_BLK_LEVELS, ... };
 int orc_virtio_blk_new(const orc_guest_memory *, orc_store *, const char *id, orc_virtio **out);

@@ -264,9 +264,20 @@ static void wait_until_quiet(orc_io *io)
 		pthread_cond_wait(&io->quiet, &io->lock);
 }
 
+void orc_io_hold_soon(orc_io *io)
+{
+	atomic_fetch_add(&io->holds, 1);
+}
+
 void orc_io_hold(orc_io *io)
 {
-	enter(io);
+	orc_io_hold_soon(io);
+	orc_io_wait(io);
+}
+
+void orc_io_wait(orc_io *io)
+{
+	pthread_mutex_lock(&io->lock);
 	wait_until_quiet(io);
 	pthread_mutex_unlock(&io->lock);
 }

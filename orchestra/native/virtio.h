@@ -222,6 +222,10 @@ int orc_io_attach(orc_io *, orc_virtio *); /* 0 or a negative errno. Its kick_fd
 void orc_io_detach(orc_io *, orc_virtio *); /* waits until nothing of it is in flight */
 /* Waits until nothing is in flight, and nothing is taken from a queue until each hold was let go. Notifications are kept. */
 void orc_io_hold(orc_io *);
+/* The same in two parts, for whoever must not wait at once: the thread finishes the queue that it is at, and what is in flight.
+ * orc_io_wait waits for both. */
+void orc_io_hold_soon(orc_io *);
+void orc_io_wait(orc_io *);
 void orc_io_let_go(orc_io *);
 /* Waits until nothing is in flight, and for the thread's end: no guest memory is touched any more, whoever notifies. */
 void orc_io_stop(orc_io *);
@@ -233,16 +237,12 @@ void orc_io_wake(orc_io *); /* any thread */
 /* virtio_rng.c: the host's getrandom(2). The one to copy. NULL: no memory. */
 orc_virtio *orc_virtio_rng_new(const orc_guest_memory *);
 
-/* virtio_console.c: output goes to the console, input comes by orc_virtio_console_input. NULL: no memory. */
-enum { ORC_VIRTIO_CONSOLE_INPUT = 4096 }; /* bytes that wait for the guest */
+/* virtio_console.c: output goes to the console. NULL: no memory. The console outlives it. */
 orc_virtio *orc_virtio_console_new(const orc_guest_memory *, orc_console *, uint16_t columns, uint16_t rows);
-/* How many fitted. Any thread. */
-size_t orc_virtio_console_input(orc_virtio *, const uint8_t *, size_t);
+/* It takes the console's input from now on; or, with false, nobody: then nothing that is typed reaches the device or its I/O
+ * thread any more, which is to be so before orc_io_free. */
+void orc_virtio_console_listen(orc_virtio *, bool on);
 void orc_virtio_console_resize(orc_virtio *, uint16_t columns, uint16_t rows); /* any thread */
-/* Input that waits, the oldest first, as part of its state: how many bytes. A new device gets it by orc_virtio_console_input. */
-size_t orc_virtio_console_waiting(orc_virtio *, uint8_t out[ORC_VIRTIO_CONSOLE_INPUT]);
-/* A descriptor that is readable once there is room for input again, after orc_virtio_console_input took less than it was given. */
-int orc_virtio_console_room(const orc_virtio *);
 
 /* virtio_blk.c: a disk whose bytes a store has (store.h), which it frees; not if this fails. `id`: at most 20 characters, for the
  * guest's /dev/disk/by-id. 0 or a negative errno. */

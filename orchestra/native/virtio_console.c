@@ -1,11 +1,8 @@
-/* A console (virtio 1.2, 5.3) of one port: what the guest transmits goes to the VM's console, and what is given to the device
- * waits in a ring until the guest has buffers for it. */
-#include <errno.h>
+/* A console (virtio 1.2, 5.3) of one port: what the guest transmits goes to the VM's console, and what is typed there comes in
+ * when the guest has buffers for it. */
 #include <linux/virtio_console.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/eventfd.h>
-#include <unistd.h>
 
 #include "core.h"
 #include "virtio.h"
@@ -16,47 +13,34 @@ enum { QUEUE = 64 };                /* as other VMMs have it: a page of text in 
 struct console {
 	orc_virtio virtio;
 	orc_console *console;
-	int room; /* an eventfd: written when there is room again */
-	pthread_mutex_t lock; /* what follows; the last one of all but the console's */
-	uint8_t input[ORC_VIRTIO_CONSOLE_INPUT]; /* a ring */
-	size_t first, waiting;
-	bool wanted; /* somebody waits for room */
+	_Atomic bool listening; /* it is the one that takes the console's input */
 };
+
+static void say(struct console *c, const uint8_t *data, size_t size)
+{
+	orc_console_say(c->console, orc_io_voice(&c->virtio), data, size);
+}
 
 /* ---- input ------------------------------------------------------------------------------------------------------ */
 
 /* Puts what waits into a chain. */
 static uint32_t give(struct console *c, const struct orc_chain *chain)
 {
-	const uint64_t one = 1;
-	size_t given = 0;
+	uint8_t input[ORC_CONSOLE_TYPED];
+	size_t n = chain->writable_bytes < sizeof input ? chain->writable_bytes : sizeof input;
 
-	pthread_mutex_lock(&c->lock);
-	while (c->waiting && given < chain->writable_bytes) { /* twice, if it goes on at the ring's begin */
-		size_t row = sizeof c->input - c->first < c->waiting ? sizeof c->input - c->first : c->waiting;
-		size_t n = orc_chain_write(chain, given, c->input + c->first, row);
-
-		c->first = (c->first + n) % sizeof c->input;
-		c->waiting -= n;
-		given += n;
-	}
-	if (given && c->wanted) {
-		c->wanted = false;
-		while (write(c->room, &one, sizeof one) < 0 && errno == EINTR)
-			;
-	}
-	pthread_mutex_unlock(&c->lock);
-	return (uint32_t)given;
+	n = orc_console_read(c->console, orc_io_voice(&c->virtio), input, n);
+	return (uint32_t)orc_chain_write(chain, 0, input, n);
 }
 
-static bool has_input(struct console *c)
+static bool has_input(const struct console *c)
 {
-	bool some;
+	return atomic_load(&c->listening) && orc_console_typed(c->console);
+}
 
-	pthread_mutex_lock(&c->lock);
-	some = c->waiting;
-	pthread_mutex_unlock(&c->lock);
-	return some;
+static void typed(void *device)
+{
+	orc_virtio_again(device, RECEIVE);
 }
 
 static enum orc_served serve_receive(struct console *c, struct orc_queue *q)
@@ -77,11 +61,6 @@ static enum orc_served serve_receive(struct console *c, struct orc_queue *q)
 }
 
 /* ---- output ----------------------------------------------------------------------------------------------------- */
-
-static void say(struct console *c, const uint8_t *data, size_t size)
-{
-	orc_console_say(c->console, orc_io_voice(&c->virtio), data, size);
-}
 
 static void transmit(struct console *c, const struct orc_chain *chain)
 {
@@ -126,12 +105,9 @@ static void write_config(orc_virtio *v, uint32_t offset, const uint8_t *data, ui
 
 static void free_console(orc_virtio *v)
 {
-	struct console *c = (struct console *)v;
-
+	orc_virtio_console_listen(v, false);
 	orc_virtio_fini(v);
-	close(c->room);
-	pthread_mutex_destroy(&c->lock);
-	free(c);
+	free(v);
 }
 
 static const struct orc_virtio_ops console = {
@@ -147,49 +123,23 @@ orc_virtio *orc_virtio_console_new(const orc_guest_memory *memory, orc_console *
 
 	if (!c)
 		return NULL;
-	c->room = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-	if (c->room < 0) {
-		free(c);
-		return NULL;
-	}
 	c->console = output;
-	pthread_mutex_init(&c->lock, NULL);
 	orc_virtio_init(&c->virtio, &console, memory, 0, 0);
 	memcpy(c->virtio.config, &config, sizeof config);
 	return &c->virtio;
 }
 
-size_t orc_virtio_console_input(orc_virtio *v, const uint8_t *data, size_t size)
+void orc_virtio_console_listen(orc_virtio *v, bool on)
 {
 	struct console *c = (struct console *)v;
-	size_t taken = 0;
 
-	pthread_mutex_lock(&c->lock);
-	for (; taken < size && c->waiting < sizeof c->input; taken++)
-		c->input[(c->first + c->waiting++) % sizeof c->input] = data[taken];
-	c->wanted = taken < size;
-	pthread_mutex_unlock(&c->lock);
-	if (taken)
-		orc_virtio_again(v, RECEIVE);
-	return taken;
-}
-
-size_t orc_virtio_console_waiting(orc_virtio *v, uint8_t out[ORC_VIRTIO_CONSOLE_INPUT])
-{
-	struct console *c = (struct console *)v;
-	size_t n;
-
-	pthread_mutex_lock(&c->lock);
-	n = c->waiting;
-	for (size_t i = 0; i < n; i++)
-		out[i] = c->input[(c->first + i) % sizeof c->input];
-	pthread_mutex_unlock(&c->lock);
-	return n;
-}
-
-int orc_virtio_console_room(const orc_virtio *v)
-{
-	return ((const struct console *)v)->room;
+	atomic_store(&c->listening, on);
+	if (on) {
+		orc_console_attach(c->console, (struct orc_console_reader){typed, v});
+		typed(v); /* what was typed before */
+	} else {
+		orc_console_detach(c->console, v);
+	}
 }
 
 void orc_virtio_console_resize(orc_virtio *v, uint16_t columns, uint16_t rows)

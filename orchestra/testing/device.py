@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from threading import RLock
+from typing import Any, Final
 
 from ..backend.memory import GuestMemory
+from ..backend.memory_layout import memory_slots
+from ..machine.devices.bus import Bus, NativeDevice
 from ..machine.devices.console import Console
+from ..machine.devices.pci import OnBus, PciHost
 from ..machine.devices.peripheral import Hooks, Peripheral, implementation
 from ..machine.devices.timers import Timers, VmTimer
+from ..model.actions import Outcome
 from ..model.devices import DeviceSpec
 from ..model.spec import FlatImage, VmSpec
+from ..native import ffi, lib
 
 __all__ = ["DeviceRig", "RecordedMsi", "RecordedPulse"]
+
+
+CONFIGURATION: Final = 1 << 15  # of device 1, in the memory-mapped window
+
+
+def answer(native: Any, offset: int, data: bytes) -> bool:
+    """Write to an ``orc_device``. False: it goes up to Python."""
+    return bool(lib.orc_device_answer(native, offset, len(data), 1, True, ffi.from_buffer(bytearray(data))))
 
 
 class RecordedLine:
@@ -27,7 +42,7 @@ class RecordedLine:
 class RecordedPulse:
     """An interrupt that counts."""
 
-    fd = -1
+    fd: int = -1
 
     def __init__(self) -> None:
         self.fired = 0
@@ -37,11 +52,17 @@ class RecordedPulse:
 
 
 class RecordedMsi(RecordedPulse):
-    """A `RecordedPulse` with its route. Like KVM, it refuses an address that is no interrupt address."""
+    """A `RecordedPulse` with its route. Like KVM, it refuses an address that is no interrupt address.
+
+    Attributes:
+        where: address and data; None: nowhere, or masked.
+        fd: an eventfd, for a device of the core.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.where: tuple[int, int] | None = None
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     def route(self, address: int, data: int) -> bool:
         if not 0xFEE0_0000 <= address < 0xFEF0_0000:
@@ -49,8 +70,22 @@ class RecordedMsi(RecordedPulse):
         self.where = (address, data)
         return True
 
+    def mask(self) -> None:
+        self.where = None
+
     def unroute(self) -> None:
         self.where = None
+
+
+class RecordedBell:
+    """A doorbell on the PCI bus. `address`: where it is; None: nowhere."""
+
+    def __init__(self) -> None:
+        self.address: int | None = None
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    def place(self, address: int | None) -> None:
+        self.address = address
 
 
 class DeviceRig:
@@ -67,37 +102,60 @@ class DeviceRig:
         memory: the guest's memory, which a test writes like the guest.
         line, pulse, msis: its interrupts; `line.levels`, `pulse.fired`, `msis[0].fired` and `.where` say what it did.
         now: the time, in nanoseconds. `advance` sets it.
-        codes: the codes with which the device shut the VM down.
+        outcomes: with which the device ended the VM.
+        wall_clock: seconds since 1970 of the host's clock.
     """
 
     def __init__(self, spec: DeviceSpec, *, memory: int = 64 * 1024, state: object = None, now: int = 1) -> None:
         wiring = spec.wiring()
         self.memory = GuestMemory(VmSpec(name="rig", boot=FlatImage(code=b"\xf4"), memory=memory))
         self.line, self.pulse = RecordedLine(), RecordedPulse()
-        self.msis = tuple(RecordedMsi() for _ in range(wiring.msis))
+        self.msis = tuple(RecordedMsi() for _ in range(wiring.vectors))
         self.now = now
-        self.codes: list[int] = []
+        self.outcomes: list[Outcome] = []
+        self.wall_clock = 1_700_000_000.0
         self.console = Console(lambda wake: wake())
+        self.mmio = Bus("mmio", 1 << 52)
+        self.bus = PciHost(self.mmio, [] if wiring.pci is None else [wiring.pci])
+        self.bells = tuple(RecordedBell() for _ in (wiring.pci.bells if wiring.pci is not None else ()))
+        slots = memory_slots(self.memory)
+        guest = ffi.gc(lib.orc_guest_memory_new(slots, len(slots), ffi.NULL), lib.orc_guest_memory_free)
         self._timers = Timers(lambda: self.now, lambda: None)
         hooks = Hooks(
             memory=self.memory,
             timer=self._timers.new,
             console=self.console,
-            shut_down=self.codes.append,
+            end=self.outcomes.append,
+            wall_clock=lambda: self.wall_clock,
             line=self.line,
             pulse=self.pulse,
             msis=self.msis,
+            slot=self.bus.slots[0] if wiring.pci is not None else None,
+            bells=self.bells,
+            bus=self.bus,
+            guest=guest,
         )
         kind = implementation(spec)
         self.device: Peripheral[Any, Any] = kind(spec, hooks) if state is None else kind.from_state(spec, hooks, state)
+        if wiring.pci is not None:
+            assert isinstance(self.device, OnBus)
+            self.bus.slots[0].plug(self.device, RLock(), self.bells)
 
     def read(self, offset: int, size: int = 4) -> int:
         """Read as a guest does. Returns the value, cut to `size` bytes."""
         return self.device.read(offset, size) & (1 << 8 * size) - 1
 
     def write(self, offset: int, value: int, size: int = 4) -> None:
-        """Write as a guest does."""
-        self.device.write(offset, size, value)
+        """Write as a guest does: what the core has answered does not come to `write`."""
+        data = value.to_bytes(size, "little")
+        device = self.device
+        if not isinstance(device, NativeDevice) or not answer(device.native, offset, data):
+            device.write(offset, size, value)
+
+    def configure(self, offset: int, value: int, size: int = 4) -> None:
+        """Write the configuration space of the device as a guest does."""
+        if not answer(self.bus.ecam, CONFIGURATION + offset, value.to_bytes(size, "little")):
+            self.bus.sync()
 
     def ring(self, doorbell: int = 0, times: int = 1) -> None:
         """Ring a doorbell as a guest does."""
@@ -125,7 +183,10 @@ class DeviceRig:
 
     def close(self) -> None:
         """Unmap the memory."""
+        self.device.stop()
         self.memory.close()
+        for fd in [msi.fd for msi in self.msis] + [bell.fd for bell in self.bells]:
+            os.close(fd)
 
     def __enter__(self) -> DeviceRig:
         return self

@@ -270,13 +270,15 @@ class KvmBackend:
 def _kernel_parts(spec: VmSpec) -> tuple[tuple[str, str], ...]:
     """Capabilities beyond those that each VM needs, each with what needs it; empty if nothing of this spec does."""
     irqchip, wirings = irqchip_kind(spec.irqchip), [(type(one).__name__, one.wiring()) for one in spec.devices]
-    interrupts = next((name for name, wiring in wirings if wiring.msis), "")
-    bells = next((name for name, wiring in wirings if wiring.doorbells), "")
+    interrupts = next((name for name, wiring in wirings if wiring.vectors), "")
+    bells = next((name for name, wiring in wirings if wiring.doorbells or wiring.pci), "")
+    moving = next((name for name, wiring in wirings if wiring.pci), "")
     return (
         ("KVM_CAP_SPLIT_IRQCHIP", 'irqchip="split"' * (irqchip == "split")),
         ("KVM_CAP_IRQ_ROUTING", interrupts and f"the interrupts of {interrupts}"),
         ("KVM_CAP_IRQFD", interrupts and f"the interrupts of {interrupts}"),
         ("KVM_CAP_IOEVENTFD", bells and f"the doorbells of {bells}"),
+        ("KVM_CAP_IOEVENTFD_ANY_LENGTH", moving and f"the doorbells of {moving}"),
     )
 
 

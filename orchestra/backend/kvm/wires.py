@@ -121,21 +121,67 @@ class Pulse:
 
 
 class Msi(Pulse):
-    """A message-signalled interrupt: an eventfd, bound to a GSI that is routed as the guest says."""
+    """A message-signalled interrupt: an eventfd, bound to a GSI that is routed as the guest says.
 
-    def __init__(self, fd: int, routes: Routes, gsi: int) -> None:
+    It is bound only while it is to interrupt: of an eventfd that is bound to a GSI without a route, the kernel takes
+    what was written and makes nothing of it. An irqfd goes before its route, as AMD's posted interrupts want it
+    (the kernel's svm_update_pi_irte looks the route of a bound irqfd up without a check).
+    """
+
+    def __init__(self, fd: int, vm: KvmVm, routes: Routes, gsi: int) -> None:
         super().__init__(fd)
-        self._routes = routes
+        self._vm, self._routes = vm, routes
+        self._bound = False
         self.gsi = gsi
 
     def route(self, address: int, data: int) -> bool:
         if address not in MSI_ADDRESSES or not 0 <= data < 1 << 32:
             return False
-        self._routes.set(self.gsi, address, data)
+        with self._lock:
+            self._routes.set(self.gsi, address, data)
+            self._bind(True)
         return True
 
+    def mask(self) -> None:
+        with self._lock:
+            self._bind(False)
+
     def unroute(self) -> None:
-        self._routes.clear(self.gsi)
+        with self._lock:
+            self._bind(False)
+            self._routes.clear(self.gsi)
+            with suppress(BlockingIOError):
+                if self.fd >= 0:
+                    os.eventfd_read(self.fd)
+
+    def _bind(self, bound: bool) -> None:
+        if self.fd >= 0 and bound != self._bound:
+            self._vm.irqfd(self.fd, self.gsi, deassign=not bound)
+            self._bound = bound
+
+
+class MovableBell:
+    """An ioeventfd of any width, at the place where a guest maps the device's registers."""
+
+    def __init__(self, fd: int, vm: KvmVm) -> None:
+        self.fd = fd
+        self._vm = vm
+        self._address: int | None = None
+
+    def place(self, address: int | None) -> None:
+        if self.fd < 0 or address == self._address:
+            return
+        if (before := self._address) is not None:
+            self._address = None
+            self._vm.ioeventfd(self.fd, before, 0, deassign=True)
+        if address is not None:
+            self._vm.ioeventfd(self.fd, address, 0)
+            self._address = address
+
+    def close(self) -> None:
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
 
 
 class KvmWires:
@@ -150,6 +196,7 @@ class KvmWires:
         self._vm = vm
         self._pulses: list[Pulse] = []
         self._bells: list[int] = []  # eventfds that the kernel writes
+        self._movable: list[MovableBell] = []
 
     def line(self, gsi: int) -> Line:
         return Line(self._vm.interrupts, gsi)
@@ -173,10 +220,15 @@ class KvmWires:
     def msi(self) -> Msi:
         """Raises ResourceLimit (no descriptor or route left), KvmError."""
         gsi = self.routes.add()
-        msi = Msi(_eventfd(), self.routes, gsi)
+        msi = Msi(_eventfd(), self._vm, self.routes, gsi)
         self._pulses.append(msi)
-        self._vm.irqfd(msi.fd, msi.gsi)
         return msi
+
+    def bell(self) -> MovableBell:
+        """Raises ResourceLimit (no descriptor left)."""
+        bell = MovableBell(_eventfd(), self._vm)
+        self._movable.append(bell)
+        return bell
 
     def doorbell(self, address: int, size: int, value: int | None, *, pio: bool) -> int:
         fd = _eventfd()
@@ -188,6 +240,8 @@ class KvmWires:
         """Nobody listens to its doorbells any more. The kernel lets go of an eventfd that is closed."""
         for pulse in self._pulses:
             pulse.close()
+        for bell in self._movable:
+            bell.close()
         bells, self._bells = self._bells, []
         for fd in bells:
             os.close(fd)

@@ -3,6 +3,7 @@
     spec.wiring() ─ addresses ──→ claims on the buses           accesses:   vCPU thread → device, under the claim's lock
                   ─ line, msis ─→ Hooks (backend/wiring)        interrupts: any thread → eventfd or line → kernel
                   ─ doorbells ──→ ioeventfds                    rings:      kernel → eventfd → a task → device
+                  ─ pci ────────→ a slot of `PciHost`           queues:     kernel → eventfd → the VM's I/O thread
                     timers      → Timers                        expiries:   a task → device
 
 `service` serves rings and expiries.
@@ -13,20 +14,26 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from threading import RLock
-from typing import Final, Protocol
+from typing import Any, Final, Protocol, runtime_checkable
 
 import trio
 
 from ...backend import Machine
 from ...backend.memory import GuestMemory
+from ...backend.memory_layout import memory_slots
 from ...backend.wiring import InterruptLine, InterruptPulse
-from ...model.actions import Outcome, Shutdown
+from ...model import platform
+from ...model.actions import Outcome
 from ...model.devices import DeviceSpec, Wiring, irqchip_kind
-from ...model.errors import GuestMemoryError, StateError
+from ...model.errors import GuestMemoryError, SpecError, StateError
 from ...model.spec import Limit, VmSpec
+from ...native import ffi, lib
 from ..contain import contained
+from .bridge import ConfigPorts
 from .bus import Bus
 from .console import Console
+from .io import IoThread
+from .pci import OnBus, PciHost
 from .peripheral import NOWHERE, Hooks, implementation
 from .service import Plugged, Service, taken
 
@@ -47,6 +54,21 @@ class Board(Protocol):
     def end(self, outcome: Outcome) -> None: ...
     def answer_limit(self) -> Limit | None:
         """The VM's, as in force."""
+
+
+@runtime_checkable
+class Listener(Protocol):
+    """A device that takes console input."""
+
+    def listen(self) -> None:
+        """Take what is typed at the VM's console from now on, and what was typed before. Called once, of one device."""
+
+
+@runtime_checkable
+class Served(Protocol):
+    """A device whose queues the VM's I/O thread serves."""
+
+    def attach(self, io: IoThread) -> None: ...
 
 
 class Dma:
@@ -102,16 +124,45 @@ class Assembly:
         self._service = Service(board.spec.name, board.now, board.end, board.answer_limit, in_turn, post)
         self._service.going_on = states is not None
         self._makes: Plugged | None = None
+        self._io: IoThread | None = None
+        self._bus, self._guest = self._pci_bus(specs)
+        self._slots = iter(self._bus.slots if self._bus is not None else ())
         self._stopped = False
         self.plugged: list[Plugged] = []
         try:
             for index, spec in enumerate(specs):
                 self._plug(spec, None if states is None else states[index])
+            for device in (plugged.device for plugged in self.plugged):
+                if isinstance(device, Listener):
+                    device.listen()
+                    break
+            self._serve()
         except BaseException:
             self.stop()
             raise
 
     # ---- plugging
+
+    def _pci_bus(self, specs: Sequence[DeviceSpec]) -> tuple[PciHost | None, Any]:
+        """The PCI bus, if a device hosts one, and guest memory as devices of the core have it."""
+        wirings = [spec.wiring() for spec in specs]
+        if not any(wiring.hosts_pci for wiring in wirings):
+            return None, None
+        bus = PciHost(self._board.mmio, [wiring.pci for wiring in wirings if wiring.pci is not None])
+        self._board.ports.claim(platform.PCI_PORTS, ConfigPorts(bus))
+        slots, log = memory_slots(self._board.memory), self._machine.dirty
+        made = lib.orc_guest_memory_new(slots, len(slots), ffi.NULL if log is None else log.handle)
+        if made == ffi.NULL:
+            raise MemoryError("orc_guest_memory_new")
+        return bus, ffi.gc(made, lib.orc_guest_memory_free)
+
+    def _serve(self) -> None:
+        """Start the I/O thread, held, if a device needs it."""
+        served = [plugged.device for plugged in self.plugged if isinstance(plugged.device, Served)]
+        if served:
+            self._io = IoThread(self._board.spec.name, self._machine.engines[0].core.handle)
+            for device in served:
+                device.attach(self._io)
 
     def _plug(self, spec: DeviceSpec, state: object) -> None:
         kind, wiring, lock = implementation(spec), spec.wiring(), RLock()
@@ -130,6 +181,10 @@ class Assembly:
             assert wires is not None  # otherwise the backend has refused the spec
             address, pio = wiring.address(bell), bell.bus == "ports"
             plugged.bells.append(wires.doorbell(address, bell.size, bell.value, pio=pio))
+        if hooks.slot is not None:
+            if not isinstance(plugged.device, OnBus):
+                raise SpecError(f"{kind.__name__} is on the PCI bus: it must define interrupts_changed()")
+            hooks.slot.plug(plugged.device, lock, hooks.bells)
 
     def _hooks(self, plugged: Plugged) -> Hooks:
         wires, wiring = self._machine.wires, plugged.wiring
@@ -144,15 +199,21 @@ class Assembly:
                     pulse = wires.pulse(line.gsi)
                 case "resample":
                     pulse, plugged.ends = wires.resampled(line.gsi)
+        slot = next(self._slots) if wiring.pci is not None else None
+        bells = wiring.pci.bells if wiring.pci is not None else ()
         return Hooks(
             memory=Dma(self._board.memory),
             timer=lambda expired: self._service.new_timer(self._makes, expired),
             console=self._console,
-            shut_down=lambda code: self._board.end(Shutdown(code=code)),
+            end=self._board.end,
             line=level,
             pulse=pulse,
-            msis=tuple(wires.msi() for _ in range(wiring.msis)) if wires is not None else (),
+            msis=tuple(wires.msi() for _ in range(wiring.vectors)) if wires is not None else (),
             interrupts=self._machine.interrupts,
+            slot=slot,
+            bells=tuple(wires.bell() for _ in bells) if wires is not None else (),
+            bus=self._bus if wiring.hosts_pci else None,
+            guest=self._guest,
         )
 
     # ---- rings and expiries
@@ -168,17 +229,31 @@ class Assembly:
 
     # ---- pause, state, reset, end
 
+    def begin(self) -> None:
+        """The guest's first instruction is next: queues are served from now on, unless the VM is paused."""
+        if self._io is not None:
+            self._io.let_go("start")
+
     def hold(self) -> None:
-        """The VM pauses: from now on nothing reaches a device by ring or timer, until `let_go`."""
+        """The VM pauses: from now on nothing reaches a device by ring, timer or queue, until `let_go`.
+
+        It does not wait for what is in flight. `state` does.
+        """
         self._service.hold()
+        if self._io is not None:
+            self._io.hold("pause")
 
     def let_go(self) -> None:
         """The VM goes on. Timers whose time came during the pause expire now."""
         self._service.let_go()
+        if self._io is not None:
+            self._io.let_go("pause")
 
     def state(self) -> tuple[object, ...]:
         """The state of each device, in the order of the spec. While the VM is quiesced."""
         found = []
+        if self._io is not None:
+            self._io.wait()
         for plugged in self.plugged:
             with plugged.lock:
                 found.append(plugged.device.state())
@@ -186,11 +261,16 @@ class Assembly:
 
     def reset(self) -> None:
         """Reset all devices to power-on, and drop rings that were not served yet. While no vCPU runs."""
+        if self._io is not None:
+            self._io.hold("reset")
+            self._io.wait()
         for plugged in self.plugged:
             with plugged.lock:
                 plugged.device.reset()
                 for fd in [*plugged.bells, *([] if plugged.ends is None else [plugged.ends])]:
                     taken(fd)
+        if self._io is not None:
+            self._io.let_go("reset")
 
     def stop(self, problems: list[str] | None = None) -> None:
         """Stop all devices, after the guest has ended and `run` is over. An error of one stops no other."""
@@ -198,6 +278,8 @@ class Assembly:
             return
         self._stopped = True
         self._service.timers.close()
+        if self._io is not None:
+            self._io.stop()  # first: no device can stop while it is served
         for plugged in self.plugged:
             with contained(f"vm {self._board.spec.name}: stop of device {plugged.name}", problems), plugged.lock:
                 plugged.device.stop()
@@ -205,4 +287,6 @@ class Assembly:
 
 def _where(wiring: Wiring) -> str:
     found = (("ports", wiring.ports), ("mmio", wiring.mmio))
+    if wiring.pci is not None:
+        return "the PCI bus"
     return " and ".join(f"{bus} {span.start:#x}" for bus, span in found if span is not None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pkgutil import resolve_name
@@ -9,10 +10,12 @@ from typing import Any, ClassVar, Final, Generic, Protocol, TypeVar
 
 import attrs
 
-from ...backend.wiring import InterruptLine, InterruptPulse, MsiVector
+from ...backend.wiring import Bell, InterruptLine, InterruptPulse, MsiVector
+from ...model.actions import Outcome
 from ...model.devices import DeviceSpec
 from ...model.errors import SpecError, StateError
 from .console import Console
+from .pci import PciHost, Slot
 from .timers import Timer
 
 __all__ = ["NOWHERE", "Hooks", "Memory", "Peripheral", "implementation"]
@@ -53,21 +56,31 @@ class Hooks:
         memory: the guest's.
         line: its level-triggered line (`Wiring.line`); `NOWHERE` if it has none, or if the VM has no irqchip.
         pulse: the same, if its line is edge-triggered or resampled.
-        msis: its message-signalled interrupts, as many as `Wiring.msis` says.
+        msis: its message-signalled interrupts, as many as `Wiring.vectors` says.
         timer: makes a timer that calls a function of the device. In `__init__` only.
         console: where output for the VM's owner goes.
-        shut_down: ends the VM as ``Shutdown`` with that code. Any thread.
+        end: ends the VM with that outcome. Any thread.
+        wall_clock: seconds since 1970, UTC.
+        slot: what it is on the PCI bus; None: it is not there.
+        bells: its doorbells there, as many as `PciFunction.bells`.
+        bus: the PCI bus, for its host bridge.
+        guest: the guest's memory for a device of the core (``orc_guest_memory *``); None: the VM has no PCI bus.
         interrupts: the irqchip's lines for a device of the core (``orc_interrupts *``); None: there are none.
     """
 
     memory: Memory
     timer: Callable[[Callable[[], None]], Timer]
     console: Console
-    shut_down: Callable[[int], None]
+    end: Callable[[Outcome], None]
     line: InterruptLine = NOWHERE
     pulse: InterruptPulse = NOWHERE
     msis: tuple[MsiVector, ...] = ()
     interrupts: Any = None
+    wall_clock: Callable[[], float] = time.time
+    slot: Slot | None = None
+    bells: tuple[Bell, ...] = ()
+    bus: PciHost | None = None
+    guest: Any = None
 
 
 class Peripheral(ABC, Generic[SpecT, StateT]):

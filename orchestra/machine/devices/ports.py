@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import attrs
 
+from ...model.actions import Shutdown
 from ...model.devices import DebugConsole, ExitPort
 from ...native import ffi, lib
 from .bus import NativeDevice
@@ -49,7 +50,7 @@ class ExitDevice(NativeDevice, Peripheral[ExitPort, Stateless]):
             raise MemoryError("orc_exit_port_new")
 
     def write(self, offset: int, size: int, value: int) -> None:
-        self.hooks.shut_down(value)
+        self.hooks.end(Shutdown(code=value))
 
     def reset(self) -> None:
         """Nothing."""

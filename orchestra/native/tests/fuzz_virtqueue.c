@@ -85,6 +85,7 @@ static uint64_t number(struct input *in)
 
 struct machine {
 	orc_virtio *v;
+	orc_console *console;
 	struct driver d[QUEUES];
 };
 
@@ -253,7 +254,7 @@ static void step(struct machine *m, struct input *in)
 		break;
 	case 12:
 		if (m->v->ops->type == VIRTIO_ID_CONSOLE)
-			orc_virtio_console_input(m->v, host, word(in) & 1023);
+			orc_console_type(m->console, host, word(in) & 1023);
 		break;
 	case 13:
 		change_state(m, in);
@@ -287,6 +288,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	memset(host, 0, ROOM);
 	m.v = how & 1 ? orc_virtio_console_new(memory, console, 80, 25) : orc_virtio_rng_new(memory);
 	CHECK(m.v && console);
+	m.console = console;
+	if (how & 1)
+		orc_virtio_console_listen(m.v, true);
 	if (how & 2)
 		start_driver(&m, how & 4 ? F_RINGS : 0, NULL);
 	while (in.left)

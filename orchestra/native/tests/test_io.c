@@ -498,24 +498,22 @@ static void what_a_guest_transmits_is_on_the_console(void)
 	guest_end(&g);
 }
 
-static void input_waits_for_buffers_and_whoever_gives_it_for_room(void)
+static void input_waits_until_the_guest_has_buffers_for_it(void)
 {
 	struct guest g;
 	struct bench b;
 	orc_console *console = orc_console_new();
 	orc_io *io = io_new();
-	static uint8_t in[3 * ORC_VIRTIO_CONSOLE_INPUT], out[sizeof in], waiting[ORC_VIRTIO_CONSOLE_INPUT];
-	size_t given = 0, got = 0;
+	static uint8_t in[3 * ORC_CONSOLE_TYPED], out[sizeof in];
+	size_t given, got = 0;
 
 	guest_begin(&g, NULL);
 	for (size_t i = 0; i < sizeof in; i++)
 		in[i] = (uint8_t)(i * 7 >> 3);
 	wire(&b, &g, orc_virtio_console_new(g.memory, console, 80, 25), RINGS);
 	CHECK(!orc_io_attach(io, b.v));
-	given = orc_virtio_console_input(b.v, in, sizeof in);
-	CHECK(given == ORC_VIRTIO_CONSOLE_INPUT && !orc_virtio_console_input(b.v, in + given, 1));
-	CHECK(orc_virtio_console_waiting(b.v, waiting) == given && !memcmp(waiting, in, given));
-	CHECK(!is_readable(orc_virtio_console_room(b.v)));
+	given = orc_console_type(console, in, sizeof in); /* before anybody listens */
+	orc_virtio_console_listen(b.v, true);
 	drive(&b, 0);
 	for (uint16_t i = 0; got < sizeof in; i++) {
 		struct vring_used_elem e;
@@ -525,21 +523,41 @@ static void input_waits_for_buffers_and_whoever_gives_it_for_room(void)
 		CHECK(e.len && e.len <= 100u + i && got + e.len <= sizeof in);
 		memcpy(out + got, at(&g, DATA), e.len);
 		got += e.len;
-		if (given < sizeof in) {
-			await(orc_virtio_console_room(b.v));
-			given += orc_virtio_console_input(b.v, in + given, sizeof in - given);
-		}
+		given += orc_console_type(console, in + given, sizeof in - given);
 	}
-	CHECK(!memcmp(in, out, sizeof in) && !orc_virtio_console_waiting(b.v, waiting));
+	CHECK(!memcmp(in, out, sizeof in) && !orc_console_typed(console));
 	request(&b, RECEIVE, 0, DATA, 100, W);
-	CHECK(orc_virtio_console_input(b.v, in, 1) == 1 && await_used(&b, RECEIVE).len == 1, "buffers wait for input");
+	CHECK(orc_console_type(console, in, 1) == 1 && await_used(&b, RECEIVE).len == 1, "buffers wait for input");
 	request(&b, RECEIVE, 0, DATA, 100, 0);
-	CHECK(orc_virtio_console_input(b.v, in, 1) == 1);
+	CHECK(orc_console_type(console, in, 1) == 1);
 	await(b.vector[2]);
 	CHECK(get(b.v, VIRTIO_PCI_COMMON_STATUS, 1) & NEEDS_RESET);
+	orc_virtio_console_listen(b.v, false);
+	CHECK(!orc_console_listened(console));
 	orc_io_stop(io);
 	unwire(&b);
 	orc_io_free(io);
+	orc_console_free(console);
+	guest_end(&g);
+}
+
+static void a_console_takes_no_input_that_is_for_another_device(void)
+{
+	struct guest g;
+	struct bench b;
+	orc_console *console = orc_console_new();
+	uint8_t byte = 'x';
+
+	guest_begin(&g, NULL);
+	wire(&b, &g, orc_virtio_console_new(g.memory, console, 80, 25), RINGS);
+	drive(&b, 0);
+	CHECK(orc_console_type(console, &byte, 1) == 1);
+	request(&b, RECEIVE, 0, DATA, 100, W);
+	pthread_mutex_lock(&b.v->lock);
+	orc_virtio_serve(b.v, RECEIVE);
+	pthread_mutex_unlock(&b.v->lock);
+	CHECK(orc_console_typed(console) == 1);
+	unwire(&b);
 	orc_console_free(console);
 	guest_end(&g);
 }
@@ -565,6 +583,7 @@ static void a_console_that_is_resized_tells_its_driver(void)
 struct crowd {
 	struct bench b;
 	orc_io *io;
+	orc_console *console;
 	_Atomic bool over;
 };
 
@@ -590,7 +609,7 @@ static void *play_user(void *argument)
 	struct crowd *c = argument;
 
 	for (uint16_t i = 0; !c->over; i++) {
-		orc_virtio_console_input(c->b.v, (const uint8_t *)"some text", 9);
+		orc_console_type(c->console, (const uint8_t *)"some text", 9);
 		orc_virtio_console_resize(c->b.v, i & 127, 25);
 		sched_yield();
 	}
@@ -627,6 +646,8 @@ static void a_guest_its_owner_and_its_user_are_at_a_device_at_the_same_time(void
 	wire(&c.b, &g, orc_virtio_console_new(g.memory, console, 80, 25), RINGS);
 	CHECK(!orc_io_attach(c.io, c.b.v));
 	start_again(&c.b);
+	c.console = console;
+	orc_virtio_console_listen(c.b.v, true);
 	owner = start(play_owner, &c);
 	user = start(play_user, &c);
 	for (unsigned i = 0, heads[2] = {0, 0}; i < 3000; i++) {
@@ -667,7 +688,8 @@ const struct test io_tests[] = {
 	TEST(after_stop_no_guest_memory_is_touched_whoever_notifies),
 	TEST(devices_come_and_go_while_others_are_served),
 	TEST(what_a_guest_transmits_is_on_the_console),
-	TEST(input_waits_for_buffers_and_whoever_gives_it_for_room),
+	TEST(input_waits_until_the_guest_has_buffers_for_it),
+	TEST(a_console_takes_no_input_that_is_for_another_device),
 	TEST(a_console_that_is_resized_tells_its_driver),
 	TEST(a_guest_its_owner_and_its_user_are_at_a_device_at_the_same_time),
 	{0},

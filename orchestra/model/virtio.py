@@ -1,0 +1,98 @@
+"""virtio devices on PCI (virtio 1.2): their specs, and what all of them have on the bus."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Final
+
+import attrs
+
+from .checks import whole
+from .devices import DeviceSpec, Wiring
+from .pci import Capability, PciFunction
+
+__all__ = ["BAR_SIZE", "COMMON", "DEVICE", "ISR", "NOTIFY", "NOTIFY_MULTIPLIER", "PENDING", "TABLE", "Console", "Rng"]
+
+# Where things are in BAR 0: native/virtio.h has the same, and a test compares them.
+COMMON: Final = range(0x0, 0x3C)
+ISR: Final = range(0x1000, 0x1001)
+DEVICE: Final = 0x2000
+NOTIFY: Final = 0x3000
+NOTIFY_MULTIPLIER: Final = 4
+TABLE: Final = 0x4000
+PENDING: Final = 0x5000
+BAR_SIZE: Final = 0x8000
+
+VENDOR: Final = 0x1AF4
+FIRST_DEVICE: Final = 0x1040  # 4.1.2: the device is this and its type
+MODERN: Final = 1  # the lowest revision of a device that is not transitional: 4.1.2.1
+VENDOR_CAPABILITY: Final = 0x09
+COMMON_CFG, NOTIFY_CFG, ISR_CFG, DEVICE_CFG, PCI_CFG = range(1, 6)  # 4.1.4
+
+
+def function(kind: int, class_code: int, queues: int, config_size: int) -> PciFunction:
+    """What a virtio device of that type is on the bus: a vector for each queue, and one for its configuration."""
+    parts = [
+        _part(COMMON_CFG, COMMON.start, len(COMMON)),
+        _part(ISR_CFG, ISR.start, len(ISR)),
+        _part(NOTIFY_CFG, NOTIFY, NOTIFY_MULTIPLIER * queues, _le(NOTIFY_MULTIPLIER)),
+    ]
+    if config_size:
+        parts.append(_part(DEVICE_CFG, DEVICE, config_size))
+    window = _part(PCI_CFG, 0, 0, bytes(4))
+    writable = bytes([0, 0, 0xFF, 0, 0, 0]) + b"\xff" * 12  # bar; offset, length and data: 4.1.4.9
+    parts.append(attrs.evolve(window, writable=writable, window=True))
+    return PciFunction(
+        vendor=VENDOR,
+        device=FIRST_DEVICE + kind,
+        class_code=class_code,
+        subsystem_vendor=VENDOR,
+        subsystem=FIRST_DEVICE + kind,  # 0x40 or higher: no driver of transitional devices takes it
+        revision=MODERN,
+        bar_size=BAR_SIZE,
+        vectors=queues + 1,
+        table=TABLE,
+        pending=PENDING,
+        bells=tuple(NOTIFY + NOTIFY_MULTIPLIER * queue for queue in range(queues)),
+        capabilities=tuple(parts),
+    )
+
+
+def _part(kind: int, offset: int, length: int, more: bytes = b"") -> Capability:
+    """struct virtio_pci_cap (4.1.4) from `cap_len` on, which counts the id and the pointer to the next one as well."""
+    head = bytes([16 + len(more), kind, 0, 0, 0, 0])  # in BAR 0
+    return Capability(VENDOR_CAPABILITY, head + _le(offset) + _le(length) + more)
+
+
+def _le(value: int) -> bytes:
+    return value.to_bytes(4, "little")
+
+
+@attrs.frozen
+class Rng(DeviceSpec):
+    """An entropy device: random bytes of the host's, for ``/dev/hwrng`` and the kernel's own pool."""
+
+    implementation: ClassVar[str] = "orchestra.machine.devices.virtio:RngDevice"
+
+    def wiring(self) -> Wiring:
+        return Wiring(pci=function(4, 0xFF0000, queues=1, config_size=0))  # of no class that there is
+
+
+@attrs.frozen
+class Console(DeviceSpec):
+    """A console, ``hvc0`` in Linux; its output goes to the VM's console. Faster than `Serial`: it works in blocks.
+
+    Parameters:
+        columns, rows: its size, which the guest is told.
+    """
+
+    implementation: ClassVar[str] = "orchestra.machine.devices.virtio:ConsoleDevice"
+
+    columns: int = 80
+    rows: int = 25
+
+    def __attrs_post_init__(self) -> None:
+        whole("columns", self.columns, 1, 0xFFFF)
+        whole("rows", self.rows, 1, 0xFFFF)
+
+    def wiring(self) -> Wiring:
+        return Wiring(pci=function(3, 0x078000, queues=2, config_size=12))
