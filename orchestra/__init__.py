@@ -117,6 +117,7 @@ from .model.spec import (
     Tenant,
     VmSpec,
 )
+from .model.disk import Disk, IoLimit
 from .model.virtio import Console, Rng
 from .native.channels import ExitBatch
 from .policy import (
@@ -176,6 +177,7 @@ __all__ = [
     "Device",
     "DeviceSpec",
     "Digest",
+    "Disk",
     "DirtyRingFull",
     "Doorbell",
     "EmulatedBackend",

@@ -597,6 +597,7 @@ enum { ORC_BLK_OPERATIONS, ORC_BLK_SECTORS, ORC_BLK_METERS, ORC_BLK_LEVELS, ... 
 int orc_virtio_blk_new(const orc_guest_memory *, orc_store *, const char *id, orc_virtio **out);
 int orc_virtio_blk_set_bucket(orc_virtio *, int meter, int level, orc_bucket *);
 void orc_virtio_blk_limit_changed(orc_virtio *);
+void orc_virtio_blk_close(orc_virtio *);
 struct orc_blk_counters {
 	uint64_t reads, writes, flushes, discards, zeroes, read_bytes, written_bytes, errors, no_space, waits;
 	...;

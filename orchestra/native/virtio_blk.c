@@ -452,6 +452,14 @@ void orc_virtio_blk_limit_changed(orc_virtio *v)
 	orc_virtio_again(v, 0);
 }
 
+void orc_virtio_blk_close(orc_virtio *v)
+{
+	struct disk *d = (struct disk *)v;
+
+	orc_store_free(d->store);
+	d->store = NULL;
+}
+
 void orc_virtio_blk_look(orc_virtio *v, struct orc_blk_counters *out)
 {
 	pthread_mutex_lock(&v->lock);
