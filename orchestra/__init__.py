@@ -54,6 +54,7 @@ from .model.actions import (
 from .model.chipset import PciHostBridge
 from .model.codec import CodecError, decode, encode, from_document, to_document
 from .model.devices import DebugConsole, DeviceSpec, Digest, Doorbell, ExitPort, Line, Serial, Wiring
+from .model.disk import Disk, IoLimit
 from .model.errors import (
     BackendUnavailable,
     BusLockUnsupported,
@@ -117,7 +118,6 @@ from .model.spec import (
     Tenant,
     VmSpec,
 )
-from .model.disk import Disk, IoLimit
 from .model.virtio import Console, Rng
 from .native.channels import ExitBatch
 from .policy import (
@@ -177,8 +177,8 @@ __all__ = [
     "Device",
     "DeviceSpec",
     "Digest",
-    "Disk",
     "DirtyRingFull",
+    "Disk",
     "Doorbell",
     "EmulatedBackend",
     "Evict",
@@ -211,6 +211,7 @@ __all__ = [
     "InternalError",
     "Interrupted",
     "Io",
+    "IoLimit",
     "IoapicEoi",
     "IrqWindowOpen",
     "Isolate",
