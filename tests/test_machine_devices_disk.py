@@ -179,6 +179,21 @@ def test_a_disk_shows_its_capacity_and_gives_its_file_back_when_it_stops(image: 
         pass
 
 
+def test_a_disk_goes_on_from_its_state_and_not_from_that_of_one_of_another_size(image: str):
+    rig: Any = DeviceRig(orc.Disk(image))
+    state = rig.device.state()
+    rig.device.restore(state)
+    assert rig.device.state() == state
+    rig.device.stop()
+    os.truncate(image, 2 * MiB)
+    rig = DeviceRig(orc.Disk(image))
+    try:
+        with pytest.raises(orc.SpecError, match=r"a disk of 1048576 bytes, and .*root\.img has 2097152"):
+            rig.device.restore(state)
+    finally:
+        rig.device.stop()
+
+
 @pytest.mark.kvm
 async def test_a_vm_holds_its_disk_while_it_runs_and_no_longer(image: str):
     spec = orc.VmSpec(

@@ -253,10 +253,11 @@ int orc_virtio_blk_new(const orc_guest_memory *, orc_store *, const char *id, or
  * waits before it is done: so of a bucket with a burst of b + 1, b go at once. */
 enum { ORC_BLK_OPERATIONS, ORC_BLK_SECTORS, ORC_BLK_METERS };
 enum { ORC_BLK_LEVELS = 2 };
-/* Before it is attached. The bucket outlives the device. 0 or a negative errno. */
+/* Before it is attached. The bucket outlives the device, or its close. 0 or a negative errno. */
 int orc_virtio_blk_set_bucket(orc_virtio *, int meter, int level, orc_bucket *);
 void orc_virtio_blk_limit_changed(orc_virtio *); /* of a bucket that it has: whoever waits looks again. Any thread */
-/* Its store is freed now, and its files are closed, so that another one can have them. After orc_io_stop. */
+/* Its store is freed now, and its files are closed, so that another one can have them; of its buckets it needs none any more. After
+ * orc_io_stop. */
 void orc_virtio_blk_close(orc_virtio *);
 struct orc_blk_counters {
 	orc_u64 reads, writes, flushes, discards, zeroes; /* that were done */

@@ -456,6 +456,7 @@ void orc_virtio_blk_close(orc_virtio *v)
 {
 	struct disk *d = (struct disk *)v;
 
+	forget_tickets(d); /* the buckets may be gone before it is freed */
 	orc_store_free(d->store);
 	d->store = NULL;
 }

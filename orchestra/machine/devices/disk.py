@@ -11,11 +11,11 @@ from contextlib import ExitStack
 from typing import Any, Final
 
 from ...model.disk import Disk, IoLimit
-from ...model.errors import FileError, ResourceLimit
+from ...model.errors import FileError, ResourceLimit, SpecError
 from ...native import ffi, lib
 from ...native.core import monotonic_ns
 from .peripheral import Hooks
-from .virtio import VirtioDevice
+from .virtio import VirtioDevice, VirtioState
 
 __all__ = ["DiskDevice", "open_store"]
 
@@ -43,7 +43,7 @@ class DiskDevice(VirtioDevice[Disk]):
     def _make(self) -> Any:
         store = open_store(self.spec)
         made = ffi.new("orc_virtio **")
-        name = os.path.basename(self.spec.path).encode()[:20]
+        name = os.path.basename(os.fsencode(self.spec.path))[:20]
         if result := lib.orc_virtio_blk_new(self.hooks.guest, store, name, made):
             lib.orc_store_free(store)
             raise ResourceLimit(-result, f"disk {self.spec.path}")
@@ -62,6 +62,14 @@ class DiskDevice(VirtioDevice[Disk]):
         counters = ffi.new("struct orc_blk_counters *")
         lib.orc_virtio_blk_look(self.handle, counters)
         return {name: int(getattr(counters, name)) for name, _ in ffi.typeof("struct orc_blk_counters").fields}
+
+    def restore(self, state: VirtioState) -> None:
+        had, has = (int.from_bytes(config[:8], "little") for config in (state.config, self.state().config))
+        if had != has:  # the guest has read it, and does not look again
+            raise SpecError(
+                f"Disk: its state is of a disk of {had * SECTOR} bytes, and {self.spec.path} has {has * SECTOR}"
+            )
+        super().restore(state)
 
     def stop(self) -> None:
         lib.orc_virtio_blk_close(self.handle)  # at once: the VM's next run locks the same files
