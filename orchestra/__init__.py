@@ -54,6 +54,7 @@ from .model.actions import (
 from .model.chipset import PciHostBridge
 from .model.codec import CodecError, decode, encode, from_document, to_document
 from .model.devices import DebugConsole, DeviceSpec, Digest, Doorbell, ExitPort, Line, Serial, Wiring
+from .model.disk import Disk, IoLimit
 from .model.errors import (
     BackendUnavailable,
     BusLockUnsupported,
@@ -178,6 +179,7 @@ __all__ = [
     "DeviceSpec",
     "Digest",
     "DirtyRingFull",
+    "Disk",
     "Doorbell",
     "EmulatedBackend",
     "Evict",
@@ -210,6 +212,7 @@ __all__ = [
     "InternalError",
     "Interrupted",
     "Io",
+    "IoLimit",
     "IoapicEoi",
     "IrqWindowOpen",
     "Isolate",

@@ -35,6 +35,11 @@ SOURCES = [
     "pci.c",
     "virtio_rng.c",
     "virtio_console.c",
+    "uring.c",
+    "store.c",
+    "file.c",
+    "overlay.c",
+    "virtio_blk.c",
     "kvm.c",
     "build.c",
     "cap.c",
@@ -69,6 +74,8 @@ HEADERS = [
     "virtqueue.h",
     "virtio.h",
     "virtio_rules.h",
+    "uring.h",
+    "store.h",
     "pci.h",
     "cdef.h",
 ]
@@ -77,7 +84,7 @@ ffibuilder = FFI()
 ffibuilder.cdef((HERE / "cdef.h").read_text())
 ffibuilder.set_source(
     "orchestra.native._core",
-    '#include "orc.h"\n#include "decode.h"\n#include "interpreter.h"\n#include "virtio.h"\n#include "pci.h"',
+    "".join(f'#include "{name}.h"\n' for name in ("orc", "decode", "interpreter", "virtio", "pci", "store")),
     sources=[f"orchestra/native/{name}" for name in SOURCES],
     depends=[f"orchestra/native/{name}" for name in HEADERS],
     include_dirs=["orchestra/native"],

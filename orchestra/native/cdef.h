@@ -528,6 +528,7 @@ const char *orc_queue_error_name(enum orc_queue_error);
 
 typedef struct orc_virtio orc_virtio;
 typedef struct orc_io orc_io;
+typedef struct orc_store orc_store;
 enum { ORC_QUEUE_MOST, ORC_VIRTIO_QUEUES, ORC_VIRTIO_VECTORS, ORC_VIRTIO_CONFIG, ... };
 enum {
 	ORC_BAR_COMMON, ORC_BAR_ISR, ORC_BAR_DEVICE, ORC_BAR_NOTIFY, ORC_BAR_TABLE, ORC_BAR_PBA, ORC_BAR_SIZE, ORC_BAR_PART,
@@ -600,6 +601,26 @@ bool orc_pci_load(orc_pci *, uint32_t slot, const uint8_t *bytes);
 uint32_t orc_pci_selected(orc_pci *);
 void orc_pci_select(orc_pci *, uint32_t value);
 void orc_pci_reset(orc_pci *);
+
+enum { ORC_BLK_OPERATIONS, ORC_BLK_SECTORS, ORC_BLK_METERS, ORC_BLK_LEVELS, ... };
+int orc_virtio_blk_new(const orc_guest_memory *, orc_store *, const char *id, orc_virtio **out);
+int orc_virtio_blk_set_bucket(orc_virtio *, int meter, int level, orc_bucket *);
+void orc_virtio_blk_limit_changed(orc_virtio *);
+void orc_virtio_blk_close(orc_virtio *);
+struct orc_blk_counters {
+	uint64_t reads, writes, flushes, discards, zeroes, read_bytes, written_bytes, errors, no_space, waits;
+	...;
+};
+void orc_virtio_blk_look(orc_virtio *, struct orc_blk_counters *out);
+
+/* ---- store.h ---- */
+
+enum { ORC_STORE_READONLY, ORC_STORE_DIRECT, ORC_STORE_NO_URING, ... };
+int orc_file_new(int fd, uint64_t size, uint32_t block, unsigned flags, orc_store **out);
+int orc_file_block(int fd);
+int orc_overlay_create(int fd, uint64_t size);
+int orc_overlay_new(int fd, int base, uint64_t base_size, unsigned flags, orc_store **out);
+void orc_store_free(orc_store *);
 
 /* ---- decode.c: for its tests ---- */
 

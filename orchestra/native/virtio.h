@@ -244,4 +244,28 @@ orc_virtio *orc_virtio_console_new(const orc_guest_memory *, orc_console *, uint
 void orc_virtio_console_listen(orc_virtio *, bool on);
 void orc_virtio_console_resize(orc_virtio *, uint16_t columns, uint16_t rows); /* any thread */
 
+/* virtio_blk.c: a disk whose bytes a store has (store.h), which it frees; not if this fails. `id`: at most 20 characters, for the
+ * guest's /dev/disk/by-id. 0 or a negative errno. */
+typedef struct orc_store orc_store;
+int orc_virtio_blk_new(const orc_guest_memory *, orc_store *, const char *id, orc_virtio **out);
+/* What is limited: requests, and their data, in sectors of 512 bytes (a bucket counts no more than 1e9 a second). Each by a
+ * bucket of the disk, and one that a group of disks shares. A bucket counts what has been done already (orc.h), and a request
+ * waits before it is done: so of a bucket with a burst of b + 1, b go at once. */
+enum { ORC_BLK_OPERATIONS, ORC_BLK_SECTORS, ORC_BLK_METERS };
+enum { ORC_BLK_LEVELS = 2 };
+/* Before it is attached. The bucket outlives the device, or its close. 0 or a negative errno. */
+int orc_virtio_blk_set_bucket(orc_virtio *, int meter, int level, orc_bucket *);
+void orc_virtio_blk_limit_changed(orc_virtio *); /* of a bucket that it has: whoever waits looks again. Any thread */
+/* Its store is freed now, and its files are closed, so that another one can have them; of its buckets it needs none any more. After
+ * orc_io_stop. */
+void orc_virtio_blk_close(orc_virtio *);
+struct orc_blk_counters {
+	orc_u64 reads, writes, flushes, discards, zeroes; /* that were done */
+	orc_u64 read_bytes, written_bytes;
+	orc_u64 errors;   /* requests that the guest got an error for */
+	orc_u64 no_space; /* those among them that the host had no room for */
+	orc_u64 waits;    /* requests that a bucket has kept waiting */
+};
+void orc_virtio_blk_look(orc_virtio *, struct orc_blk_counters *out); /* any thread */
+
 #endif

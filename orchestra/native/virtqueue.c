@@ -282,6 +282,13 @@ void orc_queue_put(struct orc_queue *q, const struct orc_chain *c, uint32_t writ
 	orc_queue_put_head(q, c->head, written);
 }
 
+void orc_queue_give_back(struct orc_queue *q, const struct orc_chain *c)
+{
+	*word_of(q, c->head) &= ~(1ull << c->head % 64);
+	q->in_flight--;
+	q->next_avail--;
+}
+
 void orc_queue_refuse(struct orc_queue *q, const struct orc_chain *c)
 {
 	break_it(q, ORC_QUEUE_BAD_REQUEST);

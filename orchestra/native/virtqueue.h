@@ -126,6 +126,8 @@ bool orc_queue_take(struct orc_queue *, struct orc_chain *out);
 void orc_queue_put(struct orc_queue *, const struct orc_chain *, uint32_t written);
 /* The same of one whose pieces are not kept: whatever was written of guest memory, orc_guest_memory_wrote was told. */
 void orc_queue_put_head(struct orc_queue *, uint16_t head, uint32_t written);
+/* The chain that was taken last, and nothing was done with it: it is taken again, as it is then. */
+void orc_queue_give_back(struct orc_queue *, const struct orc_chain *);
 /* Instead of it: the chain breaks a rule of the device (ORC_QUEUE_BAD_REQUEST), and ends the queue. */
 void orc_queue_refuse(struct orc_queue *, const struct orc_chain *);
 

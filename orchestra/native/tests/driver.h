@@ -2,8 +2,11 @@
 #ifndef DRIVER_H
 #define DRIVER_H
 
+#include <poll.h>
 #include <string.h>
+#include <sys/eventfd.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include "../virtio.h"
 #include "check.h"
@@ -175,6 +178,39 @@ static inline void set_up(orc_virtio *v, uint16_t queue, struct driver *d, uint6
 static inline void go(orc_virtio *v)
 {
 	put(v, VIRTIO_PCI_COMMON_STATUS, 1, ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK);
+}
+
+/* ---- eventfds ----------------------------------------------------------------------------------------------------- */
+
+static inline int new_eventfd(void)
+{
+	int fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+
+	CHECK(fd >= 0);
+	return fd;
+}
+
+static inline void notify(int fd)
+{
+	const uint64_t one = 1;
+
+	CHECK(write(fd, &one, sizeof one) == sizeof one);
+}
+
+static inline bool is_readable(int fd)
+{
+	struct pollfd p = {.fd = fd, .events = POLLIN};
+
+	return poll(&p, 1, 0) == 1;
+}
+
+static inline void await(int fd) /* and take it */
+{
+	struct pollfd p = {.fd = fd, .events = POLLIN};
+	uint64_t n;
+
+	CHECK(poll(&p, 1, (int)(PATIENCE / 1000000)) == 1, "it does not come");
+	CHECK(read(fd, &n, sizeof n) == sizeof n);
 }
 
 #endif

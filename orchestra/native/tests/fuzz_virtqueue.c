@@ -1,4 +1,4 @@
-/* Whatever a guest does to virtio devices: any memory, any accesses of registers, an entropy device and a console.
+/* Whatever a guest does to virtio devices: any memory, any accesses of registers, an entropy device, a console and a disk.
  *
  * The input is a program of small steps, so that a mutation of it changes one of them. Guest memory has no neighbours: what is
  * touched outside of it, or written where it is read-only, faults. With clang this is a target of libFuzzer; with gcc
@@ -6,12 +6,15 @@
  *
  *     fuzz SECONDS       from nothing; the second half of the time with a thread that changes memory meanwhile
  *     fuzz FILE...       these inputs: the one that was being run is in build/fuzz-input */
+#include <errno.h>
 #include <fcntl.h>
+#include <linux/virtio_blk.h>
 #include <stdatomic.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
 #include "driver.h"
+#include "files.h"
 
 const char *skipped;
 
@@ -94,7 +97,25 @@ static bool answer(orc_virtio *v, uint64_t offset, uint32_t size, bool write, vo
 	return orc_device_answer(orc_virtio_device(v), offset, size, 1, write, data);
 }
 
-static void serve_all(orc_virtio *v)
+static void wait_for_disk(orc_virtio *v)
+{
+	for (;;) {
+		struct pollfd p = {.fd = v->watched, .events = POLLIN};
+		uint32_t left;
+
+		pthread_mutex_lock(&v->lock);
+		left = orc_virtio_in_flight(v);
+		pthread_mutex_unlock(&v->lock);
+		if (!left)
+			return;
+		CHECK(poll(&p, 1, 10000) || errno == EINTR, "a request that does not end");
+		pthread_mutex_lock(&v->lock);
+		orc_virtio_called(v);
+		pthread_mutex_unlock(&v->lock);
+	}
+}
+
+static void serve_all(orc_virtio *v, bool wait)
 {
 	for (int turn = 0; turn < 4; turn++) {
 		uint64_t kicked = atomic_exchange(&v->kicked, 0);
@@ -103,21 +124,42 @@ static void serve_all(orc_virtio *v)
 		for (uint16_t i = 0; i < v->queues; i++)
 			if (kicked >> i & 1)
 				orc_virtio_serve(v, i);
-		CHECK(!orc_virtio_in_flight(v));
+		CHECK(!orc_virtio_in_flight(v) || v->watched >= 0);
 		pthread_mutex_unlock(&v->lock);
+		if (wait)
+			wait_for_disk(v);
 	}
+}
+
+/* A disk's header, data and status. */
+static void disk_request(struct vring_desc *table, struct input *in)
+{
+	uint8_t how = byte(in);
+	struct virtio_blk_outhdr header = {.type = how & 15, .sector = how & 16 ? number(in) : byte(in)};
+	const struct virtio_blk_discard_write_zeroes range = {.sector = byte(in), .num_sectors = byte(in), .flags = how >> 5 & 1};
+	uint32_t size = how & 64 ? 512u * (1 + byte(in) % 8) : header.type == VIRTIO_BLK_T_IN ? byte(in) : sizeof range;
+
+	memcpy(host + 0x3000, &header, sizeof header);
+	memcpy(host + 0x3010, &range, sizeof range);
+	table[0] = (struct vring_desc){BASE + 0x3000, 16, VRING_DESC_F_NEXT, 1};
+	table[1] = (struct vring_desc){how & 64 ? HIGH - 700 : BASE + 0x3010, size,
+				       VRING_DESC_F_NEXT | (header.type == VIRTIO_BLK_T_OUT || !(how & 64) ? 0 : VRING_DESC_F_WRITE), 2};
+	table[2] = (struct vring_desc){HIGH - 1, 1, VRING_DESC_F_WRITE, 0};
 }
 
 /* A request that is well made, but for one number of it, perhaps. */
 static void request(struct machine *m, struct driver *d, struct input *in)
 {
 	uint8_t how = byte(in), head = byte(in) % MOST;
-	uint16_t n = how & 1 ? word(in) % 300 : 1, flags = d == m->d ? VRING_DESC_F_WRITE : 0;
+	bool disk = m->v->ops->type == VIRTIO_ID_BLOCK;
+	uint16_t n = disk ? 3 : how & 1 ? word(in) % 300 : 1, flags = d == m->d ? VRING_DESC_F_WRITE : 0;
 	struct vring_desc *table = (struct vring_desc *)(host + 0x800);
 
 	if (!n)
 		n = 1;
-	for (uint16_t i = 0; i < n; i++)
+	if (disk)
+		disk_request(table, in);
+	for (uint16_t i = 0; i < n && !disk; i++)
 		table[i] = (struct vring_desc){HIGH - 64 + i, 1 + byte(in), flags | (i < n - 1 ? VRING_DESC_F_NEXT : 0), i + 1};
 	if (how & 2) {
 		struct vring_desc *spoiled = &table[byte(in) % n];
@@ -137,7 +179,7 @@ static void request(struct machine *m, struct driver *d, struct input *in)
 			break;
 		}
 	}
-	if (how & 1)
+	if (how & 1 || disk)
 		describe(d, head, BASE + 0x800, n * 16, VRING_DESC_F_INDIRECT, 0);
 	else
 		d->table[head] = table[0];
@@ -182,6 +224,7 @@ static void change_state(struct machine *m, struct input *in)
 {
 	struct orc_virtio_state s, again;
 
+	wait_for_disk(m->v);
 	orc_virtio_save(m->v, &s);
 	if (byte(in) & 1) { /* any byte of it: it is taken over as a whole or not at all */
 		((uint8_t *)&s)[word(in) % sizeof s] = byte(in);
@@ -250,7 +293,7 @@ static void step(struct machine *m, struct input *in)
 		break;
 	case 10:
 	case 11:
-		serve_all(m->v);
+		serve_all(m->v, !(what & 32)); /* what is in flight may stay so while the guest does other things */
 		break;
 	case 12:
 		if (m->v->ops->type == VIRTIO_ID_CONSOLE)
@@ -273,6 +316,20 @@ static void step(struct machine *m, struct input *in)
 	CHECK(status == 0 || status == 1 || status == 3 || status == 11 || status == 15);
 }
 
+static orc_virtio *new_disk(unsigned flags)
+{
+	enum { DISK = 64 * 1024 };
+	static int file = -1;
+	orc_virtio *v;
+
+	if (file < 0) {
+		file = memfd_create("disk", MFD_CLOEXEC);
+		CHECK(file >= 0 && !ftruncate(file, DISK));
+	}
+	CHECK(!orc_virtio_blk_new(memory, file_store(dup(file), DISK, flags), "disk", &v));
+	return v;
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
@@ -286,16 +343,17 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	if (!memory)
 		map_memory();
 	memset(host, 0, ROOM);
-	m.v = how & 1 ? orc_virtio_console_new(memory, console, 80, 25) : orc_virtio_rng_new(memory);
+	m.v = how & 8 ? new_disk(how & 16 ? ORC_STORE_NO_URING : 0)
+	      : how & 1 ? orc_virtio_console_new(memory, console, 80, 25) : orc_virtio_rng_new(memory);
 	CHECK(m.v && console);
 	m.console = console;
-	if (how & 1)
+	if (m.v->ops->type == VIRTIO_ID_CONSOLE)
 		orc_virtio_console_listen(m.v, true);
 	if (how & 2)
 		start_driver(&m, how & 4 ? F_RINGS : 0, NULL);
 	while (in.left)
 		step(&m, &in);
-	serve_all(m.v);
+	serve_all(m.v, true);
 	orc_virtio_look(m.v, &counters);
 	requests += counters.requests;
 	broken[counters.error]++;

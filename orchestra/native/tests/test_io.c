@@ -1,44 +1,11 @@
 /* The I/O thread, with the devices that it serves: from the driver's notification to the vector's eventfd. */
 #include <errno.h>
-#include <poll.h>
 #include <sched.h>
-#include <sys/eventfd.h>
 #include <unistd.h>
 
 #include "driver.h"
 
 enum { RINGS = LOW, DATA = LOW + 0x8000, W = VRING_DESC_F_WRITE, N = VRING_DESC_F_NEXT, SIZE = 8 };
-
-static int new_eventfd(void)
-{
-	int fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-
-	CHECK(fd >= 0);
-	return fd;
-}
-
-static void notify(int fd)
-{
-	const uint64_t one = 1;
-
-	CHECK(write(fd, &one, sizeof one) == sizeof one);
-}
-
-static bool is_readable(int fd)
-{
-	struct pollfd p = {.fd = fd, .events = POLLIN};
-
-	return poll(&p, 1, 0) == 1;
-}
-
-static void await(int fd) /* and take it */
-{
-	struct pollfd p = {.fd = fd, .events = POLLIN};
-	uint64_t n;
-
-	CHECK(poll(&p, 1, (int)(PATIENCE / 1000000)) == 1, "it does not come");
-	CHECK(read(fd, &n, sizeof n) == sizeof n);
-}
 
 /* A device with its driver and all that it is wired to. */
 struct bench {

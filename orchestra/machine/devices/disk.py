@@ -1,0 +1,179 @@
+"""A disk (native/virtio_blk.c): its files are opened, checked and locked here, and the core does the rest."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import struct
+from contextlib import ExitStack
+from typing import Any, Final
+
+from ...model.disk import Disk, IoLimit
+from ...model.errors import FileError, ResourceLimit, SpecError
+from ...native import ffi, lib
+from ...native.core import monotonic_ns
+from .peripheral import Hooks
+from .virtio import VirtioDevice, VirtioState
+
+__all__ = ["DiskDevice", "open_store"]
+
+SECTOR: Final = 512
+FLOCK: Final = "hhqqi4x"  # struct flock on x86-64
+F_OFD_SETLK: Final = 37  # include/uapi/asm-generic/fcntl.h; `fcntl` has it from Python 3.9 on where the libc has it
+BLKGETSIZE64: Final = 0x80081272  # include/uapi/linux/fs.h: _IOR(0x12, 114, size_t)
+METERS: Final = (int(lib.ORC_BLK_OPERATIONS), int(lib.ORC_BLK_SECTORS))
+
+
+class DiskDevice(VirtioDevice[Disk]):
+    """native/virtio_blk.c."""
+
+    def __init__(self, spec: Disk, hooks: Hooks) -> None:
+        self._buckets: list[Any] = []
+        super().__init__(spec, hooks)
+        if spec.io_limit is not None:
+            for meter in METERS:
+                bucket = ffi.gc(lib.orc_bucket_new(), lib.orc_bucket_free)
+                self._buckets.append(bucket)
+                if result := lib.orc_virtio_blk_set_bucket(self.handle, meter, 0, bucket):
+                    raise ResourceLimit(-result, f"the limits of disk {spec.path}")
+            self.set_limit(spec.io_limit)
+
+    def _make(self) -> Any:
+        store = open_store(self.spec)
+        made = ffi.new("orc_virtio **")
+        name = os.path.basename(os.fsencode(self.spec.path))[:20]
+        if result := lib.orc_virtio_blk_new(self.hooks.guest, store, name, made):
+            lib.orc_store_free(store)
+            raise ResourceLimit(-result, f"disk {self.spec.path}")
+        return made[0]
+
+    def set_limit(self, limit: IoLimit) -> None:
+        """Change how fast it may be, at once. Of a disk that was made with an `io_limit`."""
+        now = monotonic_ns()
+        for bucket, wanted in zip(self._buckets, limit.buckets(), strict=True):
+            rate, burst = wanted or (0.0, 1.0)
+            lib.orc_bucket_set(bucket, rate, burst, -1, now)
+        lib.orc_virtio_blk_limit_changed(self.handle)
+
+    def statistics(self) -> dict[str, int]:
+        """What was done: ``struct orc_blk_counters``, which says what each is."""
+        counters = ffi.new("struct orc_blk_counters *")
+        lib.orc_virtio_blk_look(self.handle, counters)
+        return {name: int(getattr(counters, name)) for name, _ in ffi.typeof("struct orc_blk_counters").fields}
+
+    def restore(self, state: VirtioState) -> None:
+        had, has = (int.from_bytes(config[:8], "little") for config in (state.config, self.state().config))
+        if had != has:  # the guest has read it, and does not look again
+            raise SpecError(
+                f"Disk: its state is of a disk of {had * SECTOR} bytes, and {self.spec.path} has {has * SECTOR}"
+            )
+        super().restore(state)
+
+    def stop(self) -> None:
+        lib.orc_virtio_blk_close(self.handle)  # at once: the VM's next run locks the same files
+
+
+def open_store(disk: Disk) -> Any:
+    """The ``orc_store *`` of a disk, whose files it has opened and locked. Its device frees it.
+
+    Raises:
+        FileError: a file can't be used as it is; the message names it.
+        ResourceLimit: the host has no more of what that takes.
+    """
+    made = ffi.new("orc_store **")
+    with ExitStack() as opened:
+        flags = lib.ORC_STORE_READONLY * disk.readonly | lib.ORC_STORE_DIRECT * disk.direct
+        if disk.base is None:
+            file = _open(opened, disk.path, readonly=disk.readonly, more=os.O_DIRECT * disk.direct)
+            size = _size(file, disk.path)
+            block = _block(file, disk.path, size) if disk.direct else SECTOR
+            result = lib.orc_file_new(file, size, block, flags, made)
+        else:
+            base = _open(opened, disk.base, readonly=True)
+            size = _size(base, disk.base)
+            file = _open(opened, disk.path, readonly=disk.readonly, more=os.O_CREAT * (not disk.readonly))
+            if not disk.readonly and os.fstat(file).st_size == 0:  # locked: nobody else makes it at the same time
+                _check(lib.orc_overlay_create(file, size), disk)
+            result = lib.orc_overlay_new(file, base, size, flags, made)
+        _check(result, disk)
+        opened.pop_all()  # the store has them
+    return made[0]
+
+
+def _check(result: int, disk: Disk) -> None:
+    if result == -errno.EBADMSG:
+        raise FileError(f"{disk.path}: is not what a disk with a base has written: give an empty or another file")
+    if result == -errno.ESTALE:
+        raise FileError(f"{disk.path}: was written over a base of another size than {disk.base}: give that base")
+    if result in (-errno.ENOMEM, -errno.EMFILE, -errno.ENFILE):
+        raise ResourceLimit(-result, f"disk {disk.path}")
+    if result:
+        raise FileError(f"{disk.path}: can't be used as a disk: {os.strerror(-result)}")
+
+
+def _open(opened: ExitStack, path: str, *, readonly: bool, more: int = 0) -> int:
+    mode = os.O_RDONLY if readonly else os.O_RDWR
+    try:
+        # O_NONBLOCK: not to wait for the writer of a pipe. On files and block devices it has no effect.
+        file = os.open(path, mode | os.O_CLOEXEC | os.O_NONBLOCK | more, 0o600)
+    except OSError as error:
+        raise FileError(f"{path}: {_why(error, readonly, more)}") from error
+    opened.callback(os.close, file)
+    kind = os.fstat(file).st_mode
+    if not (stat.S_ISREG(kind) or stat.S_ISBLK(kind)):
+        what = "a directory" if stat.S_ISDIR(kind) else "no file or block device"
+        raise FileError(f"{path}: is {what}: a disk needs a raw image or a block device")
+    _lock(file, path, readonly)
+    return file
+
+
+def _why(error: OSError, readonly: bool, more: int) -> str:
+    match error.errno:
+        case errno.ENOENT:
+            return "does not exist: make it first, such as with truncate -s 1G FILE"
+        case errno.EISDIR:
+            return "is a directory: a disk needs a raw image or a block device"
+        case errno.EACCES | errno.EROFS | errno.EPERM if not readonly:
+            return f"can't be written ({os.strerror(error.errno)}): change its permissions, or use readonly=True"
+        case errno.EINVAL if more & os.O_DIRECT:
+            return "its file system has no O_DIRECT: leave direct=True out"
+    return f"can't be opened as a disk: {os.strerror(error.errno or 0)}"
+
+
+def _lock(file: int, path: str, readonly: bool) -> None:
+    """Of the open file, not of the process: two VMs of one process are two."""
+    wanted = struct.pack(FLOCK, fcntl.F_RDLCK if readonly else fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    try:
+        fcntl.fcntl(file, F_OFD_SETLK, wanted)
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES):
+            raise FileError(f"{path}: can't be locked: {os.strerror(error.errno or 0)}") from error
+        remedy = (
+            "stop that VM first"
+            if readonly
+            else "stop that VM first, give each VM its own copy, or share it by readonly=True or as their base"
+        )
+        raise FileError(f"{path}: is in use by another VM{' that writes it' * readonly}: {remedy}") from None
+
+
+def _size(file: int, path: str) -> int:
+    if stat.S_ISBLK(os.fstat(file).st_mode):
+        size = int.from_bytes(fcntl.ioctl(file, BLKGETSIZE64, bytes(8)), "little")
+    else:
+        size = os.fstat(file).st_size
+    if not size:
+        raise FileError(f"{path}: is empty: give it the size of the disk, such as with truncate -s 1G {path}")
+    if size % SECTOR:
+        raise FileError(f"{path}: has {size} bytes: a disk's size is a multiple of {SECTOR} (is it a raw image?)")
+    return size
+
+
+def _block(file: int, path: str, size: int) -> int:
+    block = int(lib.orc_file_block(file))
+    if block <= 0:
+        raise FileError(f"{path}: its file system has no O_DIRECT: leave direct=True out")
+    if size % block:
+        raise FileError(f"{path}: has {size} bytes: with direct=True the size is a multiple of {block} here")
+    return block

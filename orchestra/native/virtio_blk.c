@@ -1,0 +1,469 @@
+/* A disk (virtio 1.2, 5.2) of one queue. Data go between its store and guest memory, and are not copied here.
+ *
+ *   take -> check -> limits -> orc_store_start -> ... -> the store's descriptor -> status byte -> put
+ *
+ * A request that must wait for a limit is given back to the queue. So nothing of it is in flight, and a pause, a reset or a new
+ * limit need not wait for its turn. */
+#include <errno.h>
+#include <limits.h>
+#include <linux/virtio_blk.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/timerfd.h>
+#include <unistd.h>
+
+#include "core.h"
+#include "store.h"
+#include "virtio.h"
+
+enum {
+	QUEUE = 128,
+	IN_FLIGHT = 64, /* of which a file system or an NVMe device is busy; a hold waits for no more than these */
+	SECTOR = 512,
+	/* With header and status a chain of a full ring. Half of ORC_CHAIN_MOST, so that each piece may lie in two regions. */
+	SEGMENTS = QUEUE - 2,
+	SEGMENT = 1 << 20, /* the pages of a longer one hardly lie side by side */
+	/* Of a discard or of zeroes: a file system frees so much in milliseconds. One range for each request: Linux sends no more
+	 * unless they lie side by side. */
+	RANGE = 1 << 30,
+	HEADER = 16, /* struct virtio_blk_outhdr */
+	ALIGNMENT = 4096, /* of what is discarded: less than a page frees nothing */
+};
+
+struct request {
+	struct orc_operation operation;
+	struct orc_chain chain;
+	struct request *next;
+	uint32_t data; /* bytes that the guest is given, if it is done */
+	orc_u64 cost[ORC_BLK_METERS];
+	struct iovec iov[ORC_CHAIN_MOST];
+};
+
+struct disk {
+	orc_virtio virtio;
+	orc_store *store;
+	char id[VIRTIO_BLK_ID_BYTES];
+	struct request *request, *free; /* all of them, and a list */
+	struct orc_blk_counters counters;
+	/* The request at the queue's head: what was charged for it, and where its turn stands. */
+	int timer; /* -1: no limits */
+	orc_bucket *bucket[ORC_BLK_METERS][ORC_BLK_LEVELS];
+	struct orc_ticket ticket[ORC_BLK_METERS][ORC_BLK_LEVELS];
+	bool charged[ORC_BLK_METERS][ORC_BLK_LEVELS]; /* a ticket is held */
+	orc_u64 paid[ORC_BLK_METERS];
+	bool waits;
+};
+
+/* ---- limits ----------------------------------------------------------------------------------------------------- */
+
+static void forget_tickets(struct disk *d)
+{
+	for (int m = 0; m < ORC_BLK_METERS; m++) {
+		d->paid[m] = 0;
+		for (int l = 0; l < ORC_BLK_LEVELS; l++) {
+			if (d->charged[m][l])
+				orc_bucket_leave(d->bucket[m][l], &d->ticket[m][l]);
+			d->charged[m][l] = false;
+		}
+	}
+	d->waits = false;
+}
+
+/* By one bucket: the guest may have made a longer request of it while it waited, and pays for the rest. */
+static void charge(struct disk *d, int m, int l, orc_u64 cost, orc_ns now)
+{
+	orc_bucket *b = d->bucket[m][l];
+
+	if (!b || !orc_bucket_limited(b) || cost <= d->paid[m])
+		return;
+	if (d->charged[m][l])
+		orc_bucket_leave(b, &d->ticket[m][l]);
+	orc_bucket_charge_many(b, cost - d->paid[m], now, &d->ticket[m][l]);
+	d->charged[m][l] = true;
+}
+
+static orc_ns turn_of(const struct disk *d)
+{
+	orc_ns turn = ORC_NEVER;
+
+	for (int m = 0; m < ORC_BLK_METERS; m++)
+		for (int l = 0; l < ORC_BLK_LEVELS; l++) {
+			orc_ns by_tokens, by_delay;
+
+			if (!d->charged[m][l])
+				continue;
+			orc_bucket_turn(d->bucket[m][l], &d->ticket[m][l], &by_tokens, &by_delay);
+			if (by_delay < by_tokens)
+				by_tokens = by_delay;
+			if (by_tokens > turn)
+				turn = by_tokens;
+		}
+	return turn;
+}
+
+static void arm(const struct disk *d, orc_ns turn)
+{
+	const struct itimerspec t = {.it_value = {turn / 1000000000, turn % 1000000000}};
+
+	timerfd_settime(d->timer, TFD_TIMER_ABSTIME, &t, NULL);
+}
+
+static bool may_go(struct disk *d, const struct request *r)
+{
+	orc_ns now, turn;
+
+	if (d->timer < 0)
+		return true;
+	now = orc_now();
+	for (int m = 0; m < ORC_BLK_METERS; m++) {
+		for (int l = 0; l < ORC_BLK_LEVELS; l++)
+			charge(d, m, l, r->cost[m], now);
+		if (r->cost[m] > d->paid[m])
+			d->paid[m] = r->cost[m];
+	}
+	turn = turn_of(d);
+	if (turn > now) {
+		d->counters.waits += !d->waits;
+		d->waits = true;
+		arm(d, turn);
+		return false;
+	}
+	forget_tickets(d);
+	return true;
+}
+
+/* ---- one request ------------------------------------------------------------------------------------------------- */
+
+static void finish(struct disk *d, struct request *r, uint8_t status)
+{
+	const struct iovec *last = &r->chain.iov[r->chain.readable + r->chain.writable - 1];
+	uint32_t written = 0;
+
+	((uint8_t *)last->iov_base)[last->iov_len - 1] = status;
+	d->counters.errors += status != VIRTIO_BLK_S_OK;
+	/* 2.7.8.2: so many from the first one on. The status is the last one. */
+	if (r->chain.writable_bytes == 1)
+		written = 1;
+	else if (status == VIRTIO_BLK_S_OK)
+		written = r->data + (r->data + 1 == r->chain.writable_bytes);
+	orc_queue_put(&d->virtio.queue[0], &r->chain, written);
+}
+
+static bool has(const struct disk *d, unsigned feature)
+{
+	return orc_virtio_has(&d->virtio, feature);
+}
+
+/* Within the disk, and as its blocks are. */
+static bool is_range(const struct disk *d, orc_u64 sector, orc_u64 size)
+{
+	const orc_u64 sectors = d->store->size / SECTOR;
+
+	return size && sector < sectors && size / SECTOR <= sectors - sector &&
+	       !((sector * SECTOR | size) & (d->store->block - 1));
+}
+
+static uint8_t check_transfer(const struct disk *d, struct request *r, orc_u64 sector, bool write, uint32_t in, uint32_t out)
+{
+	const struct orc_chain *c = &r->chain;
+	uint32_t size = write ? out : in;
+
+	if (write ? in : out)
+		return VIRTIO_BLK_S_IOERR;
+	if (size > (uint32_t)SEGMENTS * SEGMENT || !is_range(d, sector, size) || (write && d->store->readonly))
+		return VIRTIO_BLK_S_IOERR;
+	r->operation = (struct orc_operation){.kind = write ? ORC_OPERATION_WRITE : ORC_OPERATION_READ,
+					      .offset = sector * SECTOR, .size = size, .iov = r->iov};
+	r->operation.pieces = (unsigned)(write ? orc_iov_slice(c->iov, c->readable, HEADER, size, r->iov)
+					       : orc_iov_slice(c->iov + c->readable, c->writable, 0, size, r->iov));
+	r->data = in;
+	r->cost[ORC_BLK_SECTORS] = size / SECTOR;
+	return VIRTIO_BLK_S_OK;
+}
+
+static uint8_t check_flush(const struct disk *d, struct request *r, uint32_t in, uint32_t out)
+{
+	if (!has(d, VIRTIO_BLK_F_FLUSH))
+		return VIRTIO_BLK_S_UNSUPP;
+	if (in || out)
+		return VIRTIO_BLK_S_IOERR;
+	r->operation = (struct orc_operation){.kind = ORC_OPERATION_FLUSH};
+	return VIRTIO_BLK_S_OK;
+}
+
+/* 5.2.6.2 */
+static uint8_t check_range(const struct disk *d, struct request *r, bool zero, uint32_t in, uint32_t out)
+{
+	struct virtio_blk_discard_write_zeroes range;
+
+	if (!has(d, zero ? VIRTIO_BLK_F_WRITE_ZEROES : VIRTIO_BLK_F_DISCARD))
+		return VIRTIO_BLK_S_UNSUPP;
+	if (in || out != sizeof range)
+		return VIRTIO_BLK_S_IOERR;
+	orc_chain_read(&r->chain, HEADER, &range, sizeof range);
+	if (range.flags & ~(zero ? VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP : 0u))
+		return VIRTIO_BLK_S_UNSUPP;
+	if (range.num_sectors > RANGE / SECTOR || !is_range(d, range.sector, (orc_u64)range.num_sectors * SECTOR))
+		return VIRTIO_BLK_S_IOERR;
+	r->operation = (struct orc_operation){.kind = zero ? ORC_OPERATION_ZERO : ORC_OPERATION_DISCARD,
+					      .offset = range.sector * SECTOR, .size = (orc_u64)range.num_sectors * SECTOR};
+	r->cost[ORC_BLK_SECTORS] = zero ? range.num_sectors : 0; /* a store may have to write them */
+	return VIRTIO_BLK_S_OK;
+}
+
+/* Whether it may be started. VIRTIO_BLK_S_OK with an operation of no kind (ORC_OPERATIONS): it is done already. */
+static uint8_t check(struct disk *d, struct request *r)
+{
+	struct virtio_blk_outhdr header;
+	const uint32_t in = r->chain.writable_bytes - 1;
+	uint32_t out;
+
+	r->data = 0;
+	r->cost[ORC_BLK_OPERATIONS] = 1;
+	r->cost[ORC_BLK_SECTORS] = 0;
+	if (orc_chain_read(&r->chain, 0, &header, sizeof header) != HEADER)
+		return VIRTIO_BLK_S_IOERR;
+	out = r->chain.readable_bytes - HEADER;
+	switch (header.type) {
+	case VIRTIO_BLK_T_IN:
+	case VIRTIO_BLK_T_OUT:
+		return check_transfer(d, r, header.sector, header.type == VIRTIO_BLK_T_OUT, in, out);
+	case VIRTIO_BLK_T_FLUSH:
+		return check_flush(d, r, in, out);
+	case VIRTIO_BLK_T_DISCARD:
+	case VIRTIO_BLK_T_WRITE_ZEROES:
+		return check_range(d, r, header.type == VIRTIO_BLK_T_WRITE_ZEROES, in, out);
+	case VIRTIO_BLK_T_GET_ID:
+		r->operation.kind = ORC_OPERATIONS;
+		if (out || !in)
+			return VIRTIO_BLK_S_IOERR;
+		return VIRTIO_BLK_S_OK;
+	default:
+		return VIRTIO_BLK_S_UNSUPP;
+	}
+}
+
+static void give_id(struct disk *d, struct request *r)
+{
+	uint32_t room = r->chain.writable_bytes - 1;
+
+	r->data = (uint32_t)orc_chain_write(&r->chain, 0, d->id, room < sizeof d->id ? room : sizeof d->id);
+	finish(d, r, VIRTIO_BLK_S_OK);
+}
+
+static enum orc_served serve(orc_virtio *v, uint16_t queue)
+{
+	struct disk *d = (struct disk *)v;
+	struct orc_queue *q = &v->queue[queue];
+	enum orc_served served = ORC_MORE;
+
+	for (unsigned left = q->size; left; left--) {
+		struct request *r = d->free;
+		uint8_t status;
+
+		if (!r) {
+			served = ORC_WAITING; /* until one of them is done */
+			break;
+		}
+		if (!orc_queue_take(q, &r->chain)) {
+			served = ORC_DRAINED;
+			break;
+		}
+		if (!r->chain.writable) { /* nowhere to put a status: 5.2.6 */
+			orc_queue_refuse(q, &r->chain);
+			continue;
+		}
+		status = check(d, r);
+		if (status != VIRTIO_BLK_S_OK) {
+			finish(d, r, status);
+			continue;
+		}
+		if (!may_go(d, r)) {
+			orc_queue_give_back(q, &r->chain);
+			served = ORC_WAITING; /* for the timer */
+			break;
+		}
+		if (r->operation.kind == ORC_OPERATIONS) {
+			give_id(d, r);
+			continue;
+		}
+		d->free = r->next;
+		/* 5.2.6.2: a driver that can't flush takes what is written for durable. */
+		r->operation.durable = !has(d, VIRTIO_BLK_F_FLUSH);
+		orc_store_start(d->store, &r->operation);
+	}
+	orc_store_submit(d->store);
+	return served;
+}
+
+/* ---- what is done ------------------------------------------------------------------------------------------------ */
+
+static void count(struct disk *d, const struct request *r)
+{
+	const orc_u64 bytes = r->cost[ORC_BLK_SECTORS] * SECTOR;
+	struct orc_blk_counters *c = &d->counters;
+
+	switch (r->operation.kind) {
+	case ORC_OPERATION_READ:
+		c->reads++;
+		c->read_bytes += bytes;
+		break;
+	case ORC_OPERATION_WRITE:
+		c->writes++;
+		c->written_bytes += bytes;
+		break;
+	case ORC_OPERATION_FLUSH:
+		c->flushes++;
+		break;
+	case ORC_OPERATION_DISCARD:
+		c->discards++;
+		break;
+	default:
+		c->zeroes++;
+	}
+}
+
+static void ready(orc_virtio *v, int epoll)
+{
+	struct disk *d = (struct disk *)v;
+	struct orc_operation *next;
+	uint64_t expired;
+
+	(void)epoll; /* what it has is read one by one */
+	if (d->timer >= 0)
+		while (read(d->timer, &expired, sizeof expired) < 0 && errno == EINTR)
+			;
+	for (struct orc_operation *o = orc_store_done(d->store); o; o = next) {
+		struct request *r = ORC_CONTAINER(o, struct request, operation);
+
+		next = o->next;
+		if (!o->result)
+			count(d, r);
+		d->counters.no_space += o->result == -ENOSPC || o->result == -EDQUOT;
+		finish(d, r, o->result ? VIRTIO_BLK_S_IOERR : VIRTIO_BLK_S_OK);
+		r->next = d->free;
+		d->free = r;
+	}
+}
+
+static void reset(orc_virtio *v)
+{
+	forget_tickets((struct disk *)v);
+}
+
+/* ---- the device ------------------------------------------------------------------------------------------------- */
+
+static void free_disk(orc_virtio *v)
+{
+	struct disk *d = (struct disk *)v;
+
+	forget_tickets(d);
+	orc_store_free(d->store);
+	orc_virtio_fini(v);
+	if (d->timer >= 0)
+		close(d->timer);
+	free(d->request);
+	free(d);
+}
+
+static const struct orc_virtio_ops ops = {
+	.type = VIRTIO_ID_BLOCK, .queues = 1, .queue_size = QUEUE,
+	/* Up to the part that newer headers have more of. */
+	.config_size = offsetof(struct virtio_blk_config, write_zeroes_may_unmap) + 4,
+	.features = 1ull << VIRTIO_BLK_F_SIZE_MAX | 1ull << VIRTIO_BLK_F_SEG_MAX | 1ull << VIRTIO_BLK_F_BLK_SIZE |
+		    1ull << VIRTIO_BLK_F_FLUSH,
+	.serve = serve, .reset = reset, .free = free_disk,
+};
+
+static void configure(struct disk *d)
+{
+	const orc_store *s = d->store;
+	const uint32_t range = RANGE / SECTOR;
+	struct virtio_blk_config c = {.capacity = s->size / SECTOR, .size_max = SEGMENT, .seg_max = SEGMENTS, .blk_size = s->block};
+
+	if (!s->readonly) {
+		c.max_discard_sectors = c.max_write_zeroes_sectors = range;
+		c.max_discard_seg = c.max_write_zeroes_seg = 1;
+		c.discard_sector_alignment = ALIGNMENT / SECTOR;
+		c.write_zeroes_may_unmap = 1;
+	}
+	memcpy(d->virtio.config, &c, ops.config_size);
+}
+
+int orc_virtio_blk_new(const orc_guest_memory *memory, orc_store *store, const char *id, orc_virtio **out)
+{
+	const orc_u64 features = store->readonly ? 1ull << VIRTIO_BLK_F_RO
+						 : 1ull << VIRTIO_BLK_F_DISCARD | 1ull << VIRTIO_BLK_F_WRITE_ZEROES;
+	struct disk *d = calloc(1, sizeof *d);
+	int epoll = epoll_create1(EPOLL_CLOEXEC), rc = 0;
+
+	if (d)
+		d->request = calloc(IN_FLIGHT, sizeof *d->request); /* of mapped pages: those that are used cost memory */
+	if (epoll < 0)
+		rc = -errno;
+	else if (!d || !d->request)
+		rc = -ENOMEM;
+	else
+		rc = orc_store_watch(store, epoll);
+	if (rc) {
+		if (epoll >= 0)
+			close(epoll);
+		if (d)
+			free(d->request);
+		free(d);
+		return rc;
+	}
+	d->store = store;
+	d->timer = -1;
+	memcpy(d->id, id, strnlen(id, sizeof d->id));
+	for (unsigned i = IN_FLIGHT; i--; d->free = &d->request[i])
+		d->request[i].next = d->free;
+	orc_virtio_init(&d->virtio, &ops, memory, 0, features);
+	orc_virtio_watch(&d->virtio, epoll, ready);
+	configure(d);
+	*out = &d->virtio;
+	return 0;
+}
+
+int orc_virtio_blk_set_bucket(orc_virtio *v, int meter, int level, orc_bucket *b)
+{
+	struct epoll_event event = {.events = EPOLLIN};
+	struct disk *d = (struct disk *)v;
+
+	if (d->timer < 0) {
+		int timer = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);
+
+		if (timer < 0 || epoll_ctl(v->watched, EPOLL_CTL_ADD, timer, &event)) {
+			int rc = -errno;
+
+			if (timer >= 0)
+				close(timer);
+			return rc;
+		}
+		d->timer = timer;
+	}
+	d->bucket[meter][level] = b;
+	return 0;
+}
+
+void orc_virtio_blk_limit_changed(orc_virtio *v)
+{
+	orc_virtio_again(v, 0);
+}
+
+void orc_virtio_blk_close(orc_virtio *v)
+{
+	struct disk *d = (struct disk *)v;
+
+	forget_tickets(d); /* the buckets may be gone before it is freed */
+	orc_store_free(d->store);
+	d->store = NULL;
+}
+
+void orc_virtio_blk_look(orc_virtio *v, struct orc_blk_counters *out)
+{
+	pthread_mutex_lock(&v->lock);
+	*out = ((struct disk *)v)->counters;
+	pthread_mutex_unlock(&v->lock);
+}

@@ -1,0 +1,222 @@
+"""Disks: what their spec refuses, which files they take, and who may have a file at the same time."""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import orchestra as orc
+from conftest import guest
+from orchestra.machine.devices.disk import FLOCK, DiskDevice, open_store
+from orchestra.native import lib
+from orchestra.testing import DeviceRig
+
+MiB = orc.MiB
+
+
+@contextmanager
+def store(disk: orc.Disk) -> Iterator[Any]:
+    made = open_store(disk)
+    try:
+        yield made
+    finally:
+        lib.orc_store_free(made)
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> str:
+    path = tmp_path / "root.img"
+    path.touch()
+    os.truncate(path, MiB)
+    return str(path)
+
+
+# ---- the spec
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"path": ""}, "path='': must be the name of a file"),
+        ({"path": "a\0b"}, "path=.*must be the name of a file"),
+        ({"path": 7}, "path=7: must be the name"),
+        ({"path": "a", "readonly": 1}, "readonly=1: must be True or False"),
+        ({"path": "a", "direct": None}, "direct=None: must be"),
+        ({"path": "a", "base": ""}, "base='': must be the name of a file"),
+        ({"path": "a", "base": "a"}, "base='a': must be another file"),
+        ({"path": "a", "base": "b", "direct": True}, "direct=True: a disk with a base"),
+        ({"path": "a", "io_limit": 5}, "io_limit=5: must be an IoLimit"),
+    ],
+)
+def test_a_spec_that_can_not_be_is_refused_by_name(fields: dict[str, Any], message: str):
+    with pytest.raises(orc.SpecError, match=message):
+        orc.Disk(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "give one of them"),
+        ({"operations": 0}, "operations=0: must be"),
+        ({"operations": -1.0}, "operations=-1.0: must be"),
+        ({"bytes": 511}, "bytes=511: must be from 512"),
+        ({"bytes": 1e12}, "bytes=.*must be from"),
+        ({"operations": "many"}, "operations='many': must be a number"),
+        ({"operations": 5, "burst": -1}, "burst=-1: must be from 0"),
+    ],
+)
+def test_a_limit_that_can_not_be_is_refused_by_name(fields: dict[str, Any], message: str):
+    with pytest.raises(orc.SpecError, match=message):
+        orc.IoLimit(**fields)
+
+
+def test_a_limit_is_in_operations_and_sectors_with_one_more_in_the_bucket():
+    assert orc.IoLimit(operations=100, bytes=1 * MiB, burst=0.5).buckets() == ((100, 51), (2048, 1025))
+    assert orc.IoLimit(operations=0.5, burst=0).buckets() == ((0.5, 2), None)
+
+
+def test_a_disk_is_on_the_pci_bus_with_a_vector_for_its_queue():
+    function = orc.Disk("root.img").wiring().pci
+    assert function is not None
+    assert (function.device, function.class_code, function.vectors, len(function.bells)) == (0x1042, 0x010000, 2, 1)
+
+
+# ---- files
+
+
+def test_a_file_that_can_not_be_a_disk_is_refused_by_name(tmp_path: Path, image: str):
+    odd, empty, pipe = tmp_path / "odd", tmp_path / "empty", tmp_path / "pipe"
+    odd.write_bytes(bytes(513))
+    empty.touch()
+    os.mkfifo(pipe)
+    for disk, message in [
+        (orc.Disk(str(tmp_path / "none")), "none: does not exist: make it first"),
+        (orc.Disk(str(tmp_path)), "is a directory"),
+        (orc.Disk(str(tmp_path), readonly=True), "is a directory"),
+        (orc.Disk(str(odd)), "odd: has 513 bytes: .*multiple of 512"),
+        (orc.Disk(str(empty)), "empty: is empty: give it the size"),
+        (orc.Disk(str(pipe)), "pipe: is no file or block device"),
+        (orc.Disk(str(tmp_path / "new"), base=str(tmp_path / "none")), "none: does not exist"),
+        (orc.Disk(str(tmp_path / "new"), base=image, readonly=True), "new: does not exist"),
+        (orc.Disk(str(odd), base=image), "odd: is not what a disk with a base has written"),
+    ]:
+        with pytest.raises(orc.FileError, match=message):
+            open_store(disk)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everything")
+def test_a_file_that_may_not_be_written_is_a_disk_to_be_read(image: str):
+    os.chmod(image, 0o400)
+    with pytest.raises(orc.FileError, match=r"can't be written .* or use readonly=True"):
+        open_store(orc.Disk(image))
+    with store(orc.Disk(image, readonly=True)):
+        pass
+
+
+def test_the_lock_is_as_the_kernel_has_it():
+    assert struct.calcsize(FLOCK) == 32  # sizeof(struct flock) on x86-64
+
+
+def test_who_writes_a_file_has_it_alone_and_who_reads_shares_it(image: str):
+    with store(orc.Disk(image)):
+        for readonly in (False, True):
+            with pytest.raises(orc.FileError, match=r"root.img: is in use by another VM.*: stop that VM first"):
+                open_store(orc.Disk(image, readonly=readonly))
+    with store(orc.Disk(image, readonly=True)), store(orc.Disk(image, readonly=True)):
+        with pytest.raises(orc.FileError, match=r"in use by another VM: .*give each VM its own copy"):
+            open_store(orc.Disk(image))
+    with store(orc.Disk(image)):  # nothing of it is left
+        pass
+
+
+def test_disks_share_a_base_and_have_each_their_own_file(tmp_path: Path, image: str):
+    one, two = (orc.Disk(str(tmp_path / name), base=image) for name in ("one", "two"))
+    with store(one), store(two):
+        with pytest.raises(orc.FileError, match="one: is in use"):
+            open_store(one)
+        with pytest.raises(orc.FileError, match=r"root\.img: is in use"):
+            open_store(orc.Disk(image))
+    with store(one):  # as it was left
+        pass
+    os.truncate(image, 2 * MiB)
+    with pytest.raises(orc.FileError, match=r"one: was written over a base of another size than .*root.img"):
+        open_store(one)
+
+
+def test_a_disk_past_the_page_cache_works_or_says_why_not(image: str):
+    try:
+        os.close(os.open(image, os.O_RDWR | os.O_DIRECT))
+    except OSError:  # this file system has none
+        with pytest.raises(orc.FileError, match="O_DIRECT: leave direct=True out"):
+            open_store(orc.Disk(image, direct=True))
+        return
+    with store(orc.Disk(image, direct=True)):
+        pass
+
+
+# ---- the device
+
+
+def test_a_disk_shows_its_capacity_and_gives_its_file_back_when_it_stops(image: str):
+    disk = orc.Disk(image, io_limit=orc.IoLimit(operations=10))
+    rig: Any = DeviceRig(disk)
+    try:
+        device = rig.device
+        assert isinstance(device, DiskDevice)
+        assert int.from_bytes(device.state().config[:8], "little") == MiB // 512
+        assert device.statistics()["reads"] == 0
+        device.set_limit(orc.IoLimit(bytes=1 * MiB))
+    finally:
+        rig.device.stop()
+    with store(disk):
+        pass
+
+
+def test_a_disk_goes_on_from_its_state_and_not_from_that_of_one_of_another_size(image: str):
+    rig: Any = DeviceRig(orc.Disk(image))
+    state = rig.device.state()
+    rig.device.restore(state)
+    assert rig.device.state() == state
+    rig.device.stop()
+    os.truncate(image, 2 * MiB)
+    rig = DeviceRig(orc.Disk(image))
+    try:
+        with pytest.raises(orc.SpecError, match=r"a disk of 1048576 bytes, and .*root\.img has 2097152"):
+            rig.device.restore(state)
+    finally:
+        rig.device.stop()
+
+
+@pytest.mark.kvm
+async def test_a_vm_holds_its_disk_while_it_runs_and_no_longer(image: str):
+    spec = orc.VmSpec(
+        name="a",
+        irqchip="full",
+        boot=orc.FlatImage(code=guest("hello"), load=0x1000, entry=0x1000, mode=16),
+        devices=(orc.PciHostBridge(), orc.Disk(image)),
+    )
+    async with orc.open_fleet(backend="kvm", bus_locks="off") as fleet:
+        vm = await fleet.launch(spec, paused=True)
+        with pytest.raises(orc.FileError, match="in use by another VM"):
+            open_store(orc.Disk(image))
+        await vm.stop()
+        with store(orc.Disk(image)):
+            pass
+
+
+def test_a_disk_goes_through_the_codec():
+    disk = orc.Disk("b", readonly=True, base="a", io_limit=orc.IoLimit(operations=7))
+    spec = orc.VmSpec(
+        name="a",
+        irqchip="full",
+        boot=orc.FlatImage(code=b"\xf4", load=0x1000, entry=0x1000, mode=16),
+        devices=(orc.PciHostBridge(), disk),
+    )
+    assert orc.decode(orc.VmSpec, orc.encode(spec)) == spec
