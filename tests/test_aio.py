@@ -50,7 +50,7 @@ def test_a_fleet_program_as_the_design_shows_it(door):
             assert locks.statistics() == orc.ExitsStatistics(received=10, missed=0, waiting=0)
             assert await vm.wait() == vm.outcome == orc.Halted()
             assert (vm.statistics().bus_locks, fleet.statistics().bus_locks) == (10, 10)
-            assert (vm.console.text, vm.console.output, vm.console.total) == ("h", b"h", 1)
+            assert (vm.console.text, vm.console.log(), vm.console.total) == ("h", b"h", 1)
             assert (fleet.limit, fleet.exit_limit) == (orc.Limit(rate=1e6), None)
             assert fleet.tenants["acme"].name == "acme"
             assert (fleet.bus_locks, fleet.bus_lock_detection) == (True, "fault-like")

@@ -34,7 +34,7 @@ INTERNAL = {
     orc.Exits: "mask channel wake end next_batch next_batch_nowait",
     Requests: "deliver end close",
     Request: "answer_bytes give_back put_among",
-    Console: "handle write wake close state from_state",
+    Console: "handle put wake close state from_state",
     orc.Watch: "close",
 }
 PROTOCOLS = {"__aiter__", "__anext__", "__aenter__", "__aexit__"}

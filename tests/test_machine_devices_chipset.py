@@ -77,7 +77,7 @@ def test_the_keyboard_controllers_reset_command_resets():
 
 def test_a_panic_ends_the_vm_with_the_last_lines_of_its_console():
     with DeviceRig(PanicPort()) as rig:
-        rig.console.write(b"\n".join(b"line %d" % number for number in range(100)))
+        rig.console.put(b"\n".join(b"line %d" % number for number in range(100)))
         assert rig.read(0, size=1) == 1
         rig.write(0, 1, size=1)
         (outcome,) = rig.outcomes

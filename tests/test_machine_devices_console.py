@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import trio
@@ -12,7 +13,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from orchestra.machine.devices.console import KEPT, Console, ConsoleState
 from orchestra.model.codec import decode, encode
-from orchestra.model.errors import SpecError
+from orchestra.model.errors import ConsoleTimeout, SpecError, StateError
 
 
 def at_once(function: Callable[[], None]) -> None:
@@ -28,16 +29,16 @@ async def collect(console: Console, into: bytearray) -> None:
 
 async def test_output_is_what_was_written():
     console = Console(at_once)
-    assert (console.output, console.text, console.total) == (b"", "", 0)
-    console.write(b"hello ")
-    console.write("wörld".encode())
+    assert (console.log(), console.text, console.total) == (b"", "", 0)
+    console.put(b"hello ")
+    console.put("wörld".encode())
     assert console.text == "hello wörld"
-    assert console.total == len(console.output) == 12
+    assert console.total == len(console.log()) == 12
 
 
 async def test_bytes_that_are_no_text_are_replaced():
     console = Console(at_once)
-    console.write(b"a\xffb")
+    console.put(b"a\xffb")
     assert console.text == "a\ufffdb"
 
 
@@ -47,21 +48,21 @@ async def test_last_64_kib_are_kept_and_everything_is_counted(piece):
     written = bytearray()
     for i in range(300 * 1024 // piece):
         data = bytes([i % 251]) * piece
-        console.write(data)
+        console.put(data)
         written += data
-    assert console.output == written[-KEPT:]
+    assert console.log() == written[-KEPT:]
     assert console.total == len(written)
 
 
 async def test_follower_gets_what_was_there_and_what_comes_until_it_is_closed():
     console = Console(at_once)
-    console.write(b"early ")
+    console.put(b"early ")
     got = bytearray()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(collect, console, got)
         await wait_all_tasks_blocked()
         assert got == b"early "
-        console.write(b"late")
+        console.put(b"late")
         await wait_all_tasks_blocked()
         assert got == b"early late"
         console.close()
@@ -75,14 +76,14 @@ async def test_two_followers_get_all_of_it_each():
         nursery.start_soon(collect, console, one)
         nursery.start_soon(collect, console, other)
         await wait_all_tasks_blocked()
-        console.write(b"both")
+        console.put(b"both")
         console.close()
     assert one == other == b"both"
 
 
 async def test_output_of_an_ended_vm_can_still_be_followed_to_its_end():
     console = Console(at_once)
-    console.write(b"last words")
+    console.put(b"last words")
     console.close()
     got = bytearray()
     with trio.fail_after(5):
@@ -102,10 +103,10 @@ async def test_close_without_any_output_ends_the_followers():
 async def test_follower_that_falls_far_behind_loses_the_oldest_output():
     console = Console(at_once)
     follower = console.follow()
-    console.write(b"first")
+    console.put(b"first")
     assert await anext(follower) == b"first"
-    console.write(b"lost" * KEPT)
-    console.write(b"x" * 2 * KEPT + b"end")
+    console.put(b"lost" * KEPT)
+    console.put(b"x" * 2 * KEPT + b"end")
     chunk = await anext(follower)
     assert chunk.endswith(b"end")
     assert KEPT <= len(chunk) <= 2 * KEPT + 3
@@ -121,14 +122,14 @@ async def test_writes_are_announced_once_until_whoever_follows_has_looked():
         nursery.start_soon(collect, console, got)
         await wait_all_tasks_blocked()
         for _ in range(1000):
-            console.write(b"x")
+            console.put(b"x")
         assert len(posted) == 1
         posted.pop()()
-        console.write(b"y")
+        console.put(b"y")
         assert not posted  # it is about to look
         await wait_all_tasks_blocked()
         assert got == b"x" * 1000 + b"y"
-        console.write(b"z")
+        console.put(b"z")
         assert len(posted) == 1
         console.close()
     assert got.endswith(b"yz")
@@ -137,9 +138,9 @@ async def test_writes_are_announced_once_until_whoever_follows_has_looked():
 async def test_writes_that_nobody_follows_wake_nobody():
     posted: list[Callable[[], None]] = []
     console = Console(posted.append)
-    console.write(b"x")
+    console.put(b"x")
     assert posted == []
-    assert console.output == b"x"
+    assert console.log() == b"x"
 
 
 async def test_output_written_between_a_look_and_the_wait_is_not_missed():
@@ -150,9 +151,9 @@ async def test_output_written_between_a_look_and_the_wait_is_not_missed():
         async with trio.open_nursery() as nursery:
             nursery.start_soon(collect, console, got)
             await wait_all_tasks_blocked()
-            console.write(b"a")
+            console.put(b"a")
             posted.pop()()
-            console.write(b"b")  # before the follower ran
+            console.put(b"b")  # before the follower ran
             await wait_all_tasks_blocked()
             assert got == b"ab"
             console.close()
@@ -165,7 +166,7 @@ async def test_threads_write_at_the_same_time_and_nothing_is_lost():
 
     def write(piece: bytes) -> None:
         for _ in range(200):
-            console.write(piece)
+            console.put(piece)
 
     got = bytearray()
     with trio.fail_after(20):
@@ -188,7 +189,7 @@ async def test_a_follower_that_leaves_has_the_next_output_announced_at_most_once
         await wait_all_tasks_blocked()
         nursery.cancel_scope.cancel()
     for _ in range(10):
-        console.write(b"x")
+        console.put(b"x")
     assert len(posted) == 1
 
 
@@ -197,9 +198,9 @@ def test_any_writes_keep_their_end(pieces):
     async def main() -> None:
         console = Console(at_once)
         for piece in pieces:
-            console.write(piece)
+            console.put(piece)
         whole = b"".join(pieces)
-        assert console.output == whole[-KEPT:]
+        assert console.log() == whole[-KEPT:]
         assert console.total == len(whole)
         console.close()
         got = bytearray()
@@ -217,12 +218,12 @@ def test_any_writes_keep_their_end(pieces):
 def test_a_console_that_goes_on_keeps_the_same_and_counts_on(sizes, more):
     console = Console(at_once)
     for number, size in enumerate(sizes):
-        console.write(bytes([number]) * size)
+        console.put(bytes([number]) * size)
     state = decode(ConsoleState, encode(console.state()))
     again = Console.from_state(at_once, state)
     for one in (console, again):
-        one.write(more)
-    assert (again.total, again.output) == (console.total, console.output)
+        one.put(more)
+    assert (again.total, again.log()) == (console.total, console.log())
     assert again.state() == console.state()
 
 
@@ -230,3 +231,83 @@ def test_a_console_that_goes_on_keeps_the_same_and_counts_on(sizes, more):
 def test_a_console_can_not_have_kept_more_or_less_than_it_does(total, kept):
     with pytest.raises(SpecError, match=r"kept|total"):
         ConsoleState(total, kept)
+
+
+# ---- waiting for output, and typing
+
+
+async def test_wait_for_finds_what_was_there_and_what_comes_each_once():
+    console = Console(at_once)
+    console.put(b"boot ok\nlogin: ")
+    assert await console.wait_for("login: ") == b"boot ok\nlogin: "
+    async with trio.open_nursery() as nursery:
+
+        @nursery.start_soon
+        async def second() -> None:
+            assert await console.wait_for(b"login: ") == b"root\nlogin: "
+
+        await wait_all_tasks_blocked()
+        console.put(b"root\nlog")
+        await wait_all_tasks_blocked()
+        console.put(b"in: # ")
+    assert await console.wait_for("# ") == b"# "
+
+
+async def test_wait_for_names_what_did_not_come_and_shows_the_last_lines(autojump_clock):
+    console = Console(at_once, "db-1")
+    console.put(b"one\ntwo\nKernel panic\n")
+    with pytest.raises(
+        ConsoleTimeout, match=r"(?s)vm 'db-1': b'login:' did not come within 5 s; .*\ntwo\nKernel panic"
+    ):
+        await console.wait_for("login:", timeout=5)
+    assert await console.wait_for("two") == b"one\ntwo"  # nothing was consumed
+
+
+async def test_wait_for_a_silent_vm_says_so(autojump_clock):
+    with pytest.raises(TimeoutError, match="it wrote nothing"):
+        await Console(at_once).wait_for(b"x", timeout=1)
+
+
+async def test_wait_for_ends_with_the_vm():
+    console = Console(at_once)
+    console.put(b"power down")
+    async with trio.open_nursery() as nursery:
+
+        @nursery.start_soon
+        async def waits() -> None:
+            with pytest.raises(StateError, match=r"(?s)ended before b'login:' came.*power down"):
+                await console.wait_for("login:")
+
+        await wait_all_tasks_blocked()
+        console.close()
+
+
+async def test_wait_for_nothing_is_refused():
+    with pytest.raises(SpecError, match="pattern=''"):
+        await Console(at_once).wait_for("")
+    with pytest.raises(SpecError, match="timeout"):
+        await Console(at_once).wait_for("x", timeout="soon")  # type: ignore[arg-type]
+
+
+@given(data=st.data())
+async def test_wait_for_finds_a_pattern_however_the_output_comes(data):
+    pattern = data.draw(st.binary(min_size=1, max_size=6))
+    before = data.draw(st.binary(max_size=40)).replace(pattern[:1], b"")
+    text = before + pattern
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))
+    console = Console(at_once)
+    async with trio.open_nursery() as nursery:
+
+        @nursery.start_soon
+        async def waits() -> None:
+            assert await console.wait_for(pattern) == text
+
+        await wait_all_tasks_blocked()
+        for start, stop in pairwise([0, *cuts, len(text)]):
+            console.put(text[start:stop])
+            await wait_all_tasks_blocked()
+
+
+async def test_typing_without_a_device_that_takes_it_is_an_error():
+    with pytest.raises(StateError, match=r"nothing takes input now: .*Serial\(\)"):
+        await Console(at_once).write(b"ls\n")

@@ -13,6 +13,7 @@ from orchestra.model.errors import KvmError, OrchestraError, ResourceLimit, Unkn
 BUILTIN = {
     "BackendUnavailable": RuntimeError,
     "BusLockUnsupported": RuntimeError,
+    "ConsoleTimeout": TimeoutError,
     "FileError": ValueError,
     "GuestMemoryError": IndexError,
     "KvmError": OSError,

@@ -71,7 +71,7 @@ async def test_a_string_is_printed_without_python(stage: Stage, entries):
         before = len(entries)
         await vm.resume()
         assert await vm.wait() == orc.Halted()
-        assert vm.console.output == TEXT + TEXT
+        assert vm.console.log() == TEXT + TEXT
         assert vm.console.total == 2 * len(TEXT)
         assert len(entries) - before <= 1
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator
+from functools import partial
 from types import TracebackType
 from typing import Final, Self
 
@@ -216,9 +217,14 @@ class Console(Wrapper[console.Console]):
 
     __slots__ = ()
 
-    @property
-    def output(self) -> bytes:
-        return self._inner.output
+    def log(self) -> bytes:
+        return self._inner.log()
+
+    async def wait_for(self, pattern: bytes | str, *, timeout: float | None = None) -> bytes:  # noqa: ASYNC109 (its error has the last lines)
+        return await self._bridge.call(partial(self._inner.wait_for, pattern, timeout=timeout))
+
+    async def write(self, data: bytes | str) -> None:
+        await self._bridge.call(self._inner.write, data)
 
     @property
     def text(self) -> str:

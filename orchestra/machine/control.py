@@ -80,7 +80,7 @@ class VmControl:
         self.name = spec.name
         self.tenant = tenant
         self.launch = house.next_id()
-        self.console = Console(house.post)
+        self.console = Console(house.post, spec.name)
         self.claims = Claims(devices)
         self.samples = Samples()
         self.was_capped = desired.cap is not None

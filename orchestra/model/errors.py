@@ -8,6 +8,7 @@ from __future__ import annotations
 __all__ = [
     "BackendUnavailable",
     "BusLockUnsupported",
+    "ConsoleTimeout",
     "FileError",
     "GuestMemoryError",
     "KvmError",
@@ -64,6 +65,10 @@ class VmExists(SpecError):
 
 class StateError(OrchestraError, RuntimeError):
     """You asked for something that the VM's present state does not allow. The message says which state allows it."""
+
+
+class ConsoleTimeout(OrchestraError, TimeoutError):
+    """The guest did not say what you waited for within your time. The message has its last lines."""
 
 
 class GuestMemoryError(OrchestraError, IndexError):

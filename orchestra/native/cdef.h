@@ -169,6 +169,10 @@ bool orc_console_load(orc_console *, uint64_t total, const uint8_t *, size_t);
 uint64_t orc_console_total(orc_console *);
 size_t orc_console_copy(orc_console *, uint64_t *position, uint8_t *out, size_t room);
 bool orc_console_want(orc_console *, uint64_t position);
+#define ORC_CONSOLE_TYPED ...
+size_t orc_console_type(orc_console *, const uint8_t *, size_t);
+bool orc_console_listened(orc_console *);
+size_t orc_console_typed(orc_console *);
 size_t orc_fleet_talking(orc_fleet *, uint32_t *out, size_t most);
 orc_device *orc_debug_console_new(orc_console *, uint8_t detected);
 orc_device *orc_exit_port_new(void);
@@ -184,6 +188,7 @@ typedef void (*orc_uart_output)(void *to, orc_vcpu *by, const uint8_t *, size_t)
 typedef void (*orc_uart_interrupt)(void *line, bool level);
 orc_uart *orc_uart_new(orc_uart_output, void *to, orc_uart_interrupt, void *line);
 orc_uart *orc_serial_new(orc_console *, orc_interrupts *, uint32_t gsi);
+void orc_serial_listen(orc_uart *);
 orc_device *orc_uart_device(orc_uart *);
 size_t orc_uart_receive(orc_uart *, const uint8_t *, size_t);
 enum { ORC_UART_FIFO, ... };

@@ -1,23 +1,35 @@
-/* What a guest wrote: the last ORC_CONSOLE_KEPT bytes, and how many there were. Any thread writes and reads. */
+/* A VM's console. What the guest wrote: the last ORC_CONSOLE_KEPT bytes, and how many there were. And what it is to read: at
+ * most ORC_CONSOLE_TYPED bytes, which wait until the device that takes input has room. Any thread writes and reads. */
 #include <stdlib.h>
 #include <string.h>
 
 #include "core.h"
 
 struct orc_console {
-	pthread_mutex_t lock; /* all of it; nothing is locked within */
+	pthread_mutex_t lock; /* all but `reader`; nothing is locked within */
 	orc_u64 total;
 	bool wanted; /* somebody waits for output, and was not told yet */
 	uint8_t *kept; /* byte n of the output is at n modulo `room`, which grows as long as nothing was overwritten */
 	size_t room;
+
+	_Atomic uint32_t typed; /* bytes that wait for the guest */
+	uint32_t first;         /* where in `input` the oldest is */
+	bool full;              /* a writer waits for room, and was not told yet */
+	uint8_t *input;         /* a ring; most guests are never typed at, and have none */
+
+	/* The device that takes input. Its lock is held while the device is told, and the device's own lock is taken within. */
+	pthread_mutex_t reader_lock;
+	struct orc_console_reader reader;
 };
 
 orc_console *orc_console_new(void)
 {
 	orc_console *c = calloc(1, sizeof *c);
 
-	if (c)
-		pthread_mutex_init(&c->lock, NULL);
+	if (!c)
+		return NULL;
+	pthread_mutex_init(&c->lock, NULL);
+	pthread_mutex_init(&c->reader_lock, NULL);
 	return c;
 }
 
@@ -25,7 +37,9 @@ void orc_console_free(orc_console *c)
 {
 	if (!c)
 		return;
+	pthread_mutex_destroy(&c->reader_lock);
 	pthread_mutex_destroy(&c->lock);
+	free(c->input);
 	free(c->kept);
 	free(c);
 }
@@ -131,4 +145,89 @@ void orc_console_say(orc_console *c, orc_vcpu *by, const uint8_t *data, size_t s
 {
 	if (orc_console_put(c, data, size) && by)
 		orc_talk(by);
+}
+
+/* ---- input ---------------------------------------------------------------------------------------------------- */
+
+enum { TYPED = ORC_CONSOLE_TYPED };
+
+void orc_console_attach(orc_console *c, struct orc_console_reader reader)
+{
+	pthread_mutex_lock(&c->reader_lock);
+	c->reader = reader;
+	pthread_mutex_unlock(&c->reader_lock);
+}
+
+void orc_console_detach(orc_console *c, void *device)
+{
+	pthread_mutex_lock(&c->reader_lock);
+	if (c->reader.device == device)
+		c->reader = (struct orc_console_reader){NULL, NULL};
+	pthread_mutex_unlock(&c->reader_lock);
+}
+
+bool orc_console_listened(orc_console *c)
+{
+	bool listened;
+
+	pthread_mutex_lock(&c->reader_lock);
+	listened = c->reader.typed != NULL;
+	pthread_mutex_unlock(&c->reader_lock);
+	return listened;
+}
+
+static size_t add_input(orc_console *c, const uint8_t *data, size_t size)
+{
+	uint32_t typed, n = 0;
+
+	pthread_mutex_lock(&c->lock);
+	typed = atomic_load_explicit(&c->typed, memory_order_relaxed);
+	if (!c->input)
+		c->input = malloc(TYPED);
+	if (c->input)
+		for (; n < size && typed + n < TYPED; n++)
+			c->input[(c->first + typed + n) % TYPED] = data[n];
+	atomic_store_explicit(&c->typed, typed + n, memory_order_relaxed);
+	c->full = c->full || n < size;
+	pthread_mutex_unlock(&c->lock);
+	return n;
+}
+
+size_t orc_console_type(orc_console *c, const uint8_t *data, size_t size)
+{
+	size_t n = add_input(c, data, size);
+
+	pthread_mutex_lock(&c->reader_lock);
+	if (n && c->reader.typed)
+		c->reader.typed(c->reader.device);
+	pthread_mutex_unlock(&c->reader_lock);
+	return n;
+}
+
+size_t orc_console_typed(orc_console *c)
+{
+	return atomic_load_explicit(&c->typed, memory_order_relaxed);
+}
+
+size_t orc_console_read(orc_console *c, orc_vcpu *by, uint8_t *out, size_t size)
+{
+	uint32_t typed, n;
+	bool told;
+
+	/* Nothing is missed: who types tells the device afterwards, which takes the device's lock, as the caller does. */
+	if (!size || !atomic_load_explicit(&c->typed, memory_order_relaxed))
+		return 0;
+	pthread_mutex_lock(&c->lock);
+	typed = atomic_load_explicit(&c->typed, memory_order_relaxed);
+	n = typed < size ? typed : (uint32_t)size;
+	for (uint32_t i = 0; i < n; i++)
+		out[i] = c->input[(c->first + i) % TYPED];
+	c->first = (c->first + n) % TYPED;
+	atomic_store_explicit(&c->typed, typed - n, memory_order_relaxed);
+	told = c->full && by && typed - n <= TYPED / 2; /* not for each byte of a guest that reads slowly */
+	c->full = c->full && !told;
+	pthread_mutex_unlock(&c->lock);
+	if (told)
+		orc_talk(by);
+	return n;
 }

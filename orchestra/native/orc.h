@@ -489,7 +489,21 @@ orc_u64 orc_console_total(orc_console *);
 size_t orc_console_copy(orc_console *, orc_u64 *position, uint8_t *out, size_t room);
 /* Wait for output beyond `position`: the next `put` will say so, once. False: there is some. */
 bool orc_console_want(orc_console *, orc_u64 position);
-/* Owner: takes up to `most` ids of vCPUs on whose console there is output that somebody waits for. */
+
+/* Input for the guest, which one device takes. Any thread. */
+enum { ORC_CONSOLE_TYPED = 4096 };
+struct orc_console_reader {
+	void (*typed)(void *device); /* there is input; it locks the device and calls orc_console_read */
+	void *device;
+};
+void orc_console_attach(orc_console *, struct orc_console_reader);
+void orc_console_detach(orc_console *, void *device); /* unless another has taken its place; it is called no more */
+size_t orc_console_type(orc_console *, const uint8_t *, size_t); /* how much was taken; the next room is announced, once */
+bool orc_console_listened(orc_console *); /* there is such a device */
+size_t orc_console_typed(orc_console *); /* how much waits */
+/* The device, with its lock held: takes input. by: whose thread this is; a writer that waits for room is told through it. */
+size_t orc_console_read(orc_console *, orc_vcpu *by, uint8_t *out, size_t size);
+/* Owner: takes up to `most` ids of vCPUs on whose console there is output that somebody waits for, or room for input. */
 size_t orc_fleet_talking(orc_fleet *, uint32_t *out, size_t most);
 
 orc_device *orc_debug_console_new(orc_console *, uint8_t detected /* what a read gives */);
@@ -513,9 +527,11 @@ void orc_interrupts_close(orc_interrupts *); /* before the VM's descriptor is: w
  * thread that accesses it. */
 typedef struct orc_uart orc_uart;
 typedef void (*orc_uart_output)(void *to, orc_vcpu *by, const uint8_t *, size_t);
+typedef size_t (*orc_uart_input)(void *to, orc_vcpu *by, uint8_t *, size_t); /* what there is, up to that much */
 typedef void (*orc_uart_interrupt)(void *line, bool level);
 orc_uart *orc_uart_new(orc_uart_output, void *to, orc_uart_interrupt, void *line);
 orc_uart *orc_serial_new(orc_console *, orc_interrupts *, uint32_t gsi); /* on these; interrupts NULL: not wired */
+void orc_serial_listen(orc_uart *); /* one of orc_serial_new: it takes the console's input from now on */
 orc_device *orc_uart_device(orc_uart *);
 /* Bytes from the other side: how many fitted. Any thread. */
 size_t orc_uart_receive(orc_uart *, const uint8_t *, size_t);

@@ -25,6 +25,7 @@ enum { IER_BITS = 0x0f, MCR_BITS = 0x1f, MODEM_BITS = 0x0f };
 struct orc_uart {
 	orc_device device;
 	orc_uart_output output;
+	orc_uart_input input; /* NULL: it is given bytes by orc_uart_receive alone */
 	orc_uart_interrupt interrupt;
 	void *to, *line;
 	/* What follows, by any thread. Held while `output` and `interrupt` are called: the locks of a console and of the
@@ -65,10 +66,34 @@ static uint8_t cause(const orc_uart *u)
 	return IIR_NONE;
 }
 
-static void update(orc_uart *u)
+static void put(orc_uart *u, uint8_t byte)
 {
-	bool level = cause(u) != IIR_NONE;
+	u->received[(u->first + u->waiting++) % FIFO] = byte;
+}
 
+/* In loopback the input is cut off. */
+static bool has_room(const orc_uart *u)
+{
+	return !(u->mcr & MCR_LOOP) && u->waiting < depth(u);
+}
+
+/* What waits at the other end comes as soon as there is room. */
+static void refill(orc_uart *u, orc_vcpu *by)
+{
+	uint8_t bytes[FIFO];
+	size_t n = u->input && has_room(u) ? u->input(u->to, by, bytes, depth(u) - u->waiting) : 0;
+
+	for (size_t i = 0; i < n; i++)
+		put(u, bytes[i]);
+}
+
+/* After each change: by whom it was made. */
+static void update(orc_uart *u, orc_vcpu *by)
+{
+	bool level;
+
+	refill(u, by);
+	level = cause(u) != IIR_NONE;
 	if (level == u->level)
 		return;
 	u->level = level;
@@ -76,11 +101,6 @@ static void update(orc_uart *u)
 }
 
 /* ---- data ----------------------------------------------------------------------------------------------------- */
-
-static void put(orc_uart *u, uint8_t byte)
-{
-	u->received[(u->first + u->waiting++) % FIFO] = byte;
-}
 
 static uint8_t take(orc_uart *u)
 {
@@ -113,7 +133,7 @@ static void transmit(orc_uart *u, orc_vcpu *by, const uint8_t *data, size_t n)
 
 /* ---- registers ------------------------------------------------------------------------------------------------ */
 
-static uint8_t read_register(orc_uart *u, orc_u64 number)
+static uint8_t read_register(orc_uart *u, orc_vcpu *by, orc_u64 number)
 {
 	uint8_t value;
 
@@ -148,7 +168,7 @@ static uint8_t read_register(orc_uart *u, orc_u64 number)
 	default: /* nobody is there */
 		return 0xff;
 	}
-	update(u);
+	update(u, by);
 	return value;
 }
 
@@ -191,7 +211,7 @@ static void write_register(orc_uart *u, orc_vcpu *by, orc_u64 number, uint8_t va
 	default:
 		return;
 	}
-	update(u);
+	update(u, by);
 }
 
 /* ---- the device ----------------------------------------------------------------------------------------------- */
@@ -203,7 +223,7 @@ static void access_registers(orc_uart *u, orc_vcpu *by, const struct orc_access 
 		if (a->write)
 			write_register(u, by, a->offset + i, data[i]);
 		else
-			data[i] = read_register(u, a->offset + i);
+			data[i] = read_register(u, by, a->offset + i);
 	}
 }
 
@@ -215,7 +235,7 @@ static bool answer(orc_device *d, orc_vcpu *by, const struct orc_access *a)
 	if (a->write && a->size == 1 && a->offset == 0 && !(u->lcr & LCR_DLAB)) { /* a string is transmitted as a whole */
 		transmit(u, by, a->data, a->count);
 		u->thre_pending = true;
-		update(u);
+		update(u, by);
 	} else {
 		for (uint32_t i = 0; i < a->count; i++)
 			access_registers(u, by, a, a->data + (size_t)i * a->size);
@@ -332,10 +352,9 @@ size_t orc_uart_receive(orc_uart *u, const uint8_t *data, size_t n)
 	size_t taken = 0;
 
 	pthread_mutex_lock(&u->lock);
-	/* In loopback the input is cut off. */
-	for (; taken < n && !(u->mcr & MCR_LOOP) && u->waiting < depth(u); taken++)
+	for (; taken < n && has_room(u); taken++)
 		put(u, data[taken]);
-	update(u);
+	update(u, NULL);
 	pthread_mutex_unlock(&u->lock);
 	return taken;
 }
@@ -344,6 +363,7 @@ size_t orc_uart_receive(orc_uart *u, const uint8_t *data, size_t n)
 
 struct serial {
 	orc_uart uart;
+	orc_console *console;
 	orc_interrupts *interrupts;
 	uint32_t gsi;
 };
@@ -351,6 +371,28 @@ struct serial {
 static void say(void *to, orc_vcpu *by, const uint8_t *data, size_t size)
 {
 	orc_console_say(to, by, data, size);
+}
+
+static size_t hear(void *to, orc_vcpu *by, uint8_t *out, size_t size)
+{
+	return orc_console_read(to, by, out, size);
+}
+
+static void typed(void *device)
+{
+	orc_uart *u = device;
+
+	pthread_mutex_lock(&u->lock);
+	update(u, NULL);
+	pthread_mutex_unlock(&u->lock);
+}
+
+static void free_serial(orc_device *d)
+{
+	struct serial *s = (struct serial *)d;
+
+	orc_console_detach(s->console, s);
+	free_uart(d);
 }
 
 static void raise_or_lower(void *line, bool level)
@@ -368,7 +410,18 @@ orc_uart *orc_serial_new(orc_console *console, orc_interrupts *interrupts, uint3
 	if (!s)
 		return NULL;
 	set_up(&s->uart, say, console, raise_or_lower, s);
+	s->uart.device.free = free_serial;
+	s->uart.input = hear;
+	s->console = console;
 	s->interrupts = interrupts;
 	s->gsi = gsi;
 	return &s->uart;
+}
+
+void orc_serial_listen(orc_uart *u)
+{
+	struct serial *s = (struct serial *)u;
+
+	orc_console_attach(s->console, (struct orc_console_reader){typed, u});
+	typed(u); /* what was typed before */
 }

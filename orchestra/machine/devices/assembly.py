@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from threading import RLock
-from typing import Final, Protocol
+from typing import Final, Protocol, runtime_checkable
 
 import trio
 
@@ -47,6 +47,14 @@ class Board(Protocol):
     def end(self, outcome: Outcome) -> None: ...
     def answer_limit(self) -> Limit | None:
         """The VM's, as in force."""
+
+
+@runtime_checkable
+class Listener(Protocol):
+    """A device that takes console input."""
+
+    def listen(self) -> None:
+        """Take what is typed at the VM's console from now on, and what was typed before. Called once, of one device."""
 
 
 class Dma:
@@ -109,6 +117,10 @@ class Assembly:
         try:
             for index, spec in enumerate(specs):
                 self._plug(spec, None if states is None else states[index])
+            for device in (plugged.device for plugged in self.plugged):
+                if isinstance(device, Listener):
+                    device.listen()
+                    break
         except BaseException:
             self.stop()
             raise

@@ -1,4 +1,4 @@
-"""A guest's output: a bounded buffer of the core that tasks can follow."""
+"""A guest's console: its output, a bounded buffer of the core that tasks can follow, and its input."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from typing import Any, Final
 import attrs
 import trio
 
-from ...model.checks import whole
-from ...model.errors import SpecError
+from ...model.checks import number, whole
+from ...model.errors import ConsoleTimeout, SpecError, StateError
 from ...native import ffi, lib
 
 __all__ = ["Console", "ConsoleState"]
 
 KEPT: Final = int(lib.ORC_CONSOLE_KEPT)
+LINES: Final = 12
+"""Of the output, which an error shows: about what a kernel says in its last moment."""
 
 
 @attrs.frozen
@@ -33,22 +35,30 @@ class ConsoleState:
 
 
 class Console:
-    """What the guest wrote to its debug console and serial port.
+    """What the guest wrote to its serial port and consoles, and what you type for it.
 
-    Bytes come from vCPU threads, without Python (`handle` is the core's ``orc_console *``), or from `write`. The last
+        await vm.console.wait_for("login: ", timeout=60)
+        await vm.console.write(b"root\\n")
+        print(vm.console.log().decode())
+
+    Output comes from vCPU threads, without Python (`handle` is the core's ``orc_console *``), or from `put`. The last
     64 KiB are kept. A task that follows is woken once for all output until it looks again. The fleet's drain task calls
-    `wake` for output of vCPUs; `write` has it called by `notify`.
+    `wake` for output of vCPUs; `put` has it called by `notify`. Input goes to the first device of the spec that takes
+    any; up to 4 KiB wait there until the guest reads them.
 
     Parameters:
         notify: runs a function soon on the fleet's thread. Any thread.
+        name: the VM's, for messages.
     """
 
-    def __init__(self, notify: Callable[[Callable[[], None]], None]) -> None:
+    def __init__(self, notify: Callable[[Callable[[], None]], None], name: str = "") -> None:
         self.handle: Any = ffi.gc(lib.orc_console_new(), lib.orc_console_free)
         if self.handle == ffi.NULL:
             raise MemoryError("orc_console_new")
         self._notify = notify
+        self._name = name
         self._closed = False
+        self._found = 0  # where the last match of `wait_for` ended
         self._changed = trio.Event()
 
     @classmethod
@@ -68,7 +78,7 @@ class Console:
         kept, total = self._since(max(self.total - KEPT, 0))
         return ConsoleState(total, kept)
 
-    def write(self, data: bytes) -> None:
+    def put(self, data: bytes) -> None:
         """Add output. Any thread."""
         if lib.orc_console_put(self.handle, ffi.from_buffer(data), len(data)):
             self._notify(self.wake)
@@ -87,15 +97,14 @@ class Console:
         size = lib.orc_console_copy(self.handle, at, data, room)
         return bytes(ffi.buffer(data, size)), int(at[0])
 
-    @property
-    def output(self) -> bytes:
-        """The last 64 KiB of output."""
+    def log(self) -> bytes:
+        """The last 64 KiB of output. Any thread."""
         return self._since(max(self.total - KEPT, 0))[0]
 
     @property
     def text(self) -> str:
-        """`output` as text; bytes that are not UTF-8 are replaced."""
-        return self.output.decode(errors="replace")
+        """`log` as text; bytes that are not UTF-8 are replaced."""
+        return self.log().decode(errors="replace")
 
     @property
     def total(self) -> int:
@@ -118,6 +127,82 @@ class Console:
                 return
             elif lib.orc_console_want(self.handle, position):
                 await changed.wait()
+
+    async def wait_for(self, pattern: bytes | str, *, timeout: float | None = None) -> bytes:  # noqa: ASYNC109 (its error has the last lines)
+        """Wait until the guest has written `pattern`. Output from before this call counts, from the last match on.
+
+        Cancelling changes nothing: the next call looks at the same output.
+
+        Parameters:
+            pattern: as it is, not a regular expression.
+            timeout: seconds; None: for as long as the VM lives.
+
+        Returns:
+            The output from the end of the last match up to the end of this match, as far as it is kept.
+
+        Raises:
+            ConsoleTimeout: it did not come in time. The message has the guest's last lines.
+            StateError: the VM has ended without it. The message has them as well.
+            SpecError: the pattern is empty.
+        """
+        wanted = pattern.encode() if isinstance(pattern, str) else bytes(pattern)
+        if not wanted:
+            raise SpecError(f"pattern={pattern!r}: must be at least one byte, of what the guest will write")
+        if timeout is not None:
+            number("timeout", timeout)
+        with trio.move_on_after(float("inf") if timeout is None else timeout):
+            return await self._find(wanted)
+        raise ConsoleTimeout(f"{self._who}{wanted!r} did not come within {timeout} s; {self._last_lines()}")
+
+    async def _find(self, wanted: bytes) -> bytes:
+        begin = searched = self._found
+        while True:
+            changed, closed = self._changed, self._closed
+            chunk, end = self._since(searched)
+            at = chunk.find(wanted)
+            if at >= 0:
+                await trio.lowlevel.checkpoint()
+                stop = end - len(chunk) + at + len(wanted)
+                self._found = max(self._found, stop)
+                kept, kept_end = self._since(begin)
+                return kept[: len(kept) - (kept_end - stop)]
+            searched = max(searched, end - len(wanted) + 1)  # the rest of a match may still come
+            if closed:
+                await trio.lowlevel.checkpoint()
+                raise StateError(f"{self._who}ended before {wanted!r} came; {self._last_lines()}")
+            if lib.orc_console_want(self.handle, end):
+                await changed.wait()
+
+    @property
+    def _who(self) -> str:
+        return f"vm {self._name!r}: " if self._name else ""
+
+    def _last_lines(self) -> str:
+        lines = self.text.splitlines()[-LINES:]
+        return "its last lines are:\n" + "\n".join(lines) if lines else "it wrote nothing"
+
+    async def write(self, data: bytes | str) -> None:
+        """Type for the guest. Returns when all of it is on its way: up to 4 KiB wait until the guest reads them.
+
+        If this is cancelled, a part of the data may be on its way.
+
+        Raises:
+            StateError: no device takes input: the VM has none, has ended, or is between two runs.
+        """
+        left = memoryview(data.encode() if isinstance(data, str) else data).cast("B")
+        while True:
+            changed = self._changed
+            if self._closed or not lib.orc_console_listened(self.handle):
+                await trio.lowlevel.checkpoint()
+                raise StateError(
+                    f"{self._who}nothing takes input now: it has ended, is between two runs, or has no device that "
+                    "takes any, such as Serial()"
+                )
+            left = left[lib.orc_console_type(self.handle, ffi.from_buffer(left), len(left)) :]
+            if not left:
+                await trio.lowlevel.checkpoint()
+                return
+            await changed.wait()
 
     def close(self) -> None:
         """No more output will come. Fleet's thread."""

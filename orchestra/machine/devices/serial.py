@@ -33,7 +33,7 @@ class UartState:
 
 
 class Uart16550(NativeDevice, Peripheral[Serial, UartState]):
-    """Eight registers. What the guest transmits goes to the VM's console; `receive` gives the guest input."""
+    """Eight registers. What the guest transmits goes to the VM's console. What is typed there comes in (`listen`)."""
 
     State = UartState
 
@@ -48,9 +48,8 @@ class Uart16550(NativeDevice, Peripheral[Serial, UartState]):
         self._handle = handle
         self.native = ffi.gc(lib.orc_uart_device(handle), lib.orc_device_free)
 
-    def receive(self, data: bytes) -> int:
-        """Give the guest input. Returns how many bytes fitted into the FIFO; the caller keeps the rest. Any thread."""
-        return int(lib.orc_uart_receive(self._handle, ffi.from_buffer(data), len(data)))
+    def listen(self) -> None:
+        lib.orc_serial_listen(self._handle)
 
     def reset(self) -> None:
         lib.orc_uart_reset(self._handle)

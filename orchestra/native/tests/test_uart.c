@@ -103,7 +103,11 @@ static void *send_bytes(void *unused)
 
 		for (int i = 0; i < 7; i++)
 			bytes[i] = (uint8_t)(sent + i);
-		sent += (int)orc_uart_receive(shared, bytes, BYTES - sent < 7 ? (size_t)(BYTES - sent) : 7);
+		int taken = (int)orc_uart_receive(shared, bytes, BYTES - sent < 7 ? (size_t)(BYTES - sent) : 7);
+
+		sent += taken;
+		if (!taken)
+			sched_yield(); /* as the reader does */
 	}
 	return unused;
 }
