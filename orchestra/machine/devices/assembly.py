@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from threading import RLock
 from typing import Final, Protocol, runtime_checkable
 
@@ -55,6 +56,14 @@ class Listener(Protocol):
 
     def listen(self) -> None:
         """Take what is typed at the VM's console from now on, and what was typed before. Called once, of one device."""
+
+
+@runtime_checkable
+class EventDevice(Protocol):
+    """A device by which the guest is told of its platform's events."""
+
+    def happened(self, event: int) -> None:
+        """Tell the guest of `model.platform.POWER_BUTTON`, or of another such event."""
 
 
 class Dma:
@@ -180,6 +189,17 @@ class Assembly:
         """Serve doorbells and timers until the guest has ended."""
         await self._service.run(self.plugged, ended)
 
+    # ---- events of the platform
+
+    @property
+    def event_device(self) -> Plugged | None:
+        """The device that tells the guest of events; None: there is none."""
+        return next((plugged for plugged in self.plugged if isinstance(plugged.device, EventDevice)), None)
+
+    async def tell(self, plugged: Plugged, event: int) -> None:
+        """Tell the guest of an event: in the VM's turn, and if it is paused, once it goes on."""
+        await self._service.serve(plugged, partial(plugged.device.happened, event))
+
     # ---- pause, state, reset, end
 
     def hold(self) -> None:
@@ -211,7 +231,7 @@ class Assembly:
         if self._stopped:
             return
         self._stopped = True
-        self._service.timers.close()
+        self._service.close()
         for plugged in self.plugged:
             with contained(f"vm {self._board.spec.name}: stop of device {plugged.name}", problems), plugged.lock:
                 plugged.device.stop()

@@ -102,6 +102,7 @@ class Service:
         self._vm, self._now, self._end, self._limit, self._in_turn = vm, now, end, limit, in_turn
         self._owner: dict[int, Plugged] = {}  # of a timer, by its identity
         self._changed, self._held = trio.Event(), False  # the event is replaced at each change
+        self._closed = False
         self._bucket: Bucket | None = None
         self._worth = 0  # answers that were served and are not charged yet
 
@@ -144,6 +145,12 @@ class Service:
         self._held = False
         self._wake()
 
+    def close(self) -> None:
+        """The guest has ended: call no device any more, also for those who wait to be served."""
+        self.timers.close()
+        self._closed = True
+        self.let_go()
+
     def _wake(self) -> None:
         self._changed.set()
         self._changed = trio.Event()
@@ -152,11 +159,11 @@ class Service:
 
     async def _listen(self, plugged: Plugged, fd: int, tell: Callable[[int], object]) -> None:
         if self.going_on:  # one ring more than the guest made: a ring before the restore may be lost
-            await self._serve(plugged, partial(tell, 1))
+            await self.serve(plugged, partial(tell, 1))
         while True:
             await trio.lowlevel.wait_readable(fd)
             # After a wait for the budget, read the descriptor again at once: that saves a turn of the event loop.
-            while await self._serve(plugged, partial(_tell, fd, tell)) and await self._waited():
+            while await self.serve(plugged, partial(_tell, fd, tell)) and await self._waited():
                 pass
 
     async def _watch_timers(self) -> None:
@@ -169,16 +176,16 @@ class Service:
                 with trio.move_on_after(left / 1e9):
                     await changed.wait()
             for timer, setting in self.timers.due():
-                await self._serve(self._owner[id(timer)], partial(self._expire, timer, setting))
+                await self.serve(self._owner[id(timer)], partial(self._expire, timer, setting))
                 await self._waited()
 
     def _expire(self, timer: VmTimer, setting: int) -> None:
         if self.timers.taken(timer, setting):
             timer.expired()
 
-    async def _serve(self, plugged: Plugged, call: Callable[[], object]) -> object:
+    async def serve(self, plugged: Plugged, call: Callable[[], object]) -> object:
         """Call a device: in the VM's turn among all others, not while the VM is held, and with no vCPU in the device.
-        An exception of the device ends this VM."""
+        An exception of the device ends this VM. Once the guest has ended, nothing is called."""
         served = trio.Event()
         self._in_turn(served.set)
         await served.wait()
@@ -188,8 +195,8 @@ class Service:
             else:  # a vCPU is in the device, perhaps for long: the event loop, which all need, waits for no lock
                 await trio.sleep(BUSY)
         begun = time.thread_time_ns()
-        try:  # nothing is awaited here, so a pause finds the call either done or not begun
-            return call()
+        try:  # nothing is awaited here, so a pause or the end finds the call either done or not begun
+            return None if self._closed else call()
         except (Exception, SystemExit) as error:  # a device has no say in whether the program ends
             log.error("vm %s: device %s failed", self._vm, plugged.name, exc_info=error)
             self._end(Failed(f"device {plugged.name} failed: {error!r}"))
