@@ -25,6 +25,7 @@ from orchestra.backend.scripted import ScriptedExit, failed_run, hlt, io_write, 
 from orchestra.cli import run as module
 from orchestra.cli.app import main
 from orchestra.cli.run import GuestRun, run, status
+from orchestra.journal import read_journal
 from orchestra.model.errors import BackendUnavailable
 
 HELLO = b"".join(b"\xb0%c\xe6\xe9" % byte for byte in b"hi\n") + b"\xf4"  # mov al, X; out 0xe9, al; hlt
@@ -352,3 +353,44 @@ def test_no_image_may_be_larger_than_there_is_sense_in(monkeypatch, capfd):
     monkeypatch.setattr(module, "MOST_CODE", 1 << 20)
     assert main(["run", "/dev/zero", "--memory", "1G"]) == 1
     assert "larger than 1 MiB" in capfd.readouterr().err
+
+
+def test_a_missing_kernel_is_named(tmp_path, capfd):
+    assert main(["run", "--kernel", str(tmp_path / "vmlinuz"), "--backend", "kvm"]) == 1
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.startswith("orchestra: ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ([], "nothing to run: give a raw binary (GUEST.bin) or a Linux kernel (--kernel FILE)"),
+        (["guest.bin", "--kernel", "k"], "GUEST.bin: is for a raw binary, and --kernel is given"),
+        (["--kernel", "k", "--mode", "16"], "--mode: is for a raw binary"),
+        (["--kernel", "k", "--exit-port", "1"], "--exit-port: is for a raw binary"),
+        (["guest.bin", "--initrd", "i"], "--initrd: is for a Linux kernel: give --kernel as well"),
+        (["guest.bin", "--cmdline", "quiet"], "--cmdline: is for a Linux kernel"),
+        (["--kernel", "k", "--memory", "1M"], "memory"),
+        (["--kernel", "k", "--escape", "Ctrl-A"], "no key such as ^]"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_does_not_go_together_is_one_line_and_2(options, words, capfd):
+    assert main(["run", *options]) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert words in err
+    assert err.count("\n") == 1
+
+
+def test_a_journal_of_the_run_is_written(on, guest, tmp_path, capfd):
+    assert main(["run", guest(HELLO), *on, "--journal", str(tmp_path / "journal")]) == 0
+    with read_journal(tmp_path / "journal") as reader:
+        assert [row.state for row in reader.states(vm="guest")] == ["created", "running", "stopped"]
+
+
+def test_a_second_signal_ends_by_force_what_the_first_asked_to_end():
+    end = module._End()
+    assert not end.ask()  # there is no VM yet: cancel
