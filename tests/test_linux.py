@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import trio
 
 import linux_kit
 import orchestra as orc
@@ -67,15 +68,20 @@ async def answer(vm: orc.Vm, line: str) -> str:
 
 async def booted(fleet: orc.Fleet, spec: orc.VmSpec) -> orc.Vm:
     vm = await fleet.launch(spec)
-    await wait_until(lambda: vm.outcome is not None or printed(vm).endswith(PROMPT), within=BOOTED)
-    assert vm.outcome is None, vm.console.text
+    try:
+        await wait_until(lambda: vm.outcome is not None or printed(vm).endswith(PROMPT), within=BOOTED)
+    except AssertionError:
+        raise AssertionError(f"no prompt after {BOOTED:g} s, but: {printed(vm)[-2000:]}") from None
+    assert vm.outcome is None, printed(vm)
     return vm
 
 
 async def ended(vm: orc.Vm, how: str) -> orc.Outcome:
     (uart,) = (one.device for one in vm._control.guest.devices.plugged if isinstance(one.device, Uart16550))
     assert uart.receive(how.encode() + b"\n") == len(how) + 1
-    return await vm.wait()
+    with trio.move_on_after(60):
+        return await vm.wait()
+    raise AssertionError(f"{how} did nothing, but: {printed(vm)[-2000:]}")
 
 
 async def test_bzimage_boots_to_a_shell_that_answers_and_powers_off(initrd):
@@ -83,15 +89,14 @@ async def test_bzimage_boots_to_a_shell_that_answers_and_powers_off(initrd):
     async with orc.open_fleet(backend="kvm", bus_locks="auto") as fleet:
         vm = await booted(fleet, spec_of(kernel, initrd))
         assert await answer(vm, "uname -r") == kernel.name.removeprefix("vmlinuz-") + "\n"
-        assert await answer(vm, "cat /proc/cmdline") == "console=ttyS0 quiet\n"
+        assert await answer(vm, "cat /proc/cmdline") == "console=ttyS0 reboot=a quiet\n"
         assert await answer(vm, "cat /sys/devices/system/clocksource/*/current_clocksource") == "kvm-clock\n"
         found = await answer(vm, "dmesg | grep -E 'BIOS-e820|RSDP 0x|MTRR|TSC deadline'")
         assert "[mem 0x0000000000100000-0x000000000fffffff] usable" in found
         assert "[mem 0x00000000e0000000-0x00000000e00fffff] reserved" in found
         assert "RSDP 0x00000000000E0000" in found
         assert "TSC deadline timer available" in found
-        outcome = await ended(vm, "poweroff -f")
-        assert isinstance(outcome, orc.Shutdown), outcome
+        assert await ended(vm, "poweroff -f") == orc.Shutdown(reason="ACPI power-off")
 
 
 @pytest.mark.smp
@@ -104,18 +109,20 @@ async def test_newest_kernel_brings_up_four_vcpus_and_resets(initrd):
         words = [line.split(":") for line in apics.splitlines()]
         assert [int(value) for name, value in words if name.startswith("apicid")] == [0, 1, 2, 3]
         assert {int(value) for name, value in words if name.startswith("siblings")} == {4}
-        assert isinstance(await ended(vm, "reboot -f"), orc.Shutdown)
+        assert await ended(vm, "reboot -f") == orc.Shutdown(reason="ACPI reset")
 
 
 @pytest.mark.parametrize(
-    ("pvh", "end", "cmdline"),
-    [(True, "poweroff -f", "quiet"), (False, "reboot -f", "quiet reboot=t")],
+    ("pvh", "end", "reason", "cmdline"),
+    [
+        (True, "poweroff -f", "ACPI power-off", "quiet reboot=a"),
+        (False, "reboot -f", "triple fault", "quiet reboot=t"),
+    ],
     ids=["pvh", "64-bit protocol, and a triple fault at the end"],
 )
-async def test_elf_kernel_boots_to_a_shell(initrd, tmp_path, pvh, end, cmdline):
+async def test_elf_kernel_boots_to_a_shell(initrd, tmp_path, pvh, end, reason, cmdline):
     (tmp_path / "vmlinux").write_bytes(had(linux_kit.vmlinux, had(linux_kit.debian_kernel), pvh=pvh))
     async with orc.open_fleet(backend="kvm", bus_locks="auto") as fleet:
         vm = await booted(fleet, spec_of(tmp_path / "vmlinux", initrd, cmdline=cmdline))
         assert await answer(vm, "cat /proc/cmdline") == f"console=ttyS0 {cmdline}\n"
-        outcome = await ended(vm, end)
-        assert isinstance(outcome, orc.Shutdown), outcome
+        assert await ended(vm, end) == orc.Shutdown(reason=reason)

@@ -154,7 +154,7 @@ def test_boot_params_have_the_kernels_own_header_and_what_a_loader_fills_in(kern
         assert at(memory, "B", page + 0x210) == 0xFF
         assert at(memory, "Q", page + 0x70) == platform.ACPI_TABLES.start
         assert memory.read(platform.ACPI_TABLES.start, 8) == b"RSD PTR "
-        assert memory.read(at(memory, "I", page + 0x228), 14) == b"console=ttyS0\0"
+        assert memory.read(at(memory, "I", page + 0x228), 23) == b"console=ttyS0 reboot=a\0"
         start, size = at(memory, "I", page + 0x218), at(memory, "I", page + 0x21C)
         assert memory.read(start, size) == b"070701 content"
         assert start == RAM - PAGE
@@ -180,7 +180,7 @@ def test_elf_with_a_pvh_note_is_entered_by_it_with_start_info(kernel, tmp_path):
             "<IIIIQQQQII", memory.read(info, 56)
         )
         assert (magic, version, flags, modules) == (0x336EC578, 1, 0, 1)
-        assert memory.read(line, 20) == b"console=ttyS0 quiet\0"
+        assert memory.read(line, 29) == b"console=ttyS0 reboot=a quiet\0"
         assert rsdp == platform.ACPI_TABLES.start
         start, size, *_ = struct.unpack("<QQQQ", memory.read(list_at, 32))
         assert (start, size) == (RAM - 2 * PAGE, PAGE + 1)
@@ -246,14 +246,14 @@ def test_initrd_ends_where_the_kernel_wants_it_to(kernel, tmp_path):
         assert at(memory, "I", platform.BOOT_PARAMS.start + 0x218) == 0x300_0000 - 2 * PAGE
 
 
-def test_console_of_the_users_is_the_only_one_and_the_second_port_is_the_second_tty(kernel):
-    boot = orc.LinuxBoot(kernel="k", cmdline="quiet console=hvc0")
+def test_what_the_user_says_of_console_and_reset_is_all_that_is_said_and_the_second_port_is_the_second_tty(kernel):
+    boot = orc.LinuxBoot(kernel="k", cmdline="quiet console=hvc0 reboot=t")
     spec = attrs.evolve(spec_of(kernel), boot=boot)
-    assert boot.command_line(spec.layout) == "quiet console=hvc0"
+    assert boot.command_line(spec.layout) == "quiet console=hvc0 reboot=t"
     second = attrs.evolve(spec_of(kernel), devices=(orc.Serial(port=0x2F8, irq=3),))
-    assert orc.LinuxBoot(kernel="k").command_line(second.layout) == "console=ttyS1"
+    assert orc.LinuxBoot(kernel="k").command_line(second.layout) == "console=ttyS1 reboot=a"
     none = attrs.evolve(spec_of(kernel), devices=())
-    assert orc.LinuxBoot(kernel="k").command_line(none.layout) == ""
+    assert orc.LinuxBoot(kernel="k").command_line(none.layout) == "reboot=a"
 
 
 # ---- refused
@@ -325,9 +325,9 @@ def test_what_does_not_fit_is_refused_with_what_would(kernel, tmp_path):
         loaded(spec_of(kernel, initrd=tmp_path / "initrd")),
     ):
         pass
-    kernel.write_bytes(bzimage(cmdline_size=20))
+    kernel.write_bytes(bzimage(cmdline_size=29))
     with (
-        pytest.raises(orc.SpecError, match=r"^cmdline=.*has 21 bytes with orchestra's words, and this kernel takes 20"),
+        pytest.raises(orc.SpecError, match=r"^cmdline=.*has 30 bytes with orchestra's words, and this kernel takes 29"),
         loaded(spec_of(kernel, cmdline="1234567")),
     ):
         pass
@@ -392,7 +392,7 @@ def try_to_load(path: Path, content: bytes) -> None:
     try:
         with loaded(spec_of(path, memory=32 * orc.MiB)) as (memory, [state]):
             # What the loader wrote for the kernel is whole: the file had no say in it.
-            assert memory.read(platform.COMMAND_LINE.start, 14) == b"console=ttyS0\0"
+            assert memory.read(platform.COMMAND_LINE.start, 23) == b"console=ttyS0 reboot=a\0"
             assert memory.read(platform.ACPI_TABLES.start, 8) == b"RSD PTR "
             assert platform.HIGH_MEMORY <= state.registers.rip < 32 * orc.MiB
     except (orc.FileError, orc.SpecError):

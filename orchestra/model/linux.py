@@ -35,7 +35,8 @@ class LinuxBoot(BootSpec):
         kernel: the kernel's file: a bzImage (``/boot/vmlinuz``), or an ELF file (``vmlinux``). An ELF file with a PVH
             note is entered by it, also if it is no Linux.
         initrd: an initial RAM disk, such as a cpio archive, compressed or not; None: none.
-        cmdline: added to what orchestra says: ``console=ttyS0`` if the VM has a `Serial` and you name no console.
+        cmdline: added to what orchestra says: ``console=ttyS0`` if the VM has a `Serial` and you name no console, and
+            ``reboot=a``, by which the kernel resets the VM, unless you say ``reboot=`` otherwise.
     """
 
     loader: ClassVar[str] = "orchestra.machine.boot.linux:load"
@@ -68,7 +69,14 @@ class LinuxBoot(BootSpec):
     def command_line(self, layout: Layout) -> str:
         """What the kernel gets: orchestra's words, and then yours, which so override them."""
         words = []
-        if not any(word.startswith("console=") for word in self.cmdline.split()):
+        if not self._says("console="):
             ports = [device.port for device in layout.devices if isinstance(device, Serial)]
-            words = [f"console=ttyS{_TTYS.index(port)}" for port in ports if port in _TTYS][:1]
+            words += [f"console=ttyS{_TTYS.index(port)}" for port in ports if port in _TTYS][:1]
+        if not self._says("reboot="):
+            # With hardware-reduced ACPI, Linux resets by EFI, and where there is none, by the BIOS, which is not here
+            # either (arch/x86/kernel/reboot.c, reboot_init). The ACPI reset register has to be asked for.
+            words.append("reboot=a")
         return " ".join([*words, *([self.cmdline] if self.cmdline else [])])
+
+    def _says(self, option: str) -> bool:
+        return any(word.startswith(option) for word in self.cmdline.split())
