@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import pty
-import select
 import signal
 import subprocess
 import sys
 import termios
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 
 from orchestra.output.keys import key_name, parse_key
+from terminals import DEADLINE, seat
 
 ECHO = bytes.fromhex(
     "bafd03"  # again: mov dx, 0x3fd: the line status
@@ -31,7 +26,6 @@ ECHO = bytes.fromhex(
     "f4"
 )
 SPEAKS = b"\xba\xf8\x03\xb0A\xee\xf4"  # mov dx, 0x3f8; mov al, 'A'; out dx, al; hlt
-DEADLINE = 60.0
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -44,61 +38,6 @@ def command(request, tmp_path) -> list[str]:
     guest = tmp_path / "echo.bin"
     guest.write_bytes(ECHO)
     return [sys.executable, "-m", "orchestra", "run", str(guest), "--serial", "--backend", request.param]
-
-
-class Seat:
-    """A person at a terminal, with one program in its foreground."""
-
-    def __init__(self, command: list[str], **streams: int) -> None:
-        self.master, self.slave = pty.openpty()
-        self.before = termios.tcgetattr(self.slave)
-        self.seen = b""
-
-        def take() -> None:
-            fcntl.ioctl(self.slave, termios.TIOCSCTTY, 0)
-
-        files = {"stdin": self.slave, "stdout": self.slave, "stderr": self.slave, **streams}
-        self.process = subprocess.Popen(command, **files, start_new_session=True, preexec_fn=take)
-
-    def type(self, data: bytes) -> None:
-        os.write(self.master, data)
-
-    def see(self, wanted: bytes) -> bytes:
-        """Read until the program has written that; what it wrote up to there."""
-        end = time.monotonic() + DEADLINE
-        while wanted not in self.seen:
-            assert time.monotonic() < end, self.seen
-            if select.select([self.master], [], [], 1)[0]:
-                self.seen += os.read(self.master, 4096)
-        before, _, self.seen = self.seen.partition(wanted)
-        return before
-
-    @property
-    def is_raw(self) -> bool:
-        return not termios.tcgetattr(self.slave)[3] & (termios.ICANON | termios.ECHO | termios.ISIG)
-
-    def becomes_raw(self) -> None:
-        end = time.monotonic() + DEADLINE
-        while not self.is_raw:
-            assert time.monotonic() < end
-            select.select([], [], [], 0.01)
-
-    def ended(self) -> int:
-        status = self.process.wait(DEADLINE)
-        assert termios.tcgetattr(self.slave) == self.before
-        return status
-
-
-@contextmanager
-def seat(command: list[str], **streams: int) -> Iterator[Seat]:
-    one = Seat(command, **streams)
-    try:
-        yield one
-    finally:
-        one.process.kill()
-        one.process.wait()
-        os.close(one.master)
-        os.close(one.slave)
 
 
 READY = b"orchestra: what you type goes to the guest; Ctrl-] ends it, pressed twice at once\r\n"
