@@ -46,9 +46,7 @@ def linux(host: Host) -> Iterator[Finding]:
         meaning = f"this host's KVM does not give guests the CPU features that Linux needs: {', '.join(missing)}"
         yield Finding(LINUX, "note", "no", meaning, "use a host whose CPU has VT-x or AMD-V, and lends it")
     elif not host.flags & {"vmx", "svm"}:
-        meaning = (
-            "this host's KVM interprets guests, as the CPU has neither VT-x nor AMD-V: Linux takes minutes, or fails"
-        )
+        meaning = "KVM interprets guests here, as the CPU has neither VT-x nor AMD-V: Linux takes minutes, or fails"
         yield Finding(LINUX, "note", "hardly", meaning, "use a host whose CPU has VT-x or AMD-V, and lends it")
     else:
         yield Finding(LINUX, "ok", "yes", "this host's KVM gives guests all that a Linux kernel needs: LinuxBoot works")
