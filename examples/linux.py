@@ -27,4 +27,5 @@ async def main(kernel: str, initrd: str) -> None:
         print(vm.statistics().exits)
 
 
-trio.run(main, *sys.argv[1:])
+kernel, initrd = sys.argv[1:]
+trio.run(main, kernel, initrd)

@@ -198,7 +198,9 @@ class Assembly:
 
     async def tell(self, plugged: Plugged, event: int) -> None:
         """Tell the guest of an event: in the VM's turn, and if it is paused, once it goes on."""
-        await self._service.serve(plugged, partial(plugged.device.happened, event))
+        device = plugged.device
+        assert isinstance(device, EventDevice)  # it is `event_device`
+        await self._service.serve(plugged, partial(device.happened, event))
 
     # ---- pause, state, reset, end
 
