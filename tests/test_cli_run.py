@@ -403,6 +403,12 @@ def deaf() -> VmSpec:
     return VmSpec(name="guest", boot=FlatImage(code=SPIN), devices=[AcpiRegisters()], irqchip=True)
 
 
+async def test_a_signal_after_the_vm_has_gone_cancels(autojump_clock):
+    end = module._End()
+    await module._run(played(hlt()), module._Seen(), end)
+    assert not end.ask()
+
+
 @pytest.mark.kvm
 async def test_the_first_ask_waits_for_the_guest_and_the_second_is_by_force(capfd):
     end, seen = module._End(), module._Seen()

@@ -111,7 +111,12 @@ class _End:
         self._nursery: trio.Nursery
 
     def come(self, vm: Vm, nursery: trio.Nursery) -> None:
+        """There is a VM, and a nursery to end it in."""
         self._vm, self._nursery = vm, nursery
+
+    def gone(self) -> None:
+        """The nursery is closed."""
+        self._vm = None
 
     def ask(self) -> bool:
         """Returns whether the guest, or a stop, ends the run. False: there is no VM yet, or it was asked before."""
@@ -194,6 +199,7 @@ async def _run(plan: GuestRun, seen: _Seen, end: _End | None = None, *, says_why
                         nursery.cancel_scope.deadline = trio.current_time() + LAST_WORDS
             seen.timed_out = patience.cancelled_caught
         finally:
+            end.gone()
             seen.statistics = vm.statistics()
             seen.console = vm.console.text
             try:
