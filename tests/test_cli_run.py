@@ -25,7 +25,10 @@ from orchestra.backend.scripted import ScriptedExit, failed_run, hlt, io_write, 
 from orchestra.cli import run as module
 from orchestra.cli.app import main
 from orchestra.cli.run import GuestRun, run, status
+from orchestra.journal import read_journal
+from orchestra.model.chipset import AcpiRegisters
 from orchestra.model.errors import BackendUnavailable
+from orchestra.testing import wait_until
 
 HELLO = b"".join(b"\xb0%c\xe6\xe9" % byte for byte in b"hi\n") + b"\xf4"  # mov al, X; out 0xe9, al; hlt
 EXIT_7 = b"\xb0\x07\xe6\xf4\xeb\xfe"  # mov al, 7; out 0xf4, al; jmp $
@@ -352,3 +355,84 @@ def test_no_image_may_be_larger_than_there_is_sense_in(monkeypatch, capfd):
     monkeypatch.setattr(module, "MOST_CODE", 1 << 20)
     assert main(["run", "/dev/zero", "--memory", "1G"]) == 1
     assert "larger than 1 MiB" in capfd.readouterr().err
+
+
+def test_a_missing_kernel_is_named(tmp_path, capfd):
+    assert main(["run", "--kernel", str(tmp_path / "vmlinuz"), "--backend", "kvm"]) == 1
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.startswith("orchestra: ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ([], "nothing to run: give a raw binary (GUEST.bin) or a Linux kernel (--kernel FILE)"),
+        (["guest.bin", "--kernel", "k"], "GUEST.bin: is for a raw binary, and --kernel is given"),
+        (["--kernel", "k", "--mode", "16"], "--mode: is for a raw binary"),
+        (["--kernel", "k", "--exit-port", "1"], "--exit-port: is for a raw binary"),
+        (["guest.bin", "--initrd", "i"], "--initrd: is for a Linux kernel: give --kernel as well"),
+        (["guest.bin", "--cmdline", "quiet"], "--cmdline: is for a Linux kernel"),
+        (["--kernel", "k", "--memory", "1M"], "memory"),
+        (["--kernel", "k", "--escape", "Ctrl-A"], "no key such as ^]"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_does_not_go_together_is_one_line_and_2(options, words, capfd):
+    assert main(["run", *options]) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert words in err
+    assert err.count("\n") == 1
+
+
+def test_a_journal_of_the_run_is_written(on, guest, tmp_path, capfd):
+    assert main(["run", guest(HELLO), *on, "--journal", str(tmp_path / "journal")]) == 0
+    with read_journal(tmp_path / "journal") as reader:
+        states = [row.state for row in reader.states(vm="guest")]
+    assert (states[0], states[-1]) == ("created", "stopped")
+
+
+def test_a_signal_before_there_is_a_vm_cancels():
+    assert not module._End().ask()
+
+
+def deaf() -> VmSpec:
+    """A guest with a power button that does not care."""
+    return VmSpec(name="guest", boot=FlatImage(code=SPIN), devices=[AcpiRegisters()], irqchip=True)
+
+
+async def test_a_signal_after_the_vm_has_gone_cancels(autojump_clock):
+    end = module._End()
+    await module._run(played(hlt()), module._Seen(), end)
+    assert not end.ask()
+
+
+@pytest.mark.kvm
+async def test_the_first_ask_waits_for_the_guest_and_the_second_is_by_force(capfd):
+    end, seen = module._End(), module._Seen()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(module._run, GuestRun(spec=deaf(), backend="kvm"), seen, end)
+        await wait_until(lambda: seen.backend and end._vm is not None)
+        assert end.ask()
+        assert "asked to power off; once more stops it at once" in capfd.readouterr().err
+        assert end._vm.outcome is None
+        end.pressed()
+    assert seen.outcome == Stopped("the escape key, twice")
+
+
+@pytest.mark.kvm
+def test_a_guest_that_does_not_power_off_is_stopped_and_that_is_said(monkeypatch, capfd):
+    monkeypatch.setattr(module, "GRACE", 0.05)
+    end, seen = module._End(), module._Seen()
+
+    async def run_and_ask() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(module._run, GuestRun(spec=deaf(), backend="kvm"), seen, end)
+            await wait_until(lambda: end._vm is not None)
+            assert end.ask()
+
+    trio.run(run_and_ask)
+    (line,) = module._complaints(seen, GuestRun(spec=deaf()))
+    assert line == "the guest did not power off within 0.05 s: it was stopped by force"

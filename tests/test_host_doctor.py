@@ -8,19 +8,21 @@ import tempfile
 import tomllib
 from pathlib import Path
 
+import attrs
 import pytest
 from hypothesis import given, settings, strategies as st
 
 from orchestra.backend import choose
 from orchestra.backend.detection import Asked, Pick
 from orchestra.backend.emulated import library
+from orchestra.backend.kvm.cpuid import Cpuid, CpuidEntry
 from orchestra.backend.kvm.system import Kvm
 from orchestra.host import doctor
 from orchestra.host.doctor import Finding, Report, examine
 from orchestra.model.errors import BackendUnavailable, ResourceLimit
 
 CPUINFO = (
-    "processor\t: 0\nvendor_id\t: {vendor}\nmodel name\t: Test CPU 9\nflags\t\t: fpu {flags}\n\n"
+    "processor\t: 0\nvendor_id\t: {vendor}\nmodel name\t: Test CPU 9\nflags\t\t: fpu svm {flags}\n\n"
     "processor\t: 1\nflags\t\t: rubbish\n"
 )
 LIMITS = "Limit                     Soft Limit           Hard Limit           Units     \n"
@@ -54,10 +56,17 @@ GOOD = {
 }
 
 
+ALL_BITS = [CpuidEntry(function=leaf, ecx=0xFFFF_FFFF, edx=0xFFFF_FFFF) for leaf in (1, 0x8000_0001)]
+
+
 class FakeKvm:
-    def __init__(self, bits: int) -> None:
+    def __init__(self, bits: int, cpuid: list[CpuidEntry] = ALL_BITS) -> None:
         self.bits = bits
+        self.cpuid = Cpuid.from_entries(cpuid)
         self.closed = False
+
+    def supported_cpuid(self):
+        return self.cpuid
 
     def capabilities(self):
         return {"KVM_CAP_USER_MEMORY": 1, "KVM_CAP_X86_BUS_LOCK_EXIT": self.bits}
@@ -617,3 +626,30 @@ def test_the_doctor_knows_every_extra_that_a_user_can_install():
     assert set(project["optional-dependencies"]) - for_developers == set(doctor.software.EXTRAS), (
         "add it to EXTRAS in doctor/software.py"
     )
+
+
+# ---- Linux guests
+
+
+def test_host_whose_kvm_gives_the_features_can_run_linux(find):
+    finding = find("Linux guests")
+    assert (finding.status, finding.value) == ("ok", "yes")
+
+
+def test_kvm_that_lacks_features_that_linux_needs_is_named_with_them(find):
+    without = [attrs.evolve(ALL_BITS[0], edx=0xFFFF_FFFF & ~(1 << 25 | 1 << 26)), ALL_BITS[1]]
+    finding = find("Linux guests", kvm=FakeKvm(3, without))
+    assert (finding.status, finding.value) == ("note", "no")
+    assert finding.meaning.endswith(": sse, sse2")
+    assert "VT-x or AMD-V" in finding.remedy
+
+
+def test_without_kvm_no_linux_can_run(find):
+    finding = find("Linux guests", kvm=NO_KVM)
+    assert (finding.status, finding.value) == ("note", "no")
+
+
+def test_kvm_that_interprets_guests_is_too_slow_for_linux(find):
+    finding = find("Linux guests", {"proc/cpuinfo": CPUINFO.format(vendor="AuthenticAMD", flags="").replace("svm", "")})
+    assert (finding.status, finding.value) == ("note", "hardly")
+    assert "interprets" in finding.meaning

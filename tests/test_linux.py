@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,9 +12,11 @@ import trio
 
 import linux_kit
 import orchestra as orc
+from terminals import seat
 
 pytestmark = [pytest.mark.kvm, pytest.mark.linux]
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
 BOOTED = 150.0
 """Seconds. On an emulated host, with other things to do, a kernel takes 25 s; on a real one, less than one."""
 PROMPT = "/ # "
@@ -110,3 +115,31 @@ async def test_elf_kernel_boots_to_a_shell(initrd, tmp_path, pvh, end, reason, c
         vm = await booted(fleet, spec_of(tmp_path / "vmlinux", initrd, cmdline=cmdline))
         assert await answer(vm, "cat /proc/cmdline") == f"console=ttyS0 {cmdline}\n"
         assert await ended(vm, end) == orc.Shutdown(reason=reason)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A folder in which the files of the guide were made, from packages that were fetched before."""
+    folder = tmp_path_factory.mktemp("guide")
+    shutil.copy(had(linux_kit.debian_kernel), folder / "vmlinuz")
+    shutil.copy(had(linux_kit.busybox), folder / "busybox")
+    subprocess.run(["sh", EXAMPLES / "linux_files.sh"], cwd=folder, check=True, capture_output=True)
+    return folder
+
+
+def test_example_of_the_guide_boots_what_the_guide_makes_and_powers_off(made):
+    command = [sys.executable, EXAMPLES / "linux.py", "vmlinuz", "initrd.cpio"]
+    done = subprocess.run(command, cwd=made, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[:2] == ["Linux x86_64", "Shutdown(reason='ACPI power-off', code=None)"]
+
+
+def test_run_boots_a_kernel_at_a_terminal_to_a_shell(made):
+    command = [sys.executable, "-m", "orchestra", "run", "--kernel", "vmlinuz", "--initrd", "initrd.cpio"]
+    with seat([*command, "--cmdline", "quiet", "--memory", "256M"], cwd=made) as person:
+        person.see(b"what you type goes to the guest", within=BOOTED)
+        person.see(b"# ", within=BOOTED)
+        person.type(b"echo $((6 * 7))\r")
+        person.see(b"\n42\r", within=BOOTED)  # line feeds of the guest get another carriage return: output is processed
+        person.type(b"poweroff -f\r")
+        assert person.ended(within=BOOTED) == 0

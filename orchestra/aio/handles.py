@@ -178,8 +178,8 @@ class _Vms(Mapping[str, "Vm"]):
 
 
 @mirrors(machine.Vm)
-class Vm(Wrapper[machine.Vm]):
-    """In asyncio: used by any task of the loop."""
+class VmAttributes(Wrapper[machine.Vm]):
+    """In asyncio: what a VM is, without its methods."""
 
     __slots__ = ()
 
@@ -223,6 +223,13 @@ class Vm(Wrapper[machine.Vm]):
     def throttled(self) -> bool:
         return self._bridge.sync(lambda: self._inner.throttled)
 
+
+@mirrors(machine.Vm)
+class Vm(VmAttributes):
+    """In asyncio: used by any task of the loop."""
+
+    __slots__ = ()
+
     async def wait(self) -> Outcome:
         return await self._bridge.call(self._inner.wait)
 
@@ -237,6 +244,12 @@ class Vm(Wrapper[machine.Vm]):
 
     async def stop(self, reason: str = "stop()") -> Outcome:
         return await self._bridge.call(self._inner.stop, reason)
+
+    async def power_button(self) -> None:
+        await self._bridge.call(self._inner.power_button)
+
+    async def shutdown(self, *, timeout: float = 10.0) -> Outcome:  # noqa: ASYNC109 (what comes then is no error)
+        return await self._bridge.call(partial(self._inner.shutdown, timeout=timeout))
 
     async def set_limit(
         self, limit: Limit | None, *, meter: Meter | str = Meter.BUS_LOCKS, vcpu: int | None = None

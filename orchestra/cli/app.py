@@ -15,7 +15,9 @@ from cyclopts import App, CycloptsError, Parameter
 from ..model.devices import DebugConsole, DeviceSpec, ExitPort, Serial
 from ..model.errors import FileError, OrchestraError, SpecError
 from ..model.extras import DISTRIBUTION
-from ..model.spec import FlatImage, Limit, VmSpec
+from ..model.linux import LinuxBoot
+from ..model.spec import BootSpec, FlatImage, Limit, MiB, VmSpec
+from ..output.keys import key_name, parse_key
 from ..output.numbers import parse_rate, parse_seconds, parse_size
 from ..output.times import parse_time
 
@@ -23,6 +25,7 @@ __all__ = ["main"]
 
 T = TypeVar("T")
 USAGE, INTERRUPTED, PIPE_CLOSED = 2, 130, 141
+FLAT_MEMORY, KERNEL_MEMORY = 16 * MiB, 512 * MiB
 
 
 def _typed(parse: Callable[[str], T]) -> Callable[[Any, Sequence[Any]], T]:
@@ -96,57 +99,113 @@ def demo(
 
 @app.command
 def run(
-    guest: Annotated[Path, _option("a raw binary, such as `nasm -f bin` makes", metavar="GUEST.bin")],
+    guest: Annotated[
+        Path | None, _option("a raw binary, such as `nasm -f bin` makes; or --kernel", metavar="GUEST.bin")
+    ] = None,
     /,
     *,
-    mode: Annotated[Literal[16, 32, 64], _option("the CPU mode that it is entered in")] = 16,
-    load: Annotated[int, _option("address of its first byte", parse_size, "ADDR", show_default=hex)] = 0x1000,
+    kernel: Annotated[
+        Path | None, _option("a Linux kernel: a bzImage (vmlinuz) or an ELF file (vmlinux)", metavar="FILE")
+    ] = None,
+    initrd: Annotated[Path | None, _option("its initial RAM disk", metavar="FILE")] = None,
+    cmdline: Annotated[
+        str | None, _option("its command line; console=ttyS0 is added if it names no console", metavar="WORDS")
+    ] = None,
+    mode: Annotated[Literal[16, 32, 64] | None, _option("the CPU mode that it is entered in (default: 16)")] = None,
+    load: Annotated[int | None, _option("address of its first byte (default: 0x1000)", parse_size, "ADDR")] = None,
     entry: Annotated[int | None, _option("where it starts (default: at its first byte)", parse_size, "ADDR")] = None,
     memory: Annotated[
-        int, _option("bytes of memory: 65536, 0x10000, 64K, 16M, 1G", parse_size, "SIZE", show_default=lambda _: "16M")
-    ] = 16 << 20,
+        int | None,
+        _option("bytes of memory: 65536, 0x10000, 64K, 16M, 1G (default: 16M, for a kernel 512M)", parse_size, "SIZE"),
+    ] = None,
     vcpus: Annotated[int, _option("virtual CPUs, each with its number in (E/R)DI", parse_size, "N")] = 1,
-    limit: Annotated[Rate | None, _option("limit on its bus locks, per second", parse_rate, "RATE")] = None,
+    limit: Annotated[
+        Rate | None,
+        _option(
+            "limit on its bus locks, per second", parse_rate, "RATE", name=("--limit", "--bus-lock-limit"), negative=()
+        ),
+    ] = None,
     exit_limit: Annotated[Rate | None, _option("limit on its exits, per second", parse_rate, "RATE")] = None,
     console_port: Annotated[
-        int, _option("bytes written there go to standard output", parse_size, "PORT", show_default=hex)
-    ] = 0xE9,
+        int | None, _option("bytes written there go to standard output (default: 0xe9)", parse_size, "PORT")
+    ] = None,
     exit_port: Annotated[
-        int,
-        _option(
-            "a write there ends the guest, with the value as the exit status", parse_size, "PORT", show_default=hex
-        ),
-    ] = 0xF4,
-    serial: Annotated[bool, _flag("a 16550 serial port at 0x3f8 that writes to standard output as well")] = False,
-    irqchip: Annotated[bool, _flag("interrupt controllers and a timer; HLT then waits for an interrupt")] = False,
+        int | None,
+        _option("a write there ends the guest, with the value as the exit status (default: 0xf4)", parse_size, "PORT"),
+    ] = None,
+    serial: Annotated[
+        bool, _flag("a 16550 serial port at 0x3f8, for output and input; a kernel always has it")
+    ] = False,
+    irqchip: Annotated[
+        bool, _flag("interrupt controllers and a timer; HLT then waits for an interrupt; a kernel always has them")
+    ] = False,
+    escape: Annotated[
+        bytes,
+        _option("the key of a terminal that ends it: ^] is Ctrl-]; none", parse_key, "KEY", show_default=key_name),
+    ] = b"\x1d",
     timeout: Annotated[float | None, _option("stop the guest after so many seconds", parse_seconds, "SECONDS")] = None,
+    journal: Annotated[Path | None, _option("write a journal, for orchestra why and others", metavar="FILE")] = None,
     backend: Backend = "auto",
     json: Annotated[
         bool, _flag("write one JSON document to standard output; the guest's console goes to standard error")
     ] = False,
 ) -> int:
-    """Run one guest. Its console is your standard output; its end is the exit status.
+    """Run one guest: a raw binary, or a Linux kernel. Its console is your standard output; its end is the exit status.
 
-    The exit status is 0 when it halts, what it wrote to the exit port when it did, 1 when it failed, 124 after
-    --timeout, 130 after Ctrl-C. Numbers may be written as 4096, 0x1000 or 4K. With --backend auto, standard error says
-    which backend runs the guest, and why.
+    If the guest has a serial port, it gets what you type. A terminal becomes raw for that: Ctrl-C goes to the guest,
+    and the escape key ends it. From a pipe its bytes are typed, and the guest goes on after their end. The escape key,
+    SIGTERM and Ctrl-C outside of a terminal press the power button of a kernel that is running and wait 10 s for it to
+    power off; the second time they stop it by force.
+
+    The exit status is 0 when it halts, powers off or resets, what it wrote to the exit port when it did, 1 when it
+    failed, panicked or ended by a triple fault, 124 after --timeout, 128 and the signal's number after a signal (130
+    after Ctrl-C). Numbers may be written as 4096, 0x1000 or 4K. With --backend auto, standard error says which backend
+    runs the guest, and why.
     """
     from .run import GuestRun, read_image, run
 
-    devices: list[DeviceSpec] = [DebugConsole(console_port), ExitPort(exit_port)]
-    if serial:
-        devices.append(Serial())
+    flat = {"--mode": mode, "--load": load, "--entry": entry, "--console-port": console_port, "--exit-port": exit_port}
+    boot: BootSpec
+    if kernel is not None:
+        for name, value in {"GUEST.bin": guest, **flat}.items():
+            if value is not None:
+                raise SpecError(f"{name}: is for a raw binary, and --kernel is given: leave one of them out")
+        boot = LinuxBoot(kernel=kernel, initrd=initrd, cmdline=cmdline or "")
+        devices: list[DeviceSpec] = [Serial()]
+    else:
+        if guest is None:
+            raise SpecError("nothing to run: give a raw binary (GUEST.bin) or a Linux kernel (--kernel FILE)")
+        for name, text in {"--initrd": initrd, "--cmdline": cmdline}.items():
+            if text is not None:
+                raise SpecError(f"{name}: is for a Linux kernel: give --kernel as well")
+        load = 0x1000 if load is None else load
+        code = read_image(guest, FLAT_MEMORY if memory is None else memory, load)
+        boot = FlatImage(code=code, load=load, entry=entry, mode=mode or 16)
+        devices = [
+            DebugConsole(0xE9 if console_port is None else console_port),
+            ExitPort(0xF4 if exit_port is None else exit_port),
+        ]
+        if serial:
+            devices.append(Serial())
     spec = VmSpec(
         name="guest",
-        boot=FlatImage(code=read_image(guest, memory, load), load=load, entry=entry, mode=mode),
-        memory=memory,
+        boot=boot,
+        memory=(FLAT_MEMORY if kernel is None else KERNEL_MEMORY) if memory is None else memory,
         vcpus=vcpus,
         limit=None if limit is None else Limit(rate=limit),
         exit_limit=None if exit_limit is None else Limit(rate=exit_limit),
         devices=devices,
-        irqchip=irqchip,
+        irqchip=None if kernel is not None else irqchip,
     )
-    return run(GuestRun(spec=spec, backend=backend, timeout=timeout, output=2 if json else 1), as_json=json)
+    plan = GuestRun(
+        spec=spec,
+        backend=backend,
+        timeout=timeout,
+        output=2 if json else 1,
+        escape=escape,
+        journal=None if journal is None else str(journal),
+    )
+    return run(plan, as_json=json)
 
 
 @app.command

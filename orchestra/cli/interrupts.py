@@ -4,25 +4,37 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Awaitable, Callable
+from typing import Final
 
 import trio
 
 __all__ = ["until_interrupted"]
 
+SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+"""All that end a program by a user's wish. Each would otherwise leave a raw terminal behind."""
 
-async def until_interrupted(function: Callable[[], Awaitable[None]]) -> int:
-    """Await the function. SIGINT or SIGTERM cancels it. Returns the signal's number, or 0.
 
-    trio delivers a second signal again when the receiver is closed, so that signal has its usual effect then.
+async def until_interrupted(function: Callable[[], Awaitable[None]], ask: Callable[[], bool] = lambda: False) -> int:
+    """Await it. A signal of `SIGNALS` cancels it, unless `ask` says that it ends by itself.
+
+    Parameters:
+        ask: called at each signal: asks for an end in order. False: cancel.
+
+    Returns:
+        The first signal's number, or 0.
     """
     number = 0
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+    # What nohup ignores stays ignored.
+    wanted = [one for one in SIGNALS if one != signal.SIGHUP or signal.getsignal(one) != signal.SIG_IGN]
+    with trio.open_signal_receiver(*wanted) as signals:
         async with trio.open_nursery() as nursery:
 
             async def watch() -> None:
                 nonlocal number
-                number = await anext(aiter(signals))
-                nursery.cancel_scope.cancel()
+                async for one in signals:
+                    number = number or one
+                    if not ask():
+                        nursery.cancel_scope.cancel()
 
             nursery.start_soon(watch)
             await function()

@@ -8,6 +8,7 @@ import select
 import sys
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,11 +19,15 @@ from ..backend import Backend, choose
 from ..backend.detection import Asked
 from ..fleet.open import open_fleet
 from ..machine.vm import Vm, VmStatistics
-from ..model.actions import Failed, Outcome, Shutdown
+from ..model.actions import Failed, Outcome, Shutdown, Stopped
+from ..model.chipset import AcpiRegisters
 from ..model.codec import encode
 from ..model.errors import FileError, SpecError, StateError
+from ..model.journalspec import JournalSpec
 from ..model.spec import VmSpec
+from ..output.keys import key_name
 from .interrupts import until_interrupted
+from .terminal import Terminal, type_from
 
 __all__ = ["GuestRun", "read_image", "run"]
 
@@ -32,6 +37,10 @@ kept for us (64 KiB)."""
 AT_ONCE: Final = 256
 """A descriptor that polls as writable takes so many bytes without blocking. Terminals promise the fewest: WAKEUP_CHARS
 (drivers/tty/n_tty.c)."""
+GRACE: Final = 10.0
+"""Seconds that a guest has to power off. A Linux that has little to save takes one or two."""
+LAST_WORDS: Final = 1.0
+"""Seconds in which the last output must be taken, if the end was asked for. A reader that lives takes it at once."""
 TIMED_OUT: Final = 124
 PIECE: Final = 1 << 20
 MOST_CODE: Final = 1 << 30
@@ -66,12 +75,21 @@ def read_image(path: Path, memory: int, load: int) -> bytes:
 
 @attrs.frozen(kw_only=True)
 class GuestRun:
-    """What to run, and for how long. `output`: the file descriptor that the console goes to."""
+    """What to run, and for how long.
+
+    Attributes:
+        input, output: the file descriptors that the console's input comes from, and its output goes to.
+        escape: the key of a terminal that ends the guest; b"": none does.
+        journal: the file of the fleet's journal.
+    """
 
     spec: VmSpec
     backend: str | Backend = "auto"
     timeout: float | None = None
+    input: int = 0
     output: int = 1
+    escape: bytes = b"\x1d"
+    journal: str | None = None
 
 
 @attrs.define
@@ -85,6 +103,38 @@ class _Seen:
     timed_out: bool = False
 
 
+class _End:
+    """The end that a person asks for: first the guest is to power off, and asked once more it is stopped by force."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self._vm: Vm | None = None
+        self._nursery: trio.Nursery
+
+    def come(self, vm: Vm, nursery: trio.Nursery) -> None:
+        """There is a VM, and a nursery to end it in."""
+        self._vm, self._nursery = vm, nursery
+
+    def gone(self) -> None:
+        """The nursery is closed."""
+        self._vm = None
+
+    def ask(self) -> bool:
+        """Returns whether the guest, or a stop, ends the run. False: there is no VM yet, or it was asked before."""
+        self.asked += 1
+        if self._vm is None or self.asked > 1:
+            return False
+        if any(isinstance(device, AcpiRegisters) for device in self._vm.spec.machine_devices):
+            print("orchestra: the guest is asked to power off; once more stops it at once", file=sys.stderr)
+        self._nursery.start_soon(partial(self._vm.shutdown, timeout=GRACE))
+        return True
+
+    def pressed(self) -> None:
+        """As a key: the second time there is nobody who would cancel."""
+        if not self.ask() and self._vm is not None:
+            self._nursery.start_soon(self._vm.stop, "the escape key, twice")
+
+
 def run(plan: GuestRun, *, as_json: bool) -> int:
     """Run the guest until it ends, the timeout passes or Ctrl-C is pressed. Returns the exit status.
 
@@ -96,14 +146,14 @@ def run(plan: GuestRun, *, as_json: bool) -> int:
             "--backend scripted: plays a list of exits and runs no guest: use auto, kvm or emulated "
             "(ScriptedBackend is for tests of Python programs; `orchestra demo --backend scripted` needs no guest)"
         )
-    seen = _Seen()
+    seen, end = _Seen(), _End()
     opened = choose(plan.backend, Asked.by(plan.spec))
 
     async def tell() -> None:
-        await _run(attrs.evolve(plan, backend=opened), seen, says_why=plan.backend == "auto" and not as_json)
+        await _run(attrs.evolve(plan, backend=opened), seen, end, says_why=plan.backend == "auto" and not as_json)
 
     try:
-        number = trio.run(until_interrupted, tell)
+        number = trio.run(until_interrupted, tell, end.ask)
     finally:
         if opened is not plan.backend:
             opened.close()
@@ -128,8 +178,10 @@ def status(outcome: Outcome | None) -> int:
     return 0
 
 
-async def _run(plan: GuestRun, seen: _Seen, *, says_why: bool = False) -> None:
-    async with open_fleet(backend=plan.backend, bus_locks="auto") as fleet:
+async def _run(plan: GuestRun, seen: _Seen, end: _End | None = None, *, says_why: bool = False) -> None:
+    end = end or _End()
+    journal = None if plan.journal is None else JournalSpec(plan.journal)
+    async with open_fleet(backend=plan.backend, bus_locks="auto", journal=journal) as fleet:
         seen.backend, seen.why = fleet.backend.name, fleet.backend.why
         vm = await fleet.launch(plan.spec, paused=True)
         if says_why:
@@ -137,17 +189,43 @@ async def _run(plan: GuestRun, seen: _Seen, *, says_why: bool = False) -> None:
         try:
             with trio.move_on_after(plan.timeout or float("inf")) as patience:
                 async with trio.open_nursery() as nursery:
+                    end.come(vm, nursery)
                     nursery.start_soon(_copy_console, vm, plan.output)
-                    await vm.resume()
-                    seen.outcome = await vm.wait()
+                    async with trio.open_nursery() as typing:
+                        typing.start_soon(_type, vm, plan, end.pressed)
+                        await vm.resume()
+                        seen.outcome = await vm.wait()
+                        typing.cancel_scope.cancel()
+                    if end.asked:
+                        nursery.cancel_scope.deadline = trio.current_time() + LAST_WORDS
             seen.timed_out = patience.cancelled_caught
         finally:
+            end.gone()
             seen.statistics = vm.statistics()
             seen.console = vm.console.text
             try:
                 seen.registers = vm.registers()
             except StateError:
                 pass  # the guest was running, or ended before its registers could be read
+
+
+async def _type(vm: Vm, plan: GuestRun, pressed: Callable[[], None]) -> None:
+    """Type for the guest, if a device of its takes input."""
+    try:
+        await vm.console.write(b"")
+    except StateError:
+        return
+    if not os.isatty(plan.input):
+        await type_from(plan.input, vm.console, None, b"", pressed)
+        return
+    terminal = Terminal(plan.input)
+    how = f"; {key_name(plan.escape)} ends it, pressed twice at once" if plan.escape else ""
+    with terminal.raw():
+        async with trio.open_nursery() as nursery:
+            await nursery.start(terminal.follow_stops)
+            print(f"orchestra: what you type goes to the guest{how}", file=sys.stderr, flush=True)
+            await type_from(plan.input, vm.console, terminal, plan.escape, pressed)
+            nursery.cancel_scope.cancel()
 
 
 async def _copy_console(vm: Vm, output: int) -> None:
@@ -198,6 +276,8 @@ def _complaints(seen: _Seen, plan: GuestRun) -> list[str]:
         case Shutdown(code=None, reason="triple fault"):
             rip = "" if seen.registers is None else f" at rip={seen.registers.rip:#x}"
             lines.append(f"the guest ended with a triple fault{rip}: an exception that it has no handler for")
+        case Stopped(reason=reason) if reason.startswith("did not power off"):
+            lines.append(f"the guest {reason}: it was stopped by force")
     if seen.timed_out:
         lines.append(f"the guest was stopped after {plan.timeout:g} s")
     return lines

@@ -17,6 +17,7 @@ import trio
 
 from ..model.actions import CapCpu, Outcome, Rejoin, State, Stop, Stopped
 from ..model.errors import BusLockUnsupported, OrchestraError, StateError
+from ..model.platform import POWER_BUTTON
 from ..model.spec import Meter, VmSpec, check_sampling
 from ..profile import Samples
 from .budget import Budget, Budgets, make_budgets
@@ -192,6 +193,18 @@ class VmControl:
             self.became("; ".join(map(str, self.inspection.pending)) if level is Level.PAUSED else "")
 
     # ---- its end
+
+    async def power_button(self) -> None:
+        """As `Vm.power_button`."""
+        guest = self.alive("press the power button of")
+        if guest.life.has_ended:
+            raise StateError(f"vm {self.name!r} is between two runs: wait until it runs, or use stop()")
+        devices = guest.devices
+        button = None if devices is None else devices.event_device
+        if devices is None or button is None:
+            raise StateError(f"vm {self.name!r} has no power button: boot it with LinuxBoot, or use stop()")
+        self.became("power button pressed")
+        await devices.tell(button, POWER_BUTTON)
 
     def stop_nowait(self, outcome: Stopped, *, journal: bool = False) -> None:
         """Tell the VM to end; no restart follows.

@@ -10,6 +10,7 @@ from typing import Any
 import trio
 
 from ..model.actions import CapCpu, Isolate, Outcome, Pause, Rejoin, Resume, State, Stopped
+from ..model.checks import fail, number
 from ..model.errors import SpecError, StateError
 from ..model.spec import Limit, Meter, VmSpec, check_flag
 from ..profile import Profile, Symbols
@@ -36,7 +37,7 @@ class Vm:
         spec: the spec that the VM was launched from.
         name, tenant: the VM's name, and the tenant to whom it belongs.
         generation: the VM's number in the fleet, which no other VM ever has (an action's `generation`).
-        console: what the guest writes.
+        console: what the guest writes, and what you type for it.
     """
 
     def __init__(self, control: VmControl) -> None:
@@ -153,6 +154,42 @@ class Vm:
         """
         self._control.stop_nowait(Stopped(reason), journal=True)
         return await self._control.wait_released()
+
+    async def power_button(self) -> None:
+        """Press the power button, and return when the guest is told. The guest decides what to do: a Linux powers off
+        if a program of it, such as systemd-logind or acpid, acts on the button.
+
+        A paused VM is told once it is resumed; this call waits for that.
+
+        Raises:
+            StateError: the VM has no power button (only `LinuxBoot` brings one), has ended or waits for its next run.
+        """
+        await self._control.power_button()
+
+    async def shutdown(self, *, timeout: float = 10.0) -> Outcome:  # noqa: ASYNC109 (what comes then is no error)
+        """Press the power button, wait for the guest to power off, and stop the VM by force if it does not. Gives
+        everything back, as `stop` does, and returns the outcome: ``Shutdown(reason="ACPI power-off")`` if the guest
+        did it itself, ``Stopped`` with the reason if it was forced.
+
+        A VM without a power button, or between two runs, is stopped at once. If this call is cancelled, the guest knows
+        of the button and may power off, and nothing is forced.
+
+        Parameters:
+            timeout: seconds that the guest has.
+
+        Raises:
+            SpecError: the timeout is no number, or less than 0.
+        """
+        if number("timeout", timeout) < 0:
+            raise fail("timeout", timeout, "must be at least 0 seconds")
+        why = f"did not power off within {timeout:g} s"
+        with trio.move_on_after(timeout):
+            try:
+                await self._control.power_button()
+                await self._control.runs.ended.wait()
+            except StateError as error:
+                why = f"shutdown(): {error}"
+        return await self.stop(why)
 
     async def set_limit(
         self, limit: Limit | None, *, meter: Meter | str = Meter.BUS_LOCKS, vcpu: int | None = None

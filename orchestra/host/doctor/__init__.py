@@ -21,6 +21,7 @@ __all__ = ["AUTO", "Finding", "Report", "Verdict", "examine"]
 
 CHECKS: Final[tuple[Callable[[Host], Iterator[Finding]], ...]] = (
     backends.dev_kvm,
+    backends.linux,
     backends.unicorn,
     backends.picked,
     backends.kernel,

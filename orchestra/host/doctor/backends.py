@@ -6,13 +6,16 @@ from collections.abc import Iterator
 
 from ...backend.detection import Asked, pick
 from ...backend.emulated import library
+from ...backend.kvm.cpuid import missing_features
 from ...model.errors import OrchestraError
+from ...model.linux import LinuxBoot
 from ...native import lib
 from .files import Host
 from .report import AUTO, Finding
 
-__all__ = ["BUS_LOCKS", "cpu", "dev_kvm", "kernel", "picked", "unicorn", "virtualised"]
+__all__ = ["BUS_LOCKS", "LINUX", "cpu", "dev_kvm", "kernel", "linux", "picked", "unicorn", "virtualised"]
 
+LINUX = "Linux guests"
 BUS_LOCKS = Asked("bus_locks='require'")
 
 
@@ -20,6 +23,7 @@ def dev_kvm(host: Host) -> Iterator[Finding]:
     try:
         with host.open_kvm(host.root / "dev/kvm") as kvm:
             host.capabilities = kvm.capabilities()
+            host.cpuid = kvm.supported_cpuid().entries()
             host.bus_lock_bits = kvm.extension(lib.KVM_CAP_X86_BUS_LOCK_EXIT)
         host.no_kvm = None
     except OrchestraError as error:
@@ -31,6 +35,21 @@ def dev_kvm(host: Host) -> Iterator[Finding]:
     modules = [name for name in ("kvm_intel", "kvm_amd") if (host.root / "sys/module" / name).is_dir()]
     value = f"KVM API {lib.KVM_API_VERSION}, {' and '.join(modules) or 'neither kvm_intel nor kvm_amd'}"
     yield Finding("/dev/kvm", "ok", value, "VMs can run on the kvm backend")
+
+
+def linux(host: Host) -> Iterator[Finding]:
+    """Whether `LinuxBoot` is accepted here."""
+    if host.no_kvm is not None:
+        meaning = "Linux kernels boot on the kvm backend alone"
+        yield Finding(LINUX, "note", "no", meaning, "make /dev/kvm work, see there")
+    elif missing := missing_features(host.cpuid, LinuxBoot.cpu_features):
+        meaning = f"this host's KVM does not give guests the CPU features that Linux needs: {', '.join(missing)}"
+        yield Finding(LINUX, "note", "no", meaning, "use a host whose CPU has VT-x or AMD-V, and lends it")
+    elif not host.flags & {"vmx", "svm"}:
+        meaning = "KVM interprets guests here, as the CPU has neither VT-x nor AMD-V: Linux takes minutes, or fails"
+        yield Finding(LINUX, "note", "hardly", meaning, "use a host whose CPU has VT-x or AMD-V, and lends it")
+    else:
+        yield Finding(LINUX, "ok", "yes", "this host's KVM gives guests all that a Linux kernel needs: LinuxBoot works")
 
 
 def unicorn(host: Host) -> Iterator[Finding]:

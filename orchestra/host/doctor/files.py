@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from ...backend.detection import Found
+from ...backend.kvm.cpuid import CpuidEntry
 from ...backend.kvm.system import Kvm
 from ...native import lib
 
@@ -29,6 +30,7 @@ class Host:
         self.importable = importable
         self.load_unicorn = load_unicorn
         self.capabilities: dict[str, int] = {}
+        self.cpuid: list[CpuidEntry] = []  # what KVM can give guests
         self.bus_lock_bits: int | None = None
         self.no_kvm: str | None = "not looked at"
         self.no_unicorn: str | None = "not looked at"

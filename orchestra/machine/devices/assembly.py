@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from threading import RLock
 from typing import Any, Final, Protocol, runtime_checkable
 
@@ -71,6 +72,14 @@ class Served(Protocol):
     """A device whose queues the VM's I/O thread serves."""
 
     def attach(self, io: IoThread) -> None: ...
+
+
+@runtime_checkable
+class EventDevice(Protocol):
+    """A device by which the guest is told of its platform's events."""
+
+    def happened(self, event: int) -> None:
+        """Tell the guest of `model.platform.POWER_BUTTON`, or of another such event."""
 
 
 class Dma:
@@ -235,6 +244,19 @@ class Assembly:
         """Serve doorbells and timers until the guest has ended."""
         await self._service.run(self.plugged, ended)
 
+    # ---- events of the platform
+
+    @property
+    def event_device(self) -> Plugged | None:
+        """The device that tells the guest of events; None: there is none."""
+        return next((plugged for plugged in self.plugged if isinstance(plugged.device, EventDevice)), None)
+
+    async def tell(self, plugged: Plugged, event: int) -> None:
+        """Tell the guest of an event: in the VM's turn, and if it is paused, once it goes on."""
+        device = plugged.device
+        assert isinstance(device, EventDevice)  # it is `event_device`
+        await self._service.serve(plugged, partial(device.happened, event))
+
     # ---- pause, state, reset, end
 
     def begin(self) -> None:
@@ -285,7 +307,7 @@ class Assembly:
         if self._stopped:
             return
         self._stopped = True
-        self._service.timers.close()
+        self._service.close()
         if self._io is not None:
             self._io.stop()  # first: no device can stop while it is served
         for plugged in self.plugged:

@@ -101,6 +101,7 @@ class Service:
         self._buckets, self._in_turn, self._pacer = buckets, in_turn, pacer
         self._owner: dict[int, Plugged] = {}  # of a timer, by its identity
         self._changed, self._held = trio.Event(), False  # the event is replaced at each change
+        self._closed = False
 
     @property
     def has_timers(self) -> bool:
@@ -135,6 +136,12 @@ class Service:
         """The VM goes on. Timers whose time came meanwhile expire now."""
         self._held = False
         self._wake()
+
+    def close(self) -> None:
+        """The guest has ended: call no device any more, also for those who wait to be served."""
+        self.timers.close()
+        self._closed = True
+        self.let_go()
 
     def _wake(self) -> None:
         self._changed.set()
@@ -181,6 +188,11 @@ class Service:
         timer, setting = due[0]
         return self._try(debt, self._owner[id(timer)], partial(self._expire, timer, setting))
 
+    async def serve(self, plugged: Plugged, call: Callable[[], object]) -> None:
+        """Call a device for the host, as `_serve`. The guest did not cause this and is not charged. Once the guest has
+        ended, nothing is called."""
+        await self._serve(Debt(self._buckets), plugged, lambda: (call(), True)[1])
+
     async def _serve(self, debt: Debt, plugged: Plugged, call: Callable[[], bool]) -> None:
         """Call a device: in the VM's turn among all others, not while the VM is held, and with no vCPU in the
         device."""
@@ -204,8 +216,8 @@ class Service:
         if self._held or not plugged.lock.acquire(blocking=False):
             return None
         begun = time.thread_time_ns()
-        try:  # nothing is awaited here, so a pause finds the call either done or not begun
-            if not call():
+        try:  # nothing is awaited here, so a pause or the end finds the call either done or not begun
+            if self._closed or not call():
                 return False
         except (Exception, SystemExit) as error:  # a device has no say in whether the program ends
             log.error("vm %s: device %s failed", self._vm, plugged.name, exc_info=error)
