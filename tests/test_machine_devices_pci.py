@@ -526,11 +526,60 @@ async def test_launching_and_stopping_leaves_no_thread_and_no_descriptor(nothing
         for number in range(3):
             spec = vm_of(orc.PciHostBridge(), orc.Rng(), orc.Console())
             vm = await fleet.launch(attrs.evolve(spec, name=f"vm-{number}"))
-            assert f"io vm-{number}" in thread_names()
+            assert f"vm-{number}/io" in thread_names()
             await vm.stop()
 
 
+@pytest.mark.kvm
+async def test_after_a_reset_the_bus_and_its_devices_are_as_at_power_on(nothing_left, soon):
+    async with orc.open_fleet(backend="kvm") as fleet:
+        vm = await fleet.launch(vm_of(orc.PciHostBridge(), orc.Rng(), orc.Console()), paused=True)
+        devices = vm._control.guest.devices
+        at_power_on = devices.state()
+        await vm.resume()
+        await wait_until(lambda: device(vm, 1).state().status == 0xF)
+        await vm.pause()
+        await wait_until(lambda: vm.quiesced)
+        mmio = vm._control.guest.mmio
+        assert at(BARS) in [claim.span for claim in mmio.claims()]
+        assert devices.state() != at_power_on
+        devices.reset()
+        assert devices.state() == at_power_on
+        assert [claim.span for claim in mmio.claims()] == [platform.ECAM]
+
+
+@pytest.mark.kvm
+async def test_input_goes_to_the_first_device_that_takes_any(nothing_left, soon):
+    async with orc.open_fleet(backend="kvm") as fleet:
+        vm = await fleet.launch(vm_of(orc.PciHostBridge(), orc.Console()), paused=True)
+        await vm.console.write(b"x" * 100)
+        assert lib.orc_console_typed(vm.console.handle) == 100  # until the guest has buffers for it
+
+
 # ---- anything
+
+ANY_VALUE = st.one_of(st.integers(0, (1 << 64) - 1), st.sampled_from([0, 1, 3, 0xB, 0xF, 0xFEE0_0000]))
+BAR_ACCESSES = st.lists(
+    st.tuples(st.booleans(), st.integers(0, 0x5FFF), st.sampled_from([1, 2, 4, 8]), ANY_VALUE), max_size=60
+)
+
+
+@settings(deadline=None)
+@given(st.sampled_from([orc.Rng(), orc.Console()]), BAR_ACCESSES)
+def test_whatever_a_guest_does_to_a_bar_the_vectors_are_bound_as_their_masks_say(spec, accesses):
+    with DeviceRig(spec) as rig:
+        armed(rig)
+        for write, offset, size, value in accesses:
+            if write:
+                rig.write(offset - offset % size, value & (1 << 8 * size) - 1, size)
+            else:
+                rig.read(offset - offset % size, size)
+        for msi, vector in zip(rig.msis, rig.device.state().vector, strict=True):
+            bound = not vector.masked and 0xFEE0_0000 <= vector.address < 0xFEF0_0000
+            assert msi.where == ((vector.address, vector.data) if bound else None)
+        with rig.again() as other:
+            assert other.device.state() == rig.device.state()
+
 
 ACCESSES = st.lists(
     st.tuples(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from ...model.errors import ResourceLimit
 from ...native import ffi, lib
 
 __all__ = ["IoThread"]
+
+NAME: Final = 15
+"""Bytes of a thread's name (pthread_setname_np(3)). vCPUs' threads are called likewise: "web-1/0"."""
 
 
 class IoThread:
@@ -25,7 +28,7 @@ class IoThread:
 
     def __init__(self, name: str, voice: Any) -> None:
         made = ffi.new("orc_io **")
-        if result := lib.orc_io_start(f"io {name}".encode()[:15], made):
+        if result := lib.orc_io_start(name.encode()[: NAME - 3] + b"/io", made):
             raise ResourceLimit(-result, f"the I/O thread of vm {name!r}: see ulimit -u and ulimit -n")
         self._handle = ffi.gc(made[0], lib.orc_io_free)
         self._holds: set[str] = set()
