@@ -81,7 +81,7 @@ def _write(path: Path, active: int, seconds: int) -> None:
             locks = chance.randrange(3000, 9000) if noisy else chance.randrange(3)
             name, delay, work = f"vm-{n}", 0.1 * chance.random(), 10 * chance.random()
             who = (name, f"tenant-{n % 20}", 1.0, 2)
-            vms[name] = VmFacts(*who, locks, locks + 50, 0.0, launch=n, cpu=0.5, run_delay=delay, work=work)
+            vms[name] = VmFacts(*who, locks, locks + 50, 0.0, generation=n, cpu=0.5, run_delay=delay, work=work)
         host = HostFacts(64, 0.1, 0.0, 0.0, lock_ns=10.0, memory_ns=90.0)
         journal.aggregate(Facts(second * 10**9, 1.0, orc.Limit(rate=20_000), None, {}, vms, host))
         while journal.statistics().waiting > WAITING:

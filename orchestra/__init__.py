@@ -25,8 +25,8 @@ from .machine.desired import AskedCap, AskedLimit, Desired, LimitStack, PlacedLi
 from .machine.devices.bus import Device
 from .machine.devices.peripheral import Hooks, Peripheral
 from .machine.devices.requests import Request
-from .machine.holding import PendingIo
 from .machine.hostbudget import HostBudget, HostBudgetStatistics
+from .machine.pause_levels import PendingIo
 from .machine.vm import VcpuStatistics, Vm, VmStatistics
 from .model.actions import (
     Action,

@@ -46,7 +46,7 @@ class Guest:
     weight: float = 1.0
     vcpus: int = 1
     own: Limit | None = None
-    launch: int = 1
+    generation: int = 1
     budget: Budget = attrs.field(init=False)
     events: int = 0
     throttled: float = 0.0
@@ -108,9 +108,9 @@ class World:
         self.budgets = {name: Budget(tenant.limit, 0) for name, tenant in self.tenants.items()}
         self.now = 0
         self.actions: list[tuple[float, Action]] = []
-        self.rehearsed: list[tuple[float, Action]] = []
+        self.dry_actions: list[tuple[float, Action]] = []
         dry = [guard is not None and guard.is_dry(policy.name) for policy in self.policies]
-        self._rehearsals = [DryRun() if one else None for one in dry]
+        self._dry_runs = [DryRun() if one else None for one in dry]
         self.totals: list[float] = []
         self._order = count()
         self._ready: list[tuple[int, int, _Vcpu]] = []
@@ -192,7 +192,7 @@ class World:
             exit_limit=None,
             tenants=self.tenants,
             vms={
-                g.name: VmFacts(g.name, g.tenant, g.weight, g.vcpus, g.events, g.events, g.throttled, g.launch)
+                g.name: VmFacts(g.name, g.tenant, g.weight, g.vcpus, g.events, g.events, g.throttled, g.generation)
                 for g in self.guests.values()
                 if g.events or g.throttled
             },
@@ -201,17 +201,17 @@ class World:
         for guest in self.guests.values():
             guest.seen.append(guest.events)
             guest.events, guest.throttled = 0, 0.0
-        for order, (policy, rehearsal) in enumerate(zip(self.policies, self._rehearsals, strict=True)):
-            for action in policy.decide(facts if rehearsal is None else rehearsal.see(facts)):
+        for order, (policy, dry_run) in enumerate(zip(self.policies, self._dry_runs, strict=True)):
+            for action in policy.decide(facts if dry_run is None else dry_run.see(facts)):
                 self._apply(action, policy, order)
 
     def _apply(self, action: Action, policy: Policy, order: int) -> None:
         if self.guard is not None:
             verdict = self.guard.judge(action, policy.name, self.now, order, vms=len(self.guests))
             if verdict.outcome is Ruling.DRY_RUN:
-                self.rehearsed.append((self.now / SECOND, verdict.judged))
-                for rehearsal in filter(None, self._rehearsals):
-                    rehearsal.apply(verdict.judged, policy.name, self.now)
+                self.dry_actions.append((self.now / SECOND, verdict.judged))
+                for dry_run in filter(None, self._dry_runs):
+                    dry_run.apply(verdict.judged, policy.name, self.now)
             if verdict.action is None:
                 if verdict.outcome == "refused" and hasattr(policy, "refused"):
                     policy.refused(action, verdict.reason)

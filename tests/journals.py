@@ -28,8 +28,8 @@ class Afternoon:
     def now(self) -> int:
         return BEGIN + self.seconds * SECOND
 
-    def state(self, vm: str, state: str, *, launch: int = 1, tenant: str = "acme", reason: str = "") -> None:
-        self.journal.state(self.now, vm, launch, tenant, state, reason)
+    def state(self, vm: str, state: str, *, generation: int = 1, tenant: str = "acme", reason: str = "") -> None:
+        self.journal.state(self.now, vm, generation, tenant, state, reason)
 
     def applied(self, action: orc.Action | None, policy: str | None = None, **more: object) -> None:
         self.journal.action(orc.Applied(time=self.now, action=action, policy=policy, **more))  # type: ignore[arg-type]
@@ -54,7 +54,7 @@ class Afternoon:
 
 
 def vm(name: str, locks: float | None = 0, *, tenant: str = "acme", exits: int = 100, **more: object) -> orc.VmFacts:
-    fields: dict[str, object] = {"weight": 1.0, "vcpus": 1, "throttled": 0.0, "launch": 1, **more}
+    fields: dict[str, object] = {"weight": 1.0, "vcpus": 1, "throttled": 0.0, "generation": 1, **more}
     count = None if locks is None else round(locks)
     return orc.VmFacts(name=name, tenant=tenant, bus_locks=count, exits=exits, **fields)  # type: ignore[arg-type]
 

@@ -20,7 +20,7 @@ from orchestra.model import exits
 from orchestra.model.actions import Failed, Halted, Outcome, Shutdown, Stopped
 from orchestra.model.spec import MemoryRegion
 from orchestra.native.core import Command, Counters, FleetCore, VcpuCore, monotonic_ns
-from orchestra.native.records import decode, told_mask, unpack
+from orchestra.native.records import decode, event_mask, unpack
 
 __all__ = ["MMIO", "PORTS", "Access", "Detection", "Played", "answer", "play"]
 
@@ -153,7 +153,7 @@ def play(
             host.ports.claim(ports, device)
         if addresses is not None:
             host.mmio.claim(addresses, device)
-    core.tell(told_mask((exits.Exit,)))
+    core.subscribe(event_mask((exits.Exit,)))
     engine: Any = machine.engines[0]
     if debug is not None:
         engine.guest_debug(*debug)

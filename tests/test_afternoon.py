@@ -225,15 +225,15 @@ def why_answers(told: Told, name: str) -> None:
         # All that held it was its launch, paused, a moment long.
         assert "a caller held it paused: launch(paused=True)" in loud
         assert "held it to" not in loud
-        assert "waited for its turn" not in loud
+        assert "was throttled" not in loud
     else:
         assert f"policy {POLICIES[name]} has held it to" in loud
-        assert "waited for its turn" in loud
+        assert "was throttled" in loud
     quiet = told.why("quiet-1", 1)
     assert "most by noisy-1" in quiet
-    assert "waited for its turn" not in quiet
+    assert "was throttled" not in quiet
     before = told.why("noisy-1", 0)
-    assert "waited for its turn" not in before
+    assert "was throttled" not in before
     if name in ("share", "adaptive", "ladder"):
         over = told.why("noisy-1", 3, 1.0)
         assert "By then nothing was in force any more." in over

@@ -30,7 +30,7 @@ MIRRORED = {
 # What a class has for orchestra's own parts and not for users. A name that is new and in neither place fails a test.
 INTERNAL = {
     orc.Fleet: "",
-    orc.Vm: "launch",
+    orc.Vm: "generation",
     orc.Exits: "mask channel wake end next_batch next_batch_nowait",
     Requests: "deliver end close",
     Request: "answer_bytes give_back put_among",

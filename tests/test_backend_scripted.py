@@ -133,7 +133,7 @@ async def test_script_is_played_in_order_and_ends_in_a_halt(autojump_clock):
 
 async def test_exits_come_after_their_times_on_the_trio_clock(autojump_clock):
     async with rig([hlt(after=3600), hlt(after=0.25), hlt()]) as r:
-        r.engine.core.tell((1 << 64) - 1)
+        r.engine.core.subscribe((1 << 64) - 1)
         begun = r.backend.now()
         await r.runs(3)
         assert [record.time - begun for record in drained(r.core)] == pytest.approx(

@@ -65,7 +65,7 @@ def plan(backend=None, **options) -> Plan:
 
 async def told(plan: Plan, audience=None):
     story = Story(plan, audience or Listener())
-    await story.tell()
+    await story.play()
     return story.result
 
 
@@ -174,7 +174,7 @@ async def test_when_all_have_ended_it_is_over_and_not_complete(autojump_clock):
 async def test_a_cancelled_story_has_a_result_of_what_was_played(seconds, autojump_clock):
     story = Story(plan(), Listener())
     with trio.move_on_after(seconds):
-        await story.tell()
+        await story.play()
     result = story.result
     assert not result.complete
     assert result.seconds == pytest.approx(seconds, abs=0.01)
@@ -220,7 +220,7 @@ ALL = {NO_LIMIT, HELD, MORE_HELD, NEVER, RELIEF, BOTH, "BROKE", "It kept to its 
 async def test_the_verdict_speaks_of_what_was_seen_and_of_nothing_else(seconds, ending, said, works, autojump_clock):
     story = Story(plan(seconds=10.0), Listener())
     with trio.move_on_after(seconds):
-        await story.tell()
+        await story.play()
     text = "\n".join(words.verdict(story.result))
     assert text.startswith(f"The run ended early, {ending}: it was interrupted.") == bool(ending)
     assert ("ended early" in text) == bool(ending)
@@ -237,7 +237,7 @@ async def test_interrupted_between_two_acts_it_says_nothing_of_the_next(act, wor
 
     story = Story(plan(seconds=10.0), Interrupter())
     with trio.CancelScope() as scope:
-        await story.tell()
+        await story.play()
     text = "\n".join(words.verdict(story.result))
     assert f"budget of {50 if act == 2 else 200}/s" not in text
     assert f"/s in act {act} with" not in text

@@ -66,7 +66,7 @@ def test_a_vm_that_is_held_is_told_by_whom_since_when_why_and_what_ends_it(after
     assert f"For 98 s, since {time_of_day(at(102))}, policy ladder has held it to 500 bus locks/s" in text
     assert "throttle: bus_locks 5000 over 1000, for 1 s" in text
     assert "did 500 bus locks/s" in text
-    assert "waited for its turn 90% of its vCPUs' time" in text
+    assert "was throttled 90% of its vCPUs' time" in text
     assert "Before it was held it did up to 5,000 bus locks/s" in text
     assert "501 bus locks/s, 100% of them by noisy" in text
     assert "The throttle ends when it has been in the clear" in text
@@ -240,13 +240,13 @@ def test_a_refusal_is_told_with_its_reason(afternoon, capsys):
 
 
 def test_of_another_vm_of_that_name_only_the_last_counts(afternoon):
-    afternoon.state("a", "running", launch=1)
+    afternoon.state("a", "running", generation=1)
     afternoon.second(vm("a"))
     afternoon.applied(orc.Throttle(vm="a", limit=orc.Limit(rate=5)), "p")
     afternoon.second()
-    afternoon.state("a", "stopped", launch=1)
-    afternoon.state("a", "running", launch=2)
-    afternoon.second(vm("a", launch=2))
+    afternoon.state("a", "stopped", generation=1)
+    afternoon.state("a", "running", generation=2)
+    afternoon.second(vm("a", generation=2))
     afternoon.close()
     with read_journal(afternoon.path) as journal:
         now = explain(journal, "a")

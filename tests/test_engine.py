@@ -95,23 +95,23 @@ async def test_what_is_meant_for_one_vm_does_not_hit_another_of_its_name(autojum
         first = await fleet.launch(blank())
         await first.stop()
         second = await fleet.launch(blank())
-        old, new = first.launch, second.launch
+        old, new = first.generation, second.generation
         for action in (
-            orc.Pause(vm="guest", launch=old),
-            orc.Stop(vm="guest", launch=old),
-            orc.Throttle(vm="guest", launch=old, limit=orc.Limit(rate=1)),
-            orc.SetLimit(vm="guest", launch=old, limit=orc.Limit(rate=1)),
-            orc.Warn(vm="guest", launch=old),
-            orc.Evict(vm="guest", launch=old),
+            orc.Pause(vm="guest", generation=old),
+            orc.Stop(vm="guest", generation=old),
+            orc.Throttle(vm="guest", generation=old, limit=orc.Limit(rate=1)),
+            orc.SetLimit(vm="guest", generation=old, limit=orc.Limit(rate=1)),
+            orc.Warn(vm="guest", generation=old),
+            orc.Evict(vm="guest", generation=old),
         ):
             applied = await fleet.apply(action, policy="late")
-            assert applied.error == f"vm 'guest' is another launch now: {new}, not {old}"
+            assert applied.error == f"vm 'guest' is of another generation now: {new}, not {old}"
         assert (second.state, second.statistics().limit) == ("running", None)
-        await fleet.apply(orc.Throttle(vm="guest", launch=new, limit=orc.Limit(rate=7)), policy="late")
-        for action in (orc.Unthrottle(vm="guest", launch=old), orc.CapCpu(vm="guest", launch=old, share=None)):
+        await fleet.apply(orc.Throttle(vm="guest", generation=new, limit=orc.Limit(rate=7)), policy="late")
+        for action in (orc.Unthrottle(vm="guest", generation=old), orc.CapCpu(vm="guest", generation=old, share=None)):
             assert (await fleet.apply(action, policy="late")).outcome == "done"  # with that VM went what held it
         assert second.statistics().limit.rate == 7
-        await fleet.apply(orc.Pause(vm="guest", launch=new))
+        await fleet.apply(orc.Pause(vm="guest", generation=new))
         assert second.state == "paused"
 
 
@@ -121,7 +121,7 @@ async def test_a_policy_s_late_word_about_a_vm_binds_nobody_about_the_next(autoj
         first = await fleet.launch(blank())
         await first.stop()
         second = await fleet.launch(blank())
-        policy.actions = [orc.Pause(vm="guest", launch=vm.launch) for vm in (first, second)]
+        policy.actions = [orc.Pause(vm="guest", generation=vm.generation) for vm in (first, second)]
         await trio.sleep(1.1)
         assert [applied.outcome for applied in fleet.actions() if applied.policy] == ["failed", "done"]
         assert second.state == "paused"

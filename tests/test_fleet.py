@@ -862,15 +862,15 @@ class Kept:
         given = applied.action is not None and "given" in applied.action.evidence
         (self.given if given else self.actions).append(applied)
 
-    def state(self, now: int, vm: str, launch: int, tenant: str, state: str, reason: str) -> None:
+    def state(self, now: int, vm: str, generation: int, tenant: str, state: str, reason: str) -> None:
         self.states.append((vm, state, reason))
         self.times.append(now)
 
     def aggregate(self, facts: orc.Facts) -> None:
         self.aggregates.append(facts)
 
-    def profile(self, now: int, vm: str, launch: int, rows: Iterable[Row]) -> None:
-        self.profiles.append((vm, launch, list(rows)))
+    def profile(self, now: int, vm: str, generation: int, rows: Iterable[Row]) -> None:
+        self.profiles.append((vm, generation, list(rows)))
 
     def end(self, now: int) -> None:
         self.calls.append("end")
@@ -1054,13 +1054,15 @@ async def test_an_interval_is_told_soon_after_it_has_passed(autojump_clock):
 async def test_of_several_vms_of_one_name_each_has_its_aggregate(autojump_clock):
     kept = Kept()
     async with play([*[bus_lock()] * 3, hlt()], journal=kept, journal_interval=10) as fleet:
-        launches = []
+        generations = []
         for _ in range(3):
             vm = await fleet.launch(blank())
-            launches.append(vm.launch)
+            generations.append(vm.generation)
             await vm.wait()
     (facts,) = kept.aggregates
-    assert [(vm.name, vm.launch, vm.bus_locks) for vm in facts.vms.values()] == [("guest", n, 3) for n in launches]
+    assert [(vm.name, vm.generation, vm.bus_locks) for vm in facts.vms.values()] == [
+        ("guest", n, 3) for n in generations
+    ]
 
 
 async def test_policies_and_the_journal_each_hear_of_everything_once(autojump_clock):

@@ -142,7 +142,10 @@ async def test_a_subscriber_to_one_vm_does_not_put_anothers_exits_into_the_ring(
         quiet = await fleet.launch(blank("quiet"))
         async with fleet.exits(vm=quiet) as exits:
             loud = await fleet.launch(blank("loud"))
-            assert (loud._control.guest.house.told("loud"), loud._control.guest.house.told("quiet") > 0) == (0, True)
+            assert (
+                loud._control.guest.context.event_mask("loud"),
+                loud._control.guest.context.event_mask("quiet") > 0,
+            ) == (0, True)
             await loud.wait()
             assert exits.statistics().received == 0
 
@@ -188,7 +191,7 @@ async def test_retiring_a_vcpu_delivers_its_records_and_leaves_the_others_alone(
     everything = switchboard.subscribe((), None, 100_000, "oldest")
     for vcpu in vcpus:
         switchboard.register(vcpu, f"vm{vcpu.id}", vcpu.id, 0)
-        vcpu.tell((1 << 64) - 1)
+        vcpu.subscribe((1 << 64) - 1)
         for when in range(1, 3 * FleetCore.BATCH + 1):
             lib.orc_vcpu_account(vcpu.handle, build("hlt"), when)
     taken = switchboard.deliver()  # of some vCPU this batch was taken before: what is left of it comes in order
@@ -368,7 +371,7 @@ async def test_batches_are_what_comes_one_by_one(autojump_clock):
             assert [exit for batch in batches for exit in batch] == one_by_one
             assert max(map(len, batches)) <= 7
             assert [time for batch in batches for time in batch.time] == [exit.time for exit in one_by_one]
-            assert {vm for batch in batches for vm in batch.vm} == {vm.launch}
+            assert {vm for batch in batches for vm in batch.vm} == {vm.generation}
             assert others.statistics() == exits.statistics()
         assert sum(vm.statistics().exits.values()) == len(one_by_one)
 
@@ -478,7 +481,7 @@ async def test_exits_that_were_made_ahead_of_a_vm_that_has_left_still_come_in_a_
             await vm.stop()
             batch = await exits.next_batch(3)
             assert [first.rip, *(exit.rip for exit in batch)] == [0, 1, 2, 3]
-            assert dict(batch.vms) == {vm.launch: "guest"}
+            assert dict(batch.vms) == {vm.generation: "guest"}
             assert exits.receive_nowait().rip == 4
 
 
@@ -548,7 +551,7 @@ async def test_many_subscriptions_come_and_go_while_it_runs(autojump_clock):
         async with trio.open_nursery() as nursery:
             for number in range(1, 11):
                 nursery.start_soon(look, number)
-        assert fleet._context.told("guest") == 0
+        assert fleet._context.event_mask("guest") == 0
 
 
 # ---- a crowded loop

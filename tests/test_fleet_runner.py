@@ -101,17 +101,24 @@ async def test_a_vm_that_has_ended_is_in_no_facts(autojump_clock):
 async def test_facts_tell_each_policy_once_who_has_ended(autojump_clock):
     fast, slow = Told(), Told(interval=3.0)
     async with play([FOR_EVER], policies=[fast, slow]) as fleet:
-        launches = []
+        generations = []
         for _ in range(2):  # two of a name, within a second
             vm = await fleet.launch(blank())
-            launches.append(("guest", vm.launch))
+            generations.append(("guest", vm.generation))
             await vm.stop()
         third = await fleet.launch(blank())
         await trio.sleep(4.1)
         await third.stop()
         await trio.sleep(2)
-        assert [tick.gone for tick in fast.facts] == [tuple(launches), (), (), (), (("guest", third.launch),), ()]
-        assert [tick.gone for tick in slow.facts] == [tuple(launches), (("guest", third.launch),)]
+        assert [tick.gone for tick in fast.facts] == [
+            tuple(generations),
+            (),
+            (),
+            (),
+            (("guest", third.generation),),
+            (),
+        ]
+        assert [tick.gone for tick in slow.facts] == [tuple(generations), (("guest", third.generation),)]
         assert "guest" in fast.facts[0].vms or not fast.facts[0].vms
 
 
@@ -125,7 +132,7 @@ async def test_a_vm_that_is_restarted_is_not_gone(autojump_clock):
         assert [tick.gone for tick in told.facts] == [(), ()]
         await vm.stop()
         await trio.sleep(1)
-        assert [one for tick in told.facts for one in tick.gone] == [("guest", vm.launch)]
+        assert [one for tick in told.facts for one in tick.gone] == [("guest", vm.generation)]
 
 
 async def test_a_vm_that_fails_within_each_tick_is_told_of_all_the_same(autojump_clock):

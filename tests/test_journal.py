@@ -502,7 +502,7 @@ def test_kill_9_loses_at_most_the_last_second_and_the_file_opens(path, seed):
     with read_journal(path) as read:
         assert read.query("PRAGMA integrity_check")[0][0] == "ok"
         rows = list(read.states())
-    assert [row.launch for row in rows] == list(range(1, len(rows) + 1))
+    assert [row.generation for row in rows] == list(range(1, len(rows) + 1))
     assert rows, "what had been committed is gone"
     assert killed - int(rows[-1].reason) < SECOND
     Journal(path).begin(0, "kvm", None)  # and it is continued

@@ -53,7 +53,7 @@ def told(afternoon: Afternoon, name: str = "a", when: int | None = None) -> Expl
 def two_fleets(first: Afternoon) -> Afternoon:
     """The first, whose VM is throttled, its host and tenant too, is killed after 10 s; another has a VM of that name
     and launch."""
-    first.state("a", "running", launch=1)
+    first.state("a", "running", generation=1)
     first.applied(throttle(5), "p")
     first.applied(orc.SetLimit(limit=orc.Limit(rate=70)))
     first.applied(orc.Throttle(tenant="acme", limit=orc.Limit(rate=60)), "p")
@@ -62,7 +62,7 @@ def two_fleets(first: Afternoon) -> Afternoon:
     first.close()
     second = Afternoon(first.path)
     second.seconds = 20
-    second.state("a", "running", launch=1)
+    second.state("a", "running", generation=1)
     for _ in range(10):
         second.second(vm("a", 900))
     second.close()
@@ -91,15 +91,15 @@ def test_a_vm_whose_fleet_was_killed_is_gone_with_it(afternoon):
 
 
 def test_the_plots_limit_begins_anew_with_each_launch_and_ends_with_the_vm(afternoon):
-    afternoon.state("a", "running", launch=1)
+    afternoon.state("a", "running", generation=1)
     afternoon.applied(throttle(5), "p")
     afternoon.second(vm("a"))
-    afternoon.state("a", "stopped", launch=1)
+    afternoon.state("a", "stopped", generation=1)
     afternoon.second()
-    afternoon.state("a", "running", launch=2)
-    afternoon.second(vm("a", launch=2))
+    afternoon.state("a", "running", generation=2)
+    afternoon.second(vm("a", generation=2))
     afternoon.applied(throttle(7), "p")
-    afternoon.second(vm("a", launch=2))
+    afternoon.second(vm("a", generation=2))
     afternoon.close()
     with read_journal(afternoon.path) as journal:
         limits = [one.limit for one in series(journal, "a", at(0), at(4), 8)]
@@ -384,7 +384,7 @@ def test_what_an_older_journal_does_not_tell_is_not_guessed(afternoon):
         connection.execute("UPDATE aggregates SET throttled_by = NULL")
     text = " ".join(sentences(told(afternoon)))
     assert (
-        "It waited for its turn 90% of its vCPUs' time in its last minute; by which limit, the journal does not tell; "
+        "It was throttled 90% of its vCPUs' time in its last minute; by which limit, the journal does not tell; "
         "those that are in the journal: 5 bus locks/s for it (policy p)." in text
     )
 
@@ -521,10 +521,10 @@ def test_a_fleet_that_was_killed_is_told_of_up_to_its_last_interval_and_no_furth
 
 
 def test_a_limit_is_known_though_the_states_of_that_time_were_removed(afternoon):
-    afternoon.state("a", "created", launch=7)
+    afternoon.state("a", "created", generation=7)
     afternoon.applied(throttle(4), "p")
     afternoon.seconds += 1
-    afternoon.state("a", "stopped", launch=7)
+    afternoon.state("a", "stopped", generation=7)
     afternoon.seconds += 1
     afternoon.state("a", "created")
     afternoon.applied(throttle(5), "q")
@@ -534,7 +534,7 @@ def test_a_limit_is_known_though_the_states_of_that_time_were_removed(afternoon)
     waiting(afternoon, 30, vm__bus_locks=0.9)
     afternoon.close()
     with closing(sqlite3.connect(afternoon.path)) as connection, connection:
-        connection.execute("DELETE FROM states WHERE state = 'created' AND launch = 1")
+        connection.execute("DELETE FROM states WHERE state = 'created' AND generation = 1")
     (cause,) = told(afternoon).causes
     assert [one.hold.rate for one in cause.setters] == [5]  # and not 4: that was another of its name
 

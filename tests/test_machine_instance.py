@@ -33,8 +33,8 @@ from orchestra.machine import workers
 from orchestra.machine.calls import Calls
 from orchestra.machine.cores import Cores
 from orchestra.machine.devices.console import Console
-from orchestra.machine.holding import Holding
 from orchestra.machine.instance import Instance
+from orchestra.machine.pause_levels import PauseLevels
 from orchestra.native import ffi, lib
 from orchestra.native.core import VcpuCore
 
@@ -420,8 +420,8 @@ STEPS = [
     (Dispatcher, "retire"),
     (Dispatcher, "vm_ended"),
     (Console, "close"),
-    (Holding, "gone"),
-    (Holding, "close"),
+    (PauseLevels, "gone"),
+    (PauseLevels, "close"),
 ]
 
 

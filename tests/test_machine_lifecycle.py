@@ -13,8 +13,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 import orchestra as orc
 from orchestra.machine import lifecycle
-from orchestra.machine.holding import Holding, Level
 from orchestra.machine.lifecycle import TRANSITIONS, Event, Lifecycle, Phase, state_of
+from orchestra.machine.pause_levels import Level, PauseLevels
 
 HALTED = orc.Halted()
 BROKEN = orc.Failed("broken")
@@ -174,7 +174,7 @@ class HeldRun(RuleBasedStateMachine):
         super().__init__()
         self.life = Lifecycle()
         self.told: list[Level] = []
-        self.holding = Holding(3, self.life, self.told.append)
+        self.pause_levels = PauseLevels(3, self.life, self.told.append)
         self.levels = [Level.RUNNING] * 3
         self.gone: set[int] = set()
         self.paused = False
@@ -184,35 +184,35 @@ class HeldRun(RuleBasedStateMachine):
         self.life.happen(Event.BUILT)
         if paused:
             self.pause()
-            self.holding.settle()
+            self.pause_levels.settle()
             self.levels = [Level.QUIESCED] * 3
 
     @precondition(lambda self: not self.paused and not self.life.has_ended)  # as `Pausing` has it
     @rule()
     def pause(self) -> None:
-        self.holding.begin()
+        self.pause_levels.begin()
         self.paused, self.levels = True, [Level.RUNNING] * 3
 
     @precondition(lambda self: self.paused and not self.life.has_ended)
     @rule()
     def resume(self) -> None:
-        waiting = [self.holding.paused, self.holding.quiesced]
-        self.holding.end()
+        waiting = [self.pause_levels.paused, self.pause_levels.quiesced]
+        self.pause_levels.end()
         assert all(event.is_set() for event in waiting)  # nobody waits for a pause that was taken back
         self.paused, self.levels = False, [Level.RUNNING] * 3
 
     @rule(index=st.integers(0, 2), level=st.sampled_from([Level.PAUSED, Level.QUIESCED]), late=st.booleans())
     def come(self, index: int, level: Level, late: bool) -> None:
         if index not in self.gone:  # also if the pause was taken back: it was said before
-            self.holding.come(index, self.holding.number - late, level)
+            self.pause_levels.come(index, self.pause_levels.number - late, level)
             if self.paused and not late:
                 self.levels[index] = max(self.levels[index], level)
 
     @rule(index=st.integers(0, 2))
     def go(self, index: int) -> None:
         self.gone.add(index)
-        self.holding.gone(index)
-        if self.holding.all_gone:
+        self.pause_levels.gone(index)
+        if self.pause_levels.all_gone:
             self.life.end(HALTED)
             self.life.happen(Event.GONE)
 
@@ -224,7 +224,7 @@ class HeldRun(RuleBasedStateMachine):
     @rule()
     def free(self) -> None:
         self.life.happen(Event.FREED)
-        self.holding.close()
+        self.pause_levels.close()
 
     @invariant()
     def it_is_where_its_vcpus_are(self) -> None:
@@ -236,11 +236,11 @@ class HeldRun(RuleBasedStateMachine):
             expected = [Phase.PAUSING, Phase.PAUSED, Phase.QUIESCED][lowest] if self.paused else Phase.RUNNING
             assert phase is expected
             if self.paused:
-                assert self.holding.paused.is_set() == (lowest >= Level.PAUSED)
-                assert self.holding.quiesced.is_set() == (lowest >= Level.QUIESCED)
+                assert self.pause_levels.paused.is_set() == (lowest >= Level.PAUSED)
+                assert self.pause_levels.quiesced.is_set() == (lowest >= Level.QUIESCED)
         if phase is Phase.ENDED:
-            assert self.holding.paused.is_set()
-            assert self.holding.quiesced.is_set()
+            assert self.pause_levels.paused.is_set()
+            assert self.pause_levels.quiesced.is_set()
 
 
 TestHeldRun = HeldRun.TestCase
@@ -249,10 +249,10 @@ TestHeldRun.settings = settings(max_examples=200, stateful_step_count=30)
 
 async def test_whoever_waits_for_a_pause_goes_on_when_the_run_ends():
     life = at(Phase.RUNNING)
-    holding = Holding(1, life, lambda level: None)
-    holding.begin()
+    pause_levels = PauseLevels(1, life, lambda level: None)
+    pause_levels.begin()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(holding.quiesced.wait)
+        nursery.start_soon(pause_levels.quiesced.wait)
         life.end(HALTED)
         life.happen(Event.FREED)
-        holding.close()
+        pause_levels.close()

@@ -15,8 +15,8 @@ from trio.testing import wait_all_tasks_blocked
 import orchestra as orc
 from conftest import Stage, blank, play, word
 from orchestra.backend.scripted import ScriptedExit, bus_lock, hlt, io_read, io_write, mmio_read, triple_fault
-from orchestra.machine.holding import Level
-from orchestra.model.effects import Holdings
+from orchestra.machine.pause_levels import Level
+from orchestra.model.effects import ActionsInForce
 from test_fleet import Kept
 
 FAIL = ScriptedExit("debug", args=(1, 0, 0, 0))
@@ -629,7 +629,7 @@ async def test_a_vm_is_as_far_as_its_last_vcpu(stage: Stage, soon):
             await vm.pause(quiesce=False)
             assert [access.vcpu for access in vm.statistics().pending] == [0, 1]
             asked[0].answer(bytes(4))
-            while vm._control.guest.holding.level(0) is not Level.QUIESCED:  # an inner state that nothing tells
+            while vm._control.guest.pause_levels.level(0) is not Level.QUIESCED:  # an inner state that nothing tells
                 await trio.lowlevel.checkpoint()
             assert (vm.quiesced, [access.vcpu for access in vm.statistics().pending]) == (False, [1])
             vm.registers(0)
@@ -1111,7 +1111,7 @@ async def test_what_a_restart_cant_put_into_force_is_logged_and_not_said_to_be(a
                 patch.setattr(f"orchestra.machine.restraint.Restraint.{name}", refuse)
             await trio.sleep(10)
             assert (vm.restarts, vm.state, vm.desired.cap, vm.desired.isolated) == (1, "running", None, False)
-            held = Holdings()
+            held = ActionsInForce()
             for applied in fleet.actions():  # as the journal has them
                 assert isinstance(applied.action, orc.Action)
                 held.note(applied.action, applied.policy)
@@ -1131,12 +1131,12 @@ async def test_what_a_restart_cant_put_into_force_is_logged_and_not_said_to_be(a
 async def test_a_guest_that_resets_itself_starts_afresh_where_its_spec_wants_that(stage: Stage, soon):
     async with stage.open() as fleet:
         vm = await fleet.launch(stage.spec("triple_fault", mode=32, on_reset="reset"), paused=True)
-        launch = vm.launch
+        generation = vm.generation
         vm.write_memory(0x8000, b"gone")
         await vm.resume()
         while vm.statistics().resets < 3:  # noqa: ASYNC110  # the guest tells nobody
             await trio.sleep(0.001)
-        assert (vm.outcome, vm.restarts, vm.launch) == (None, 0, launch)
+        assert (vm.outcome, vm.restarts, vm.generation) == (None, 0, generation)
         assert fleet.vms["guest"] is vm
         assert vm.statistics().exits["shutdown"] >= 3  # those before count
         assert vm.statistics().resets >= 3

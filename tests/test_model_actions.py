@@ -65,10 +65,10 @@ def test_different_actions_on_the_same_vm_are_not_equal():
     "make", [lambda **more: Throttle(limit=LIMIT, **more), Unthrottle, lambda **more: SetLimit(limit=None, **more)]
 )
 def test_a_launch_is_one_of_a_vm(make):
-    assert make(vm="web-1", launch=3).launch == 3
-    assert make(vm="web-1").launch is None
-    with pytest.raises(SpecError, match="launch=3: name its vm as well"):
-        make(tenant="acme", launch=3)
+    assert make(vm="web-1", generation=3).generation == 3
+    assert make(vm="web-1").generation is None
+    with pytest.raises(SpecError, match="generation=3: name its vm as well"):
+        make(tenant="acme", generation=3)
 
 
 @pytest.mark.parametrize("target", [{}, {"vm": "web-1"}, {"tenant": "acme"}], ids=["the host", "one vm", "one tenant"])

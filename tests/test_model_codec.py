@@ -23,7 +23,7 @@ LIMITS = st.builds(
 NAMES = st.sampled_from(["a", "web-1", "db.2"])
 TEXTS = st.text(max_size=5)
 EVIDENCE = st.dictionaries(TEXTS, st.none() | st.integers() | TEXTS | st.floats(-9, 9), max_size=3)
-ABOUT = {"vm": NAMES, "reason": st.text(max_size=9), "evidence": EVIDENCE, "launch": st.none() | st.integers(1, 99)}
+ABOUT = {"vm": NAMES, "reason": st.text(max_size=9), "evidence": EVIDENCE, "generation": st.none() | st.integers(1, 99)}
 METERS = st.sampled_from(list(orc.Meter))
 ON_VM = (orc.Pause, orc.Resume, orc.Stop, orc.Kill, orc.Warn, orc.Isolate, orc.Rejoin, orc.Evict)
 ACTIONS = st.one_of(

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 import orchestra as orc
-from orchestra.model.effects import EFFECTS, Holdings, What, inverse, key_of, releases
+from orchestra.model.effects import EFFECTS, ActionsInForce, What, inverse, key_of, releases
 
 LIMIT = orc.Limit(rate=1)
 EXAMPLES = [
@@ -45,7 +45,7 @@ def test_what_takes_an_action_back_is_an_action_at_the_same_place_that_releases(
     if back is not None:
         assert releases(back)
         assert key_of(back) == key_of(action)
-        held = Holdings()
+        held = ActionsInForce()
         held.note(action, "p")
         assert held
         held.note(back, "p")
@@ -59,7 +59,7 @@ def test_what_ends_a_vm_or_holds_it_interrupts_its_guest():
 
 
 def test_a_policy_holds_what_it_put_in_force_and_nothing_else():
-    held = Holdings()
+    held = ActionsInForce()
     for action, policy in (
         (orc.Throttle(limit=LIMIT), "p"),
         (orc.Throttle(vm="a", limit=LIMIT, meter="exits"), "p"),
@@ -91,16 +91,16 @@ def test_a_policy_holds_what_it_put_in_force_and_nothing_else():
 
 
 def test_what_is_let_go_of_an_earlier_launch_holds_the_later_one_still():
-    held = Holdings()
-    held.note(orc.Pause(vm="a", launch=2), "p")
-    held.note(orc.Resume(vm="a", launch=1), "p")
-    assert held.undo("p") == [orc.Resume(vm="a", launch=2)]
+    held = ActionsInForce()
+    held.note(orc.Pause(vm="a", generation=2), "p")
+    held.note(orc.Resume(vm="a", generation=1), "p")
+    assert held.undo("p") == [orc.Resume(vm="a", generation=2)]
     held.note(orc.Resume(vm="a"), "p")
     assert not held
 
 
 def test_since_is_when_the_same_policy_began():
-    held = Holdings()
+    held = ActionsInForce()
     held.note(orc.Throttle(vm="a", limit=LIMIT), "p", 10)
     held.note(orc.Throttle(vm="a", limit=attrs.evolve(LIMIT, rate=2)), "p", 20)
     held.note(orc.Throttle(vm="a", limit=LIMIT), "q", 30)
@@ -114,7 +114,7 @@ actions = st.sampled_from([attrs.evolve(one, vm=vm) if one.vm else one for one i
 
 @given(st.lists(st.tuples(actions, st.sampled_from(["p", "q", None])), max_size=40))
 def test_undoing_what_everybody_holds_leaves_limits_only(done):
-    held = Holdings()
+    held = ActionsInForce()
     for action, policy in done:
         held.note(action, policy)
     for policy in ("p", "q"):

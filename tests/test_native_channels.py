@@ -13,7 +13,7 @@ from orchestra.model.errors import ResourceLimit
 from orchestra.native import ffi, lib
 from orchestra.native.channels import EVERY_VM, NO_VM, Channel, ExitBatch
 from orchestra.native.core import FleetCore, VcpuCore
-from orchestra.native.records import BUS_LOCK, RECORD_SIZE, build, decode_all, told_mask
+from orchestra.native.records import BUS_LOCK, RECORD_SIZE, build, decode_all, event_mask
 
 EVERYTHING = (1 << 64) - 1
 NAMES = {1: "one", 2: "two", 3: "three"}
@@ -30,7 +30,7 @@ def fleet() -> Iterator[FleetCore]:
 def core_of(fleet: FleetCore, vm: int, vcpu: int) -> VcpuCore:
     core = VcpuCore(fleet, 10 * vm + vcpu)
     core.set_name(vm, vcpu)
-    core.tell(EVERYTHING)
+    core.subscribe(EVERYTHING)
     return core
 
 
@@ -45,7 +45,7 @@ def taken(channel: Channel, most: int = 1 << 20) -> list[exits.Exit]:
 def test_a_channel_gets_the_kinds_and_the_vm_it_asked_for(fleet):
     one, two = core_of(fleet, 1, 0), core_of(fleet, 2, 3)
     every = Channel(fleet, EVERYTHING, EVERY_VM, 100, drop_oldest=True)
-    locks = Channel(fleet, told_mask((exits.BusLock,)), EVERY_VM, 100, drop_oldest=True)
+    locks = Channel(fleet, event_mask((exits.BusLock,)), EVERY_VM, 100, drop_oldest=True)
     of_two = Channel(fleet, EVERYTHING, 2, 100, drop_oldest=True)
     of_nobody = Channel(fleet, EVERYTHING, NO_VM, 100, drop_oldest=True)
     account(one, "hlt")
@@ -143,7 +143,7 @@ def test_a_channel_is_a_bounded_queue_of_what_it_wants(steps, capacity, drop_old
     fleet = FleetCore()
     wanted = tuple(KINDS[name] for name in kinds)
     cores = {number: core_of(fleet, number, number + 1) for number in NAMES}
-    channel = Channel(fleet, told_mask(wanted), vm, capacity, drop_oldest=drop_oldest)
+    channel = Channel(fleet, event_mask(wanted), vm, capacity, drop_oldest=drop_oldest)
     witness = Channel(fleet, EVERYTHING, EVERY_VM, 10_000, drop_oldest=True)  # in what order they are delivered
     model: deque[exits.Exit] = deque()
     received = missed = now = 0

@@ -32,7 +32,7 @@ from orchestra.native.core import (
     monotonic_ns,
     reason_name,
 )
-from orchestra.native.records import BUS_LOCK, TELL_BUS_LOCK, build, told_mask, unpack
+from orchestra.native.records import BUS_LOCK, EVENT_BUS_LOCK, build, event_mask, unpack
 
 SECOND = 1_000_000_000
 EVERYTHING = (1 << 64) - 1
@@ -138,7 +138,7 @@ def test_nothing_is_told_unless_asked_for(fleet, vcpu):
 
 
 def test_only_reasons_of_the_mask_are_told_with_the_vcpus_id_and_the_time(fleet, vcpu):
-    vcpu.tell(1 << REASON_NUMBERS["io"])
+    vcpu.subscribe(1 << REASON_NUMBERS["io"])
     account(vcpu, "hlt", now=5)
     account(vcpu, "io", now=6, args=(0xE9, 1, 1, 1))
     (record,) = drained(fleet)
@@ -146,7 +146,7 @@ def test_only_reasons_of_the_mask_are_told_with_the_vcpus_id_and_the_time(fleet,
 
 
 def test_any_exit_with_a_bus_lock_is_told_to_who_asked_for_bus_locks(fleet, vcpu):
-    vcpu.tell(TELL_BUS_LOCK)
+    vcpu.subscribe(EVENT_BUS_LOCK)
     account(vcpu, "mmio", flags=BUS_LOCK)
     account(vcpu, "mmio")
     account(vcpu, 63)  # its counter's number is the bit that asks for bus locks
@@ -155,14 +155,14 @@ def test_any_exit_with_a_bus_lock_is_told_to_who_asked_for_bus_locks(fleet, vcpu
 
 @pytest.mark.parametrize("number", [13, 62, 63, 64, 0xFFFF])
 def test_numbers_without_a_type_are_told_to_who_asked_for_the_others(fleet, vcpu, number):
-    vcpu.tell(told_mask((OtherExit,)))
+    vcpu.subscribe(event_mask((OtherExit,)))
     account(vcpu, number)
     account(vcpu, "hlt")
     assert [record[9] for record in drained(fleet)] == [number]
 
 
 def test_more_than_the_ring_holds_is_missed_and_counted_all_the_same(fleet, vcpu):
-    vcpu.tell(EVERYTHING)
+    vcpu.subscribe(EVERYTHING)
     for i in range(RING_RECORDS + 5):
         account(vcpu, "hlt", now=i + 1)
     assert [record[0] for record in drained(fleet)] == list(range(1, RING_RECORDS + 1))
@@ -171,7 +171,7 @@ def test_more_than_the_ring_holds_is_missed_and_counted_all_the_same(fleet, vcpu
 
 
 def test_ring_takes_records_again_after_it_was_drained(fleet, vcpu):
-    vcpu.tell(EVERYTHING)
+    vcpu.subscribe(EVERYTHING)
     for round in range(3):
         for i in range(RING_RECORDS - 1):
             account(vcpu, now=round * RING_RECORDS + i + 1)
@@ -182,7 +182,7 @@ def test_ring_takes_records_again_after_it_was_drained(fleet, vcpu):
 def test_records_of_several_vcpus_keep_each_ones_order(fleet):
     vcpus = [VcpuCore(fleet, id) for id in range(5)]
     for vcpu in vcpus:
-        vcpu.tell(EVERYTHING)
+        vcpu.subscribe(EVERYTHING)
     for time in range(1, 401):
         for vcpu in vcpus:
             account(vcpu, now=time)
@@ -196,7 +196,7 @@ def test_records_of_several_vcpus_keep_each_ones_order(fleet):
 def test_wait_is_told_with_the_exit(fleet, vcpu, bucket):
     bucket.set(Limit(rate=1, burst=1), 0)
     vcpu.set_bucket(Meter.EXITS, 2, bucket)
-    vcpu.tell(EVERYTHING)
+    vcpu.subscribe(EVERYTHING)
     turn = account(vcpu, now=10)
     ((_, _, wait, *_),) = drained(fleet)
     assert wait == turn - 10 == pytest.approx(SECOND, abs=1e5)
@@ -206,7 +206,7 @@ def test_wait_is_told_with_the_exit(fleet, vcpu, bucket):
 
 
 def test_eventfd_is_written_once_and_only_when_the_reader_sleeps(fleet, vcpu):
-    vcpu.tell(EVERYTHING)
+    vcpu.subscribe(EVERYTHING)
     account(vcpu)
     assert not readable(fleet.eventfd)
     assert not fleet.may_sleep()  # there is something
@@ -219,7 +219,7 @@ def test_eventfd_is_written_once_and_only_when_the_reader_sleeps(fleet, vcpu):
 
 
 def test_reader_may_sleep_again_after_an_old_wake_up(fleet, vcpu):
-    vcpu.tell(EVERYTHING)
+    vcpu.subscribe(EVERYTHING)
     assert fleet.may_sleep()
     account(vcpu)
     drained(fleet)
@@ -278,7 +278,7 @@ def test_a_look_ends_although_vcpus_become_active_again_meanwhile(fleet, monkeyp
 def test_records_of_one_vcpu_can_be_drained_alone(fleet):
     vcpus = [VcpuCore(fleet, id) for id in range(3)]
     for vcpu in vcpus:
-        vcpu.tell(EVERYTHING)
+        vcpu.subscribe(EVERYTHING)
         for time in (1, 2, 3):
             account(vcpu, now=time)
     records = conftest.drained(fleet, vcpus[1])
@@ -293,7 +293,7 @@ def test_records_of_one_vcpu_can_be_drained_alone(fleet):
 def test_vcpu_that_goes_takes_its_records_along_and_nobody_elses(fleet, dying):
     vcpus = [VcpuCore(fleet, id) for id in range(3)]
     for vcpu in vcpus:
-        vcpu.tell(EVERYTHING)
+        vcpu.subscribe(EVERYTHING)
         account(vcpu)
     vcpus.pop(dying).close()
     left = sorted({0, 1, 2} - {dying})
@@ -310,7 +310,7 @@ def test_in_any_order_of_work_every_told_record_comes_once(steps):
     vcpus = {slot: VcpuCore(fleet, slot) for slot in range(4)}
     waiting = dict.fromkeys(range(4), 0)
     for vcpu in vcpus.values():
-        vcpu.tell(EVERYTHING)
+        vcpu.subscribe(EVERYTHING)
     for step, slot in [*steps, ("drain", 0)]:
         if step == "tell":
             account(vcpus[slot])
@@ -318,7 +318,7 @@ def test_in_any_order_of_work_every_told_record_comes_once(steps):
         elif step == "renew":
             vcpus[slot].close()
             vcpus[slot] = VcpuCore(fleet, slot)
-            vcpus[slot].tell(EVERYTHING)
+            vcpus[slot].subscribe(EVERYTHING)
             waiting[slot] = 0
         elif step == "active":
             assert set(fleet.active()) <= set(vcpus)
@@ -749,12 +749,12 @@ def test_no_descriptor_left_for_the_eventfd_says_which_limit_to_raise(monkeypatc
 
 def test_no_memory_for_a_ring_says_which_limit_to_raise(vcpu, monkeypatch):
     class NoMaps:
-        orc_vcpu_tell = staticmethod(lambda *_: -errno.ENOMEM)
+        orc_vcpu_subscribe = staticmethod(lambda *_: -errno.ENOMEM)
 
     with monkeypatch.context() as patch:
         patch.setattr(core_module, "lib", NoMaps)
         with pytest.raises(ResourceLimit, match=r"vm\.max_map_count") as caught:
-            vcpu.tell(EVERYTHING)
+            vcpu.subscribe(EVERYTHING)
     assert caught.value.errno == errno.ENOMEM
 
 
@@ -770,12 +770,12 @@ def test_ring_is_mapped_for_the_first_who_wants_to_be_told_and_goes_with_its_vcp
     before = address_space()
     for vcpu in vcpus:
         account(vcpu)
-        vcpu.tell(0)
+        vcpu.subscribe(0)
     assert address_space() - before < many * ring // 2
     for vcpu in vcpus:
-        vcpu.tell(EVERYTHING)
-        vcpu.tell(0)
-        vcpu.tell(EVERYTHING)
+        vcpu.subscribe(EVERYTHING)
+        vcpu.subscribe(0)
+        vcpu.subscribe(EVERYTHING)
     assert many * ring <= address_space() - before < many * ring * 3 // 2
     for vcpu in vcpus:
         vcpu.close()

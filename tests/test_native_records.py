@@ -14,14 +14,14 @@ from orchestra.native import ffi, records
 from orchestra.native.core import REASON_NAMES, REASON_NUMBERS
 from orchestra.native.records import (
     BUS_LOCK,
+    EVENT_BUS_LOCK,
     GUEST_MODE,
     RECORD_SIZE,
     SMM,
-    TELL_BUS_LOCK,
     build,
     decode,
     decode_all,
-    told_mask,
+    event_mask,
     unpack,
 )
 
@@ -203,30 +203,30 @@ def bits(mask: int) -> set[int]:
 
 
 def test_nobody_listening_needs_nothing_told():
-    assert told_mask(()) == 0
+    assert event_mask(()) == 0
 
 
 @pytest.mark.parametrize("name", sorted(set(REASONS) - {"x86_bus_lock"}))
 def test_one_kind_needs_its_reason_only(name):
-    assert told_mask((REASONS[name][0],)) == 1 << REASON_NUMBERS[name]
+    assert event_mask((REASONS[name][0],)) == 1 << REASON_NUMBERS[name]
 
 
 def test_bus_lock_needs_its_reason_and_every_exit_with_the_flag():
-    assert told_mask((exits.BusLock,)) == 1 << REASON_NUMBERS["x86_bus_lock"] | TELL_BUS_LOCK
+    assert event_mask((exits.BusLock,)) == 1 << REASON_NUMBERS["x86_bus_lock"] | EVENT_BUS_LOCK
 
 
 def test_other_exits_need_all_reasons_without_a_type():
-    assert bits(told_mask((exits.OtherExit,))) == set(range(63)) - set(REASON_NAMES)
+    assert bits(event_mask((exits.OtherExit,))) == set(range(63)) - set(REASON_NAMES)
 
 
 def test_any_exit_needs_everything():
-    assert bits(told_mask((exits.Exit,))) == set(range(64))
+    assert bits(event_mask((exits.Exit,))) == set(range(64))
 
 
 @given(st.lists(st.sampled_from([exits.OtherExit, *(kind for kind, *_ in REASONS.values())])))
 def test_several_kinds_need_what_each_of_them_needs(kinds):
-    alone = functools.reduce(operator.or_, (told_mask((kind,)) for kind in kinds), 0)
-    assert told_mask(tuple(kinds)) == alone
+    alone = functools.reduce(operator.or_, (event_mask((kind,)) for kind in kinds), 0)
+    assert event_mask(tuple(kinds)) == alone
 
 
 def test_program_that_makes_a_record_with_an_unknown_name_hears_of_it():

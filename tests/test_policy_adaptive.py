@@ -90,7 +90,7 @@ def test_an_action_tells_what_hurt_whom_and_what_it_did():
         "rate": 1000,
         "share": 1,
         "floor": 10,
-        "launch": 1,
+        "generation": 1,
     }
 
 
@@ -205,10 +205,10 @@ def test_one_that_goes_idle_is_not_told_anything_and_comes_back_to_the_common_le
 def test_another_vm_of_the_name_starts_without_a_limit():
     policy = adaptive()
     policy.decide(facts(0.1, busy("a", 1000), host=HostFacts(cpu_pressure=1.0)))
-    assert policy.decide(facts(0.2, busy("a", 0, launch=2), host=HostFacts(cpu_pressure=0.4))) == []
+    assert policy.decide(facts(0.2, busy("a", 0, generation=2), host=HostFacts(cpu_pressure=0.4))) == []
     assert policy.level is None
-    (action,) = policy.decide(facts(0.3, busy("a", 800, launch=2), host=HostFacts(cpu_pressure=1.0)))
-    assert (action.vm, action.evidence["launch"]) == ("a", 2)
+    (action,) = policy.decide(facts(0.3, busy("a", 800, generation=2), host=HostFacts(cpu_pressure=1.0)))
+    assert (action.vm, action.evidence["generation"]) == ("a", 2)
 
 
 def test_exits_are_another_meter():

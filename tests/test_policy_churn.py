@@ -79,8 +79,8 @@ class Fleet:
         gone, self.gone = tuple(self.gone), []
         facts = Facts(self.time, TICK, Limit(rate=1000), None, {"t": Tenant("t")}, told, host, gone)
         for action in self.policy.decide(facts):
-            if action.vm is not None and action.launch is not None:
-                assert action.launch == self.vms[action.vm], action
+            if action.vm is not None and action.generation is not None:
+                assert action.generation == self.vms[action.vm], action
             if isinstance(action, Throttle) and not isinstance(self.policy, StaticLimits | BurstCredits):
                 assert action.limit.tokens >= 2, action  # or one that keeps to it would wait
 

@@ -83,8 +83,8 @@ def test_it_hears_of_the_others_apart_from_those_it_may_hold():
 def suffers(tick: int, victim: str, delay: float, rate: int = 0) -> Facts:
     """A noisy VM, and one that has to wait for a CPU."""
     vms = [
-        VmFacts("noisy", "a", 1.0, 1, 100, 100, 0.0, launch=1, cpu=0.05, run_delay=0.0),
-        VmFacts(victim, "a", 1.0, 1, rate, rate, 0.0, launch=2, cpu=0.05, run_delay=delay),
+        VmFacts("noisy", "a", 1.0, 1, 100, 100, 0.0, generation=1, cpu=0.05, run_delay=0.0),
+        VmFacts(victim, "a", 1.0, 1, rate, rate, 0.0, generation=2, cpu=0.05, run_delay=delay),
     ]
     return Facts(tick * SECOND // 10, 0.1, None, None, {}, {vm.name: vm for vm in vms})
 

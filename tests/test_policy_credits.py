@@ -13,8 +13,10 @@ from orchestra.model.spec import Limit, Meter
 from orchestra.policy import BurstCredits, Facts, Policy, VmFacts
 
 
-def facts(time: float, *vms: tuple[str, int], launch: int = 1, throttled: float = 0.0, interval: float = 0.1) -> Facts:
-    told = {name: VmFacts(name, "default", 1.0, 1, used, used, throttled, launch) for name, used in vms}
+def facts(
+    time: float, *vms: tuple[str, int], generation: int = 1, throttled: float = 0.0, interval: float = 0.1
+) -> Facts:
+    told = {name: VmFacts(name, "default", 1.0, 1, used, used, throttled, generation) for name, used in vms}
     return Facts(round(time * SECOND), interval, None, None, {}, told)
 
 
@@ -81,7 +83,7 @@ def test_telling_changes_no_limit():
 def test_launching_anew_under_the_same_name_earns_nothing():
     policy = BurstCredits(10, 1000)
     policy.decide(facts(0.1, ("a", 900)))
-    first, then = policy.decide(facts(0.2, ("a", 50), launch=2))
+    first, then = policy.decide(facts(0.2, ("a", 50), generation=2))
     assert policy.balance("a") == pytest.approx(1000 - 900 + 1 - 50 + 1, abs=1.1)
     assert first.limit.burst == policy.balance("a")
     assert then.limit.burst == 1000
@@ -115,7 +117,7 @@ def test_an_account_of_one_that_is_gone_is_closed_when_it_has_earned_back_what_i
     policy.decide(facts(0.1, ("a", 500), ("b", 0)))
     policy.decide(attrs.evolve(facts(0.2), gone=(("a", 1), ("b", 1), ("never-seen", 1))))
     assert list(policy.balances) == ["a"]
-    first, *_ = policy.decide(facts(10, ("a", 10), launch=2))
+    first, *_ = policy.decide(facts(10, ("a", 10), generation=2))
     assert first.limit.burst == pytest.approx(1000 - 500 + 10 * 10 - 10, abs=1.1)  # launching anew earns nothing
     policy.decide(attrs.evolve(facts(11), gone=(("a", 1),)))  # of old; there is another now
     policy.decide(attrs.evolve(facts(12), gone=(("a", 2),)))

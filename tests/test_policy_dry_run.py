@@ -41,7 +41,7 @@ def both(policies, guests, seconds: float, guard: Guard = GUARD, **more: object)
     real = World(policies(), guests(), guard=attrs.evolve(guard), **more).run(seconds)  # type: ignore[arg-type]  # passed through
     dry = World(policies(), guests(), guard=attrs.evolve(guard, dry_run=True), **more).run(seconds)  # type: ignore[arg-type]  # passed through
     assert dry.actions == []
-    return real.actions, dry.rehearsed
+    return real.actions, dry.dry_actions
 
 
 def plan(actions: list[tuple[float, Action]]) -> list[tuple[float, type, str | None]]:
@@ -118,53 +118,53 @@ def vm(name: str, locks: int | None = 100, **more: object) -> VmFacts:
 
 def test_nothing_decided_nothing_changed():
     seen = facts(vm("a"))
-    rehearsal = DryRun()
-    assert rehearsal.see(seen) is seen
-    rehearsal.apply(Warn(vm="a"), "p", 0)
-    assert rehearsal.see(seen) is seen
+    dry_run = DryRun()
+    assert dry_run.see(seen) is seen
+    dry_run.apply(Warn(vm="a"), "p", 0)
+    assert dry_run.see(seen) is seen
 
 
 @pytest.mark.parametrize("out", [Pause(vm="a"), Evict(vm="a"), Stop(vm="a")], ids=lambda action: type(action).__name__)
 def test_who_would_be_out_is_not_there_until_it_is_another(out):
-    rehearsal = DryRun()
-    rehearsal.apply(out, "p", 0)
-    assert set(rehearsal.see(facts(vm("a"), vm("b"))).vms) == {"b"}
-    rehearsal.forget("a")
-    assert set(rehearsal.see(facts(vm("a"), vm("b"))).vms) == {"a", "b"}
+    dry_run = DryRun()
+    dry_run.apply(out, "p", 0)
+    assert set(dry_run.see(facts(vm("a"), vm("b"))).vms) == {"b"}
+    dry_run.forget("a")
+    assert set(dry_run.see(facts(vm("a"), vm("b"))).vms) == {"a", "b"}
 
 
 def test_a_throttle_shows_what_it_would_let_through_and_the_wait():
-    rehearsal = DryRun()
-    rehearsal.apply(Throttle(vm="a", limit=Limit(rate=20, burst=2)), "p", 0)
-    shown = [rehearsal.see(facts(vm("a", cpu=0.5, work=10.0, run_delay=0.1), vm("b"))).vms["a"] for _ in range(2)]
+    dry_run = DryRun()
+    dry_run.apply(Throttle(vm="a", limit=Limit(rate=20, burst=2)), "p", 0)
+    shown = [dry_run.see(facts(vm("a", cpu=0.5, work=10.0, run_delay=0.1), vm("b"))).vms["a"] for _ in range(2)]
     assert [one.bus_locks for one in shown] == [22, 20]
     assert shown[1] == vm("a", 20, exits=40, throttled=0.8, cpu=0.1, work=2.0, run_delay=pytest.approx(0.02))
-    rehearsal.let_go("p")
-    assert rehearsal.see(facts(vm("a"))).vms["a"] == vm("a")
+    dry_run.let_go("p")
+    assert dry_run.see(facts(vm("a"))).vms["a"] == vm("a")
 
 
 def test_what_is_decided_shows_from_then_on():
-    rehearsal = DryRun()
-    rehearsal.apply(Pause(vm="a"), "p", SECOND)
-    assert set(rehearsal.see(facts(vm("a"))).vms) == {"a"}  # of the second before
-    assert set(rehearsal.see(attrs.evolve(facts(vm("a")), time=2 * SECOND)).vms) == set()
+    dry_run = DryRun()
+    dry_run.apply(Pause(vm="a"), "p", SECOND)
+    assert set(dry_run.see(facts(vm("a"))).vms) == {"a"}  # of the second before
+    assert set(dry_run.see(attrs.evolve(facts(vm("a")), time=2 * SECOND)).vms) == set()
 
 
 def test_a_cap_holds_back_who_uses_more():
-    rehearsal = DryRun()
-    rehearsal.apply(CapCpu(vm="a", share=0.25), "p", 0)
-    assert rehearsal.see(facts(vm("a", cpu=0.2))).vms["a"] == vm("a", cpu=0.2)
-    assert rehearsal.see(facts(vm("a", None, cpu=1.0))).vms["a"] == vm("a", None, cpu=0.25, exits=50, capped=0.75)
-    rehearsal.apply(CapCpu(vm="a", share=None), "p", 0)
-    assert rehearsal.see(facts(vm("a", cpu=1.0))).vms["a"] == vm("a", cpu=1.0)
+    dry_run = DryRun()
+    dry_run.apply(CapCpu(vm="a", share=0.25), "p", 0)
+    assert dry_run.see(facts(vm("a", cpu=0.2))).vms["a"] == vm("a", cpu=0.2)
+    assert dry_run.see(facts(vm("a", None, cpu=1.0))).vms["a"] == vm("a", None, cpu=0.25, exits=50, capped=0.75)
+    dry_run.apply(CapCpu(vm="a", share=None), "p", 0)
+    assert dry_run.see(facts(vm("a", cpu=1.0))).vms["a"] == vm("a", cpu=1.0)
 
 
 def test_a_limit_of_the_host_is_told_as_one():
-    rehearsal = DryRun()
-    rehearsal.apply(Throttle(limit=Limit(rate=10)), "p", 0)
-    assert rehearsal.see(facts()).limit == Limit(rate=10)
-    assert rehearsal.see(facts(limit=Limit(rate=5))).limit == Limit(rate=5)
-    assert [one.bus_locks for one in rehearsal.see(facts(vm("a", 30), vm("b", 10))).vms.values()] == [8, 3]
+    dry_run = DryRun()
+    dry_run.apply(Throttle(limit=Limit(rate=10)), "p", 0)
+    assert dry_run.see(facts()).limit == Limit(rate=10)
+    assert dry_run.see(facts(limit=Limit(rate=5))).limit == Limit(rate=5)
+    assert [one.bus_locks for one in dry_run.see(facts(vm("a", 30), vm("b", 10))).vms.values()] == [8, 3]
 
 
 # ---- in a fleet

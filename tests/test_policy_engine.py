@@ -19,7 +19,7 @@ from orchestra.backend.scripted import hlt
 from orchestra.config import PolicyRule, Rules
 from orchestra.journal import Journal, read_journal
 from orchestra.model.actions import Action, Applied
-from orchestra.model.effects import Holdings
+from orchestra.model.effects import ActionsInForce
 from orchestra.policy.engine import PENDING, Done, PolicyEngine
 from orchestra.replay import replay
 from orchestra.simulate import Scenario
@@ -212,11 +212,11 @@ def test_other_policies_keep_their_state_and_what_went_is_let_go(world):
     kept, gone, new = Does(name="kept"), Does([orc.Throttle(vm="a", limit=LIMIT)], name="gone"), Does(name="new")
     made = engine(world, kept, gone)
     run(made, world, 1)
-    holdings = Holdings()
+    in_force = ActionsInForce()
     for policy, action in world.done:
-        holdings.note(action, policy)
+        in_force.note(action, policy)
     state = made.states[0]
-    made.set_policies([new, kept], None, round(1.5 * SECOND), holdings)
+    made.set_policies([new, kept], None, round(1.5 * SECOND), in_force)
     assert made.states[1] is state
     assert [one.order for one in made.states] == [0, 1]
     policy, action = world.done[-1]
@@ -230,7 +230,7 @@ def test_a_policy_that_is_there_can_not_become_a_rehearsal(world):
     policy = Does()
     made = engine(world, policy)
     with pytest.raises(orc.SpecError, match="was no rehearsal so far"):
-        made.set_policies([policy], orc.Guard(dry_run=True), 0, Holdings())
+        made.set_policies([policy], orc.Guard(dry_run=True), 0, ActionsInForce())
     assert [state.name for state in made.states] == ["does"]
 
 

@@ -390,9 +390,9 @@ def test_what_is_remembered_does_not_grow_without_end(monkeypatch):
         assert judge(guard, Pause(vm=f"v{n}"), n).action
         assert judge(guard, Resume(vm=f"v{n}"), n).action
         guard.failed(judge(guard, Warn(vm=f"v{n}"), n), n * SECOND)
-    books = guard._books
-    assert max(len(books.hard), len(books.let), len(books.recent), len(guard._failures)) <= 121
-    assert books.held == {}
+    records = guard._records
+    assert max(len(records.hard), len(records.let), len(records.recent), len(guard._failures)) <= 121
+    assert records.held == {}
 
 
 # ---- no policy starves anybody ------------------------------------------------------------------------------------

@@ -247,7 +247,7 @@ def test_what_is_remembered_stays_bounded():
         draw = random.Random(1)
         for n in range(hours * 360):
             vms = [
-                attrs.evolve(VICTIM, name=f"v{i}", launch=n // churn, cpu=10.0, work=draw.uniform(50, 100))
+                attrs.evolve(VICTIM, name=f"v{i}", generation=n // churn, cpu=10.0, work=draw.uniform(50, 100))
                 for i in range(3)
             ]
             host = HostFacts(lock_ns=draw.uniform(10, 30), memory_ns=draw.uniform(50, 100))

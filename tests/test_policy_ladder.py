@@ -49,14 +49,14 @@ class Stairs:
         self.rungs: list[Rung] = []
 
     def tick(
-        self, rate: float = 0.0, launch: int = 1, others: tuple[VmFacts, ...] = (), **more: object
+        self, rate: float = 0.0, generation: int = 1, others: tuple[VmFacts, ...] = (), **more: object
     ) -> list[Action]:
         self.now += TICK
         host = more.pop("host", HostFacts())
         vms = {vm.name: vm for vm in others}
         if rate or more:
             count = round(rate * TICK)
-            vm = VmFacts(self.name, "default", 1.0, 1, count, count, 0.0, launch)
+            vm = VmFacts(self.name, "default", 1.0, 1, count, count, 0.0, generation)
             vms[self.name] = attrs.evolve(vm, **more)  # type: ignore[arg-type]  # passed through
         told = self.ladder.decide(Facts(round(self.now * SECOND), TICK, None, None, {}, vms, host))  # type: ignore[arg-type]  # checked above
         self.actions += [(self.now, action) for action in told]
@@ -209,9 +209,9 @@ def test_who_is_let_go_by_somebody_else_is_not_taken_for_paused():
 def test_another_vm_of_the_name_starts_at_the_bottom():
     stairs = Stairs(Ladder(STEPS))
     stairs.climb("isolate")
-    (action,) = stairs.tick(500, launch=2)
+    (action,) = stairs.tick(500, generation=2)
     assert isinstance(action, Warn)
-    assert action.evidence["launch"] == 2
+    assert action.evidence["generation"] == 2
 
 
 def test_a_step_that_was_refused_was_not_taken():

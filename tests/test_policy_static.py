@@ -96,7 +96,7 @@ def test_another_vm_of_the_name_does_not_wait_for_what_was_refused_to_the_one_be
     policy = StaticLimits({"web": TEN})
     (action,) = policy.decide(facts("web"))
     policy.refused(action, "too many")
-    again = attrs.evolve(facts("web", time=0.1), vms={"web": attrs.evolve(facts("web").vms["web"], launch=2)})
+    again = attrs.evolve(facts("web", time=0.1), vms={"web": attrs.evolve(facts("web").vms["web"], generation=2)})
     assert by_vm(policy.decide(again)) == {"web": TEN}
 
 
@@ -118,7 +118,7 @@ def test_names_of_long_gone_vms_are_not_kept_for_ever() -> None:
     policy.decide(facts("old", "kept"))
     gone = attrs.evolve(facts("kept", "new"), gone=(("old", 0), ("never-seen", 3)))
     assert by_vm(policy.decide(gone)) == {"new": TEN}
-    assert len(policy._launches) == 2
+    assert len(policy._generations) == 2
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,7 @@ async def test_what_the_journal_keeps_names_the_same(backend, tmp_path):
         assert vm._control.guest is not None
         with Journal(path) as journal:
             journal.begin(fleet.now(), "kvm", fleet.bus_lock_detection)
-            journal.profile(fleet.now(), vm.name, vm.launch, vm._control.guest.cores.profile_rows())
+            journal.profile(fleet.now(), vm.name, vm.generation, vm._control.guest.cores.profile_rows())
         assert vm._control.guest.cores.profile_rows() == []
     with read_journal(path) as reader:
         rows = [(r.rip, r.mode, r.cpl, r.space, r.samples, r.weight, r.code) for r in reader.profiles(vm=vm.name)]

@@ -216,9 +216,9 @@ def test_policies_are_told_who_has_ended_and_not_of_one_that_is_started_again(af
     afternoon.state("a", "stopped")
     afternoon.state("b", "running", reason="restarted")
     afternoon.second(vm("a", 5), vm("b", 2))
-    afternoon.second(vm("a", 7, launch=2))
+    afternoon.second(vm("a", 7, generation=2))
     afternoon.second()
-    afternoon.state("a", "failed", launch=2)
+    afternoon.state("a", "failed", generation=2)
     for _ in range(2):
         afternoon.second()
     replayed(afternoon, only_with(Listens()))
@@ -440,7 +440,7 @@ def row(locks: int | None = 0, name: str = "a", **more: object) -> orc.VmFacts:
         ([row(100, capped=0.75)], 400),
         ([row(5000), row(100, throttled=0.9)], 100 + 0.9 * 5000),  # it would have done as when it was free
         ([row(5000), row(3), row(3, throttled=0.5)], 6),  # it had calmed down before it was held
-        ([row(5000, launch=1), row(100, launch=2, throttled=0.5)], 200),  # that was another
+        ([row(5000, generation=1), row(100, generation=2, throttled=0.5)], 200),  # that was another
         ([row(10, throttled=1.0)], 10 + 0.99 * 1000),  # no more than a hundred times as much
         ([row(0, throttled=1.0)], 0),
         ([row(5000, throttled=0.02), row(100, throttled=0.9)], 100 + 0.9 * 5000 / 0.98),  # as good as free

@@ -291,14 +291,14 @@ def test_a_changed_limit_keeps_what_was_left_as_in_the_core():
     world.step()
     spent = world.locks[0]  # 1000 of the burst and of the rate's tokens: some of the burst is left
     assert spent == pytest.approx(1000)
-    world.holds.apply(0, "p", SetLimit(vm="g0-0", limit=Limit(rate=10, burst=500, max_delay=None)), world.now)
+    world.enforcement.apply(0, "p", SetLimit(vm="g0-0", limit=Limit(rate=10, burst=500, max_delay=None)), world.now)
     for _ in range(5):
         world.step()
     assert world.locks[0] - spent == pytest.approx(100 + 10 * 5)  # what was left of the first burst, not a new one
-    world.holds.apply(0, "p", SetLimit(vm="g0-0", limit=None), world.now)
+    world.enforcement.apply(0, "p", SetLimit(vm="g0-0", limit=None), world.now)
     world.step()
     assert world.locks[0] == pytest.approx(1150 + 1000)
-    world.holds.apply(0, "p", SetLimit(vm="g0-0", limit=Limit(rate=10, burst=500, max_delay=None)), world.now)
+    world.enforcement.apply(0, "p", SetLimit(vm="g0-0", limit=Limit(rate=10, burst=500, max_delay=None)), world.now)
     world.step()
     assert world.locks[0] == pytest.approx(2150 + 10 + 10)  # of the rate before it and since, and no new burst
 

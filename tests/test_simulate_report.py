@@ -239,8 +239,8 @@ def test_progress_on_a_terminal_is_a_bar_for_each_world():
     out = io.StringIO()
     with Progress(Console(file=out, force_terminal=True, width=80)) as bars:
         for label in ("with policies", "without policies"):
-            bars.tell(label, 0, 10)
-            bars.tell(label, 10, 10)
+            bars.show(label, 0, 10)
+            bars.show(label, 10, 10)
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())
     assert re.search(r"without policies\s+\S+\s+100 %", shown)
 
@@ -248,5 +248,5 @@ def test_progress_on_a_terminal_is_a_bar_for_each_world():
 def test_progress_elsewhere_is_a_line_for_each_quarter(capsys):
     with _Lines() as lines:
         for done in range(101):
-            lines.tell("world", done, 100)
+            lines.show("world", done, 100)
     assert capsys.readouterr().err.splitlines() == [f"world: {part} %" for part in (0, 25, 50, 75, 100)]

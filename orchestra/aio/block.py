@@ -47,7 +47,7 @@ class Block(AbstractAsyncContextManager[U], Generic[T, U]):
 
     async def _hold(self) -> None:
         async with self._manager() as inner:
-            self._bridge.tell(self._enter, inner)
+            self._bridge.notify(self._enter, inner)
             await self._leave.wait()
 
     def _enter(self, inner: T) -> None:

@@ -122,7 +122,7 @@ class Call(Generic[T]):
             if _only_cancelled(raised):
                 return  # not cancelled by this scope, so the run is ending: `Bridge.over` knows why
             error = raised
-        self._bridge.tell(self.finish, error, self._scope.cancelled_caught)
+        self._bridge.notify(self.finish, error, self._scope.cancelled_caught)
 
     def finish(self, error: BaseException | None, unwound: bool = False) -> None:
         self.error = error
@@ -176,7 +176,7 @@ class Bridge(abc.ABC):
         """Run a function soon in the trio run. Nothing happens if the run has ended."""
 
     @abc.abstractmethod
-    def tell(self, function: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
+    def notify(self, function: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
         """Run a function on the loop's thread. Called from the trio run."""
 
     @abc.abstractmethod

@@ -39,11 +39,11 @@ async def ask(bridge: Bridge, function: Callable[..., Awaitable[T]], *args: obje
         for task in tasks:
             task.cancel()
 
-    bridge.tell(start)
+    bridge.notify(start)
     try:
         await done.wait()
     except trio.Cancelled:
-        bridge.tell(cancel)
+        bridge.notify(cancel)
         with trio.CancelScope(shield=True):
             await done.wait()
         raise

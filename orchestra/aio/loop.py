@@ -105,7 +105,7 @@ class LoopBridge(Bridge):
         if not self.ended.is_set:
             function()
 
-    def tell(self, function: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
+    def notify(self, function: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
         function(*args, **kwargs)
         self._stay_awake()
 

@@ -46,7 +46,7 @@ class ThreadBridge(Bridge):
             trio.run(self._main)
         except BaseException as error:
             failure = error
-        self.tell(self._done, failure)
+        self.notify(self._done, failure)
 
     def _done(self, failure: BaseException | None) -> None:
         self._ready.set()
@@ -54,7 +54,7 @@ class ThreadBridge(Bridge):
 
     async def _main(self) -> None:
         self._token = trio.lowlevel.current_trio_token()
-        self.tell(self._ready.set)
+        self.notify(self._ready.set)
         await self._stop.wait()
 
     async def release(self) -> None:
@@ -80,7 +80,7 @@ class ThreadBridge(Bridge):
             except trio.RunFinishedError:
                 pass
 
-    def tell(self, function: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
+    def notify(self, function: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
         try:
             self.loop.call_soon_threadsafe(partial(function, *args, **kwargs))
         except RuntimeError:

@@ -47,7 +47,7 @@ def demo(plan: Plan, *, as_json: bool, plain: bool, plot: Path | None) -> int:
             audience = LiveTable()
         story = Story(staged, audience)
         with audience:
-            number = trio.run(until_interrupted, story.tell)
+            number = trio.run(until_interrupted, story.play)
             result = story.result
             if result is not None:
                 audience.ending(result)

@@ -25,7 +25,7 @@ class NotSeen(OrchestraError):
 
 
 def profile_of(journal: JournalReader, vm: str, symbols: Sequence[Symbols] = (), last: float | None = None) -> Profile:
-    """What a journal has of a VM, of all its launches.
+    """What a journal has of a VM, of all its generations.
 
     Parameters:
         last: only the last so many seconds of the journal.

@@ -72,9 +72,9 @@ def journal(
             found = list(found)
         if csv is not None:
             with open(csv, "w", newline="") as file:
-                _told(csv, write_csv(kind, found, file))
+                _report(csv, write_csv(kind, found, file))
         if parquet is not None:
-            _told(parquet, write_parquet(kind, found, parquet))
+            _report(parquet, write_parquet(kind, found, parquet))
         if as_json:
             _json(wanted.table, found)
         elif csv is None and parquet is None:
@@ -82,7 +82,7 @@ def journal(
     return 0
 
 
-def _told(path: Path, count: int) -> None:
+def _report(path: Path, count: int) -> None:
     print(f"orchestra: wrote {count} row{'s' * (count != 1)} to {path}", file=sys.stderr)
 
 
@@ -132,7 +132,7 @@ def _action(row: ActionRow) -> str:
 def _figures(row: Any) -> Iterator[str]:
     for field in attrs.fields(type(row)):
         value = getattr(row, field.name)
-        if field.name in ("session", "time", "launch", "weight") or value is None:
+        if field.name in ("session", "time", "generation", "weight") or value is None:
             continue
         if field.name == "vm":
             yield f"{value}:"

@@ -220,7 +220,7 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self._bars.stop()
 
-    def tell(self, label: str, done: int, of: int) -> None:
+    def show(self, label: str, done: int, of: int) -> None:
         if label not in self._parts:
             self._parts[label] = self._bars.add_task(label, total=of)
         self._bars.update(self._parts[label], completed=done)

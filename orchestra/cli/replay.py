@@ -40,7 +40,7 @@ def replay(
     text = rules.read_bytes()
     parse_rules(text, str(rules))  # what is wrong with them is told before anything else is
     with read_journal(journal) as reader, audience() as watching:
-        result = run(reader, lambda: parse_rules(text, str(rules)), since=since, until=until, progress=watching.tell)
+        result = run(reader, lambda: parse_rules(text, str(rules)), since=since, until=until, progress=watching.show)
     if plot is not None and draw is not None:
         draw(result, plot)
         print(f"orchestra: wrote {plot}", file=sys.stderr)

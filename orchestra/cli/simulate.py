@@ -21,14 +21,14 @@ class _Audience(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
-    def tell(self, label: str, done: int, of: int) -> None: ...
+    def show(self, label: str, done: int, of: int) -> None: ...
 
 
 class _Lines:
     """Progress where there is no terminal: a line for each quarter of each world."""
 
     def __init__(self) -> None:
-        self._told: tuple[str, int] = ("", -1)
+        self._shown: tuple[str, int] = ("", -1)
 
     def __enter__(self) -> _Lines:
         return self
@@ -36,10 +36,10 @@ class _Lines:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def tell(self, label: str, done: int, of: int) -> None:
+    def show(self, label: str, done: int, of: int) -> None:
         quarter = 4 * done // max(of, 1)
-        if (label, quarter) != self._told:
-            self._told = (label, quarter)
+        if (label, quarter) != self._shown:
+            self._shown = (label, quarter)
             print(f"{label}: {25 * quarter} %", file=sys.stderr, flush=True)
 
 
@@ -60,7 +60,7 @@ def simulate(scenario: Path, *, seed: int | None, html: Path | None, as_json: bo
 
     asked = read_scenario(scenario)
     with audience() as watching:
-        result = simulate(asked, seed=seed, progress=watching.tell)
+        result = simulate(asked, seed=seed, progress=watching.show)
     if html is not None and draw is not None:
         html.write_text(draw(result))
         print(f"orchestra: wrote {html}", file=sys.stderr)

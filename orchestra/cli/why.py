@@ -44,22 +44,22 @@ def why(vm: str, journal: Path, *, at: int | None, window: float, as_json: bool,
         draw = _artist()
         check_target("--plot", plot, ".svg")
     with read_journal(journal) as reader:
-        told = explain(reader, vm, at, seconds=window)
-        from_ = max(told.since, told.launched or told.since)
+        explained = explain(reader, vm, at, seconds=window)
+        from_ = max(explained.since, explained.launched or explained.since)
         if (span := reader.span()) is not None:
             from_ = max(from_, span[0])
         # Of one that is gone nothing is idle; its last interval ends a moment after it has.
-        end = min(told.at, max(told.until, told.covered.end)) if told.gone else told.at
+        end = min(explained.at, max(explained.until, explained.covered.end)) if explained.gone else explained.at
         from_ = min(from_, end)
         until = max(end, from_ + WIDE)
         bins = series(reader, vm, from_, until, WIDE)
         if plot is not None and draw is not None:
-            draw(told, series(reader, vm, from_, until, 300), plot)
+            draw(explained, series(reader, vm, from_, until, 300), plot)
             print(f"orchestra: wrote {plot}", file=sys.stderr)
     if as_json:
-        print(json.dumps(document(told, bins)))
+        print(json.dumps(document(explained, bins)))
         return 0
-    print(textwrap.fill(printable(" ".join(sentences(told))), 100))
+    print(textwrap.fill(printable(" ".join(sentences(explained))), 100))
     print()
     blocks = (sys.stdout.encoding or "").lower().startswith("utf")
     print(*sparklines(bins, from_, end, BARS if blocks else PLAIN), sep="\n")
@@ -72,15 +72,15 @@ def _artist() -> Callable[[Explanation, Sequence[Bin], Path], None]:
     return draw
 
 
-def document(told: Explanation, bins: Sequence[Bin]) -> dict[str, Any]:
+def document(explained: Explanation, bins: Sequence[Bin]) -> dict[str, Any]:
     """For JSON."""
-    known: dict[str, Any] = encode(told)
+    known: dict[str, Any] = encode(explained)
     known["covered"].pop("hosts")  # what they say is in `host`
     return {
         **known,
-        "suspicion": suspicion_document(told.suspicion),
-        "text": " ".join(sentences(told)),
-        "time": iso(told.at),
+        "suspicion": suspicion_document(explained.suspicion),
+        "text": " ".join(sentences(explained)),
+        "time": iso(explained.at),
         "series": encode(bins),
     }
 
@@ -88,63 +88,66 @@ def document(told: Explanation, bins: Sequence[Bin]) -> dict[str, Any]:
 # ---- the paragraph --------------------------------------------------------------------------------------------------
 
 
-def sentences(told: Explanation) -> Iterator[str]:
+def sentences(explained: Explanation) -> Iterator[str]:
     """The answer: first what held it, by the counters; what can only be inferred comes after that, or not at all."""
-    yield from _state(told)
-    yield from unknown(told)
-    yield from held(told)
-    if told.seconds and not told.causes:
-        dry = [row for row in told.done if row.outcome == "dry-run"]
-        if not told.holds or told.gone:
-            yield f"Nothing held it{', and nothing was done to it' if not told.done else ''}{_when_partial(told)}." + (
-                " What was decided about it was a dry run." if dry and len(dry) == len(told.done) else ""
+    yield from _state(explained)
+    yield from unknown(explained)
+    yield from held(explained)
+    if explained.seconds and not explained.causes:
+        dry = [row for row in explained.done if row.outcome == "dry-run"]
+        if not explained.holds or explained.gone:
+            yield (
+                f"Nothing held it{'' if explained.done else ', and nothing was done to it'}{_when_partial(explained)}."
+                + (" What was decided about it was a dry run." if dry and len(dry) == len(explained.done) else "")
             )
-        elif all(hold.rate is not None for hold in told.holds):
-            yield f"Nothing held it{_when_partial(told)}."
-    yield from in_force(told)
-    yield from _fared(told)
-    yield from _host(told)
-    waits = [one.hold for cause in told.causes for one in cause.setters]
-    for hold in told.holds if told.ends is None else ():
+        elif all(hold.rate is not None for hold in explained.holds):
+            yield f"Nothing held it{_when_partial(explained)}."
+    yield from in_force(explained)
+    yield from _fared(explained)
+    yield from _host(explained)
+    waits = [one.hold for cause in explained.causes for one in cause.setters]
+    for hold in explained.holds if explained.ends is None else ():
         if hold.rate is None or hold in waits:
-            yield _ending(hold, told)
-    yield from _done(told)
-    if told.seconds and not any(hold.rate is None for hold in told.holds):
-        yield from verdict(told)
+            yield _ending(hold, explained)
+    yield from _done(explained)
+    if explained.seconds and not any(hold.rate is None for hold in explained.holds):
+        yield from verdict(explained)
 
 
-def _when_partial(told: Explanation) -> str:
-    when = window(told)
+def _when_partial(explained: Explanation) -> str:
+    when = window(explained)
     return "" if when.startswith("in its last") else f" {when}"
 
 
-def _state(told: Explanation) -> Iterator[str]:
-    of = f"{told.vm} of tenant {told.tenant}" if told.tenant else told.vm
-    when = day_and_time(told.at)
-    state = told.state
+def _state(explained: Explanation) -> Iterator[str]:
+    of = f"{explained.vm} of tenant {explained.tenant}" if explained.tenant else explained.vm
+    when = day_and_time(explained.at)
+    state = explained.state
     if state is None:
-        if told.begins is None:
+        if explained.begins is None:
             yield f"{of} at {when}:"
-    elif told.over is not None:
-        latest = " at the latest" if told.until < told.over else ""  # it was killed, and another one has begun
-        over = f"at {time_of_day(told.over, told.at)}{latest}"
+    elif explained.over is not None:
+        latest = (
+            " at the latest" if explained.until < explained.over else ""
+        )  # it was killed, and another one has begun
+        over = f"at {time_of_day(explained.over, explained.at)}{latest}"
         yield f"{of} was {state.state} before {when}; its fleet had gone by then, {over}."
     elif state.state in ENDED:
         why = f": {state.reason}" if state.reason else ""
-        yield f"{of} had ended at {when}: it {state.state} at {time_of_day(state.time, told.at)}{why}."
-    elif told.ends is not None:
-        since = time_of_day(state.time, told.at)
+        yield f"{of} had ended at {when}: it {state.state} at {time_of_day(state.time, explained.at)}{why}."
+    elif explained.ends is not None:
+        since = time_of_day(state.time, explained.at)
         yield f"{of} was {state.state} since {since} when the journal told of it last; of {when} it does not tell."
     else:
         why = f": it {state.reason}" if state.state == "waiting" else ""
-        yield f"{of} was {state.state} at {when}, since {time_of_day(state.time, told.at)}{why}."
+        yield f"{of} was {state.state} at {when}, since {time_of_day(state.time, explained.at)}{why}."
 
 
-def _fared(told: Explanation) -> Iterator[str]:
-    fared = told.fared
+def _fared(explained: Explanation) -> Iterator[str]:
+    fared = explained.fared
     if fared is None:
-        if told.seconds:
-            yield f"{capital(window(told))}, it did nothing that is counted."
+        if explained.seconds:
+            yield f"{capital(window(explained))}, it did nothing that is counted."
         return
     parts = [
         f"{_rate(fared)} and used {_known(fared.cpu)} s of CPU a second" if fared.cpu is not None else _rate(fared)
@@ -152,14 +155,15 @@ def _fared(told: Explanation) -> Iterator[str]:
     if fared.work is not None:
         parts.append(f"got {per_second(fared.work)} of its own work done a second")
     if fared.throttled >= 0.005:
-        parts.append(f"waited for its turn {fared.throttled:.0%} of its vCPUs' time")
+        parts.append(f"was throttled {fared.throttled:.0%} of its vCPUs' time")
     if fared.capped is not None and fared.capped >= 0.005:
         parts.append(f"was held by its CPU cap {fared.capped:.0%} of it")
     if fared.delayed is not None:
         parts.append(f"had to wait for a CPU {fared.delayed:.0%} of the time that it could have run")
-    yield f"{capital(window(told))} it {', '.join(parts[:-1]) + ', and ' + parts[-1] if len(parts) > 1 else parts[0]}."
-    if told.before is not None and told.before.bus_locks and fared.bus_locks is not None:
-        yield f"Before it was held it did up to {per_second(told.before.bus_locks)} bus locks/s."
+    listed = ", ".join(parts[:-1]) + ", and " + parts[-1] if len(parts) > 1 else parts[0]
+    yield f"{capital(window(explained))} it {listed}."
+    if explained.before is not None and explained.before.bus_locks and fared.bus_locks is not None:
+        yield f"Before it was held it did up to {per_second(explained.before.bus_locks)} bus locks/s."
 
 
 def _rate(fared: Fared) -> str:
@@ -174,15 +178,15 @@ def _known(value: float) -> str:
     return f"{value:.2g}"
 
 
-def _host(told: Explanation) -> Iterator[str]:
-    host = told.host
+def _host(explained: Explanation) -> Iterator[str]:
+    host = explained.host
     if host is None:
         return
     parts = []
     if host.bus_locks:
-        share = f", {host.share:.0%} of them by {told.vm}" if host.share is not None else ""
+        share = f", {host.share:.0%} of them by {explained.vm}" if host.share is not None else ""
         loudest = ""
-        if host.loudest is not None and host.loudest[0] != told.vm:
+        if host.loudest is not None and host.loudest[0] != explained.vm:
             loudest = f", most by {host.loudest[0]} ({per_second(host.loudest[1])}/s)"
         parts.append(f"all its VMs together made {per_second(host.bus_locks)} bus locks/s{share}{loudest}")
     if host.lock_ns is not None:
@@ -194,7 +198,7 @@ def _host(told: Explanation) -> Iterator[str]:
         yield f"On the host, {'; '.join(parts)}."
 
 
-def _ending(hold: Hold, told: Explanation) -> str:
+def _ending(hold: Hold, explained: Explanation) -> str:
     """What would end it, as far as the evidence tells how the policy thinks."""
     row, what = hold.action, {"Pause": "pause", "CapCpu": "cap", "Isolate": "isolation"}.get(hold.action.kind, "limit")
     evidence = row.evidence
@@ -208,8 +212,8 @@ def _ending(hold: Hold, told: Explanation) -> str:
         return "That limit was there from the fleet's beginning, and stays until somebody sets another."
     if row.policy is None or row.kind == "SetLimit":
         return f"That {what} stays until somebody takes it away."
-    if (error := next((one for one in told.off if one.policy == row.policy), None)) is not None:
-        since = time_of_day(error.time, told.at)
+    if (error := next((one for one in explained.off if one.policy == row.policy), None)) is not None:
+        since = time_of_day(error.time, explained.at)
         why = f"is switched off since {since} ({error.error})"
         return f"Policy {row.policy} {why}: that {what} stays until somebody ends it."
     if "step" in evidence:
@@ -236,13 +240,13 @@ def _ending(hold: Hold, told: Explanation) -> str:
     return f"Policy {row.policy} will end that {what} when it sees fit."
 
 
-def _done(told: Explanation) -> Iterator[str]:
-    held = {(hold.action.time, hold.action.kind) for hold in told.holds}
-    others = [row for row in told.done if (row.time, row.kind) not in held]
+def _done(explained: Explanation) -> Iterator[str]:
+    held = {(hold.action.time, hold.action.kind) for hold in explained.holds}
+    others = [row for row in explained.done if (row.time, row.kind) not in held]
     if not others:
         return
-    back = duration((told.at - told.since) / SECOND)
-    listed = "; ".join(_short(row, told.at) for row in others[-MOST_DONE:])
+    back = duration((explained.at - explained.since) / SECOND)
+    listed = "; ".join(_short(row, explained.at) for row in others[-MOST_DONE:])
     more = f" ({len(others)} times in all; `orchestra journal` has them)" if len(others) > MOST_DONE else ""
     yield f"Besides, in the {back} before: {listed}{more}."
 
@@ -262,7 +266,7 @@ def sparklines(bins: Sequence[Bin], since: int, at: int, bars: str) -> Iterator[
     for name, key, unit in (
         ("bus locks", "bus_locks", "/s"),
         ("exits", "exits", "/s"),
-        ("waits for its turn", "throttled", "%"),
+        ("throttled", "throttled", "%"),
         ("waits for a CPU", "queued", "%"),
         ("lock on the host", "lock_ns", " ns"),
     ):

@@ -28,17 +28,19 @@ SUFFERS: Final = {
 DOES: Final = {"bus_locks": "bus locks", "cpu": "CPU time"}
 
 
-def suspicion_document(told: Suspicion) -> dict[str, Any]:
+def suspicion_document(suspicion: Suspicion) -> dict[str, Any]:
     """For JSON."""
-    found = [{**encode(one), "share": one.share, "named": one.named, "very_likely": one.sure} for one in told.suspects]
-    return {**encode(told), "suspects": found}
+    found = [
+        {**encode(one), "share": one.share, "named": one.named, "very_likely": one.sure} for one in suspicion.suspects
+    ]
+    return {**encode(suspicion), "suspects": found}
 
 
-def verdict(told: Explanation) -> Iterator[str]:
+def verdict(explained: Explanation) -> Iterator[str]:
     """Of one that nothing held for long, by the counters: whether something else slows it, and who."""
-    if sum(cause.share for cause in told.causes) >= MUCH:
+    if sum(cause.share for cause in explained.causes) >= MUCH:
         return
-    fared, host = told.fared, told.host
+    fared, host = explained.fared, explained.host
     signals = ["work"]
     if fared is not None and fared.delayed is not None and fared.queued is not None and fared.queued >= MUCH:
         signals += ["run_delay", "cpu_pressure"]
@@ -46,22 +48,22 @@ def verdict(told: Explanation) -> Iterator[str]:
     if host is not None and host.lock_times is not None and host.lock_times >= SLOWER:
         signals += ["lock_ns", "memory_ns"]
         yield f"What crosses the memory bus takes {host.lock_times:.2g} times as long as in the calm."
-    named = [signal for signal in SUFFERS if signal in signals and told.suspicion.named(signal)]
+    named = [signal for signal in SUFFERS if signal in signals and explained.suspicion.named(signal)]
     for signal in named:
-        yield _blame(told, signal)
+        yield _blame(explained, signal)
     if not named and len(signals) > 1:
-        yield _no_blame(told)
+        yield _no_blame(explained)
     elif not named and fared is not None:
         unknown = _unknown(fared, host)
         but = f" ({unknown} not known here)" if unknown else ""
         yield (
-            f"Nothing {'else ' if told.causes else ''}that is known here slows it{but}: if it is slow, look inside the "
-            f"guest, and at the devices and tasks that answer it.{_asleep(told, fared)}"
+            f"Nothing {'else ' if explained.causes else ''}that is known here slows it{but}: if it is slow, look "
+            f"inside the guest, and at the devices and tasks that answer it.{_asleep(explained, fared)}"
         )
 
 
-def _asleep(told: Explanation, fared: Fared) -> str:
-    paused = sum(cause.share for cause in told.causes if cause.kind in ("pause", "waiting"))
+def _asleep(explained: Explanation, fared: Fared) -> str:
+    paused = sum(cause.share for cause in explained.causes if cause.kind in ("pause", "waiting"))
     asleep = 0.0 if fared.asleep is None else fared.asleep - paused
     if asleep < MUCH:
         return ""
@@ -74,33 +76,33 @@ def _whose(suspect: Suspect, victim: str) -> str:
     return f"{'its own' if suspect.vm == victim else suspect.vm + chr(39) + 's'} {DOES[suspect.activity]}"
 
 
-def _blame(told: Explanation, signal: str) -> str:
-    first, *others = told.suspicion.named(signal)
+def _blame(explained: Explanation, signal: str) -> str:
+    first, *others = explained.suspicion.named(signal)
     how = "very likely" if first.sure else "likely"
-    also = ", ".join(f"{_whose(one, told.vm)} ({one.correlation:.2f})" for one in others[:2])
+    also = ", ".join(f"{_whose(one, explained.vm)} ({one.correlation:.2f})" for one in others[:2])
     too = f"; {also} went up and down at the same times, and can't be told apart from it" if also else ""
     return (
-        f"Of the ups and downs of {SUFFERS[signal]}, {first.share:.0%} go along with {_whose(first, told.vm)} "
-        f"(correlation {first.correlation:.2f} over {_windows(told, first.windows)}: {how} no chance{too})."
+        f"Of the ups and downs of {SUFFERS[signal]}, {first.share:.0%} go along with {_whose(first, explained.vm)} "
+        f"(correlation {first.correlation:.2f} over {_windows(explained, first.windows)}: {how} no chance{too})."
     )
 
 
-def _no_blame(told: Explanation) -> str:
-    suspicion = told.suspicion
+def _no_blame(explained: Explanation) -> str:
+    suspicion = explained.suspicion
     if suspicion.windows < FEWEST:
-        some = _windows(told, suspicion.windows)
+        some = _windows(explained, suspicion.windows)
         return f"Who is behind it can't be told from {some}: that takes {FEWEST} at least."
     if not suspicion.suspects:
         return "Who is behind it can't be told: there were no ups and downs to compare."
     others = f"{suspicion.asked} other VM{'s' * (suspicion.asked != 1)}"
     return (
-        f"Who is behind it can't be told: over {_windows(told, suspicion.windows)}, what {others} did goes along with "
-        "it no more than chance would have it."
+        f"Who is behind it can't be told: over {_windows(explained, suspicion.windows)}, what {others} did goes along "
+        "with it no more than chance would have it."
     )
 
 
-def _windows(told: Explanation, count: int) -> str:
-    return f"{count} window{'s' * (count != 1)} of {duration(told.suspicion.seconds)}"
+def _windows(explained: Explanation, count: int) -> str:
+    return f"{count} window{'s' * (count != 1)} of {duration(explained.suspicion.seconds)}"
 
 
 def _unknown(fared: Fared, host: Surroundings | None) -> str:

@@ -27,49 +27,49 @@ def capital(text: str) -> str:
 # ---- what is known -----------------------------------------------------------------------------------------------
 
 
-def window(told: Explanation) -> str:
+def window(explained: Explanation) -> str:
     """The time that the figures are about."""
-    until = told.until if told.gone else told.at
-    if abs(told.end - until) < SECOND and not inner_gaps(told):
-        whole = abs(told.seconds * SECOND - LATELY) < 1.5 * SECOND
-        return f"in its last {'minute' if whole else duration(told.seconds)}"
-    return f"from {_from_to(told)}"
+    until = explained.until if explained.gone else explained.at
+    if abs(explained.end - until) < SECOND and not inner_gaps(explained):
+        whole = abs(explained.seconds * SECOND - LATELY) < 1.5 * SECOND
+        return f"in its last {'minute' if whole else duration(explained.seconds)}"
+    return f"from {_from_to(explained)}"
 
 
-def _from_to(told: Explanation) -> str:
-    known = f", of which {duration(told.seconds)} are known," if inner_gaps(told) else ""
-    return f"{time_of_day(told.begin, told.at)} to {time_of_day(told.end, told.at)}{known}"
+def _from_to(explained: Explanation) -> str:
+    known = f", of which {duration(explained.seconds)} are known," if inner_gaps(explained) else ""
+    return f"{time_of_day(explained.begin, explained.at)} to {time_of_day(explained.end, explained.at)}{known}"
 
 
-def inner_gaps(told: Explanation) -> list[tuple[int, int]]:
+def inner_gaps(explained: Explanation) -> list[tuple[int, int]]:
     """Those between two times that are known."""
-    return [(begin, end) for begin, end in told.covered.gaps if begin > told.begin and end < told.end]
+    return [(begin, end) for begin, end in explained.covered.gaps if begin > explained.begin and end < explained.end]
 
 
-def unknown(told: Explanation) -> Iterator[str]:
+def unknown(explained: Explanation) -> Iterator[str]:
     """What of the time in question is not in the journal: nothing is said about it."""
-    at = time_of_day(told.at)
-    if told.begins is not None:
-        begins = day_and_time(told.begins)
-        yield f"Of {told.vm} the journal begins at {begins}: it has nothing of it at {day_and_time(told.at)}."
+    at = time_of_day(explained.at)
+    if explained.begins is not None:
+        begins = day_and_time(explained.begins)
+        yield f"Of {explained.vm} the journal begins at {begins}: it has nothing of it at {day_and_time(explained.at)}."
         return
-    if told.state is None and not told.covered.hosts:
+    if explained.state is None and not explained.covered.hosts:
         yield "By then the journal has no state and no interval of it: what held it is not known."
         return
-    if told.ends is not None:
-        if not told.seconds:
+    if explained.ends is not None:
+        if not explained.seconds:
             rest = f": it has nothing of the minute before {at}"
-        elif told.at - told.ends >= SECOND:
-            rest = f": of the minute before {at} it has that from {_from_to(told)}"
+        elif explained.at - explained.ends >= SECOND:
+            rest = f": of the minute before {at} it has that from {_from_to(explained)}"
         else:
             rest = ""
-        yield f"The journal ends at {day_and_time(told.ends)}{rest}."
-    elif told.gone and told.over is not None and told.until < told.over:
-        yield f"The journal of that fleet ends at {day_and_time(told.until)}, without a word of its end."
-    begin, end = told.covered.asked
-    for since, until in told.covered.gaps:
-        first, last = time_of_day(since, told.at), time_of_day(until, told.at)
-        if until == end and told.ends is not None:
+        yield f"The journal ends at {day_and_time(explained.ends)}{rest}."
+    elif explained.gone and explained.over is not None and explained.until < explained.over:
+        yield f"The journal of that fleet ends at {day_and_time(explained.until)}, without a word of its end."
+    begin, end = explained.covered.asked
+    for since, until in explained.covered.gaps:
+        first, last = time_of_day(since, explained.at), time_of_day(until, explained.at)
+        if until == end and explained.ends is not None:
             continue  # an earlier sentence says this
         if since == begin and until == end:
             yield f"The journal has no interval of the time from {first} to {last}: what held it then is not known."
@@ -84,41 +84,53 @@ def unknown(told: Explanation) -> Iterator[str]:
 # ---- what held it -------------------------------------------------------------------------------------------------
 
 
-def held(told: Explanation) -> Iterator[str]:
+def held(explained: Explanation) -> Iterator[str]:
     """What held it, what did for longest first."""
-    for cause in told.causes:
-        made_wait = f"{_part(cause.share)} of its vCPUs' time {window(told)}"
+    for cause in explained.causes:
+        made_wait = f"{_part(cause.share)} of its vCPUs' time {window(explained)}"
         if cause.kind == "waiting":
-            yield _between_runs(cause, told, made_wait)
+            yield _between_runs(cause, explained, made_wait)
         elif cause.where is None and cause.kind == "limit":
             there = _several([_limit(one.hold) for one in cause.setters])
             there = f"; those that are in the journal: {there}" if there else ""
-            yield f"It waited for its turn {made_wait}; by which limit, the journal does not tell{there}."
+            yield f"It was throttled {made_wait}; by which limit, the journal does not tell{there}."
         elif not cause.setters:
             yield f"{_nobodys(cause)} {made_wait}; who did that is not in the journal."
         else:
-            yield _by(cause, cause.setters[0], told, made_wait)
+            yield _by(cause, cause.setters[0], explained, made_wait)
 
 
-def _between_runs(cause: Cause, told: Explanation, made_wait: str) -> str:
+def _between_runs(cause: Cause, explained: Explanation, made_wait: str) -> str:
     row = cause.state
-    last = "" if row is None or row == told.state else f", as at {time_of_day(row.time, told.at)}: {row.reason}"
+    last = (
+        "" if row is None or row == explained.state else f", as at {time_of_day(row.time, explained.at)}: {row.reason}"
+    )
     return f"Between two runs it waited {made_wait}{last}."
 
 
-def _by(cause: Cause, first: Setter, told: Explanation, made_wait: str) -> str:
-    row, until = first.hold.action, max(told.until, told.end)
-    over = first.until if first.until is not None else told.until if told.gone or told.ends is not None else None
+def _by(cause: Cause, first: Setter, explained: Explanation, made_wait: str) -> str:
+    row, until = first.hold.action, max(explained.until, explained.end)
+    over = (
+        first.until
+        if first.until is not None
+        else explained.until
+        if explained.gone or explained.ends is not None
+        else None
+    )
     if over is None:
-        since = f"For {duration(max(0, until - first.since) / SECOND)}, since {time_of_day(first.since, told.at)},"
+        since = f"For {duration(max(0, until - first.since) / SECOND)}, since {time_of_day(first.since, explained.at)},"
         has = "has "
     else:
-        since = f"From {time_of_day(first.since, told.at)} to {time_of_day(over, told.at)},"
+        since = f"From {time_of_day(first.since, explained.at)} to {time_of_day(over, explained.at)},"
         if cause.kind == "pause" and over - first.since < 10 * SECOND:  # a moment, and of no length in whole seconds
             long = duration((over - first.since) / SECOND)
-            since = f"For {long if long != '0 s' else 'less than 0.1 s'}, from {time_of_day(first.since, told.at)} on,"
+            since = (
+                f"For {long if long != '0 s' else 'less than 0.1 s'}, from {time_of_day(first.since, explained.at)} on,"
+            )
         has = ""
-    later = f", as it is since {time_of_day(row.time, told.at)}" if row.time != first.since and over is None else ""
+    later = (
+        f", as it is since {time_of_day(row.time, explained.at)}" if row.time != first.since and over is None else ""
+    )
     waits = {"limit": f"; it waited for that {made_wait}", "cap": f"; that held it {made_wait}"}.get(cause.kind, "")
     others = [one for one in cause.setters[1:] if one.seconds > 0]
     also = f"; and in part of that time {_several([_other(one) for one in others])}" if others else ""
@@ -204,25 +216,24 @@ def _several(texts: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(texts))
 
 
-def in_force(told: Explanation) -> Iterator[str]:
+def in_force(explained: Explanation) -> Iterator[str]:
     """What was in force, and is not what held it, as far as is known."""
-    if told.ends is not None and not told.seconds:
+    if explained.ends is not None and not explained.seconds:
         return  # the journal does not know the present
-    waits = [one.hold for cause in told.causes for one in cause.setters]
-    if waits and not told.holds and not told.gone and told.ends is None:
+    waits = [one.hold for cause in explained.causes for one in cause.setters]
+    if waits and not explained.holds and not explained.gone and explained.ends is None:
         yield "By then nothing was in force any more."
-    idle = [hold for hold in told.holds if hold.rate is not None and hold not in waits]
+    idle = [hold for hold in explained.holds if hold.rate is not None and hold not in waits]
     if idle:
-        when = f"; by the counters it did not wait for {'that' if len(idle) == 1 else 'these'} {window(told)}"
-        yield f"In force: {_several([_limit(hold) for hold in idle])}{when if told.seconds else ''}."
-    for hold in told.holds:
+        when = f"; by the counters it did not wait for {'that' if len(idle) == 1 else 'these'} {window(explained)}"
+        yield f"In force: {_several([_limit(hold) for hold in idle])}{when if explained.seconds else ''}."
+    for hold in explained.holds:
         if hold.rate is None and hold not in waits:
-            row, known = hold.action, told.ends is None
-            since = (
-                f"For {duration(max(0, told.until - hold.since) / SECOND)}, since {time_of_day(hold.since, told.at)},"
-            )
-            since = since if known else f"Since {time_of_day(hold.since, told.at)}, until the journal ends,"
-            later = f", as it is since {time_of_day(row.time, told.at)}" if row.time != hold.since else ""
+            row, known = hold.action, explained.ends is None
+            begun = time_of_day(hold.since, explained.at)
+            lasted = duration(max(0, explained.until - hold.since) / SECOND)
+            since = f"For {lasted}, since {begun}," if known else f"Since {begun}, until the journal ends,"
+            later = f", as it is since {time_of_day(row.time, explained.at)}" if row.time != hold.since else ""
             yield f"{since} {_who(hold)} has {_does(hold)}{later}{_reason(row)}."
 
 
@@ -233,7 +244,9 @@ def _reason(row: ActionRow) -> str:
     facts = [
         f"{name.replace('_', ' ')} {figure(value)}"
         for name, value in row.evidence.items()
-        if name not in ("interval", "launch", "source") and value is not None and str(figure(value)) not in row.reason
+        if name not in ("interval", "generation", "source")
+        and value is not None
+        and str(figure(value)) not in row.reason
     ]
     return reason + (f" (evidence: {', '.join(facts)})" if facts else "")
 

@@ -19,7 +19,7 @@ __all__ = ["draw"]
 NAN: Final = float("nan")
 
 
-def draw(told: Explanation, bins: Sequence[Bin], path: Path) -> None:
+def draw(explained: Explanation, bins: Sequence[Bin], path: Path) -> None:
     """Write an SVG: its bus locks and its limit; what it waited for; and how the host's bus was.
 
     Raises:
@@ -30,7 +30,7 @@ def draw(told: Explanation, bins: Sequence[Bin], path: Path) -> None:
     panels = 3 if host else 2
     with rc_context(STYLE):
         figure = Figure(figsize=(8, 6.0 if host else 4.6), layout="constrained")
-        heading(figure, f"{told.vm} at {day_and_time(told.at)}")
+        heading(figure, f"{explained.vm} at {day_and_time(explained.at)}")
         strip, *axes = figure.subplots(panels + 1, 1, sharex=True, height_ratios=[0.3, *[1] * panels])
         locks, limits = [one.bus_locks for one in bins], [one.limit for one in bins]
         _line(axes[0], times, locks, BUS_LOCKS, "bus locks")
@@ -57,9 +57,9 @@ def draw(told: Explanation, bins: Sequence[Bin], path: Path) -> None:
             fit_scale(axes[2], [one.lock_ns for one in bins])
         for one in (axes[0], *axes[2:]):
             one.yaxis.set_major_formatter(lambda value, _: shown(value) if value >= 0 else "")
-        names = [row.kind + ("" if row.outcome == "done" else f" ({row.outcome})") for row in told.done]
-        at = clock([row.time for row in told.done])
-        marks(strip, axes, list(zip(at, names, [row.outcome == "done" for row in told.done], strict=True)))
+        names = [row.kind + ("" if row.outcome == "done" else f" ({row.outcome})") for row in explained.done]
+        at = clock([row.time for row in explained.done])
+        marks(strip, axes, list(zip(at, names, [row.outcome == "done" for row in explained.done], strict=True)))
         time_axis(axes[-1])
         save(figure, path)
 

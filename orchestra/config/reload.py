@@ -30,8 +30,8 @@ class Reloadable(Protocol):
         """Replace the policies by these, in this order.
 
         A policy that is there already (the same object) keeps its state, its next tick and what it holds. What a
-        removed policy holds is let go (`orchestra.model.effects.Holdings`) before the others decide. If `guard` is
-        None, the guard stays. A new guard continues with the records of the old guard.
+        removed policy holds is released before the others decide. If `guard` is None, the guard stays. A new guard
+        continues with the records of the old guard.
         """
 
     def check_limit(

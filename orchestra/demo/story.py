@@ -103,7 +103,7 @@ class _Mark:
 
 
 class Story:
-    """One telling: `await story.tell()`, then `story.result`, which is there however the telling ended, if it began."""
+    """One telling: `await story.play()`, then `story.result`, which is there however the telling ended, if it began."""
 
     def __init__(self, plan: Plan, audience: Audience) -> None:
         self.plan = plan
@@ -124,7 +124,7 @@ class Story:
         self._meter: Meter
         self._start = 0
 
-    async def tell(self) -> None:
+    async def play(self) -> None:
         """Play all acts. Cancelling it ends the play at once, then the fleet, and leaves a result of what was played.
 
         A fleet that was cancelled together with the play could be gone before anybody looked at what its guests did.
@@ -140,10 +140,10 @@ class Story:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(end_the_play)
             with trio.CancelScope(shield=True):
-                await self._tell(play)
+                await self._play_acts(play)
             nursery.cancel_scope.cancel()
 
-    async def _tell(self, play: trio.CancelScope) -> None:
+    async def _play_acts(self, play: trio.CancelScope) -> None:
         tenants = dict.fromkeys((*TENANTS, NOISY_TENANT))
         async with open_fleet(backend=self.plan.backend, bus_locks="auto", tenants=tenants) as fleet:
             self._fleet = fleet

@@ -13,7 +13,7 @@ from ..model.errors import SpecError
 from ..model.exits import Exit
 from ..native.channels import EVERY_VM, NO_VM, Channel, ExitBatch
 from ..native.core import FleetCore, VcpuCore
-from ..native.records import told_mask
+from ..native.records import event_mask
 
 __all__ = ["Dispatcher", "Exits", "ExitsStatistics"]
 
@@ -72,7 +72,7 @@ class Exits(trio.abc.ReceiveChannel[Exit]):
     ) -> None:
         self.kinds = kinds
         self.vm = vm
-        self.mask = told_mask(kinds)
+        self.mask = event_mask(kinds)
         self.channel = channel
         self._names = names
         self._ahead: list[Exit] = []  # made already, in reverse order: `pop` takes the next
@@ -260,7 +260,7 @@ class Dispatcher:
         self._left: deque[int] = deque()
         self._missed = 0  # exits that closed channels have dropped
         self._closed = False
-        self._tell: Callable[[], None] = lambda: None
+        self._notify: Callable[[], None] = lambda: None
         self._talked: Callable[[int], None] = lambda id: None
 
     def register(self, core: VcpuCore, vm: str, number: int, vcpu: int) -> None:
@@ -278,11 +278,11 @@ class Dispatcher:
         """Call `talked` with the id of a vCPU whose console has output that a task waits for."""
         self._talked = talked
 
-    def on_change(self, tell: Callable[[], None]) -> None:
-        """Call `tell` when the masks of `told` have changed."""
-        self._tell = tell
+    def on_change(self, notify: Callable[[], None]) -> None:
+        """Call `notify` when the masks of `event_mask` have changed."""
+        self._notify = notify
 
-    def told(self, vm: str) -> int:
+    def event_mask(self, vm: str) -> int:
         """The mask of the exit reasons that a VM's vCPUs have to put into their rings."""
         mask = 0
         for subscriber in self._subscribers:
@@ -304,7 +304,7 @@ class Dispatcher:
             raise SpecError(f'drop={drop!r}: must be "oldest" or "newest"')
         kinds = kinds or (Exit,)
         number = EVERY_VM if vm is None else self._numbers.get(vm, NO_VM)
-        channel = Channel(self._core, told_mask(kinds), number, capacity, drop_oldest=drop == "oldest")
+        channel = Channel(self._core, event_mask(kinds), number, capacity, drop_oldest=drop == "oldest")
         exits = Exits(kinds, vm, channel, self._names, self._leave)
         if self._closed:
             channel.end()
@@ -312,7 +312,7 @@ class Dispatcher:
             return exits
         self._subscribers.append(exits)
         try:
-            self._tell()
+            self._notify()
         except BaseException:
             self._subscribers.remove(exits)
             channel.end()
@@ -324,7 +324,7 @@ class Dispatcher:
             self._subscribers.remove(exits)
             exits.channel.end()
             self._missed += exits.missed
-            self._tell()
+            self._notify()
 
     def deliver(self, core: VcpuCore | None = None, *, most: int = FleetCore.BATCH) -> int:
         """Deliver one batch, from all cores or from one. Returns the number of exits in it."""
@@ -334,7 +334,7 @@ class Dispatcher:
                 subscriber.wake()
         return taken
 
-    def hear(self) -> int:
+    def pass_output(self) -> int:
         """Wake the tasks that wait for console output. Returns the number of vCPUs that had output."""
         ids = self._core.talking()
         for id in ids:
@@ -347,8 +347,8 @@ class Dispatcher:
         last, pace = -PACE, PACE
         while True:
             # A slower pace also has smaller batches: half as often and half as many exits, each time the pace doubles.
-            heard, taken = self.hear(), self.deliver(most=max(FEWEST, int(FleetCore.BATCH * PACE / pace)))
-            if heard or taken:
+            printed, taken = self.pass_output(), self.deliver(most=max(FEWEST, int(FleetCore.BATCH * PACE / pace)))
+            if printed or taken:
                 begun, last = last, trio.current_time()
                 wait = 0.0
                 if self._paced and (pace > PACE or (last - begun < PACE and taken < FleetCore.BATCH)):

@@ -37,7 +37,7 @@ from .recorder import Recorder, Records
 from .recording import Recording
 from .runner import PolicyRunner
 from .spec import FleetSpec
-from .statistics import Figures, TenantSeat
+from .statistics import Figures, TenantState
 from .supervisor import Supervisor
 from .tenancy import Tenancy
 
@@ -88,7 +88,7 @@ class FleetContext:
         # Raises if a policy is refused.
         self.runner = PolicyRunner(self.executor, policies, activity=self.observer, guard=guard, strict=spec.strict)
         self.dispatcher = Dispatcher(resources.core, paced=backend.blocking)
-        self.dispatcher.on_change(self._retell)
+        self.dispatcher.on_change(self._update_event_masks)
         self.dispatcher.on_talk(self._talked)
         self.recording = Recording(self)
         self.closed = False
@@ -149,8 +149,8 @@ class FleetContext:
         return self.backend.now()
 
     @property
-    def seats(self) -> Mapping[str, TenantSeat]:
-        return self.tenancy.seats
+    def tenant_states(self) -> Mapping[str, TenantState]:
+        return self.tenancy.states
 
     def figures(self) -> Figures:
         """The figures that the fleet's parts keep."""
@@ -176,8 +176,8 @@ class FleetContext:
     def next_id(self) -> int:
         return next(self._ids)
 
-    def told(self, vm: str) -> int:
-        return self.dispatcher.told(vm)
+    def event_mask(self, vm: str) -> int:
+        return self.dispatcher.event_mask(vm)
 
     def set_limit_nowait(
         self,
@@ -198,7 +198,7 @@ class FleetContext:
     def register(self, core: VcpuCore, guest: Instance, index: int) -> None:
         self._guests[core.id] = guest
         vm = self.controls[guest.name]
-        self.dispatcher.register(core, vm.name, vm.launch, index)
+        self.dispatcher.register(core, vm.name, vm.generation, index)
         self.inbox.add(core, guest.vcpus[index].engine, index, (vm.tenant, vm.name), (guest.ports, guest.mmio))
         self.observer.add(core.id, vm, guest, index)
 
@@ -220,7 +220,7 @@ class FleetContext:
         yield self.recording.profile
         if vm.guest is not None:  # otherwise a launch failed: it may be tried again, so its channels stay open
             yield lambda vm: self.dispatcher.vm_ended(vm.name)
-        yield lambda vm: self.dispatcher.vm_left(vm.name, vm.launch)
+        yield lambda vm: self.dispatcher.vm_left(vm.name, vm.generation)
         if vm.stopping:
             yield VmControl.release
 
@@ -233,7 +233,7 @@ class FleetContext:
         self.executor.done(action, policy)
 
     def changed(self, vm: VmControl, state: State, reason: str) -> None:
-        self.records.state(self.now(), vm.name, vm.launch, vm.tenant, state, reason)
+        self.records.state(self.now(), vm.name, vm.generation, vm.tenant, state, reason)
 
     def worked(self, vm: VmControl, units: float) -> None:
         self.observer.work(vm, units)
@@ -247,12 +247,12 @@ class FleetContext:
         if (guest := self._guests.get(id)) is not None:
             guest.talked()
 
-    def _retell(self) -> None:
+    def _update_event_masks(self) -> None:
         failure: ResourceLimit | None = None
         for vm in self.controls.values():
             if vm.guest is not None:
                 try:
-                    vm.guest.cores.tell(self.told(vm.name))
+                    vm.guest.cores.subscribe(self.event_mask(vm.name))
                 except ResourceLimit as error:
                     failure = error
         if failure is not None:
@@ -261,4 +261,4 @@ class FleetContext:
     def _forget(self, vm: VmControl) -> None:
         if self.controls.get(vm.name) is vm:
             self.runner.gone(vm.name)
-            self.executor.holdings.forget(vm.name)
+            self.executor.in_force.forget(vm.name)

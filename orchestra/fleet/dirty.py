@@ -17,7 +17,7 @@ import trio
 from ..backend.kvm.dirty import DirtyLog, read_logs
 from ..machine.control import VmControl
 
-__all__ = ["DirtyLogs", "Told"]
+__all__ = ["DirtyLogs", "DirtyPages"]
 
 log: Final = logging.getLogger("orchestra")
 
@@ -29,7 +29,7 @@ EARLY: Final = 0.1
 next reading would otherwise be two ticks away."""
 
 
-Told: TypeAlias = tuple[VmControl, int, int]
+DirtyPages: TypeAlias = tuple[VmControl, int, int]
 """A VM, the pages that it wrote, and the nanoseconds in which it wrote them."""
 
 
@@ -60,19 +60,19 @@ class DirtyLogs:
         """The latest time for the next look; None: no VM is logged."""
         return now + EVERY if self._watched else None
 
-    def watch(self, vm: VmControl, dirty: DirtyLog, now: int) -> Iterator[Told]:
+    def watch(self, vm: VmControl, dirty: DirtyLog, now: int) -> Iterator[DirtyPages]:
         """A VM's log was switched on or off. Yields what it counted until then."""
         yield from self.forget(vm, dirty)
         if dirty.on:
             self._watched[vm] = _Watch(vm, dirty, now, dirty.sums()[0])
 
-    def forget(self, vm: VmControl, dirty: DirtyLog | None) -> Iterator[Told]:
+    def forget(self, vm: VmControl, dirty: DirtyLog | None) -> Iterator[DirtyPages]:
         """A VM has ended, and its log was read for the last time. Yields what that reading counted."""
         watch = self._watched.get(vm)
         if watch is not None and watch.log is dirty:  # the log of this run, and not of another run of the VM
             del self._watched[vm]
             if watch in self._stirred or watch.pages != dirty.sums()[0]:
-                yield from self._told(watch)
+                yield from self._counted(watch)
             self._stirred.discard(watch)
 
     def stir(self, vm: VmControl, since: int, now: int) -> None:
@@ -112,13 +112,13 @@ class DirtyLogs:
             self._reading = False
             done.set()
 
-    def take(self) -> Iterator[Told]:
+    def take(self) -> Iterator[DirtyPages]:
         """Yields what was read since the last call."""
         read, self._read = self._read, []
         for watch in read:
-            yield from self._told(watch)
+            yield from self._counted(watch)
 
-    def _told(self, watch: _Watch) -> Iterator[Told]:
+    def _counted(self, watch: _Watch) -> Iterator[DirtyPages]:
         pages, read = watch.log.sums()
         passed = read - watch.begun
         if passed > 0:

@@ -39,7 +39,7 @@ from ..model.actions import (
     Unthrottle,
     Warn,
 )
-from ..model.effects import Holdings
+from ..model.effects import ActionsInForce
 from ..model.errors import BusLockUnsupported, OrchestraError, SpecError, StateError
 from ..model.spec import ANSWER_LIMIT, Limit, Meter
 from ..native.core import FleetCore
@@ -106,13 +106,13 @@ class FleetExecutor:
 
     Attributes:
         guard: notes what callers do, and judges policies by it.
-        holdings: what is in force, and which policy or caller asked for it.
+        in_force: what is in force, and which policy or caller asked for it.
     """
 
     def __init__(self, fleet: Fleet, guard: Guard, records: Records, on_evict: OnEvict | None) -> None:
         self._fleet = fleet
         self.guard = guard
-        self.holdings = Holdings()
+        self.in_force = ActionsInForce()
         self._records = records
         self._on_evict = on_evict
         self._leaving: set[VmControl] = set()
@@ -143,7 +143,7 @@ class FleetExecutor:
             if not self._is_replaced(action) and not isinstance(action, Evict):
                 begun.effect = self._do(action, policy)
                 if self.takes_time(action):  # if its policy is removed meanwhile, this cap must be found
-                    self.holdings.note(action, policy, self._fleet.now())
+                    self.in_force.note(action, policy, self._fleet.now())
         except Exception as failure:
             begun.error = _why(action, failure)
         return begun
@@ -184,7 +184,7 @@ class FleetExecutor:
         try:
             await vm.wait_capped()
         except OrchestraError:
-            self.holdings.note(attrs.evolve(action, share=None), policy, self._fleet.now())
+            self.in_force.note(attrs.evolve(action, share=None), policy, self._fleet.now())
             raise
         if vm.wanted.cap_of(policy) != action.share:
             raise StateError(f"vm {vm.name!r}: the cap was taken back or changed before it was in force")
@@ -202,7 +202,7 @@ class FleetExecutor:
             self.guard.judge(action, None, now, 0)
         applied = Applied(time=now, action=action, policy=policy, error=error)
         if applied.outcome == "done":
-            self.holdings.note(action, policy, now)
+            self.in_force.note(action, policy, now)
         return self._records.action(applied)
 
     def _do(self, action: Action, policy: str | None) -> _Effect | None:
@@ -248,13 +248,13 @@ class FleetExecutor:
         Raises:
             StateError: the action would do anything else to that other VM.
         """
-        launch = None if isinstance(action, Reload) else action.launch
-        found = None if launch is None or action.vm is None else self._fleet.controls.get(action.vm)
-        if found is None or found.launch == launch:
+        generation = None if isinstance(action, Reload) else action.generation
+        found = None if generation is None or action.vm is None else self._fleet.controls.get(action.vm)
+        if found is None or found.generation == generation:
             return False
         if isinstance(action, Unthrottle) or (isinstance(action, CapCpu) and action.share is None):
             return True
-        raise StateError(f"vm {action.vm!r} is another launch now: {found.launch}, not {launch}")
+        raise StateError(f"vm {action.vm!r} is of another generation now: {found.generation}, not {generation}")
 
     def _is_gone(self, name: str) -> bool:
         vm = self._fleet.controls.get(name)

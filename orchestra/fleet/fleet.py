@@ -278,7 +278,7 @@ class Fleet:
         for policy in checked:
             if getattr(policy, "meter", None) is Meter.BUS_LOCKS:
                 context.executor.check_seen(Limit(rate=1), f"policy {policy.name!r}")
-        await context.runner.set_policies(checked, guard, context.executor.holdings)
+        await context.runner.set_policies(checked, guard, context.executor.in_force)
         if guard is not None:
             context.executor.guard = guard
 

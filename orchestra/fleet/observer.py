@@ -23,7 +23,7 @@ from ..machine.statistics import by_bucket
 from ..model.spec import Limit, Meter, Tenant
 from ..native.core import NOT_HELD, FleetCore, reason_name
 from ..policy import Facts, VcpuFacts, VmFacts
-from .dirty import DirtyLogs, Told
+from .dirty import DirtyLogs, DirtyPages
 
 __all__ = ["Observer", "Window"]
 
@@ -193,7 +193,7 @@ class Observer:
         """A VM has ended for good."""
         self._facts.clear()
         for window in self._windows:
-            window.gone.append((vm.name, vm.launch))
+            window.gone.append((vm.name, vm.generation))
 
     def work(self, vm: VmControl, units: float) -> None:
         """Add the work that a guest says it has done."""
@@ -202,7 +202,7 @@ class Observer:
             window.vms.setdefault(vm, {})
             window.work[vm] = window.work.get(vm, 0.0) + units
 
-    def dirty(self, told: Iterable[Told]) -> None:
+    def dirty(self, told: Iterable[DirtyPages]) -> None:
         """Add the results of dirty logs that were read."""
         self._facts.clear()
         for vm, pages, time in told:
@@ -328,7 +328,7 @@ class Observer:
             if ended or vm.outcome is None:
                 # With VMs that have ended there may be several VMs of one name.
                 told = self._vm_facts(vm, sums, window.work.get(vm), window.dirty.get(vm))
-                vms[vm.name if vm.name not in vms else f"{vm.name} {vm.launch}"] = told
+                vms[vm.name if vm.name not in vms else f"{vm.name} {vm.generation}"] = told
         return Facts(
             time=self._looked,
             interval=max((self._looked - window.since) / 1e9, 1e-9),
@@ -362,7 +362,7 @@ class Observer:
             sums.bus_locks,
             sums.exits,
             sums.throttled,
-            vm.launch,
+            vm.generation,
             sums.cpu,
             sums.run_delay,
             sums.capped,

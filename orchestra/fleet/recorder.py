@@ -33,11 +33,11 @@ class Recorder(Protocol):
         """An action was done, tried or refused. A limit with which a fleet or a VM begins comes as a `SetLimit` that
         has `given` in its evidence."""
 
-    def state(self, now: int, vm: str, launch: int, tenant: str, state: str, reason: str) -> None: ...
+    def state(self, now: int, vm: str, generation: int, tenant: str, state: str, reason: str) -> None: ...
     def aggregate(self, facts: Facts) -> None:
         """What the active VMs did since the last call, including VMs that have ended meanwhile."""
 
-    def profile(self, now: int, vm: str, launch: int, rows: Iterable[Row]) -> None:
+    def profile(self, now: int, vm: str, generation: int, rows: Iterable[Row]) -> None:
         """Bus locks of a VM that were sampled since the last call."""
 
     def end(self, now: int) -> None:
@@ -73,6 +73,6 @@ class Records:
         told = None if statistics is None else statistics()
         return told if isinstance(told, JournalStatistics) else None
 
-    def state(self, now: int, vm: str, launch: int, tenant: str, state: str, reason: str) -> None:
+    def state(self, now: int, vm: str, generation: int, tenant: str, state: str, reason: str) -> None:
         if self.recorder is not None:
-            self.recorder.state(now, vm, launch, tenant, state, reason)
+            self.recorder.state(now, vm, generation, tenant, state, reason)

@@ -29,7 +29,7 @@ class Recording:
         recorder.aggregate(facts)
         for seen in facts.vms.values():
             vm = self._fleet.controls.get(seen.name)
-            if seen.bus_locks and vm is not None and vm.launch == seen.launch:
+            if seen.bus_locks and vm is not None and vm.generation == seen.generation:
                 self.profile(vm)
 
     def host_budget(self) -> None:
@@ -43,4 +43,4 @@ class Recording:
         """Record where a VM locked the bus since the last call."""
         recorder, guest = self._fleet.records.recorder, vm.guest
         if recorder is not None and guest is not None and (rows := guest.cores.profile_rows()):
-            recorder.profile(self._fleet.now(), vm.name, vm.launch, rows)
+            recorder.profile(self._fleet.now(), vm.name, vm.generation, rows)

@@ -12,7 +12,7 @@ import trio
 
 from ..host.observe import Trigger
 from ..model.actions import Action, Applied
-from ..model.effects import Holdings
+from ..model.effects import ActionsInForce
 from ..policy import Facts, Guard, HostFacts, Policy, Verdict
 from ..policy.engine import PENDING, Done, PolicyEngine
 from ..policy.state import PolicyState, PolicyStatus
@@ -76,7 +76,7 @@ class _Observer:
 class _Passed:
     facts: Facts
     window: Window
-    tell: int
+    due: int
 
 
 class _Executor:
@@ -133,12 +133,12 @@ class PolicyRunner:
         for state in self._engine.states:
             self._activity.host.listen(state.signals)
 
-    async def set_policies(self, policies: Sequence[Policy], guard: Guard | None, holdings: Holdings) -> None:
-        """As `Fleet.set_policies`. `holdings`: what is in force."""
+    async def set_policies(self, policies: Sequence[Policy], guard: Guard | None, in_force: ActionsInForce) -> None:
+        """As `Fleet.set_policies`. `in_force`: what is in force."""
         async with self._lock:  # no tick meanwhile. No checkpoint from here on, so a cancellation can't stop half way
             now = self._fleet.now()
             self._activity.look(now)  # a new policy gets no facts from before
-            self._engine.set_policies(policies, guard, now, holdings)
+            self._engine.set_policies(policies, guard, now, in_force)
             self._listen()
         self._hurry.set()
 
@@ -220,7 +220,7 @@ class PolicyRunner:
         dues = [] if self._engine.due is None else [self._engine.due]
         if self._observer is not None:
             passed = self._observer.passed
-            dues.append(self._observer.due if passed is None else passed.tell)
+            dues.append(self._observer.due if passed is None else passed.due)
         if self._engine.pausing:
             dues.append(now + OVERDUE)
         if (due := self._activity.logs.next(now)) is not None:
@@ -251,12 +251,12 @@ class PolicyRunner:
         if observer.passed is not None and now - last.since < REST * observer.interval:
             last = observer.passed.window  # this window was not closed, so it has the rest as well
         else:
-            self._tell_passed(observer)
+            self._hand_over_passed(observer)
         observer.take(self._activity.facts(last, ended=True))
 
     def _observe(self, observer: _Observer, now: int) -> None:
-        if observer.passed is not None and (observer.passed.tell <= now or observer.due <= now):
-            self._tell_passed(observer)
+        if observer.passed is not None and (observer.passed.due <= now or observer.due <= now):
+            self._hand_over_passed(observer)
         if observer.due <= now:
             facts = self._activity.facts(observer.window, ended=True)
             self._host = facts.host
@@ -264,7 +264,7 @@ class PolicyRunner:
             observer.window = self._activity.open()
             observer.due = now + observer.interval
 
-    def _tell_passed(self, observer: _Observer) -> None:
+    def _hand_over_passed(self, observer: _Observer) -> None:
         if observer.passed is not None:
             observer.take(observer.passed.facts)
             self._activity.close(observer.passed.window)

@@ -16,7 +16,7 @@ from ..model.spec import Limit, Meter, Tenant
 from ..policy import HostFacts
 from ..policy.state import PolicyStatus
 
-__all__ = ["Figures", "FleetStatistics", "TenantSeat", "TenantStatistics", "Totals", "summarise"]
+__all__ = ["Figures", "FleetStatistics", "TenantState", "TenantStatistics", "Totals", "summarise"]
 
 
 @attrs.frozen
@@ -114,7 +114,7 @@ class Totals:
 
 
 @attrs.define(eq=False)
-class TenantSeat:
+class TenantState:
     """A tenant in its fleet. `live`: the number of VMs that have not ended; `gone`: what the VMs did that left the
     fleet."""
 
@@ -137,7 +137,7 @@ class Summed(Protocol):
     @property
     def controls(self) -> Mapping[str, VmControl]: ...
     @property
-    def seats(self) -> Mapping[str, TenantSeat]: ...
+    def tenant_states(self) -> Mapping[str, TenantState]: ...
     def host_limit(self, meter: Meter) -> Limit | None: ...
     def figures(self) -> Figures:
         """The figures that the fleet's parts keep."""
@@ -158,10 +158,10 @@ class Figures:
 
 def summarise(fleet: Summed) -> FleetStatistics:
     """The statistics of a whole fleet."""
-    seats, detection, figures = fleet.seats, fleet.bus_lock_detection, fleet.figures()
-    sums = {name: seat.gone.copy() for name, seat in seats.items()}
+    tenant_states, detection, figures = fleet.tenant_states, fleet.bus_lock_detection, fleet.figures()
+    sums = {name: state.gone.copy() for name, state in tenant_states.items()}
     states: dict[str, int] = {}
-    live = dict.fromkeys(seats, 0)
+    live = dict.fromkeys(tenant_states, 0)
     vcpus = 0
     for vm in fleet.controls.values():
         statistics = vm.inspection.statistics()
@@ -195,18 +195,18 @@ def summarise(fleet: Summed) -> FleetStatistics:
         tenants={
             name: TenantStatistics(
                 name=name,
-                weight=seat.tenant.weight,
+                weight=state.tenant.weight,
                 vms=live[name],
                 bus_locks=sums[name].bus_locks if seen else None,
                 exits=sum(sums[name].exits.values()),
                 throttled_seconds=sums[name].throttled,
                 released=sums[name].released,
-                limit=seat.limit(Meter.BUS_LOCKS),
-                exit_limit=seat.limit(Meter.EXITS),
+                limit=state.limit(Meter.BUS_LOCKS),
+                exit_limit=state.limit(Meter.EXITS),
                 answers=sums[name].answers,
-                answer_limit=seat.limit(Meter.ANSWERS),
+                answer_limit=state.limit(Meter.ANSWERS),
             )
-            for name, seat in seats.items()
+            for name, state in tenant_states.items()
         },
         policies=figures.policies,
         host=figures.host,

@@ -97,7 +97,7 @@ class Supervisor:
         """
         self.check_open(f"launch {spec.name!r}")
         context = self._context
-        seat = context.tenancy.seat(spec.tenant or DEFAULT_TENANT, spec.name)
+        state = context.tenancy.state_of(spec.tenant or DEFAULT_TENANT, spec.name)
         for placed in desired.limits:
             if placed.meter is Meter.BUS_LOCKS:
                 field = "limit" if placed.vcpu is None else "vcpu_limit"
@@ -112,7 +112,7 @@ class Supervisor:
         for ports, mmio, device in devices:
             check_device(device, ports, mmio)
 
-        vm = make_vm(context, spec, seat.tenant.name, (context.tenancy.host, seat.budgets), desired, devices)
+        vm = make_vm(context, spec, state.tenant.name, (context.tenancy.host, state.budgets), desired, devices)
         if previous is not None:
             self.drop(previous)
         self.controls[spec.name] = vm  # before the first checkpoint: another launch finds the name taken
@@ -143,19 +143,19 @@ class Supervisor:
 
     async def _supervise(self, vm: VmControl, held: Iterable[tuple[Action, str | None]], *, task_status: Any) -> None:
         context = self._context
-        seat = context.tenancy.seats[vm.tenant]
-        seat.live += 1
+        state = context.tenancy.states[vm.tenant]
+        state.live += 1
         self.live += 1
         try:
             context.changed(vm, State.CREATED, "launched paused" if vm.wanted.paused else "launched")
-            context.executor.given(vm.budgets, "spec", vm=vm.name, launch=vm.launch)
+            context.executor.given(vm.budgets, "spec", vm=vm.name, generation=vm.generation)
             for index, budgets in enumerate(vm.vcpu_budgets):
-                context.executor.given(budgets, "spec", vm=vm.name, vcpu=index, launch=vm.launch)
+                context.executor.given(budgets, "spec", vm=vm.name, vcpu=index, generation=vm.generation)
             for action, by in held:  # before any other action about this VM is journaled
                 context.did(action, by)
             await vm.runs.supervise(task_status=task_status)
         finally:
-            seat.live -= 1
+            state.live -= 1
             self.live -= 1
             for step in context.ended(vm):
                 with contained(f"vm {vm.name}: leaving the fleet"):
@@ -167,7 +167,7 @@ class Supervisor:
         """Remove an ended VM from the fleet. Its figures stay in the sums."""
         if self.controls.get(vm.name) is vm:
             del self.controls[vm.name]
-        self._context.tenancy.seats[vm.tenant].gone.add(vm.inspection.statistics())
+        self._context.tenancy.states[vm.tenant].gone.add(vm.inspection.statistics())
         vm.close()
 
     def below(self, action: Action) -> int:
@@ -177,8 +177,8 @@ class Supervisor:
         tenant = action.tenant if isinstance(action, Throttle | Unthrottle | SetLimit) else None
         if tenant is None:
             return self.live
-        seat = self._context.tenancy.seats.get(tenant)
-        return 0 if seat is None else seat.live
+        state = self._context.tenancy.states.get(tenant)
+        return 0 if state is None else state.live
 
     async def stop(self, reason: str) -> dict[str, Outcome]:
         """Stop all VMs: first all are told, then all are awaited, so they stop side by side. Outcomes by name."""

@@ -15,7 +15,7 @@ from ..model.errors import SpecError, StateError, UnknownTenant
 from ..model.spec import Limit, Meter, Tenant
 from .executor import FleetExecutor
 from .spec import DEFAULT_TENANT, FleetSpec
-from .statistics import TenantSeat, Totals
+from .statistics import TenantState, Totals
 
 __all__ = ["Tenancy"]
 
@@ -28,30 +28,30 @@ class Tenancy:
 
     Attributes:
         host: the budgets of all VMs together.
-        seats: the tenants by name.
+        states: the tenants by name.
         removed: what the VMs of removed tenants did.
     """
 
     def __init__(self, spec: FleetSpec, now: int) -> None:
         self.host: Budgets = make_budgets(limits_of(spec), now)
-        self.seats = {name: TenantSeat(one, make_budgets(limits_of(one), now)) for name, one in spec.tenants.items()}
+        self.states = {name: TenantState(one, make_budgets(limits_of(one), now)) for name, one in spec.tenants.items()}
         self.removed = Totals()
 
     def limit(self, meter: Meter) -> Limit | None:
         """The host's limit in force on that meter."""
         return self.host[meter].limit
 
-    def seat(self, tenant: str, vm: str | None = None) -> TenantSeat:
-        """The seat of a tenant. `vm`: the VM whose spec names the tenant, for the message.
+    def state_of(self, tenant: str, vm: str | None = None) -> TenantState:
+        """The state of a tenant. `vm`: the VM whose spec names the tenant, for the message.
 
         Raises:
             UnknownTenant: there is no tenant of that name.
         """
         try:
-            return self.seats[tenant]
+            return self.states[tenant]
         except (KeyError, TypeError):
             of = f"vm {vm!r}: " if vm else ""
-            known = ", ".join(sorted(self.seats))
+            known = ", ".join(sorted(self.states))
             raise UnknownTenant(
                 f"{of}tenant={tenant!r}: no such tenant; this fleet has: {known}. `await fleet.add_tenant(...)` adds "
                 "one"
@@ -59,18 +59,18 @@ class Tenancy:
 
     def budgets(self, tenant: str | None) -> Budgets:
         """The budgets of a tenant, or (None) of the host."""
-        return self.host if tenant is None else self.seat(tenant).budgets
+        return self.host if tenant is None else self.state_of(tenant).budgets
 
     def tenants(self) -> dict[str, Tenant]:
         """All tenants, with the limits that were set, without throttles."""
         return {
             name: attrs.evolve(
-                seat.tenant,
-                limit=seat.budgets[Meter.BUS_LOCKS].base,
-                exit_limit=seat.budgets[Meter.EXITS].base,
-                answer_limit=seat.budgets[Meter.ANSWERS].base,
+                state.tenant,
+                limit=state.budgets[Meter.BUS_LOCKS].base,
+                exit_limit=state.budgets[Meter.EXITS].base,
+                answer_limit=state.budgets[Meter.ANSWERS].base,
             )
-            for name, seat in self.seats.items()
+            for name, state in self.states.items()
         }
 
     # ---- while the fleet runs. Each limit that changes is journaled as a caller's `SetLimit`.
@@ -78,41 +78,41 @@ class Tenancy:
     def begin(self, executor: FleetExecutor) -> None:
         """Journal the limits that the fleet and its tenants begin with."""
         executor.given(self.host, "open_fleet")
-        for name, seat in self.seats.items():
-            executor.given(seat.budgets, "open_fleet", tenant=name)
+        for name, state in self.states.items():
+            executor.given(state.budgets, "open_fleet", tenant=name)
 
     def add(self, tenant: Tenant, executor: FleetExecutor, now: int) -> None:
         """As `Fleet.add_tenant`."""
         _check(tenant, executor)
-        if tenant.name in self.seats:
+        if tenant.name in self.states:
             raise StateError(f"can't add tenant {tenant.name!r}: this fleet has it; `change_tenant` changes it")
-        self.seats[tenant.name] = TenantSeat(tenant, make_budgets(dict.fromkeys(Meter), now))
+        self.states[tenant.name] = TenantState(tenant, make_budgets(dict.fromkeys(Meter), now))
         self._put_limits(tenant, executor, f"add_tenant({tenant.name!r})")
 
     def change(self, tenant: Tenant, executor: FleetExecutor) -> None:
         """As `Fleet.change_tenant`."""
         _check(tenant, executor)
-        self.seat(tenant.name).tenant = tenant
+        self.state_of(tenant.name).tenant = tenant
         self._put_limits(tenant, executor, f"change_tenant({tenant.name!r})")
 
     def remove(self, name: str, vms: Iterable[VmControl], executor: FleetExecutor) -> None:
         """As `Fleet.remove_tenant`. `vms`: all VMs of the fleet."""
-        seat = self.seat(name)
+        state = self.state_of(name)
         if name == DEFAULT_TENANT:
             raise StateError(f"can't remove tenant {name!r}: VMs whose spec names none belong to it")
         theirs = [vm for vm in vms if vm.tenant == name]
-        if seat.live or any(vm.outcome is None for vm in theirs):
+        if state.live or any(vm.outcome is None for vm in theirs):
             alive = ", ".join(sorted(vm.name for vm in theirs if vm.outcome is None)[:NAMED])
             raise StateError(f"can't remove tenant {name!r}: it has VMs that have not ended ({alive}): stop them first")
         for vm in theirs:
             vm.release()
         self._end_limits(name, executor)
-        self.removed.join(seat.gone)
-        del self.seats[name]
-        _close(seat.budgets)
+        self.removed.join(state.gone)
+        del self.states[name]
+        _close(state.budgets)
 
     def _put_limits(self, tenant: Tenant, executor: FleetExecutor, reason: str) -> None:
-        for meter, budget in self.seats[tenant.name].budgets.items():
+        for meter, budget in self.states[tenant.name].budgets.items():
             limit = getattr(tenant, meter.field)
             if budget.base != limit:
                 executor.set_limit(limit, meter, tenant.name, None, None)
@@ -121,17 +121,17 @@ class Tenancy:
     def _end_limits(self, tenant: str, executor: FleetExecutor) -> None:
         """Journal that the tenant's limits and throttles end: another tenant of that name begins without them."""
         reason = f"remove_tenant({tenant!r})"
-        for meter, budget in self.seats[tenant].budgets.items():
+        for meter, budget in self.states[tenant].budgets.items():
             if budget.base is not None:
                 executor.done(SetLimit(limit=None, meter=meter, tenant=tenant, reason=reason), None)
-        for key, held in list(executor.holdings):
+        for key, held in list(executor.in_force):
             if key.tenant == tenant and (back := inverse(held.action)) is not None:
                 executor.done(attrs.evolve(back, reason=reason), held.policy)
 
     def close(self) -> None:
         """Free all budgets. No VM that has their buckets is left."""
-        for seat in self.seats.values():
-            _close(seat.budgets)
+        for state in self.states.values():
+            _close(state.budgets)
         _close(self.host)
 
 

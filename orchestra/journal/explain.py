@@ -277,7 +277,7 @@ def _of(journal: JournalReader, vm: str, life: tuple[int, int] | None, begin: in
 
 def _vcpus(journal: JournalReader, vm: str, life: tuple[int, int] | None) -> int:
     """How many vCPUs the VM has. For a VM that was never active any number will do: all its figures are 0."""
-    query = "SELECT vcpus FROM aggregates WHERE vm = ? AND session = ? AND launch = ? LIMIT 1"
+    query = "SELECT vcpus FROM aggregates WHERE vm = ? AND session = ? AND generation = ? LIMIT 1"
     found = [] if life is None else journal.query(query, (vm, *life))
     return int(found[0][0]) if found else 1
 
@@ -297,8 +297,8 @@ def _held(hold: Hold, found: Sequence[Cause]) -> float:
 
 
 def life_of(row: StateRow | Aggregate | None) -> tuple[int, int] | None:
-    """Session and launch, which tell a VM from others of its name: each fleet numbers its launches anew."""
-    return None if row is None else (row.session, row.launch)
+    """Session and generation, which distinguish VMs of one name: each fleet numbers its VMs from 1."""
+    return None if row is None else (row.session, row.generation)
 
 
 def _actions(
@@ -319,7 +319,7 @@ def _actions(
         row
         for outcome in ("done", "failed")
         for row in journal.actions(vm=vm, outcome=outcome, since=since, until=at)
-        if row.session == life[0] and row.details.get("launch", life[1]) == life[1]
+        if row.session == life[0] and row.details.get("generation", life[1]) == life[1]
     ]
     return sorted([*rows, *journal.shared_limits(life[0], tenant, at)], key=lambda row: row.time)
 

@@ -9,7 +9,7 @@ import attrs
 from ..model.effects import EFFECTS, Key, key_of, releases
 from .reader import ActionRow
 
-__all__ = ["Held", "Hold", "Span", "in_force", "spans"]
+__all__ = ["Hold", "HoldTracker", "Span", "in_force", "spans"]
 
 
 @attrs.frozen
@@ -49,7 +49,7 @@ class Span:
     hold: Hold
 
 
-class Held:
+class HoldTracker:
     """Reads actions in their order, and knows what is in force. Its size is that of what is in force."""
 
     def __init__(self) -> None:
@@ -74,8 +74,8 @@ class Held:
             where = "vcpu" if key.vcpu is not None else "vm" if key.vm else "tenant" if key.tenant else whole
             self._held[at] = Hold(row, before.since if before is not None and same else row.time, where)
         elif before is not None:
-            launches = {row.details.get("launch"), before.action.details.get("launch")} - {None}
-            if len(launches) < 2:  # an action about an earlier launch does not free the present one
+            generations = {row.details.get("generation"), before.action.details.get("generation")} - {None}
+            if len(generations) < 2:  # an action about an earlier generation does not release the present one
                 del self._held[at]
 
     def holds(self) -> list[Hold]:
@@ -100,7 +100,7 @@ def _tightness(hold: Hold) -> tuple[float, int]:
 
 def in_force(actions: Iterable[ActionRow]) -> list[Hold]:
     """What is in force after these actions, the tightest limit first."""
-    held = Held()
+    held = HoldTracker()
     for row in actions:
         held.note(row)
     return held.holds()
@@ -113,7 +113,7 @@ def spans(actions: Iterable[ActionRow], begin: int, end: int) -> Mapping[str, li
         actions: from the first one of the fleet on, in their order: an early one may still be in force.
         begin, end: nanoseconds since the epoch.
     """
-    held = Held()
+    held = HoldTracker()
     found: dict[str, list[Span]] = {}
     counts: dict[tuple[str, str], tuple[int, Hold]] = {}
 

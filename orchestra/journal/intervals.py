@@ -17,7 +17,7 @@ SHORT: Final = 0.1
 
 
 PARTS: Final = ("by_reason", "throttled_by")
-KEYS: Final = ("session", "time", "interval", "vm", "launch", "tenant", "weight", "vcpus", *PARTS)
+KEYS: Final = ("session", "time", "interval", "vm", "generation", "tenant", "weight", "vcpus", *PARTS)
 SUMS: Final = tuple(field.name for field in attrs.fields(Aggregate) if field.name not in KEYS)
 
 
@@ -49,6 +49,6 @@ def whole(rows: Iterable[Aggregate]) -> Iterator[Aggregate]:
 
 
 def _is_rest(before: Aggregate, row: Aggregate) -> bool:
-    of_one = (before.session, before.launch) == (row.session, row.launch)
+    of_one = (before.session, before.generation) == (row.session, row.generation)
     between = (row.time - before.time) / 1e9 - row.interval
     return of_one and row.interval < SHORT * before.interval and between < SHORT * before.interval

@@ -77,7 +77,7 @@ class StateRow:
     session: int
     time: int
     vm: str
-    launch: int
+    generation: int
     tenant: str
     state: str
     reason: str
@@ -94,7 +94,7 @@ class Aggregate:
     time: int
     interval: float
     vm: str
-    launch: int
+    generation: int
     tenant: str
     weight: float
     vcpus: int
@@ -121,7 +121,7 @@ class VcpuRow:
     time: int
     interval: float
     vm: str
-    launch: int
+    generation: int
     vcpu: int
     bus_locks: int | None
     exits: int
@@ -162,7 +162,7 @@ class ProfileRow:
     session: int
     time: int
     vm: str
-    launch: int
+    generation: int
     rip: int
     mode: int
     cpl: int
@@ -346,7 +346,7 @@ class JournalReader:
         """The last state of each VM that has ended for good and is not started again, in the order of their time."""
         query = (
             "SELECT * FROM states AS last WHERE state IN ('stopped', 'failed') AND time BETWEEN ? AND ? AND NOT EXISTS "
-            "(SELECT 1 FROM states WHERE vm = last.vm AND session = last.session AND launch = last.launch "
+            "(SELECT 1 FROM states WHERE vm = last.vm AND session = last.session AND generation = last.generation "
             "AND time >= last.time AND rowid > last.rowid) ORDER BY time"
         )
         most = (1 << 63) - 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import attrs
 
 from .explain import ENDED, SECOND, fared_by, life_of, mean
-from .holds import Held
+from .holds import HoldTracker
 from .intervals import whole
 from .reader import ActionRow, Aggregate, HostRow, JournalReader, StateRow
 
@@ -89,7 +89,7 @@ def _parts(row: Aggregate | HostRow, since: int, width: int) -> range:
 def _limits(journal: JournalReader, vm: str, since: int, until: int) -> list[tuple[int, float | None]]:
     """The changes of the tightest limit on the bus locks of the VM itself: their times, and the limit from there on.
 
-    They begin with the launch that is there at `since`. A VM that ends takes its limits with it.
+    They begin with the generation that ran at `since`. A VM that ends takes its limits with it.
     """
     states = list(journal.states(vm=vm, until=until))
     there = next((life_of(row) for row in reversed(states) if row.time <= since), None)
@@ -100,13 +100,13 @@ def _limits(journal: JournalReader, vm: str, since: int, until: int) -> list[tup
         if row.kind in ("Throttle", "Unthrottle", "SetLimit") and row.details.get("meter") == "bus_locks"
     ]
     lives = [row for row in states if begin is None or row.time >= begin]
-    held, life = Held(), there
+    held, life = HoldTracker(), there
     changes: list[tuple[int, float | None]] = []
     for row in sorted([*lives, *rows], key=lambda row: row.time):  # a state goes before the actions of its time
         if isinstance(row, ActionRow):
             held.note(row)
         elif life_of(row) != life or row.state in ENDED:
-            held, life = Held(), life_of(row)
+            held, life = HoldTracker(), life_of(row)
         else:
             continue
         rates = [hold.rate for hold in held.holds() if hold.rate is not None]

@@ -47,7 +47,7 @@ def suspects(journal: JournalReader, vm: str, at: int | None = None, *, seconds:
             raise UnknownVm(f"vm={vm!r}: the journal has nothing of it; there are: {journal.some_vms()}")
         return Past(vm).suspicion()
     last = own[-1]
-    own = [row for row in own if (row.session, row.launch) == (last.session, last.launch)]
+    own = [row for row in own if (row.session, row.generation) == (last.session, last.generation)]
     since = max(since, own[0].time - round(own[0].interval * SECOND))
     hosts = [row for row in journal.hosts(since=since + 1, until=at) if row.session == last.session]
     width = _width(at - since, hosts)
@@ -83,7 +83,7 @@ def _active(journal: JournalReader, session: int, since: int, until: int) -> lis
 
 
 def _by_window(rows: Iterable[Aggregate], since: int, width: int, session: int) -> dict[int, Aggregate]:
-    """The sums of a VM's rows, by the number of the window. All launches of a VM count as one suspect."""
+    """The sums of a VM's rows, by the number of the window. All generations of a VM count as one suspect."""
     sums: dict[int, Aggregate] = {}
     for row in rows:
         if row.session == session:

@@ -73,7 +73,7 @@ def _json(value: Any) -> str:
     return _encode(value)
 
 
-def _told(action: Action) -> tuple[str, dict[str, Any]]:
+def _as_data(action: Action) -> tuple[str, dict[str, Any]]:
     """An action's kind and fields as data. Evidence that has no form in JSON becomes text."""
     try:
         return encode_parts(action, str)
@@ -165,10 +165,10 @@ class Journal:
     def action(self, applied: Applied) -> None:
         """Record an action, whatever came of it. Without an action: record why a policy was switched off."""
         action: Action | None = applied.action
-        kind, fields = ("PolicyError", {}) if action is None else _told(action)
+        kind, fields = ("PolicyError", {}) if action is None else _as_data(action)
         details = {name: fields[name] for name in fields if name not in ("vm", "tenant", "reason", "evidence")}
-        if details.get("launch", 0) is None:  # no launch was meant, so none is kept
-            del details["launch"]
+        if details.get("generation", 0) is None:  # the action names no generation, so the row has none
+            del details["generation"]
         self._put(
             "actions",
             (
@@ -186,9 +186,9 @@ class Journal:
             ),
         )
 
-    def state(self, now: int, vm: str, launch: int, tenant: str, state: str, reason: str) -> None:
+    def state(self, now: int, vm: str, generation: int, tenant: str, state: str, reason: str) -> None:
         """Record that a VM's state changed, at `now` on the fleet's clock."""
-        self._put("states", (self._session, now + self._offset, vm, launch, tenant, state, reason))
+        self._put("states", (self._session, now + self._offset, vm, generation, tenant, state, reason))
 
     def aggregate(self, facts: Facts) -> None:
         """Record what the VMs did in an interval, and how the host was.
@@ -206,7 +206,7 @@ class Journal:
                     time,
                     interval,
                     vm.name,
-                    vm.launch,
+                    vm.generation,
                     vm.tenant,
                     vm.weight,
                     vm.vcpus,
@@ -226,7 +226,7 @@ class Journal:
         ]
         for vm in facts.vms.values():
             if vm.vcpus > 1:
-                of = (session, time, interval, vm.name, vm.launch)
+                of = (session, time, interval, vm.name, vm.generation)
                 for vcpu in vm.by_vcpu:
                     what = (vcpu.index, vcpu.bus_locks, vcpu.exits, vcpu.throttled, vcpu.cpu, vcpu.run_delay)
                     rows.append(("vcpus", (*of, *what, vcpu.capped)))
@@ -242,13 +242,13 @@ class Journal:
         self._absent = dict(host.absent)
         self._queue += rows
 
-    def profile(self, now: int, vm: str, launch: int, rows: Iterable[Sample]) -> None:
+    def profile(self, now: int, vm: str, generation: int, rows: Iterable[Sample]) -> None:
         """Record bus locks that the profile sampled, at `now` on the fleet's clock."""
         for rip, mode, cpl, space, samples, weight, code in rows:
             signed = rip - (1 << 64) if rip >> 63 else rip  # SQLite's integers have a sign
             self._put(
                 "profiles",
-                (self._session, now + self._offset, vm, launch, signed, mode, cpl, space, samples, weight, code),
+                (self._session, now + self._offset, vm, generation, signed, mode, cpl, space, samples, weight, code),
             )
 
     def end(self, now: int) -> None:
@@ -302,9 +302,9 @@ class Journal:
                 if time.monotonic() - pruned > PRUNE_SECONDS or closing:
                     pruned = time.monotonic()
                     self._forget(connection)
-                self._tell(None)
+                self._report(None)
             except Exception as error:  # a full disk may have room again later: the rows wait, up to the bound
-                self._tell(str(error) or type(error).__name__)
+                self._report(str(error) or type(error).__name__)
             if closing:
                 break
             self._more.wait(COMMIT_SECONDS)
@@ -312,9 +312,9 @@ class Journal:
             connection.execute("UPDATE sessions SET ended = ? WHERE id = ?", (self._ended, self._session))
             connection.close()
         except sqlite3.Error as error:
-            self._tell(str(error))
+            self._report(str(error))
 
-    def _tell(self, error: str | None) -> None:
+    def _report(self, error: str | None) -> None:
         """Note an error, or None for its end. Only a change is logged: a full disk would else fill the log as well."""
         before, self._error = self._error, error
         if error is not None and error != before:

@@ -66,15 +66,15 @@ class Calls:
             raise result[0]
         return result[0]
 
-    def take(self, index: int, heard: Callable[[], object] | None = None) -> list[Call]:
+    def take(self, index: int, clear: Callable[[], object] | None = None) -> list[Call]:
         """Remove and return the calls that wait for this vCPU. Runner's thread.
 
         Parameters:
-            heard: clears the command to look for calls. It is called while the lock is held.
+            clear: clears the command to look for calls. It is called while the lock is held.
         """
         with self._lock:
-            if heard is not None:
-                heard()
+            if clear is not None:
+                clear()
             return self._waiting.pop(index, [])
 
     def serve_late(self, index: int) -> None:

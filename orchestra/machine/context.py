@@ -16,8 +16,8 @@ from ..profile import Samples
 from .claims import Claims
 from .desired import Desired
 from .devices.console import Console
-from .holding import Level
 from .inbox import Inbox
+from .pause_levels import Level
 from .workers import Workers
 
 __all__ = ["REFUSED", "InstanceContext", "Owner"]
@@ -42,7 +42,7 @@ class InstanceContext(Protocol):
         """Run a function soon on the fleet's thread. Any thread; nothing happens once the fleet is gone."""
 
     def next_id(self) -> int: ...
-    def told(self, vm: str) -> int: ...
+    def event_mask(self, vm: str) -> int: ...
     def register(self, core: VcpuCore, guest: Any, index: int) -> None:
         """Note that the exits of this core belong to that vCPU."""
 
@@ -83,7 +83,7 @@ class Owner(Protocol):
     def claims(self) -> Claims:
         """The addresses that the user's devices and tasks have claimed."""
 
-    def on_held(self, level: Level) -> None:
+    def on_pause_level(self, level: Level) -> None:
         """The run has reached that level of a pause."""
 
     def on_cap_failed(self, error: OrchestraError) -> None:

@@ -25,10 +25,10 @@ from .context import REFUSED, InstanceContext
 from .desired import UNLIMITED, Desired, PlacedLimits
 from .devices.bus import Device, Handler
 from .devices.console import Console
-from .holding import Level
 from .inspection import Inspection, check_vcpu
 from .instance import Instance
 from .lifecycle import state_of
+from .pause_levels import Level
 from .runs import Runs
 
 __all__ = ["VmControl"]
@@ -45,7 +45,7 @@ class VmControl:
 
     Attributes:
         handle: the `Vm` of the users, which is made from this.
-        launch: the VM's number in the fleet, which no other VM ever has.
+        generation: the VM's number in the fleet, which no other VM ever has.
         budgets, vcpu_budgets: the limits of the VM, and of each vCPU.
         claims: the addresses that the user's devices and tasks have claimed.
         wanted: what is desired of the VM, without its limits: each budget has its own part of the record. `desired` is
@@ -66,7 +66,7 @@ class VmControl:
 
     def __init__(
         self,
-        house: InstanceContext,
+        context: InstanceContext,
         spec: VmSpec,
         tenant: str,
         above: tuple[Budgets, Budgets],
@@ -74,13 +74,13 @@ class VmControl:
         devices: Iterable[tuple[range | None, range | None, Device]] = (),
     ) -> None:
         desired.check_for(spec)
-        now = house.backend.now()
-        self.house = house
+        now = context.backend.now()
+        self.context = context
         self.spec = spec
         self.name = spec.name
         self.tenant = tenant
-        self.launch = house.next_id()
-        self.console = Console(house.post, spec.name)
+        self.generation = context.next_id()
+        self.console = Console(context.post, spec.name)
         self.claims = Claims(devices)
         self.samples = Samples()
         self.was_capped = desired.cap is not None
@@ -91,7 +91,7 @@ class VmControl:
         self.wanted = attrs.evolve(desired, limits=())
         self._released = False
         self.inspection = Inspection(self)
-        self.runs = Runs(house, self, [(*above, self.budgets, budgets) for budgets in self.vcpu_budgets])
+        self.runs = Runs(context, self, [(*above, self.budgets, budgets) for budgets in self.vcpu_budgets])
 
     def __repr__(self) -> str:
         return f"<VmControl {self.name!r} {self.state}>"
@@ -149,7 +149,7 @@ class VmControl:
 
     def became(self, reason: str) -> None:
         """Journal the state that the VM is in now."""
-        self.house.changed(self, self.state, reason)
+        self.context.changed(self, self.state, reason)
 
     # ---- pauses
 
@@ -164,12 +164,12 @@ class VmControl:
 
     async def wait_paused(self) -> None:
         """Wait until no guest code runs, or the pause is taken back, or the run has ended."""
-        with self.house.core.urgently():
-            await self.made().holding.paused.wait()
+        with self.context.core.urgently():
+            await self.made().pause_levels.paused.wait()
 
     async def wait_quiesced(self) -> None:
         """Wait until also no access is pending, or the pause is taken back, or the run has ended."""
-        quiesced, patience = self.made().holding.quiesced, PATIENCE  # of this pause, even if another comes
+        quiesced, patience = self.made().pause_levels.quiesced, PATIENCE  # of this pause, even if another comes
         await self.wait_paused()
         while not quiesced.is_set():
             with trio.move_on_after(patience):
@@ -186,7 +186,7 @@ class VmControl:
             guest.pausing.resume()
             self.became(self.runs.waits or "resumed")
 
-    def on_held(self, level: Level) -> None:
+    def on_pause_level(self, level: Level) -> None:
         if self.wanted.paused and self.outcome is None:
             self.became("; ".join(map(str, self.inspection.pending)) if level is Level.PAUSED else "")
 
@@ -199,7 +199,7 @@ class VmControl:
             journal: journal a `Stop`, if this is the first. For callers that stop the VM without an action.
         """
         if self.runs.stop(outcome) and journal:
-            self.house.did(Stop(vm=self.name, reason=outcome.reason))
+            self.context.did(Stop(vm=self.name, reason=outcome.reason))
 
     @property
     def stopping(self) -> bool:
@@ -208,7 +208,7 @@ class VmControl:
 
     async def wait_released(self) -> Outcome:
         """After `stop_nowait`: wait until the VM has given everything back. Returns its outcome."""
-        with self.house.core.urgently():
+        with self.context.core.urgently():
             await self.runs.ended.wait()
         self.release()  # the VM's task does so too, but a VM that ended by itself has no task any more
         await self.runs.wait_unmapped()
@@ -219,7 +219,7 @@ class VmControl:
         """Leave the fleet and give the memory back. After the VM has ended; a second call does nothing."""
         if not self._released:
             self._released = True
-            self.house.released(self)
+            self.context.released(self)
 
     def close(self) -> None:
         """Give the memory back and free the buckets. After the VM has left the fleet."""
@@ -257,7 +257,7 @@ class VmControl:
         caps = self.wanted.caps
         self._want(caps=())
         for cap in caps:  # otherwise the journal would show them in force for ever
-            self.house.did(CapCpu(vm=self.name, share=None, reason=f"{REFUSED}: {error}"), cap.by)
+            self.context.did(CapCpu(vm=self.name, share=None, reason=f"{REFUSED}: {error}"), cap.by)
 
     def isolate_nowait(self, on: bool) -> None:
         """As `Vm.isolate`."""
@@ -269,28 +269,28 @@ class VmControl:
     def on_isolation_failed(self, error: OrchestraError) -> None:
         log.error("vm %s is not isolated any more: %s", self.name, error)
         self._want(isolated=False)
-        self.house.did(Rejoin(vm=self.name, reason=f"{REFUSED}: {error}"))
+        self.context.did(Rejoin(vm=self.name, reason=f"{REFUSED}: {error}"))
 
     # ---- logging, sampling, claims
 
     async def log_dirty(self, on: bool) -> None:
         """As `Vm.log_dirty`."""
         async with self.runs.logging:
-            guest, workers = self.alive("log the memory of"), self.house.workers
-            dirty, backend = guest.dirty, self.house.backend.name
+            guest, workers = self.alive("log the memory of"), self.context.workers
+            dirty, backend = guest.dirty, self.context.backend.name
             if dirty is None:
                 raise StateError(f"can't log the memory of vm {self.name!r}: not supported by this backend ({backend})")
             if not guest.life.has_ended:
                 # On a worker thread: the kernel walks the guest's page tables, which takes milliseconds for gigabytes.
                 await workers.run(partial(dirty.log, on), workers.dirty)
                 if not guest.life.has_ended:
-                    self.house.logged(guest)
+                    self.context.logged(guest)
             self._want(log_dirty=on)
 
     def set_sampling(self, every: int) -> None:
         """As `Vm.set_sampling`."""
         check_sampling("every", every)
-        if every and not self.house.bus_locks:
+        if every and not self.context.bus_locks:
             raise BusLockUnsupported(f"vm {self.name!r}: this fleet does not see bus locks: there is nothing to sample")
         self._want(sample_every=every)
         if self.runs.guest is not None:

@@ -29,13 +29,13 @@ class Cores:
 
     def __init__(
         self,
-        house: InstanceContext,
+        context: InstanceContext,
         life: Lifecycle,
         cores: Sequence[VcpuCore],
         samples: Samples,
         detection: Detection | None,
     ) -> None:
-        self._house = house
+        self._context = context
         self._life = life
         self._cores = cores
         self._samples = samples
@@ -45,22 +45,22 @@ class Cores:
     def counters(self) -> list[Counters]:
         if self._life.has_ended:
             return self._final
-        now = self._house.backend.now()
+        now = self._context.backend.now()
         return [core.counters(now) for core in self._cores]
 
     def look(self, index: int, now: int) -> tuple[dict[int, int], int, list[int], int]:
         """As `VcpuCore.look`."""
         return ({}, 0, NOT_HELD, 0) if self._life.has_ended else self._cores[index].look(now)
 
-    def tell(self, mask: int) -> None:
+    def subscribe(self, mask: int) -> None:
         """Make the cores put exits of these reasons into their rings."""
         if not self._life.has_ended:
             for core in self._cores:
-                core.tell(mask)
+                core.subscribe(mask)
 
     def sample(self, every: int) -> None:
         """Sample one bus lock of each `every`; 0: none."""
-        if self._house.bus_locks and not self._life.has_ended:
+        if self._context.bus_locks and not self._life.has_ended:
             for core in self._cores:
                 core.sample(every)
 
@@ -73,7 +73,7 @@ class Cores:
         return self._samples
 
     def profile_rows(self) -> list[Row]:
-        """The samples since the last call, for `Journal.profile(now, vm.name, vm.launch, rows)`. Empty: none are new.
+        """The samples since the last call, for the `rows` of `Journal.profile`. Empty: none are new.
 
         The fleet calls this in each interval of its journal, and once more when the VM has ended.
         """
@@ -87,7 +87,7 @@ class Cores:
         with contained(f"vm {name}: samples", problems):
             self.gather()
         with contained(f"vm {name}: last exits", problems):
-            self._house.retire(self._cores)
+            self._context.retire(self._cores)
         self._final = final
 
     def close(self, name: str, problems: list[str]) -> None:

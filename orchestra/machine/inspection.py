@@ -15,8 +15,8 @@ from ..profile import Profile, Samples, Symbols, make_profile
 from .budget import Budgets
 from .context import InstanceContext
 from .desired import Desired
-from .holding import Level, PendingIo
 from .instance import Instance
+from .pause_levels import Level, PendingIo
 from .runs import Runs
 from .statistics import VmStatistics, by_bucket, of_vcpu, sums
 
@@ -26,7 +26,7 @@ __all__ = ["Inspection", "check_vcpu"]
 class Inspected(Protocol):
     """The VM, as `Inspection` needs it."""
 
-    house: InstanceContext
+    context: InstanceContext
     spec: VmSpec
     name: str
     tenant: str
@@ -83,7 +83,7 @@ class Inspection:
         if guest is not None and vm.outcome is None:
             if guest.has_ended(index):
                 return State.STOPPED
-            if vm.wanted.paused and guest.holding.level(index) >= Level.PAUSED:
+            if vm.wanted.paused and guest.pause_levels.level(index) >= Level.PAUSED:
                 return State.PAUSED
         return vm.state
 
@@ -95,7 +95,7 @@ class Inspection:
         index = check_vcpu(vm.spec, vcpu)
         if guest.has_ended(index):
             return self._final_registers(guest, index)
-        level = guest.holding.level(index)
+        level = guest.pause_levels.level(index)
         if not vm.wanted.paused or level < Level.PAUSED:
             raise StateError(f"vm {vm.name!r}: vCPU {vcpu} runs: pause() first, or `await vm.inspect({vcpu})`")
         if level is not Level.QUIESCED:
@@ -125,7 +125,7 @@ class Inspection:
     def statistics(self) -> VmStatistics:
         """As `Vm.statistics`."""
         vm, runs = self._vm, self._vm.runs
-        counters, seen = runs.counters(), vm.house.bus_locks
+        counters, seen = runs.counters(), vm.context.bus_locks
         vcpus = tuple(of_vcpu(index, self._vcpu_state(index), c, seen) for index, c in enumerate(counters))
         return VmStatistics(
             name=vm.name,
@@ -139,7 +139,7 @@ class Inspection:
             limit=vm.budgets[Meter.BUS_LOCKS].limit,
             exit_limit=vm.budgets[Meter.EXITS].limit,
             answer_limit=vm.budgets[Meter.ANSWERS].limit,
-            bus_lock_detection=(vm.spec.bus_lock_detection or vm.house.bus_lock_detection) if seen else None,
+            bus_lock_detection=(vm.spec.bus_lock_detection or vm.context.bus_lock_detection) if seen else None,
             vcpus=vcpus,
             throttled_by=by_bucket(c.held for c in counters),
             **sums(vcpus, seen),
@@ -155,12 +155,12 @@ class Inspection:
             symbols=symbols,
             bus_locks=self.statistics().bus_locks,
             unplaced=samples.unplaced,
-            every=vm.wanted.sample_every if vm.house.bus_locks else 0,
+            every=vm.wanted.sample_every if vm.context.bus_locks else 0,
         )
 
     async def kernel_statistics(self) -> dict[str, float]:
         """As `Vm.kernel_statistics`."""
-        guest, backend = self._vm.made(), self._vm.house.backend.name
+        guest, backend = self._vm.made(), self._vm.context.backend.name
         machine: Any = guest.machine
         await trio.lowlevel.checkpoint()
         why = None if hasattr(machine, "statistics") else f"backend {backend!r} has none"

@@ -30,8 +30,8 @@ from .cores import Cores
 from .desired import Desired
 from .devices.assembly import Assembly
 from .devices.buses import Buses
-from .holding import Holding, Level
 from .lifecycle import Event, Lifecycle
+from .pause_levels import Level, PauseLevels
 from .pausing import Pausing
 from .restraint import Restraint, make_caps
 from .vcpu import Vcpu
@@ -51,7 +51,7 @@ class Instance:
 
     Attributes:
         life: the state of the run.
-        holding: how far a pause holds the vCPUs.
+        pause_levels: how far a pause holds the vCPUs.
         buses: the devices and tasks that answer the guest's accesses.
         cores: what the vCPUs counted, and which exits they report.
         calls: functions for the vCPUs' threads.
@@ -61,17 +61,17 @@ class Instance:
 
     def __init__(
         self,
-        house: InstanceContext,
+        context: InstanceContext,
         spec: VmSpec,
         levels: Sequence[tuple[Budgets, Budgets, Budgets, Budgets]],
         owner: Owner,
     ) -> None:
-        self.house = house
+        self.context = context
         self.spec = spec
         self.name = spec.name
-        self.now = house.backend.now
+        self.now = context.backend.now
         self.life = Lifecycle()
-        self.holding = Holding(spec.vcpus, self.life, owner.on_held)
+        self.pause_levels = PauseLevels(spec.vcpus, self.life, owner.on_pause_level)
         self.buses = Buses()
         self.ports, self.mmio = self.buses.ports, self.buses.mmio
         self.vcpus: list[Vcpu] = []
@@ -79,11 +79,11 @@ class Instance:
         self.devices: Assembly | None = None
         self._cores: list[VcpuCore] = []
         self.cores = Cores(
-            house, self.life, self._cores, owner.samples, spec.bus_lock_detection or house.bus_lock_detection
+            context, self.life, self._cores, owner.samples, spec.bus_lock_detection or context.bus_lock_detection
         )
-        self.calls = Calls(self._knock, house.post, self._hurried)
-        caps = make_caps(house, spec.name, self._cores, self.calls.ask, self._post, owner.on_cap_failed)
-        self.restraint = Restraint(house, spec.name, self.life, self.vcpus, caps)
+        self.calls = Calls(self._knock, context.post, self._hurried)
+        caps = make_caps(context, spec.name, self._cores, self.calls.ask, self._post, owner.on_cap_failed)
+        self.restraint = Restraint(context, spec.name, self.life, self.vcpus, caps)
         self.pausing = Pausing(self, caps)
         self._owner = owner
         self._caps = caps
@@ -103,10 +103,10 @@ class Instance:
         Raises:
             OrchestraError: the host can't give the run what it needs.
         """
-        house = self.house
-        if house.backend.blocking:
+        context = self.context
+        if context.backend.blocking:
             try:
-                await house.workers.run(self._build, house.workers.setup)
+                await context.workers.run(self._build, context.workers.setup)
             except RuntimeError as error:
                 if NO_THREAD not in str(error):
                     raise
@@ -117,18 +117,18 @@ class Instance:
         try:
             for ports, mmio, handler in self._owner.claims:
                 self.buses.claim(ports, mmio, handler)
-            self.cores.tell(house.told(self.name))
+            self.cores.subscribe(context.event_mask(self.name))
             for index, core in enumerate(self._cores):
-                house.register(core, self, index)
+                context.register(core, self, index)
             if self.dirty is not None and self.dirty.on:
-                house.logged(self)
+                context.logged(self)
             self.life.happen(Event.BUILT)
             self._apply(self._owner.wanted)
         except BaseException:
             with trio.CancelScope(shield=True):
                 self._join()
                 await self._give_back()
-                await house.workers.discard(self.memory).wait()
+                await context.workers.discard(self.memory).wait()
             raise
 
     def _apply(self, desired: Desired) -> None:
@@ -137,7 +137,7 @@ class Instance:
         self.cores.sample(desired.sample_every)
         if desired.paused:
             self.pausing.pause()
-            self.holding.settle()
+            self.pause_levels.settle()
         try:
             if desired.cap is not None:
                 self.restraint.cap_cpu(desired.cap)
@@ -151,19 +151,19 @@ class Instance:
 
     def _build(self) -> None:
         """Make the machine. May run on a worker thread: ioctls that create VMs take from 0.3 to 30 ms."""
-        house, spec = self.house, self.spec
+        context, spec = self.context, self.spec
         self.memory = GuestMemory(spec)
         try:
             for index in range(spec.vcpus):
-                core = VcpuCore(house.core, house.next_id())
+                core = VcpuCore(context.core, context.next_id())
                 self._cores.append(core)
                 connect(core, self._levels[index])
                 core.set_buses(self.ports.handle, self.mmio.handle)
             states = boot.load(spec, self.memory)
-            self._machine = house.backend.create(spec, self._cores, self.memory, states, bus_locks=house.bus_locks)
+            self._machine = context.backend.create(spec, self._cores, self.memory, states, bus_locks=context.bus_locks)
             try:
-                in_turn = partial(house.inbox.put, (spec.tenant or "default", spec.name))
-                self.devices = Assembly(self, self._machine, self._console, house.post, in_turn)
+                in_turn = partial(context.inbox.put, (spec.tenant or "default", spec.name))
+                self.devices = Assembly(self, self._machine, self._console, context.post, in_turn)
                 self.vcpus += [Vcpu(self, index, engine) for index, engine in enumerate(self._machine.engines)]
                 self._done = [trio.Event() for _ in self.vcpus]
                 for vcpu in self.vcpus:
@@ -252,7 +252,7 @@ class Instance:
             except Exception as error:
                 self._fail(getattr(function, "__name__", "a call"), error)
 
-        self.house.post(run)
+        self.context.post(run)
 
     def end(self, outcome: Outcome) -> None:
         """End the run with that outcome, unless it has one already: the first counts. Any thread."""
@@ -273,7 +273,7 @@ class Instance:
         """Within the block nothing delays the vCPUs' threads: caps are loosened, and the core is told of the hurry."""
         self._caps.hurry(True)
         try:
-            with self.house.core.urgently():
+            with self.context.core.urgently():
                 yield
         finally:
             self._caps.hurry(False)
@@ -303,16 +303,16 @@ class Instance:
 
     @property
     def pause_number(self) -> int:
-        return self.holding.number
+        return self.pause_levels.number
 
     def commanded(self, index: int) -> list[Callable[[], None]]:
         return self.calls.take(index, partial(self._cores[index].command, 0, Command.CALL))
 
     def on_parked(self, index: int, number: int) -> None:
-        self._post(self.holding.come, index, number, Level.PAUSED)
+        self._post(self.pause_levels.come, index, number, Level.PAUSED)
 
     def on_quiesced(self, index: int, number: int) -> None:
-        self._post(self.holding.come, index, number, Level.QUIESCED)
+        self._post(self.pause_levels.come, index, number, Level.QUIESCED)
 
     def on_ended(self, index: int, outcome: Outcome) -> None:
         try:
@@ -331,11 +331,11 @@ class Instance:
     def _on_ended(self, index: int) -> None:
         self._done[index].set()
         try:
-            self.holding.gone(index)
+            self.pause_levels.gone(index)
             if not self.life.has_ended:
                 self.calls.serve_late(index)
         finally:
-            if self.holding.all_gone:
+            if self.pause_levels.all_gone:
                 self.life.end(Halted())  # the first outcome counts: a vCPU that ended otherwise has set it
                 self.life.happen(Event.GONE)
                 self._ended.set()
@@ -344,7 +344,7 @@ class Instance:
 
     def has_ended(self, index: int) -> bool:
         """Whether that vCPU has ended."""
-        return self.life.has_ended or self.holding.has_gone(index)
+        return self.life.has_ended or self.pause_levels.has_gone(index)
 
     async def _give_back(self) -> Failed | None:
         """Give everything back but the memory, after the last runner has gone. Each step is done even if others fail.
@@ -356,7 +356,7 @@ class Instance:
         if self.devices is not None:
             self.devices.stop(problems)
         self._finish(problems)
-        await self.house.workers.run(lambda: self._close(problems), self.house.workers.teardown)
+        await self.context.workers.run(lambda: self._close(problems), self.context.workers.teardown)
         self.cores.close(self.name, problems)  # here: the drain task on this thread looks at cores
         self.talked()  # the cores are gone, so nobody would report their last output
         return Failed(f"giving back: {'; '.join(problems)}") if problems else None
@@ -369,7 +369,7 @@ class Instance:
         self.memory.on_write = None  # no engine executes this memory any more
         self._ended.set()
         with contained(f"vm {self.name}: pauses", problems):
-            self.holding.close()
+            self.pause_levels.close()
         for vcpu in self.vcpus:
             with contained(f"vm {self.name}: calls", problems):
                 self.calls.serve_late(vcpu.index)

@@ -1,4 +1,4 @@
-"""Pauses one run of a VM, lets it go on, and names what a pause waits for. `holding` has the levels of a pause."""
+"""Pauses one run of a VM, lets it go on, and names what a pause waits for. `pause_levels` has the levels of a pause."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from ..host.control.caps import Caps
 from ..native.core import Command
 from .devices.assembly import Assembly
 from .devices.bus import Bus
-from .holding import Holding, Level, PendingIo
 from .lifecycle import Lifecycle
+from .pause_levels import Level, PauseLevels, PendingIo
 from .vcpu import Vcpu
 
 __all__ = ["Pausing"]
@@ -21,7 +21,7 @@ class Run(Protocol):
     """The run (`Instance`), as `Pausing` needs it."""
 
     life: Lifecycle
-    holding: Holding
+    pause_levels: PauseLevels
     vcpus: list[Vcpu]
     mmio: Bus
     devices: Assembly | None
@@ -41,13 +41,13 @@ class Pausing:
     def pause(self) -> None:
         """Tell all vCPUs to park; does not wait.
 
-        Order: `holding` begins first, so that the first report of a vCPU finds the new pause number. The command comes
-        before `using` is looked at: a vCPU does it the other way round, so one of the two sees the other.
+        Order: `pause_levels` begins first, so that the first report of a vCPU finds the new pause number. The command
+        comes before `using` is read. A vCPU does the two in the opposite order, so one of them sees the other.
         """
-        run, holding = self._run, self._run.holding
+        run, pause_levels = self._run, self._run.pause_levels
         if run.life.has_ended:
             return
-        holding.begin()
+        pause_levels.begin()
         if run.devices is not None:
             run.devices.hold()
         self._began = run.now()
@@ -55,7 +55,7 @@ class Pausing:
         for vcpu in run.vcpus:
             vcpu.pausing = True
             if vcpu.using is not None:  # a device answers, and the command is set: this vCPU runs no guest code
-                holding.come(vcpu.index, holding.number, Level.PAUSED)
+                pause_levels.come(vcpu.index, pause_levels.number, Level.PAUSED)
         self._caps.hurry(True)
 
     def resume(self) -> None:
@@ -63,7 +63,7 @@ class Pausing:
         run = self._run
         if run.life.has_ended:
             return
-        run.holding.end()
+        run.pause_levels.end()
         for vcpu in run.vcpus:
             vcpu.pausing = False
         self._caps.hurry(False)
@@ -79,8 +79,8 @@ class Pausing:
 
     def _pending(self, vcpu: Vcpu) -> PendingIo | None:
         """The access that this vCPU waits for. None: there is none, or none that can be named."""
-        holding, using, asked = self._run.holding, vcpu.using, vcpu.asked
-        settled = holding.has_gone(vcpu.index) or holding.level(vcpu.index) is Level.QUIESCED
+        pause_levels, using, asked = self._run.pause_levels, vcpu.using, vcpu.asked
+        settled = pause_levels.has_gone(vcpu.index) or pause_levels.level(vcpu.index) is Level.QUIESCED
         if not vcpu.pausing or settled:
             return None
         if asked is not None:

@@ -16,7 +16,7 @@ __all__ = ["Restraint", "make_caps"]
 
 
 def make_caps(
-    house: InstanceContext,
+    context: InstanceContext,
     name: str,
     cores: Sequence[VcpuCore],
     ask: Callable[[int, Callable[[], None]], object],
@@ -24,17 +24,17 @@ def make_caps(
     failed: Callable[[OrchestraError], object],
 ) -> Caps:
     """Make the object that keeps this run's CPU caps; parameters as in `CgroupCaps`."""
-    if house.cpu_cgroup is None:
+    if context.cpu_cgroup is None:
         return RunLoopCaps(cores)
-    return CgroupCaps(house.cpu_cgroup, name, ask, post, failed)
+    return CgroupCaps(context.cpu_cgroup, name, ask, post, failed)
 
 
 class Restraint:
     """Caps and isolation of one run. `vcpus`: a list that the instance fills while it builds the machine."""
 
-    def __init__(self, house: InstanceContext, name: str, life: Lifecycle, vcpus: Sequence[Vcpu], caps: Caps) -> None:
+    def __init__(self, context: InstanceContext, name: str, life: Lifecycle, vcpus: Sequence[Vcpu], caps: Caps) -> None:
         self.caps = caps
-        self._house = house
+        self._context = context
         self._name = name
         self._life = life
         self._vcpus = vcpus
@@ -63,16 +63,16 @@ class Restraint:
         """
         with self._threads("isolate" if on else "let in") as threads:
             if on:
-                self._house.quarantine.confine(threads.values())
+                self._context.quarantine.confine(threads.values())
             else:
-                self._house.quarantine.free(threads.values())
+                self._context.quarantine.free(threads.values())
 
     @contextmanager
     def _threads(self, verb: str) -> Iterator[dict[int, int]]:
         """The kernel's thread numbers of the vCPUs that have not ended, by vCPU. No such thread ends within the block:
         otherwise the kernel could give its number to another thread before the number is used."""
         if not all(vcpu.engine.threaded for vcpu in self._vcpus):
-            name = self._house.backend.name
+            name = self._context.backend.name
             raise StateError(
                 f"can't {verb} vm {self._name!r}: not supported by this backend ({name}), it has no threads"
             )

@@ -64,16 +64,16 @@ class Runs:
     """
 
     def __init__(
-        self, house: InstanceContext, vm: Supervised, levels: Sequence[tuple[Budgets, Budgets, Budgets, Budgets]]
+        self, context: InstanceContext, vm: Supervised, levels: Sequence[tuple[Budgets, Budgets, Budgets, Budgets]]
     ) -> None:
         self.guest: Instance | None = None
         self.outcome: Outcome | None = None
         self.waits = ""
         self.stop_reason: Stopped | None = None
-        self.succession = Succession(vm.spec, house.backend.now())
+        self.succession = Succession(vm.spec, context.backend.now())
         self.ended = trio.Event()
         self.logging = trio.Lock()
-        self._house = house
+        self._context = context
         self._vm = vm
         self._name = vm.spec.name
         self._levels = levels
@@ -167,7 +167,7 @@ class Runs:
         asked, self._reset_reason = self._reset_reason, None
         following = None
         if self.stop_reason is None:
-            following = self.succession.after(outcome, ran, self._house.backend.now(), asked)
+            following = self.succession.after(outcome, ran, self._context.backend.now(), asked)
         if following is None:
             return None
         try:
@@ -184,7 +184,7 @@ class Runs:
                 return None
             asked, self._reset_reason = self._reset_reason, None
             if asked is not None and following.kind == "restart":
-                again = self.succession.after(outcome, ran, self._house.backend.now(), asked)
+                again = self.succession.after(outcome, ran, self._context.backend.now(), asked)
                 assert again is not None
                 following, due = again, self._wait_for(again, outcome)
             elif trio.current_time() >= due:
@@ -205,7 +205,7 @@ class Runs:
         if following is not None:
             vm.claims.reset_devices()
         async with self.logging:  # `log_dirty` changes the old guest before this, or the new one after it
-            guest = Instance(self._house, vm.wanted.spec(vm.spec), self._levels, vm)
+            guest = Instance(self._context, vm.wanted.spec(vm.spec), self._levels, vm)
             await guest.start()
             if self.guest is not None:
                 with contained(f"vm {self._name}: the run before"):
@@ -238,7 +238,7 @@ class Runs:
         """Another run takes the place of `guest`: keep its figures, and give its memory back."""
         self._dirty_before = self.dirty_pages()
         self._retired = self.counters()
-        self._unmapped = self._house.workers.discard(guest.memory)
+        self._unmapped = self._context.workers.discard(guest.memory)
 
     def counters(self) -> Sequence[Counters]:
         """The counters of each vCPU, over all runs so far."""
@@ -256,5 +256,5 @@ class Runs:
     def close(self) -> None:
         """The VM left the fleet: give its memory back."""
         if self.guest is not None:
-            self._unmapped = self._house.workers.discard(self.guest.memory)
+            self._unmapped = self._context.workers.discard(self.guest.memory)
         self.succession.close()

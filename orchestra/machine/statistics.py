@@ -11,7 +11,7 @@ from ..backend import Detection
 from ..model.actions import Outcome, State
 from ..model.spec import Limit
 from ..native.core import BUCKETS, Counters
-from .holding import PendingIo
+from .pause_levels import PendingIo
 
 __all__ = ["ZERO", "VcpuStatistics", "VmStatistics", "add", "add_names", "by_bucket", "of_vcpu", "sums"]
 

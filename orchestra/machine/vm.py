@@ -35,7 +35,7 @@ class Vm:
     Attributes:
         spec: the spec that the VM was launched from.
         name, tenant: the VM's name, and the tenant to whom it belongs.
-        launch: the VM's number in the fleet, which no other VM ever has (an action's `launch`).
+        generation: the VM's number in the fleet, which no other VM ever has (an action's `generation`).
         console: what the guest writes.
     """
 
@@ -43,7 +43,7 @@ class Vm:
         self.spec = control.spec
         self.name = control.name
         self.tenant = control.tenant
-        self.launch = control.launch
+        self.generation = control.generation
         self.console = control.console
         self._control = control
 
@@ -113,7 +113,7 @@ class Vm:
         """
         control = self._control
         control.pause_nowait()
-        control.house.did(Pause(vm=self.name, reason="pause()"))
+        control.context.did(Pause(vm=self.name, reason="pause()"))
         await (control.wait_quiesced() if quiesce else control.wait_paused())
 
     async def resume(self) -> None:
@@ -123,7 +123,7 @@ class Vm:
             StateError: the VM has ended.
         """
         self._control.resume_nowait()
-        self._control.house.did(Resume(vm=self.name, reason="resume()"))
+        self._control.context.did(Resume(vm=self.name, reason="resume()"))
         await trio.lowlevel.checkpoint()
 
     async def reset(self, reason: str = "reset()") -> None:
@@ -170,7 +170,7 @@ class Vm:
         """
         if self.outcome is not None:  # another VM may have this name by now
             raise StateError(f"vm {self.name!r} has ended: it has no limit to change")
-        self._control.house.set_limit_nowait(limit, meter=meter, vm=self.name, vcpu=vcpu)
+        self._control.context.set_limit_nowait(limit, meter=meter, vm=self.name, vcpu=vcpu)
         await trio.lowlevel.checkpoint()
 
     def cap_cpu(self, share: float | None) -> None:
@@ -188,7 +188,7 @@ class Vm:
         """
         action = CapCpu(vm=self.name, share=share, reason="cap_cpu()")
         self._control.cap_nowait(None, share)
-        self._control.house.did(action)
+        self._control.context.did(action)
 
     def isolate(self, isolated: bool = True) -> None:
         """Let the vCPUs run on the fleet's quarantine CPUs only, or (False) on the CPUs of all other VMs again.
@@ -199,7 +199,7 @@ class Vm:
         """
         self._control.isolate_nowait(isolated)
         kind = Isolate if isolated else Rejoin
-        self._control.house.did(kind(vm=self.name, reason="isolate()"))
+        self._control.context.did(kind(vm=self.name, reason="isolate()"))
 
     async def log_dirty(self, on: bool = True) -> None:
         """Let KVM log which pages of 4 KiB the guest writes, in all memory that the guest may write; or (False) in
@@ -231,7 +231,7 @@ class Vm:
         """
         if isinstance(units, bool) or not isinstance(units, int | float) or not 0 <= units < math.inf:
             raise SpecError(f"units={units!r}: must be a number, at least 0")
-        self._control.house.worked(self._control, units)
+        self._control.context.worked(self._control, units)
 
     # ---- devices and requests
 
@@ -351,7 +351,7 @@ class Vm:
 
 
 def make_vm(
-    house: InstanceContext,
+    context: InstanceContext,
     spec: VmSpec,
     tenant: str,
     above: tuple[Budgets, Budgets],
@@ -359,6 +359,6 @@ def make_vm(
     devices: Iterable[tuple[range | None, range | None, Device]] = (),
 ) -> VmControl:
     """Make a VM that is yet to run; the control's `handle` is the users' `Vm`. Parameters as in `VmControl`."""
-    control = VmControl(house, spec, tenant, above, desired, devices)
+    control = VmControl(context, spec, tenant, above, desired, devices)
     control.handle = Vm(control)
     return control

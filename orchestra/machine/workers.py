@@ -102,7 +102,7 @@ class Workers:
             if size >= BIG and sum(other >= BIG for other in self._running) >= THREADS - 1:
                 return  # the heap has the smallest first, so all that wait are big
             try:
-                trio.lowlevel.start_thread_soon(partial(unmap, regions), partial(self._tell, size, done))
+                trio.lowlevel.start_thread_soon(partial(unmap, regions), partial(self._report, size, done))
             except RuntimeError:
                 if self._running:
                     return  # a thread that is at work calls `_start` again at its end
@@ -114,7 +114,7 @@ class Workers:
         if not self._waiting and not self._running:
             self._idle.set()
 
-    def _tell(self, size: int, done: trio.Event, result: object) -> None:
+    def _report(self, size: int, done: trio.Event, result: object) -> None:
         """A memory is unmapped: tell the fleet's thread. Worker thread."""
         try:
             self._token.run_sync_soon(self._unmapped, size, done, result)

@@ -67,14 +67,14 @@ class _OnVm:
         vm: the VM's name.
         reason: the sentence that says why.
         evidence: the figures that the reason is based on, by name.
-        launch: the launch of that name that is meant (`Vm.launch`). If another VM has the name by then, the fleet does
+        generation: which VM of that name is meant (`Vm.generation`). If another VM has the name by then, the fleet does
             nothing to it. None: the VM that has the name. The same holds for limits on a VM.
     """
 
     vm: str = attrs.field(validator=_is_text)
     reason: str = _text()
     evidence: Mapping[str, Any] = _named()
-    launch: int | None = None
+    generation: int | None = None
 
 
 @attrs.frozen(kw_only=True)
@@ -172,12 +172,12 @@ class Throttle:
     meter: Meter = attrs.field(default=Meter.BUS_LOCKS, converter=as_meter)
     reason: str = _text()
     evidence: Mapping[str, Any] = _named()
-    launch: int | None = None
+    generation: int | None = None
 
     def __attrs_post_init__(self) -> None:
         if not isinstance(self.limit, Limit):
             raise SpecError(f"limit={self.limit!r}: must be a Limit; use Unthrottle to take a limit away")
-        _one_target(self.vm, self.tenant, self.launch)
+        _one_target(self.vm, self.tenant, self.generation)
 
 
 @attrs.frozen(kw_only=True)
@@ -195,11 +195,11 @@ class SetLimit:
     meter: Meter = attrs.field(default=Meter.BUS_LOCKS, converter=as_meter)
     reason: str = _text()
     evidence: Mapping[str, Any] = _named()
-    launch: int | None = None
+    generation: int | None = None
 
     def __attrs_post_init__(self) -> None:
         optional_limit("limit", self.limit)
-        _one_target(self.vm, self.tenant, self.launch)
+        _one_target(self.vm, self.tenant, self.generation)
 
 
 @attrs.frozen(kw_only=True)
@@ -211,15 +211,15 @@ class Unthrottle:
     meter: Meter = attrs.field(default=Meter.BUS_LOCKS, converter=as_meter)
     reason: str = _text()
     evidence: Mapping[str, Any] = _named()
-    launch: int | None = None
+    generation: int | None = None
 
     def __attrs_post_init__(self) -> None:
-        _one_target(self.vm, self.tenant, self.launch)
+        _one_target(self.vm, self.tenant, self.generation)
 
 
-def _one_target(vm: str | None, tenant: str | None, launch: int | None) -> None:
-    if launch is not None and vm is None:
-        raise SpecError(f"launch={launch!r}: name its vm as well")
+def _one_target(vm: str | None, tenant: str | None, generation: int | None) -> None:
+    if generation is not None and vm is None:
+        raise SpecError(f"generation={generation!r}: name its vm as well")
     if vm is not None and tenant is not None:
         raise SpecError(f"vm={vm!r}, tenant={tenant!r}: name one of them, or neither for the host")
 

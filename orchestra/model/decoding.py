@@ -191,7 +191,7 @@ class Reading:
             try:
                 return kind(**arguments)
             except (SpecError, TypeError, ValueError, OverflowError):
-                self._hear(kind, arguments, at, len(self.wrong))
+                self._note_refusals(kind, arguments, at, len(self.wrong))
         return BAD
 
     def arguments(self, kind: Callable[..., Any], given: Mapping[str, Any], at: At) -> Any:
@@ -199,7 +199,7 @@ class Reading:
         arguments = self.read(kind, given, at)
         if arguments is not BAD:
             before = len(self.wrong)
-            self._hear(kind, arguments, at, before)
+            self._note_refusals(kind, arguments, at, before)
             return BAD if len(self.wrong) > before else arguments
         return BAD
 
@@ -221,16 +221,16 @@ class Reading:
                 self.no((*at, name), "is missing")
         if len(self.wrong) == before:
             return arguments
-        self._hear(kind, arguments, at, before)
+        self._note_refusals(kind, arguments, at, before)
         return BAD
 
-    def _hear(self, kind: Callable[..., Any], arguments: Mapping[str, Any], at: At, before: int) -> None:
+    def _note_refusals(self, kind: Callable[..., Any], arguments: Mapping[str, Any], at: At, before: int) -> None:
         """Note what it says against these arguments. `before`: how much was noted before they were read."""
-        told = len(self.wrong)
+        noted = len(self.wrong)
         for complaint in call(kind, arguments, parameters(kind)):
             if isinstance(complaint.error, CodecError):
                 self.wrong += [attrs.evolve(one, at=(*at, *one.at)) for one in complaint.error.mistakes]
-            elif complaint.at or len(self.wrong) == told == before:  # about the whole only if its parts are right
+            elif complaint.at or len(self.wrong) == noted == before:  # about the whole only if its parts are right
                 valued = bool(complaint.at) and isinstance(complaint.at[-1], str)
                 self.wrong.append(Wrong((*at, *complaint.at), suggested(complaint.said), valued))
 

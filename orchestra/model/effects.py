@@ -30,7 +30,18 @@ from .actions import (
     Warn,
 )
 
-__all__ = ["EFFECTS", "Axis", "Effect", "Holding", "Holdings", "Key", "What", "inverse", "key_of", "releases"]
+__all__ = [
+    "EFFECTS",
+    "ActionInForce",
+    "ActionsInForce",
+    "Axis",
+    "Effect",
+    "Key",
+    "What",
+    "inverse",
+    "key_of",
+    "releases",
+]
 
 
 class What(StrEnum):
@@ -101,7 +112,7 @@ EFFECTS: Final[Mapping[type, Effect]] = {
     Throttle: Effect(
         What.THROTTLE,
         stacks=True,
-        inverse=lambda it: Unthrottle(vm=it.vm, tenant=it.tenant, meter=it.meter, launch=it.launch),
+        inverse=lambda it: Unthrottle(vm=it.vm, tenant=it.tenant, meter=it.meter, generation=it.generation),
     ),
     Unthrottle: Effect(What.THROTTLE, stacks=True, releases=_always),
     SetLimit: Effect(What.LIMIT, releases=lambda it: it.limit is None),
@@ -109,11 +120,15 @@ EFFECTS: Final[Mapping[type, Effect]] = {
         What.CAP,
         stacks=True,
         releases=lambda it: it.share is None,
-        inverse=lambda it: CapCpu(vm=it.vm, share=None, launch=it.launch),
+        inverse=lambda it: CapCpu(vm=it.vm, share=None, generation=it.generation),
     ),
-    Pause: Effect(What.PAUSE, hard=True, axis=Axis.RUNNING, inverse=lambda it: Resume(vm=it.vm, launch=it.launch)),
+    Pause: Effect(
+        What.PAUSE, hard=True, axis=Axis.RUNNING, inverse=lambda it: Resume(vm=it.vm, generation=it.generation)
+    ),
     Resume: Effect(What.PAUSE, axis=Axis.RUNNING, releases=_always),
-    Isolate: Effect(What.ISOLATION, hard=True, axis=Axis.PLACE, inverse=lambda it: Rejoin(vm=it.vm, launch=it.launch)),
+    Isolate: Effect(
+        What.ISOLATION, hard=True, axis=Axis.PLACE, inverse=lambda it: Rejoin(vm=it.vm, generation=it.generation)
+    ),
     Rejoin: Effect(What.ISOLATION, axis=Axis.PLACE, releases=_always),
     Evict: Effect(hard=True, ends=True, axis=Axis.RUNNING),
     Stop: Effect(hard=True, ends=True, axis=Axis.RUNNING),
@@ -150,7 +165,7 @@ def key_of(action: Action) -> Key | None:
 
 
 @attrs.frozen
-class Holding:
+class ActionInForce:
     """Something that is in force.
 
     Attributes:
@@ -165,23 +180,24 @@ class Holding:
     since: int
 
 
-class Holdings:
+class ActionsInForce:
     """What is in force, read from the actions that were done, in their order. Its size is that of what is in force.
 
-    Two launches may have had the same name. What was put in force on one launch is let go of by an action about that
-    launch, or about no launch in particular. An action about an earlier launch does not free a later launch.
+    Two generations of a VM have the same name. An action releases what was put in force on
+    the same generation, or on any if the action names no generation. An action about an earlier generation does not
+    release what is in force on a later one.
     """
 
     def __init__(self) -> None:
-        self._held: dict[Key, dict[str | None, Holding]] = {}
+        self._held: dict[Key, dict[str | None, ActionInForce]] = {}
         self._of_vm: dict[str, set[Key]] = {}
 
     def __bool__(self) -> bool:
         return bool(self._held)
 
-    def __iter__(self) -> Iterator[tuple[Key, Holding]]:
-        for key, holdings in self._held.items():
-            for holding in holdings.values():
+    def __iter__(self) -> Iterator[tuple[Key, ActionInForce]]:
+        for key, in_force in self._held.items():
+            for holding in in_force.values():
                 yield key, holding
 
     def note(self, action: Action, policy: str | None, time: int = 0) -> None:
@@ -193,21 +209,21 @@ class Holdings:
         if key is None:
             return
         if effect.releases(action):
-            self._release(key, policy, effect, getattr(action, "launch", None))
+            self._release(key, policy, effect, getattr(action, "generation", None))
             return
-        holdings = self._held.setdefault(key, {})
+        in_force = self._held.setdefault(key, {})
         if key.vm is not None:
             self._of_vm.setdefault(key.vm, set()).add(key)
-        before = holdings.get(policy)
-        holdings[policy] = Holding(action, policy, time if before is None else before.since)
+        before = in_force.get(policy)
+        in_force[policy] = ActionInForce(action, policy, time if before is None else before.since)
 
-    def _release(self, key: Key, policy: str | None, effect: Effect, launch: int | None) -> None:
-        holdings = self._held.get(key, {})
-        for name in [policy] if effect.stacks else list(holdings):
-            held = holdings.get(name)
-            if held is not None and len({launch, getattr(held.action, "launch", None)} - {None}) < 2:
-                del holdings[name]
-        if not holdings:
+    def _release(self, key: Key, policy: str | None, effect: Effect, generation: int | None) -> None:
+        in_force = self._held.get(key, {})
+        for name in [policy] if effect.stacks else list(in_force):
+            held = in_force.get(name)
+            if held is not None and len({generation, getattr(held.action, "generation", None)} - {None}) < 2:
+                del in_force[name]
+        if not in_force:
             self._drop(key)
 
     def _drop(self, key: Key) -> None:
@@ -217,7 +233,7 @@ class Holdings:
             if not keys:
                 del self._of_vm[key.vm]
 
-    def at(self, key: Key) -> Mapping[str | None, Holding]:
+    def at(self, key: Key) -> Mapping[str | None, ActionInForce]:
         """What is in force at a place, by the policy that holds it."""
         return self._held.get(key, {})
 
@@ -227,7 +243,7 @@ class Holdings:
 
     def undo(self, policy: str) -> list[Action]:
         """The actions that take back everything that a policy holds, the last one first."""
-        held = [holdings[policy].action for holdings in self._held.values() if policy in holdings]
+        held = [in_force[policy].action for in_force in self._held.values() if policy in in_force]
         return [back for action in reversed(held) if (back := inverse(action)) is not None]
 
     def forget(self, vm: str) -> None:
@@ -237,7 +253,7 @@ class Holdings:
 
     def withdraw(self, policy: str) -> list[Key]:
         """Let go of everything that a policy holds. Returns the places where that was."""
-        keys = [key for key, holdings in self._held.items() if holdings.pop(policy, None) is not None]
+        keys = [key for key, in_force in self._held.items() if in_force.pop(policy, None) is not None]
         for key in keys:
             if not self._held[key]:
                 self._drop(key)

@@ -7,7 +7,7 @@ typedef struct orc_fleet orc_fleet;
 typedef struct orc_vcpu orc_vcpu;
 typedef struct orc_bus orc_bus;
 typedef struct orc_device orc_device;
-enum { ORC_REASONS, ORC_LEVELS, ORC_METERS, ORC_BUS_LOCKS, ORC_EXITS, ORC_ANSWERS, ORC_TOLD_BUS_LOCK, ... };
+enum { ORC_REASONS, ORC_LEVELS, ORC_METERS, ORC_BUS_LOCKS, ORC_EXITS, ORC_ANSWERS, ORC_EVENT_BUS_LOCK, ... };
 enum { ORC_STOP, ORC_PAUSE, ORC_CALL, ORC_HOLD, ORC_CAP, ... };
 enum orc_why { ORC_EXIT, ORC_IO, ORC_MMIO, ORC_COMMAND, ORC_ERROR, ORC_ANSWERED, ORC_ASKED, ... };
 #define ORC_NEVER ...
@@ -79,7 +79,7 @@ void orc_vcpu_unbind(orc_vcpu *);
 void orc_vcpu_set_bucket(orc_vcpu *, int meter, int level, orc_bucket *);
 void orc_vcpu_set_buckets(orc_vcpu *, orc_bucket *const buckets[]);
 void orc_vcpu_hold(orc_vcpu *);
-int orc_vcpu_tell(orc_vcpu *, uint64_t mask);
+int orc_vcpu_subscribe(orc_vcpu *, uint64_t mask);
 void orc_vcpu_weigh(orc_vcpu *, uint32_t accesses);
 void orc_vcpu_answered(orc_vcpu *, uint32_t accesses, int64_t now);
 int64_t orc_vcpu_account(orc_vcpu *, struct orc_record *, int64_t now);

@@ -24,7 +24,7 @@ NO_VM: Final = int(lib.ORC_NO_VM)
 class Channel:
     """A bounded queue of records, filled by `FleetCore.deliver`. Fleet's thread.
 
-    No Python runs while a channel is filled: C code checks which exits it wants (`mask`, as `told_mask` makes it, and
+    No Python runs while a channel is filled: C code checks which exits it wants (`mask`, as `event_mask` makes it, and
     `vm`, a number of `VcpuCore.set_name`).
     """
 

@@ -80,7 +80,7 @@ struct orc_fleet {
 	struct orc_stack talking; /* vCPUs that wrote to a console which somebody follows */
 	struct orc_stack throttled; /* vCPUs that wait for a turn, or have since the limits changed */
 	struct orc_stack asking;    /* vCPUs that asked a task */
-	struct orc_bell told;  /* rung when there are records or output of a console */
+	struct orc_bell reported; /* rung when there are records or output of a console */
 	struct orc_bell asked; /* rung when there are questions */
 	struct orc_link *draining, *activating, *hearing, *answering; /* owner: taken from the stacks, not yet looked at */
 	uint32_t dead; /* owner: vCPUs that were freed and are still on a list */
@@ -140,7 +140,7 @@ struct orc_vcpu {
 	/* Set by the owner, read by the runner. */
 	_Alignas(ORC_CACHE_LINE) _Atomic uint32_t wakes; /* futex */
 	_Atomic uint32_t commands;
-	_Atomic orc_u64 told;
+	_Atomic orc_u64 event_mask;
 	_Atomic int tid;
 	_Atomic bool in_guest;
 
@@ -208,17 +208,17 @@ static inline void orc_count(_Atomic orc_u64 *counter, orc_u64 n)
 /* Whether exits of that reason and flags are among those of a mask. */
 static inline bool orc_mask_has(orc_u64 mask, unsigned reason, unsigned flags)
 {
-	if (flags & KVM_RUN_X86_BUS_LOCK && mask & (1ull << ORC_TOLD_BUS_LOCK))
+	if (flags & KVM_RUN_X86_BUS_LOCK && mask & (1ull << ORC_EVENT_BUS_LOCK))
 		return true;
 	return mask & (1ull << (reason < ORC_REASONS - 1 ? reason : ORC_REASONS - 2));
 }
 
 /* Whether somebody listens to them. */
-static inline bool orc_tells(const orc_vcpu *v, unsigned reason, unsigned flags)
+static inline bool orc_is_subscribed(const orc_vcpu *v, unsigned reason, unsigned flags)
 {
-	orc_u64 told = atomic_load_explicit(&((orc_vcpu *)v)->told, memory_order_acquire);
+	orc_u64 mask = atomic_load_explicit(&((orc_vcpu *)v)->event_mask, memory_order_acquire);
 
-	return told && orc_mask_has(told, reason, flags);
+	return mask && orc_mask_has(mask, reason, flags);
 }
 
 /* How a backend's vCPU is asked where it is, on the runner's thread at an exit. */
@@ -258,9 +258,9 @@ void orc_talk(orc_vcpu *);
 /* Output of a device: kept, and announced if somebody waits for it. */
 void orc_console_say(orc_console *, orc_vcpu *by, const uint8_t *data, size_t size);
 int orc_signal_send(int thread); /* one of this process; 0 or a negative errno */
-/* As orc_vcpu_account. `tells`: what orc_tells said of this exit, asked once and before it was described: a subscription that
+/* As orc_vcpu_account. `subscribed`: what orc_is_subscribed said of this exit, asked once and before it was described: a subscription that
  * comes in between would otherwise have a record told that describes another exit. */
-orc_ns orc_account(orc_vcpu *, struct orc_record *, orc_ns now, bool tells);
+orc_ns orc_account(orc_vcpu *, struct orc_record *, orc_ns now, bool subscribed);
 /* Runner: a run of an engine, from Python and back to it. `guest` enters the guest until something is to be decided. What a task
  * answers is asked and waited for here. */
 enum orc_why orc_run(orc_vcpu *, enum orc_why (*guest)(orc_vcpu *));

@@ -361,13 +361,13 @@ class VcpuCore:
         self._buses = (ports, mmio)  # they must outlive it
         lib.orc_vcpu_set_buses(self.handle, ports, mmio)
 
-    def tell(self, mask: int) -> None:
+    def subscribe(self, mask: int) -> None:
         """Set the exit reasons that go to the ring. The first call with a reason maps the ring.
 
         Raises:
             ResourceLimit: the host has no memory for the ring.
         """
-        result = lib.orc_vcpu_tell(self.handle, mask)
+        result = lib.orc_vcpu_subscribe(self.handle, mask)
         if result:
             raise ResourceLimit(
                 -result, f"ring of a vCPU: {os.strerror(-result)}: vm.max_map_count or memory is used up"

@@ -65,7 +65,7 @@ struct orc_meeting {
 	bool breakpoint; /* the guest stopped before it, to tell */
 	/* Addresses where the guest goes on with what was met already; NOWHERE: none. */
 	uint64_t counted; /* a lock before which it had to wait */
-	uint64_t told;    /* a breakpoint */
+	uint64_t reported; /* a breakpoint */
 };
 
 struct orc_debug {
@@ -248,7 +248,7 @@ void orc_meet_begin(struct orc_emulator *);
 /* The instruction met was executed by us: RIP goes behind it. */
 void orc_meet_done(struct orc_emulator *);
 /* The breakpoint there was told: the guest passes it the next time. */
-void orc_meet_told(struct orc_emulator *);
+void orc_meet_reported(struct orc_emulator *);
 
 /* ---- emulate_locks.c ------------------------------------------------------------------------------------------ */
 

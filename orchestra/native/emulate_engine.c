@@ -109,7 +109,7 @@ orc_emulator *orc_emulator_new(const orc_unicorn *u, const struct kvm_userspace_
 		return NULL;
 	e->u = u;
 	e->exception = -1;
-	e->met.rip = e->met.counted = e->met.told = e->lock.armed = NOWHERE;
+	e->met.rip = e->met.counted = e->met.reported = e->lock.armed = NOWHERE;
 	rc = orc_unicorn_open(u, u->n.UC_MODE_64, &e->uc);
 	if (!rc) {
 		/* "until" is an address like any other, and a guest may run there: we have none */

@@ -68,7 +68,7 @@ enum orc_why orc_exit_not_code(struct orc_emulator *e)
 
 enum { DR6_FIXED = 0xffff0ff0, DR6_BREAKPOINT_0 = 1, DR6_STEP = 1 << 14 };
 
-static enum orc_why tell_debug(struct orc_emulator *e, int vector, uint32_t dr6)
+static enum orc_why report_debug(struct orc_emulator *e, int vector, uint32_t dr6)
 {
 	struct orc_record *r = orc_exit_blank(e);
 
@@ -81,7 +81,7 @@ static enum orc_why tell_debug(struct orc_emulator *e, int vector, uint32_t dr6)
 
 enum orc_why orc_exit_stepped(struct orc_emulator *e)
 {
-	return tell_debug(e, EXCEPTION_DB, DR6_FIXED | DR6_STEP);
+	return report_debug(e, EXCEPTION_DB, DR6_FIXED | DR6_STEP);
 }
 
 /* ---- exceptions ----------------------------------------------------------------------------------------------- */
@@ -116,11 +116,11 @@ enum orc_why orc_exit_exception(struct orc_emulator *e, int vector)
 
 	if (e->met.breakpoint) {
 		orc_emulator_look(e);
-		orc_meet_told(e);
-		return tell_debug(e, EXCEPTION_DB, DR6_FIXED | DR6_BREAKPOINT_0);
+		orc_meet_reported(e);
+		return report_debug(e, EXCEPTION_DB, DR6_FIXED | DR6_BREAKPOINT_0);
 	}
 	if (vector == EXCEPTION_BP && e->debug.control & KVM_GUESTDBG_USE_SW_BP)
-		return tell_debug(e, EXCEPTION_BP, DR6_FIXED);
+		return report_debug(e, EXCEPTION_BP, DR6_FIXED);
 	orc_emulator_look(e);
 	r = orc_exit_blank(e);
 	r->arg[0] = (uint64_t)vector;

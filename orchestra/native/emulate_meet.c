@@ -99,18 +99,18 @@ void orc_on_instruction(uc_engine *uc, uint64_t address, uint32_t size, void *da
 {
 	struct orc_emulator *e = data;
 	uint8_t code[ORC_INSN_MAX];
-	bool counted, told;
+	bool counted, reported;
 
 	(void)uc;
 	if (e->alone || e->attempt.running || orc_lock_arrive(e, address))
 		return;
 	counted = e->met.counted == address;
-	told = e->met.told == address;
-	e->met.counted = e->met.told = NOWHERE;
+	reported = e->met.reported == address;
+	e->met.counted = e->met.reported = NOWHERE;
 	orc_emulator_look(e);
 	e->met.rip = address - orc_state_base(e, SEGMENT_CS);
 	e->met.insn.kind = ORC_INSN_OTHER;
-	if (!counted && !told && is_breakpoint(e, address)) {
+	if (!counted && !reported && is_breakpoint(e, address)) {
 		e->met.breakpoint = true;
 		orc_emulator_raise(e, EXCEPTION_DB);
 		return;
@@ -135,9 +135,9 @@ void orc_meet_done(struct orc_emulator *e)
 	orc_set_register(e, e->u->n.UC_X86_REG_RIP, orc_masked(e->met.rip + e->met.insn.length, orc_state_bits(e)));
 }
 
-void orc_meet_told(struct orc_emulator *e)
+void orc_meet_reported(struct orc_emulator *e)
 {
-	e->met.told = e->met.rip + orc_state_base(e, SEGMENT_CS);
+	e->met.reported = e->met.rip + orc_state_base(e, SEGMENT_CS);
 }
 
 void orc_emulator_debug(orc_emulator *e, const struct kvm_guest_debug *debug)

@@ -177,9 +177,9 @@ static enum orc_why run_guest(orc_vcpu *v)
 
 	for (;;) {
 		enum orc_why why;
-		orc_u64 told;
+		orc_u64 mask;
 		unsigned reason;
-		bool tells;
+		bool subscribed;
 		int rc;
 
 		if (v->io.open && (why = orc_access_resume(v)) != ORC_ANSWERED)
@@ -197,8 +197,8 @@ static enum orc_why run_guest(orc_vcpu *v)
 			continue;
 		}
 
-		told = atomic_load_explicit(&v->told, memory_order_relaxed);
-		run->kvm_valid_regs = v->sync_regs && told & (1ull << ORC_TOLD_BUS_LOCK) ? KVM_SYNC_X86_REGS : 0;
+		mask = atomic_load_explicit(&v->event_mask, memory_order_relaxed);
+		run->kvm_valid_regs = v->sync_regs && mask & (1ull << ORC_EVENT_BUS_LOCK) ? KVM_SYNC_X86_REGS : 0;
 		atomic_store_explicit(&v->in_guest, true, memory_order_seq_cst);
 		rc = ioctl(v->fd, KVM_RUN, 0);
 		v->error = errno;
@@ -224,15 +224,15 @@ static enum orc_why run_guest(orc_vcpu *v)
 
 		reason = run->exit_reason;
 		name(&v->record, run, run->flags);
-		tells = orc_tells(v, reason, run->flags);
-		if (tells) {
+		subscribed = orc_is_subscribed(v, reason, run->flags);
+		if (subscribed) {
 			describe(&v->record, run);
 			if (run->flags & KVM_RUN_X86_BUS_LOCK)
 				sample_rip(v);
 		}
 		if (reason == KVM_EXIT_IO)
 			orc_vcpu_weigh(v, run->io.count); /* up to a page of a string instruction */
-		orc_account(v, &v->record, orc_now(), tells);
+		orc_account(v, &v->record, orc_now(), subscribed);
 		v->unfinished = finishes_on_entry(reason);
 
 		switch (reason) {
@@ -259,7 +259,7 @@ static enum orc_why run_guest(orc_vcpu *v)
 				return why;
 			break;
 		default:
-			if (!tells)
+			if (!subscribed)
 				describe(&v->record, run);
 			return ORC_EXIT;
 		}

@@ -107,7 +107,7 @@ enum {
 };
 
 #define ORC_NEVER INT64_MIN /* "no wait": earlier than any time */
-#define ORC_TOLD_BUS_LOCK 63 /* bit of the told mask: any exit that reports a bus lock */
+#define ORC_EVENT_BUS_LOCK 63 /* bit of the event mask: any exit that reports a bus lock */
 
 /* What orc_kvm_run returns for: the runner must look at something. */
 enum orc_why {
@@ -223,7 +223,7 @@ struct orc_channel {
 	orc_u64 received, missed; /* came to it; of these, dropped as it was full */
 	uint32_t waiting;         /* in it now */
 	uint32_t vm;              /* whose exits: ORC_EVERY_VM, ORC_NO_VM or a number of orc_vcpu_name; may be changed */
-	orc_u64 mask;             /* of which kinds: as orc_vcpu_tell */
+	orc_u64 mask;             /* of which kinds: as orc_vcpu_subscribe */
 	uint32_t capacity, first;
 	bool drop_oldest; /* when it is full; else the newest */
 	struct orc_record *records;
@@ -276,7 +276,7 @@ void orc_vcpu_set_bucket(orc_vcpu *, int meter, int level, orc_bucket *);
 void orc_vcpu_set_buckets(orc_vcpu *, orc_bucket *const buckets[ORC_METERS * ORC_LEVELS]);
 void orc_vcpu_name(orc_vcpu *, uint32_t vm, uint32_t vcpu); /* before the runner starts: what its records say whose they are */
 /* Which reasons go to the ring, a bit each. 0, or a negative errno: no memory for the ring. */
-int orc_vcpu_tell(orc_vcpu *, orc_u64 mask);
+int orc_vcpu_subscribe(orc_vcpu *, orc_u64 mask);
 void orc_vcpu_hold(orc_vcpu *);          /* sets ORC_HOLD, before there is a runner to kick */
 
 /* Runner, before orc_vcpu_account: the exit stands for so many accesses, the elements of a string instruction. Without this

@@ -12,14 +12,14 @@ from . import ffi, lib
 from .core import REASON_NUMBERS
 
 __all__ = [
+    "EVENT_BUS_LOCK",
     "KINDS",
     "RECORD_SIZE",
-    "TELL_BUS_LOCK",
     "Fields",
     "build",
     "decode",
     "decode_all",
-    "told_mask",
+    "event_mask",
     "unpack",
 ]
 
@@ -32,8 +32,8 @@ SMM: Final = int(lib.KVM_RUN_X86_SMM)
 BUS_LOCK: Final = int(lib.KVM_RUN_X86_BUS_LOCK)
 GUEST_MODE: Final = int(lib.KVM_RUN_X86_GUEST_MODE)
 OTHER_REASON: Final = int(lib.ORC_REASONS) - 1
-TELL_OTHERS: Final = 1 << (OTHER_REASON - 1)
-TELL_BUS_LOCK: Final = 1 << int(lib.ORC_TOLD_BUS_LOCK)
+EVENT_OTHERS: Final = 1 << (OTHER_REASON - 1)
+EVENT_BUS_LOCK: Final = 1 << int(lib.ORC_EVENT_BUS_LOCK)
 
 Fields: TypeAlias = tuple[Any, ...]
 """A record as `_LAYOUT` unpacks it."""
@@ -80,15 +80,15 @@ KINDS: Final[Mapping[int, type[exits.Exit]]] = MappingProxyType(
 """The kernel's number of an exit reason → its type. What is not here is an `OtherExit`."""
 
 
-def told_mask(kinds: tuple[type[exits.Exit], ...]) -> int:
-    """The mask of `VcpuCore.tell` for subscribers of `kinds`."""
+def event_mask(kinds: tuple[type[exits.Exit], ...]) -> int:
+    """The mask of `VcpuCore.subscribe` for subscribers of `kinds`."""
     mask = 0
     for kind in kinds:
         if issubclass(exits.BusLock, kind):
-            mask |= TELL_BUS_LOCK
+            mask |= EVENT_BUS_LOCK
         if issubclass(exits.OtherExit, kind):
             mask |= ((1 << OTHER_REASON) - 1) & ~sum(1 << number for number in REASON_NUMBERS.values())
-            mask |= TELL_OTHERS
+            mask |= EVENT_OTHERS
         for name, number in REASON_NUMBERS.items():
             if issubclass(_KINDS[name], kind):
                 mask |= 1 << number

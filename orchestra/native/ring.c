@@ -15,13 +15,13 @@ orc_fleet *orc_fleet_new(void)
 		return NULL;
 	}
 	memset(f, 0, sizeof *f);
-	f->told.eventfd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	f->reported.eventfd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	f->asked.eventfd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-	if (f->told.eventfd < 0 || f->asked.eventfd < 0) {
+	if (f->reported.eventfd < 0 || f->asked.eventfd < 0) {
 		int error = errno;
 
-		if (f->told.eventfd >= 0)
-			close(f->told.eventfd);
+		if (f->reported.eventfd >= 0)
+			close(f->reported.eventfd);
 		free(f);
 		errno = error;
 		return NULL;
@@ -34,7 +34,7 @@ orc_fleet *orc_fleet_new(void)
 
 int orc_fleet_eventfd(const orc_fleet *f)
 {
-	return f->told.eventfd;
+	return f->reported.eventfd;
 }
 
 int orc_fleet_asked_eventfd(const orc_fleet *f)
@@ -131,21 +131,21 @@ void orc_ring_put(orc_vcpu *v, const struct orc_record *record)
 	 * `queued` before it reads head. One of the two sees the other. */
 	atomic_store_explicit(&r->head, head + 1, memory_order_seq_cst);
 	orc_push(&f->ready, &v->ready);
-	orc_bell_ring(&f->told);
+	orc_bell_ring(&f->reported);
 }
 
 void orc_talk(orc_vcpu *v)
 {
 	orc_push(&v->fleet->talking, &v->talking);
-	orc_bell_ring(&v->fleet->told);
+	orc_bell_ring(&v->fleet->reported);
 }
 
 bool orc_fleet_sleep(orc_fleet *f)
 {
-	listen_for(&f->told);
+	listen_for(&f->reported);
 	if (is_empty(&f->ready, f->draining) && is_empty(&f->talking, f->hearing))
 		return true;
-	atomic_store_explicit(&f->told.asleep, false, memory_order_relaxed);
+	atomic_store_explicit(&f->reported.asleep, false, memory_order_relaxed);
 	return false;
 }
 
@@ -312,7 +312,7 @@ void orc_fleet_free(orc_fleet *f)
 	orc_capper_stop(f->capper);
 	sweep_all(f); /* no vCPU is left but the dead */
 	orc_stock_free(&f->stock);
-	close(f->told.eventfd);
+	close(f->reported.eventfd);
 	close(f->asked.eventfd);
 	pthread_mutex_destroy(&f->gate.lock);
 	free(f);

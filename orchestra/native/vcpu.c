@@ -100,7 +100,7 @@ void orc_vcpu_name(orc_vcpu *v, uint32_t vm, uint32_t vcpu)
 	v->number = vcpu;
 }
 
-int orc_vcpu_tell(orc_vcpu *v, orc_u64 mask)
+int orc_vcpu_subscribe(orc_vcpu *v, orc_u64 mask)
 {
 	if (mask && !v->ring.records) {
 		/* Only now: a vCPU that nobody listens to needs no ring, and each mapping of a process makes its next
@@ -113,7 +113,7 @@ int orc_vcpu_tell(orc_vcpu *v, orc_u64 mask)
 		v->ring.records = records;
 	}
 	/* Release: whoever sees the mask sees the ring. */
-	atomic_store_explicit(&v->told, mask, memory_order_release);
+	atomic_store_explicit(&v->event_mask, mask, memory_order_release);
 	return 0;
 }
 
@@ -225,10 +225,10 @@ enum orc_why orc_run(orc_vcpu *v, enum orc_why (*guest)(orc_vcpu *))
 
 orc_ns orc_vcpu_account(orc_vcpu *v, struct orc_record *record, orc_ns now)
 {
-	return orc_account(v, record, now, orc_tells(v, record->reason, record->flags));
+	return orc_account(v, record, now, orc_is_subscribed(v, record->reason, record->flags));
 }
 
-orc_ns orc_account(orc_vcpu *v, struct orc_record *record, orc_ns now, bool tells)
+orc_ns orc_account(orc_vcpu *v, struct orc_record *record, orc_ns now, bool subscribed)
 {
 	unsigned reason = record->reason < ORC_REASONS ? record->reason : ORC_REASONS - 1;
 	bool bus_lock = record->flags & KVM_RUN_X86_BUS_LOCK, waits = false;
@@ -261,7 +261,7 @@ orc_ns orc_account(orc_vcpu *v, struct orc_record *record, orc_ns now, bool tell
 	}
 	v->wait_counted = false;
 
-	if (tells) {
+	if (subscribed) {
 		record->time = (orc_u64)now;
 		record->wait = at == ORC_NEVER ? 0 : (orc_u64)(at - now);
 		record->id = v->id;

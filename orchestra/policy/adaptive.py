@@ -77,7 +77,7 @@ class _Vm:
     """A VM that is held back, or would be once it asks for more. Rates are events per second."""
 
     name: str
-    launch: int
+    generation: int
     weight: float
     asked: deque[float] = attrs.field(factory=lambda: deque(maxlen=MEMORY))
     rate: float = 0.0
@@ -152,7 +152,7 @@ class Adaptive(Metered):
         within("decrease", self._decrease, 0.1, 0.9, "of the level")
         super().__attrs_post_init__()
         self._over = over
-        self._hears_victims = any(signal in VICTIMS for signal in over)
+        self._watches_victims = any(signal in VICTIMS for signal in over)
         self._harm = Signals(over, meter=self.meter, floor=self._floor)
         self._vms: Memory[_Vm] = Memory()
         self._level: float | None = None
@@ -206,12 +206,12 @@ class Adaptive(Metered):
     def _free_so_far(self, facts: Facts) -> list[Throttle | Unthrottle]:
         """Decide while no VM is held. This runs for each active VM in each tick, so it remembers no VM before harm."""
         most, count = self._floor * facts.interval, self._count
-        noisy = {told.name: told for told in facts.vms.values() if (count(told) or 0) > most}
+        noisy = {seen.name: seen for seen in facts.vms.values() if (count(seen) or 0) > most}
         harm, _, evidence = self._judge(facts, noisy)
         if not (harm and noisy):
             return []
-        for told in noisy.values():
-            self._add(told, count(told) / facts.interval)
+        for seen in noisy.values():
+            self._add(seen, count(seen) / facts.interval)
         return list(self._begin(evidence))
 
     def _look(self, facts: Facts) -> None:
@@ -219,31 +219,31 @@ class Adaptive(Metered):
         self._vms.end(facts.gone)
         for vm in self._vms.values():
             vm.rate, vm.here = 0.0, False
-        for told in facts.vms.values():
-            count = self._count(told)
+        for seen in facts.vms.values():
+            count = self._count(seen)
             if count is None:
                 continue
             rate = count / facts.interval
-            known = self._vms.of(told)
+            known = self._vms.of(seen)
             if known is None:
                 if rate > self._floor:
-                    self._add(told, rate)
+                    self._add(seen, rate)
                 continue
-            known.rate, known.weight, known.here = rate, told.weight, True
-            wants_more = known.limit is not None and presses(told, facts.interval)
+            known.rate, known.weight, known.here = rate, seen.weight, True
+            wants_more = known.limit is not None and presses(seen, facts.interval)
             known.asked.append(math.inf if wants_more else rate)
         for vm in self._vms.values():
             if not vm.here:
                 vm.asked.append(0.0)
 
-    def _add(self, told: VmFacts, rate: float) -> None:
-        vm = self._vms[told.name] = _Vm(told.name, told.launch, told.weight, rate=rate)
+    def _add(self, seen: VmFacts, rate: float) -> None:
+        vm = self._vms[seen.name] = _Vm(seen.name, seen.generation, seen.weight, rate=rate)
         vm.asked.append(rate)
 
     def _judge(self, facts: Facts, noisy: Container[str]) -> tuple[bool, bool, dict[str, Any]]:
         """Whether there is harm, whether all signals are in the clear, and the figures. Noisy VMs are no victims."""
         victims: list[str] = []
-        if self._hears_victims:
+        if self._watches_victims:
             most = self._floor * facts.interval
             victims = [name for name in facts.vms if name not in noisy]
             victims += [name for name, vm in facts.others.items() if (self._count(vm) or 0) <= most]
@@ -278,7 +278,7 @@ class Adaptive(Metered):
             if vm.limit is not None:
                 yield Unthrottle(
                     vm=vm.name,
-                    launch=vm.launch,
+                    generation=vm.generation,
                     meter=self.meter,
                     reason="nobody suffers any more",
                     evidence=evidence,
@@ -320,7 +320,7 @@ class Adaptive(Metered):
             vm.limit = Limit(rate=rate, burst=min(LEAST_BURST + rate * LATE, FASTEST), max_delay=self._max_delay)
             yield Throttle(
                 vm=name,
-                launch=vm.launch,
+                generation=vm.generation,
                 limit=vm.limit,
                 meter=self.meter,
                 reason=self._reason(rate, evidence),
@@ -331,7 +331,7 @@ class Adaptive(Metered):
                     "rate": round(vm.rate, 3),
                     "share": round(vm.rate / total, 4) if total else 0.0,
                     "floor": self._floor,
-                    "launch": vm.launch,
+                    "generation": vm.generation,
                 },
             )
 

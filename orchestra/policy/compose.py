@@ -90,8 +90,8 @@ class Only:
 
     def refused(self, action: Action, reason: str) -> None:
         """Tell the policy of a refusal, if the policy has a method for it."""
-        if (told := getattr(self.policy, "refused", None)) is not None:
-            told(action, reason)
+        if (refused := getattr(self.policy, "refused", None)) is not None:
+            refused(action, reason)
 
     def _check(self, action: Action) -> None:
         if action.vm is not None:

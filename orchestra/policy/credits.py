@@ -33,7 +33,7 @@ baseline could be used up and recovered in turn, with a row in the journal each 
 
 @attrs.define(eq=False)
 class _Account:
-    launch: int
+    generation: int
     seen: int  # nanoseconds: the time of the balance
     balance: float
     out: bool = False
@@ -108,7 +108,7 @@ class BurstCredits(Metered):
         """Note that a limit may not be in force, so that the policy asks for it again."""
         account = self._accounts.get(action.vm or "")
         if account is not None:
-            self._opened.refused((action.vm, account.launch), self._time)
+            self._opened.refused((action.vm, account.generation), self._time)
 
     def _earned(self, account: _Account, time: int) -> float:
         return min(self._most, account.balance + max(0, time - account.seen) / 1e9 * self._limit.rate)
@@ -134,8 +134,8 @@ class BurstCredits(Metered):
             # `most` only at the end of the tick.
             account.balance = min(most, max(0.0, before + gained - used))
             account.seen = facts.time
-            account.launch = vm.launch
-            if self._opened.due((vm.name, vm.launch), facts.time):
+            account.generation = vm.generation
+            if self._opened.due((vm.name, vm.generation), facts.time):
                 account.out = False
                 yield from self._open(vm, account, used, facts)
             elif account.out or account.balance < few:
@@ -148,9 +148,9 @@ class BurstCredits(Metered):
         Until then an account stays: else a new launch would earn what was spent.
         """
         self._opened.forget(facts.gone)
-        for name, launch in facts.gone:
+        for name, generation in facts.gone:
             account = self._accounts.get(name)
-            if account is not None and account.launch == launch:
+            if account is not None and account.generation == generation:
                 account.gone = True
                 owes = max(0.0, self._first - self._earned(account, facts.time))
                 heapq.heappush(self._closing, (facts.time + math.ceil(owes / self._limit.rate * 1e9), name))
@@ -186,6 +186,8 @@ class BurstCredits(Metered):
             "rate": round(used / facts.interval, 3),
             "throttled": round(vm.throttled, 6),
             "interval": facts.interval,
-            "launch": vm.launch,
+            "generation": vm.generation,
         }
-        return Throttle(vm=vm.name, launch=vm.launch, limit=limit, meter=self.meter, reason=reason, evidence=evidence)
+        return Throttle(
+            vm=vm.name, generation=vm.generation, limit=limit, meter=self.meter, reason=reason, evidence=evidence
+        )

@@ -12,7 +12,7 @@ from typing import Final, Protocol, TypeAlias
 import attrs
 
 from ..model.actions import Action, CapCpu, SetLimit, Throttle
-from ..model.effects import EFFECTS, Holdings, Key, What, key_of
+from ..model.effects import EFFECTS, ActionsInForce, Key, What, key_of
 from ..model.spec import Limit, Meter, Tenant, tightest
 from .buckets import Bucket
 
@@ -80,11 +80,11 @@ class Enforcement:
         self._buckets: dict[Meter, dict[Place, Bucket]] = {meter: {} for meter in Meter}
         self._off: dict[Meter, dict[Place, Bucket]] = {meter: {} for meter in Meter}  # no limit; kept for tokens
         self._bases: dict[tuple[Meter, Place], Limit] = {}
-        self._holdings = Holdings()
-        self._caps: dict[str, float] = {}  # `_caps` and `_paused` are derived from `_holdings`, by `_follow`
+        self._in_force = ActionsInForce()
+        self._caps: dict[str, float] = {}  # `_caps` and `_paused` are derived from `_in_force`, by `_follow`
         self._paused: set[str] = set()
         self._gone: set[str] = set()
-        self._launches: dict[str, int] = {}
+        self._generations: dict[str, int] = {}
         self._now = 0.0
         bases = [(HOST, Meter.BUS_LOCKS, limit), (HOST, Meter.EXITS, exit_limit), (HOST, Meter.ANSWERS, answer_limit)]
         for name, tenant in (tenants or {}).items():
@@ -119,35 +119,35 @@ class Enforcement:
         """Whether a VM is paused or gone."""
         return vm in self._paused or vm in self._gone
 
-    def seen(self, vm: str, launch: int) -> bool:
+    def seen(self, vm: str, generation: int) -> bool:
         """Note that a VM was seen. Returns whether it is another VM of that name than before.
 
         A new VM starts without what held the earlier VM of the same name.
         """
-        before = self._launches.get(vm)
-        if before == launch:
+        before = self._generations.get(vm)
+        if before == generation:
             return False
-        self._launches[vm] = launch
+        self._generations[vm] = generation
         if before is None:
             return False
         self._free(vm)
         self._gone.discard(vm)
         return True
 
-    def is_another(self, vm: str, launch: int) -> bool:
-        """Whether another launch of that name was seen last."""
-        return self._launches.get(vm, launch) != launch
+    def is_another(self, vm: str, generation: int) -> bool:
+        """Whether the VM of that name that was seen last is of another generation."""
+        return self._generations.get(vm, generation) != generation
 
     def forget(self, vm: str) -> None:
         """Forget a VM that is gone, and what held it."""
         self._free(vm)
         self._gone.discard(vm)
-        self._launches.pop(vm, None)
+        self._generations.pop(vm, None)
 
     def apply(self, action: Action, policy: str) -> None:
-        """Put an action in force, unless the action is about another launch of that name."""
-        launch = getattr(action, "launch", None)
-        if launch is not None and self._launches.get(action.vm or "", launch) != launch:
+        """Put an action in force, unless the action is about another generation of that VM."""
+        generation = getattr(action, "generation", None)
+        if generation is not None and self._generations.get(action.vm or "", generation) != generation:
             return
         if EFFECTS[type(action)].ends:
             self._free(action.vm or "")
@@ -156,19 +156,19 @@ class Enforcement:
             if action.vcpu is None:  # the limit of one vCPU is not the VM's; this model has no vCPUs
                 self.set_base(_place(action.vm, action.tenant), action.meter, action.limit)
         else:
-            self._holdings.note(action, policy)
+            self._in_force.note(action, policy)
             key = key_of(action)
             if key is not None:
                 self._follow(key)
 
     def let_go(self, policy: str) -> None:
         """Undo everything that a policy holds."""
-        for key in self._holdings.withdraw(policy):
+        for key in self._in_force.withdraw(policy):
             self._follow(key)
 
     def _follow(self, key: Key) -> None:
         """Derive the buckets, caps and pauses anew of a place where the holdings changed."""
-        held, vm = self._holdings.at(key).values(), key.vm or ""
+        held, vm = self._in_force.at(key).values(), key.vm or ""
         match key.what:
             case What.THROTTLE:
                 self._set(Meter(key.meter), _place(key.vm, key.tenant))
@@ -187,7 +187,7 @@ class Enforcement:
         and setting it again would give tokens away.
         """
         vm, tenant = (place[1] if place[0] == kind else None for kind in ("vm", "tenant"))
-        held = self._holdings.at(Key(What.THROTTLE, meter.value, vm, tenant, None)).values()
+        held = self._in_force.at(Key(What.THROTTLE, meter.value, vm, tenant, None)).values()
         throttles = [one.action.limit for one in held if isinstance(one.action, Throttle)]
         buckets, off = self._buckets[meter], self._off[meter]
         bucket = buckets.pop(place, None) or off.pop(place, None) or Bucket()
@@ -195,7 +195,7 @@ class Enforcement:
         (off if bucket.limit is None else buckets)[place] = bucket
 
     def _free(self, vm: str) -> None:
-        self._holdings.forget(vm)
+        self._in_force.forget(vm)
         for buckets in (*self._buckets.values(), *self._off.values()):
             buckets.pop(("vm", vm), None)
         for meter in Meter:

@@ -19,7 +19,7 @@ from typing import Any, Final, Literal, Protocol
 import attrs
 
 from ..model.actions import Action, Applied
-from ..model.effects import Holdings
+from ..model.effects import ActionsInForce
 from ..model.errors import SpecError
 from .dry_run import DryRun
 from .facts import Facts, HostFacts, Policy
@@ -143,7 +143,7 @@ class PolicyEngine:
         for resume in self.guard.overdue(now):
             self._executor.do(resume, None, None, None, now)
         for resume in self.guard.overdue(now, dry=True):
-            self._rehearse(resume, None, now, "a dry run")
+            self._record_dry(resume, None, now, "a dry run")
 
     def decide(self, state: PolicyState, facts: Facts | None, now: int) -> None:
         """Let a policy decide, and carry out what the guard allows.
@@ -160,7 +160,7 @@ class PolicyEngine:
         self.host = facts.host
         state.since = now
         try:
-            actions = list(state.policy.decide(facts if state.rehearsal is None else state.rehearsal.see(facts)))
+            actions = list(state.policy.decide(facts if state.dry_run is None else state.dry_run.see(facts)))
             # All actions are checked before the first one is carried out: one that is wrong leaves no half decision.
             for action in actions:
                 if not isinstance(action, Action):
@@ -188,15 +188,15 @@ class PolicyEngine:
     def _carry_out(self, state: PolicyState, action: Action, now: int) -> None:
         verdict = self.guard.judge(action, state.name, now, state.order, vms=self._executor.below(action))
         if verdict.outcome is Ruling.DRY_RUN:
-            self._rehearse(verdict.judged, state.name, now, verdict.reason)
+            self._record_dry(verdict.judged, state.name, now, verdict.reason)
         elif verdict.action is None:
             self._refuse(verdict, state.name, now)
-            _tell_refused(state.policy, action, verdict.reason)
+            _notify_refused(state.policy, action, verdict.reason)
         else:
             done = self._executor.do(verdict.action, state.name, verdict, state, now)
             if isinstance(done, str):
                 self.guard.failed(verdict, now)
-                _tell_refused(state.policy, action, done)
+                _notify_refused(state.policy, action, done)
 
     def settle(self, state: PolicyState, verdict: Verdict, error: str | None, now: int) -> None:
         """Report what came of an action that was `PENDING`.
@@ -214,7 +214,7 @@ class PolicyEngine:
         if not state.on:
             return
         try:
-            _tell_refused(state.policy, verdict.action, error)
+            _notify_refused(state.policy, verdict.action, error)
         except Exception as problem:
             if self._strict:
                 raise
@@ -225,11 +225,11 @@ class PolicyEngine:
             Applied(time=now, action=verdict.judged, policy=policy, error=verdict.reason, outcome="refused")
         )
 
-    def _rehearse(self, action: Action, policy: str | None, now: int, why: str) -> None:
+    def _record_dry(self, action: Action, policy: str | None, now: int, why: str) -> None:
         """Carry out nothing. Show the action's effect to each policy that runs dry: the same dry run holds for all."""
         self._executor.record(Applied(time=now, action=action, policy=policy, error=why, outcome="dry-run"))
-        for rehearsal in self._rehearsals():
-            rehearsal.apply(action, policy or "", now)
+        for dry_run in self._dry_runs():
+            dry_run.apply(action, policy or "", now)
 
     def _switch_off(self, state: PolicyState, error: Exception, now: int) -> None:
         """Switch a policy off after an error. The limits and holds that it set stay in force (rule 15)."""
@@ -247,10 +247,10 @@ class PolicyEngine:
     def gone(self, vm: str) -> None:
         """Forget a VM that has ended for good."""
         self.guard.forget(vm)
-        for rehearsal in self._rehearsals():
-            rehearsal.forget(vm)
+        for dry_run in self._dry_runs():
+            dry_run.forget(vm)
 
-    def set_policies(self, policies: Sequence[Policy], guard: Guard | None, now: int, holdings: Holdings) -> None:
+    def set_policies(self, policies: Sequence[Policy], guard: Guard | None, now: int, in_force: ActionsInForce) -> None:
         """Replace the policies.
 
         A policy that is in the old and the new list keeps its state. What a removed policy holds is let go, unless a
@@ -260,17 +260,17 @@ class PolicyEngine:
             policies: the new policies, in their order.
             guard: the new guard, which continues with the records of the present one. None: the present guard stays.
             now: nanoseconds on the engine's clock.
-            holdings: what is in force.
+            in_force: what is in force.
 
         Raises:
             SpecError: a policy has a name, an interval or signals that are not valid; or a policy that stays would
                 begin or end a dry run. Nothing has changed then.
         """
         guard = guard or self.guard
-        self._check_rehearsals(policies, guard)
+        self._check_dry_runs(policies, guard)
         # Before `succeed`: until then the claims have the orders in which the policies made them.
         for state in self._place(list(policies), guard, now):
-            for action in holdings.undo(state.name):
+            for action in in_force.undo(state.name):
                 self._let_go(state, action, now)
         guard.succeed(self.guard, [state.name for state in self._states])
         self.guard = guard
@@ -278,7 +278,7 @@ class PolicyEngine:
     def _place(self, policies: list[Policy], guard: Guard, now: int) -> list[PolicyState]:
         """Install the policies in their order, and return the states of those that were removed."""
         there = {id(state.policy): state for state in self._states}
-        rehearsal = next(self._rehearsals(), None)
+        dry_run = next(self._dry_runs(), None)
         states = []
         for order, policy in enumerate(policies):  # `PolicyState.of` may raise: before anything is changed
             state = there.pop(id(policy), None) or PolicyState.of(policy, order, now, None)
@@ -288,20 +288,20 @@ class PolicyEngine:
             if state in self._states:
                 continue
             if guard.is_dry(state.name):  # a new dry policy also sees what the other policies have rehearsed so far
-                state.rehearsal = DryRun() if rehearsal is None else copy.deepcopy(rehearsal)
+                state.dry_run = DryRun() if dry_run is None else copy.deepcopy(dry_run)
             if self._source is not None:
                 state.window = self._source.open()
         self._states = states
         for state in there.values():
             self._retire(state)
-            for one in self._rehearsals():
+            for one in self._dry_runs():
                 one.let_go(state.name)
         return list(there.values())
 
-    def _rehearsals(self) -> Iterator[DryRun]:
-        return (state.rehearsal for state in self._states if state.rehearsal is not None)
+    def _dry_runs(self) -> Iterator[DryRun]:
+        return (state.dry_run for state in self._states if state.dry_run is not None)
 
-    def _check_rehearsals(self, policies: Iterable[Policy], guard: Guard) -> None:
+    def _check_dry_runs(self, policies: Iterable[Policy], guard: Guard) -> None:
         """Refuse a policy that would begin or end a dry run.
 
         A policy remembers what it asked for. After a dry run it would take actions for done that never were.
@@ -322,7 +322,7 @@ class PolicyEngine:
             self.guard.failed(verdict, now)
 
 
-def _tell_refused(policy: Policy, action: Action, reason: str) -> None:
-    told = getattr(policy, "refused", None)
-    if told is not None:
-        told(action, reason)
+def _notify_refused(policy: Policy, action: Action, reason: str) -> None:
+    refused = getattr(policy, "refused", None)
+    if refused is not None:
+        refused(action, reason)

@@ -42,7 +42,7 @@ class VmFacts:
         bus_locks, exits: events since the last tick. `bus_locks` is None where the host reports no bus locks.
         answers: accesses since the last tick that Python answered, by a device or by a task.
         throttled: seconds since the last tick in which vCPUs waited for a bucket, summed over the vCPUs.
-        launch: the number of this launch. Another VM of the same name has another number.
+        generation: a number that no other VM of the fleet has, also none of the same name.
         cpu: seconds of CPU time that the vCPU threads used since the last tick, summed over the threads.
         run_delay: seconds in which the vCPU threads could have run and had no CPU. The guest sees this time as stolen.
             Source: ``/proc/PID/task/TID/schedstat``.
@@ -72,7 +72,7 @@ class VmFacts:
     bus_locks: int | None
     exits: int
     throttled: float
-    launch: int = 0
+    generation: int = 0
     cpu: float | None = None
     run_delay: float | None = None
     capped: float | None = None
@@ -140,8 +140,8 @@ class Facts:
         tenants: all tenants, by name.
         vms: the VMs that were active since the last tick, by name. A VM that is not in it was idle or is gone.
         host: signals of the host as a whole.
-        gone: name and launch of each VM that has ended for good since the last tick. A policy can forget that VM. The
-            VM is not in `vms`; another VM of the same name may be.
+        gone: name and generation of each VM that has ended for good since the last tick. A policy can forget that VM.
+            The VM is not in `vms`; another VM of the same name may be.
         others: active VMs whose facts this policy sees but on which it may not act (see `only`).
     """
 
@@ -157,7 +157,7 @@ class Facts:
     answer_limit: Limit | None = None
 
     @property
-    def heard(self) -> Mapping[str, VmFacts]:
+    def all_vms(self) -> Mapping[str, VmFacts]:
         """`vms` and `others` together: all VMs that may be victims."""
         return {**self.others, **self.vms} if self.others else self.vms
 

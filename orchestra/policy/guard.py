@@ -107,8 +107,8 @@ class Guard:
     max_pause: float | None = 300.0
     most_paused: float = 0.75
     dry_run: bool | tuple[str, ...] = attrs.field(default=False, converter=_names)
-    _books: GuardState = attrs.field(init=False, factory=GuardState, repr=False)
-    _rehearsed: GuardState = attrs.field(init=False, factory=lambda: GuardState(dry=True), repr=False)
+    _records: GuardState = attrs.field(init=False, factory=GuardState, repr=False)
+    _dry_records: GuardState = attrs.field(init=False, factory=lambda: GuardState(dry=True), repr=False)
     _failures: Failures = attrs.field(init=False, factory=Failures, repr=False)
 
     def __attrs_post_init__(self) -> None:
@@ -138,22 +138,22 @@ class Guard:
             vms: for a limit on a tenant or the host: the number of VMs that the limit holds.
         """
         if policy is None:
-            self._note(self._books, action, Claim(-1, None, time))
+            self._note(self._records, action, Claim(-1, None, time))
             return Verdict(action, Ruling.ALLOWED, "", action)
-        word = Claim(order, policy, time)
+        claim = Claim(order, policy, time)
         dry = self.is_dry(policy)
-        books = self._rehearsed if dry else self._books
+        records = self._dry_records if dry else self._records
         judged, changed = self._raised(action, vms)
-        refused = self._contradicts(books, judged, word)
+        refused = self._contradicts(records, judged, claim)
         if not refused and not releases(judged):
             refused = (
                 self._failures.why_not(judged, time)
-                or self._too_soon(books, judged, time)
-                or self._too_many(books, judged, time)
+                or self._too_soon(records, judged, time)
+                or self._too_many(records, judged, time)
             )
         if refused:
             return Verdict(None, Ruling.REFUSED, refused, judged)
-        noted = self._note(books, judged, word)
+        noted = self._note(records, judged, claim)
         if dry:
             return Verdict(None, Ruling.DRY_RUN, "; ".join(filter(None, ["a dry run", changed])), judged)
         return Verdict(judged, Ruling.CHANGED if changed else Ruling.ALLOWED, changed, judged, noted)
@@ -167,7 +167,7 @@ class Guard:
         """
         if verdict.action is None or verdict._noted is None:
             return
-        self._books.roll_back(verdict.action, verdict._noted)
+        self._records.roll_back(verdict.action, verdict._noted)
         if not releases(verdict.action):
             self._failures.add(verdict.action, time)
 
@@ -183,18 +183,18 @@ class Guard:
         """
         if self.max_pause is None:
             return []
-        books = self._rehearsed if dry else self._books
+        records = self._dry_records if dry else self._records
         late = [
-            (vm, word)
-            for (vm, axis), word in books.held.items()
-            if axis is Axis.RUNNING and word.policy is not None and time - word.time > self.max_pause * 1e9
+            (vm, claim)
+            for (vm, axis), claim in records.held.items()
+            if axis is Axis.RUNNING and claim.policy is not None and time - claim.time > self.max_pause * 1e9
         ]
         actions = []
-        for vm, word in late:
-            evidence = {"policy": word.policy, "paused": (time - word.time) / 1e9, "max_pause": self.max_pause}
-            reason = f"paused by policy {word.policy} for more than {self.max_pause:g} s"
+        for vm, claim in late:
+            evidence = {"policy": claim.policy, "paused": (time - claim.time) / 1e9, "max_pause": self.max_pause}
+            reason = f"paused by policy {claim.policy} for more than {self.max_pause:g} s"
             action = Resume(vm=vm, reason=reason, evidence=evidence)
-            self._note(books, action, Claim(-1, None, time))
+            self._note(records, action, Claim(-1, None, time))
             actions.append(action)
         return actions
 
@@ -202,9 +202,9 @@ class Guard:
     def pauses(self) -> bool:
         """Whether a policy holds a VM paused, or would in a dry run."""
         return any(
-            axis is Axis.RUNNING and word.policy is not None
-            for books in (self._books, self._rehearsed)
-            for (_, axis), word in books.held.items()
+            axis is Axis.RUNNING and claim.policy is not None
+            for records in (self._records, self._dry_records)
+            for (_, axis), claim in records.held.items()
         )
 
     def forget(self, vm: str) -> None:
@@ -212,8 +212,8 @@ class Guard:
 
         The cool-down of the name still counts: a restart does not end a cool-down.
         """
-        for books in (self._books, self._rehearsed):
-            books.forget(vm)
+        for records in (self._records, self._dry_records):
+            records.forget(vm)
         self._failures.forget(vm)
 
     def succeed(self, before: Guard, policies: Iterable[str]) -> None:
@@ -223,10 +223,10 @@ class Guard:
             before: the guard that judged so far. The same guard, if only the policies change.
             policies: the names of the policies, in their order. What a removed policy let go binds no other policy.
         """
-        self._books, self._rehearsed, self._failures = before._books, before._rehearsed, before._failures
+        self._records, self._dry_records, self._failures = before._records, before._dry_records, before._failures
         orders = {name: order for order, name in enumerate(policies)}
-        self._books.reorder(orders)
-        self._rehearsed.reorder({name: order for name, order in orders.items() if self.is_dry(name)})
+        self._records.reorder(orders)
+        self._dry_records.reorder({name: order for name, order in orders.items() if self.is_dry(name)})
 
     def is_dry(self, policy: str) -> bool:
         """Whether a policy's actions are only rehearsed."""
@@ -240,7 +240,9 @@ class Guard:
         """The action within the floors, and a sentence about what was changed; empty: nothing."""
         if isinstance(action, CapCpu) and action.share is not None and action.share < self.cpu_floor:
             why = f"a cap of {100 * action.share:g} % raised to the floor of {100 * self.cpu_floor:g} %"
-            return attrs.evolve(action, share=self.cpu_floor, **_told(action, why, {"share": action.share})), why
+            return attrs.evolve(
+                action, share=self.cpu_floor, **_with_evidence(action, why, {"share": action.share})
+            ), why
         if not isinstance(action, Throttle | SetLimit) or action.limit is None:
             return action, ""
         limit, why = self._least(action.limit, action.meter, 1 if action.vm is not None else max(1, vms))
@@ -248,7 +250,7 @@ class Guard:
             return action, ""
         was = action.limit
         asked = {"rate": was.rate, "burst": was.tokens, "max_delay": was.max_delay}
-        return attrs.evolve(action, limit=limit, **_told(action, why, asked)), why
+        return attrs.evolve(action, limit=limit, **_with_evidence(action, why, asked)), why
 
     def _least(self, limit: Limit, meter: Meter, vms: int) -> tuple[Limit, str]:
         why = []
@@ -268,55 +270,55 @@ class Guard:
 
     # ---- which claim counts, how soon, how often --------------------------------------------------------------------
 
-    def _words(self, books: GuardState, action: Action) -> Iterable[Claim | None]:
+    def _claims(self, records: GuardState, action: Action) -> Iterable[Claim | None]:
         """The claims that this action would contradict. The claims that are really in force bind a dry run too."""
-        for each in (books, self._books):
-            held, let = each.words(action)
+        for each in (records, self._records):
+            held, let = each.claims(action)
             yield held if releases(action) else let
 
-    def _contradicts(self, books: GuardState, action: Action, word: Claim) -> str:
+    def _contradicts(self, records: GuardState, action: Action, claim: Claim) -> str:
         if EFFECTS[type(action)].axis is None:
             return ""
-        for said in self._words(books, action):
-            if said is None or said.order >= word.order:
+        for said in self._claims(records, action):
+            if said is None or said.order >= claim.order:
                 continue
             who = "a caller" if said.policy is None else f"policy {said.policy}, which goes first,"
             if releases(action):
                 return f"{who} holds it"
-            ago = (word.time - said.time) / 1e9
+            ago = (claim.time - said.time) / 1e9
             if ago < self.vm_cool_down:
                 return f"{who} let it go {ago:.3g} s ago"
         return ""
 
-    def _too_soon(self, books: GuardState, action: Action, time: int) -> str:
+    def _too_soon(self, records: GuardState, action: Action, time: int) -> str:
         effect = EFFECTS[type(action)]
         if not effect.hard:
             return ""
-        last = books.hard.get(action.vm or "")
+        last = records.hard.get(action.vm or "")
         if last is not None and time - last < self.vm_cool_down * 1e9:
             return f"cool-down: {(time - last) / 1e9:.3g} of {self.vm_cool_down:g} s since the last one on this VM"
-        if effect.what is What.PAUSE and action.vm in books.paused:
-            ended, lasted = books.paused[action.vm]
+        if effect.what is What.PAUSE and action.vm in records.paused:
+            ended, lasted = records.paused[action.vm]
             due = lasted * (1 - self.most_paused) / self.most_paused
             if time - ended < due:
                 ran = f"has run for {(time - ended) / 1e9:.3g} of {due / 1e9:.3g} s since"
                 return f"it was paused for {lasted / 1e9:.3g} s and {ran}"
-        if books.host is not None and time - books.host < self.host_cool_down * 1e9:
-            ago = (time - books.host) / 1e9
+        if records.host is not None and time - records.host < self.host_cool_down * 1e9:
+            ago = (time - records.host) / 1e9
             return f"cool-down: {ago:.3g} of {self.host_cool_down:g} s since the last one on this host"
         return ""
 
-    def _too_many(self, books: GuardState, action: Action, time: int) -> str:
+    def _too_many(self, records: GuardState, action: Action, time: int) -> str:
         limits = is_limit(action)
         most = self.limits_per_minute if limits else self.actions_per_minute
-        if most is not None and len(books.lately(action, time)) >= most:
+        if most is not None and len(records.lately(action, time)) >= most:
             return f"{most} {'limits' if limits else 'actions'} in the last minute: no more"
         return ""
 
-    def _note(self, books: GuardState, action: Action, word: Claim) -> Undo:
-        return books.note(action, word, self.vm_cool_down * 1e9)
+    def _note(self, records: GuardState, action: Action, claim: Claim) -> Undo:
+        return records.note(action, claim, self.vm_cool_down * 1e9)
 
 
-def _told(action: Throttle | SetLimit | CapCpu, why: str, asked: dict[str, Any]) -> dict[str, Any]:
+def _with_evidence(action: Throttle | SetLimit | CapCpu, why: str, asked: dict[str, Any]) -> dict[str, Any]:
     reason = f"{action.reason} ({why})" if action.reason else why
     return {"reason": reason, "evidence": {**action.evidence, "asked": asked}}

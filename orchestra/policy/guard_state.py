@@ -47,7 +47,7 @@ class Claim:
 class Undo:
     """The records of a VM before an action was noted. They are kept so that an action that fails can be struck out."""
 
-    word: Claim
+    claim: Claim
     hard: int | None
     host: int | None
     before: tuple[Claim | None, Claim | None]  # held, let go
@@ -78,7 +78,7 @@ class GuardState:
     let: dict[tuple[str, Axis], Claim] = attrs.field(factory=dict)
     paused: dict[str, tuple[int, int]] = attrs.field(factory=dict)
 
-    def words(self, action: Action) -> tuple[Claim | None, Claim | None]:
+    def claims(self, action: Action) -> tuple[Claim | None, Claim | None]:
         axis = EFFECTS[type(action)].axis
         if axis is None:
             return None, None
@@ -92,42 +92,42 @@ class GuardState:
             when.popleft()
         return when
 
-    def note(self, action: Action, word: Claim, cool_down: float) -> Undo:
+    def note(self, action: Action, claim: Claim, cool_down: float) -> Undo:
         """Record an action that is allowed, and return what `roll_back` needs.
 
         Parameters:
-            word: the policy or caller, and the time.
+            claim: the policy or caller, and the time.
             cool_down: nanoseconds for which a claim that let a VM go counts.
         """
         vm = action.vm or ""
         effect = EFFECTS[type(action)]
-        hard, host, before = self.hard.get(vm), self.host, self.words(action)
-        if word.policy is not None and not releases(action):
-            self.lately(action, word.time).append(word.time)
+        hard, host, before = self.hard.get(vm), self.host, self.claims(action)
+        if claim.policy is not None and not releases(action):
+            self.lately(action, claim.time).append(claim.time)
             if effect.hard:
-                self.host = word.time
-                self.hard[vm] = word.time
+                self.host = claim.time
+                self.hard[vm] = claim.time
                 if len(self.hard) > MOST_REMEMBERED:
-                    self.hard = {vm: last for vm, last in self.hard.items() if last > word.time - cool_down}
+                    self.hard = {vm: last for vm, last in self.hard.items() if last > claim.time - cool_down}
         if effect.axis is not None:
-            self._say(action, (vm, effect.axis), word, cool_down)
-        return Undo(word, hard, host, before, self.words(action))
+            self._note_claim(action, (vm, effect.axis), claim, cool_down)
+        return Undo(claim, hard, host, before, self.claims(action))
 
-    def _say(self, action: Action, key: tuple[str, Axis], word: Claim, cool_down: float) -> None:
+    def _note_claim(self, action: Action, key: tuple[str, Axis], claim: Claim, cool_down: float) -> None:
         effect = EFFECTS[type(action)]
         if releases(action):
             before = self.held.pop(key, None)
             if effect.what is What.PAUSE and before is not None and before.policy is not None:
-                self.paused[key[0]] = word.time, word.time - before.time
-            self.let[key] = word
+                self.paused[key[0]] = claim.time, claim.time - before.time
+            self.let[key] = claim
             if len(self.let) > MOST_REMEMBERED:
-                self.let = {at: said for at, said in self.let.items() if said.time > word.time - cool_down}
+                self.let = {at: said for at, said in self.let.items() if said.time > claim.time - cool_down}
         elif not effect.ends:
             self.let.pop(key, None)
             before = self.held.get(key)
-            if before is None or word.order < before.order:  # the claim that goes first counts
-                self.held[key] = word
-        elif word.policy is None or self.dry:  # a policy's stop may still fail, so the VM's end counts
+            if before is None or claim.order < before.order:  # the claim that goes first counts
+                self.held[key] = claim
+        elif claim.policy is None or self.dry:  # a policy's stop may still fail, so the VM's end counts
             self.forget(action.vm or "")
 
     def roll_back(self, action: Action, noted: Undo) -> None:
@@ -135,13 +135,13 @@ class GuardState:
         vm = action.vm or ""
         effect = EFFECTS[type(action)]
         if effect.hard:
-            if self.host == noted.word.time:
+            if self.host == noted.claim.time:
                 self.host = noted.host
-            if self.hard.get(vm) == noted.word.time:
+            if self.hard.get(vm) == noted.claim.time:
                 _put(self.hard, vm, noted.hard)
-        if effect.axis is not None and self.words(action) == noted.after:
-            for words, was in zip((self.held, self.let), noted.before, strict=True):
-                _put(words, (vm, effect.axis), was)
+        if effect.axis is not None and self.claims(action) == noted.after:
+            for claims, was in zip((self.held, self.let), noted.before, strict=True):
+                _put(claims, (vm, effect.axis), was)
 
     def forget(self, vm: str) -> None:
         for axis in Axis:
@@ -154,16 +154,16 @@ class GuardState:
 
         A removed policy binds no other policy with what it let go. What it still holds, every policy may let go.
         """
-        for words in (self.held, self.let):
-            for key, word in list(words.items()):
-                if word.policy is None or word.order == orders.get(word.policy):
+        for claims in (self.held, self.let):
+            for key, claim in list(claims.items()):
+                if claim.policy is None or claim.order == orders.get(claim.policy):
                     continue
-                if word.policy in orders:
-                    words[key] = attrs.evolve(word, order=orders[word.policy])
-                elif words is self.held and not self.dry:
-                    words[key] = attrs.evolve(word, order=LAST)
+                if claim.policy in orders:
+                    claims[key] = attrs.evolve(claim, order=orders[claim.policy])
+                elif claims is self.held and not self.dry:
+                    claims[key] = attrs.evolve(claim, order=LAST)
                 else:
-                    del words[key]
+                    del claims[key]
 
 
 @attrs.frozen
@@ -208,7 +208,7 @@ def _place(action: Action) -> tuple[str | None, str | None]:
 
 
 def _kind(action: Action) -> tuple[type, int | None]:
-    return type(action), getattr(action, "launch", None)
+    return type(action), getattr(action, "generation", None)
 
 
 def _put(into: dict[Any, Any], key: Any, value: Any) -> None:

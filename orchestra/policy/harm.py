@@ -218,11 +218,11 @@ class Signals:
         if "run_delay" in self._names:
             self._victims["run_delay"] = {
                 vm.name: vm.run_delay / wanted
-                for vm in facts.heard.values()
+                for vm in facts.all_vms.values()
                 if vm.run_delay is not None and (wanted := _wanted(vm)) is not None and wanted > LEAST * facts.interval
             }
         if "work_drop" in self._names:
-            drops = ((vm.name, self._drop(vm, facts, quiet)) for vm in facts.heard.values())
+            drops = ((vm.name, self._drop(vm, facts, quiet)) for vm in facts.all_vms.values())
             self._victims["work_drop"] = {name: drop for name, drop in drops if drop is not None}
             for one in facts.gone:
                 self._workers.pop(one, None)
@@ -232,7 +232,7 @@ class Signals:
         """Whether no VM was noisy in this tick and the one before: a measurement may be a tick late."""
         most, count_of = self._floor * facts.interval, self._count
         now = True
-        for vm in facts.heard.values():
+        for vm in facts.all_vms.values():
             count = count_of(vm)
             if count is not None and count > most + AHEAD * vm.vcpus:
                 now = False
@@ -254,7 +254,7 @@ class Signals:
     def _drop(self, vm: VmFacts, facts: Facts, quiet: bool) -> float | None:
         interval = facts.interval
         wanted = interval if vm.cpu is None else vm.cpu + (vm.run_delay or 0.0)
-        key = (vm.name, vm.launch)
+        key = (vm.name, vm.generation)
         worker = self._workers.get(key)
         if worker is None:
             if vm.work is None:
@@ -308,8 +308,8 @@ class Signals:
         """The signal, and the VM among these that suffers most. The VM is None for a signal of the host."""
         if name not in VICTIMS:
             return self.host(name), None
-        told = self.victims(name)
-        return max(((told[vm], vm) for vm in among if vm in told), default=(None, None))
+        victims = self.victims(name)
+        return max(((victims[vm], vm) for vm in among if vm in victims), default=(None, None))
 
 
 def _wanted(vm: VmFacts) -> float | None:

@@ -65,7 +65,7 @@ class Ladder(Metered):
     the VM earlier, the VM stands one step lower.
 
     The evidence of each action names the step, the signals with their thresholds, the time that it took, and the VM's
-    `launch`.
+    `generation`.
 
     Parameters:
         steps: the steps in the order of `Rung`, each at most once. Rungs that are left out are not part of this ladder.
@@ -114,7 +114,7 @@ class Ladder(Metered):
         first = self.steps[0]
         for vm in facts.vms.values():
             if self._vms.of(vm) is None and reading.holds(first, vm):
-                self._vms[vm.name] = LadderState(vm.name, vm.launch, vm.vcpus, facts.time)
+                self._vms[vm.name] = LadderState(vm.name, vm.generation, vm.vcpus, facts.time)
         return [action for state in list(self._vms.values()) for action in self._step(state, facts, reading)]
 
     def refused(self, action: Action, reason: str) -> None:
@@ -245,7 +245,7 @@ class Ladder(Metered):
         return None if back is None else attrs.evolve(back, reason=reason, evidence=evidence)
 
     def _take(self, step: Step, state: LadderState, reason: str, evidence: dict[str, Any]) -> Action:
-        about: Any = {"vm": state.name, "launch": state.launch, "reason": reason, "evidence": evidence}
+        about: Any = {"vm": state.name, "generation": state.generation, "reason": reason, "evidence": evidence}
         if step.limit is not None:
             return Throttle(limit=step.limit, meter=self.meter, **about)
         if step.cpu is not None:
@@ -254,7 +254,7 @@ class Ladder(Metered):
 
     def _evidence(self, state: LadderState, facts: Facts) -> dict[str, Any]:
         stayed = round((facts.time - state.since) / 1e9, 6)
-        return {"launch": state.launch, "on_step_for": stayed, "interval": facts.interval}
+        return {"generation": state.generation, "on_step_for": stayed, "interval": facts.interval}
 
 
 _ACTIONS: Final[Mapping[Rung, Callable[..., Action]]] = {

@@ -39,9 +39,9 @@ def longest_wait(limit: Limit, vcpus: int) -> float:
 
 
 class Remembered(Protocol):
-    """What a policy remembers of one VM. `launch` tells the VM from an earlier one of the same name."""
+    """What a policy remembers of one VM. `generation` tells the VM from an earlier one of the same name."""
 
-    launch: int
+    generation: int
 
 
 S = TypeVar("S", bound=Remembered)
@@ -52,15 +52,15 @@ class Memory(dict[str, S]):
 
     def end(self, gone: Iterable[tuple[str, int]]) -> None:
         """Forget the VMs that have ended (`Facts.gone`)."""
-        for name, launch in gone:
+        for name, generation in gone:
             one = self.get(name)
-            if one is not None and one.launch == launch:
+            if one is not None and one.generation == generation:
                 del self[name]
 
     def of(self, vm: VmFacts) -> S | None:
-        """What is remembered of this launch of the VM. What is known of an earlier launch is forgotten."""
+        """The state of this generation of the VM. The state of an earlier generation is dropped."""
         one = self.get(vm.name)
-        if one is not None and one.launch != vm.launch:
+        if one is not None and one.generation != vm.generation:
             del self[vm.name]
             return None
         return one

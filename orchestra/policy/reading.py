@@ -36,9 +36,9 @@ class Reading:
     @functools.cached_property
     def _worst(self) -> dict[str, list[tuple[float, str]]]:
         """For each signal the two VMs that suffer most. Two are enough: a VM is never counted as its own victim."""
-        told = ((name, self._signals.victims(name)) for name in ("run_delay", "work_drop"))
+        victims = ((name, self._signals.victims(name)) for name in ("run_delay", "work_drop"))
         return {
-            name: sorted(((value, vm) for vm, value in victims.items()), reverse=True)[:2] for name, victims in told
+            name: sorted(((value, vm) for vm, value in victims.items()), reverse=True)[:2] for name, victims in victims
         }
 
     def own(self, signal: str, vm: VmFacts) -> float | None:

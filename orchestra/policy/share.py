@@ -60,7 +60,7 @@ class _Vm:
     """What is remembered of a VM that was active during the last few ticks. Rates are events per second."""
 
     name: str
-    launch: int
+    generation: int
     tenant: str
     weight: float
     vcpus: int
@@ -161,24 +161,24 @@ class WeightedShare(Metered):
         total = 0.0
         by_tenant: dict[str, float] = {}
         waited: list[_Vm] = []
-        for told in facts.vms.values():
-            count = count_of(told)
+        for seen in facts.vms.values():
+            count = count_of(seen)
             if count is None:
                 continue
             rate = count / interval
             total += rate
-            tenant = told.tenant
+            tenant = seen.tenant
             by_tenant[tenant] = by_tenant.get(tenant, 0.0) + rate
-            vm = vms.get(told.name)
-            if vm is None or vm.launch != told.launch:  # a new VM of that name starts without limits
+            vm = vms.get(seen.name)
+            if vm is None or vm.generation != seen.generation:  # a new VM of that name starts without limits
                 asked: deque[float] = deque(maxlen=self._ticks)
-                vm = vms[told.name] = _Vm(told.name, told.launch, tenant, told.weight, told.vcpus, asked)
-            vm.tick, vm.rate, vm.throttled, vm.absent = tick, rate, told.throttled, 0.0
+                vm = vms[seen.name] = _Vm(seen.name, seen.generation, tenant, seen.weight, seen.vcpus, asked)
+            vm.tick, vm.rate, vm.throttled, vm.absent = tick, rate, seen.throttled, 0.0
             # The rate and a whole burst is the most that a limit allows in a tick: one that the VM is clearly above is
             # not in force.
             if vm.limit is not None:
                 vm.lost = rate > 1.5 * (vm.limit.rate + vm.limit.tokens / interval)
-            if told.throttled > most:  # as `presses`
+            if seen.throttled > most:  # as `presses`
                 waited.append(vm)
             else:
                 vm.held, vm.ceiling = 0, None
@@ -297,12 +297,14 @@ class WeightedShare(Metered):
             "budget": None if host is None else host.rate,
         }
         reason = f"fair share: {limit.rate:.6g} {self.meter.replace('_', ' ')}/s of {whole}"
-        return Throttle(vm=vm.name, launch=vm.launch, limit=limit, meter=self.meter, reason=reason, evidence=evidence)
+        return Throttle(
+            vm=vm.name, generation=vm.generation, limit=limit, meter=self.meter, reason=reason, evidence=evidence
+        )
 
     def _release(self, vm: _Vm, reason: str) -> Unthrottle:
         evidence = {"rate": round(vm.rate, 3), "demand": round(vm.demand, 3)} if vm.demand < math.inf else {}
         vm.limit = None
-        return Unthrottle(vm=vm.name, launch=vm.launch, meter=self.meter, reason=reason, evidence=evidence)
+        return Unthrottle(vm=vm.name, generation=vm.generation, meter=self.meter, reason=reason, evidence=evidence)
 
 
 def _may_be_waiting(vm: _Vm) -> bool:

@@ -101,7 +101,7 @@ class LadderState:
     """
 
     name: str
-    launch: int
+    generation: int
     vcpus: int
     since: int
     at: int = 0

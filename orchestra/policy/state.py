@@ -44,7 +44,7 @@ class PolicyState:
         due: when the policy decides next.
         interval: time between two decisions, as read after the last decision. None: the policy decides no more.
         on: False once the policy raised, or has no interval any more.
-        rehearsal: the fleet as a dry run shows it. None: what the policy decides is done.
+        dry_run: the fleet as a dry run shows it. None: what the policy decides is done.
         window: what the source of facts has opened for the policy.
     """
 
@@ -55,14 +55,14 @@ class PolicyState:
     since: int
     due: int
     interval: int | None
-    rehearsal: DryRun | None = None
+    dry_run: DryRun | None = None
     window: Any = None
     on: bool = True
     error: str | None = None
     actions: int = 0
 
     @classmethod
-    def of(cls, policy: Policy, order: int, now: int, rehearsal: DryRun | None) -> PolicyState:
+    def of(cls, policy: Policy, order: int, now: int, dry_run: DryRun | None) -> PolicyState:
         """The state of a policy that is new.
 
         Facts are about an interval, so a policy with an interval decides first when one interval has passed.
@@ -72,7 +72,7 @@ class PolicyState:
         """
         interval = interval_of(policy)
         due = now + (interval or 0)
-        return cls(policy, _name(policy), _signals(policy), order, now, due, interval, rehearsal)
+        return cls(policy, _name(policy), _signals(policy), order, now, due, interval, dry_run)
 
     @property
     def status(self) -> PolicyStatus:

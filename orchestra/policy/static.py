@@ -50,8 +50,8 @@ class StaticLimits(Metered):
         self._by_tenant = _checked("tenants", self._tenants)
         optional_limit("host", self._host)
         super().__attrs_post_init__()
-        self._places, self._launches = Once(), Once()
-        self._seen: dict[str, int] = {}  # launches of the VMs that were limited at the last tick
+        self._places, self._generations = Once(), Once()
+        self._seen: dict[str, int] = {}  # generations of the VMs that were limited at the last tick
         self._time = 0
 
     @property
@@ -72,7 +72,7 @@ class StaticLimits(Metered):
         if action.vm is None:
             self._places.refused(action.tenant if isinstance(action, Throttle) else None, self._time)
         elif action.vm in self._seen:
-            self._launches.refused((action.vm, self._seen[action.vm]), self._time)
+            self._generations.refused((action.vm, self._seen[action.vm]), self._time)
 
     def _new(self, facts: Facts) -> Iterator[Throttle]:
         if self._host is not None and self._places.due(None, facts.time):
@@ -91,16 +91,18 @@ class StaticLimits(Metered):
                 )
         if not self._by_vm:
             return
-        self._launches.forget(facts.gone)
+        self._generations.forget(facts.gone)
         for name, vm in facts.vms.items():
-            if not self._launches.due((name, vm.launch), facts.time):  # a new VM of that name starts without limits
+            if not self._generations.due(
+                (name, vm.generation), facts.time
+            ):  # a new VM of that name starts without limits
                 continue
-            self._seen[name] = vm.launch
+            self._seen[name] = vm.generation
             if (found := _find(self._by_vm, name)) is not None:
                 pattern, limit = found
                 yield Throttle(
                     vm=name,
-                    launch=vm.launch,
+                    generation=vm.generation,
                     limit=limit,
                     meter=self.meter,
                     reason=f"static limit of VMs named {pattern}",

@@ -289,12 +289,12 @@ def _compare(
         chance = (1 + sum(value >= told - 1e-9 for value in best)) / (1 + len(shifts))
         suspect = Suspect(pair.vm, pair.activity, pair.signal, pair.correlation, chance, pair.windows)
         before = found.get((pair.vm, pair.signal))
-        if before is None or _telling(suspect) < _telling(before):
+        if before is None or _by_strength(suspect) < _by_strength(before):
             found[pair.vm, pair.signal] = suspect
-    return tuple(sorted(found.values(), key=_telling))
+    return tuple(sorted(found.values(), key=_by_strength))
 
 
-def _telling(suspect: Suspect) -> tuple[bool, float, float]:
+def _by_strength(suspect: Suspect) -> tuple[bool, float, float]:
     return not suspect.named, -suspect.correlation, suspect.chance
 
 

@@ -28,8 +28,8 @@ class Tick:
 
     Attributes:
         vms: the facts of the VMs that were active.
-        new: the VMs among them that were not seen before in this session, or only as another launch.
-        gone: name and launch of the VMs that ended for good in the interval.
+        new: the VMs among them that were not seen before in this session, or only in another generation.
+        gone: name and generation of the VMs that ended for good in the interval.
     """
 
     session: int
@@ -42,7 +42,7 @@ class Tick:
 
 
 _COLUMNS: Final = (  # as of `VmFacts`
-    "vm, tenant, weight, vcpus, bus_locks, exits, throttled, launch, cpu, run_delay, capped, work, dirty_pages, "
+    "vm, tenant, weight, vcpus, bus_locks, exits, throttled, generation, cpu, run_delay, capped, work, dirty_pages, "
     "dirty_pages / interval"
 )
 
@@ -83,7 +83,7 @@ def _join(one: Tick, other: Tick) -> Tick:
 def together(told: Sequence[Mapping[str, VmFacts]], gone: Collection[tuple[str, int]] = ()) -> Mapping[str, VmFacts]:
     """The sums of several intervals, without the VMs that have ended since."""
     sums = _added(told)
-    return {name: vm for name, vm in sums.items() if (name, vm.launch) not in gone} if gone else sums
+    return {name: vm for name, vm in sums.items() if (name, vm.generation) not in gone} if gone else sums
 
 
 def _added(told: Sequence[Mapping[str, VmFacts]]) -> Mapping[str, VmFacts]:
@@ -93,7 +93,7 @@ def _added(told: Sequence[Mapping[str, VmFacts]]) -> Mapping[str, VmFacts]:
     for facts in told[1:]:
         for name, other in facts.items():
             one = sums.get(name)
-            sums[name] = other if one is None or one.launch != other.launch else _sum(one, other)
+            sums[name] = other if one is None or one.generation != other.generation else _sum(one, other)
     return sums
 
 
@@ -106,7 +106,7 @@ def _sum(one: VmFacts, other: VmFacts) -> VmFacts:
         add_known((one.bus_locks, other.bus_locks)),
         one.exits + other.exits,
         one.throttled + other.throttled,
-        other.launch,
+        other.generation,
         add_known((one.cpu, other.cpu)),
         add_known((one.run_delay, other.run_delay)),
         add_known((one.capped, other.capped)),
@@ -122,7 +122,7 @@ def _ticks(journal: JournalReader, since: int | None, until: int | None, every: 
     hosts = journal.hosts(since=since, until=until)
     host = next(hosts, None)
     before: int | None = None
-    launches: dict[str, int] = {}
+    generations: dict[str, int] = {}
     for n, (session, time, interval) in enumerate(journal.moments(since=since, until=until)):
         while host is not None and host.time < time:
             yield Tick(host.session, host.time, host.interval, {}, host, gone=ends.until(host.time, host.session))
@@ -132,11 +132,11 @@ def _ticks(journal: JournalReader, since: int | None, until: int | None, every: 
         if n % every:
             continue
         if session != before:
-            before, launches = session, {}
+            before, generations = session, {}
         # This runs for each row, so it does no more than it has to.
         vms = {row[0]: VmFacts(*row) for row in journal.moment(session, time, _COLUMNS)}
-        new = [vm for name, vm in vms.items() if launches.get(name) != vm.launch]
-        launches.update((vm.name, vm.launch) for vm in new)
+        new = [vm for name, vm in vms.items() if generations.get(name) != vm.generation]
+        generations.update((vm.name, vm.generation) for vm in new)
         yield Tick(session, time, interval, vms, its, tuple(new), ends.until(time, session))
     while host is not None:
         yield Tick(host.session, host.time, host.interval, {}, host, gone=ends.until(host.time, host.session))
@@ -151,14 +151,14 @@ class _Ends:
         self._next = next(self._rows, None)
 
     def until(self, time: int, session: int) -> tuple[tuple[str, int], ...]:
-        """The VMs of a session that ended before a time. Each session numbers its launches anew.
+        """The VMs of a session that ended before a time. Each session numbers its generations anew.
 
         A VM that ended at the very time of a look ended after the look, as does a VM that a policy stops.
         """
         gone = []
         while self._next is not None and self._next.time < time:
             if self._next.session == session:
-                gone.append((self._next.vm, self._next.launch))
+                gone.append((self._next.vm, self._next.generation))
             self._next = next(self._rows, None)
         return tuple(gone)
 
@@ -234,7 +234,7 @@ class Demands:
     def _want(self, seen: VmFacts, held: float, interval: float) -> Want:
         ran = 1.0 - held
         free, seconds = self._free.get(seen.name), self._seconds.get(seen.name, 0.0)
-        if held < HELD or (free is not None and free.launch != seen.launch):
+        if held < HELD or (free is not None and free.generation != seen.generation):
             free = None
 
         def wanted(count: float, before: float | None) -> float:

@@ -28,21 +28,21 @@ class Living:
         while self._next is not None and self._next.time < time:
             row, self._next = self._next, next(self._rows, None)
             if row.state in ENDED:
-                self.gone(row.vm, row.launch)
+                self.gone(row.vm, row.generation)
             else:
-                self._add(row.vm, row.launch, row.tenant)
+                self._add(row.vm, row.generation, row.tenant)
 
     def seen(self, vm: VmFacts) -> None:
         """Add a VM that was active: its states may have been removed from the journal."""
-        self._add(vm.name, vm.launch, vm.tenant)
+        self._add(vm.name, vm.generation, vm.tenant)
 
-    def _add(self, vm: str, launch: int, tenant: str) -> None:
-        if (vm, launch) not in self._tenants:
-            self._tenants[vm, launch] = tenant
+    def _add(self, vm: str, generation: int, tenant: str) -> None:
+        if (vm, generation) not in self._tenants:
+            self._tenants[vm, generation] = tenant
             self._of[tenant] += 1
 
-    def gone(self, vm: str, launch: int) -> None:
-        tenant = self._tenants.pop((vm, launch), None)
+    def gone(self, vm: str, generation: int) -> None:
+        tenant = self._tenants.pop((vm, generation), None)
         if tenant is not None:
             self._of[tenant] -= 1
 

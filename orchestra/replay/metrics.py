@@ -206,9 +206,9 @@ class Metrics:
     def _add_seen(self, tick: Tick, at: _Bin) -> None:
         """Add the world as it was. This runs for each row, so it does no more than it has to."""
         vms = self._vms
-        for told in tick.new:
-            if told.name not in vms:
-                vms[told.name] = _Vm(told.tenant)
+        for seen in tick.new:
+            if seen.name not in vms:
+                vms[seen.name] = _Vm(seen.tenant)
         locks = delay = throttled = 0.0
         for name, seen in tick.vms.items():
             sums = vms[name]
@@ -299,7 +299,7 @@ class Metrics:
             exits=round(want.exits * came.part),
             answers=round(want.answers * came.part),
             throttled=came.throttled,
-            launch=seen.launch,
+            generation=seen.generation,
             cpu=None if seen.cpu is None else seen.cpu * scale,
             run_delay=delay,
             capped=None if seen.capped is None and not came.capped else came.capped,

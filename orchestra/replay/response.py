@@ -92,7 +92,7 @@ def _line(groups: Iterable[_Sums], relative: bool) -> Line | None:
 def fit(seen: Iterable[Tick]) -> Response:
     """Fit the lines to intervals. VMs that were held themselves are left out: their limits slowed them too."""
     groups: dict[str, list[_Sums]] = {signal: [] for signal in SIGNALS}
-    of: dict[str, tuple[_Sums, _Sums]] = {}  # each VM's: by name, of the launch that is seen
+    of: dict[str, tuple[_Sums, _Sums]] = {}  # each VM's: by name, of the generation seen last
     session: int | None = None
     host: dict[str, _Sums] = {}
     for tick in seen:

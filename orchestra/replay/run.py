@@ -207,15 +207,15 @@ class _Run:
     def step(self, tick: Tick) -> None:
         self._living.until(tick.time)
         for limit in self._given.until(tick.time):
-            if limit.vm is not None and limit.launch is not None:
-                self._seen(limit.vm, limit.launch)
+            if limit.vm is not None and limit.generation is not None:
+                self._seen(limit.vm, limit.generation)
             self._force.apply(limit, "")
             if limit.tenant is not None:
                 tenant = self._tenants.get(limit.tenant) or Tenant(limit.tenant)
                 changed: dict[str, Any] = {limit.meter.field: limit.limit}
                 self._tenants[limit.tenant] = attrs.evolve(tenant, **changed)
         for vm in tick.new:
-            self._seen(vm.name, vm.launch)
+            self._seen(vm.name, vm.generation)
             self._living.seen(vm)
             if vm.tenant not in self._tenants:
                 self._tenants[vm.tenant] = Tenant(vm.tenant)
@@ -229,9 +229,9 @@ class _Run:
         wants: Mapping[str, Want | VmFacts] = {**tick.vms, **held} if held else tick.vms
         passed = self._force.let_through(wants, tick.interval)
         told = self._whole.tally.add(tick, held, passed, self._fair(wants, tick.interval))
-        for name, launch in tick.gone:
-            self._living.gone(name, launch)
-            if not self._force.is_another(name, launch):
+        for name, generation in tick.gone:
+            self._living.gone(name, generation)
+            if not self._force.is_another(name, generation):
                 self._gone(name)
         for window in self._windows:
             if told.vms:
@@ -240,11 +240,11 @@ class _Run:
         self._time, self._host = tick.time, told.host
         self._engine.tick(tick.time)
 
-    def _seen(self, vm: str, launch: int) -> None:
+    def _seen(self, vm: str, generation: int) -> None:
         """Note a VM. If it is a new VM of a known name, forget what held the earlier one."""
-        if self._force.seen(vm, launch):
+        if self._force.seen(vm, generation):
             self._gone(vm)
-            self._force.seen(vm, launch)
+            self._force.seen(vm, generation)
 
     def _gone(self, vm: str) -> None:
         self._engine.gone(vm)
@@ -298,7 +298,7 @@ class _Run:
     ) -> Done:
         self._force.apply(action, policy or "")
         if policy is not None:
-            self._tell(policy, action, "done")
+            self._notify(policy, action, "done")
         return None
 
     def record(self, applied: Applied, cause: Exception | None = None) -> None:
@@ -306,9 +306,9 @@ class _Run:
         if applied.action is None:  # as in a fleet: the policy is switched off, and the others go on
             self._whole.errors[policy] = applied.error or ""
         elif applied.policy is not None:
-            self._tell(policy, applied.action, applied.outcome)
+            self._notify(policy, applied.action, applied.outcome)
 
-    def _tell(self, policy: str, action: Action, outcome: str) -> None:
+    def _notify(self, policy: str, action: Action, outcome: str) -> None:
         self._whole.tally.would(type(action).__name__, outcome, action.vm)
         if len(self._whole.deeds) < DEEDS:
             self._whole.deeds.append(ActionRecord(self._time, policy, action, outcome))

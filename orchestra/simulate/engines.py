@@ -14,7 +14,7 @@ from ..policy import Guard, Verdict
 from ..policy.engine import Done, PolicyEngine
 from ..policy.state import PolicyState
 from .arrays import np
-from .holds import Holds
+from .enforcement import SimulatedEnforcement
 from .layout import Layout
 from .policies import Factory
 
@@ -47,10 +47,12 @@ class Engines:
         errors: why policies were switched off, and on how many hosts.
     """
 
-    def __init__(self, layout: Layout, holds: Holds, guard: Guard, factories: Sequence[Factory]) -> None:
+    def __init__(
+        self, layout: Layout, enforcement: SimulatedEnforcement, guard: Guard, factories: Sequence[Factory]
+    ) -> None:
         self.errors: Counter[str] = Counter()
         self.left: list[tuple[int, str]] = []
-        self._layout, self._holds, self._guard, self._factories = layout, holds, guard, factories
+        self._layout, self._enforcement, self._guard, self._factories = layout, enforcement, guard, factories
         self._engines: dict[int, PolicyEngine] = {}
         self._deeds: list[ActionRecord] = []
         self._pausing: set[int] = set()
@@ -97,7 +99,7 @@ class Engines:
         return 1 if pair is None else int(self._in_pair[pair])
 
     def do(self, host: int, action: Action, policy: str, time: float) -> str | None:
-        error = self._holds.apply(host, policy, action, time)
+        error = self._enforcement.apply(host, policy, action, time)
         self._deeds.append(ActionRecord(time, host, policy, action, error))
         if error is None:
             self._watch(host, action)

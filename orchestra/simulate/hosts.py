@@ -35,7 +35,7 @@ class Sums(Protocol):
     bus: Floats
 
 
-class _Seat:
+class _Schedule:
     """One of the policies, on all hosts."""
 
     def __init__(self, factory: Factory, order: int, layout: Layout, now: float) -> None:
@@ -88,7 +88,7 @@ class Hosts:
         self._limit = limit
         self._engaged, self._hindering = engaged, hindering
         self._settle = layout.scenario.settle
-        self._seats = [_Seat(factory, order, layout, 0.0) for order, factory in enumerate(factories)]
+        self._schedules = [_Schedule(factory, order, layout, 0.0) for order, factory in enumerate(factories)]
         self._tenants = layout.tenant_tables()
         self._names: dict[int, str] = {}
         self._absent: Mapping[str, str] = {"io_pressure": "not simulated", "memory_pressure": "not simulated"}
@@ -101,43 +101,43 @@ class Hosts:
 
     def open(self) -> None:
         """At time 0: policies that decide only once do it now, on every host."""
-        for seat in self._seats:
-            if seat.interval is None:
+        for schedule in self._schedules:
+            if schedule.interval is None:
                 for host in range(self.layout.hosts):
-                    self._decide(seat, host, 0.0, 1e-9, {})
+                    self._decide(schedule, host, 0.0, 1e-9, {})
 
     def tick(self, now: float, active: Ints) -> None:
         """Let those decide that are due at `now` (seconds). `active`: VMs that did something since the last tick."""
-        for seat in self._seats:
-            if seat.interval is None:
-                self._once_more(seat, now)
+        for schedule in self._schedules:
+            if schedule.interval is None:
+                self._once_more(schedule, now)
                 continue
-            seat.pending.append(active)
-            if seat.due <= now + 1e-9:
-                self._round(seat, now)
-                seat.due = now + seat.interval
+            schedule.pending.append(active)
+            if schedule.due <= now + 1e-9:
+                self._round(schedule, now)
+                schedule.due = now + schedule.interval
 
-    def _once_more(self, seat: _Seat, now: float) -> None:
+    def _once_more(self, schedule: _Schedule, now: float) -> None:
         """One that decides once was refused something on these hosts, and asks again."""
-        while seat.again and seat.again[0][0] <= now + 1e-9:
-            _, host = heapq.heappop(seat.again)
+        while schedule.again and schedule.again[0][0] <= now + 1e-9:
+            _, host = heapq.heappop(schedule.again)
             vms = np.flatnonzero(self.layout.host == host)
-            interval = now - float(seat.last[host])
-            seat.last[host] = now
-            rows = self._rows(seat, vms, interval)
-            self._decide(seat, host, now, interval, {row.name: row for row in rows if row.exits or row.throttled})
+            interval = now - float(schedule.last[host])
+            schedule.last[host] = now
+            rows = self._rows(schedule, vms, interval)
+            self._decide(schedule, host, now, interval, {row.name: row for row in rows if row.exits or row.throttled})
 
-    def _round(self, seat: _Seat, now: float) -> None:
+    def _round(self, schedule: _Schedule, now: float) -> None:
         layout, sums = self.layout, self._sums
-        active = np.unique(np.concatenate(seat.pending)) if len(seat.pending) > 1 else seat.pending[0]
-        seat.pending = []
-        seat.tick += 1
-        interval = now - seat.at
-        seat.at = now
+        active = np.unique(np.concatenate(schedule.pending)) if len(schedule.pending) > 1 else schedule.pending[0]
+        schedule.pending = []
+        schedule.tick += 1
+        interval = now - schedule.at
+        schedule.at = now
         here = layout.host[active]
-        seat.awake[here] = seat.tick + self._settle
-        awake: Bools = seat.awake >= seat.tick
-        awake |= (self._engaged > 0) & (seat.awake >= seat.tick - PATIENCE)
+        schedule.awake[here] = schedule.tick + self._settle
+        awake: Bools = schedule.awake >= schedule.tick
+        awake |= (self._engaged > 0) & (schedule.awake >= schedule.tick - PATIENCE)
         awake |= self._hindering > 0
         hosts = np.flatnonzero(awake)
         if len(self.witnesses) and len(hosts):
@@ -146,9 +146,9 @@ class Hosts:
             here = layout.host[active]
         order = np.argsort(here, kind="stable")
         active, here = active[order], here[order]
-        rows = self._rows(seat, active, interval)
-        bus = (sums.bus[hosts] - seat.bus[hosts]) / max(interval, 1e-12)
-        seat.bus[:] = sums.bus
+        rows = self._rows(schedule, active, interval)
+        bus = (sums.bus[hosts] - schedule.bus[hosts]) / max(interval, 1e-12)
+        schedule.bus[:] = sums.bus
         start = np.searchsorted(here, hosts)
         end = np.searchsorted(here, hosts, side="right")
         for host, share, first, last in zip(hosts.tolist(), bus.tolist(), start.tolist(), end.tolist(), strict=True):
@@ -156,24 +156,24 @@ class Hosts:
             for i in range(first, last):
                 vm = rows[i]
                 vms[vm.name] = vm
-            gap = now - interval - seat.last[host]
+            gap = now - interval - schedule.last[host]
             if gap > 1e-9 and vms:
-                self._catch_up(seat, host, now - interval, gap, interval)
-            self._decide(seat, host, now, interval, vms, share)
-            seat.last[host] = now
+                self._catch_up(schedule, host, now - interval, gap, interval)
+            self._decide(schedule, host, now, interval, vms, share)
+            schedule.last[host] = now
 
-    def _rows(self, seat: _Seat, active: Ints, interval: float) -> list[VmFacts]:
+    def _rows(self, schedule: _Schedule, active: Ints, interval: float) -> list[VmFacts]:
         """What facts tell of the active VMs, in their order."""
         layout, sums = self.layout, self._sums
         # Locks are a fluid: whole ones are told, and the rest with the next.
         locks = np.floor(sums.locks[active]).astype(np.int64)
-        seen = np.floor(seat.locks[active]).astype(np.int64)
+        seen = np.floor(schedule.locks[active]).astype(np.int64)
         counts = (locks - seen).tolist()
-        throttled = (sums.throttled[active] - seat.throttled[active]).tolist()
-        capped = (sums.capped[active] - seat.capped[active]).tolist()
-        work = (sums.work[active] - seat.work[active]).tolist()
+        throttled = (sums.throttled[active] - schedule.throttled[active]).tolist()
+        capped = (sums.capped[active] - schedule.capped[active]).tolist()
+        work = (sums.work[active] - schedule.work[active]).tolist()
         for name in ("locks", "throttled", "capped", "work"):
-            getattr(seat, name)[active] = getattr(sums, name)[active]
+            getattr(schedule, name)[active] = getattr(sums, name)[active]
         rows = []
         for vm, count, waited, held, done in zip(active.tolist(), counts, throttled, capped, work, strict=True):
             group = layout.group_of(vm)
@@ -198,13 +198,13 @@ class Hosts:
             )
         return rows
 
-    def _catch_up(self, seat: _Seat, host: int, now: float, gap: float, interval: float) -> None:
+    def _catch_up(self, schedule: _Schedule, host: int, now: float, gap: float, interval: float) -> None:
         """Tell of the time in which nothing happened, as of ticks that came ever later: each twice as long as the last.
 
         A host's first ones are told the other way round: what counts is that the last few are of the usual length.
         """
         lengths: list[float] = []
-        if host in seat.decided:
+        if host in schedule.decided:
             length, left = interval, gap
             while left > 1.5 * length:
                 lengths.append(length)
@@ -217,21 +217,21 @@ class Hosts:
         at = now - gap
         for length in lengths:
             at += length
-            self._decide(seat, host, at, length, {})
+            self._decide(schedule, host, at, length, {})
 
     def _decide(
-        self, seat: _Seat, host: int, now: float, interval: float, vms: dict[str, VmFacts], bus: float = 0.0
+        self, schedule: _Schedule, host: int, now: float, interval: float, vms: dict[str, VmFacts], bus: float = 0.0
     ) -> None:
         layout = self.layout
         kind = int(layout.host_class[host])
         engine = self._engines.of(host, now)
-        state = engine.states[seat.order]
-        seat.decided.add(host)
+        state = engine.states[schedule.order]
+        schedule.decided.add(host)
         if not state.on:
             return
         model = layout.models[kind]
         slower = 1 + (model.worst - 1) * min(1.0, bus)
-        gone = tuple(seat.gone.pop(host, ()))
+        gone = tuple(schedule.gone.pop(host, ()))
         for name, _ in gone:
             vms.pop(name, None)
         load, cpus = float(layout.load[host]), float(layout.cpus[host])
@@ -250,8 +250,8 @@ class Hosts:
         )  # fmt: skip
         self.decisions += 1
         engine.decide(state, facts, facts.time)
-        if seat.interval is None and state.on:
-            heapq.heappush(seat.again, (state.due / 1e9, host))
+        if schedule.interval is None and state.on:
+            heapq.heappush(schedule.again, (state.due / 1e9, host))
         for where, name in self._engines.take_left():
-            for other in self._seats:
+            for other in self._schedules:
                 other.gone.setdefault(where, []).append((name, 0))

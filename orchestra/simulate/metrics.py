@@ -16,9 +16,9 @@ import attrs
 
 from ..model.actions import CapCpu, Evict, Isolate, Kill, Pause, Stop, Throttle, Warn
 from .arrays import Bools, Floats, Ints, np
+from .enforcement import SimulatedEnforcement
 from .engines import ActionRecord
 from .fairness import fair_shares, jain
-from .holds import Holds
 from .layout import Layout
 
 __all__ = ["BINS", "EDGES", "Metrics", "Seen", "quantile"]
@@ -87,9 +87,9 @@ class _Window:
 class Metrics:
     """Counts along as a world goes on."""
 
-    def __init__(self, layout: Layout, holds: Holds) -> None:
+    def __init__(self, layout: Layout, enforcement: SimulatedEnforcement) -> None:
         scenario = layout.scenario
-        self.layout, self.holds = layout, holds
+        self.layout, self.enforcement = layout, enforcement
         groups, size, hosts = len(scenario.vms), layout.size, layout.hosts
         # A bin is some windows long, or figures of the one and of the other would beat against each other.
         tick, total = scenario.tick, scenario.ticks * scenario.tick
@@ -261,7 +261,7 @@ class Metrics:
             )
             if restrains:
                 self._restrained(vm, deed.time, harmless=isinstance(action, Warn))
-            elif not self.holds.held[vm] and np.isfinite(self.last_guilty[vm]):
+            elif not self.enforcement.held[vm] and np.isfinite(self.last_guilty[vm]):
                 self.release.append(max(0.0, deed.time - float(self.last_guilty[vm])))
 
     def _restrained(self, vm: int, time: float, harmless: bool) -> None:
@@ -285,7 +285,7 @@ class Metrics:
         left = ~np.isnan(self._over_since)
         self.unrecovered = int(np.count_nonzero(left))
         self.recover += (end - self._over_since[left]).tolist()
-        held = self.holds.held & ~self.holds.gone
+        held = self.enforcement.held & ~self.enforcement.gone
         self.unreleased = int(np.count_nonzero(held & (self.last_guilty < end - self._memory) & self._culprit))
 
     def facts(self) -> dict[str, Any]:

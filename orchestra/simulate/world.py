@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from ..policy import Guard
 from .arrays import Floats, Ints, generator, np, totals
 from .buckets import Buckets, Windows, shared_waits
+from .enforcement import SimulatedEnforcement
 from .engines import Engines
-from .holds import Holds
 from .hosts import Hosts
 from .layout import Layout
 from .metrics import Metrics, Seen
@@ -50,19 +50,19 @@ class World:
         self.locks, self.throttled, self.capped, self.work = (np.zeros(layout.size) for _ in range(4))
         self.bus = np.zeros(layout.hosts)
         self.released = 0.0
-        self.holds = Holds(layout)
+        self.enforcement = SimulatedEnforcement(layout)
         self._windows = None if window is None else Windows(layout.size, window.rate, window.slice)
-        self.engines = Engines(layout, self.holds, guard or self.scenario.guard, factories)
+        self.engines = Engines(layout, self.enforcement, guard or self.scenario.guard, factories)
         self.hosts = Hosts(
             layout,
             factories,
             self,
             engines=self.engines,
-            limit=lambda host: self.holds.own_limit("host", host),
-            engaged=self.holds.engaged,
-            hindering=self.holds.hindering,
+            limit=lambda host: self.enforcement.own_limit("host", host),
+            engaged=self.enforcement.engaged,
+            hindering=self.enforcement.hindering,
         )
-        self.tally = Metrics(layout, self.holds)
+        self.tally = Metrics(layout, self.enforcement)
         self._witness_speed = np.array([vms.vcpus * vms.cpu for vms in groups])
         self.hosts.open()
         self.tally.did(self.engines.take())
@@ -72,16 +72,16 @@ class World:
         start, tick = self._step * self.tick, self.tick
         end = (self._step + 1) * tick
         vms, wants = self._wants(start)
-        layout, holds = self.layout, self.holds
+        layout, enforcement = self.layout, self.enforcement
         vcpus = layout.vcpus[vms]
         host = layout.host[vms]
 
         # First what a cap, a pause or the quarantine leaves of the demand: limits see only what still runs.
         asked = wants
-        if holds.hindered:
-            duty = holds.duty[vms]
+        if enforcement.hindered:
+            duty = enforcement.duty[vms]
             asked = wants * duty
-            here = ~holds.gone[vms]
+            here = ~enforcement.gone[vms]
             self.capped[vms] += np.where(here & (duty > 0), (1 - duty) * vcpus * tick, 0.0)
         done = self._through(vms, asked, vcpus, host, start)
         waited = (1 - done / np.maximum(asked, 1e-300)) * vcpus * tick
@@ -107,7 +107,7 @@ class World:
         self._step += 1
         held = (waited > 0.01 * vcpus * tick) | (asked < 0.99 * wants)
         self.tally.add(Seen(start, end, vms, wants, done, waited, held), share)
-        doing = vms[(asked > 0) | (waited > 0)] if holds.hindered else vms
+        doing = vms[(asked > 0) | (waited > 0)] if enforcement.hindered else vms
         self.engines.end_pauses(end)
         self.hosts.tick(end, doing)
         self.tally.did(self.engines.take())
@@ -123,8 +123,8 @@ class World:
         if not found:
             return _NONE, np.empty(0)
         vms_, wants = np.concatenate(found), np.concatenate(counts)
-        if self.holds.gone.any():
-            here = ~self.holds.gone[vms_]
+        if self.enforcement.gone.any():
+            here = ~self.enforcement.gone[vms_]
             vms_, wants = vms_[here], wants[here]
         return vms_, wants
 
@@ -132,14 +132,18 @@ class World:
         """The locks that the limits let through."""
         if not len(vms):
             return asked
-        holds, tick = self.holds, self.tick
+        enforcement, tick = self.enforcement, self.tick
         if self._windows is not None:
             limited = np.minimum(asked, self._windows.through(vms, asked, vcpus, start, tick))
         else:
             limited = asked
         levels = [
             (buckets, places)
-            for buckets, places in ((holds.vm, vms), (holds.pair, self.layout.pair[vms]), (holds.host, host))
+            for buckets, places in (
+                (enforcement.vm, vms),
+                (enforcement.pair, self.layout.pair[vms]),
+                (enforcement.host, host),
+            )
             if buckets.limited
         ]
         if not levels:
@@ -152,7 +156,7 @@ class World:
             if not len(under):
                 continue
             n, z, least = vcpus[under], think[under], wait[under]
-            if buckets is holds.vm:  # each has one of its own
+            if buckets is enforcement.vm:  # each has one of its own
                 used, index = places[under], np.arange(len(under))
                 available = buckets.available(used, start, tick)
                 turn = np.maximum(np.maximum(n * tick / available - z, 0.0), buckets.alone(used, n, z))
@@ -199,5 +203,5 @@ class World:
             slower = (
                 1 + layout.memory_share[layout.group[witnesses]] * ((layout.worst - 1) * share)[layout.host[witnesses]]
             )
-            speed = self._witness_speed[layout.group[witnesses]] * self.holds.duty[witnesses]
+            speed = self._witness_speed[layout.group[witnesses]] * self.enforcement.duty[witnesses]
             self.work[witnesses] += speed * self.tick / slower

@@ -89,7 +89,7 @@ class Quarantine:
             self._let_run(placed)
             raise
         _core_scheduling(PR_SCHED_CORE_CREATE, placed)
-        self._tell(threads, True)
+        self._notify(threads, True)
 
     def free(self, threads: Iterable[int]) -> None:
         """Let these threads run on all CPUs that this process had when the fleet was opened.
@@ -100,7 +100,7 @@ class Quarantine:
         threads = list(threads)
         if self._group is not None:
             self._group.release(threads)
-            self._tell(threads, False)
+            self._notify(threads, False)
         self._let_run(threads)
 
     def _let_run(self, threads: list[int]) -> None:
@@ -109,7 +109,7 @@ class Quarantine:
             for thread in threads:
                 _set(thread, self._all)
 
-    def _tell(self, threads: list[int], isolated: bool) -> None:
+    def _notify(self, threads: list[int], isolated: bool) -> None:
         if self._group is not None:
             for thread in threads:
                 self._moved(thread, isolated)

@@ -150,13 +150,13 @@ class Service:
 
     # ---- serving
 
-    async def _listen(self, plugged: Plugged, fd: int, tell: Callable[[int], object]) -> None:
+    async def _listen(self, plugged: Plugged, fd: int, notify: Callable[[int], object]) -> None:
         if self.going_on:  # one ring more than the guest made: a ring before the restore may be lost
-            await self._serve(plugged, partial(tell, 1))
+            await self._serve(plugged, partial(notify, 1))
         while True:
             await trio.lowlevel.wait_readable(fd)
             # After a wait for the budget, read the descriptor again at once: that saves a turn of the event loop.
-            while await self._serve(plugged, partial(_tell, fd, tell)) and await self._waited():
+            while await self._serve(plugged, partial(_notify, fd, notify)) and await self._waited():
                 pass
 
     async def _watch_timers(self) -> None:
@@ -220,10 +220,10 @@ class Service:
         return True
 
 
-def _tell(fd: int, tell: Callable[[int], object]) -> bool:
+def _notify(fd: int, notify: Callable[[int], object]) -> bool:
     times = taken(fd)
     if times:
-        tell(times)
+        notify(times)
     return times > 0
 
 

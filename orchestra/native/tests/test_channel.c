@@ -9,7 +9,7 @@ static orc_vcpu *listened_to(orc_fleet *f, uint32_t vm, uint32_t number)
 	orc_vcpu *v = orc_vcpu_new(f, 10 * vm + number, 64);
 
 	orc_vcpu_name(v, vm, number);
-	CHECK(orc_vcpu_tell(v, (orc_u64)EVERY_KIND) == 0);
+	CHECK(orc_vcpu_subscribe(v, (orc_u64)EVERY_KIND) == 0);
 	return v;
 }
 

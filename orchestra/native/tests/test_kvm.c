@@ -574,7 +574,7 @@ static bool subscribe(orc_vcpu *v, const struct orc_record *record, struct orc_s
 {
 	(void)record, (void)site;
 	if (entries == 2)
-		orc_vcpu_tell(v, UINT64_MAX);
+		orc_vcpu_subscribe(v, UINT64_MAX);
 	return false;
 }
 

@@ -10,7 +10,7 @@ static orc_vcpu *listened_to(orc_fleet *f, uint32_t id, uint32_t records)
 {
 	orc_vcpu *v = orc_vcpu_new(f, id, records);
 
-	CHECK(orc_vcpu_tell(v, 1ull << 63) == 0);
+	CHECK(orc_vcpu_subscribe(v, 1ull << 63) == 0);
 	return v;
 }
 
@@ -135,7 +135,7 @@ static void a_vcpu_freed_while_it_is_queued_takes_nothing_with_it(void)
 
 			for (uint32_t i = 0; i < 4; i++) {
 				v[i] = listened_to(f, i, 8);
-				orc_vcpu_tell(v[i], 1ull << PORT_IO);
+				orc_vcpu_subscribe(v[i], 1ull << PORT_IO);
 				orc_vcpu_account(v[i], &told, 1);
 				orc_vcpu_account(v[i], &told, 2);
 			}
@@ -201,7 +201,7 @@ static void freeing_one_does_not_touch_the_others_lists(void)
 
 	for (uint32_t i = 0; i < 100; i++) {
 		v[i] = listened_to(f, i, 8);
-		orc_vcpu_tell(v[i], 1ull << PORT_IO);
+		orc_vcpu_subscribe(v[i], 1ull << PORT_IO);
 		orc_vcpu_account(v[i], &told, 1);
 	}
 	ready = atomic_load(&f->ready.top), active = atomic_load(&f->active.top);
@@ -225,12 +225,12 @@ static void the_dead_do_not_gather_where_nobody_looks(void)
 
 	for (uint32_t i = 0; i < 300; i++) {
 		v[i] = listened_to(f, i, 8);
-		orc_vcpu_tell(v[i], 1ull << PORT_IO);
+		orc_vcpu_subscribe(v[i], 1ull << PORT_IO);
 		orc_vcpu_account(v[i], &told, 1);
 	}
 	for (uint32_t i = 300; i < 10000; i++) {
 		passing = listened_to(f, i, 8);
-		orc_vcpu_tell(passing, 1ull << PORT_IO);
+		orc_vcpu_subscribe(passing, 1ull << PORT_IO);
 		orc_vcpu_account(passing, &told, 1);
 		orc_vcpu_free(passing);
 		CHECK(f->dead <= 301);
@@ -276,7 +276,7 @@ static void a_record_is_told_by_reason_or_for_its_bus_lock(void)
 			  unflagged = {.reason = KVM_EXIT_X86_BUS_LOCK}, out[8];
 	struct orc_counters counters;
 
-	orc_vcpu_tell(v, 1ull << PORT_IO | 1ull << ORC_TOLD_BUS_LOCK);
+	orc_vcpu_subscribe(v, 1ull << PORT_IO | 1ull << ORC_EVENT_BUS_LOCK);
 	orc_vcpu_account(v, &hlt, 1);
 	orc_vcpu_account(v, &io, 2);
 	orc_vcpu_account(v, &locked, 3);
@@ -417,11 +417,11 @@ static void vcpus_come_and_go_while_others_tell(void)
 	uint32_t ids[4];
 
 	atomic_store(&stopping, false);
-	orc_vcpu_tell(steady, 1ull << PORT_IO);
+	orc_vcpu_subscribe(steady, 1ull << PORT_IO);
 	thread = start(telling, steady);
 	for (uint32_t i = 1; i <= 20000; i++) {
 		passing = listened_to(f, i, 8);
-		orc_vcpu_tell(passing, 1ull << PORT_IO);
+		orc_vcpu_subscribe(passing, 1ull << PORT_IO);
 		orc_vcpu_account(passing, &record, 0);
 		if (i % 3 == 0)
 			for (size_t n = orc_fleet_drain(f, out, 1 + i % 64); n--;)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import trio
 
-from orchestra.machine.holding import Holding, Level, PendingIo
 from orchestra.machine.lifecycle import Event, Lifecycle
+from orchestra.machine.pause_levels import Level, PauseLevels, PendingIo
 
 PAUSED, QUIESCED = Level.PAUSED, Level.QUIESCED
 
@@ -17,11 +17,11 @@ def reached() -> list[Level]:
 
 
 @pytest.fixture
-def two(reached) -> Holding:
+def two(reached) -> PauseLevels:
     """Two vCPUs, told to pause."""
-    holding = Holding(2, running(), reached.append)
-    holding.begin()
-    return holding
+    pause_levels = PauseLevels(2, running(), reached.append)
+    pause_levels.begin()
+    return pause_levels
 
 
 def running() -> Lifecycle:
@@ -30,8 +30,8 @@ def running() -> Lifecycle:
     return life
 
 
-def far(holding: Holding) -> tuple[bool, bool]:
-    return holding.paused.is_set(), holding.quiesced.is_set()
+def far(pause_levels: PauseLevels) -> tuple[bool, bool]:
+    return pause_levels.paused.is_set(), pause_levels.quiesced.is_set()
 
 
 def test_it_is_as_far_as_the_vcpu_that_is_least_so(two, reached):

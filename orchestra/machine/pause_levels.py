@@ -19,7 +19,7 @@ import trio
 
 from .lifecycle import Event, Lifecycle
 
-__all__ = ["Holding", "Level", "PendingIo"]
+__all__ = ["Level", "PauseLevels", "PendingIo"]
 
 
 class Level(IntEnum):
@@ -56,7 +56,7 @@ class PendingIo:
         return f"vCPU {self.vcpu}: a {what} waits for {self.waits_for}"
 
 
-class Holding:
+class PauseLevels:
     """The pauses of one run of a VM; for the fleet's thread. It reports the level of the run to the run's `Lifecycle`.
 
     Attributes:

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..model.actions import Action, CapCpu, SetLimit, Throttle, Unthrottle
-from ..model.effects import EFFECTS, Holdings, Key, What, key_of
+from ..model.effects import EFFECTS, ActionsInForce, Key, What, key_of
 from ..model.spec import Limit, Meter, tightest
 from .arrays import Ints, np
 from .buckets import Buckets
 from .layout import Layout
 
-__all__ = ["Holds"]
+__all__ = ["SimulatedEnforcement"]
 
 
-class Holds:
+class SimulatedEnforcement:
     """Limits and holds of one world.
 
     Attributes:
@@ -37,7 +37,7 @@ class Holds:
         self.hindered = 0  # VMs whose duty was ever less than 1
         self._levels = {"vm": self.vm, "pair": self.pair, "host": self.host}
         self._base: dict[tuple[str, int], Limit | None] = {}
-        self._in_force: dict[int, Holdings] = {}  # by host
+        self._in_force: dict[int, ActionsInForce] = {}  # by host
         self._isolated: dict[int, set[int]] = {}  # these two follow from it
         self._paused: dict[int, int] = {}  # VM: its host
         self._own_limits()
@@ -94,7 +94,7 @@ class Holds:
 
     def _note(self, host: int, policy: str, action: Action) -> Key | None:
         """Note an action in the holdings of its host. Returns the place."""
-        held = self._in_force.setdefault(host, Holdings())
+        held = self._in_force.setdefault(host, ActionsInForce())
         if (key := key_of(action)) is None:
             return None
         before = len(held.at(key))
