@@ -330,6 +330,7 @@ void orc_io_detach(orc_io *io, orc_virtio *v)
 			continue;
 		io->device[i] = NULL;
 		remove_sources(io, v);
+		atomic_store(&v->io, NULL); /* whoever has work for it wakes nobody any more: orc_io_free may be next */
 	}
 	leave(io);
 }

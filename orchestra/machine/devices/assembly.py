@@ -313,6 +313,8 @@ class Assembly:
         for plugged in self.plugged:
             with contained(f"vm {self._board.spec.name}: stop of device {plugged.name}", problems), plugged.lock:
                 plugged.device.stop()
+        if self._io is not None:
+            self._io.close()
 
 
 def _where(wiring: Wiring) -> str:

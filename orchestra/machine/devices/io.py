@@ -32,7 +32,8 @@ class IoThread:
             raise ResourceLimit(-result, f"the I/O thread of vm {name!r}: see ulimit -u and ulimit -n")
         self._handle = ffi.gc(made[0], lib.orc_io_free)
         self._holds: set[str] = set()
-        self._stopped = False
+        self._stopped = self._closed = False
+        self._devices: list[Any] = []
         lib.orc_io_set_voice(self._handle, voice)
         self.hold("start")
 
@@ -44,10 +45,11 @@ class IoThread:
         """
         if result := lib.orc_io_attach(self._handle, device):
             raise ResourceLimit(-result, "a virtio device: it can't be served (epoll)")
+        self._devices.append(device)
 
     def hold(self, reason: str) -> None:
         """From now on nothing is taken from a queue. Does not wait for what is in flight; `wait` does."""
-        if not self._holds:
+        if not self._holds and not self._closed:
             lib.orc_io_hold_soon(self._handle)
         self._holds.add(reason)
 
@@ -58,7 +60,7 @@ class IoThread:
 
     def let_go(self, reason: str) -> None:
         """That hold is over. Nothing if there was none."""
-        if self._holds == {reason}:
+        if self._holds == {reason} and not self._closed:
             lib.orc_io_let_go(self._handle)
         self._holds.discard(reason)
 
@@ -66,3 +68,12 @@ class IoThread:
         """End it, once nothing is in flight: it touches no guest memory any more. A second call does nothing."""
         self._stopped = True
         lib.orc_io_stop(self._handle)
+
+    def close(self) -> None:
+        """Give its descriptors back, once it and its devices have stopped: nobody is at them any more."""
+        devices, self._devices = self._devices, []
+        for device in devices:
+            lib.orc_io_detach(self._handle, device)
+        if not self._closed:
+            self._closed = True
+            ffi.release(self._handle)
