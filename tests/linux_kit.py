@@ -3,6 +3,8 @@
     debian_kernel()   Debian's cloud kernel, by apt-get download
     host_kernel()     the kernel of the machine in a box that the tests run in, from its own folder
     vmlinux(kernel)   the ELF file that is compressed in a bzImage
+    modules(...)      modules of Debian's kernel
+    program(source)   a program in C, for a guest
     initrd(...)       a cpio archive with busybox and /init
 
 A machine in a box has no network, and forgets what is written there. `python tests/linux_kit.py` fetches all before.
@@ -16,6 +18,7 @@ import shutil
 import stat
 import struct
 import subprocess
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -57,6 +60,37 @@ def host_kernel() -> Path:
 def debian_kernel() -> Path:
     """Debian's kernel for virtual machines."""
     return _unpacked(_newest(KERNEL_PACKAGE), "boot/vmlinuz-*")
+
+
+VIRTIO = ("virtio", "virtio_ring", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci")
+"""What every virtio device needs, each behind what it needs itself."""
+MODULES = (*VIRTIO, "virtio_blk", "virtio-rng", "virtio_console", "button", "pvpanic", "pvpanic-mmio")
+LOAD = "for module in /*.ko; do insmod $module; done"
+"""A script for `initrd` with `modules`."""
+
+
+def modules(*names: str) -> dict[str, bytes]:
+    """Modules of Debian's kernel as files of an initrd, whose names have this order."""
+    package = _newest(KERNEL_PACKAGE)
+    patterns = [f"lib/modules/*/kernel/drivers/**/{name}.ko" for name in names]
+    return {
+        f"{place:02}-{name}.ko": _unpacked(package, pattern).read_bytes()
+        for place, (name, pattern) in enumerate(zip(names, patterns, strict=True))
+    }
+
+
+def program(source: Path) -> bytes:
+    """A program for a guest, which needs no library there."""
+    if not shutil.which("gcc"):
+        raise NotHereError("gcc is not here, which makes programs for guests")
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / "program"
+        done = subprocess.run(
+            ["gcc", "-O1", "-static", "-o", made, source], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise NotHereError(f"{source} can't be compiled here: {done.stderr}")
+        return made.read_bytes()
 
 
 @functools.cache
@@ -154,7 +188,10 @@ def cpio(files: Mapping[str, bytes | str | tuple[int, int, int]]) -> bytes:
 def initrd(script: str = "", files: Mapping[str, bytes] | None = None) -> bytes:
     """An initrd whose /init runs `script`, says "ready", and starts a shell on the console."""
     program = busybox().read_bytes()
-    names = ("sh", "mount", "setsid", "poweroff", "reboot", "cat", "uname", "grep", "ls", "nproc", "dmesg")
+    names = (
+        *("sh", "mount", "umount", "setsid", "poweroff", "reboot", "cat", "uname", "grep", "ls", "nproc", "dmesg"),
+        *("insmod", "head", "od", "dd", "md5sum", "sync", "mkdir"),
+    )
     return cpio(
         {
             **dict.fromkeys(("bin/", "dev/", "proc/", "sys/"), b""),
@@ -168,4 +205,4 @@ def initrd(script: str = "", files: Mapping[str, bytes] | None = None) -> bytes:
 
 
 if __name__ == "__main__":
-    print(debian_kernel(), busybox())
+    print(debian_kernel(), busybox(), *modules(*MODULES))

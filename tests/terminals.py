@@ -61,7 +61,7 @@ class Seat:
 
 
 @contextmanager
-def state_of(command: list[str], **options: Any) -> Iterator[Seat]:
+def seat(command: list[str], **options: Any) -> Iterator[Seat]:
     one = Seat(command, **options)
     try:
         yield one

@@ -542,6 +542,7 @@ async def main():
 try:
     asyncio.run(main())
 except KeyboardInterrupt:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # one that comes as the interpreter ends would end it otherwise
     print("interrupted")
 """
 

@@ -17,6 +17,7 @@ from itertools import repeat
 import pytest
 import trio
 
+import orchestra as orc
 from conftest import bus_lock_problem
 from orchestra import DebugConsole, ExitPort, Failed, FlatImage, Halted, ScriptedBackend, Shutdown, Stopped, VmSpec
 from orchestra.backend import choose
@@ -24,7 +25,7 @@ from orchestra.backend.detection import Asked
 from orchestra.backend.scripted import ScriptedExit, failed_run, hlt, io_write, triple_fault
 from orchestra.cli import run as module
 from orchestra.cli.app import main
-from orchestra.cli.run import GuestRun, run, status
+from orchestra.cli.run import GuestRun, parse_disk, run, status
 from orchestra.journal import read_journal
 from orchestra.model.chipset import AcpiRegisters
 from orchestra.model.errors import BackendUnavailable
@@ -436,3 +437,25 @@ def test_a_guest_that_does_not_power_off_is_stopped_and_that_is_said(monkeypatch
     trio.run(run_and_ask)
     (line,) = module._complaints(seen, GuestRun(spec=deaf()))
     assert line == "the guest did not power off within 0.05 s: it was stopped by force"
+
+
+# ---- disks
+
+
+@pytest.mark.parametrize(
+    ("text", "disk"),
+    [
+        ("root.img", orc.Disk("root.img")),
+        ("root.img,ro", orc.Disk("root.img", readonly=True)),
+        ("own.img,base=root.img", orc.Disk("own.img", base="root.img")),
+        ("/dev/sdb,direct", orc.Disk("/dev/sdb", direct=True)),
+    ],
+)
+def test_a_disk_is_what_its_words_say(text, disk):
+    assert parse_disk(text) == disk
+
+
+@pytest.mark.parametrize("text", ["root.img,rw", "root.img,base=", "root.img,ro=1", ",ro", "root.img,,ro"])
+def test_a_disk_with_other_words_is_refused(text):
+    with pytest.raises(orc.SpecError):
+        parse_disk(text)

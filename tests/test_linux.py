@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import attrs
 import pytest
 import trio
 
@@ -16,6 +17,7 @@ from terminals import seat
 
 pytestmark = [pytest.mark.kvm, pytest.mark.linux]
 
+SPLIT_LOCKS = Path(__file__).parent / "guests" / "splitlocks.c"
 EXAMPLES = Path(__file__).parents[1] / "examples"
 BOOTED = 150.0
 """Seconds. On an emulated host, with other things to do, a kernel takes 25 s; on a real one, less than one."""
@@ -115,6 +117,132 @@ async def test_elf_kernel_boots_to_a_shell(initrd, tmp_path, pvh, end, reason, c
         vm = await booted(fleet, spec_of(tmp_path / "vmlinux", initrd, cmdline=cmdline))
         assert await answer(vm, "cat /proc/cmdline") == f"console=ttyS0 {cmdline}\n"
         assert await ended(vm, end) == orc.Shutdown(reason=reason)
+
+
+# ---- devices
+
+
+@pytest.fixture(scope="module")
+def with_modules(tmp_path_factory) -> Path:
+    """An initrd that has loaded the drivers of all devices, and has the program that makes split locks."""
+    path = tmp_path_factory.mktemp("linux") / "initrd-modules"
+    files = {**had(linux_kit.modules, *linux_kit.MODULES), "bin/splitlocks": had(linux_kit.program, SPLIT_LOCKS)}
+    path.write_bytes(had(linux_kit.initrd, linux_kit.LOAD, files))
+    return path
+
+
+def spec_with(initrd: Path, *devices: orc.DeviceSpec) -> orc.VmSpec:
+    return attrs.evolve(spec_of(had(linux_kit.debian_kernel), initrd), devices=(orc.Serial(), *devices))
+
+
+async def test_virtio_devices_are_found_on_the_pci_bus_and_work_by_eventfds(with_modules):
+    async with orc.open_fleet(backend="kvm", bus_locks="auto") as fleet:
+        vm = await booted(fleet, spec_with(with_modules, orc.Rng(), orc.Console()))
+        found = await answer(vm, "cat /sys/bus/pci/devices/*/vendor /sys/bus/pci/devices/*/device")
+        assert found.split() == ["0x1b36", "0x1af4", "0x1af4", "0x0008", "0x1044", "0x1043"]
+        found = await answer(vm, "head -1 -q /sys/bus/pci/devices/*/resource")
+        assert [line.split()[0][-8:] for line in found.splitlines()] == ["00000000", "c0000000", "c0008000"]
+        assert await answer(vm, "cat /sys/class/misc/hw_random/rng_current") == "virtio_rng.0\n"
+        exits = vm.statistics().exits["mmio"]
+        assert len((await answer(vm, "head -c 4096 /dev/hwrng | od -An -tx1 -v")).split()) == 4096
+        assert vm.statistics().exits["mmio"] == exits  # neither a notification nor an interrupt is one
+        assert "virtio0-input" in await answer(vm, "grep MSI /proc/interrupts")
+        assert "hello from hvc0" in await answer(vm, "echo hello from hvc0 >/dev/hvc0; sync")
+        assert await answer(vm, "dmesg | grep -iE 'virtio.*(fail|error)|BUG|WARNING|Call Trace'") == ""
+        assert await ended(vm, "poweroff -f") == orc.Shutdown(reason="ACPI power-off")
+
+
+WRITES = """
+import pathlib, sys
+import attrs, trio
+sys.path.insert(0, sys.argv[1])
+import orchestra as orc
+from test_linux import answer, booted, spec_with
+
+async def main():
+    async with orc.open_fleet(backend="kvm", bus_locks="auto") as fleet:
+        vm = await booted(fleet, spec_with(pathlib.Path(sys.argv[2]), orc.Disk(sys.argv[3])))
+        await answer(vm, "mkdir /mnt; mount -t ext4 /dev/vda /mnt && dd if=/dev/urandom of=/mnt/kept bs=1M count=6")
+        print(await answer(vm, "sync; md5sum /mnt/kept"), flush=True)
+        await vm.console.write("dd if=/dev/zero of=/mnt/lost bs=64k count=10000; echo written\\n")
+        await trio.sleep_forever()
+
+trio.run(main)
+"""
+
+
+def test_disk_that_a_guest_wrote_and_flushed_outlives_a_kill_of_the_fleet(with_modules, tmp_path):
+    if not shutil.which("mke2fs") or not shutil.which("e2fsck"):
+        pytest.skip("mke2fs and e2fsck are not here: install e2fsprogs")
+    image = tmp_path / "disk.img"
+    with image.open("wb") as file:
+        file.truncate(64 << 20)
+    subprocess.run(["mke2fs", "-q", "-t", "ext4", image], check=True)
+    command = [sys.executable, "-c", WRITES, Path(__file__).parent, with_modules, image]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as fleet_process:
+        assert fleet_process.stdout is not None
+        checksum = fleet_process.stdout.readline().split()[0]
+        fleet_process.kill()  # in the middle of writes
+    assert len(checksum) == 32
+    spec = spec_with(with_modules, orc.Disk(str(image)))
+
+    async def read_again() -> None:
+        async with orc.open_fleet(backend="kvm", bus_locks="auto") as fleet:
+            vm = await booted(fleet, spec)
+            found = await answer(vm, "mkdir /mnt; mount -t ext4 /dev/vda /mnt && md5sum /mnt/kept")
+            assert found == f"{checksum}  /mnt/kept\n"
+            with pytest.raises(orc.OrchestraError, match=r"disk\.img"):  # two VMs never write one image
+                await fleet.launch(attrs.evolve(spec, name="other"))
+            await answer(vm, "umount /mnt")
+            assert await ended(vm, "poweroff -f") == orc.Shutdown(reason="ACPI power-off")
+
+    trio.run(read_again)
+    checked = subprocess.run(["e2fsck", "-fn", image], capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stdout
+
+
+@pytest.mark.buslock
+async def test_split_locks_of_a_process_in_linux_are_counted_throttled_and_named(with_modules):
+    """AMD reports fewer locks than there are: a lock that runs again after its exit is not reported once more."""
+    async with orc.open_fleet(backend="kvm") as fleet:
+        vm = await booted(fleet, spec_with(with_modules))
+        before = vm.statistics().bus_locks
+        assert await answer(vm, "splitlocks 2000") == "2000 split locks\n"
+        counted = vm.statistics().bus_locks - before
+        assert 0.98 * 2000 <= counted <= 2000
+        await vm.set_limit(orc.Limit(rate=200, burst=1))
+        held, began = vm.statistics().throttled_seconds, trio.current_time()
+        assert await answer(vm, "splitlocks 1000") == "1000 split locks\n"
+        assert trio.current_time() - began >= 0.98 * 1000 / 200
+        assert vm.statistics().throttled_seconds - held >= 4
+        await vm.set_limit(None)
+        most = vm.profile().instructions[0]
+        assert (most.share > 0.9, most.cpl, most.mode) == (True, 3, 64)
+        assert most.code[:1] == b"\xf0" or not most.exact  # LOCK
+        assert await ended(vm, "poweroff -f") == orc.Shutdown(reason="ACPI power-off")
+
+
+async def test_power_button_has_a_guest_that_listens_power_off(with_modules):
+    async with orc.open_fleet(backend="kvm", bus_locks="auto") as fleet:
+        vm = await booted(fleet, spec_with(with_modules))
+        # Without a daemon, what the kernel says of the button is all there is: its event, by the input device.
+        assert "Power Button" in await answer(vm, "grep -h Name /proc/bus/input/devices")
+        begin = await answer(vm, "grep -h gpe /sys/firmware/acpi/interrupts/gpe_all; grep ACPI:Ged /proc/interrupts")
+        await vm.power_button()
+        assert await answer(vm, "grep ACPI:Ged /proc/interrupts") != begin
+        assert await ended(vm, "poweroff -f") == orc.Shutdown(reason="ACPI power-off")
+
+
+async def test_panic_ends_the_vm_with_the_kernels_last_words(with_modules):
+    async with orc.open_fleet(backend="kvm", bus_locks="auto") as fleet:
+        vm = await booted(fleet, spec_with(with_modules))
+        outcome = await ended(vm, "echo c >/proc/sysrq-trigger")
+        assert isinstance(outcome, orc.Failed)
+        assert outcome.reason == "the guest's kernel panicked"
+        assert "Kernel panic - not syncing: sysrq triggered crash" in outcome.console
+
+
+# ---- the guide
 
 
 @pytest.fixture(scope="module")

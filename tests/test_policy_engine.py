@@ -284,8 +284,16 @@ class Program:
             program: list[list[Action]] = []
             for i, some in enumerate(asked):
                 second = i + 1 if interval is None else (i + 1) * interval
-                # Nobody asks for anything of a VM that may be gone: whether it is by then, is a matter of instants.
-                program.append([one for one in some if one.vm is None or second < self.leaves.get(one.vm, SECONDS + 1)])
+                # Nobody asks for anything of a VM that may be gone: whether it is by then, is a matter of instants. So
+                # is how many VMs a tenant or the host has in the second in which one leaves, by which a floor goes.
+                leaving = n > 0 and second in self.leaves.values()
+                program.append(
+                    [
+                        one
+                        for one in some
+                        if (not leaving if one.vm is None else second < self.leaves.get(one.vm, SECONDS + 1))
+                    ]
+                )
             for vm, second in self.leaves.items():
                 if n == 0 and interval == 1.0 and second <= len(program):
                     program[second - 1].append(orc.Stop(vm=vm))

@@ -17,6 +17,7 @@ from ..model.errors import FileError, OrchestraError, SpecError
 from ..model.extras import DISTRIBUTION
 from ..model.linux import LinuxBoot
 from ..model.spec import BootSpec, FlatImage, Limit, MiB, VmSpec
+from ..model.virtio import Rng
 from ..output.keys import key_name, parse_key
 from ..output.numbers import parse_rate, parse_seconds, parse_size
 from ..output.times import parse_time
@@ -111,6 +112,10 @@ def run(
     cmdline: Annotated[
         str | None, _option("its command line; console=ttyS0 is added if it names no console", metavar="WORDS")
     ] = None,
+    disk: Annotated[
+        list[str] | None,
+        _option("a disk of a kernel: /dev/vda, the next one /dev/vdb, ...", metavar="FILE[,ro][,direct][,base=FILE]"),
+    ] = None,
     mode: Annotated[Literal[16, 32, 64] | None, _option("the CPU mode that it is entered in (default: 16)")] = None,
     load: Annotated[int | None, _option("address of its first byte (default: 0x1000)", parse_size, "ADDR")] = None,
     entry: Annotated[int | None, _option("where it starts (default: at its first byte)", parse_size, "ADDR")] = None,
@@ -162,7 +167,7 @@ def run(
     after Ctrl-C). Numbers may be written as 4096, 0x1000 or 4K. With --backend auto, standard error says which backend
     runs the guest, and why.
     """
-    from .run import GuestRun, read_image, run
+    from .run import GuestRun, parse_disk, read_image, run
 
     flat = {"--mode": mode, "--load": load, "--entry": entry, "--console-port": console_port, "--exit-port": exit_port}
     boot: BootSpec
@@ -171,11 +176,11 @@ def run(
             if value is not None:
                 raise SpecError(f"{name}: is for a raw binary, and --kernel is given: leave one of them out")
         boot = LinuxBoot(kernel=kernel, initrd=initrd, cmdline=cmdline or "")
-        devices: list[DeviceSpec] = [Serial()]
+        devices: list[DeviceSpec] = [Serial(), *map(parse_disk, disk or ()), Rng()]
     else:
         if guest is None:
             raise SpecError("nothing to run: give a raw binary (GUEST.bin) or a Linux kernel (--kernel FILE)")
-        for name, text in {"--initrd": initrd, "--cmdline": cmdline}.items():
+        for name, text in {"--initrd": initrd, "--cmdline": cmdline, "--disk": disk}.items():
             if text is not None:
                 raise SpecError(f"{name}: is for a Linux kernel: give --kernel as well")
         load = 0x1000 if load is None else load

@@ -22,6 +22,7 @@ from ..machine.vm import Vm, VmStatistics
 from ..model.actions import Failed, Outcome, Shutdown, Stopped
 from ..model.chipset import AcpiRegisters
 from ..model.codec import encode
+from ..model.disk import Disk
 from ..model.errors import FileError, SpecError, StateError
 from ..model.journalspec import JournalSpec
 from ..model.spec import VmSpec
@@ -29,7 +30,7 @@ from ..output.keys import key_name
 from .interrupts import until_interrupted
 from .terminal import Terminal, type_from
 
-__all__ = ["GuestRun", "read_image", "run"]
+__all__ = ["GuestRun", "parse_disk", "read_image", "run"]
 
 PATIENCE: Final = 0.02
 """Seconds that a write of console output may take before the guest is held until it is done: it must not outrun what is
@@ -71,6 +72,28 @@ def read_image(path: Path, memory: int, load: int) -> bytes:
     if len(code) > MOST_CODE:
         raise FileError(f"{path}: is larger than {MOST_CODE >> 20} MiB, which no flat image should be")
     return bytes(code)
+
+
+def parse_disk(text: str) -> Disk:
+    """A disk as ``--disk`` names it: FILE[,ro][,direct][,base=FILE]. A file whose name has a comma needs Python.
+
+    Raises:
+        SpecError: a word is none of these.
+    """
+    path, *words = text.split(",")
+    given: dict[str, Any] = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        match name, value:
+            case ("ro", ""):
+                given["readonly"] = True
+            case ("direct", ""):
+                given["direct"] = True
+            case ("base", file) if file:
+                given["base"] = file
+            case _:
+                raise SpecError(f"--disk {text}: {word!r}: must be ro, direct or base=FILE")
+    return Disk(path, **given)
 
 
 @attrs.frozen(kw_only=True)
