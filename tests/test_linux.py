@@ -13,6 +13,7 @@ import trio
 
 import linux_kit
 import orchestra as orc
+from conftest import bus_lock_problem
 from terminals import seat
 
 pytestmark = [pytest.mark.kvm, pytest.mark.linux]
@@ -148,7 +149,7 @@ async def test_virtio_devices_are_found_on_the_pci_bus_and_work_by_eventfds(with
         assert vm.statistics().exits["mmio"] == exits  # neither a notification nor an interrupt is one
         assert "virtio0-input" in await answer(vm, "grep MSI /proc/interrupts")
         assert "hello from hvc0" in await answer(vm, "echo hello from hvc0 >/dev/hvc0; sync")
-        assert await answer(vm, "dmesg | grep -iE 'virtio.*(fail|error)|BUG|WARNING|Call Trace'") == ""
+        assert await answer(vm, "dmesg | grep -E 'virtio.*(fail|error)|BUG:|WARNING:|Call Trace'") == ""
         assert await ended(vm, "poweroff -f") == orc.Shutdown(reason="ACPI power-off")
 
 
@@ -201,9 +202,10 @@ def test_disk_that_a_guest_wrote_and_flushed_outlives_a_kill_of_the_fleet(with_m
     assert checked.returncode == 0, checked.stdout
 
 
-@pytest.mark.buslock
 async def test_split_locks_of_a_process_in_linux_are_counted_throttled_and_named(with_modules):
     """AMD reports fewer locks than there are: a lock that runs again after its exit is not reported once more."""
+    if problem := bus_lock_problem():
+        pytest.skip(problem)
     async with orc.open_fleet(backend="kvm") as fleet:
         vm = await booted(fleet, spec_with(with_modules))
         before = vm.statistics().bus_locks
@@ -216,9 +218,11 @@ async def test_split_locks_of_a_process_in_linux_are_counted_throttled_and_named
         assert trio.current_time() - began >= 0.98 * 1000 / 200
         assert vm.statistics().throttled_seconds - held >= 4
         await vm.set_limit(None)
-        most = vm.profile().instructions[0]
-        assert (most.share > 0.9, most.cpl, most.mode) == (True, 3, 64)
-        assert most.code[:1] == b"\xf0" or not most.exact  # LOCK
+        first, second = vm.profile().instructions[:2]  # of the two processes, each in its own address space
+        assert first.address == second.address
+        assert first.share + second.share > 0.95
+        assert (first.cpl, first.mode) == (3, 64)
+        assert first.code[:1] == b"\xf0" or not first.exact  # LOCK
         assert await ended(vm, "poweroff -f") == orc.Shutdown(reason="ACPI power-off")
 
 

@@ -84,7 +84,7 @@ def test_a_panic_ends_the_vm_with_the_last_lines_of_its_console():
         (outcome,) = rig.outcomes
         assert isinstance(outcome, orc.Failed)
         assert outcome.console.splitlines()[-2:] == ["line 98", "line 99"]
-        assert str(outcome).startswith("the guest's kernel panicked\nline 88\n")
+        assert str(outcome).startswith("the guest's kernel panicked\nline 40\n")
 
 
 def test_a_panic_after_endless_lines_keeps_the_begin_of_each():

@@ -18,6 +18,7 @@ import trio
 from ..fleet import channels as subscription, watch
 from ..fleet.channels import ExitsStatistics
 from ..machine.devices import console, requests as queue
+from ..machine.devices.console import LINES
 from ..model.exits import Exit
 from ..native.channels import ExitBatch
 from ..policy import Facts
@@ -220,8 +221,8 @@ class Console(Wrapper[console.Console]):
     def log(self) -> bytes:
         return self._inner.log()
 
-    def last_lines(self) -> str:
-        return self._inner.last_lines()
+    def last_lines(self, most: int = LINES) -> str:
+        return self._inner.last_lines(most)
 
     async def wait_for(self, pattern: bytes | str, *, timeout: float | None = None) -> bytes:  # noqa: ASYNC109 (its error has the last lines)
         return await self._bridge.call(partial(self._inner.wait_for, pattern, timeout=timeout))

@@ -16,7 +16,7 @@ __all__ = ["Console", "ConsoleState"]
 
 KEPT: Final = int(lib.ORC_CONSOLE_KEPT)
 LINES: Final = 12
-"""Of the output, which an error shows: about what a kernel says in its last moment, without its registers."""
+"""Of the output, which an error shows: enough to see where a guest stands."""
 WIDTH: Final = 200
 """Characters of such a line. A kernel's lines are shorter, and a guest that writes none must not fill logs."""
 
@@ -108,9 +108,9 @@ class Console:
         """`log` as text; bytes that are not UTF-8 are replaced."""
         return self.log().decode(errors="replace")
 
-    def last_lines(self) -> str:
-        """The last lines, for an error: a dozen at most, long ones cut off. Any thread."""
-        return "\n".join(line[:WIDTH] for line in self.text.splitlines()[-LINES:])
+    def last_lines(self, most: int = LINES) -> str:
+        """The last lines, for an error: so many at most, long ones cut off. Any thread."""
+        return "\n".join(line[:WIDTH] for line in self.text.splitlines()[-most:])
 
     @property
     def total(self) -> int:

@@ -15,6 +15,10 @@ PANICKED: Final = 1 << 0
 """The kernel panicked. Bit 1, "a crash kernel was loaded, and goes on", is not taken: the VM would be gone for it."""
 
 
+LINES: Final = 60
+"""Of the console, which go into the outcome: Linux says why it panics, and then prints stack and registers, 50 lines."""
+
+
 class PanicDevice(Peripheral[PanicPort, Stateless]):
     """See this module."""
 
@@ -25,7 +29,7 @@ class PanicDevice(Peripheral[PanicPort, Stateless]):
 
     def write(self, offset: int, size: int, value: int) -> None:
         if value & PANICKED:
-            self.hooks.end(Failed(reason="the guest's kernel panicked", console=self.hooks.console.last_lines()))
+            self.hooks.end(Failed(reason="the guest's kernel panicked", console=self.hooks.console.last_lines(LINES)))
 
     def reset(self) -> None:
         """Nothing: it keeps nothing."""
