@@ -16,7 +16,7 @@ PANICKED: Final = 1 << 0
 
 
 LINES: Final = 60
-"""Of the console, which go into the outcome: Linux says why it panics, and then prints stack and registers, 50 lines."""
+"""Of the console, which go into the outcome. Linux says why it panics, and prints stack and registers: 50 lines."""
 
 
 class PanicDevice(Peripheral[PanicPort, Stateless]):
