@@ -185,12 +185,47 @@ static const uint8_t *host_address(const orc_vcpu *v, orc_u64 physical)
 	return NULL;
 }
 
-/* KVM does the walk: it knows every kind of paging, and a guest's guest. */
+/* A 64-bit guest's tables (Intel SDM vol. 3, 4.5), each entry read once. What a guest writes there leads into its own memory, or
+ * nowhere. */
+static const uint8_t *walk(orc_vcpu *v, orc_u64 linear, const struct kvm_sregs *s)
+{
+	enum { PRESENT = 1 << 0, LARGE = 1 << 7, LA57 = 1 << 12 };
+	const orc_u64 frame = 0x000ffffffffff000;
+	orc_u64 table = s->cr3 & frame;
+
+	for (int level = s->cr4 & LA57 ? 5 : 4; level; level--) {
+		int shift = 3 + 9 * level;
+		const uint8_t *at = host_address(v, table + (linear >> shift & 511) * 8);
+		orc_u64 entry = at ? *(const volatile orc_u64 *)at : 0;
+
+		if (!(entry & PRESENT))
+			return NULL;
+		table = entry & frame;
+		if (level == 1 || (level <= 3 && entry & LARGE)) {
+			orc_u64 within = (1ull << shift) - 1;
+
+			return host_address(v, (table & ~within) | (linear & within));
+		}
+	}
+	return NULL;
+}
+
+/* KVM does the walk: it knows every kind of paging, and a guest's guest. But it asks as the guest's kernel would, and where a
+ * guest has SMAP on, its kernel may not look at a program's pages (kvm_mmu_gva_to_gpa_system, permission_fault in
+ * arch/x86/kvm/mmu.h). */
 static const uint8_t *translate(orc_vcpu *v, orc_u64 linear)
 {
+	enum { PG = 1u << 31, LMA = 1 << 10 };
 	struct kvm_translation t = {.linear_address = linear};
+	struct kvm_sregs s;
 
-	return ioctl(v->fd, KVM_TRANSLATE, &t) || !t.valid ? NULL : host_address(v, t.physical_address);
+	if (ioctl(v->fd, KVM_TRANSLATE, &t))
+		return NULL;
+	if (t.valid)
+		return host_address(v, t.physical_address);
+	if (ioctl(v->fd, KVM_GET_SREGS, &s) || !(s.cr0 & PG) || !(s.efer & LMA))
+		return NULL;
+	return walk(v, linear, &s);
 }
 
 static size_t code(orc_vcpu *v, orc_u64 linear, uint8_t *out, size_t n, bool end)
