@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import struct
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from threading import RLock
@@ -19,6 +20,7 @@ import orchestra as orc
 from conftest import guest
 from orchestra.machine.devices.bridge import PciBridge, PciState
 from orchestra.machine.devices.bus import Bus
+from orchestra.machine.devices.io import IoThread
 from orchestra.machine.devices.pci import BRIDGE, PciHost, Slot, bar_addresses, configuration
 from orchestra.machine.devices.virtio import VirtioState
 from orchestra.model import platform, virtio
@@ -628,3 +630,27 @@ def test_whatever_a_guest_accesses_leaves_a_bus_that_can_be_saved_and_loaded(acc
     other = Board()
     other.host.load(*board.host.save())
     assert other.host.save() == board.host.save()
+
+
+@pytest.mark.kvm
+async def test_a_request_that_hangs_keeps_its_own_vm_from_ending_and_no_other(monkeypatch, nothing_left):
+    token, release, began = trio.lowlevel.current_trio_token(), threading.Event(), trio.Event()
+    stop = IoThread.stop
+
+    def hangs(io: IoThread) -> None:
+        token.run_sync_soon(began.set)
+        release.wait(20)
+        stop(io)
+
+    monkeypatch.setattr(IoThread, "stop", hangs)
+    async with orc.open_fleet(backend="kvm", bus_locks="off") as fleet, trio.open_nursery() as nursery:
+        boot = orc.FlatImage(code=b"\xeb\xfe")
+        vm = await fleet.launch(
+            orc.VmSpec(name="hangs", boot=boot, irqchip="full", devices=(orc.PciHostBridge(), orc.Rng()))
+        )
+        other = await fleet.launch(orc.VmSpec(name="other", boot=boot))
+        nursery.start_soon(vm.stop)
+        await began.wait()
+        await other.stop()
+        assert vm.outcome is None
+        release.set()

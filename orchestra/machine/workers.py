@@ -11,6 +11,7 @@ import itertools
 import logging
 from collections.abc import Callable
 from functools import partial
+from math import inf
 from typing import Any, Final, TypeVar, cast
 
 import trio
@@ -42,7 +43,7 @@ class Workers:
     """The worker threads of one fleet; for the fleet's thread.
 
     Attributes:
-        setup, teardown, dirty: the limiters for `run`.
+        setup, teardown, dirty, files: the limiters for `run`. `files` has no limit: a file that hangs keeps its thread.
 
     Parameters:
         threaded: False: do all work on the calling thread. For fleets in virtual time, whose clock knows no threads.
@@ -52,6 +53,7 @@ class Workers:
         self.setup = trio.CapacityLimiter(THREADS)
         self.teardown = trio.CapacityLimiter(THREADS)
         self.dirty = trio.CapacityLimiter(THREADS)
+        self.files = trio.CapacityLimiter(inf)
         self._threaded = threaded
         self._token = trio.lowlevel.current_trio_token()
         self._numbers = itertools.count()

@@ -302,14 +302,23 @@ class Assembly:
         if self._io is not None:
             self._io.let_go("reset")
 
+    @property
+    def has_queues(self) -> bool:
+        """Whether there is an I/O thread, so that `end_queues` may take long."""
+        return self._io is not None
+
+    def end_queues(self) -> None:
+        """End the I/O thread, which first waits for all requests in flight. The guest has ended. Any thread."""
+        if self._io is not None:
+            self._io.stop()
+
     def stop(self, problems: list[str] | None = None) -> None:
         """Stop all devices, after the guest has ended and `run` is over. An error of one stops no other."""
         if self._stopped:
             return
         self._stopped = True
         self._service.close()
-        if self._io is not None:
-            self._io.stop()  # first: no device can stop while it is served
+        self.end_queues()  # first: no device can stop while it is served
         for plugged in self.plugged:
             with contained(f"vm {self._board.spec.name}: stop of device {plugged.name}", problems), plugged.lock:
                 plugged.device.stop()
