@@ -635,11 +635,11 @@ def test_whatever_a_guest_accesses_leaves_a_bus_that_can_be_saved_and_loaded(acc
 @pytest.mark.kvm
 async def test_a_request_that_hangs_keeps_its_own_vm_from_ending_and_no_other(monkeypatch, nothing_left):
     token, release, began = trio.lowlevel.current_trio_token(), threading.Event(), trio.Event()
-    stop = IoThread.stop
+    stop, released = IoThread.stop, []
 
     def hangs(io: IoThread) -> None:
         token.run_sync_soon(began.set)
-        release.wait(20)
+        released.append(release.wait(20))
         stop(io)
 
     monkeypatch.setattr(IoThread, "stop", hangs)
@@ -654,3 +654,4 @@ async def test_a_request_that_hangs_keeps_its_own_vm_from_ending_and_no_other(mo
         await other.stop()
         assert vm.outcome is None
         release.set()
+    assert released[0]
