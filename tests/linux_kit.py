@@ -5,6 +5,7 @@
     vmlinux(kernel)   the ELF file that is compressed in a bzImage
     modules(...)      modules of Debian's kernel
     program(source)   a program in C, for a guest
+    lspci()           Debian's, with the libraries that it needs
     initrd(...)       a cpio archive with busybox and /init
 
 A machine in a box has no network, and forgets what is written there. `python tests/linux_kit.py` fetches all before.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import shutil
 import stat
 import struct
@@ -91,6 +93,23 @@ def program(source: Path) -> bytes:
         if done.returncode:
             raise NotHereError(f"{source} can't be compiled here: {done.stderr}")
         return made.read_bytes()
+
+
+@functools.cache
+def lspci() -> dict[str, bytes]:
+    """``lspci`` as files of an initrd, with its libraries. What is not of its package is this machine's."""
+    program, library = _unpacked("pciutils", "usr/bin/lspci"), _unpacked("libpci3", "usr/lib/*/libpci.so.3*")
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(library.parent)}
+    found = subprocess.run(["ldd", program], env=environment, capture_output=True, text=True, check=False)
+    paths = re.findall(r"(/\S+) \(0x", found.stdout)
+    if found.returncode or "not found" in found.stdout or not paths:
+        raise NotHereError(f"lspci lacks libraries here: {found.stdout}{found.stderr}")
+    files = {"bin/lspci": program.read_bytes()}
+    for path in paths:
+        # The loader by the path that the program names it by; a library wherever the loader looks.
+        name = path if Path(path).name.startswith("ld-") else f"/lib/{Path(path).name}"
+        files[name.lstrip("/")] = Path(path).read_bytes()
+    return {"lib/": b"", "lib64/": b"", **files}
 
 
 @functools.cache
@@ -205,4 +224,4 @@ def initrd(script: str = "", files: Mapping[str, bytes] | None = None) -> bytes:
 
 
 if __name__ == "__main__":
-    print(debian_kernel(), busybox(), *modules(*MODULES))
+    print(debian_kernel(), busybox(), *modules(*MODULES), *lspci())

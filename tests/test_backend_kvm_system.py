@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, strategies as st
 
 from orchestra.backend.kvm import system
-from orchestra.backend.kvm.cpuid import Cpuid, CpuidEntry, make_cpuid, missing_features
+from orchestra.backend.kvm.cpu import make_cpuid, missing_features
+from orchestra.backend.kvm.cpuid import Cpuid, CpuidEntry
 from orchestra.backend.kvm.ioctl import call, failure
 from orchestra.backend.kvm.state import CPUID
 from orchestra.backend.kvm.system import Kvm
@@ -271,14 +272,14 @@ def test_the_apic_id_is_patched_wherever_a_guest_reads_it_and_nowhere_else():
             CpuidEntry(function=0x8000001E, eax=9, ebx=7),
         ]
     )
-    assert table.with_apic_id(0x105) is table.buffer
+    assert table.with_apic_id(0x105) is table.buffer  # its low byte is the number of the core as well
     assert table.entries() == [
         CpuidEntry(function=1, ebx=0x05123456),
         CpuidEntry(function=2, eax=1, ebx=1, ecx=1, edx=1),
         CpuidEntry(function=0xB, index=0, flags=1, edx=0x105),
         CpuidEntry(function=0xB, index=1, flags=1, edx=0x105),
         CpuidEntry(function=0x1F, edx=0x105),
-        CpuidEntry(function=0x8000001E, eax=0x105, ebx=7),
+        CpuidEntry(function=0x8000001E, eax=0x105, ebx=5),
     ]
     table.with_apic_id(0)
     assert table.find(1).ebx == 0x00123456

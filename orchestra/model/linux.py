@@ -11,6 +11,7 @@ from .checks import fail
 from .chipset import I8042, AcpiRegisters, PanicPort, PciHostBridge, Rtc
 from .devices import DeviceSpec, Irqchip, Serial
 from .memory import MiB
+from .platform import BEYOND_XAPIC, MOST_XAPIC
 
 __all__ = ["LEAST_MEMORY", "LinuxBoot"]
 
@@ -63,6 +64,8 @@ class LinuxBoot(BootSpec):
     def check(self, layout: Layout) -> None:
         if layout.irqchip != "full":
             raise fail("irqchip", layout.irqchip, 'must be "full" for Linux, or left out: it needs timers and lines')
+        if layout.vcpus > MOST_XAPIC:
+            raise fail("vcpus", layout.vcpus, f"must be at most {MOST_XAPIC} for Linux: {BEYOND_XAPIC}")
         if layout.size < LEAST_MEMORY:
             raise fail("memory", layout.size, f"must be at least {LEAST_MEMORY} for Linux; 256 * MiB is usual")
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from ...backend.detection import Asked, pick
 from ...backend.emulated import library
-from ...backend.kvm.cpuid import missing_features
+from ...backend.kvm.cpu import missing_features
 from ...model.errors import OrchestraError
 from ...model.linux import LinuxBoot
 from ...native import lib
