@@ -24,7 +24,7 @@ from .builtincpus import BUILT_IN, Rules
 from .checks import fail, whole
 from .cpufeatures import FIXED, PLACES, REGISTER_NAMES, RegisterName, names_of, needed_by
 from .errors import SpecError
-from .mistakes import meant, shown
+from .mistakes import meant
 
 __all__ = [
     "CPU_TEMPLATES",
@@ -183,7 +183,7 @@ class CpuTemplate:
         for field in ("features", "optional", "hidden"):
             for feature in _checked(field, getattr(self, field)):
                 if feature in seen:
-                    raise SpecError(f"{field}: {feature!r} is also in {seen[feature]}: name each feature once")
+                    raise fail(field, feature, f"is also in {seen[feature]}: name each feature once")
                 seen[feature] = field
         for field, kind in (("cpuid", CpuidBits), ("msrs", MsrBits)):
             given = getattr(self, field)
@@ -212,28 +212,26 @@ class CpuTemplate:
         for feature in self.features:
             for need in needed_by(feature):
                 if need in rules.hidden:
-                    raise SpecError(f"features: {feature!r} needs {need!r}, which is hidden: name both, or none")
+                    raise fail("features", feature, f"needs {need!r}, which is hidden: show both, or none")
                 if rules.others == "hidden" and need not in rules.features | rules.optional:
-                    raise SpecError(f"features: {feature!r} needs {need!r}: name that as well")
+                    raise fail("features", feature, f"needs {need!r}: name that as well")
 
     def _check_bits(self, rules: Rules) -> None:
         places = [(one.leaf, one.subleaf) for one in self.cpuid]
         for leaf, subleaf in places:
             if places.count((leaf, subleaf)) > 1:
-                raise SpecError(f"cpuid: leaf {leaf:#x}, subleaf {subleaf:#x}: is there twice: make it one")
+                raise fail("cpuid", (leaf, subleaf), "is there twice, by leaf and subleaf: make it one")
         for one in self.cpuid:
             for name, (mask, value) in one.registers():
                 for feature in names_of((one.leaf, one.subleaf, name), mask):
                     on = feature in names_of((one.leaf, one.subleaf, name), value)
                     if feature in (rules.hidden if on else rules.features):
                         said = "hidden" if on else "features"
-                        raise SpecError(
-                            f"cpuid: {name} of leaf {one.leaf:#x}: {feature!r} is in {said}: write x for it"
-                        )
+                        raise fail("cpuid", feature, f"is in {said}: write x for it in {name} of leaf {one.leaf:#x}")
         numbers = [one.number for one in self.msrs]
         for number in MSRS:
             if numbers.count(number) > 1:
-                raise SpecError(f"msrs: {number:#x}: is there twice: make it one")
+                raise fail("msrs", number, "is there twice: make it one")
 
 
 def _checked(field: str, names: object) -> tuple[str, ...]:
@@ -242,12 +240,10 @@ def _checked(field: str, names: object) -> tuple[str, ...]:
         raise fail(field, names, "must be a tuple of features, by their names in /proc/cpuinfo")
     for name in names:
         if not isinstance(name, str) or name not in PLACES:
-            remedy = "no such CPU feature: use the names in Linux's /proc/cpuinfo"
-            raise SpecError(
-                f"{field}: {shown(name)}: {remedy}, or `cpuid` for bits without a name{meant(name, PLACES)}"
-            )
+            remedy = "no such CPU feature: use the names in Linux's /proc/cpuinfo, or `cpuid` for bits without a name"
+            raise fail(field, name, remedy + meant(name, PLACES))
         if name in FIXED:
-            raise SpecError(f"{field}: {name!r}: is fixed, as {FIXED[name]}: leave it out")
+            raise fail(field, name, f"is fixed, as {FIXED[name]}: leave it out")
     return names
 
 

@@ -17,7 +17,6 @@ __all__ = [
     "ACPI_SLEEP_STATUS",
     "ACPI_TABLES",
     "BARS",
-    "BEYOND_XAPIC",
     "BOOT_PARAMS",
     "BOOT_STACK",
     "COMMAND_LINE",
@@ -90,7 +89,3 @@ assert ACPI_TABLES.stop <= GENERATION_ID.start < 1024 * KiB
 
 MOST_XAPIC: Final = 255
 """vCPUs that the 8-bit APIC ids of the MADT's short entries and of the I/O APIC reach: 255 is everybody."""
-BEYOND_XAPIC: Final = (
-    "x2APIC ids above 255 need x2APIC entries in ACPI's tables and interrupts with longer destinations (remapping), "
-    "which orchestra does not make"
-)

@@ -19,7 +19,7 @@ from typing import Final
 import attrs
 
 from ...model.cpu import CPU_TEMPLATES, MSRS, CpuidBits, CpuTemplate
-from ...model.cpufeatures import PLACES, REGISTER_NAMES, REGISTERS, Register, RegisterName
+from ...model.cpufeatures import PLACES, REGISTER_NAMES, REGISTERS, Register
 from ...model.topology import ONE_SOCKET, Topology
 from .cpuid import INDEXED, CpuidEntry
 
@@ -268,21 +268,18 @@ def _is_state(entry: CpuidEntry, hidden: set[int]) -> bool | None:
 
 
 def _with_bits(entries: list[CpuidEntry], bits: CpuidBits) -> list[CpuidEntry]:
-    indexed = bits.subleaf > 0 or any(one.function == bits.leaf and one.flags & INDEXED for one in entries)
-    if not any(_is(one, bits.leaf, bits.subleaf) for one in entries):
-        new = CpuidEntry(function=bits.leaf, index=bits.subleaf, flags=INDEXED if indexed else 0)
-        entries = [*entries, new]
-    said: dict[RegisterName, tuple[int, int]] = dict(bits.registers())
-    return [
-        attrs.evolve(one, **{name: getattr(one, name) & ~mask | value for name, (mask, value) in said.items()})
-        if _is(one, bits.leaf, bits.subleaf)
-        else one
-        for one in entries
-    ]
-
-
-def _is(entry: CpuidEntry, leaf: int, subleaf: int) -> bool:
-    return entry.function == leaf and entry.index == (subleaf if entry.flags & INDEXED else 0)
+    leaf, place = bits.leaf, (bits.leaf, bits.subleaf)
+    if not any((one.function, one.index) == place for one in entries):
+        entries = [*entries, CpuidEntry(function=leaf, index=bits.subleaf)]
+    indexed = bits.subleaf > 0 or any(one.function == leaf and one.flags & INDEXED for one in entries)
+    made = []
+    for one in entries:
+        if one.function == leaf:
+            changed = {} if one.index != bits.subleaf else dict(bits.registers())
+            values = {name: getattr(one, name) & ~mask | value for name, (mask, value) in changed.items()}
+            one = attrs.evolve(one, flags=one.flags | INDEXED if indexed else one.flags, **values)
+        made.append(one)
+    return made
 
 
 # ---- the topology

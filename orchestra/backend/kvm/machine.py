@@ -42,6 +42,9 @@ IDENTITY_MAP_ADDRESS: Final = 0xFFFB_C000
 SLOT: Final = ((1 << 31) - 1) * PAGE
 """Bytes of a memory slot at most (include/linux/kvm_host.h, KVM_MEM_MAX_NR_PAGES: its bitmap of pages must fit)."""
 
+MOST_KINDS: Final = 256
+"""Kinds of CPUs that are remembered. A table takes 2 KiB, and users may bring any number of templates."""
+
 IRQCHIPS: Final = {"none": lib.ORC_NO_IRQCHIP, "full": lib.ORC_FULL_IRQCHIP, "split": lib.ORC_SPLIT_IRQCHIP}
 
 
@@ -292,6 +295,9 @@ class KvmBackend:
             if missing := lacking(self._supported, self._msrs, template, kind[1]):
                 what = f"cpu: this host's KVM lacks {', '.join(missing)}, which template {template.name!r} has"
                 return what, "use a host with them, or a template that every host of the fleet can show"
+            if len(self._shown) >= MOST_KINDS:
+                self._shown.clear()
+                self._cpuids.clear()
             self._shown[kind] = features_of(make_cpuid(self._supported, *kind))
         needed, shown = spec.boot.cpu_features, self._shown[kind]
         if missing := [name for name in needed if name not in self._features]:

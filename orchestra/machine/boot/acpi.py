@@ -19,6 +19,7 @@ from ...backend.memory import GuestMemory
 from ...model import platform
 from ...model.boot import Layout
 from ...model.devices import Serial
+from ...model.linux import check_apic_ids
 from . import aml
 
 __all__ = ["build", "write_tables"]
@@ -39,7 +40,12 @@ PRESSED, CHANGED = 0x80, 0x80
 
 
 def build(layout: Layout) -> dict[int, bytes]:
-    """The tables of a VM of at most `platform.MOST_XAPIC` vCPUs, by guest-physical address."""
+    """The tables of a VM, by guest-physical address.
+
+    Raises:
+        SpecError: it has more vCPUs than the tables have room for.
+    """
+    check_apic_ids(layout.vcpus)
     placed: dict[int, bytes] = {}
     next_address = platform.ACPI_TABLES.start + 64  # behind the RSDP
 
@@ -63,6 +69,9 @@ def write_tables(layout: Layout, memory: GuestMemory, generation: bytes) -> int:
 
     Parameters:
         generation: 16 bytes that no other VM has.
+
+    Raises:
+        SpecError: as `build`.
     """
     for address, table in build(layout).items():
         memory.write(address, table)
