@@ -223,5 +223,10 @@ def initrd(script: str = "", files: Mapping[str, bytes] | None = None) -> bytes:
     )
 
 
+def with_files(archive: Path, files: Mapping[str, bytes]) -> bytes:
+    """An initrd with more files: the kernel unpacks one archive behind the other."""
+    return archive.read_bytes() + bytes(-archive.stat().st_size % 4) + cpio(files)
+
+
 if __name__ == "__main__":
     print(debian_kernel(), busybox(), *modules(*MODULES), *lspci())

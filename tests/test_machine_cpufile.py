@@ -47,6 +47,12 @@ def test_a_file_says_what_a_template_says(tmp_path):
     assert "fma" in template.rules().hidden
 
 
+def test_the_example_of_the_guide_is_a_template():
+    template = orc.load_cpu_template(Path(__file__).parents[1] / "examples" / "cpus" / "web.toml")
+    assert {"aes", "avx2"} <= template.rules().features
+    assert template.rules().others == "hidden"
+
+
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
