@@ -6,9 +6,11 @@ from collections.abc import Iterator
 
 import attrs
 import pytest
-from hypothesis import given, strategies as st
+import trio
+from hypothesis import given, settings, strategies as st
 
 import orchestra as orc
+from conftest import kvm_problem
 from cputemplates import WORDS, cpu_templates, tables
 from orchestra.backend.kvm.cpu import features_of, lacking, make_cpuid, missing_features, msr_values
 from orchestra.backend.kvm.cpuid import Cpuid, CpuidEntry
@@ -357,3 +359,43 @@ def test_any_number_of_templates_may_come_and_go(backend):
     for number in range(300):
         backend.check(spec_with(orc.CpuTemplate(name=f"t{number}", hidden=("avx",))))
     assert len(backend._shown) <= 256
+
+
+LEAVES_OF_NUMBERS = st.sampled_from([0, 1, 2, 4, 7, 0x15, 0x16, 0x20, 0x80000000, 0x80000001, 0x80000006, 0x80000021])
+REGISTER_VALUES = st.one_of(st.none(), WORDS, st.sampled_from([0, (1 << 32) - 1]))
+
+
+@pytest.mark.kvm
+@settings(max_examples=25, deadline=None)
+@given(st.dictionaries(LEAVES_OF_NUMBERS, st.tuples(*[REGISTER_VALUES] * 4), min_size=1, max_size=6))
+def test_a_hostile_template_is_refused_or_gives_a_guest_that_runs_and_harms_no_other(said):
+    """It may call the CPU anything. What it can't: have KVM fail, or take anything from another VM of the fleet."""
+    if (problem := kvm_problem()) is not None:
+        pytest.skip(problem)
+
+    async def run() -> None:
+        async with orc.open_fleet(backend="kvm", bus_locks="auto") as fleet:
+            other = await fleet.launch(attrs.evolve(spec_with("host"), name="other"), paused=True)
+            try:
+                bits = tuple(
+                    orc.CpuidBits(
+                        leaf=leaf, **{n: bitmap(v) for n, v in zip(NAMED, values, strict=True) if v is not None}
+                    )
+                    for leaf, values in said.items()
+                )
+                vm = await fleet.launch(spec_with(orc.CpuTemplate(name="hostile", cpuid=bits)))
+            except orc.SpecError:
+                assert list(fleet.vms) == ["other"]
+            else:
+                assert await vm.wait() == orc.Halted()
+            await other.resume()
+            assert await other.wait() == orc.Halted()
+
+    trio.run(run)
+
+
+NAMED = ("eax", "ebx", "ecx", "edx")
+
+
+def bitmap(value: int) -> str:
+    return f"0b{value:032b}"

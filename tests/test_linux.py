@@ -168,9 +168,7 @@ async def test_detection_of_bus_locks_is_shown_if_it_is_asked_for_and_the_host_c
     backend.close()
     async with orc.open_fleet(backend="kvm", bus_locks="auto") as fleet:
         split = orc.CpuTemplate(name="splits", features=("split_lock_detect",))
-        with pytest.raises(
-            orc.SpecError, match=r"KVM lacks split_lock_detect, which template 'splits' has"
-        ):
+        with pytest.raises(orc.SpecError, match=r"KVM lacks split_lock_detect, which template 'splits' has"):
             await fleet.launch(attrs.evolve(spec, cpu=split))
         if "bus_lock_detect" not in offered:
             with pytest.raises(orc.SpecError, match=r"KVM lacks bus_lock_detect, which template 'shows' has"):
