@@ -71,6 +71,7 @@ FLOODS = {
     "serial port and debug console, followed": Flood("talk", followed=True, more=TALKS),
     "CPUID and MSRs": Flood("cpuid"),
     "halts and timer interrupts": Flood("tick", more={"irqchip": True}),
+    "interrupts of a PIT": Flood("pit", more={"irqchip": True, "pit": True}),
     "rings of a doorbell": Flood("rings", more=RINGS),
     "failures, restarted": Flood("crash", more={"restart": "on-failure"}),
     "resets": Flood("reset", mode=32, more={"on_reset": "reset"}),
