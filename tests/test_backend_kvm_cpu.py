@@ -335,7 +335,7 @@ def spec_with(cpu: object, boot: orc.BootSpec | None = None) -> orc.VmSpec:
 
 @pytest.mark.kvm
 def test_a_host_that_lacks_a_feature_refuses_the_vm_by_its_name_before_anything_is_made(backend):
-    lost = next(name for name in ("fma4", "3dnow", "xop", "lwp") if name not in backend._features)
+    lost = next(name for name in ("fma4", "3dnow", "xop", "lwp") if name not in features_of(backend._supported))
     template = orc.CpuTemplate(name="web", optional=("nx",), features=(lost, *needed_by(lost)))
     with pytest.raises(
         orc.SpecError, match=rf"vm 'a': cpu: this host's KVM lacks .*{lost}.* template 'web' has; use a"

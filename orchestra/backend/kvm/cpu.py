@@ -85,8 +85,15 @@ def features_of(entries: Iterable[CpuidEntry]) -> frozenset[str]:
 
 def missing_features(supported: Iterable[CpuidEntry], needed: Iterable[str]) -> list[str]:
     """Which of the features the host's KVM does not give. Unknown names are missing."""
-    given = features_of(supported)
-    return [name for name in needed if name not in given]
+    found = {(one.function, one.index): one for one in supported}
+
+    def has(name: str) -> bool:
+        places = [
+            (found.get((leaf, subleaf)), register, bit) for (leaf, subleaf, register), bit in PLACES.get(name, ())
+        ]
+        return any(entry is not None and getattr(entry, register) >> bit & 1 for entry, register, bit in places)
+
+    return [name for name in needed if not has(name)]
 
 
 def lacking(

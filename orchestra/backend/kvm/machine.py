@@ -24,7 +24,7 @@ from ..memory_layout import entries, memory_slots
 from ..registers import Registers, SpecialRegisters
 from ..threaded import ThreadedEngine
 from . import state
-from .cpu import features_of, lacking, make_cpuid, msr_values
+from .cpu import features_of, lacking, make_cpuid, missing_features, msr_values
 from .cpuid import Cpuid
 from .dirty import DirtyLog
 from .ioctl import failure
@@ -190,7 +190,6 @@ class KvmBackend:
         self._cpuids: dict[_Kind, list[Cpuid]] = {}
         self._shown: dict[_Kind, frozenset[str]] = {}
         self._supported = kvm.supported_cpuid().entries()
-        self._features = features_of(self._supported)
         self._msrs = kvm.feature_msrs(MSRS)
         # api.rst 4.4: KVM_CAP_MAX_VCPUS; without it as many as recommended; without that, 4
         # CPUID 0x80000008, EAX bits 7:0; a CPU without that leaf has 36 (Intel SDM vol. 3, 4.1.4)
@@ -290,8 +289,11 @@ class KvmBackend:
 
     def _no_such_cpu(self, spec: VmSpec) -> tuple[str, str] | None:
         """As `refusal`, of the CPU that the guest is to find."""
-        kind = _kind(spec)
+        needed, kind = spec.boot.cpu_features, _kind(spec)
         template = kind[2]
+        if missing := missing_features(self._supported, needed):
+            what = f"boot: a {type(spec.boot).__name__} needs CPU features that this host's KVM does not give"
+            return f"{what}: {', '.join(missing)}", "use a host with them, or a guest that needs less"
         if kind not in self._shown:
             if missing := lacking(self._supported, self._msrs, template, kind[1]):
                 what = f"cpu: this host's KVM lacks {', '.join(missing)}, which template {template.name!r} has"
@@ -300,11 +302,7 @@ class KvmBackend:
                 self._shown.clear()
                 self._cpuids.clear()
             self._shown[kind] = features_of(make_cpuid(self._supported, *kind))
-        needed, shown = spec.boot.cpu_features, self._shown[kind]
-        if missing := [name for name in needed if name not in self._features]:
-            what = f"boot: a {type(spec.boot).__name__} needs CPU features that this host's KVM does not give"
-            return f"{what}: {', '.join(missing)}", "use a host with them, or a guest that needs less"
-        if missing := [name for name in needed if name not in shown]:
+        if missing := [name for name in needed if name not in self._shown[kind]]:
             what = f"boot: a {type(spec.boot).__name__} needs CPU features that template {template.name!r} hides"
             return f"{what}: {', '.join(missing)}", "show them"
         return None
