@@ -12,9 +12,10 @@ from hypothesis import given, settings, strategies as st
 import orchestra as orc
 from conftest import kvm_problem
 from cputemplates import WORDS, cpu_templates, tables
-from orchestra.backend.kvm.cpu import features_of, lacking, make_cpuid, missing_features, msr_values
+from orchestra.backend.kvm.cpu import lacking, make_cpuid, msr_values
 from orchestra.backend.kvm.cpuid import Cpuid, CpuidEntry
 from orchestra.backend.kvm.machine import KvmBackend
+from orchestra.backend.kvm.masks import features_of, missing_features
 from orchestra.backend.kvm.state import CPUID
 from orchestra.backend.kvm.system import Kvm
 from orchestra.model.cpufeatures import FIXED, PLACES, needed_by

@@ -15,8 +15,9 @@ import trio
 import linux_kit
 import orchestra as orc
 from conftest import bus_lock_problem
-from orchestra.backend.kvm.cpu import features_of, make_cpuid
+from orchestra.backend.kvm.cpu import make_cpuid
 from orchestra.backend.kvm.machine import KvmBackend
+from orchestra.backend.kvm.masks import features_of
 from terminals import seat
 
 pytestmark = [pytest.mark.kvm, pytest.mark.linux]

@@ -24,10 +24,11 @@ from ..memory_layout import entries, memory_slots
 from ..registers import Registers, SpecialRegisters
 from ..threaded import ThreadedEngine
 from . import state
-from .cpu import features_of, lacking, make_cpuid, missing_features, msr_values
+from .cpu import lacking, make_cpuid, msr_values
 from .cpuid import Cpuid
 from .dirty import DirtyLog
 from .ioctl import failure
+from .masks import features_of, missing_features
 from .system import Kvm
 from .vcpu import KvmVcpu
 from .vm import KvmVm

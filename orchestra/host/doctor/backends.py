@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from ...backend.detection import Asked, pick
 from ...backend.emulated import library
-from ...backend.kvm.cpu import lacking, missing_features
+from ...backend.kvm.cpu import lacking
+from ...backend.kvm.masks import missing_features
 from ...model.cpu import CPU_TEMPLATES
 from ...model.errors import OrchestraError
 from ...model.linux import LinuxBoot
