@@ -37,7 +37,7 @@ def _words(text: str) -> frozenset[str]:
 
 
 _KERNEL: Final = _words(
-    """fpu vme de pse tsc msr pae mce cx8 apic sep mtrr pge mca cmov pat pse36 clflush mmx fxsr sse sse2
+    """fpu de pse tsc msr pae mce cx8 apic sep mtrr pge mca cmov pat pse36 clflush mmx fxsr sse sse2
     syscall nx lm x2apic"""
 )
 """What every 64-bit kernel takes for granted, all x86-64 CPUs since 2008 have, and KVM gives."""
@@ -50,8 +50,8 @@ _MITIGATIONS: Final = _words(
 )
 """How the CPU's errata and side channels are dealt with: a guest that is not told goes without, or assumes too much."""
 
-_MACHINE: Final = _words("constant_tsc tsc_deadline_timer tsc_adjust arat ss topoext cmp_legacy")
-"""Clocks and timers, and how the topology is told."""
+_MACHINE: Final = _words("vme constant_tsc tsc_deadline_timer tsc_adjust arat ss topoext cmp_legacy")
+"""Clocks and timers, how the topology is told, and what only 16-bit code uses."""
 
 _V2: Final = _KERNEL | _words("cx16 lahf_lm popcnt pni sse4_1 sse4_2 ssse3")
 _V3: Final = _V2 | _words("avx avx2 bmi1 bmi2 f16c fma abm movbe xsave")

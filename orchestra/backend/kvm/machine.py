@@ -292,7 +292,7 @@ class KvmBackend:
         """As `refusal`, of the CPU that the guest is to find."""
         needed, kind = spec.boot.cpu_features, _kind(spec)
         template = kind[2]
-        if missing := missing_features(self._supported, needed):
+        if needed and (missing := missing_features(self._supported, needed)):
             what = f"boot: a {type(spec.boot).__name__} needs CPU features that this host's KVM does not give"
             return f"{what}: {', '.join(missing)}", "use a host with them, or a guest that needs less"
         if kind not in self._shown:
