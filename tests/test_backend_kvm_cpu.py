@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 
 import attrs
@@ -353,6 +354,24 @@ def test_a_guest_that_needs_what_its_template_hides_is_refused(backend):
     with pytest.raises(orc.SpecError, match=r"a LinuxBoot needs CPU features that template 'old' hides: sse2; show"):
         backend.check(spec_with(template, orc.LinuxBoot(kernel="vmlinuz")))
     backend.check(spec_with(template))
+
+
+@pytest.mark.kvm
+def test_threads_that_an_amd_guest_would_not_find_are_refused(backend, monkeypatch):
+    bare = [one for one in backend._supported if one.function not in (0, 0x80000001)]
+    extended = next(one for one in backend._supported if one.function == 0x80000001)
+    vendor = dict(zip(("ebx", "edx", "ecx"), struct.unpack("<III", b"AuthenticAMD"), strict=True))
+    spec = attrs.evolve(spec_with("host"), vcpus=4, irqchip=True, topology=orc.Topology(threads=2))
+    for topoext in (True, False):
+        changed = attrs.evolve(extended, ecx=extended.ecx | 1 << 22 if topoext else extended.ecx & ~(1 << 22))
+        monkeypatch.setattr(backend, "_supported", [CpuidEntry(function=0, eax=0xD, **vendor), changed, *bare])
+        backend._shown.clear()
+        if topoext:
+            backend.check(spec)
+        else:
+            with pytest.raises(orc.SpecError, match=r"threads=2: .*topoext, which .* lacks .*; leave threads out"):
+                backend.check(spec)
+            backend.check(attrs.evolve(spec, topology=orc.Topology(sockets=2)))
 
 
 @pytest.mark.kvm

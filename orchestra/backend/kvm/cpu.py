@@ -13,6 +13,7 @@ running in a VMware virtual machine" (0x40000010).
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Final
 
@@ -24,7 +25,7 @@ from ...model.topology import ONE_SOCKET, Topology
 from .cpuid import INDEXED, CpuidEntry
 from .masks import features_of, has_features, templated
 
-__all__ = ["lacking", "make_cpuid", "msr_values"]
+__all__ = ["lacking", "make_cpuid", "msr_values", "tells_threads"]
 
 KVM_LEAVES: Final = 0x4000_0000
 RATES: Final = 0x4000_0010
@@ -96,6 +97,14 @@ def _bits(value: int, bits: Mapping[int, bool]) -> int:
     for number, on in bits.items():
         value = value | 1 << number if on else value & ~(1 << number)
     return value
+
+
+def tells_threads(made: Iterable[CpuidEntry]) -> bool:
+    """Whether a guest can read from this table which vCPUs are threads of one core. On AMD it looks only if there is
+    topoext (Linux, arch/x86/kernel/cpu/topology_amd.c; before 6.9, cpu/amd.c, amd_get_topology)."""
+    table = list(made)
+    vendors = [struct.pack("<III", one.ebx, one.edx, one.ecx) for one in table if one.function == 0]
+    return not {b"AuthenticAMD", b"HygonGenuine"}.intersection(vendors) or "topoext" in features_of(table)
 
 
 # ---- against a template

@@ -24,7 +24,7 @@ from ..memory_layout import entries, memory_slots
 from ..registers import Registers, SpecialRegisters
 from ..threaded import ThreadedEngine
 from . import state
-from .cpu import lacking, make_cpuid, msr_values
+from .cpu import lacking, make_cpuid, msr_values, tells_threads
 from .cpuid import Cpuid
 from .dirty import DirtyLog
 from .ioctl import failure
@@ -302,7 +302,11 @@ class KvmBackend:
             if len(self._shown) >= MOST_KINDS:
                 self._shown.clear()
                 self._cpuids.clear()
-            self._shown[kind] = features_of(make_cpuid(self._supported, *kind))
+            made = make_cpuid(self._supported, *kind)
+            if spec.topology.threads > 1 and not tells_threads(made):
+                what = f"topology: threads={spec.topology.threads}: an AMD guest looks for threads if it finds topoext"
+                return f"{what}, which this host's KVM lacks or the template hides", "leave threads out"
+            self._shown[kind] = features_of(made)
         if missing := [name for name in needed if name not in self._shown[kind]]:
             what = f"boot: a {type(spec.boot).__name__} needs CPU features that template {template.name!r} hides"
             return f"{what}: {', '.join(missing)}", "show them"
