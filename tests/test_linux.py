@@ -209,7 +209,8 @@ async def test_lspci_shows_each_device_with_its_capabilities_and_msi_x_on(with_m
     spec = spec_with(tmp_path / "initrd", orc.Disk(str(tmp_path / "disk")), orc.Rng(), orc.Console())
     async with orc.open_fleet(backend="kvm", bus_locks="auto") as fleet:
         vm = await booted(fleet, spec)
-        said = await answer(vm, "lspci -vv")
+        lines = (await answer(vm, "lspci -vv")).splitlines()
+        said = "\n".join(line for line in lines if "libkmod" not in line)  # the initrd has no index of modules
         bridge, *functions = [part for part in re.split(r"\n(?=\d\d:\d\d\.\d )", said.strip()) if part]
         assert "00:00.0" in bridge
         assert len(functions) == 3
