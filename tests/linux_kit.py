@@ -4,6 +4,7 @@
     host_kernel()     the kernel of the machine in a box that the tests run in, from its own folder
     vmlinux(kernel)   the ELF file that is compressed in a bzImage
     modules(...)      modules of Debian's kernel
+    kernel_module(source)   one more, in C
     program(source)   a program in C, for a guest
     initrd(...)       a cpio archive with busybox and /init
 
@@ -12,14 +13,16 @@ A machine in a box has no network, and forgets what is written there. `python te
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
 import os
 import shutil
 import stat
 import struct
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 
@@ -64,6 +67,9 @@ def debian_kernel() -> Path:
 
 VIRTIO = ("virtio", "virtio_ring", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci")
 """What every virtio device needs, each behind what it needs itself."""
+KVM = ("irqbypass", "kvm", "kvm-amd")
+"""Of a guest that has guests itself."""
+KERNEL_LOCKS = Path(__file__).parent / "guests" / "kernlocks.c"
 MODULES = (*VIRTIO, "virtio_blk", "virtio-rng", "virtio_console", "button", "pvpanic", "pvpanic-mmio")
 LOAD = "for module in /*.ko; do insmod $module; done"
 """A script for `initrd` with `modules`."""
@@ -72,7 +78,7 @@ LOAD = "for module in /*.ko; do insmod $module; done"
 def modules(*names: str) -> dict[str, bytes]:
     """Modules of Debian's kernel as files of an initrd, whose names have this order."""
     package = _newest(KERNEL_PACKAGE)
-    patterns = [f"lib/modules/*/kernel/drivers/**/{name}.ko" for name in names]
+    patterns = [f"lib/modules/*/kernel/**/{name}.ko" for name in names]
     return {
         f"{place:02}-{name}.ko": _unpacked(package, pattern).read_bytes()
         for place, (name, pattern) in enumerate(zip(names, patterns, strict=True))
@@ -112,24 +118,60 @@ def _newest(package: str) -> str:
     return names[0]
 
 
+def kernel_module(source: Path) -> bytes:
+    """A module in C for Debian's kernel, made with the headers of just that kernel."""
+    image = _newest(KERNEL_PACKAGE)
+    made = CACHE / image / f"{source.stem}-{hashlib.sha256(source.read_bytes()).hexdigest()[:16]}.ko"
+    if not made.is_file():
+        if missing := [tool for tool in ("gcc", "make") if not shutil.which(tool)]:
+            raise NotHereError(f"{' and '.join(missing)}: not here, where modules of kernels are made by them")
+        headers = image.replace("linux-image", "linux-headers")
+        common = headers.replace("-cloud-amd64", "-common")
+        series = ".".join(headers.split("-")[2].split(".")[:2])
+        with _content(headers, common, f"linux-kbuild-{series}") as content:
+            tree = content / "usr/src" / headers
+            (tree / "Makefile").write_text(f"include {content}/usr/src/{common}/Makefile\n")  # it names /usr/src
+            folder = content / "module"
+            folder.mkdir()
+            shutil.copy(source, folder)
+            (folder / "Makefile").write_text(f"obj-m := {source.stem}.o\n")
+            _run("make", "-C", str(tree), f"M={folder}", "CC=gcc", "modules")
+            _run("strip", "--strip-debug", str(folder / f"{source.stem}.ko"))
+            made.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(folder / f"{source.stem}.ko", made)
+    return made.read_bytes()
+
+
+def _run(*command: str, cwd: Path | None = None) -> None:
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise NotHereError(f"{' '.join(command)} failed: {(done.stderr or done.stdout).strip().splitlines()[-3:]}")
+
+
+@contextlib.contextmanager
+def _content(*packages: str) -> Iterator[Path]:
+    """Debian packages, unpacked into one folder, which is on the file system of CACHE and goes at the end."""
+    making = CACHE / f"{packages[0]}.{os.getpid()}"
+    making.mkdir(parents=True, exist_ok=True)
+    try:
+        _run("apt-get", "download", *packages, cwd=making)
+        for file in making.glob("*.deb"):
+            _run("dpkg-deb", "-x", file.name, "content", cwd=making)
+        yield making / "content"
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+
+
 def _unpacked(package: str, pattern: str) -> Path:
     """A file of a Debian package."""
     folder = CACHE / package
     if not sorted(folder.glob(pattern)):
-        making = CACHE / f"{package}.{os.getpid()}"
-        making.mkdir(parents=True, exist_ok=True)
-        try:
-            for command in (["apt-get", "download", package], ["sh", "-c", "dpkg-deb -x *.deb content"]):
-                done = subprocess.run(command, cwd=making, capture_output=True, text=True, check=False)
-                if done.returncode:
-                    raise NotHereError(f"{package} can't be had: {done.stderr.strip().splitlines()[-1:] or command}")
+        with _content(package) as content:
             folder.mkdir(exist_ok=True)
-            for found in sorted((making / "content").glob(pattern)):
-                target = folder / found.relative_to(making / "content")
+            for found in sorted(content.glob(pattern)):
+                target = folder / found.relative_to(content)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(found, target)
-        finally:
-            shutil.rmtree(making, ignore_errors=True)
     (found,) = sorted(folder.glob(pattern))[-1:]
     return found
 
@@ -205,4 +247,5 @@ def initrd(script: str = "", files: Mapping[str, bytes] | None = None) -> bytes:
 
 
 if __name__ == "__main__":
-    print(debian_kernel(), busybox(), *modules(*MODULES))
+    print(debian_kernel(), busybox(), *modules(*MODULES, *KVM))
+    kernel_module(KERNEL_LOCKS)

@@ -120,7 +120,7 @@ int64_t orc_now(void);
 enum { ORC_SITES, ORC_CODE_BEFORE, ORC_CODE_AFTER };
 struct orc_site {
 	uint64_t rip, space, samples, weight, error;
-	uint8_t mode, cpl, rode, before, size;
+	uint8_t mode, cpl, rode, nested, before, size;
 	uint8_t code[...];
 	...;
 };

@@ -53,7 +53,8 @@ void orc_vcpu_profile_memory(orc_vcpu *v, const struct kvm_userspace_memory_regi
 
 static bool same(const struct orc_site *a, const struct orc_site *b)
 {
-	return a->rip == b->rip && a->space == b->space && a->mode == b->mode && a->cpl == b->cpl && a->rode == b->rode;
+	return a->rip == b->rip && a->space == b->space && a->mode == b->mode && a->cpl == b->cpl && a->rode == b->rode &&
+	       a->nested == b->nested;
 }
 
 /* Code around an address: what lies on pages that are there. */
@@ -174,6 +175,7 @@ static bool registers(orc_vcpu *v, const struct orc_record *record, struct orc_s
 		return false;
 	orc_profile_place(s, regs.rip, regs.rflags, &sregs);
 	s->rode = record->reason != KVM_EXIT_X86_BUS_LOCK;
+	s->nested = (record->flags & KVM_RUN_X86_GUEST_MODE) != 0;
 	return true;
 }
 
