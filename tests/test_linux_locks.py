@@ -131,7 +131,7 @@ async def test_locks_of_a_nested_guest_are_counted_held_and_told_apart(with_kvm,
         assert len(nested) == 1
         assert (nested[0].address, nested[0].mode, nested[0].cpl) == (0x1006, 16, 0)
         assert 0.98 * 1600 <= nested[0].weight <= 1600
-        assert nested[0].code == bytes.fromhex("f0ff063e20")
+        assert nested[0].code == bytes.fromhex("f0ff063f20")
         assert await ended(vm, "poweroff -f") == OFF
 
 

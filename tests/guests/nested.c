@@ -10,7 +10,7 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 
-enum { CODE = 0x1000, ACROSS = 0x203e, MEMORY = 0x4000 };
+enum { CODE = 0x1000, ACROSS = 0x203f, MEMORY = 0x4000 };
 
 static const uint8_t guest[] = {
 	0x66, 0xb9, 0, 0, 0, 0,			     /* mov ecx, COUNT */
