@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..journal import Aggregate, JournalReader, read_journal
 from ..model.errors import OrchestraError, SpecError, UnknownVm
-from ..output.printable import printable
+from ..model.printable import printable
 from ..output.times import duration
 from ..profile import Profile, Symbols, disassembly, from_rows, make_profile
 from ..profile.folded import folded
