@@ -55,7 +55,7 @@ def hostile(name: str, image: Path, vcpus: int) -> orc.VmSpec:
 
 
 class Bystander:
-    """A VM of another tenant, whose port a task answers: with the number of the round, which it must get back plus one."""
+    """A VM of another tenant, whose port a task answers with the number of the round. It comes back plus one."""
 
     def __init__(self, vm: orc.Vm) -> None:
         self.vm = vm
