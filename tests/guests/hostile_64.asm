@@ -1,7 +1,8 @@
 ; A guest that does to its devices what no driver does, at random: the same seed does the same again. Its bus has a disk, an
 ; entropy device and a console, in this order. At 0x7000 are, of 8 bytes each: the seed, how many rounds, whether it is tame
-; (then it leaves alone what ends or stops a VM), how much memory there is, the round it is in, and how many
-; requests it has made that a device should have served. It ends by the exit port, if it gets there.
+; (then it leaves alone what ends or stops a VM), how much memory there is, the round it is in, how many requests it has made
+; that a device should have served, and how often it has found a device that wanted a reset. It ends by the exit port, if it
+; gets there.
 ;
 ; Several vCPUs do the same at once, in the same memory, each by its own seed. Kept all the time: r12 random state, r13 the round. A device's BAR is in rbx, its queue's memory in rbp.
 bits 64
@@ -12,7 +13,8 @@ TAME    equ 0x7010
 MEMORY  equ 0x7018
 ROUND   equ 0x7020
 GOOD    equ 0x7028
-NUMBER  equ 0x7030              ; of the device that is looked at
+BROKEN  equ 0x7030
+NUMBER  equ 0x7038              ; of the device that is looked at
 IDT     equ 0x6000
 QUEUES  equ 0x10000             ; 8 KiB for each device, 4 KiB for each of its queues
 BUFFERS equ 0x100000
@@ -492,7 +494,10 @@ drive:                                  ; a device as its driver does it, whatev
 .found: mov ebp, ecx
         shl ebp, 13
         add ebp, QUEUES
-        mov byte [rbx + 0x14], 0
+        test byte [rbx + 0x14], 0x40    ; DEVICE_NEEDS_RESET
+        jz .fine
+        inc qword [BROKEN]
+.fine:  mov byte [rbx + 0x14], 0
         mov byte [rbx + 0x14], 1
         mov byte [rbx + 0x14], 3
         mov dword [rbx], 0
