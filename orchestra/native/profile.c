@@ -98,7 +98,7 @@ static void add(orc_vcpu *v, struct orc_profile *p, struct orc_site *seen, orc_u
 
 void orc_profile_take(orc_vcpu *v, const struct orc_record *record, uint32_t every)
 {
-	struct orc_site seen = {.rip = record->rip};
+	struct orc_site seen = {.rip = record->rip, .nested = (record->flags & KVM_RUN_X86_GUEST_MODE) != 0};
 	orc_u64 weight = v->sample_passed;
 	struct orc_profile *p, *taken = NULL;
 	bool known;
@@ -175,7 +175,6 @@ static bool registers(orc_vcpu *v, const struct orc_record *record, struct orc_s
 		return false;
 	orc_profile_place(s, regs.rip, regs.rflags, &sregs);
 	s->rode = record->reason != KVM_EXIT_X86_BUS_LOCK;
-	s->nested = (record->flags & KVM_RUN_X86_GUEST_MODE) != 0;
 	return true;
 }
 
