@@ -11,10 +11,15 @@ import trio
 
 import linux_kit
 import orchestra as orc
+from conftest import bus_lock_problem
 from orchestra.cli.guilty import guilty
 from test_linux import answer, booted, ended, had, spec_of
 
-pytestmark = [pytest.mark.kvm, pytest.mark.linux, pytest.mark.buslock]
+pytestmark = [
+    pytest.mark.kvm,
+    pytest.mark.linux,
+    pytest.mark.skipif(bus_lock_problem() is not None, reason=str(bus_lock_problem())),
+]
 
 GUESTS = Path(__file__).parent / "guests"
 OFF = orc.Shutdown(reason="ACPI power-off")
@@ -112,15 +117,16 @@ async def test_locks_of_a_nested_guest_are_counted_held_and_told_apart(with_kvm,
     journal = tmp_path / "journal.db"
     async with orc.open_fleet(backend="kvm", bus_locks="require", journal=journal) as fleet:
         vm = await booted(fleet, attrs.evolve(debian(with_kvm), sample_every=1))
-        print(await answer(vm, "dmesg | grep -i -E 'kvm|svm'; ls -l /dev/kvm; cat /sys/module/kvm_amd/parameters/npt"))
+        assert "SVM: kvm: Nested Paging enabled" in await answer(vm, "dmesg | grep SVM")  # as CPUID tells it
+        before = vm.statistics().bus_locks
         async with fleet.exits(orc.BusLock, vm=vm) as exits:
             assert await answer(vm, "splitlocks 200") == "200 split locks\n"
             assert await answer(vm, "nested 1000") == "exit 5, 1000 split locks in a nested guest\n"  # KVM_EXIT_HLT
             with trio.fail_after(60):
                 whose = []
-                while len(whose) < 0.98 * 1200:
+                while len(whose) < vm.statistics().bus_locks - before:
                     whose.append((await exits.receive()).guest_mode)
-        assert 0.98 * 1000 <= whose.count(True) <= 1000
+        assert 0.98 * 1000 <= whose.count(True) <= 1.02 * 1000  # a page's first touch is reported once more
         assert 0.98 * 200 <= whose.count(False) <= 200
         await vm.set_limit(orc.Limit(rate=200, burst=1))
         began = trio.current_time()
@@ -130,7 +136,7 @@ async def test_locks_of_a_nested_guest_are_counted_held_and_told_apart(with_kvm,
         nested = [one for one in vm.profile().instructions if one.nested]
         assert len(nested) == 1
         assert (nested[0].address, nested[0].mode, nested[0].cpl) == (0x1006, 16, 0)
-        assert 0.98 * 1600 <= nested[0].weight <= 1600
+        assert 0.98 * 1600 <= nested[0].weight <= 1.02 * 1600
         assert nested[0].code == bytes.fromhex("f0ff063f20")
         assert await ended(vm, "poweroff -f") == OFF
 
