@@ -22,7 +22,7 @@ import stat
 import struct
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 
@@ -69,7 +69,9 @@ VIRTIO = ("virtio", "virtio_ring", "virtio_pci_legacy_dev", "virtio_pci_modern_d
 """What every virtio device needs, each behind what it needs itself."""
 KVM = ("irqbypass", "kvm", "kvm-amd")
 """Of a guest that has guests itself."""
-KERNEL_LOCKS = Path(__file__).parent / "guests" / "kernlocks.c"
+GUESTS = Path(__file__).parent / "guests"
+KERNEL_LOCKS = GUESTS / "kernlocks.c"
+PROGRAMS = ("splitlocks", "works", "nested")
 MODULES = (*VIRTIO, "virtio_blk", "virtio-rng", "virtio_console", "button", "pvpanic", "pvpanic-mmio")
 LOAD = "for module in /*.ko; do insmod $module; done"
 """A script for `initrd` with `modules`."""
@@ -87,16 +89,24 @@ def modules(*names: str) -> dict[str, bytes]:
 
 def program(source: Path) -> bytes:
     """A program for a guest, which needs no library there."""
-    if not shutil.which("gcc"):
-        raise NotHereError("gcc is not here, which makes programs for guests")
-    with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder) / "program"
-        done = subprocess.run(
-            ["gcc", "-O1", "-static", "-o", made, source], capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            raise NotHereError(f"{source} can't be compiled here: {done.stderr}")
-        return made.read_bytes()
+
+    def make(folder: Path) -> Path:
+        if not shutil.which("gcc"):
+            raise NotHereError("gcc is not here, which makes programs for guests")
+        _run("gcc", "-O1", "-static", "-o", str(folder / "program"), str(source))
+        return folder / "program"
+
+    return _kept(source.stem, source.read_bytes(), make)
+
+
+def _kept(name: str, source: bytes, make: Callable[[Path], Path]) -> bytes:
+    """What `make` leaves in a file of the folder that it is given, made once of that source: a box has no tools."""
+    kept = CACHE / "made" / f"{name}-{hashlib.sha256(source).hexdigest()[:16]}"
+    if not kept.is_file():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
+            os.replace(make(Path(folder)), kept)
+    return kept.read_bytes()
 
 
 @functools.cache
@@ -120,26 +130,24 @@ def _newest(package: str) -> str:
 
 def kernel_module(source: Path) -> bytes:
     """A module in C for Debian's kernel, made with the headers of just that kernel."""
-    image = _newest(KERNEL_PACKAGE)
-    made = CACHE / image / f"{source.stem}-{hashlib.sha256(source.read_bytes()).hexdigest()[:16]}.ko"
-    if not made.is_file():
+    headers = _newest(KERNEL_PACKAGE).replace("linux-image", "linux-headers")
+
+    def make(folder: Path) -> Path:
         if missing := [tool for tool in ("gcc", "make") if not shutil.which(tool)]:
             raise NotHereError(f"{' and '.join(missing)}: not here, where modules of kernels are made by them")
-        headers = image.replace("linux-image", "linux-headers")
         common = headers.replace("-cloud-amd64", "-common")
         series = ".".join(headers.split("-")[2].split(".")[:2])
         with _content(headers, common, f"linux-kbuild-{series}") as content:
             tree = content / "usr/src" / headers
             (tree / "Makefile").write_text(f"include {content}/usr/src/{common}/Makefile\n")  # it names /usr/src
-            folder = content / "module"
-            folder.mkdir()
             shutil.copy(source, folder)
             (folder / "Makefile").write_text(f"obj-m := {source.stem}.o\n")
             _run("make", "-C", str(tree), f"M={folder}", "CC=gcc", "modules")
-            _run("strip", "--strip-debug", str(folder / f"{source.stem}.ko"))
-            made.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(folder / f"{source.stem}.ko", made)
-    return made.read_bytes()
+        made = folder / f"{source.stem}.ko"
+        _run("strip", "--strip-debug", str(made))
+        return made
+
+    return _kept(f"{source.stem}.ko", headers.encode() + source.read_bytes(), make)
 
 
 def _run(*command: str, cwd: Path | None = None) -> None:
@@ -186,11 +194,17 @@ def vmlinux(kernel: Path, *, pvh: bool = True) -> bytes:
     setup = (packed[0x1F1] + 1) * 512
     offset, size = struct.unpack_from("<II", packed, 0x248)
     payload = packed[setup + offset : setup + offset + size - 4]  # the last four bytes are the length
-    tools = {b"\x02\x21\x4c\x18": "lz4", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zX": "xz"}
-    tool = tools.get(payload[:4])
-    if tool is None or not shutil.which(tool):
-        raise NotHereError(f"{kernel} is compressed with {tool or payload[:4]!r}, which is not here")
-    unpacked = subprocess.run([tool, "-dcf"], input=payload, capture_output=True, check=True).stdout
+
+    def unpack(folder: Path) -> Path:
+        tools = {b"\x02\x21\x4c\x18": "lz4", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zX": "xz"}
+        tool = tools.get(payload[:4])
+        if tool is None or not shutil.which(tool):
+            raise NotHereError(f"{kernel} is compressed with {tool or payload[:4]!r}, which is not here")
+        done = subprocess.run([tool, "-dcf"], input=payload, capture_output=True, check=True)
+        (folder / "vmlinux").write_bytes(done.stdout)
+        return folder / "vmlinux"
+
+    unpacked = _kept(kernel.name.replace("vmlinuz", "vmlinux"), payload, unpack)
     note = struct.pack("<III4s", 4, 8, 18, b"Xen\0")
     assert unpacked.startswith(b"\x7fELF")
     assert unpacked.count(note) == 1
@@ -249,3 +263,6 @@ def initrd(script: str = "", files: Mapping[str, bytes] | None = None) -> bytes:
 if __name__ == "__main__":
     print(debian_kernel(), busybox(), *modules(*MODULES, *KVM))
     kernel_module(KERNEL_LOCKS)
+    vmlinux(debian_kernel())
+    for name in PROGRAMS:
+        program(GUESTS / f"{name}.c")
