@@ -125,7 +125,9 @@ async def run_hostile(
 @pytest.mark.parametrize("vcpus", [1, pytest.param(2, marks=pytest.mark.smp)])
 @pytest.mark.parametrize("tame", [True, False], ids=["tame", "ends itself"])
 @pytest.mark.parametrize("seeds", [SEEDS, None], ids=["fixed", "random"])
-async def test_hostile_guest_ends_by_a_name_or_goes_on_and_touches_no_other(tmp_path, caplog, seeds, tame, vcpus):
+async def test_hostile_guest_ends_by_a_name_or_goes_on_and_touches_no_other(
+    tmp_path, caplog, nothing_left, seeds, tame, vcpus
+):
     seeds = seeds or struct.unpack("<3Q", os.urandom(24))
     print("seeds:", *map(hex, seeds))
     with caplog.at_level(logging.WARNING, "orchestra"):
