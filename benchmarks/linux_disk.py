@@ -107,8 +107,8 @@ def judge(title: str, what: str, taken: Mapping[tuple[str, str, str], Taken], ho
             bound=f"{least}x at least",
             ok=rate >= least,
             note="virtio-blk of QEMU's q35 with aio=io_uring and an I/O thread, the same image, both VMs up, in turns. "
-            "direct: cache=none; cached: cache=writeback, the image in the host's page cache. CPU of the VMM without the "
-            "guest's, for each GiB read.",
+            "direct: cache=none; cached: cache=writeback, the image in the host's page cache. CPU of the VMM without "
+            "the guest's, for each GiB read.",
             details=details,
         ),
         Row(

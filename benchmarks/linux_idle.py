@@ -48,8 +48,8 @@ async def linux_idle(options: Options) -> list[Row]:
             measured=f"{rate:.2f} a second",
             bound=f"{MOST} a second",
             ok=rate <= MOST,
-            note=f"Of {seconds} s, with serial port, disk, entropy, console and the chipset, their drivers loaded. All its "
-            f"exits to the VMM meanwhile: {sum(exits.values())}. CPU of the program without the guest's: "
+            note=f"Of {seconds} s, with serial port, disk, entropy, console and the chipset, their drivers loaded. All "
+            f"its exits to the VMM meanwhile: {sum(exits.values())}. CPU of the program without the guest's: "
             f"{used / took:.2%} of a core.",
             details={"answers": after.answers - before.answers, "exits": exits, "seconds": took, "cpu": used},
         )

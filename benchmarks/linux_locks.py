@@ -1,4 +1,4 @@
-"""A limit on a Linux guest's bus locks: what it lets through, and what a process beside the offender and another VM keep."""
+"""A limit on a Linux guest's bus locks: what it lets through, and what others in the guest and another VM keep."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ async def linux_locks(options: Options) -> list[Row]:
             ratio=rate / LIMIT.rate,
             bound="1 %",
             ok=abs(rate / LIMIT.rate - 1) <= HELD,
-            note="A process on the second vCPU makes split locks and nothing else. Who works beside it has a CPU of its own, "
-            "and is compared with itself while there is no offender, in turns.",
+            note="A process on the second vCPU makes split locks and nothing else. Who works beside it has a CPU of its "
+            "own, and is compared with itself while there is no offender, in turns.",
             details=attrs.asdict(taken),
         )
     ]

@@ -1,4 +1,4 @@
-"""Linux VMs together: how long each takes to its init while others boot, what memory each costs, and one with 8 vCPUs."""
+"""Linux VMs together: how long each takes to its init, and what memory each costs; and one with 8 vCPUs."""
 
 from __future__ import annotations
 
@@ -111,8 +111,8 @@ async def linux_many(options: Options) -> list[Row]:
             measured=f"{each:.2f} MiB",
             bound=f"{EACH} MiB",
             ok=each <= EACH,
-            note="Slope of the process's proportional set size (PSS) without the guests' pages that are in RAM; each VM "
-            "with serial port, disk, entropy and console, all drivers loaded, and idle.",
+            note="Slope of the process's proportional set size (PSS) without the guests' pages that are in RAM; each "
+            "VM with serial port, disk, entropy and console, all drivers loaded, and idle.",
             details={"steps": [attrs.asdict(step) for step in steps]},
         ),
         Row(

@@ -30,9 +30,9 @@ def version() -> str:
 
 
 def cpu(pid: int) -> float:
-    """CPU seconds of all threads of a process, those that have ended included, without the time that they ran guest code.
+    """CPU seconds of all threads of a process, ended ones included, without the time that they ran guest code.
 
-    The guest's time is the guest's, and not of the program that runs it: what is left is the VMM's, and the kernel's for it.
+    The guest's time is the guest's, not of the program that runs it: the rest is the VMM's, and the kernel's for it.
     """
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     user, kernel, guest = (int(fields[number - 3]) for number in (14, 15, 43))  # proc(5): numbers from 1
