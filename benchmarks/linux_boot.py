@@ -19,8 +19,8 @@ __all__ = ["linux_boot"]
 Taken = tuple[float, float]  # seconds, CPU seconds without the guest's
 NOTE = (
     "From launch to the guest's init, one vCPU and 256 MiB, the same kernel, initrd and command line, in turns. Ours "
-    "in a fresh process each round; Python's own start and import are before it. QEMU: from the start of its process. CPU "
-    "without what the guest's code took (guest_time), of all threads, and the kernel's for them."
+    "in a fresh process each round; Python's own start and import are before it. QEMU: from the start of its process. "
+    "CPU without what the guest's code took (guest_time), of all threads, and the kernel's for them."
 )
 
 

@@ -75,8 +75,8 @@ async def linux_locks(options: Options) -> list[Row]:
             ratio=rate / LIMIT.rate,
             bound="1 %",
             ok=abs(rate / LIMIT.rate - 1) <= HELD,
-            note="A process on the second vCPU makes split locks and nothing else. Who works beside it has a CPU of its "
-            "own, and is compared with itself while there is no offender, in turns.",
+            note="A process on the second vCPU makes split locks and nothing else. Who works beside it has a CPU of "
+            "its own, and is compared with itself while there is no offender, in turns.",
             details=attrs.asdict(taken),
         )
     ]
