@@ -1,10 +1,12 @@
 """The Linux guest of the measurements: its files, its VM in a fleet, and why there may be none.
 
 The kernel is Debian's for virtual machines. Its whole user space is guests/linux.c, which does what the host types.
+``python -m benchmarks.linux`` fetches and compiles what they need, for a machine in a box, which has no network and is slow.
 """
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import stat
 import sys
@@ -75,10 +77,18 @@ def skipped(name: str, *, peer: bool) -> bool:
     return problem is not None
 
 
+def _program() -> Path:
+    """guests/linux.c, compiled; kept beside the kernel for as long as the source is the same."""
+    source = (floor.HERE / "guests" / "linux.c").read_bytes()
+    kept = linux_kit.CACHE / f"benchmarks-guest-{hashlib.sha256(source).hexdigest()[:16]}"
+    if not kept.is_file():
+        floor.compile_c("guests/linux.c", kept.with_suffix(".new"), "-static").rename(kept)
+    return kept
+
+
 def made(build: Path) -> Files:
     """Make the initrds, and a copy of the kernel beside them: whose file system is slow is not measured."""
-    program = floor.compile_c("guests/linux.c", build / "linux-guest", "-static").read_bytes()
-    root = {"dev/": b"", "dev/console": (stat.S_IFCHR | 0o600, 5, 1), "init": program}
+    root = {"dev/": b"", "dev/console": (stat.S_IFCHR | 0o600, 5, 1), "init": _program().read_bytes()}
     kernel = Path(shutil.copy(linux_kit.debian_kernel(), build / "vmlinuz"))
     files = Files(kernel, build / "initrd-bare", build / "initrd-loaded")
     files.bare.write_bytes(linux_kit.cpio(root))
@@ -116,3 +126,7 @@ async def order(guest: Guest, text: str) -> list[int]:
             raise RuntimeError(" ".join(said))
         if said[:1] == ["did"]:
             return [int(word) for word in said[1:] if word.isdigit()]
+
+
+if __name__ == "__main__":
+    print(linux_kit.debian_kernel(), _program(), *linux_kit.modules(*linux_kit.MODULES))
