@@ -1,7 +1,7 @@
 """The Linux guest of the measurements: its files, its VM in a fleet, and why there may be none.
 
 The kernel is Debian's for virtual machines. Its whole user space is guests/linux.c, which does what the host types.
-``python -m benchmarks.linux`` fetches and compiles what they need, for a machine in a box, which has no network and is slow.
+``python -m benchmarks.linux`` fetches and compiles what they need: a machine in a box has no network, and is slow.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def made(build: Path) -> Files:
     kernel = Path(shutil.copy(linux_kit.debian_kernel(), build / "vmlinuz"))
     files = Files(kernel, build / "initrd-bare", build / "initrd-loaded")
     files.bare.write_bytes(linux_kit.cpio(root))
-    files.loaded.write_bytes(linux_kit.cpio({**root, **linux_kit.modules(*linux_kit.MODULES, "virtio_mmio")}))
+    files.loaded.write_bytes(linux_kit.cpio({**root, **linux_kit.modules(*linux_kit.MODULES)}))
     return files
 
 
