@@ -1,8 +1,13 @@
-"""Linux VMs together: how long each takes to its init, and what memory each costs; and one with 8 vCPUs."""
+"""Linux VMs together: how long each takes to its init, and what memory each costs; and one with 8 vCPUs.
+
+``python -m benchmarks.linux_many FILE.json FILE.svg`` draws the curves of a saved run.
+"""
 
 from __future__ import annotations
 
 import gc
+import json
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +22,7 @@ from .linux import BOOTED, Files, made, skipped, spec
 from .linux_idle import devices
 from .row import Options, Row
 
-__all__ = ["Step", "linux_many", "slope"]
+__all__ = ["Step", "draw", "linux_many", "slope"]
 
 STEPS = (1, 2, 4, 8, 20)
 EACH = 0.5
@@ -96,7 +101,7 @@ async def many_vcpus(files: Files, vcpus: int) -> float:
 
 
 async def linux_many(options: Options) -> list[Row]:
-    """A bound on memory. The curves of time and memory are in the JSON file, and `plot` draws them."""
+    """A bound on memory. The curves of time and memory are in the JSON file, and `draw` draws them."""
     if skipped("linux-many", peer=False):
         return []
     files = made(options.build)
@@ -138,3 +143,27 @@ async def linux_many(options: Options) -> list[Row]:
             )
         )
     return rows
+
+
+def draw(results: Path, picture: Path) -> None:
+    """The curves of boot time and of memory, as an SVG."""
+    from orchestra.output import svg
+    from orchestra.output.colours import CPU, QUIET
+    from orchestra.output.figures import Figure, rc_context
+
+    saved = json.loads(results.read_text())
+    steps = next(row["details"]["steps"] for row in saved["rows"] if "steps" in row["details"])
+    with rc_context(svg.STYLE):
+        figure = Figure(figsize=(8, 3), layout="constrained")
+        time_axes, memory_axes = figure.subplots(1, 2)
+        svg.heading(figure, f"Linux VMs together: {saved['machine']['cpu']}, {saved['machine']['kvm']}")
+        for step in steps:
+            time_axes.plot([step["vms"]] * len(step["each"]), step["each"], "o", color=QUIET, markersize=3)
+        time_axes.set(title="launch to init, each", xlabel="VMs that are up then", ylabel="s", ylim=(0, None))
+        memory_axes.plot([step["vms"] for step in steps], [step["mib"] for step in steps], "o-", color=CPU)
+        memory_axes.set(title="memory of orchestra", xlabel="VMs", ylabel="MiB", ylim=(0, None))
+        svg.save(figure, picture)
+
+
+if __name__ == "__main__":
+    draw(Path(sys.argv[1]), Path(sys.argv[2]))
