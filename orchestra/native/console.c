@@ -13,6 +13,7 @@ struct orc_console {
 	uint8_t *kept; /* byte n of the output is at n modulo `room`, which grows as long as nothing was overwritten */
 	size_t room;
 	bool is_port, open; /* a port: nothing is overwritten; the guest has it open */
+	uint32_t openings;
 	bool stalled;       /* its device waits for room for output, and was not told yet */
 	orc_u64 taken;      /* output of a port that was read */
 
@@ -236,6 +237,8 @@ void orc_port_set_open(orc_console *c, orc_vcpu *by, bool open)
 
 	pthread_mutex_lock(&c->lock);
 	told = open != c->open && is_wanted(c);
+	if (open && !c->open && !++c->openings)
+		c->openings = 1; /* 0 says that it is not open */
 	c->open = open;
 	if (!open) { /* what was written for the program that had it is for no other */
 		atomic_store_explicit(&c->typed, 0, memory_order_relaxed);
@@ -247,22 +250,22 @@ void orc_port_set_open(orc_console *c, orc_vcpu *by, bool open)
 		orc_talk(by);
 }
 
-bool orc_port_is_open(orc_console *c)
+uint32_t orc_port_opening(orc_console *c)
 {
-	bool open;
+	uint32_t opening;
 
 	pthread_mutex_lock(&c->lock);
-	open = c->open;
+	opening = c->open ? c->openings : 0;
 	pthread_mutex_unlock(&c->lock);
-	return open;
+	return opening;
 }
 
-bool orc_port_want(orc_console *c, bool open)
+bool orc_port_want(orc_console *c, uint32_t opening, bool output)
 {
 	bool nothing_new;
 
 	pthread_mutex_lock(&c->lock);
-	nothing_new = c->total == c->taken && open == c->open;
+	nothing_new = (c->open ? c->openings : 0) == opening && !(output && c->total != c->taken);
 	c->wanted = c->wanted || nothing_new;
 	pthread_mutex_unlock(&c->lock);
 	return nothing_new;

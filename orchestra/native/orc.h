@@ -529,10 +529,11 @@ orc_console *orc_port_new(void); /* NULL: no memory. By orc_console_free, too */
 size_t orc_port_say(orc_console *, orc_vcpu *by, const uint8_t *, size_t);
 /* The device: the guest has it open from now on, or not; then input that waits is forgotten. The reader who waits is told. */
 void orc_port_set_open(orc_console *, orc_vcpu *by, bool open);
-bool orc_port_is_open(orc_console *);
+uint32_t orc_port_opening(orc_console *); /* which time it is that the guest has it open, from 1 on; 0: it has not */
 size_t orc_port_take(orc_console *, uint8_t *out, size_t room); /* the oldest output; it makes room */
-/* Wait for output, or for a change of what orc_port_is_open said: somebody will be told, once. False: there is one. */
-bool orc_port_want(orc_console *, bool open);
+/* Wait until orc_port_opening says something else, or with `output` until there is some: somebody will be told, once. False: that is
+ * so already. */
+bool orc_port_want(orc_console *, uint32_t opening, bool output);
 
 /* Owner: takes up to `most` ids of vCPUs on whose console there is output that somebody waits for, or room for input. */
 size_t orc_fleet_talking(orc_fleet *, uint32_t *out, size_t most);

@@ -248,9 +248,9 @@ static void what_is_written_to_a_port_is_read_there_and_nowhere_else(void)
 
 	begin(&p, F_MULTIPORT | F_RINGS);
 	come_up(&p);
-	CHECK(!orc_port_is_open(p.port[0]) && orc_port_want(p.port[0], false));
+	CHECK(!orc_port_opening(p.port[0]) && orc_port_want(p.port[0], 0, true));
 	tell(&p, 1, VIRTIO_CONSOLE_PORT_OPEN, 1);
-	CHECK(orc_port_is_open(p.port[0]) && !orc_port_is_open(p.port[1]) && !orc_port_want(p.port[0], false));
+	CHECK(orc_port_opening(p.port[0]) && !orc_port_opening(p.port[1]) && !orc_port_want(p.port[0], 0, true));
 	memcpy(at(&p.g, HERE), "to one to two on the console", 28);
 	request(&p.b, FIRST_TRANSMIT, 0, HERE, 6, 0);
 	CHECK(await_used(&p.b, FIRST_TRANSMIT).len == 0);
@@ -258,11 +258,11 @@ static void what_is_written_to_a_port_is_read_there_and_nowhere_else(void)
 	await_used(&p.b, SECOND_TRANSMIT);
 	request(&p.b, TRANSMIT, 0, HERE + 14, 14, 0);
 	await_used(&p.b, TRANSMIT);
-	CHECK(!orc_port_want(p.port[0], true));
+	CHECK(!orc_port_want(p.port[0], 1, true));
 	CHECK(orc_port_take(p.port[0], text, 3) == 3 && orc_port_take(p.port[0], text + 3, 61) == 3 && !memcmp(text, "to one", 6));
 	CHECK(orc_port_take(p.port[1], text, 64) == 6 && !memcmp(text, "to two", 6));
 	CHECK(orc_console_copy(p.console, &position, text, 64) == 14 && !memcmp(text, "on the console", 14));
-	CHECK(!orc_port_take(p.port[0], text, 64) && orc_port_want(p.port[0], true));
+	CHECK(!orc_port_take(p.port[0], text, 64) && orc_port_want(p.port[0], 1, true));
 
 	request(&p.b, FIRST_RECEIVE, 0, HERE, 64, W);
 	request(&p.b, SECOND_RECEIVE, 0, HERE + 64, 64, W);
@@ -302,12 +302,12 @@ static void output_of_a_port_waits_for_its_reader_and_nothing_of_it_is_lost(void
 	CHECK(!reap(&p.b.d[FIRST_TRANSMIT], &e));
 	orc_io_let_go(p.io);
 	tell(&p, 1, VIRTIO_CONSOLE_PORT_OPEN, 0);
-	CHECK(orc_port_is_open(p.port[0]), "until all that was written before is read");
+	CHECK(orc_port_opening(p.port[0]), "until all that was written before is read");
 	for (uint64_t seed = 3; n < LONG + PIECE;)
 		n += orc_port_take(p.port[0], got + n, 1 + random_number(&seed) % 30000);
 	CHECK(n == LONG + PIECE && !memcmp(got, at(&p.g, FROM), LONG) && !memcmp(got + LONG, at(&p.g, FROM), PIECE));
 	CHECK(await_used(&p.b, FIRST_TRANSMIT).id == 0 && await_used(&p.b, FIRST_TRANSMIT).id == 2);
-	for (orc_ns deadline = orc_now() + PATIENCE; orc_port_is_open(p.port[0]); sched_yield())
+	for (orc_ns deadline = orc_now() + PATIENCE; orc_port_opening(p.port[0]); sched_yield())
 		CHECK(orc_now() < deadline);
 	end(&p);
 }
@@ -322,12 +322,14 @@ static void a_port_that_is_closed_forgets_what_waited_for_the_program_that_had_i
 	tell(&p, 1, VIRTIO_CONSOLE_PORT_OPEN, 1);
 	CHECK(orc_console_type(p.port[0], in, sizeof in) == ORC_CONSOLE_TYPED);
 	tell(&p, 1, VIRTIO_CONSOLE_PORT_OPEN, 0);
-	for (orc_ns deadline = orc_now() + PATIENCE; orc_port_is_open(p.port[0]); sched_yield())
+	for (orc_ns deadline = orc_now() + PATIENCE; orc_port_opening(p.port[0]); sched_yield())
 		CHECK(orc_now() < deadline);
 	CHECK(!orc_console_typed(p.port[0]));
-	tell(&p, 1, VIRTIO_CONSOLE_PORT_OPEN, 1);
+	for (int i = 0; i < 2; i++)
+		tell(&p, 1, VIRTIO_CONSOLE_PORT_OPEN, 1);
+	CHECK(orc_port_opening(p.port[0]) == 2 && !orc_port_want(p.port[0], 1, false));
 	put(p.b.v, VIRTIO_PCI_COMMON_STATUS, 1, 0);
-	CHECK(!orc_port_is_open(p.port[0]), "a reset closes it");
+	CHECK(!orc_port_opening(p.port[0]), "a reset closes it");
 	end(&p);
 }
 
@@ -437,10 +439,10 @@ static void control_messages_that_have_no_meaning_change_nothing(void)
 	tell(&p, 1, VIRTIO_CONSOLE_PORT_OPEN, 2);
 	request(&p.b, CONTROL_TRANSMIT, 0, LOW + 0x10000, LOW_SIZE - 0x10000, 0);
 	await_used(&p.b, CONTROL_TRANSMIT);
-	CHECK(!orc_port_is_open(p.port[0]) && !orc_port_is_open(p.port[1]));
+	CHECK(!orc_port_opening(p.port[0]) && !orc_port_opening(p.port[1]));
 	is_told_nothing(&p);
 	tell(&p, 1, VIRTIO_CONSOLE_PORT_OPEN, 1);
-	CHECK(orc_port_is_open(p.port[0]), "it works as before");
+	CHECK(orc_port_opening(p.port[0]), "it works as before");
 	end(&p);
 }
 
@@ -504,7 +506,7 @@ static void buffers_of_the_wrong_kind_end_the_device_until_a_reset(void)
 		orc_virtio_look(p.b.v, &c);
 		CHECK(c.status & NEEDS_RESET && c.error == ORC_QUEUE_BAD_REQUEST && c.error_queue == wrong[i].queue);
 		put(p.b.v, VIRTIO_PCI_COMMON_STATUS, 1, 0);
-		CHECK(!get(p.b.v, VIRTIO_PCI_COMMON_STATUS, 1) && !orc_port_is_open(p.port[0]));
+		CHECK(!get(p.b.v, VIRTIO_PCI_COMMON_STATUS, 1) && !orc_port_opening(p.port[0]));
 		end(&p);
 	}
 }
@@ -561,7 +563,7 @@ static void ports_go_on_in_another_device_from_their_state(void)
 	wrong = s;
 	wrong.accepted &= ~(1ull << VIRTIO_CONSOLE_F_MULTIPORT);
 	CHECK(!orc_virtio_load(q.b.v, &wrong));
-	CHECK(orc_virtio_load(q.b.v, &s) && orc_port_is_open(q.port[0]) && !orc_port_is_open(q.port[1]));
+	CHECK(orc_virtio_load(q.b.v, &s) && orc_port_opening(q.port[0]) && !orc_port_opening(q.port[1]));
 	orc_virtio_save(q.b.v, &wrong);
 	CHECK(!memcmp(s.kind, wrong.kind, sizeof s.kind));
 	orc_io_let_go(p.io);
@@ -591,7 +593,7 @@ static void *play_reader(void *argument)
 		for (uint64_t i = 0; i < n; i++)
 			CHECK(bytes[i] == (uint8_t)(s->out + i));
 		s->out += n;
-		orc_port_want(s->port, orc_port_is_open(s->port));
+		orc_port_want(s->port, orc_port_opening(s->port), true);
 		if (last && !n)
 			break;
 		sched_yield();
