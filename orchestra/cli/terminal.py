@@ -95,6 +95,20 @@ class Terminal:
             with suppress(termios.error):
                 termios.tcsetattr(self.fd, termios.TCSANOW, self._settings)
 
+    async def follow_size(self, resized: Callable[[int, int], None]) -> None:
+        """Say how many columns and rows it has: now, and when that may have changed. Without a size it says nothing."""
+        # SIGCONT: while we are in the background, SIGWINCH goes to others.
+        with trio.open_signal_receiver(signal.SIGWINCH, signal.SIGCONT) as signals:
+            self._tell_size(resized)
+            async for _ in signals:
+                self._tell_size(resized)
+
+    def _tell_size(self, resized: Callable[[int, int], None]) -> None:
+        with suppress(OSError):  # hung up
+            columns, rows = os.get_terminal_size(self.fd)
+            if columns and rows:
+                resized(columns, rows)
+
     async def follow_stops(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Restore it before a stop (SIGTSTP), and make it raw again when the program goes on."""
         stops = [signal.SIGCONT]

@@ -175,6 +175,7 @@ bool orc_virtio_pci_answer(orc_device *, orc_vcpu *by, const struct orc_access *
  * or unbinds the vector's eventfd, before the guest goes on. Nothing else does. */
 orc_device *orc_virtio_device(orc_virtio *);
 uint16_t orc_virtio_type(const orc_virtio *);
+uint8_t orc_virtio_isr(orc_virtio *); /* 4.1.4.5, as it is, without the effect of a read. Any thread, the lock not held */
 uint16_t orc_virtio_queues(const orc_virtio *);
 uint16_t orc_virtio_vectors(const orc_virtio *);
 uint32_t orc_virtio_config_size(const orc_virtio *); /* of ORC_BAR_DEVICE; 0: it has none */
