@@ -30,6 +30,13 @@ def answer(native: Any, offset: int, data: bytes) -> bool:
     return bool(lib.orc_device_answer(native, offset, len(data), 1, True, ffi.from_buffer(bytearray(data))))
 
 
+def ask(native: Any, offset: int, size: int) -> int:
+    """Read an ``orc_device``. No read goes up to Python."""
+    data = ffi.new("uint8_t[]", size)
+    assert lib.orc_device_answer(native, offset, size, 1, False, data)
+    return int.from_bytes(ffi.buffer(data), "little")
+
+
 class RecordedLine:
     """A level-triggered line; `levels` has every level that was set, in order."""
 
