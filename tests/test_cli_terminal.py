@@ -170,7 +170,7 @@ async def test_size_is_said_at_first_and_when_it_changes():
         termios.tcsetwinsize(slave, (25, 80))
         said: list[tuple[int, int]] = []
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(Terminal(slave).follow_size, lambda columns, rows: said.append((columns, rows)))
+            nursery.start_soon(Terminal(slave).follow, lambda columns, rows: said.append((columns, rows)))
             await wait_until(lambda: said == [(80, 25)])
             for size, number in (((50, 132), signal.SIGWINCH), ((40, 100), signal.SIGCONT)):
                 termios.tcsetwinsize(slave, size)
