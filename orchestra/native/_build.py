@@ -35,6 +35,7 @@ SOURCES = [
     "pci.c",
     "virtio_rng.c",
     "virtio_console.c",
+    "virtio_balloon.c",
     "uring.c",
     "store.c",
     "file.c",

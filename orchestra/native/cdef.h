@@ -587,6 +587,23 @@ orc_virtio *orc_virtio_console_new(const orc_guest_memory *, orc_console *, uint
 void orc_virtio_console_listen(orc_virtio *, bool on);
 void orc_virtio_console_resize(orc_virtio *, uint16_t columns, uint16_t rows);
 
+enum {
+	ORC_BALLOON_SHARED, ORC_BALLOON_FILE, ORC_BALLOON_REPORTING, ORC_BALLOON_DEFLATE_ON_OOM, ORC_BALLOON_MUST_TELL_HOST,
+	ORC_BALLOON_STATISTICS, ...
+};
+int orc_virtio_balloon_new(const orc_guest_memory *, unsigned flags, int64_t interval, orc_virtio **out);
+void orc_virtio_balloon_set_target(orc_virtio *, uint32_t pages);
+struct orc_balloon_counters {
+	bool driver;
+	uint32_t actual;
+	uint64_t inflated, deflated, reported, given_back, failed, updates;
+	int64_t updated;
+	uint32_t known;
+	uint64_t statistic[10];
+	...;
+};
+void orc_virtio_balloon_look(orc_virtio *, struct orc_balloon_counters *out);
+
 /* ---- pci.h ---- */
 
 enum { ORC_PCI_SLOTS, ORC_PCI_SPACE, ORC_PCI_ECAM, ORC_PCI_PORTS, ... };
