@@ -21,12 +21,13 @@ from .fleet.open import open_fleet
 from .fleet.spec import FleetSpec
 from .fleet.statistics import FleetStatistics, TenantStatistics
 from .fleet.watch import Watch
-from .machine.desired import AskedCap, AskedLimit, Desired, LimitStack, PlacedLimits
+from .machine.desired import AskedCap, AskedLimit, AskedMemory, Desired, LimitStack, PlacedLimits
 from .machine.devices.bus import Device
 from .machine.devices.peripheral import Hooks, Peripheral
 from .machine.devices.requests import Request
 from .machine.hostbudget import HostBudget, HostBudgetStatistics
 from .machine.pause_levels import PendingIo
+from .machine.statistics import GuestMemoryStatistics, MemoryStatistics
 from .machine.vm import VcpuStatistics, Vm, VmStatistics
 from .model.actions import (
     Action,
@@ -43,6 +44,7 @@ from .model.actions import (
     Reload,
     Resume,
     SetLimit,
+    SetMemory,
     Shutdown,
     State,
     Stop,
@@ -119,7 +121,7 @@ from .model.spec import (
     Tenant,
     VmSpec,
 )
-from .model.virtio import Console, Rng
+from .model.virtio import Balloon, Console, Rng
 from .native.channels import ExitBatch
 from .policy import (
     CPU_MODELS,
@@ -158,7 +160,9 @@ __all__ = [
     "Applied",
     "AskedCap",
     "AskedLimit",
+    "AskedMemory",
     "BackendUnavailable",
+    "Balloon",
     "BootSpec",
     "BurstCredits",
     "BusLock",
@@ -200,6 +204,7 @@ __all__ = [
     "GiB",
     "Guard",
     "GuestMemoryError",
+    "GuestMemoryStatistics",
     "Halted",
     "Hlt",
     "Hooks",
@@ -231,6 +236,7 @@ __all__ = [
     "Memory",
     "MemoryFault",
     "MemoryRegion",
+    "MemoryStatistics",
     "Meter",
     "MiB",
     "Mmio",
@@ -264,6 +270,7 @@ __all__ = [
     "ScriptedExit",
     "Serial",
     "SetLimit",
+    "SetMemory",
     "SetTpr",
     "Shutdown",
     "ShutdownExit",

@@ -20,7 +20,7 @@ import struct
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal, TypeAlias
 
 import attrs
 
@@ -30,7 +30,9 @@ from ..model.mistakes import shown
 from ..model.spec import VmSpec
 from ..native import ffi, lib
 
-__all__ = ["GuestMemory", "Region", "unmap"]
+__all__ = ["Backing", "GuestMemory", "Region", "unmap"]
+
+Backing: TypeAlias = Literal["anonymous", "shared", "file"]
 
 # What Python has no names for, with x86-64's values (asm-generic/mman-common.h, linux/mman.h, linux/memfd.h).
 _MAP_NORESERVE: Final = getattr(mmap, "MAP_NORESERVE", 0x4000)
@@ -248,6 +250,13 @@ class GuestMemory:
         """The memfd of shared RAM, which has the ranges of the RAM one after the other. It can't shrink or grow. None:
         the RAM is not shared, or released. It is closed with the memory: duplicate it to keep it."""
         return self._descriptor if self._descriptor >= 0 else None
+
+    @property
+    def backing(self) -> Backing:
+        """What the pages of the RAM are: "file" also over a template, whatever the spec says."""
+        if self.descriptor is not None:
+            return "shared"
+        return "anonymous" if all(region.blank for region in self.regions) else "file"
 
     def spans(self) -> Iterable[range]:
         return (region.span for region in self.regions)

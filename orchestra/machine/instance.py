@@ -137,6 +137,8 @@ class Instance:
         if desired.paused:
             self.pausing.pause()
             self.pause_levels.settle()
+        if self.devices is not None:
+            self.devices.keep_to(desired.memory_target)
         try:
             if desired.cap is not None:
                 self.restraint.cap_cpu(desired.cap)

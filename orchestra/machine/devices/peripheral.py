@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Final, Generic, Protocol, TypeVar
 
 import attrs
 
+from ...backend.memory import Backing
 from ...backend.wiring import Bell, InterruptLine, InterruptPulse, MsiVector
 from ...model.actions import Outcome
 from ...model.devices import DeviceSpec
@@ -65,6 +66,7 @@ class Hooks:
         bells: its doorbells there, as many as `PciFunction.bells`.
         bus: the PCI bus, for its host bridge.
         guest: the guest's memory for a device of the core (``orc_guest_memory *``); None: the VM has no PCI bus.
+        backing: what the pages of its RAM are (`GuestMemory.backing`).
         interrupts: the irqchip's lines for a device of the core (``orc_interrupts *``); None: there are none.
     """
 
@@ -81,6 +83,7 @@ class Hooks:
     bells: tuple[Bell, ...] = ()
     bus: PciHost | None = None
     guest: Any = None
+    backing: Backing = "anonymous"
 
 
 class Peripheral(ABC, Generic[SpecT, StateT]):
