@@ -64,7 +64,7 @@ def debian_kernel() -> Path:
 
 VIRTIO = ("virtio", "virtio_ring", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci")
 """What every virtio device needs, each behind what it needs itself."""
-MODULES = (*VIRTIO, "virtio_blk", "virtio-rng", "virtio_console", "button", "pvpanic", "pvpanic-mmio")
+MODULES = (*VIRTIO, "virtio_blk", "virtio-rng", "virtio_console", "virtio_balloon", "button", "pvpanic", "pvpanic-mmio")
 LOAD = "for module in /*.ko; do insmod $module; done"
 """A script for `initrd` with `modules`."""
 
@@ -190,7 +190,7 @@ def initrd(script: str = "", files: Mapping[str, bytes] | None = None) -> bytes:
     program = busybox().read_bytes()
     names = (
         *("sh", "mount", "umount", "setsid", "poweroff", "reboot", "cat", "uname", "grep", "ls", "nproc", "dmesg"),
-        *("insmod", "head", "od", "dd", "md5sum", "sync", "mkdir"),
+        *("insmod", "head", "od", "dd", "md5sum", "sync", "mkdir", "rm"),
     )
     return cpio(
         {

@@ -155,8 +155,8 @@ class Vm(VmView):
     async def set_memory(self, memory: int | None) -> None:
         """Ask the guest to keep to so much of its memory: it puts the rest into its balloon, and the host has it back.
 
-        Returns once the guest is asked; a paused VM is asked when it goes on. Its driver does it in its own time, as far
-        as it can, and `VmStatistics.memory` says how far it is. What is asked for outlives restarts and resets. All
+        Returns once the guest is asked; a paused VM is asked when it goes on. Its driver does so in its own time, as
+        far as it can, and `VmStatistics.memory` says how far it is. What is asked for outlives restarts and resets. All
         callers share one request. Each policy has its own (`SetMemory`), and the smallest counts.
 
         Parameters:
