@@ -523,6 +523,8 @@ void orc_emulator_written(orc_emulator *, uint64_t address, uint64_t size);
 typedef struct orc_guest_memory orc_guest_memory;
 orc_guest_memory *orc_guest_memory_new(const struct kvm_userspace_memory_region *, size_t slots, orc_dirty *);
 void orc_guest_memory_free(orc_guest_memory *);
+int orc_populate(void *host, size_t size);
+void orc_touch(void *host, size_t size);
 enum orc_queue_error { ORC_QUEUE_FINE, ORC_QUEUE_ERRORS, ... };
 const char *orc_queue_error_name(enum orc_queue_error);
 
