@@ -74,7 +74,7 @@ KVM = ("irqbypass", "kvm", "kvm-amd")
 GUESTS = Path(__file__).parent / "guests"
 KERNEL_LOCKS = GUESTS / "kernlocks.c"
 PROGRAMS = ("splitlocks", "works", "nested")
-MODULES = (*VIRTIO, "virtio_blk", "virtio-rng", "virtio_console", "button", "pvpanic", "pvpanic-mmio")
+MODULES = (*VIRTIO, "virtio_blk", "virtio-rng", "virtio_console", "virtio_balloon", "button", "pvpanic", "pvpanic-mmio")
 LOAD = "for module in /*.ko; do insmod $module; done"
 """A script for `initrd` with `modules`."""
 
@@ -265,7 +265,7 @@ def initrd(script: str = "", files: Mapping[str, bytes] | None = None) -> bytes:
     program = busybox().read_bytes()
     names = (
         *("sh", "mount", "umount", "setsid", "poweroff", "reboot", "cat", "uname", "grep", "ls", "nproc", "dmesg"),
-        *("insmod", "head", "od", "dd", "md5sum", "sync", "mkdir", "stty"),
+        *("insmod", "head", "od", "dd", "md5sum", "sync", "mkdir", "rm", "stty"),
     )
     return cpio(
         {
