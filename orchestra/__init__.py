@@ -22,12 +22,13 @@ from .fleet.spec import FleetSpec
 from .fleet.statistics import FleetStatistics, TenantStatistics
 from .fleet.watch import Watch
 from .machine.cpufile import load_cpu_template
-from .machine.desired import AskedCap, AskedLimit, Desired, LimitStack, PlacedLimits
+from .machine.desired import AskedCap, AskedLimit, AskedMemory, Desired, LimitStack, PlacedLimits
 from .machine.devices.bus import Device
 from .machine.devices.peripheral import Hooks, Peripheral
 from .machine.devices.requests import Request
 from .machine.hostbudget import HostBudget, HostBudgetStatistics
 from .machine.pause_levels import PendingIo
+from .machine.statistics import GuestMemoryStatistics, MemoryStatistics
 from .machine.vm import VcpuStatistics, Vm, VmStatistics
 from .model.actions import (
     Action,
@@ -44,6 +45,7 @@ from .model.actions import (
     Reload,
     Resume,
     SetLimit,
+    SetMemory,
     Shutdown,
     State,
     Stop,
@@ -122,7 +124,7 @@ from .model.spec import (
     VmSpec,
 )
 from .model.topology import Topology
-from .model.virtio import Console, Rng
+from .model.virtio import Balloon, Console, Rng
 from .native.channels import ExitBatch
 from .policy import (
     CPU_MODELS,
@@ -162,7 +164,9 @@ __all__ = [
     "Applied",
     "AskedCap",
     "AskedLimit",
+    "AskedMemory",
     "BackendUnavailable",
+    "Balloon",
     "BootSpec",
     "BurstCredits",
     "BusLock",
@@ -206,6 +210,7 @@ __all__ = [
     "GiB",
     "Guard",
     "GuestMemoryError",
+    "GuestMemoryStatistics",
     "Halted",
     "Hlt",
     "Hooks",
@@ -237,6 +242,7 @@ __all__ = [
     "Memory",
     "MemoryFault",
     "MemoryRegion",
+    "MemoryStatistics",
     "Meter",
     "MiB",
     "Mmio",
@@ -271,6 +277,7 @@ __all__ = [
     "ScriptedExit",
     "Serial",
     "SetLimit",
+    "SetMemory",
     "SetTpr",
     "Shutdown",
     "ShutdownExit",

@@ -73,6 +73,27 @@ def test_every_kind_of_policy_can_be_made():
         assert type(policy) is made
 
 
+def test_a_ladder_can_ask_for_memory_when_the_host_has_too_little():
+    [ladder] = parse_rules("""
+[[policies]]
+kind = "ladder"
+only = { vms = "batch-*" }
+steps = [
+  { rung = "warn", when = { signal = "memory_pressure", over = 0.1 } },
+  { rung = "set_memory", when = { signal = "memory_pressure", over = 0.1 }, dwell = 5, memory = 268_435_456 },
+]
+""").policies
+    assert isinstance(ladder.policy, orc.Ladder)
+    assert ladder.policy.steps[1] == orc.Step(
+        rung="set_memory", when=orc.Condition("memory_pressure", 0.1), dwell=5, memory=256 * orc.MiB
+    )
+    [wrong] = mistakes(
+        '[[policies]]\nkind="ladder"\nsteps=[{rung="set_memory", memory=5, when={signal="cpu", over=1}}]\n'
+    )
+    assert "memory" in wrong
+    assert "5" in wrong
+
+
 def test_a_ladder_can_have_the_default_steps_for_a_threshold():
     text = "[[policies]]\nkind = 'ladder'\nover = 300\nhighest = 'throttle'\nmeter = 'exits'"
     (ladder,) = parse_rules(text).policies

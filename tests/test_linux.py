@@ -273,6 +273,53 @@ async def test_virtio_devices_are_found_on_the_pci_bus_and_work_by_eventfds(with
         assert await ended(vm, "poweroff -f") == orc.Shutdown(reason="ACPI power-off")
 
 
+AGENT = """
+exec 3<>/dev/vport1p1
+echo up >&3
+read -r line <&3
+echo "you said: $line" >&3
+dd if=/dev/zero bs=64k count=20 >&3 2>/dev/null
+exec 3>&-
+echo gone
+"""
+
+
+async def test_port_is_a_stream_to_a_program_in_the_guest_beside_the_console(with_modules):
+    ports = ("org.example.agent", "log")
+    async with orc.open_fleet(backend="kvm", bus_locks="auto") as fleet:
+        vm = await booted(fleet, spec_with(with_modules, orc.Console(columns=132, rows=50, ports=ports)))
+        found = await answer(vm, "cat /sys/class/virtio-ports/*/name; ls /sys/class/virtio-ports")
+        assert found.split() == [*ports, "vport0p0", "vport0p1", "vport0p2"]
+        port = vm.ports["org.example.agent"]
+        assert not port.is_open
+        await vm.console.write(AGENT.replace("vport1", "vport0").strip().replace("\n", "; ") + "\n")
+        with trio.fail_after(BOOTED):
+            await port.wait_open()
+            assert await port.read() == b"up\n"
+            await port.write("hello\n")
+            said = b""
+            while len(said) < len(b"you said: hello\n") + 20 * 65536:
+                said += await port.read(50_000)
+            assert said == b"you said: hello\n" + bytes(20 * 65536)
+            assert await port.read() == b""  # the program has closed it
+        assert not port.is_open
+        assert not vm.ports["log"].is_open
+        assert "hello from hvc0" in await answer(vm, "echo hello from hvc0 >/dev/hvc0; sync")
+        with pytest.raises(orc.StateError, match="no program in the guest has it open"):
+            await port.write(b"x")
+        assert await answer(vm, "dmesg | grep -E 'virtio.*(fail|error)|BUG:|WARNING:|Call Trace'") == ""
+        assert await ended(vm, "poweroff -f") == orc.Shutdown(reason="ACPI power-off")
+
+
+async def test_guest_is_told_the_size_of_the_terminal_that_shows_its_console(with_modules):
+    async with orc.open_fleet(backend="kvm", bus_locks="auto") as fleet:
+        vm = await booted(fleet, spec_with(with_modules, orc.Console(columns=132, rows=50)))
+        assert await answer(vm, "stty -F /dev/hvc0 size") == "50 132\n"
+        vm.console.resize(101, 37)
+        assert await answer(vm, "until stty -F /dev/hvc0 size | grep '37 101'; do :; done") == "37 101\n"
+        assert await ended(vm, "poweroff -f") == orc.Shutdown(reason="ACPI power-off")
+
+
 WRITES = """
 import pathlib, sys
 import attrs, trio

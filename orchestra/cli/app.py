@@ -18,7 +18,7 @@ from ..model.errors import FileError, OrchestraError, SpecError
 from ..model.extras import DISTRIBUTION
 from ..model.linux import LinuxBoot
 from ..model.spec import BootSpec, FlatImage, Limit, MiB, VmSpec
-from ..model.virtio import Rng
+from ..model.virtio import Console, Rng
 from ..output.keys import key_name, parse_key
 from ..output.numbers import parse_rate, parse_seconds, parse_size
 from ..output.times import parse_time
@@ -144,7 +144,10 @@ def run(
         _option("a write there ends the guest, with the value as the exit status (default: 0xf4)", parse_size, "PORT"),
     ] = None,
     serial: Annotated[
-        bool, _flag("a 16550 serial port at 0x3f8, for output and input; a kernel always has it")
+        bool, _flag("a 16550 serial port at 0x3f8, for output and input; a kernel has it, or a virtio console")
+    ] = False,
+    virtio_console: Annotated[
+        bool, _flag("a kernel's console is hvc0 and not a serial port: faster, and as large as the terminal")
     ] = False,
     irqchip: Annotated[
         bool, _flag("interrupt controllers and a timer; HLT then waits for an interrupt; a kernel always has them")
@@ -182,12 +185,20 @@ def run(
             if value is not None:
                 raise SpecError(f"{name}: is for a raw binary, and --kernel is given: leave one of them out")
         boot = LinuxBoot(kernel=kernel, initrd=initrd, cmdline=cmdline or "")
-        devices: list[DeviceSpec] = [Serial(), *map(parse_disk, disk or ()), Rng()]
+        if serial and virtio_console:
+            raise SpecError("--virtio-console: is instead of the serial port, and --serial is given: leave one out")
+        console = Console() if virtio_console else Serial()
+        devices: list[DeviceSpec] = [console, *map(parse_disk, disk or ()), Rng()]
     else:
         if guest is None:
             raise SpecError("nothing to run: give a raw binary (GUEST.bin) or a Linux kernel (--kernel FILE)")
-        for name, text in {"--initrd": initrd, "--cmdline": cmdline, "--disk": disk}.items():
-            if text is not None:
+        for name, given in {
+            "--initrd": initrd,
+            "--cmdline": cmdline,
+            "--disk": disk,
+            "--virtio-console": virtio_console or None,
+        }.items():
+            if given is not None:
                 raise SpecError(f"{name}: is for a Linux kernel: give --kernel as well")
         load = 0x1000 if load is None else load
         code = read_image(guest, FLAT_MEMORY if memory is None else memory, load)

@@ -12,6 +12,7 @@ from .chipset import I8042, AcpiRegisters, PanicPort, PciHostBridge, Rtc
 from .devices import DeviceSpec, Irqchip, Serial
 from .memory import MiB
 from .platform import MOST_XAPIC
+from .virtio import Console
 
 __all__ = ["LEAST_MEMORY", "LinuxBoot", "check_apic_ids"]
 
@@ -47,8 +48,9 @@ class LinuxBoot(BootSpec):
         kernel: the kernel's file: a bzImage (``/boot/vmlinuz``), or an ELF file (``vmlinux``). An ELF file with a PVH
             note is entered by it, also if it is no Linux.
         initrd: an initial RAM disk, such as a cpio archive, compressed or not; None: none.
-        cmdline: added to what orchestra says: ``console=ttyS0`` if the VM has a `Serial` and you name no console, and
-            ``reboot=a``, by which the kernel resets the VM, unless you say ``reboot=`` otherwise.
+        cmdline: added to what orchestra says: ``console=ttyS0`` if the VM has a `Serial`, or ``console=hvc0`` if it has
+            a `Console` alone, unless you name a console; and ``reboot=a``, by which the kernel resets the VM, unless
+            you say ``reboot=`` otherwise.
     """
 
     loader: ClassVar[str] = "orchestra.machine.boot.linux:load"
@@ -84,7 +86,9 @@ class LinuxBoot(BootSpec):
         words = []
         if not self._says("console="):
             ports = [device.port for device in layout.devices if isinstance(device, Serial)]
-            words += [f"console=ttyS{_TTYS.index(port)}" for port in ports if port in _TTYS][:1]
+            serial = [f"console=ttyS{_TTYS.index(port)}" for port in ports if port in _TTYS][:1]
+            virtio = ["console=hvc0"] * any(isinstance(device, Console) for device in layout.devices)
+            words += serial or virtio
         if not self._says("reboot="):
             # With hardware-reduced ACPI, Linux resets by EFI, and where there is none, by the BIOS, which is not here
             # either (arch/x86/kernel/reboot.c, reboot_init). The ACPI reset register has to be asked for.

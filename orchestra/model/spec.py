@@ -389,6 +389,11 @@ class VmSpec:
         """All devices, in the order in which they are plugged in: those of the platform before `devices`."""
         return *self.boot.platform(), *self.devices
 
+    @property
+    def memory_floor(self) -> int | None:
+        """The least RAM that `Vm.set_memory` may leave the guest, in bytes. None: it has no device for that."""
+        return next((least for device in self.devices if (least := device.memory_floor) is not None), None)
+
     def _check_layout(self) -> None:
         layout = self.layout
         for low, high in itertools.pairwise(layout.memory):
@@ -401,3 +406,11 @@ class VmSpec:
             raise _fail("pit", self.pit, f'needs irqchip="full" (it is "{layout.irqchip}"), or must be False')
         self.boot.check(layout)  # first, as what comes with it may need what it explains
         check_wiring(layout.devices, layout.irqchip, list(layout.memory))
+        takers = [type(device).__name__ for device in self.devices if device.memory_floor is not None]
+        if len(takers) > 1:
+            raise SpecError(f"devices: {' and '.join(takers)}: a VM has one balloon")
+        if takers and self.backing.huge_pages:
+            raise SpecError(
+                f"devices: {takers[0]}: with huge_pages=True the pages of the host's pool stay the VM's: leave one of "
+                "them out, or use transparent huge pages"
+            )
