@@ -6,6 +6,7 @@
     modules(...)      modules of Debian's kernel
     kernel_module(source)   one more, in C
     program(source)   a program in C, for a guest
+    lspci()           Debian's, with the libraries that it needs
     initrd(...)       a cpio archive with busybox and /init
 
 A machine in a box has no network, and forgets what is written there. `python tests/linux_kit.py` fetches all before.
@@ -17,6 +18,7 @@ import contextlib
 import functools
 import hashlib
 import os
+import re
 import shutil
 import stat
 import struct
@@ -72,7 +74,7 @@ KVM = ("irqbypass", "kvm", "kvm-amd")
 GUESTS = Path(__file__).parent / "guests"
 KERNEL_LOCKS = GUESTS / "kernlocks.c"
 PROGRAMS = ("splitlocks", "works", "nested")
-MODULES = (*VIRTIO, "virtio_blk", "virtio-rng", "virtio_console", "button", "pvpanic", "pvpanic-mmio")
+MODULES = (*VIRTIO, "virtio_blk", "virtio-rng", "virtio_console", "virtio_balloon", "button", "pvpanic", "pvpanic-mmio")
 LOAD = "for module in /*.ko; do insmod $module; done"
 """A script for `initrd` with `modules`."""
 
@@ -107,6 +109,23 @@ def _kept(name: str, source: bytes, make: Callable[[Path], Path]) -> bytes:
         with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
             os.replace(make(Path(folder)), kept)
     return kept.read_bytes()
+
+
+@functools.cache
+def lspci() -> dict[str, bytes]:
+    """``lspci`` as files of an initrd, with its libraries. What is not of its package is this machine's."""
+    program, library = _unpacked("pciutils", "usr/bin/lspci"), _unpacked("libpci3", "usr/lib/*/libpci.so.3*")
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(library.parent)}
+    found = subprocess.run(["ldd", program], env=environment, capture_output=True, text=True, check=False)
+    paths = re.findall(r"(/\S+) \(0x", found.stdout)
+    if found.returncode or "not found" in found.stdout or not paths:
+        raise NotHereError(f"lspci lacks libraries here: {found.stdout}{found.stderr}")
+    files = {"bin/lspci": program.read_bytes()}
+    for path in paths:
+        # The loader by the path that the program names it by; a library wherever the loader looks.
+        name = path if Path(path).name.startswith("ld-") else f"/lib/{Path(path).name}"
+        files[name.lstrip("/")] = Path(path).read_bytes()
+    return {"lib/": b"", "lib64/": b"", **files}
 
 
 @functools.cache
@@ -246,7 +265,7 @@ def initrd(script: str = "", files: Mapping[str, bytes] | None = None) -> bytes:
     program = busybox().read_bytes()
     names = (
         *("sh", "mount", "umount", "setsid", "poweroff", "reboot", "cat", "uname", "grep", "ls", "nproc", "dmesg"),
-        *("insmod", "head", "od", "dd", "md5sum", "sync", "mkdir"),
+        *("insmod", "head", "od", "dd", "md5sum", "sync", "mkdir", "rm", "stty"),
     )
     return cpio(
         {
@@ -260,8 +279,13 @@ def initrd(script: str = "", files: Mapping[str, bytes] | None = None) -> bytes:
     )
 
 
+def with_files(archive: Path, files: Mapping[str, bytes]) -> bytes:
+    """An initrd with more files: the kernel unpacks one archive behind the other."""
+    return archive.read_bytes() + bytes(-archive.stat().st_size % 4) + cpio(files)
+
+
 if __name__ == "__main__":
-    print(debian_kernel(), busybox(), *modules(*MODULES, *KVM))
+    print(debian_kernel(), busybox(), *modules(*MODULES, *KVM), *lspci())
     kernel_module(KERNEL_LOCKS)
     vmlinux(debian_kernel())
     for name in PROGRAMS:
