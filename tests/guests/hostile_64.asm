@@ -1,5 +1,5 @@
 ; A guest that does to its devices what no driver does, at random: the same seed does the same again. Its bus has a disk, an
-; entropy device and a console, in this order. At 0x7000 are, of 8 bytes each: the seed, how many rounds, whether it is tame
+; entropy device, a console and a balloon, in this order. At 0x7000 are, of 8 bytes each: the seed, how many rounds, whether it is tame
 ; (then it leaves alone what ends or stops a VM), how much memory there is, the round it is in, how many requests it has made
 ; that a device should have served, and how often it has found a device that wanted a reset. It ends by the exit port, if it
 ; gets there.
@@ -20,7 +20,7 @@ QUEUES  equ 0x10000             ; 8 KiB for each device, 4 KiB for each of its q
 BUFFERS equ 0x100000
 ECAM    equ 0xe0000000
 BARS    equ 0xc0000000
-DEVICES equ 3
+DEVICES equ 4
         cld
         mov rax, ignore                 ; an NMI, which a vector may be made
         mov [IDT + 0x20], ax
@@ -436,11 +436,12 @@ good:                                   ; what a driver would ask, of a device t
         inc eax
         mov [rbp + 8], eax
         mov edx, 2
-        cmp dword [NUMBER], 2           ; a console's second queue is the one that it reads
-        jne .in
-        cmp dword [rsp], 0
+        cmp dword [NUMBER], 2
+        jb .in
+        ja .out                         ; a balloon reads numbers of pages, of both queues
+        cmp dword [rsp], 0              ; a console's second queue is the one that it reads
         je .in
-        xor edx, edx
+.out:   xor edx, edx
 .in:    mov [rbp + 12], edx
 .made:  inc qword [GOOD]
         pop rcx
