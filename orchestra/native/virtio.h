@@ -9,8 +9,8 @@
  * asynchronously, or on a thread of its own.
  *
  * Lifetimes: orc_io_stop before guest memory goes and before the vCPU of orc_io_set_voice is freed; orc_io_free after the devices
- * (orc_device_free of orc_virtio_device, once no bus has it) or after orc_io_detach of each, with no other thread at them; the eventfds that were given stay the caller's, and open until
- * orc_io_stop. */
+ * (orc_device_free of orc_virtio_device, once no bus has it) or after orc_io_detach of each, with no other thread at them; the
+ * eventfds that were given stay the caller's, and open until orc_io_stop. */
 #ifndef ORC_VIRTIO_H
 #define ORC_VIRTIO_H
 

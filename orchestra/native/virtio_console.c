@@ -214,8 +214,8 @@ static void save(const orc_virtio *v, struct orc_virtio_state *s)
 	for (unsigned i = 0; i < c->n; i++) {
 		const struct orc_console_port *p = &c->port[i];
 
-		saved[i] = (struct saved){.flags = (uint8_t)(p->added * ADDED | p->ready * READY | p->open * IS_OPEN | p->closing * CLOSING),
-					  .pending = p->pending, .sent = p->sent};
+		saved[i] = (struct saved){.pending = p->pending, .sent = p->sent};
+		saved[i].flags = (uint8_t)(p->added * ADDED | p->ready * READY | p->open * IS_OPEN | p->closing * CLOSING);
 	}
 	memcpy(s->kind, saved, sizeof saved);
 }
@@ -270,7 +270,8 @@ static const struct orc_virtio_ops ops = {
 	.save = save, .fits = fits, .load = load, .free = free_console,
 };
 
-orc_virtio *orc_virtio_console_new(const orc_guest_memory *memory, orc_console *console, uint16_t columns, uint16_t rows, unsigned ports)
+orc_virtio *orc_virtio_console_new(const orc_guest_memory *memory, orc_console *console, uint16_t columns, uint16_t rows,
+				   unsigned ports)
 {
 	struct virtio_console_config config = {.cols = columns, .rows = rows};
 	struct orc_console_device *c = calloc(1, sizeof *c);

@@ -8,7 +8,8 @@
 #include "files.h"
 
 enum { RNG, CONSOLE, PORTS, DISK, READ_ONLY_DISK, KINDS };
-enum { CAPACITY = 1 << 20, STATUS = VIRTIO_PCI_COMMON_STATUS, HEADER = DATA, ANSWER = DATA + 0x100, BUFFER = DATA + 0x1000, BYTES = 512 };
+enum { CAPACITY = 1 << 20, STATUS = VIRTIO_PCI_COMMON_STATUS };
+enum { HEADER = DATA, ANSWER = DATA + 0x100, BUFFER = DATA + 0x1000, BYTES = 512 };
 
 /* A device of that kind, with its I/O thread, and a queue whose requests it does. */
 struct world {
