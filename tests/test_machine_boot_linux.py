@@ -366,7 +366,7 @@ def test_linux_has_interrupt_controllers_and_its_platform_unless_the_spec_says_o
             attrs.evolve(spec, irqchip=irqchip)
     with pytest.raises(orc.SpecError, match=r"memory=1048576: must be at least 33554432 for Linux"):
         spec_of(kernel, memory=orc.MiB)
-    with pytest.raises(orc.SpecError, match="cpu='fast': must be \"host\""):
+    with pytest.raises(orc.SpecError, match="cpu='fast': must be one of host, "):
         attrs.evolve(spec, cpu="fast")
 
 

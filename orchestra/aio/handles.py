@@ -260,6 +260,9 @@ class Vm(VmAttributes):
     ) -> None:
         await self._bridge.call(partial(self._inner.set_limit, limit, meter=meter, vcpu=vcpu))
 
+    async def set_memory(self, memory: int | None) -> None:
+        await self._bridge.call(self._inner.set_memory, memory)
+
     def cap_cpu(self, share: float | None) -> None:
         self._bridge.sync(self._inner.cap_cpu, share)
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from cyclopts import App, CycloptsError, Parameter
 
+from ..model.cpu import is_template_file
 from ..model.devices import DebugConsole, DeviceSpec, ExitPort, Serial
 from ..model.errors import FileError, OrchestraError, SpecError
 from ..model.extras import DISTRIBUTION
@@ -124,6 +125,10 @@ def run(
         _option("bytes of memory: 65536, 0x10000, 64K, 16M, 1G (default: 16M, for a kernel 512M)", parse_size, "SIZE"),
     ] = None,
     vcpus: Annotated[int, _option("virtual CPUs, each with its number in (E/R)DI", parse_size, "N")] = 1,
+    cpu: Annotated[
+        str,
+        _option("the CPU that it finds: host, x86-64-v2, x86-64-v3, x86-64-v4, cloud-v3, or a template's TOML file"),
+    ] = "host",
     limit: Annotated[
         Rate | None,
         _option(
@@ -170,6 +175,7 @@ def run(
     after Ctrl-C). Numbers may be written as 4096, 0x1000 or 4K. With --backend auto, standard error says which backend
     runs the guest, and why.
     """
+    from ..machine.cpufile import load_cpu_template
     from .run import GuestRun, parse_disk, read_image, run
 
     flat = {"--mode": mode, "--load": load, "--entry": entry, "--console-port": console_port, "--exit-port": exit_port}
@@ -208,6 +214,7 @@ def run(
         boot=boot,
         memory=(FLAT_MEMORY if kernel is None else KERNEL_MEMORY) if memory is None else memory,
         vcpus=vcpus,
+        cpu=load_cpu_template(cpu) if is_template_file(cpu) else cpu,
         limit=None if limit is None else Limit(rate=limit),
         exit_limit=None if exit_limit is None else Limit(rate=exit_limit),
         devices=devices,

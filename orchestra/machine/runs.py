@@ -244,6 +244,8 @@ class Runs:
         except trio.WouldBlock:
             await self.logging.acquire()
         try:
+            if self.guest is not None and vm.spec.backing.upfront:  # the host can't be asked for it twice
+                await self._context.workers.discard(self.guest.memory).wait()
             guest = Instance(self._context, vm.wanted.spec(vm.spec), self._levels, vm)
             await guest.start()
             if self.guest is not None:

@@ -177,6 +177,12 @@ class DeviceSpec:
         """What it needs of its machine."""
         raise NotImplementedError(f"{type(self).__name__} must say its wiring: define wiring(), which returns a Wiring")
 
+    @property
+    def memory_floor(self) -> int | None:
+        """For a device that takes memory from the guest for the host: the least RAM that it may leave, in bytes. None:
+        this is no such device."""
+        return None
+
     @staticmethod
     def kinds() -> Mapping[str, type[DeviceSpec]]:
         """All device specs that this process has imported, by the name that data call them.

@@ -11,15 +11,27 @@ from .checks import fail
 from .chipset import I8042, AcpiRegisters, PanicPort, PciHostBridge, Rtc
 from .devices import DeviceSpec, Irqchip, Serial
 from .memory import MiB
+from .platform import MOST_XAPIC
 from .virtio import Console
 
-__all__ = ["LEAST_MEMORY", "LinuxBoot"]
+__all__ = ["LEAST_MEMORY", "LinuxBoot", "check_apic_ids"]
 
 LEAST_MEMORY: Final = 32 * MiB
 """A kernel runs at 16 MiB or above. How much more it needs, its file says, which is read at launch."""
 
 _TTYS: Final = (0x3F8, 0x2F8, 0x3E8, 0x2E8)
 """Ports of ttyS0 to ttyS3, which the kernel looks at without being told (arch/x86/include/asm/serial.h)."""
+
+
+def check_apic_ids(vcpus: int) -> None:
+    """Check that a guest that finds its CPUs by ACPI finds them all.
+
+    Raises:
+        SpecError: it has more than 8-bit APIC ids.
+    """
+    if vcpus > MOST_XAPIC:
+        what = "x2APIC ids above 255 need x2APIC entries in ACPI's tables and interrupt remapping"
+        raise fail("vcpus", vcpus, f"must be at most {MOST_XAPIC} for Linux: {what}, which orchestra does not make")
 
 
 def _path(value: object) -> object:
@@ -65,6 +77,7 @@ class LinuxBoot(BootSpec):
     def check(self, layout: Layout) -> None:
         if layout.irqchip != "full":
             raise fail("irqchip", layout.irqchip, 'must be "full" for Linux, or left out: it needs timers and lines')
+        check_apic_ids(layout.vcpus)
         if layout.size < LEAST_MEMORY:
             raise fail("memory", layout.size, f"must be at least {LEAST_MEMORY} for Linux; 256 * MiB is usual")
 

@@ -6,11 +6,24 @@ from typing import Any, ClassVar, Final
 
 import attrs
 
-from .checks import fail, whole
+from .checks import fail, number, whole
 from .devices import DeviceSpec, Wiring, check_streams
+from .memory import MAX_MEMORY, PAGE, MiB
 from .pci import Capability, PciFunction
 
-__all__ = ["BAR_SIZE", "COMMON", "DEVICE", "ISR", "NOTIFY", "NOTIFY_MULTIPLIER", "PENDING", "TABLE", "Console", "Rng"]
+__all__ = [
+    "BAR_SIZE",
+    "COMMON",
+    "DEVICE",
+    "ISR",
+    "NOTIFY",
+    "NOTIFY_MULTIPLIER",
+    "PENDING",
+    "TABLE",
+    "Balloon",
+    "Console",
+    "Rng",
+]
 
 # Where things are in BAR 0: native/virtio.h has the same, and a test compares them.
 COMMON: Final = range(0x0, 0x3C)
@@ -112,3 +125,48 @@ class Console(DeviceSpec):
     def wiring(self) -> Wiring:
         queues = 2 if not self.ports else 4 + 2 * len(self.ports)  # 5.3.2
         return Wiring(pci=function(3, 0x078000, queues=queues, config_size=12), streams=self.ports)
+
+
+@attrs.frozen
+class Balloon(DeviceSpec):
+    """A memory balloon: memory that the guest does not use goes back to the host; `Vm.set_memory` asks for more of it.
+
+    The guest needs a driver (Linux: ``virtio_balloon``). Nothing forces a guest: one without a driver, or one that
+    refuses, keeps its memory.
+
+    Parameters:
+        free_page_reporting: the guest reports memory that it has freed, in pieces of 2 MiB or more, and the host has it
+            back until the guest touches it again. Nothing needs to be asked for.
+        deflate_on_oom: a guest that has run out of memory takes pages back from the balloon before it kills a process.
+            Linux then counts the pages in the balloon as used (MemFree), and else as not there (MemTotal).
+        must_tell_host: the driver says so before it uses a page of the balloon again. The host has no need of that.
+        statistics_interval: seconds between two statistics of the guest's memory (`MemoryStatistics.guest`); None: only
+            those of the driver's start. Each wakes the guest, and no Python.
+        floor: the least that `Vm.set_memory` may ask for, in bytes.
+    """
+
+    implementation: ClassVar[str] = "orchestra.machine.devices.balloon:BalloonDevice"
+
+    free_page_reporting: bool = True
+    deflate_on_oom: bool = True
+    must_tell_host: bool = False
+    statistics_interval: float | None = 10.0
+    floor: int = 64 * MiB
+
+    def __attrs_post_init__(self) -> None:
+        for name in ("free_page_reporting", "deflate_on_oom", "must_tell_host"):
+            if not isinstance(getattr(self, name), bool):
+                raise fail(name, getattr(self, name), "must be True or False")
+        interval = self.statistics_interval
+        if interval is not None and not 0.1 <= number("statistics_interval", interval) <= 86400:
+            raise fail("statistics_interval", interval, "must be from 0.1 to 86400 seconds, or None")
+        if whole("floor", self.floor, PAGE, MAX_MEMORY, " bytes") % PAGE:
+            raise fail("floor", self.floor, f"must be a multiple of {PAGE} bytes")
+
+    @property
+    def memory_floor(self) -> int:
+        return self.floor
+
+    def wiring(self) -> Wiring:
+        queues = 5 if self.free_page_reporting else 3
+        return Wiring(pci=function(5, 0xFF0000, queues=queues, config_size=16))  # of no class, as Rng

@@ -36,6 +36,7 @@ SOURCES = [
     "virtio_rng.c",
     "virtio_console.c",
     "virtio_console_control.c",
+    "virtio_balloon.c",
     "uring.c",
     "store.c",
     "file.c",

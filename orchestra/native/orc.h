@@ -367,6 +367,7 @@ struct orc_site {
 	orc_u64 error;   /* of these, how many may have been another's */
 	uint8_t mode, cpl; /* 16, 32 or 64; 0: this backend knows no more than RIP */
 	uint8_t rode;    /* the lock rode on another exit: RIP may be on it or behind it */
+	uint8_t nested;  /* of a guest's guest, whose registers these are */
 	uint8_t before, size; /* bytes of code, and how many of them are before RIP */
 	uint8_t code[ORC_CODE_BEFORE + ORC_CODE_AFTER];
 };

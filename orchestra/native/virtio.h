@@ -273,6 +273,28 @@ void orc_virtio_console_listen(orc_virtio *); /* it takes the console's input fr
 void orc_virtio_console_stop(orc_virtio *);
 void orc_virtio_console_resize(orc_virtio *, uint16_t columns, uint16_t rows); /* any thread */
 
+/* virtio_balloon.c: memory that the guest does not use goes back to the host. Its memory has pages of 4 KiB. 0 or a negative errno. */
+enum {
+	ORC_BALLOON_SHARED = 1, /* memory of a memfd, whose pages are removed there */
+	ORC_BALLOON_FILE = 2,   /* private over a file: a page that was given back is as it is in the file */
+	ORC_BALLOON_REPORTING = 4, ORC_BALLOON_DEFLATE_ON_OOM = 8, ORC_BALLOON_MUST_TELL_HOST = 16, /* features to be offered */
+	ORC_BALLOON_STATISTICS = 10, /* that a driver may tell, by the numbers of VIRTIO_BALLOON_S_*: 5.5.6.4 */
+};
+int orc_virtio_balloon_new(const orc_guest_memory *, unsigned flags, orc_ns interval, orc_virtio **out);
+void orc_virtio_balloon_set_target(orc_virtio *, uint32_t pages); /* how many the guest shall do without. Any thread */
+struct orc_balloon_counters {
+	bool driver;       /* there is one */
+	uint32_t actual;   /* pages that it does without, by its own account */
+	orc_u64 inflated, deflated; /* pages that it told of */
+	orc_u64 reported;           /* bytes that it said are free */
+	orc_u64 given_back, failed; /* bytes that the host has, and that the kernel did not take */
+	orc_u64 updates;   /* how often it told its statistics */
+	orc_ns updated;    /* when, last */
+	uint32_t known;    /* those that it has told, a bit each */
+	orc_u64 statistic[ORC_BALLOON_STATISTICS];
+};
+void orc_virtio_balloon_look(orc_virtio *, struct orc_balloon_counters *out); /* any thread; waits for nobody */
+
 /* virtio_blk.c: a disk whose bytes a store has (store.h), which it frees; not if this fails. `id`: at most 20 characters, for the
  * guest's /dev/disk/by-id. 0 or a negative errno. */
 typedef struct orc_store orc_store;

@@ -252,10 +252,8 @@ static void give_id(struct disk *d, struct request *r)
 	finish(d, r, VIRTIO_BLK_S_OK);
 }
 
-static enum orc_served serve(orc_virtio *v, uint16_t queue)
+static enum orc_served take_all(struct disk *d, struct orc_queue *q)
 {
-	struct disk *d = (struct disk *)v;
-	struct orc_queue *q = &v->queue[queue];
 	enum orc_served served = ORC_MORE;
 
 	for (unsigned left = q->size; left; left--) {
@@ -324,16 +322,10 @@ static void count(struct disk *d, const struct request *r)
 	}
 }
 
-static void ready(orc_virtio *v, int epoll)
+static void put_done(struct disk *d)
 {
-	struct disk *d = (struct disk *)v;
 	struct orc_operation *next;
-	uint64_t expired;
 
-	(void)epoll; /* what it has is read one by one */
-	if (d->timer >= 0)
-		while (read(d->timer, &expired, sizeof expired) < 0 && errno == EINTR)
-			;
 	for (struct orc_operation *o = orc_store_done(d->store); o; o = next) {
 		struct request *r = ORC_CONTAINER(o, struct request, operation);
 
@@ -345,6 +337,29 @@ static void ready(orc_virtio *v, int epoll)
 		r->next = d->free;
 		d->free = r;
 	}
+}
+
+static void ready(orc_virtio *v, int epoll)
+{
+	struct disk *d = (struct disk *)v;
+	uint64_t expired;
+
+	(void)epoll; /* what it has is read one by one */
+	if (d->timer >= 0)
+		while (read(d->timer, &expired, sizeof expired) < 0 && errno == EINTR)
+			;
+	put_done(d);
+}
+
+/* What the host's page cache has is done when it has been submitted: it is put at once, without another turn of the thread. */
+static enum orc_served serve(orc_virtio *v, uint16_t queue)
+{
+	struct disk *d = (struct disk *)v;
+	enum orc_served served = take_all(d, &v->queue[queue]);
+	const bool full = !d->free;
+
+	put_done(d);
+	return full && d->free ? ORC_MORE : served;
 }
 
 static void reset(orc_virtio *v)

@@ -145,6 +145,7 @@ class DeviceRig:
             bells=self.bells,
             bus=self.bus,
             guest=guest,
+            backing=self.memory.backing,
         )
         kind = implementation(spec)
         self.device: Peripheral[Any, Any] = kind(spec, hooks) if state is None else kind.from_state(spec, hooks, state)

@@ -10,6 +10,7 @@ import trio
 
 from ...model.checks import number, whole
 from ...model.errors import ConsoleTimeout, SpecError, StateError
+from ...model.printable import printable
 from ...native import ffi, lib
 from .stream import Notify, Stream
 
@@ -104,8 +105,8 @@ class Console(Stream):
         return self.log().decode(errors="replace")
 
     def last_lines(self, most: int = LINES) -> str:
-        """The last lines, for an error: so many at most, long ones cut off. Any thread."""
-        return "\n".join(line[:WIDTH] for line in self.text.splitlines()[-most:])
+        """The last lines, for an error: so many at most, long ones cut off, control characters as text. Any thread."""
+        return "\n".join(printable(line[:WIDTH]) for line in self.text.splitlines()[-most:])
 
     @property
     def total(self) -> int:

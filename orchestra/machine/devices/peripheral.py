@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Final, Generic, Protocol, TypeVar
 
 import attrs
 
+from ...backend.memory import Backing
 from ...backend.wiring import Bell, InterruptLine, InterruptPulse, MsiVector
 from ...model.actions import Outcome
 from ...model.devices import DeviceSpec
@@ -67,6 +68,7 @@ class Hooks:
         bus: the PCI bus, for its host bridge.
         ports: the host's ends of its streams (`Wiring.streams`).
         guest: the guest's memory for a device of the core (``orc_guest_memory *``); None: the VM has no PCI bus.
+        backing: what the pages of its RAM are (`GuestMemory.backing`).
         interrupts: the irqchip's lines for a device of the core (``orc_interrupts *``); None: there are none.
     """
 
@@ -84,6 +86,7 @@ class Hooks:
     bus: PciHost | None = None
     ports: Mapping[str, ConsolePort] = attrs.field(factory=dict)
     guest: Any = None
+    backing: Backing = "anonymous"
 
 
 class Peripheral(ABC, Generic[SpecT, StateT]):

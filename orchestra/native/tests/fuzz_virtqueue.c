@@ -1,5 +1,5 @@
-/* Whatever a guest does to virtio devices: any memory, any accesses of registers, an entropy device, a console with and without ports, and a
- * disk.
+/* Whatever a guest does to virtio devices: any memory, any accesses of registers, an entropy device, a console with and
+ * without ports, a disk and a balloon.
  *
  * The input is a program of small steps, so that a mutation of it changes one of them. Guest memory has no neighbours: what is
  * touched outside of it, or written where it is read-only, faults. With clang this is a target of libFuzzer; with gcc
@@ -26,6 +26,7 @@ enum { PORTS = 2, QUEUES = 2 * (1 + PORTS) + 2, CONTROL_RECEIVE = 2, CONTROL_TRA
 static uint8_t *host; /* ROOM, ROOM, a page: each between pages that are not there */
 static orc_guest_memory *memory;
 static uint64_t requests, broken[ORC_QUEUE_ERRORS]; /* that were served; runs in which a guest broke that rule */
+static uint64_t given_back; /* bytes, by balloons */
 
 static void map_memory(void)
 {
@@ -102,6 +103,19 @@ static bool answer(orc_virtio *v, uint64_t offset, uint32_t size, bool write, vo
 	return orc_device_answer(orc_virtio_device(v), offset, size, 1, write, data);
 }
 
+/* What the device writes of a request of that queue. */
+static bool is_written(const struct machine *m, const struct driver *d)
+{
+	return m->v->ops->type == VIRTIO_ID_BALLOON ? d >= &m->d[3] : !((d - m->d) & 1);
+}
+
+static void tick(orc_virtio *v)
+{
+	pthread_mutex_lock(&v->lock);
+	orc_virtio_called(v);
+	pthread_mutex_unlock(&v->lock);
+}
+
 static void wait_for_disk(orc_virtio *v)
 {
 	for (;;) {
@@ -152,13 +166,24 @@ static void disk_request(struct vring_desc *table, struct input *in)
 	table[2] = (struct vring_desc){HIGH - 1, 1, VRING_DESC_F_WRITE, 0};
 }
 
+/* A list of pages, in guest memory or beside it, or what is no list. */
+static struct vring_desc page_list(struct input *in)
+{
+	uint32_t page[64];
+	unsigned n = 1 + byte(in) % 64;
+
+	for (unsigned i = 0; i < n; i++)
+		page[i] = (uint32_t)(byte(in) & 15 ? (BASE >> 12) + byte(in) % 9u : number(in));
+	memcpy(host + 0x3000, page, n * sizeof *page);
+	return (struct vring_desc){.addr = BASE + 0x3000, .len = n * (uint32_t)sizeof *page};
+}
+
 /* A request that is well made, but for one number of it, perhaps. */
 static void request(struct machine *m, struct driver *d, struct input *in)
 {
 	uint8_t how = byte(in), head = byte(in) % MOST;
 	bool disk = m->v->ops->type == VIRTIO_ID_BLOCK;
-	uint16_t queue = (uint16_t)(d - m->d);
-	uint16_t n = disk ? 3 : how & 1 ? word(in) % 300 : 1, flags = queue & 1 ? 0 : VRING_DESC_F_WRITE;
+	uint16_t n = disk ? 3 : how & 1 ? word(in) % 300 : 1, flags = is_written(m, d) ? VRING_DESC_F_WRITE : 0;
 	struct vring_desc *table = (struct vring_desc *)(host + 0x800);
 
 	if (!n)
@@ -185,12 +210,14 @@ static void request(struct machine *m, struct driver *d, struct input *in)
 			break;
 		}
 	}
+	if (m->v->ops->type == VIRTIO_ID_BALLOON && d <= &m->d[1] && how & 4)
+		table[0] = page_list(in);
 	if (how & 1 || disk)
 		describe(d, head, BASE + 0x800, n * 16, VRING_DESC_F_INDIRECT, 0);
 	else
 		d->table[head] = table[0];
 	offer(d, head);
-	orc_virtio_again(m->v, queue);
+	orc_virtio_again(m->v, (uint16_t)(d - m->d));
 }
 
 static void console_step(struct machine *m, uint8_t what, struct input *in)
@@ -393,6 +420,8 @@ static void step(struct machine *m, struct input *in)
 	case 12:
 		if (m->v->ops->type == VIRTIO_ID_CONSOLE)
 			console_step(m, what, in);
+		if (m->v->ops->type == VIRTIO_ID_BALLOON)
+			tick(m->v);
 		break;
 	case 13:
 		change_state(m, in);
@@ -405,11 +434,21 @@ static void step(struct machine *m, struct input *in)
 			reset_queue(m, queue);
 		else if (what & 64)
 			power_on(m);
+		else if (what & 16 && m->v->ops->type == VIRTIO_ID_BALLOON)
+			orc_virtio_balloon_set_target(m->v, word(in));
 		orc_virtio_again(m->v, queue);
 		break;
 	}
 	status = m->v->status & 15;
 	CHECK(status == 0 || status == 1 || status == 3 || status == 11 || status == 15);
+}
+
+static orc_virtio *new_balloon(unsigned flags)
+{
+	orc_virtio *v;
+
+	CHECK(!orc_virtio_balloon_new(memory, flags, 1, &v)); /* the timer is always ready */
+	return v;
 }
 
 static orc_virtio *new_disk(unsigned flags)
@@ -464,7 +503,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 		map_memory();
 	memset(host, 0, ROOM);
 	m.console = console;
-	m.v = how & 8 ? new_disk(how & 16 ? ORC_STORE_NO_URING : 0) : how & 1 ? new_console(&m, how & 32) : orc_virtio_rng_new(memory);
+	m.v = (how & 24) == 16 ? new_balloon(how & 1 ? ORC_BALLOON_REPORTING : 0)
+	      : how & 8 ? new_disk(how & 16 ? ORC_STORE_NO_URING : 0)
+	      : how & 1 ? new_console(&m, how & 32) : orc_virtio_rng_new(memory);
 	CHECK(m.v && console);
 	for (uint16_t i = 0; i < m.v->vectors; i++)
 		orc_virtio_set_vector_fd(m.v, i, vector_fd());
@@ -478,6 +519,13 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	orc_virtio_look(m.v, &counters);
 	requests += counters.requests;
 	broken[counters.error]++;
+	if (m.v->ops->type == VIRTIO_ID_BALLOON) {
+		struct orc_balloon_counters c;
+
+		orc_virtio_balloon_look(m.v, &c);
+		given_back += c.given_back;
+		CHECK(!c.failed, "pages are aligned, and the guest's");
+	}
 	orc_device_free(orc_virtio_device(m.v));
 	orc_console_free(console);
 	for (unsigned i = 0; i < PORTS; i++)
@@ -647,7 +695,8 @@ int main(int argc, char **argv)
 		edges += known[i];
 	printf("%llu runs in %.0f s, seed %llu; %u inputs that went somewhere new, %u edges\n", (unsigned long long)runs, seconds,
 	       (unsigned long long)((uint64_t)begin | 1), kept, edges);
-	printf("%llu requests; rules that were broken:\n", (unsigned long long)requests);
+	printf("%llu requests, %llu KiB given back; rules that were broken:\n", (unsigned long long)requests,
+	       (unsigned long long)given_back >> 10);
 	for (unsigned i = 1; i < ORC_QUEUE_ERRORS; i++)
 		printf("%10llu %s\n", (unsigned long long)broken[i], orc_queue_error_name(i));
 	free(corpus);

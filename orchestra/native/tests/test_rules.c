@@ -7,7 +7,7 @@
 #include "bench.h"
 #include "files.h"
 
-enum { RNG, CONSOLE, PORTS, DISK, READ_ONLY_DISK, KINDS };
+enum { RNG, CONSOLE, PORTS, BALLOON, DISK, READ_ONLY_DISK, KINDS };
 enum { CAPACITY = 1 << 20, STATUS = VIRTIO_PCI_COMMON_STATUS };
 enum { HEADER = DATA, ANSWER = DATA + 0x100, BUFFER = DATA + 0x1000, BYTES = 512 };
 
@@ -38,6 +38,11 @@ static void begin(struct world *w, unsigned kind)
 		v = orc_virtio_console_new(w->g.memory, w->console, 80, 25, kind == PORTS);
 		if (kind == PORTS)
 			orc_virtio_console_port(v, 1, "a", 1, w->port);
+		w->queue = 1;
+		w->flags = 0;
+		break;
+	case BALLOON: /* any page may be deflated */
+		CHECK(!orc_virtio_balloon_new(w->g.memory, ORC_BALLOON_REPORTING, 0, &v));
 		w->queue = 1;
 		w->flags = 0;
 		break;
