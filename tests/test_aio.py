@@ -17,7 +17,10 @@ import orchestra.aio
 from aio_kit import LIMIT, Door, descriptors, idle, reached, run
 from conftest import blank, guest
 from orchestra.aio.loop import LoopBridge
+from orchestra.aio.wrapper import wrapped
 from orchestra.backend.scripted import bus_lock, hlt, io_read, io_write
+from orchestra.machine.devices.consoleport import ConsolePort
+from orchestra.native import ffi, lib
 
 door, nothing_stays = aio_kit.door, aio_kit.nothing_stays  # fixtures
 
@@ -304,6 +307,42 @@ def test_console_is_followed(door):
 
     async def _join(vm: orc.aio.Vm) -> bytes:
         return b"".join([chunk async for chunk in vm.console.follow()])
+
+    run(main)
+
+
+def test_port_is_read_and_written_and_a_cancelled_read_loses_nothing(door):
+    def says(port: ConsolePort, data: bytes) -> None:
+        lib.orc_port_say(port.handle, ffi.NULL, data, len(data))
+        port.changed()
+
+    async def main() -> None:
+        async with door.open() as fleet:
+            vm = await fleet.launch(blank(), paused=True)
+            assert not vm.ports
+            inner = ConsolePort(vm._inner._control.context.post, "agent")
+            port = wrapped(orc.aio.ConsolePort, vm._bridge, inner)
+            assert (port.name, port.is_open, await port.read()) == ("agent", False, b"")
+            opened = asyncio.create_task(port.wait_open())
+            await reached(fleet)
+            lib.orc_port_set_open(inner.handle, ffi.NULL, True)
+            inner.changed()
+            await opened
+            waits = asyncio.create_task(port.read())
+            await reached(fleet)
+            waits.cancel()
+            says(inner, b"hello")
+            with pytest.raises(asyncio.CancelledError):
+                await waits
+            assert await port.read(3) + await port.read(9) == b"hello"
+            says(inner, b"world")
+            assert await port.read() == b"world"
+            lib.orc_port_set_open(inner.handle, ffi.NULL, False)
+            with pytest.raises(orc.StateError, match="no program"):
+                await port.write(b"x")
+            vm.console.resize(100, 40)
+            assert vm.console.size == (100, 40)
+            assert await idle(fleet)
 
     run(main)
 

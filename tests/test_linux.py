@@ -274,13 +274,13 @@ async def test_virtio_devices_are_found_on_the_pci_bus_and_work_by_eventfds(with
 
 
 AGENT = """
-exec 3<>/dev/vport1p1
+exec 3<>/dev/vport0p1
 echo up >&3
 read -r line <&3
 echo "you said: $line" >&3
 dd if=/dev/zero bs=64k count=20 >&3 2>/dev/null
 exec 3>&-
-echo gone
+echo go''ne
 """
 
 
@@ -292,7 +292,7 @@ async def test_port_is_a_stream_to_a_program_in_the_guest_beside_the_console(wit
         assert found.split() == [*ports, "vport0p0", "vport0p1", "vport0p2"]
         port = vm.ports["org.example.agent"]
         assert not port.is_open
-        await vm.console.write(AGENT.replace("vport1", "vport0").strip().replace("\n", "; ") + "\n")
+        await vm.console.write(AGENT.strip().replace("\n", "; ") + "\n")
         with trio.fail_after(BOOTED):
             await port.wait_open()
             assert await port.read() == b"up\n"
@@ -302,6 +302,8 @@ async def test_port_is_a_stream_to_a_program_in_the_guest_beside_the_console(wit
                 said += await port.read(50_000)
             assert said == b"you said: hello\n" + bytes(20 * 65536)
             assert await port.read() == b""  # the program has closed it
+        await vm.console.wait_for("gone", timeout=BOOTED)
+        await vm.console.wait_for(PROMPT, timeout=BOOTED)
         assert not port.is_open
         assert not vm.ports["log"].is_open
         assert "hello from hvc0" in await answer(vm, "echo hello from hvc0 >/dev/hvc0; sync")
@@ -314,9 +316,11 @@ async def test_port_is_a_stream_to_a_program_in_the_guest_beside_the_console(wit
 async def test_guest_is_told_the_size_of_the_terminal_that_shows_its_console(with_modules):
     async with orc.open_fleet(backend="kvm", bus_locks="auto") as fleet:
         vm = await booted(fleet, spec_with(with_modules, orc.Console(columns=132, rows=50)))
-        assert await answer(vm, "stty -F /dev/hvc0 size") == "50 132\n"
-        vm.console.resize(101, 37)
-        assert await answer(vm, "until stty -F /dev/hvc0 size | grep '37 101'; do :; done") == "37 101\n"
+        await answer(vm, "exec 4<>/dev/hvc0")  # Linux tells a size that it has to a terminal that is open, and later
+        for columns, rows in ((132, 50), (101, 37)):
+            vm.console.resize(columns, rows)
+            found = await answer(vm, f"until stty -F /dev/hvc0 size | grep '{rows} {columns}'; do :; done")
+            assert found == f"{rows} {columns}\n"
         assert await ended(vm, "poweroff -f") == orc.Shutdown(reason="ACPI power-off")
 
 

@@ -1,7 +1,7 @@
 """What virtio 1.2 demands of devices (OASIS, virtio-v1.2-cs01), and the test of each demand.
 
 Of the chapters that concern these devices: 2 (but packed queues and shared memory, which none has), 4.1 (PCI), 5.2 to
-5.4, 6. Chapter 3 speaks of drivers: of what drivers must not do, a row has what a device makes of it. A MAY can't be
+5.5, 6. Chapter 3 speaks of drivers: of what drivers must not do, a row has what a device makes of it. A MAY can't be
 broken, and has no row. "c:" is a test of orchestra/native/tests, the others are of this folder.
 """
 
@@ -382,6 +382,18 @@ RULES = [
         "a driver MUST NOT place device-readable buffers into the queue",
         "c:a_guest_gets_random_bytes_by_notifications_alone",
     ),
+    # ---- 5.5: balloons
+    rule(
+        "5.5.6.3.2",
+        "MUST ignore statistics with a tag that it does not know, and accept them in any order",
+        "c:statistics_of_any_length_are_read_up_to_a_bound",
+        "c:statistics_are_read_at_the_start_and_whenever_the_time_has_come",
+    ),
+    rule(
+        "5.5.6.7.1",
+        "with PAGE_POISON MUST NOT change a reported page to a value other than poison_val",
+        "c:a_guest_that_poisons_free_pages_finds_its_poison",
+    ),
     # ---- 6: reserved features
     rule(
         "6.2",
@@ -442,6 +454,7 @@ KINDS = {
     orc.Console(): 3,
     orc.Console(ports=("a", "b")): 3,
     orc.Disk("disk.img"): 2,
+    orc.Balloon(): 5,
 }
 SPECS = pytest.mark.parametrize("spec", KINDS, ids=lambda spec: type(spec).__name__)
 

@@ -78,6 +78,36 @@ bool orc_virtio_live(const orc_virtio *v, uint16_t queue)
 	       !v->resetting && q->enabled && !q->error;
 }
 
+/* Whether the turn goes on. */
+static bool do_chain(struct orc_queue *q, const struct orc_chain_work *w, void *of, const struct orc_chain *c)
+{
+	int64_t written = (w->writes ? c->readable : c->writable) ? ORC_REFUSED : w->work(of, c);
+
+	if (written == ORC_LATER)
+		orc_queue_give_back(q, c);
+	else if (written == ORC_REFUSED)
+		orc_queue_refuse(q, c);
+	else
+		orc_queue_put(q, c, (uint32_t)written);
+	return written != ORC_LATER;
+}
+
+enum orc_served orc_virtio_each(struct orc_queue *q, const struct orc_chain_work *w, void *of)
+{
+	struct orc_chain c;
+	orc_u64 bytes = 0;
+
+	for (unsigned left = q->size; left && bytes < ORC_TURN_BYTES; left--, bytes += c.readable_bytes) {
+		if (w->ready && !w->ready(of))
+			return ORC_WAITING;
+		if (!orc_queue_take(q, &c))
+			return ORC_DRAINED;
+		if (!do_chain(q, w, of, &c))
+			return ORC_WAITING;
+	}
+	return ORC_MORE;
+}
+
 void orc_virtio_serve(orc_virtio *v, uint16_t queue)
 {
 	struct orc_queue *q = &v->queue[queue];

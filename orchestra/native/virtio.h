@@ -9,8 +9,8 @@
  * asynchronously, or on a thread of its own.
  *
  * Lifetimes: orc_io_stop before guest memory goes and before the vCPU of orc_io_set_voice is freed; orc_io_free after the devices
- * (orc_device_free of orc_virtio_device, once no bus has it) or after orc_io_detach of each, with no other thread at them; the eventfds that were given stay the caller's, and open until
- * orc_io_stop. */
+ * (orc_device_free of orc_virtio_device, once no bus has it) or after orc_io_detach of each, with no other thread at them; the
+ * eventfds that were given stay the caller's, and open until orc_io_stop. */
 #ifndef ORC_VIRTIO_H
 #define ORC_VIRTIO_H
 
@@ -141,6 +141,16 @@ static inline bool orc_virtio_has(const orc_virtio *v, unsigned feature) /* nego
 {
 	return v->accepted >> feature & 1;
 }
+/* For `serve` of a queue whose buffers are all to be written, or all to be read: does the work on each chain, for a turn. What is not
+ * so is refused (ORC_QUEUE_BAD_REQUEST). Lock held. */
+enum { ORC_LATER = -1, ORC_REFUSED = -2, ORC_TURN_BYTES = 64 * 1024 /* that are read in a turn: some microseconds */ };
+struct orc_chain_work {
+	bool writes;
+	bool (*ready)(void *of); /* there is something to do it with. NULL: always */
+	/* Bytes that were written, 0 or more; or ORC_LATER: nothing can be done now (the same chain comes again); or ORC_REFUSED. */
+	int64_t (*work)(void *of, const struct orc_chain *);
+};
+enum orc_served orc_virtio_each(struct orc_queue *, const struct orc_chain_work *, void *of);
 /* Its chains may be taken: DRIVER_OK, no error, enabled, not being reset. Lock held. */
 bool orc_virtio_live(const orc_virtio *, uint16_t queue);
 /* Have a queue served by the I/O thread. Any thread, the lock held or not. */

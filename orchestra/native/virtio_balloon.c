@@ -312,6 +312,15 @@ static void reset(orc_virtio *v)
 	pthread_mutex_unlock(&b->look);
 }
 
+static void reset_queue(orc_virtio *v, uint16_t queue)
+{
+	struct balloon *b = (struct balloon *)v;
+
+	memset(&b->done[queue], 0, sizeof b->done[queue]); /* the next chain may have the same head */
+	if (role_of(v, queue) == STATISTICS)
+		b->fresh = true; /* those that the driver will put there */
+}
+
 static void free_balloon(orc_virtio *v)
 {
 	pthread_mutex_destroy(&((struct balloon *)v)->look);
@@ -321,7 +330,8 @@ static void free_balloon(orc_virtio *v)
 
 static const struct orc_virtio_ops balloon = {
 	.type = VIRTIO_ID_BALLOON, .queue_size = QUEUE, .config_size = CONFIG, .features = 1ull << VIRTIO_BALLOON_F_STATS_VQ,
-	.serve = serve, .config_write = write_config, .start = begin, .reset = reset, .free = free_balloon,
+	.serve = serve, .config_write = write_config, .start = begin, .reset = reset, .queue_reset = reset_queue,
+	.free = free_balloon,
 };
 
 int orc_virtio_balloon_new(const orc_guest_memory *memory, unsigned flags, orc_ns interval, orc_virtio **out)

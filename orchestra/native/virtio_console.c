@@ -18,37 +18,23 @@ static bool has_ports(const struct orc_console_device *c) /* negotiated: 5.3.5 *
 
 /* ---- input ------------------------------------------------------------------------------------------------------ */
 
-/* Puts what waits into a chain. */
-static uint32_t give(struct orc_console_port *p, const struct orc_chain *chain)
+/* For a guest that has it open: Linux drops what comes before. */
+static bool has_input(void *port)
 {
+	const struct orc_console_port *p = port;
+
+	return atomic_load(&p->listening) && (p->open || !has_ports(p->device)) && orc_console_typed(p->stream);
+}
+
+/* Puts what waits into a chain. */
+static int64_t give(void *port, const struct orc_chain *chain)
+{
+	struct orc_console_port *p = port;
 	uint8_t input[ORC_CONSOLE_TYPED];
 	size_t n = chain->writable_bytes < sizeof input ? chain->writable_bytes : sizeof input;
 
 	n = orc_console_read(p->stream, orc_io_voice(&p->device->virtio), input, n);
-	return (uint32_t)orc_chain_write(chain, 0, input, n);
-}
-
-/* For a guest that has it open: Linux drops what comes before. */
-static bool has_input(const struct orc_console_port *p)
-{
-	return atomic_load(&p->listening) && (p->open || !has_ports(p->device)) && orc_console_typed(p->stream);
-}
-
-static enum orc_served serve_receive(struct orc_console_port *p, struct orc_queue *q)
-{
-	struct orc_chain chain;
-
-	for (unsigned left = q->size; left; left--) {
-		if (!has_input(p))
-			return ORC_WAITING;
-		if (!orc_queue_take(q, &chain))
-			return ORC_DRAINED;
-		if (chain.readable) /* 5.3.6.1 */
-			orc_queue_refuse(q, &chain);
-		else
-			orc_queue_put(q, &chain, give(p, &chain));
-	}
-	return ORC_MORE;
+	return (int64_t)orc_chain_write(chain, 0, input, n);
 }
 
 /* ---- output ----------------------------------------------------------------------------------------------------- */
@@ -63,9 +49,10 @@ static size_t say(struct orc_console_port *p, const uint8_t *data, size_t size)
 	return size;
 }
 
-/* Whether all of it is output now. What is left is sent when the chain is taken again: it may be shorter by then. */
-static bool transmit(struct orc_console_port *p, const struct orc_chain *chain)
+/* What is left of it is sent when the chain is taken again: it may be shorter by then. */
+static int64_t transmit(void *port, const struct orc_chain *chain)
 {
+	struct orc_console_port *p = port;
 	struct iovec left[ORC_CHAIN_MOST];
 	size_t pieces = orc_iov_slice(chain->iov, chain->readable, p->sent, chain->readable_bytes, left);
 
@@ -74,10 +61,10 @@ static bool transmit(struct orc_console_port *p, const struct orc_chain *chain)
 
 		p->sent += (uint32_t)n;
 		if (n < left[i].iov_len)
-			return false;
+			return ORC_LATER; /* once the reader has made room */
 	}
 	p->sent = 0;
-	return true;
+	return 0;
 }
 
 void orc_console_port_closed(struct orc_console_port *p)
@@ -85,29 +72,6 @@ void orc_console_port_closed(struct orc_console_port *p)
 	p->closing = false;
 	if (p->number)
 		orc_port_set_open(p->stream, orc_io_voice(&p->device->virtio), false);
-}
-
-static enum orc_served serve_transmit(struct orc_console_port *p, struct orc_queue *q)
-{
-	struct orc_chain chain;
-	orc_u64 bytes = 0;
-
-	for (unsigned left = q->size; left && bytes < ORC_CONSOLE_KEPT; left--, bytes += chain.readable_bytes) {
-		if (!orc_queue_take(q, &chain)) {
-			if (p->closing)
-				orc_console_port_closed(p);
-			return ORC_DRAINED;
-		}
-		if (chain.writable) { /* 5.3.6.1 */
-			orc_queue_refuse(q, &chain);
-		} else if (transmit(p, &chain)) {
-			orc_queue_put(q, &chain, 0);
-		} else {
-			orc_queue_give_back(q, &chain);
-			return ORC_WAITING; /* for the reader */
-		}
-	}
-	return ORC_MORE;
 }
 
 /* ---- what happens at a console ---------------------------------------------------------------------------------- */
@@ -178,16 +142,22 @@ static bool is_control(uint16_t queue)
 
 static enum orc_served serve(orc_virtio *v, uint16_t queue)
 {
+	static const struct orc_chain_work input = {.writes = true, .ready = has_input, .work = give}; /* 5.3.6.1 */
+	static const struct orc_chain_work output = {.work = transmit};
 	struct orc_console_device *c = (struct orc_console_device *)v;
 	struct orc_queue *q = &v->queue[queue];
+	struct orc_console_port *p;
+	enum orc_served served;
 
 	if (queue >= QUEUES && !has_ports(c)) /* 5.3.2: there is none of that number */
 		return ORC_WAITING;
-	if (queue == ORC_CONSOLE_CONTROL_RECEIVE)
-		return orc_console_serve_control_receive(c, q);
-	if (queue == ORC_CONSOLE_CONTROL_TRANSMIT)
-		return orc_console_serve_control_transmit(c, q);
-	return queue % 2 ? serve_transmit(port_of(c, queue), q) : serve_receive(port_of(c, queue), q);
+	if (is_control(queue))
+		return orc_virtio_each(q, queue % 2 ? &orc_console_from_driver : &orc_console_to_driver, c);
+	p = port_of(c, queue);
+	served = orc_virtio_each(q, queue % 2 ? &output : &input, p);
+	if (queue % 2 && served == ORC_DRAINED && p->closing)
+		orc_console_port_closed(p);
+	return served;
 }
 
 /* 5.3.5.1: a character, also before there is a driver. */
@@ -244,8 +214,8 @@ static void save(const orc_virtio *v, struct orc_virtio_state *s)
 	for (unsigned i = 0; i < c->n; i++) {
 		const struct orc_console_port *p = &c->port[i];
 
-		saved[i] = (struct saved){.flags = (uint8_t)(p->added * ADDED | p->ready * READY | p->open * IS_OPEN | p->closing * CLOSING),
-					  .pending = p->pending, .sent = p->sent};
+		saved[i] = (struct saved){.pending = p->pending, .sent = p->sent};
+		saved[i].flags = (uint8_t)(p->added * ADDED | p->ready * READY | p->open * IS_OPEN | p->closing * CLOSING);
 	}
 	memcpy(s->kind, saved, sizeof saved);
 }
@@ -300,7 +270,8 @@ static const struct orc_virtio_ops ops = {
 	.save = save, .fits = fits, .load = load, .free = free_console,
 };
 
-orc_virtio *orc_virtio_console_new(const orc_guest_memory *memory, orc_console *console, uint16_t columns, uint16_t rows, unsigned ports)
+orc_virtio *orc_virtio_console_new(const orc_guest_memory *memory, orc_console *console, uint16_t columns, uint16_t rows,
+				   unsigned ports)
 {
 	struct virtio_console_config config = {.cols = columns, .rows = rows};
 	struct orc_console_device *c = calloc(1, sizeof *c);

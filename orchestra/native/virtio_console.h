@@ -46,8 +46,7 @@ static inline uint16_t orc_console_transmit_queue(const struct orc_console_port 
 /* Nobody in the guest has it any more, and all that was written there is output. */
 void orc_console_port_closed(struct orc_console_port *);
 
-enum orc_served orc_console_serve_control_receive(struct orc_console_device *, struct orc_queue *);
-enum orc_served orc_console_serve_control_transmit(struct orc_console_device *, struct orc_queue *);
+extern const struct orc_chain_work orc_console_to_driver, orc_console_from_driver; /* of the device: its control queues */
 /* The driver that has VIRTIO_CONSOLE_F_MULTIPORT is told of the console's new size. */
 void orc_console_tell_size(struct orc_console_device *);
 /* Whether such messages can wait for the driver. */

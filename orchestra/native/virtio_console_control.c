@@ -40,6 +40,11 @@ static struct orc_console_port *with_message(struct orc_console_device *c)
 	return NULL;
 }
 
+static bool has_message(void *device)
+{
+	return with_message(device);
+}
+
 /* What comes behind the message. Where the driver has no room for all of it, the rest is left out. */
 static uint32_t write_more(const struct orc_console_port *p, enum message message, const struct orc_chain *chain)
 {
@@ -52,33 +57,19 @@ static uint32_t write_more(const struct orc_console_port *p, enum message messag
 	return 0;
 }
 
-static uint32_t write_message(struct orc_console_port *p, const struct orc_chain *chain)
+static int64_t write_message(void *device, const struct orc_chain *chain)
 {
+	struct orc_console_port *p = with_message(device);
 	enum message message = (enum message)__builtin_ctz(p->pending);
 	const struct virtio_console_control control = {.id = p->number, .event = event_of[message], .value = message == OPEN};
 
+	if (chain->writable_bytes < sizeof control)
+		return ORC_REFUSED;
 	p->pending &= p->pending - 1;
-	return (uint32_t)orc_chain_write(chain, 0, &control, sizeof control) + write_more(p, message, chain);
+	return (int64_t)orc_chain_write(chain, 0, &control, sizeof control) + write_more(p, message, chain);
 }
 
-enum orc_served orc_console_serve_control_receive(struct orc_console_device *c, struct orc_queue *q)
-{
-	struct orc_chain chain;
-
-	for (unsigned left = q->size; left; left--) {
-		struct orc_console_port *p = with_message(c);
-
-		if (!p)
-			return ORC_WAITING;
-		if (!orc_queue_take(q, &chain))
-			return ORC_DRAINED;
-		if (chain.readable || chain.writable_bytes < sizeof(struct virtio_console_control))
-			orc_queue_refuse(q, &chain);
-		else
-			orc_queue_put(q, &chain, write_message(p, &chain));
-	}
-	return ORC_MORE;
-}
+const struct orc_chain_work orc_console_to_driver = {.writes = true, .ready = has_message, .work = write_message};
 
 void orc_console_tell_size(struct orc_console_device *c)
 {
@@ -124,35 +115,22 @@ static void open_or_close(struct orc_console_port *p, bool open)
 	orc_virtio_again(v, open ? orc_console_receive_queue(p) : orc_console_transmit_queue(p));
 }
 
-static void obey(struct orc_console_device *c, const struct virtio_console_control *m)
+static int64_t obey(void *device, const struct orc_chain *chain)
 {
-	if (m->event == VIRTIO_CONSOLE_DEVICE_READY && m->value == 1) {
+	struct orc_console_device *c = device;
+	struct virtio_console_control m;
+
+	if (orc_chain_read(chain, 0, &m, sizeof m) != sizeof m)
+		return 0;
+	if (m.event == VIRTIO_CONSOLE_DEVICE_READY && m.value == 1)
 		device_is_ready(c);
-		return;
-	}
-	if (m->id >= c->n)
-		return;
-	if (m->event == VIRTIO_CONSOLE_PORT_READY && m->value == 1)
-		port_is_ready(&c->port[m->id]);
-	else if (m->event == VIRTIO_CONSOLE_PORT_OPEN && m->value <= 1)
-		open_or_close(&c->port[m->id], m->value);
+	else if (m.id >= c->n)
+		return 0;
+	else if (m.event == VIRTIO_CONSOLE_PORT_READY && m.value == 1)
+		port_is_ready(&c->port[m.id]);
+	else if (m.event == VIRTIO_CONSOLE_PORT_OPEN && m.value <= 1)
+		open_or_close(&c->port[m.id], m.value);
+	return 0;
 }
 
-enum orc_served orc_console_serve_control_transmit(struct orc_console_device *c, struct orc_queue *q)
-{
-	struct virtio_console_control message;
-	struct orc_chain chain;
-
-	for (unsigned left = q->size; left; left--) {
-		if (!orc_queue_take(q, &chain))
-			return ORC_DRAINED;
-		if (chain.writable) { /* 5.3.6.1 */
-			orc_queue_refuse(q, &chain);
-			continue;
-		}
-		if (orc_chain_read(&chain, 0, &message, sizeof message) == sizeof message)
-			obey(c, &message);
-		orc_queue_put(q, &chain, 0);
-	}
-	return ORC_MORE;
-}
+const struct orc_chain_work orc_console_from_driver = {.work = obey};

@@ -18,7 +18,8 @@ static void write_status(orc_virtio *v, uint8_t value)
 	if (v->resetting || v->status & ~value || !orc_virtio_in_order(value))
 		return;
 	fresh = value & ~v->status;
-	if (fresh & VIRTIO_CONFIG_S_FEATURES_OK && !orc_virtio_features_fit(v, v->accepted)) { /* 2.2.2; the driver looks whether it is set */
+	/* 2.2.2: the driver looks whether it is set. */
+	if (fresh & VIRTIO_CONFIG_S_FEATURES_OK && !orc_virtio_features_fit(v, v->accepted)) {
 		value &= ~(VIRTIO_CONFIG_S_FEATURES_OK | VIRTIO_CONFIG_S_DRIVER_OK);
 		fresh &= value;
 	}

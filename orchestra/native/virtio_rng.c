@@ -12,31 +12,23 @@ enum {
 };
 
 /* At least one byte (5.4.6.2): once the host's pool is seeded, which orc_virtio_rng_new has seen, there always are some. */
-static uint32_t fill(const struct orc_chain *c)
+static int64_t fill(void *of, const struct orc_chain *c)
 {
 	uint8_t bytes[BYTES];
 	size_t wanted = c->writable_bytes < BYTES ? c->writable_bytes : BYTES;
 	ssize_t n;
 
+	(void)of;
 	while ((n = getrandom(bytes, wanted, 0)) < 0 && errno == EINTR)
 		;
-	return n < 0 ? 0 : (uint32_t)orc_chain_write(c, 0, bytes, (size_t)n);
+	return n < 0 ? 0 : (int64_t)orc_chain_write(c, 0, bytes, (size_t)n);
 }
 
 static enum orc_served serve(orc_virtio *v, uint16_t queue)
 {
-	struct orc_queue *q = &v->queue[queue];
-	struct orc_chain c;
+	static const struct orc_chain_work work = {.writes = true, .work = fill}; /* 5.4.6.1 */
 
-	for (unsigned left = q->size; left; left--) {
-		if (!orc_queue_take(q, &c))
-			return ORC_DRAINED;
-		if (c.readable) /* 5.4.6.1 */
-			orc_queue_refuse(q, &c);
-		else
-			orc_queue_put(q, &c, fill(&c));
-	}
-	return ORC_MORE;
+	return orc_virtio_each(&v->queue[queue], &work, v);
 }
 
 static void free_rng(orc_virtio *v)

@@ -21,7 +21,7 @@
 const char *skipped;
 
 enum { BASE = 0x10000, ROOM = 0x4000, HIGH = BASE + ROOM, READ_ONLY = 0x20000, RINGS = BASE, BETWEEN = 0x100, MOST = 8 };
-enum { PORTS = 2, QUEUES = 2 * (1 + PORTS) + 2, CONTROL_TRANSMIT = 3 };
+enum { PORTS = 2, QUEUES = 2 * (1 + PORTS) + 2, CONTROL_RECEIVE = 2, CONTROL_TRANSMIT };
 
 static uint8_t *host; /* ROOM, ROOM, a page: each between pages that are not there */
 static orc_guest_memory *memory;
@@ -94,6 +94,7 @@ struct machine {
 	orc_virtio *v;
 	orc_console *console, *port[PORTS]; /* NULL: it has none */
 	uint64_t multiport;                 /* its feature */
+	uint64_t features;                  /* that the driver asked for last */
 	struct driver d[QUEUES];
 };
 
@@ -248,28 +249,76 @@ static void console_step(struct machine *m, uint8_t what, struct input *in)
 	}
 }
 
+/* `spoiled`: one of its addresses is another number. */
+static void begin_queue(struct machine *m, uint16_t i, uint8_t spoiled, struct input *in)
+{
+	struct driver *d = &m->d[i];
+
+	*d = (struct driver){.descriptors = RINGS + BETWEEN * i, .size = MOST};
+	d->driver = d->descriptors + 16 * MOST;
+	d->device = d->driver + 32;
+	d->table = (struct vring_desc *)(host + BETWEEN * i);
+	d->avail = (struct vring_avail *)((uint8_t *)d->table + 16 * MOST);
+	d->used = (struct vring_used *)((uint8_t *)d->avail + 32);
+	d->avail->idx = 0;
+	if (spoiled / 4 == i)
+		*(&d->descriptors + spoiled % 3) = number(in);
+	set_up(m->v, i, d, m->features, i);
+}
+
 /* As it should, but for one number, perhaps. */
 static void start_driver(struct machine *m, uint64_t features, struct input *in)
 {
 	uint8_t spoiled = in ? byte(in) : UINT8_MAX;
 
+	m->features = features;
 	if (!negotiate(m->v, features | F_VERSION_1))
 		return;
-	for (uint16_t i = 0; i < m->v->queues; i++) {
-		struct driver *d = &m->d[i];
-
-		*d = (struct driver){.descriptors = RINGS + BETWEEN * i, .size = MOST};
-		d->driver = d->descriptors + 16 * MOST;
-		d->device = d->driver + 32;
-		d->table = (struct vring_desc *)(host + BETWEEN * i);
-		d->avail = (struct vring_avail *)((uint8_t *)d->table + 16 * MOST);
-		d->used = (struct vring_used *)((uint8_t *)d->avail + 32);
-		d->avail->idx = 0;
-		if (spoiled / 4 == i)
-			*(&d->descriptors + spoiled % 3) = number(in);
-		set_up(m->v, i, d, features, i);
-	}
+	put(m->v, VIRTIO_PCI_COMMON_MSIX, 2, m->v->queues);
+	for (uint16_t i = 0; i < m->v->queues; i++)
+		begin_queue(m, i, spoiled, in);
 	go(m->v);
+}
+
+static void reset_queue(struct machine *m, uint16_t i)
+{
+	put(m->v, VIRTIO_PCI_COMMON_Q_SELECT, 2, i);
+	put(m->v, VIRTIO_PCI_COMMON_Q_RESET, 2, 1);
+	wait_for_disk(m->v);
+	if (m->d[i].table)
+		begin_queue(m, i, UINT8_MAX, NULL);
+}
+
+/* As a driver does that finds ports, which programs have open then. */
+static void open_ports(struct machine *m)
+{
+	enum { MESSAGES = 1 + 1 + PORTS + PORTS };
+	const struct virtio_console_control said[MESSAGES] = {
+		{0, VIRTIO_CONSOLE_DEVICE_READY, 1}, {0, VIRTIO_CONSOLE_PORT_READY, 1}, {1, VIRTIO_CONSOLE_PORT_READY, 1},
+		{2, VIRTIO_CONSOLE_PORT_READY, 1}, {1, VIRTIO_CONSOLE_PORT_OPEN, 1}, {2, VIRTIO_CONSOLE_PORT_OPEN, 1}};
+
+	memcpy(host + 0x3000, said, sizeof said);
+	for (uint16_t i = 0; i < MOST; i++) {
+		describe(&m->d[CONTROL_RECEIVE], i, BASE + 0x3800 + 64 * i, 64, VRING_DESC_F_WRITE, 0);
+		offer(&m->d[CONTROL_RECEIVE], i);
+		if (i >= MESSAGES)
+			continue;
+		describe(&m->d[CONTROL_TRANSMIT], i, BASE + 0x3000 + 8 * i, 8, 0, 0);
+		offer(&m->d[CONTROL_TRANSMIT], i);
+	}
+	orc_virtio_again(m->v, CONTROL_RECEIVE);
+	orc_virtio_again(m->v, CONTROL_TRANSMIT);
+	serve_all(m->v, true);
+}
+
+/* More than a port has room for, in a few of these. */
+static void flood(struct machine *m, struct driver *d, uint16_t head)
+{
+	if (!d->avail)
+		return;
+	describe(d, head, BASE, 2 * ROOM, 0, 0);
+	offer(d, head);
+	orc_virtio_again(m->v, (uint16_t)(d - m->d));
 }
 
 static void tame(bool *value) /* a byte that is neither is no bool of C's, which Python can't make */
@@ -300,6 +349,13 @@ static void change_state(struct machine *m, struct input *in)
 	CHECK(orc_virtio_load(m->v, &s));
 	orc_virtio_save(m->v, &again);
 	CHECK(s.status == again.status && s.accepted == again.accepted && s.queue[0].next == again.queue[0].next);
+}
+
+static void power_on(struct machine *m)
+{
+	wait_for_disk(m->v);
+	orc_virtio_power_on(m->v);
+	CHECK(!m->v->status);
 }
 
 static void step(struct machine *m, struct input *in)
@@ -345,8 +401,13 @@ static void step(struct machine *m, struct input *in)
 		if (d->avail)
 			request(m, d, in);
 		break;
-	case 8:
 	case 9:
+		if (m->port[0]) {
+			flood(m, d, byte(in) % MOST);
+			break;
+		}
+		/* fallthrough */
+	case 8:
 		if (!d->avail)
 			break;
 		offer(d, what & 32 ? word(in) : byte(in) % MOST);
@@ -366,13 +427,16 @@ static void step(struct machine *m, struct input *in)
 		change_state(m, in);
 		break;
 	case 14:
-		start_driver(m, (what & 32 ? F_RINGS : number(in)) | m->multiport, in);
+		start_driver(m, (what & 32 ? F_RINGS | 1ull << VIRTIO_F_RING_RESET : number(in)) | m->multiport, in);
 		break;
 	case 15:
-		if (what & 16 && m->v->ops->type == VIRTIO_ID_BALLOON)
+		if (what & 32)
+			reset_queue(m, queue);
+		else if (what & 64)
+			power_on(m);
+		else if (what & 16 && m->v->ops->type == VIRTIO_ID_BALLOON)
 			orc_virtio_balloon_set_target(m->v, word(in));
-		else
-			orc_virtio_again(m->v, queue);
+		orc_virtio_again(m->v, queue);
 		break;
 	}
 	status = m->v->status & 15;
@@ -399,6 +463,15 @@ static orc_virtio *new_disk(unsigned flags)
 	}
 	CHECK(!orc_virtio_blk_new(memory, file_store(dup(file), DISK, flags), "disk", &v));
 	return v;
+}
+
+static int vector_fd(void) /* one for all */
+{
+	static int fd = -1;
+
+	if (fd < 0)
+		fd = new_eventfd();
+	return fd;
 }
 
 static orc_virtio *new_console(struct machine *m, bool ports)
@@ -434,8 +507,12 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	      : how & 8 ? new_disk(how & 16 ? ORC_STORE_NO_URING : 0)
 	      : how & 1 ? new_console(&m, how & 32) : orc_virtio_rng_new(memory);
 	CHECK(m.v && console);
+	for (uint16_t i = 0; i < m.v->vectors; i++)
+		orc_virtio_set_vector_fd(m.v, i, vector_fd());
 	if (how & 2)
-		start_driver(&m, (how & 4 ? F_RINGS : 0) | m.multiport, NULL);
+		start_driver(&m, (how & 4 ? F_RINGS : 0) | 1ull << VIRTIO_F_RING_RESET | m.multiport, NULL);
+	if (how & 2 && how & 64 && m.port[0])
+		open_ports(&m);
 	while (in.left)
 		step(&m, &in);
 	serve_all(m.v, true);

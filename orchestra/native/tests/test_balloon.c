@@ -226,6 +226,29 @@ static void a_long_list_is_seen_to_in_turns(void)
 	end(&b);
 }
 
+static void a_queue_that_is_reset_in_the_middle_of_a_list_begins_the_next_one_at_its_first_page(void)
+{
+	enum { PAGES = 1000, FEW = 10 };
+	struct bench b;
+	orc_u64 before;
+
+	begin(&b, 0, (F_USUAL & ~F_REPORTING) | 1ull << VIRTIO_F_RING_RESET);
+	memset(at(&b.g, BUFFERS), 0, 4 * PAGES); /* no page is looked at that is deflated */
+	send(&b, DEFLATE, BUFFERS, 4 * PAGES, 0);
+	serve(&b);
+	CHECK(look(&b).deflated && look(&b).deflated < PAGES && !was_used(&b, DEFLATE));
+	put(b.v, VIRTIO_PCI_COMMON_Q_SELECT, 2, DEFLATE);
+	put(b.v, VIRTIO_PCI_COMMON_Q_RESET, 2, 1);
+	memset(at(&b.g, RINGS + 0x1000u * DEFLATE), 0, 0x1000);
+	b.d[DEFLATE] = driver_at(&b.g, RINGS + 0x1000u * DEFLATE, SIZE);
+	set_up(b.v, DEFLATE, &b.d[DEFLATE], 0, 0);
+	before = look(&b).deflated;
+	send(&b, DEFLATE, BUFFERS, 4 * FEW, 0);
+	serve_all(&b);
+	CHECK(was_used(&b, DEFLATE) && look(&b).deflated == before + FEW);
+	end(&b);
+}
+
 static void pages_of_a_memfd_are_removed_from_it(void)
 {
 	uint32_t page[32];
@@ -558,6 +581,7 @@ const struct test balloon_tests[] = {
 	TEST(a_page_that_is_not_the_guests_ends_the_device_by_name),
 	TEST(a_list_that_is_none_ends_the_device_by_name),
 	TEST(a_long_list_is_seen_to_in_turns),
+	TEST(a_queue_that_is_reset_in_the_middle_of_a_list_begins_the_next_one_at_its_first_page),
 	TEST(pages_of_a_memfd_are_removed_from_it),
 	TEST(what_the_kernel_does_not_take_is_counted_and_stays),
 	TEST(whole_pages_of_a_report_are_given_back_and_parts_of_pages_stay),

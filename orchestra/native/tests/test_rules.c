@@ -7,8 +7,9 @@
 #include "bench.h"
 #include "files.h"
 
-enum { RNG, CONSOLE, PORTS, DISK, READ_ONLY_DISK, KINDS };
-enum { CAPACITY = 1 << 20, STATUS = VIRTIO_PCI_COMMON_STATUS, HEADER = DATA, ANSWER = DATA + 0x100, BUFFER = DATA + 0x1000, BYTES = 512 };
+enum { RNG, CONSOLE, PORTS, BALLOON, DISK, READ_ONLY_DISK, KINDS };
+enum { CAPACITY = 1 << 20, STATUS = VIRTIO_PCI_COMMON_STATUS };
+enum { HEADER = DATA, ANSWER = DATA + 0x100, BUFFER = DATA + 0x1000, BYTES = 512 };
 
 /* A device of that kind, with its I/O thread, and a queue whose requests it does. */
 struct world {
@@ -37,6 +38,11 @@ static void begin(struct world *w, unsigned kind)
 		v = orc_virtio_console_new(w->g.memory, w->console, 80, 25, kind == PORTS);
 		if (kind == PORTS)
 			orc_virtio_console_port(v, 1, "a", 1, w->port);
+		w->queue = 1;
+		w->flags = 0;
+		break;
+	case BALLOON: /* any page may be deflated */
+		CHECK(!orc_virtio_balloon_new(w->g.memory, ORC_BALLOON_REPORTING, 0, &v));
 		w->queue = 1;
 		w->flags = 0;
 		break;
@@ -73,8 +79,8 @@ static orc_u64 offered(orc_virtio *v)
 	return features;
 }
 
-/* A request of that many bytes of data, as an available chain; nobody is notified. */
-static void offer_request(struct world *w, uint32_t size)
+/* A request of that many bytes of data: descriptors from 0 on. */
+static void describe_request(struct world *w, uint32_t size)
 {
 	struct driver *d = &w->b.d[w->queue];
 	const struct virtio_blk_outhdr header = {.type = VIRTIO_BLK_T_IN};
@@ -87,7 +93,12 @@ static void offer_request(struct world *w, uint32_t size)
 		describe(d, 1, BUFFER, size, w->flags | N, 2);
 		describe(d, 2, ANSWER, 1, W, 0);
 	}
-	offer(d, 0);
+}
+
+static void offer_request(struct world *w, uint32_t size) /* nobody is notified */
+{
+	describe_request(w, size);
+	offer(&w->b.d[w->queue], 0);
 }
 
 static void notify_it(struct world *w)
@@ -322,11 +333,12 @@ static void no_device_writes_what_it_is_to_read_or_a_descriptor_or_the_available
 		begin(&w, kind);
 		drive(&w.b, F_RINGS);
 		memset(at(&w.g, BUFFER), 'a', BYTES);
-		offer_request(&w, BYTES);
+		describe_request(&w, BYTES);
 		memcpy(table, w.b.d[w.queue].table, sizeof table);
-		memcpy(avail, w.b.d[w.queue].avail, sizeof avail);
 		memcpy(header, at(&w.g, HEADER), sizeof header);
 		memcpy(data, at(&w.g, BUFFER), BYTES);
+		offer(&w.b.d[w.queue], 0);
+		memcpy(avail, w.b.d[w.queue].avail, sizeof avail);
 		notify_it(&w);
 		settle(&w);
 		CHECK(used(&w) == 1);
@@ -378,7 +390,7 @@ static void chains_with_an_indirect_table_at_their_end_are_done_whatever_its_des
 			begin(&w, kind);
 			drive(&w.b, F_RINGS);
 			d = &w.b.d[w.queue];
-			offer_request(&w, BYTES);
+			describe_request(&w, BYTES);
 			table = at(&w.g, LOW + 0x20000);
 			if (kind < DISK) { /* all of it, in two pieces */
 				table[0] = (struct vring_desc){BUFFER, 1, w.flags | N, 1};
@@ -389,6 +401,7 @@ static void chains_with_an_indirect_table_at_their_end_are_done_whatever_its_des
 				table[1] = (struct vring_desc){ANSWER, 1, W, 0};
 				describe(d, 1, LOW + 0x20000, 32, VRING_DESC_F_INDIRECT | (write ? W : 0), 0);
 			}
+			offer(d, 0);
 			notify_it(&w);
 			CHECK(await_used(&w.b, w.queue).len == (w.flags ? BYTES + (kind >= DISK) : 0u));
 			CHECK(!(get(w.b.v, STATUS, 1) & NEEDS_RESET));
