@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import struct
+from pathlib import Path
 from typing import Any, ClassVar
 
 import attrs
@@ -10,14 +12,14 @@ import pytest
 import trio
 
 import orchestra as orc
-from conftest import blank, play
+from conftest import blank, guest, play
 from orchestra.backend.scripted import ScriptedExit, hlt, io_read
 from orchestra.machine.desired import AskedMemory, Desired, check_memory
 from orchestra.machine.devices.balloon import BalloonDevice, BalloonFigures
 from orchestra.machine.devices.virtio import VirtioState
 from orchestra.model import codec
 from orchestra.native import ffi, lib
-from orchestra.testing import DeviceRig
+from orchestra.testing import DeviceRig, wait_until
 from orchestra.testing.device import answer
 
 MiB = orc.MiB
@@ -316,3 +318,74 @@ async def test_a_ladder_asks_for_memory_and_lets_it_again(autojump_clock, asked)
 def test_a_step_that_can_not_be_is_refused_by_name(fields, message):
     with pytest.raises(orc.SpecError, match=message):
         orc.Step(when=orc.Condition("exits", 1000), **fields)
+
+
+# ---- a guest with a driver
+
+
+def resident(vm: orc.Vm) -> int:
+    """Bytes that the host has given the VM, as /proc/self/pagemap says (bit 63: present)."""
+    found = 0
+    for region in vm._control.guest.memory.regions:
+        pages = len(region.span) // 4096
+        with Path("/proc/self/pagemap").open("rb", buffering=0) as entries:
+            entries.seek(region.host // 4096 * 8)
+            found += 4096 * sum(word >> 63 for word in struct.unpack(f"<{pages}Q", entries.read(pages * 8)))
+    return found
+
+
+async def keeps(vm: orc.Vm, mib: int) -> orc.MemoryStatistics:
+    """Wait until the guest keeps to so many MiB."""
+    return await wait_until(lambda: (found := vm.statistics().memory).actual == mib * MiB and found, within=60)
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("backing", ["anonymous", "shared", "file"])
+async def test_pages_of_a_running_guest_go_to_the_host_and_come_back(nothing_left, tmp_path, backing):
+    path = None
+    if backing == "file":
+        path = tmp_path / "memory"
+        path.write_bytes(bytes(16 * MiB))
+    memory = orc.Memory(16 * MiB, backing=backing, path=path and str(path), transparent_huge_pages=False)
+    boot = orc.FlatImage(code=guest("balloon_64"), mode=64)
+    devices = (orc.PciHostBridge(), orc.Balloon(floor=MiB), orc.ExitPort())
+    async with orc.open_fleet(backend="kvm", bus_locks="auto") as fleet:
+        vm = await fleet.launch(orc.VmSpec(name="vm", boot=boot, memory=memory, irqchip="full", devices=devices))
+        await wait_until(lambda: resident(vm) >= 4 * MiB)
+        await keeps(vm, 16)
+        before = resident(vm)
+        await vm.set_memory(13 * MiB)
+        found = await keeps(vm, 13)
+        assert (found.target, found.given_back, found.failed) == (13 * MiB, 3 * MiB, 0)
+        assert 0 <= resident(vm) - (before - 3 * MiB) < MiB // 8  # it has touched its list and a ring
+        assert vm.read_memory(0x500000, 2) == b"\xaa\xaa"  # it is not in the balloon
+        await vm.pause()
+        await vm.set_memory(15 * MiB)
+        assert vm.statistics().memory.actual == 13 * MiB
+        await vm.resume()
+        await keeps(vm, 15)
+        assert resident(vm) >= before - MiB
+        assert vm.read_memory(0x400000, 2) == b"\xaa\xaa"  # it is in use again
+        await vm.reset()
+        again = await keeps(vm, 15)
+        assert (again.target, again.given_back) == (15 * MiB, MiB)
+        exits = vm.statistics().answers
+        await vm.set_memory(None)
+        await keeps(vm, 16)
+        assert vm.statistics().answers == exits  # no Python is on the way
+        vm.write_memory(0x7010, b"\1")
+        assert await vm.wait() == orc.Shutdown("exit port", 1)
+
+
+@pytest.mark.kvm
+async def test_a_vm_that_ends_while_its_balloon_inflates_ends(nothing_left):
+    boot = orc.FlatImage(code=guest("balloon_64"), mode=64)
+    devices = (orc.PciHostBridge(), orc.Balloon(floor=MiB), orc.ExitPort())
+    spec = orc.VmSpec(name="vm", boot=boot, memory=16 * MiB, irqchip="full", devices=devices)
+    async with orc.open_fleet(backend="kvm", bus_locks="auto") as fleet:
+        for _ in range(5):
+            vm = await fleet.launch(spec)
+            await vm.set_memory(12 * MiB)
+            await wait_until(lambda vm=vm: vm.statistics().memory.given_back)
+            await vm.stop()
+            assert vm.statistics().memory.given_back

@@ -27,6 +27,14 @@ def room(most: int, free: int) -> MemoryRoom:
     return MemoryRoom(Bound(most * MiB, "MemTotal"), Bound(free * MiB, "MemAvailable"))
 
 
+@attrs.frozen
+class Launch:
+    """The launch of a VM on a host of that room."""
+
+    room: MemoryRoom
+    others: int = 0
+
+
 def resident(memory: GuestMemory) -> int:
     """Bytes that the host has given for it, as /proc/self/pagemap says (bit 63: present)."""
     found = 0
@@ -54,39 +62,39 @@ def resident(memory: GuestMemory) -> int:
 )
 def test_guests_may_be_promised_what_is_not_free_but_not_more_than_there_is(memory):
     spec = blank(memory=memory)
-    check_room(spec, room=room(most=100, free=1))
+    check_room(spec, Launch(room(100, 1)))
     if memory.backing == "file":  # it can be read all the same
-        check_room(spec, room=room(most=99, free=1))
+        check_room(spec, Launch(room(99, 1)))
     else:
         with pytest.raises(orc.ResourceLimit, match=rf"vm 'guest' has {100 * MiB} bytes, and MemTotal is {99 * MiB}"):
-            check_room(spec, room=room(most=99, free=99))
+            check_room(spec, Launch(room(99, 99)))
 
 
 def test_regions_count_and_small_vms_need_no_look():
     region = orc.MemoryRegion(1 << 30, 50 * MiB)
     with pytest.raises(orc.ResourceLimit, match=f"has {100 * MiB} bytes"):
-        check_room(blank(memory=50 * MiB, regions=[region]), room=room(most=99, free=99))
-    check_room(blank(memory=64 * MiB), room=room(most=1, free=1))
+        check_room(blank(memory=50 * MiB, regions=[region]), Launch(room(99, 99)))
+    check_room(blank(memory=64 * MiB), Launch(room(1, 1)))
 
 
 @pytest.mark.parametrize("backing", ["anonymous", "shared", "file"])
 def test_what_is_taken_at_launch_must_be_free_then(backing):
     path = "/image" if backing == "file" else None
     spec = blank(memory=attrs.evolve(FULL, backing=backing, path=path))
-    check_room(spec, room=room(most=1000, free=64))
+    check_room(spec, Launch(room(1000, 64)))
     with pytest.raises(orc.ResourceLimit, match=rf"prefault=True: .* takes {64 * MiB} bytes at launch"):
-        check_room(spec, room=room(most=1000, free=63))
+        check_room(spec, Launch(room(1000, 63)))
     with pytest.raises(orc.ResourceLimit, match=f"of which other launches take {MiB} bytes now"):
-        check_room(spec, others=MiB, room=room(most=1000, free=64))
+        check_room(spec, Launch(room(1000, 64), others=MiB))
 
 
 def test_where_nothing_is_known_nothing_is_refused():
-    check_room(blank(memory=FULL), room=MemoryRoom(None, None))
-    check_room(blank(memory=1 << 40), room=MemoryRoom(None, None))
+    check_room(blank(memory=FULL), Launch(MemoryRoom(None, None)))
+    check_room(blank(memory=1 << 40), Launch(MemoryRoom(None, None)))
 
 
 async def test_a_launch_that_the_host_has_no_room_for_makes_nothing(nothing_left, monkeypatch):
-    monkeypatch.setattr(prefault, "memory_room", lambda: room(most=50, free=50))
+    monkeypatch.setattr(prefault, "memory_room", lambda files: room(50, 50))
     async with orc.open_fleet(backend=orc.ScriptedBackend(lambda spec, vcpu: [hlt(after=1e9)])) as fleet:
         for memory in (100 * MiB, FULL):
             with pytest.raises(orc.ResourceLimit, match="memory: "):

@@ -157,7 +157,7 @@ class Instance:
     def _build(self, mine: Claim) -> None:
         """Make the machine. May run on a worker thread: ioctls that create VMs take from 0.3 to 30 ms."""
         context, spec = self.context, self.spec
-        check_room(spec, mine.others)
+        check_room(spec, mine)
         self.memory = GuestMemory(spec)
         try:
             for index in range(spec.vcpus):

@@ -54,6 +54,11 @@ class Claim:
         """What other launches are about to take."""
         return self._workers.claimed - self.left
 
+    @property
+    def room(self) -> MemoryRoom:
+        """What the host has. Any thread."""
+        return memory_room(self._workers.host)
+
     def taken(self, size: int) -> None:
         """The host has given that much."""
         size = min(size, self.left)
@@ -72,12 +77,8 @@ def claim(workers: Workers, spec: VmSpec) -> Iterator[Claim]:
         made.taken(made.left)
 
 
-def check_room(spec: VmSpec, others: int = 0, room: MemoryRoom | None = None) -> None:
+def check_room(spec: VmSpec, mine: Claim) -> None:
     """Refuse a VM that the host can't have room for. Any thread.
-
-    Parameters:
-        others: bytes that other launches are about to take.
-        room: what the host has; None: look.
 
     Raises:
         ResourceLimit: it can't; the message says how much is needed and who has too little.
@@ -85,7 +86,7 @@ def check_room(spec: VmSpec, others: int = 0, room: MemoryRoom | None = None) ->
     backing, needed = spec.backing, size_of(spec)
     if backing.huge_pages or (needed <= SMALL and not backing.prefault):
         return
-    room = memory_room() if room is None else room
+    room, others = mine.room, mine.others
     if backing.prefault and room.free is not None and needed > room.free.size - others:
         also = f", of which other launches take {others} bytes now" if others else ""
         raise ResourceLimit(

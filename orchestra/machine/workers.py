@@ -18,6 +18,7 @@ import trio
 
 from ..backend.memory import GuestMemory, Region, unmap
 from ..host.control.slice import end_short_slice
+from ..host.files import Files
 
 __all__ = ["Workers", "at_length"]
 
@@ -45,6 +46,7 @@ class Workers:
     Attributes:
         setup, teardown, dirty, populate, files: the limiters for `run`. `files` has no limit: a file that hangs keeps
             its thread.
+        host: the host's files; where its cgroups are mounted is read once.
         claimed: bytes of memory that launches are about to take (`machine.prefault`).
 
     Parameters:
@@ -57,6 +59,7 @@ class Workers:
         self.dirty = trio.CapacityLimiter(THREADS)
         self.populate = trio.CapacityLimiter(THREADS)
         self.files = trio.CapacityLimiter(inf)
+        self.host = Files()
         self.claimed = 0
         self._threaded = threaded
         self._token = trio.lowlevel.current_trio_token()
