@@ -17,6 +17,7 @@ from orchestra import Shutdown
 from orchestra.backend import memory as memory_module
 from orchestra.backend.memory import _HUGE_POOL, GuestMemory
 from orchestra.model.errors import FileError, GuestMemoryError, ResourceLimit
+from orchestra.model.linux import LinuxBoot
 from orchestra.model.memory import HUGE_PAGE, MAX_MEMORY, PAGE, Memory
 from orchestra.model.spec import FlatImage, GiB, MemoryRegion, MiB, VmSpec
 from orchestra.native import ffi
@@ -326,6 +327,30 @@ def test_huge_pages_come_from_the_hosts_pool_and_go_back(backing):
     assert memory.regions[0].host % HUGE_PAGE == 0
     memory.close()
     assert free_huge_pages() == free
+
+
+def advice(address: int) -> set[str]:
+    """The flags of the mapping that has the address (proc(5), VmFlags)."""
+    here = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match("([0-9a-f]+)-([0-9a-f]+) ", line):
+            here = int(found[1], 16) <= address < int(found[2], 16)
+        elif here and line.startswith("VmFlags:"):
+            return set(line.split()[1:])
+    raise AssertionError(f"{address:#x} is not mapped")
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").is_dir(), reason="no transparent huge pages here")
+@pytest.mark.parametrize("backing", ["anonymous", "shared"])
+def test_linux_is_given_transparent_huge_pages_and_a_small_guest_is_not(backing):
+    small = of(memory=Memory(64 * MiB, backing=backing))
+    linux = GuestMemory(
+        VmSpec(name="vm", boot=LinuxBoot(kernel="vmlinuz"), memory=Memory(64 * MiB, backing=backing), devices=())
+    )
+    assert "hg" in advice(linux.regions[0].host)
+    assert "hg" not in advice(small.regions[0].host)
+    linux.close()
+    small.close()
 
 
 def test_a_kernel_without_huge_pages_says_so(monkeypatch, tmp_path):

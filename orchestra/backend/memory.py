@@ -116,6 +116,8 @@ class GuestMemory:
         offset = 0
         for span in spec.ram:
             self._map(span, log_dirty=spec.log_dirty, huge=memory.huge_pages, file=self._descriptor, offset=offset)
+            if spec.boot.huge_pages and not memory.huge_pages:
+                self._ask_for_huge_pages(self.regions[-1])
             offset += len(span)
 
     def _map_file(self, spec: VmSpec, file: int, name: str) -> None:
@@ -150,6 +152,11 @@ class GuestMemory:
         except (OSError, OverflowError, ValueError) as error:
             raise _no_memory(len(span), huge, error) from error
         self.regions.append(Region(span, mapping, ffi.from_buffer(mapping), readonly, log_dirty, not private))
+
+    @staticmethod
+    def _ask_for_huge_pages(region: Region) -> None:
+        """A kernel without transparent huge pages (EINVAL) has none to give, and the guest works all the same."""
+        lib.madvise(region.view, len(region.span), mmap.MADV_HUGEPAGE)
 
     # ---- access
 
