@@ -16,7 +16,7 @@ import trio
 import orchestra as orc
 
 from .linux import BOOTED, Files, spec
-from .qemu import cpu
+from .qemu import Spent
 
 __all__ = ["boot"]
 
@@ -27,10 +27,10 @@ async def boot(kernel: Path, initrd: Path, vms: int) -> list[tuple[float, float]
     taken = []
     async with orc.open_fleet(backend="kvm", bus_locks="auto") as fleet:
         for n in range(vms):
-            begun, before = time.perf_counter(), cpu(os.getpid())
+            begun, before = time.perf_counter(), Spent.by(os.getpid())
             vm = await fleet.launch(spec(f"linux-{n}", files))
             await vm.console.wait_for("init\r\n", timeout=BOOTED)
-            taken.append((time.perf_counter() - begun, cpu(os.getpid()) - before))
+            taken.append((time.perf_counter() - begun, Spent.by(os.getpid()).since(before)))
     return taken
 
 

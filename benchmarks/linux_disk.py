@@ -12,7 +12,7 @@ import attrs
 import orchestra as orc
 
 from .linux import BOOTED, Guest, made, order, peer, skipped, spec
-from .qemu import cpu, disk
+from .qemu import Spent, disk
 from .row import Options, Row
 
 __all__ = ["READS", "Taken", "linux_disk"]
@@ -49,9 +49,9 @@ async def read(
     guest: Guest, pid: int, file: str, how: tuple[int, int, int, float], milliseconds: int
 ) -> tuple[float, float]:
     size, deep, random, _ = how
-    before = cpu(pid)
+    before = Spent.by(pid)
     done, nanoseconds = await order(guest, f"read {file} {size} {deep} {random} {milliseconds}")
-    return done / nanoseconds * 1e9, (cpu(pid) - before) / (done / 2**30)
+    return done / nanoseconds * 1e9, Spent.by(pid).since(before) / (done / 2**30)
 
 
 async def linux_disk(options: Options) -> list[Row]:

@@ -9,7 +9,7 @@ import trio
 import orchestra as orc
 
 from .linux import BOOTED, made, skipped, spec
-from .qemu import cpu
+from .qemu import Spent
 from .row import Options, Row
 
 __all__ = ["devices", "linux_idle"]
@@ -36,10 +36,10 @@ async def linux_idle(options: Options) -> list[Row]:
         vm = await fleet.launch(spec("idle", files, initrd=files.loaded, devices=devices(str(image))))
         await vm.console.wait_for("ready\r\n", timeout=BOOTED)
         await trio.sleep(SETTLE if not options.quick else 0.5)
-        before, used, begun = vm.statistics(), cpu(os.getpid()), trio.current_time()
+        before, spent, begun = vm.statistics(), Spent.by(os.getpid()), trio.current_time()
         await trio.sleep(seconds)
         after, took = vm.statistics(), trio.current_time() - begun
-        used = cpu(os.getpid()) - used
+        used = Spent.by(os.getpid()).since(spent)
     exits = {name: count - before.exits[name] for name, count in after.exits.items() if count != before.exits[name]}
     rate = (after.answers - before.answers) / took
     return [

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import attrs
 import trio
 
-__all__ = ["MACHINES", "PROGRAM", "Qemu", "cpu", "disk", "qemu", "version"]
+__all__ = ["MACHINES", "PROGRAM", "Qemu", "Spent", "disk", "qemu", "version"]
 
 PROGRAM = "qemu-system-x86_64"
 MACHINES: dict[str, tuple[str, ...]] = {
@@ -29,14 +31,41 @@ def version() -> str:
     return subprocess.run([PROGRAM, "--version"], capture_output=True, text=True).stdout.split("\n")[0]
 
 
-def cpu(pid: int) -> float:
-    """CPU seconds of all threads of a process, ended ones included, without the time that they ran guest code.
+@attrs.frozen
+class Spent:
+    """CPU seconds of a process until now, and what tells how far its guest's may be trusted.
 
-    The guest's time is the guest's, not of the program that runs it: the rest is the VMM's, and the kernel's for it.
+    The time in guest code is the guest's: what is left is the VMM's, and the kernel's for it. Linux counts the guest's
+    by ticks and the sum by the clock, unless it was started to count both by the clock. On a slow host ticks
+    are lost. So the guest's are scaled by the part of all busy time on the host that ticks were counted for.
+
+    Attributes:
+        total: user and kernel time of all its threads, those that have ended included.
+        guest: by ticks.
+        ticked: busy time of all CPUs, by ticks.
+        busy: the same by the clock.
     """
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    user, kernel, guest = (int(fields[number - 3]) for number in (14, 15, 43))  # proc(5): numbers from 1
-    return (user + kernel - guest) / TICKS
+
+    total: float
+    guest: float
+    ticked: float
+    busy: float
+
+    @staticmethod
+    def by(pid: int) -> Spent:
+        """Of that process, until now."""
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        user, kernel, guest = (int(fields[number - 3]) / TICKS for number in (14, 15, 43))  # proc(5): numbers from 1
+        cpus = [int(word) / TICKS for word in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
+        idle = cpus[3] + cpus[4]  # waiting for I/O included; the guests' are in `user`
+        passed = time.clock_gettime(time.CLOCK_BOOTTIME) * (os.cpu_count() or 1)
+        return Spent(user + kernel, guest, sum(cpus) - idle, passed - idle)
+
+    def since(self, before: Spent) -> float:
+        """Seconds without the guest's."""
+        part = (self.ticked - before.ticked) / max(self.busy - before.busy, 1 / TICKS)
+        guest = (self.guest - before.guest) / min(max(part, 0.1), 1.0)
+        return max(self.total - before.total - guest, 0.0)
 
 
 def disk(name: str, path: Path, cache: str, bus: str) -> tuple[str, ...]:

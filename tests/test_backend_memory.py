@@ -17,6 +17,7 @@ from orchestra import Shutdown
 from orchestra.backend import memory as memory_module
 from orchestra.backend.memory import _HUGE_POOL, GuestMemory
 from orchestra.model.errors import FileError, GuestMemoryError, ResourceLimit
+from orchestra.model.linux import LinuxBoot
 from orchestra.model.memory import HUGE_PAGE, MAX_MEMORY, PAGE, Memory
 from orchestra.model.spec import FlatImage, GiB, MemoryRegion, MiB, VmSpec
 from orchestra.native import ffi
@@ -353,6 +354,19 @@ def test_a_kernel_without_transparent_huge_pages_says_so_if_they_are_asked_for(m
     with pytest.raises(ResourceLimit, match="transparent_huge_pages=True: this kernel has none"):
         made_of(Memory(RAM, transparent_huge_pages=True))
     made_of(Memory(RAM, transparent_huge_pages=False)).close()  # as it is
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").is_dir(), reason="no transparent huge pages here")
+@pytest.mark.parametrize("backing", ["anonymous", "shared"])
+def test_linux_is_given_transparent_huge_pages_and_a_small_guest_is_not(backing):
+    small = of(memory=Memory(64 * MiB, backing=backing))
+    linux = GuestMemory(
+        VmSpec(name="vm", boot=LinuxBoot(kernel="vmlinuz"), memory=Memory(64 * MiB, backing=backing), devices=())
+    )
+    assert "hg" in flags(linux)
+    assert "hg" not in flags(small)
+    linux.close()
+    small.close()
 
 
 def test_a_kernel_without_huge_pages_says_so(monkeypatch, tmp_path):

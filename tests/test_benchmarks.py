@@ -67,11 +67,19 @@ def test_cpu_of_a_vmm_grows_as_it_works_and_counts_threads_that_have_ended() -> 
         while time.thread_time() < 0.1:
             pass
 
-    before = qemu.cpu(os.getpid())
+    before = qemu.Spent.by(os.getpid())
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert qemu.cpu(os.getpid()) - before >= 0.08
+    after = qemu.Spent.by(os.getpid())
+    assert after.since(before) >= 0.08
+    assert after.busy - before.busy >= 0.08
+
+
+def test_cpu_of_a_vmm_is_without_the_guests_also_where_ticks_are_lost() -> None:
+    before = qemu.Spent(total=1.0, guest=0.5, ticked=10.0, busy=10.0)
+    assert qemu.Spent(total=4.0, guest=2.5, ticked=13.0, busy=13.0).since(before) == pytest.approx(1.0)
+    assert qemu.Spent(total=4.0, guest=1.5, ticked=11.5, busy=13.0).since(before) == pytest.approx(1.0)
 
 
 def test_reads_of_a_disk_are_judged_by_throughput_and_by_cpu_for_the_same_bytes() -> None:

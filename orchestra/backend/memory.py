@@ -135,7 +135,7 @@ class GuestMemory:
         offset = 0
         for span in spec.ram:
             self._map(span, log_dirty=spec.log_dirty, huge=memory.huge_pages, file=self._descriptor, offset=offset)
-            self._advise(memory)
+            self._advise(memory, spec.boot.huge_pages)
             offset += len(span)
 
     def _map_file(self, spec: VmSpec, file: int, name: str) -> None:
@@ -172,13 +172,13 @@ class GuestMemory:
             raise _no_memory(len(span), huge, error) from error
         self.regions.append(Region(span, mapping, ffi.from_buffer(mapping), readonly, log_dirty, not private))
 
-    def _advise(self, memory: Memory) -> None:
-        """Whether the region that was mapped last may have transparent huge pages."""
+    def _advise(self, memory: Memory, usual: bool) -> None:
+        """Whether the region that was mapped last may have transparent huge pages. `usual`: it should unless told."""
         wanted = memory.transparent_huge_pages
-        if wanted is None:
+        if memory.huge_pages or (wanted is None and not usual):
             return
         region = self.regions[-1]
-        advice = mmap.MADV_HUGEPAGE if wanted else mmap.MADV_NOHUGEPAGE
+        advice = mmap.MADV_NOHUGEPAGE if wanted is False else mmap.MADV_HUGEPAGE
         if lib.madvise(region.view, len(region.span), advice) and wanted:
             raise ResourceLimit(
                 ffi.errno,

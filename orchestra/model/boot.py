@@ -55,12 +55,15 @@ class BootSpec:
             VM's `Layout` and its `GuestMemory`. It writes what the guest needs into that memory, and returns an
             `EntryState` for each vCPU. It may raise any `OrchestraError`, such as `FileError`.
         irqchip: what a VM gets unless `VmSpec.irqchip` says otherwise.
+        huge_pages: the guest touches most of its RAM soon, so the host is asked for transparent huge pages
+            (MADV_HUGEPAGE). Where its policy is "never", there are none.
         cpu_features: what the guest can't do without, by the names in Linux's /proc/cpuinfo. A host that lacks one of
             them refuses the VM.
     """
 
     loader: ClassVar[str] = ""
     irqchip: ClassVar[Irqchip] = "none"
+    huge_pages: ClassVar[bool] = False
     cpu_features: ClassVar[tuple[str, ...]] = ()
 
     def platform(self) -> tuple[DeviceSpec, ...]:

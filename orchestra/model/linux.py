@@ -55,6 +55,7 @@ class LinuxBoot(BootSpec):
 
     loader: ClassVar[str] = "orchestra.machine.boot.linux:load"
     irqchip: ClassVar[Irqchip] = "full"
+    huge_pages: ClassVar[bool] = True
     # What arch/x86/kernel/verify_cpu.S demands of a CPU before 64-bit mode; the kernel halts without a word otherwise.
     cpu_features: ClassVar[tuple[str, ...]] = ("fpu", "msr", "pae", "cx8", "cmov", "fxsr", "sse", "sse2", "lm")
 
