@@ -54,7 +54,7 @@ from .model.actions import (
 from .model.chipset import PciHostBridge
 from .model.codec import CodecError, decode, encode, from_document, to_document
 from .model.devices import DebugConsole, DeviceSpec, Digest, Doorbell, ExitPort, Line, Serial, Wiring
-from .model.disk import Disk, IoLimit
+from .model.disk import Disk, IoLimit, VhostUserDisk
 from .model.errors import (
     BackendUnavailable,
     BusLockUnsupported,
@@ -70,6 +70,7 @@ from .model.errors import (
     StateError,
     UnknownTenant,
     UnknownVm,
+    VhostUserError,
     VmExists,
 )
 from .model.exits import (
@@ -289,6 +290,8 @@ __all__ = [
     "VcpuFacts",
     "VcpuStatistics",
     "Verdict",
+    "VhostUserDisk",
+    "VhostUserError",
     "Vm",
     "VmExists",
     "VmFacts",

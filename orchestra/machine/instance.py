@@ -28,7 +28,7 @@ from .contain import contained
 from .context import InstanceContext, Owner
 from .cores import Cores
 from .desired import Desired
-from .devices.assembly import Assembly
+from .devices.assembly import NONE, Assembly, connect_back_ends
 from .devices.buses import Buses
 from .lifecycle import Event, Lifecycle
 from .pause_levels import Level, PauseLevels
@@ -88,6 +88,7 @@ class Instance:
         self._owner = owner
         self._caps = caps
         self._levels = levels
+        self._back_ends = NONE
         self._machine: Machine
         self._console = owner.console
         self._ended = trio.Event()  # set when all vCPUs have ended, or the run is given back
@@ -105,8 +106,16 @@ class Instance:
         context = self.context
         if context.backend.blocking:
             try:
+                if self.spec.has_back_ends:
+                    connect = partial(connect_back_ends, self.spec)
+                    self._back_ends = await context.workers.run(connect, context.workers.files)
                 await context.workers.run(self._build, context.workers.setup)
-            except RuntimeError as error:
+            except BaseException as error:
+                if self._back_ends:
+                    with trio.CancelScope(shield=True):
+                        await context.workers.run(self._close_back_ends, context.workers.files)
+                if not isinstance(error, RuntimeError):
+                    raise
                 if NO_THREAD not in str(error):
                     raise
                 raise ResourceLimit(errno.EAGAIN, f"vm {self.name!r}: {error}; {THREADS}") from error
@@ -161,7 +170,15 @@ class Instance:
             states = boot.load(spec, self.memory)
             self._machine = context.backend.create(spec, self._cores, self.memory, states, bus_locks=context.bus_locks)
             try:
-                self.devices = Assembly(self, self._machine, self._console, context.post, self._in_turn, context.pacer)
+                self.devices = Assembly(
+                    self,
+                    self._machine,
+                    self._console,
+                    context.post,
+                    self._in_turn,
+                    context.pacer,
+                    back_ends=self._back_ends,
+                )
                 self.vcpus += [Vcpu(self, index, engine) for index, engine in enumerate(self._machine.engines)]
                 for vcpu in self.vcpus:
                     if vcpu.engine.threaded:
@@ -177,6 +194,11 @@ class Instance:
                 core.close()
             self.memory.close()
             raise
+
+    def _close_back_ends(self) -> None:
+        """The run will not begin: end the processes that were to serve devices, if no `Assembly` has."""
+        for back_end in self._back_ends.values():
+            back_end.close()
 
     def _join(self) -> None:
         """The run will not begin: end the runners that are held, and wait until their threads are gone."""

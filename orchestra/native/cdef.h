@@ -594,7 +594,11 @@ uint64_t orc_virtio_lend(orc_virtio *, struct orc_virtio_state *out);
 void orc_virtio_back(orc_virtio *, const uint16_t *next);
 void orc_virtio_wake(orc_virtio *, uint16_t queue);
 
-/* ---- spawn.c ---- */
+/* ---- spawn.c, uring.h ---- */
+
+typedef struct orc_uring orc_uring;
+int orc_uring_new(unsigned entries, orc_uring **out);
+void orc_uring_free(orc_uring *);
 
 int orc_spawn(const char *path, char *const *argv, const int *keep, size_t n, int output, int signal, int *pidfd);
 

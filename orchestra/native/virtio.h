@@ -250,7 +250,7 @@ orc_virtio *orc_virtio_console_new(const orc_guest_memory *, orc_console *, uint
 void orc_virtio_console_listen(orc_virtio *, bool on);
 void orc_virtio_console_resize(orc_virtio *, uint16_t columns, uint16_t rows); /* any thread */
 
-/* virtio_lent.c: a device whose queues another process serves. `config_size` bytes are its configuration, which stays; queue_size is
+/* virtio_lent.c: a device whose queues another process serves. `features`: all that it offers. `config_size` bytes are its configuration, which stays; queue_size is
  * a power of two up to ORC_QUEUE_MOST. NULL: no memory, or a number that does not fit. It is never attached to an orc_io. An access
  * that concerns whom the queues belong to (status, a queue's enable and vector) is stored and then goes up to Python. */
 orc_virtio *orc_virtio_lent_new(const orc_guest_memory *, uint16_t type, uint16_t queues, uint16_t queue_size, orc_u64 features,

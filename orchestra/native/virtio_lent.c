@@ -36,6 +36,7 @@ orc_virtio *orc_virtio_lent_new(const orc_guest_memory *memory, uint16_t type, u
 	l->ops = (struct orc_virtio_ops){.type = type, .queues = queues, .queue_size = queue_size, .config_size = config_size,
 					 .features = features, .free = free_lent};
 	orc_virtio_init(&l->virtio, &l->ops, memory, 0, 0);
+	l->virtio.offered &= features; /* of a queue's, only what the back-end can */
 	memcpy(l->virtio.config, config, config_size);
 	return &l->virtio;
 }

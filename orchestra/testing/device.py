@@ -11,10 +11,11 @@ from ..backend.memory_layout import memory_slots
 from ..machine.devices.bus import Bus, NativeDevice
 from ..machine.devices.console import Console
 from ..machine.devices.pci import OnBus, PciHost
-from ..machine.devices.peripheral import Hooks, Peripheral, implementation
+from ..machine.devices.peripheral import Hooks, Peripheral, SharedRam, implementation
 from ..machine.devices.timers import Timers, VmTimer
 from ..model.actions import Outcome
 from ..model.devices import DeviceSpec
+from ..model.memory import Memory
 from ..model.spec import FlatImage, VmSpec
 from ..native import ffi, lib
 
@@ -108,7 +109,8 @@ class DeviceRig:
 
     def __init__(self, spec: DeviceSpec, *, memory: int = 64 * 1024, state: object = None, now: int = 1) -> None:
         wiring = spec.wiring()
-        self.memory = GuestMemory(VmSpec(name="rig", boot=FlatImage(code=b"\xf4"), memory=memory))
+        backing = Memory(memory, backing="shared" if spec.has_back_end else "anonymous")
+        self.memory = GuestMemory(VmSpec(name="rig", boot=FlatImage(code=b"\xf4"), memory=backing))
         self.line, self.pulse = RecordedLine(), RecordedPulse()
         self.msis = tuple(RecordedMsi() for _ in range(wiring.vectors))
         self.now = now
@@ -120,6 +122,8 @@ class DeviceRig:
         self.bells = tuple(RecordedBell() for _ in (wiring.pci.bells if wiring.pci is not None else ()))
         slots = memory_slots(self.memory)
         guest = ffi.gc(lib.orc_guest_memory_new(slots, len(slots), ffi.NULL), lib.orc_guest_memory_free)
+        kind: Any = implementation(spec)
+        self.back_end = kind.prepare(spec) if spec.has_back_end else None
         self._timers = Timers(lambda: self.now, lambda: None)
         hooks = Hooks(
             memory=self.memory,
@@ -134,8 +138,9 @@ class DeviceRig:
             bells=self.bells,
             bus=self.bus,
             guest=guest,
+            ram=SharedRam(self.memory.descriptor, ((0, memory, 0),), guest) if self.memory.descriptor else None,
+            back_end=self.back_end,
         )
-        kind = implementation(spec)
         self.device: Peripheral[Any, Any] = kind(spec, hooks) if state is None else kind.from_state(spec, hooks, state)
         if wiring.pci is not None:
             assert isinstance(self.device, OnBus)
@@ -183,6 +188,8 @@ class DeviceRig:
 
     def close(self) -> None:
         """Unmap the memory."""
+        if self.back_end is not None:
+            self.back_end.close()
         self.device.stop()
         self.memory.close()
         for fd in [msi.fd for msi in self.msis] + [bell.fd for bell in self.bells]:

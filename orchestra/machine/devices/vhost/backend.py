@@ -1,0 +1,341 @@
+"""One vhost-user back-end of a device, and the thread that speaks to it, which sleeps until something changes.
+
+    the driver sets DRIVER_OK, resets, moves a vector  → `look`            ┐              ┌ lend:   SET_VRING_*
+    a pause, its end                                   → `hold`, `let_go`  ├→ the thread ─┤
+    the end of the VM                                  → `stop`            │              └ recall: GET_VRING_BASE
+    the socket or the process ends                                         ┘
+
+No other thread waits for the back-end: what it takes or breaks is this VM's alone. The data go between guest and
+back-end: ioeventfd in, requests in shared memory, the vector's eventfd out.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, Final
+
+import attrs
+
+from ....host.control.slice import end_short_slice
+from ....model.actions import Failed, Outcome
+from ....model.errors import OrchestraError, ResourceLimit, VhostUserError
+from ....native import ffi, lib
+from .daemon import Daemon
+from .frontend import FrontEnd, Vring
+from .messages import RamRegion
+
+__all__ = ["BackEnd", "Connection", "Lendable"]
+
+FINISH: Final = 60.0
+"""Seconds in which a back-end that has stopped finishes the requests that it had begun."""
+
+LOOK: Final = 0.001
+"""Seconds between two looks whether it has. Nothing tells: a back-end that has stopped notifies nobody."""
+
+
+@attrs.frozen(eq=False)
+class Connection:
+    """A connected socket, and the process behind it if that is ours.
+
+    Attributes:
+        explain: what the process meant by its last words; None: no more than they say.
+    """
+
+    socket: socket.socket
+    daemon: Daemon | None = None
+    explain: Callable[[str], OrchestraError | None] = lambda _: None
+
+
+@attrs.frozen(eq=False)
+class Lendable:
+    """A device whose queues are lent.
+
+    Attributes:
+        handle: its ``orc_virtio *``.
+        owner: keeps the handle alive.
+        kicks, calls: eventfds of its queues and of its vectors.
+        memory: the descriptor of guest memory.
+        read: reads guest memory.
+        end: ends the VM. Any thread.
+    """
+
+    handle: Any
+    owner: object
+    kicks: Sequence[int]
+    calls: Sequence[int]
+    memory: int
+    regions: Sequence[RamRegion]
+    read: Callable[[int, int], bytes]
+    end: Callable[[Outcome], object]
+
+
+class BackEnd:
+    """Speaks to one back-end. All methods: any thread; `wait` and `stop` wait for it, but no longer than its times.
+
+    Attributes:
+        features, queues, config: of the device, as the back-end says.
+
+    Parameters:
+        name: for errors: "disk root.qcow2".
+        connect: makes the connection; on the thread, which the process then belongs to.
+        config_size: bytes of the device's configuration.
+
+    Raises:
+        OrchestraError: there is no connection, or no back-end at its end that can do what is needed.
+    """
+
+    def __init__(self, name: str, connect: Callable[[], Connection], config_size: int) -> None:
+        self.features, self.queues, self.config = 0, 0, b""
+        self._name, self._connect, self._config_size = name, connect, config_size
+        self._changed = threading.Condition()  # for what follows
+        self._device: Lendable | None = None
+        self._holds = {"start"}
+        self._quiet: list[Callable[[], object]] = []
+        self._lent: dict[int, int] = {}  # queues, and the vectors that they were lent with
+        self._stopping = self._over = self._ready = False
+        self._problem: OrchestraError | None = None
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._thread = threading.Thread(target=self._run, name=f"orchestra {name}"[:64], daemon=True)
+        try:
+            self._thread.start()
+        except RuntimeError as error:  # the host has no thread left
+            os.close(self._wake)
+            raise ResourceLimit(11, f"{name}: {error}; see ulimit -u and cgroup pids.max") from error
+        with self._changed:
+            self._changed.wait_for(lambda: self._ready or self._over)
+        if self._problem is not None:
+            self.close()
+            raise self._problem
+
+    # ---- for its device
+
+    def serve(self, device: Lendable) -> None:
+        """Lend that device's queues from now on, while its driver has them running and nobody holds it."""
+        with self._changed:
+            self._device = device
+            problem = self._problem
+        if problem is not None:
+            device.end(Failed(str(problem)))
+        self.look()
+
+    def look(self) -> None:
+        """The driver has changed something."""
+        with suppress(BlockingIOError, OSError):
+            os.eventfd_write(self._wake, 1)
+
+    # ---- as an `IoThread`
+
+    def hold(self, reason: str) -> None:
+        """From now on the queues are not lent. Does not wait until they are back; `wait` does."""
+        with self._changed:
+            self._holds.add(reason)
+        self.look()
+
+    def when_quiet(self, call: Callable[[], object]) -> None:
+        """While it is held: call that, on the thread or on this one, once the queues are back."""
+        with self._changed:
+            over = self._over
+            if not over:
+                self._quiet.append(call)
+        if over:
+            call()
+        self.look()
+
+    def let_go(self, reason: str) -> None:
+        """That hold is over. Nothing if there was none."""
+        with self._changed:
+            self._holds.discard(reason)
+        self.look()
+
+    def wait(self) -> None:
+        """While it is held: wait until the queues are back."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._lent or self._over)
+
+    def stop(self) -> None:
+        """End it: the back-end touches no guest memory any more. A second call does nothing."""
+        with self._changed:
+            self._stopping = True
+        self.look()
+        self._thread.join()
+
+    def close(self) -> None:
+        """End it, and give its descriptors back."""
+        self.stop()
+        wake, self._wake = self._wake, -1
+        if wake >= 0:
+            os.close(wake)
+
+    # ---- the thread
+
+    def _run(self) -> None:
+        end_short_slice()
+        connection: Connection | None = None
+        try:
+            connection = self._connect()
+            front_end = FrontEnd(connection.socket, self._name)
+            front_end.negotiate()
+            self.features, self.queues = front_end.features, front_end.queues
+            self.config = front_end.config(self._config_size)
+            with self._changed:
+                self._ready = True
+                self._changed.notify_all()
+            self._watch(connection, front_end)
+        except Exception as error:  # whatever it is, it is this VM's alone
+            self._fail(error, connection)
+        finally:
+            self._end(connection)
+
+    def _watch(self, connection: Connection, front_end: FrontEnd) -> None:
+        daemon, watched = connection.daemon, select.poll()
+        for fd in [self._wake, connection.socket.fileno(), *([] if daemon is None else [daemon.pidfd, daemon.output])]:
+            watched.register(fd, select.POLLIN)
+        while True:
+            ready = {fd for fd, _ in watched.poll()}
+            if self._wake in ready:
+                os.eventfd_read(self._wake)
+            if daemon is not None and daemon.output in ready and not daemon.read():
+                watched.unregister(daemon.output)
+            if self._stopping:
+                if daemon is None:  # a process of ours finishes its requests when it is told to end
+                    self._recall(front_end)
+                return
+            if daemon is not None and daemon.pidfd in ready:
+                raise VhostUserError(f"{self._name}: its process has ended")
+            if connection.socket.fileno() in ready:
+                connection.socket.settimeout(0)
+                said = connection.socket.recv(1)
+                what = "says what nobody has asked for" if said else "has closed the connection"
+                raise VhostUserError(f"{self._name}: its back-end {what}")
+            self._follow(front_end)
+
+    def _follow(self, front_end: FrontEnd) -> None:
+        """Lend and recall, as holds and the driver want it by now."""
+        device = self._device
+        if device is None:
+            return
+        with self._changed:
+            held = bool(self._holds)
+        wanted = 0 if held else int(lib.orc_virtio_live_queues(device.handle))
+        if self._lent and wanted != sum(1 << queue for queue in self._lent):
+            self._recall(front_end)
+        if wanted and not self._lent:
+            self._lend(front_end, device)
+        elif self._lent:
+            self._interrupt(front_end, device)
+        if held:
+            self._come_to_rest()
+
+    def _lend(self, front_end: FrontEnd, device: Lendable) -> None:
+        state = ffi.new("struct orc_virtio_state *")
+        queues = [n for n, mask in enumerate(_bits(lib.orc_virtio_lend(device.handle, state))) if mask]
+        if not queues:
+            return
+        self._lent = {queue: state.queue[queue].vector for queue in queues}
+        vrings = {
+            queue: Vring(
+                size=one.size,
+                descriptors=one.descriptors,
+                driver=one.driver,
+                device=one.device,
+                next=one.next,
+                kick=device.kicks[queue],
+                call=self._call(device, one.vector),
+            )
+            for queue in queues
+            for one in [state.queue[queue]]
+        }
+        front_end.start(state.accepted, device.memory, device.regions, vrings, state.status)
+        for queue in queues:
+            lib.orc_virtio_wake(device.handle, queue)
+
+    def _call(self, device: Lendable, vector: int) -> int:
+        return device.calls[vector] if vector < len(device.calls) else -1
+
+    def _interrupt(self, front_end: FrontEnd, device: Lendable) -> None:
+        """Where the driver wants its interrupts by now."""
+        state = ffi.new("struct orc_virtio_state *")
+        lib.orc_virtio_save(device.handle, state)
+        for queue, before in self._lent.items():
+            if (vector := state.queue[queue].vector) != before:
+                front_end.call(queue, self._call(device, vector))
+                self._lent[queue] = vector
+
+    def _recall(self, front_end: FrontEnd) -> None:
+        device = self._device
+        if device is None or not self._lent:
+            return
+        next_ = front_end.stop(list(self._lent))
+        self._finish(device, next_)
+        self._give_back(device, next_)
+
+    def _finish(self, device: Lendable, next_: dict[int, int]) -> None:
+        """Wait until all that was taken from the queues is done. The protocol has the back-end do that before it
+        answers, and QEMU 7.2 does not."""
+        state = ffi.new("struct orc_virtio_state *")
+        lib.orc_virtio_save(device.handle, state)
+        deadline = time.monotonic() + FINISH
+        for queue, place in next_.items():
+            where = state.queue[queue].device + 2  # virtio 1.2, 2.7.8: the index behind the flags
+            while int.from_bytes(device.read(where, 2), "little") != place:
+                if time.monotonic() > deadline:
+                    raise VhostUserError(f"{self._name}: its back-end has stopped, and does not finish its requests")
+                time.sleep(LOOK)
+
+    def _give_back(self, device: Lendable, next_: dict[int, int]) -> None:
+        places = ffi.new("uint16_t[]", int(lib.ORC_VIRTIO_QUEUES))
+        for queue, place in next_.items():
+            places[queue] = place
+        lib.orc_virtio_back(device.handle, places)
+        with self._changed:
+            self._lent = {}
+            self._changed.notify_all()
+
+    def _come_to_rest(self) -> None:
+        with self._changed:
+            quiet, self._quiet = self._quiet, []
+        for call in quiet:
+            call()
+
+    # ---- its end
+
+    def _fail(self, error: Exception, connection: Connection | None) -> None:
+        daemon = None if connection is None else connection.daemon
+        problem = error if isinstance(error, OrchestraError) else VhostUserError(f"{self._name}: {error!r}")
+        if connection is not None and daemon is not None:
+            asked = not daemon.has_ended
+            daemon.end(patience=0.5)
+            meant = None if asked and not daemon.words else connection.explain(daemon.words)
+            if meant is not None and not self._ready:
+                problem = meant
+            else:
+                how = "" if asked else f"; {daemon.how}"
+                problem = VhostUserError(f"{problem}{how}{f': {daemon.words}' if daemon.words else ''}")
+        with self._changed:
+            self._problem = problem
+            device = self._device
+        if device is not None and not self._stopping:
+            device.end(Failed(str(problem)))
+
+    def _end(self, connection: Connection | None) -> None:
+        """The last of the thread: the back-end is gone, and the queues are back."""
+        if connection is not None:
+            if connection.daemon is not None:
+                connection.daemon.end()
+            connection.socket.close()
+        if self._device is not None and self._lent:
+            self._give_back(self._device, {})  # wherever they are: the VM ends
+        with self._changed:
+            self._over = True
+            self._changed.notify_all()
+        self._come_to_rest()
+
+
+def _bits(mask: int) -> list[bool]:
+    return [bool(int(mask) >> n & 1) for n in range(int(lib.ORC_VIRTIO_QUEUES))]
