@@ -1,7 +1,7 @@
 """Both sides of a vhost-user device for tests: a guest's driver of a disk in a `DeviceRig`, and a scripted back-end.
 
-    rig = DeviceRig(orc.Disk(..., format="qcow2"));  driver = DiskDriver(rig);  driver.start();  driver.write(0, bytes(512))
-    with ScriptedBackEnd(path) as back_end: ...      a real socket, which answers as `answer` says
+rig = DeviceRig(orc.Disk(..., format="qcow2"));  driver = DiskDriver(rig);  driver.start();  driver.write(0, bytes(512))
+with ScriptedBackEnd(path) as back_end: ...      a real socket, which answers as `answer` says
 """
 
 from __future__ import annotations
@@ -121,8 +121,8 @@ Answer = Callable[["ScriptedBackEnd", int, bytes], "bytes | None"]
 
 
 class ScriptedBackEnd:
-    """A back-end at a socket. It answers as a good one, unless `answer` gives other bytes for a request; None: as a good
-    one. An answer of `b""` is none.
+    """A back-end at a socket. It answers as a good one does, unless `answer` gives other bytes for a request. `b""`: it
+    does not answer.
 
     Attributes:
         seen: the requests, in their order.
@@ -234,3 +234,8 @@ def descriptors() -> set[str]:
         with suppress(OSError):
             found.append(f"{fd} {os.readlink(f'/proc/self/fd/{fd}')}")
     return set(found)
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has begun, and that it has not waited for."""
+    return [int(child) for file in Path(f"/proc/{pid}/task").glob("*/children") for child in file.read_text().split()]

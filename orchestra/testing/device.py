@@ -109,6 +109,8 @@ class DeviceRig:
 
     def __init__(self, spec: DeviceSpec, *, memory: int = 64 * 1024, state: object = None, now: int = 1) -> None:
         wiring = spec.wiring()
+        kind: Any = implementation(spec)
+        self.back_end = kind.prepare(spec) if spec.has_back_end else None
         backing = Memory(memory, backing="shared" if spec.has_back_end else "anonymous")
         self.memory = GuestMemory(VmSpec(name="rig", boot=FlatImage(code=b"\xf4"), memory=backing))
         self.line, self.pulse = RecordedLine(), RecordedPulse()
@@ -122,8 +124,6 @@ class DeviceRig:
         self.bells = tuple(RecordedBell() for _ in (wiring.pci.bells if wiring.pci is not None else ()))
         slots = memory_slots(self.memory)
         guest = ffi.gc(lib.orc_guest_memory_new(slots, len(slots), ffi.NULL), lib.orc_guest_memory_free)
-        kind: Any = implementation(spec)
-        self.back_end = kind.prepare(spec) if spec.has_back_end else None
         self._timers = Timers(lambda: self.now, lambda: None)
         hooks = Hooks(
             memory=self.memory,
@@ -141,7 +141,14 @@ class DeviceRig:
             ram=SharedRam(self.memory.descriptor, ((0, memory, 0),), guest) if self.memory.descriptor else None,
             back_end=self.back_end,
         )
-        self.device: Peripheral[Any, Any] = kind(spec, hooks) if state is None else kind.from_state(spec, hooks, state)
+        try:
+            self.device: Peripheral[Any, Any] = (
+                kind(spec, hooks) if state is None else kind.from_state(spec, hooks, state)
+            )
+        except BaseException:
+            if self.back_end is not None:
+                self.back_end.close()
+            raise
         if wiring.pci is not None:
             assert isinstance(self.device, OnBus)
             self.bus.slots[0].plug(self.device, RLock(), self.bells)

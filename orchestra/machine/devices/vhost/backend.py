@@ -39,6 +39,11 @@ LOOK: Final = 0.001
 """Seconds between two looks whether it has. Nothing tells: a back-end that has stopped notifies nobody."""
 
 
+AT_ONCE: Final = 1.0
+"""Seconds for the end of a process that has closed its socket, or broken the protocol. What it has not written by then
+is lost, as by a loss of power."""
+
+
 @attrs.frozen(eq=False)
 class Connection:
     """A connected socket, and the process behind it if that is ours.
@@ -126,8 +131,9 @@ class BackEnd:
 
     def look(self) -> None:
         """The driver has changed something."""
-        with suppress(BlockingIOError, OSError):
-            os.eventfd_write(self._wake, 1)
+        with self._changed, suppress(BlockingIOError):  # closed under the lock: its number may be another's next
+            if self._wake >= 0:
+                os.eventfd_write(self._wake, 1)
 
     # ---- as an `IoThread`
 
@@ -168,9 +174,10 @@ class BackEnd:
     def close(self) -> None:
         """End it, and give its descriptors back."""
         self.stop()
-        wake, self._wake = self._wake, -1
-        if wake >= 0:
-            os.close(wake)
+        with self._changed:
+            wake, self._wake = self._wake, -1
+            if wake >= 0:
+                os.close(wake)
 
     # ---- the thread
 
@@ -309,8 +316,8 @@ class BackEnd:
         daemon = None if connection is None else connection.daemon
         problem = error if isinstance(error, OrchestraError) else VhostUserError(f"{self._name}: {error!r}")
         if connection is not None and daemon is not None:
-            asked = not daemon.has_ended
-            daemon.end(patience=0.5)
+            asked = not daemon.has_ended(within=AT_ONCE)  # its socket closes first
+            daemon.end(patience=AT_ONCE)
             meant = None if asked and not daemon.words else connection.explain(daemon.words)
             if meant is not None and not self._ready:
                 problem = meant

@@ -71,9 +71,9 @@ class Daemon:
         """The last lines that it printed."""
         return self._words.decode(errors="replace").strip()
 
-    @property
-    def has_ended(self) -> bool:
-        return self._how is not None or self._wait(0)
+    def has_ended(self, within: float) -> bool:
+        """Whether it has ended by itself, or does within that many seconds."""
+        return self._how is not None or self._wait(within)
 
     @property
     def how(self) -> str:

@@ -194,8 +194,9 @@ class FrontEnd:
             more = []
 
     def _receive(self, kind: Request, size: int, deadline: float) -> bytes:
+        header = self._exactly(kind, HEADER.size, deadline)
         try:
-            parse_header(self._exactly(kind, HEADER.size, deadline), kind, size)
+            parse_header(header, kind, size)
         except VhostUserError as error:
             raise self._error(str(error)) from None
         return self._exactly(kind, size, deadline)
