@@ -620,6 +620,17 @@ def test_extras_that_are_installed_are_looked_up_where_python_looks(tmp_path):
     assert {f"extra {extra}" for extra in doctor.software.EXTRAS} <= set(found)
 
 
+def test_storage_daemon_is_found_or_named_with_its_package(tmp_path):
+    def found() -> doctor.Finding:
+        return next(finding for finding in examine(tmp_path).findings if finding.check == "qcow2 disks")
+
+    assert (found().status, found().value) == ("note", "qemu-storage-daemon missing")
+    assert "qemu-system-common" in (found().remedy or "")
+    (tmp_path / "usr/bin").mkdir(parents=True)
+    (tmp_path / "usr/bin/qemu-storage-daemon").touch()
+    assert (found().status, found().value) == ("ok", "/usr/bin/qemu-storage-daemon")
+
+
 def test_the_doctor_knows_every_extra_that_a_user_can_install():
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     for_developers = {"test", "lint", "types", "docs", "dev"}

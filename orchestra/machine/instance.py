@@ -28,7 +28,7 @@ from .contain import contained
 from .context import InstanceContext, Owner
 from .cores import Cores
 from .desired import Desired
-from .devices.assembly import NONE, Assembly, connect_back_ends
+from .devices.assembly import NONE, Assembly, close_back_ends, connect_back_ends
 from .devices.buses import Buses
 from .lifecycle import Event, Lifecycle
 from .pause_levels import Level, PauseLevels
@@ -113,7 +113,7 @@ class Instance:
             except BaseException as error:
                 if self._back_ends:
                     with trio.CancelScope(shield=True):
-                        await context.workers.run(self._close_back_ends, context.workers.files)
+                        await context.workers.run(partial(close_back_ends, self._back_ends), context.workers.files)
                 if not isinstance(error, RuntimeError):
                     raise
                 if NO_THREAD not in str(error):
@@ -194,11 +194,6 @@ class Instance:
                 core.close()
             self.memory.close()
             raise
-
-    def _close_back_ends(self) -> None:
-        """The run will not begin: end the processes that were to serve devices, if no `Assembly` has."""
-        for back_end in self._back_ends.values():
-            back_end.close()
 
     def _join(self) -> None:
         """The run will not begin: end the runners that are held, and wait until their threads are gone."""

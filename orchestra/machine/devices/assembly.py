@@ -45,7 +45,7 @@ from .service import Plugged, Service, taken
 if TYPE_CHECKING:  # a program without such devices need not have that in its memory
     from .vhost.backend import BackEnd
 
-__all__ = ["Assembly", "Board", "Dma", "connect_back_ends"]
+__all__ = ["Assembly", "Board", "Dma", "close_back_ends", "connect_back_ends"]
 
 log: Final = logging.getLogger("orchestra")
 
@@ -144,10 +144,15 @@ def connect_back_ends(spec: VmSpec) -> dict[int, BackEnd]:
                 kind: Any = implementation(device)
                 made[index] = kind.prepare(device)
     except BaseException:
-        for back_end in made.values():
-            back_end.close()
+        close_back_ends(made)
         raise
     return made
+
+
+def close_back_ends(back_ends: Mapping[int, BackEnd]) -> None:
+    """End those that no `Assembly` has ended. On a thread that may wait."""
+    for back_end in back_ends.values():
+        back_end.close()
 
 
 class Assembly:
