@@ -34,6 +34,7 @@ MOUNTS = (
 GOOD = {
     "proc/cpuinfo": CPUINFO.format(vendor="AuthenticAMD", flags="bus_lock_detect bus_lock_threshold"),
     "proc/sys/kernel/osrelease": "6.16.1-test\n",
+    "usr/bin/qemu-storage-daemon": "a program",
     "proc/cmdline": "quiet split_lock_detect=off\n",
     "proc/sys/kernel/split_lock_mitigate": "0\n",
     "proc/self/limits": LIMITS

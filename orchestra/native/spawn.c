@@ -5,7 +5,6 @@
  * calls the kernel and nothing else, and no signal handler of ours runs in it. */
 #include <errno.h>
 #include <fcntl.h>
-#include <linux/close_range.h>
 #include <signal.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
@@ -13,6 +12,10 @@
 #include <unistd.h>
 
 #include "orc.h"
+
+#if __has_include(<linux/close_range.h>)
+#include <linux/close_range.h>
+#endif
 
 /* Numbers that older headers lack: asm-generic/unistd.h and linux/close_range.h of Linux 5.11. */
 #ifndef SYS_pidfd_open
