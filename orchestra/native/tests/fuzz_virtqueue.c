@@ -246,6 +246,8 @@ static void change_state(struct machine *m, struct input *in)
 	struct orc_virtio_state s, again;
 
 	wait_for_disk(m->v);
+	if (!m->v->ops->serve)
+		lend_all(m->v, true); /* as whoever saves it has it */
 	orc_virtio_save(m->v, &s);
 	if (byte(in) & 1) { /* any byte of it: it is taken over as a whole or not at all */
 		((uint8_t *)&s)[word(in) % sizeof s] = byte(in);

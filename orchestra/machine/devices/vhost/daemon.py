@@ -18,6 +18,9 @@ __all__ = ["Daemon"]
 WORDS: Final = 4096
 """Bytes of its output that are kept, the last ones: an error message, and what led to it."""
 
+PIPE: Final = 1 << 16
+"""Bytes that a pipe holds (pipe(7)): one read takes all."""
+
 PATIENCE: Final = 30.0
 """Seconds for its orderly end, in which it finishes requests and writes what it has of the image in memory."""
 
@@ -60,7 +63,7 @@ class Daemon:
     def read(self) -> bool:
         """Take what it has printed. False: it prints nothing any more."""
         try:
-            more = os.read(self.output, 16 * WORDS)
+            more = os.read(self.output, PIPE)
         except BlockingIOError:
             return True
         self._words = (self._words + more)[-WORDS:]
@@ -124,7 +127,4 @@ class Daemon:
                 return
             kind = "exit status" if found.si_code == os.CLD_EXITED else "signal"
             self._how = f"{kind} {found.si_status}"
-        while True:
-            before = self._words
-            if not self.read() or self._words == before:
-                break
+        self.read()
