@@ -16,28 +16,21 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Final
+from typing import Final
 
 import attrs
 
 from ....host.control.slice import end_short_slice
-from ....model.actions import Failed, Outcome
+from ....model.actions import Failed
 from ....model.errors import OrchestraError, ResourceLimit, VhostUserError
-from ....native import ffi, lib
 from .daemon import Daemon
-from .frontend import FrontEnd, Vring
-from .messages import RamRegion
+from .frontend import FrontEnd
+from .lending import Lendable, Lending
+from .pace import Pace
 
-__all__ = ["BackEnd", "Connection", "Lendable"]
-
-FINISH: Final = 60.0
-"""Seconds in which a back-end that has stopped finishes the requests that it had begun."""
-
-LOOK: Final = 0.001
-"""Seconds between two looks whether it has. Nothing tells: a back-end that has stopped notifies nobody."""
-
+__all__ = ["BackEnd", "Connection"]
 
 AT_ONCE: Final = 1.0
 """Seconds for the end of a process that has closed its socket, or broken the protocol. What it has not written by then
@@ -55,29 +48,6 @@ class Connection:
     socket: socket.socket
     daemon: Daemon | None = None
     explain: Callable[[str], OrchestraError | None] = lambda _: None
-
-
-@attrs.frozen(eq=False)
-class Lendable:
-    """A device whose queues are lent.
-
-    Attributes:
-        handle: its ``orc_virtio *``.
-        owner: keeps the handle alive.
-        kicks, calls: eventfds of its queues and of its vectors.
-        memory: the descriptor of guest memory.
-        read: reads guest memory.
-        end: ends the VM. Any thread.
-    """
-
-    handle: Any
-    owner: object
-    kicks: Sequence[int]
-    calls: Sequence[int]
-    memory: int
-    regions: Sequence[RamRegion]
-    read: Callable[[int, int], bytes]
-    end: Callable[[Outcome], object]
 
 
 class BackEnd:
@@ -99,10 +69,10 @@ class BackEnd:
         self.features, self.queues, self.config = 0, 0, b""
         self._name, self._connect, self._config_size = name, connect, config_size
         self._changed = threading.Condition()  # for what follows
-        self._device: Lendable | None = None
+        self._lending: Lending | None = None
         self._holds = {"start"}
+        self._rests = True  # nothing is lent, and nothing will be while it is held
         self._quiet: list[Callable[[], object]] = []
-        self._lent: dict[int, int] = {}  # queues, and the vectors that they were lent with
         self._stopping = self._over = self._ready = False
         self._problem: OrchestraError | None = None
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -123,7 +93,7 @@ class BackEnd:
     def serve(self, device: Lendable) -> None:
         """Lend that device's queues from now on, while its driver has them running and nobody holds it."""
         with self._changed:
-            self._device = device
+            self._lending = Lending(self._name, device)
             problem = self._problem
         if problem is not None:
             device.end(Failed(str(problem)))
@@ -140,6 +110,7 @@ class BackEnd:
     def hold(self, reason: str) -> None:
         """From now on the queues are not lent. Does not wait until they are back; `wait` does."""
         with self._changed:
+            self._rests = self._rests and bool(self._holds)  # the thread may be lending just now
             self._holds.add(reason)
         self.look()
 
@@ -162,12 +133,13 @@ class BackEnd:
     def wait(self) -> None:
         """While it is held: wait until the queues are back."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._lent or self._over)
+            self._changed.wait_for(lambda: self._rests or self._over)
 
     def stop(self) -> None:
         """End it: the back-end touches no guest memory any more. A second call does nothing."""
         with self._changed:
             self._stopping = True
+            self._changed.notify_all()
         self.look()
         self._thread.join()
 
@@ -203,15 +175,16 @@ class BackEnd:
         daemon, watched = connection.daemon, select.poll()
         for fd in [self._wake, connection.socket.fileno(), *([] if daemon is None else [daemon.pidfd, daemon.output])]:
             watched.register(fd, select.POLLIN)
+        pace = Pace(since=time.monotonic())
         while True:
-            ready = {fd for fd, _ in watched.poll()}
+            ready, began = {fd for fd, _ in watched.poll()}, time.thread_time()
             if self._wake in ready:
                 os.eventfd_read(self._wake)
             if daemon is not None and daemon.output in ready and not daemon.read():
                 watched.unregister(daemon.output)
             if self._stopping:
-                if daemon is None:  # a process of ours finishes its requests when it is told to end
-                    self._recall(front_end)
+                if daemon is None and self._lending is not None:  # a process of ours finishes when it is told to end
+                    self._lending.recall(front_end)
                 return
             if daemon is not None and daemon.pidfd in ready:
                 raise VhostUserError(f"{self._name}: its process has ended")
@@ -221,88 +194,22 @@ class BackEnd:
                 what = "says what nobody has asked for" if said else "has closed the connection"
                 raise VhostUserError(f"{self._name}: its back-end {what}")
             self._follow(front_end)
+            rest = pace.spent(time.thread_time() - began, time.monotonic())
+            with self._changed:
+                self._changed.wait_for(lambda: self._stopping, rest)
 
     def _follow(self, front_end: FrontEnd) -> None:
         """Lend and recall, as holds and the driver want it by now."""
-        device = self._device
-        if device is None:
-            return
         with self._changed:
-            held = bool(self._holds)
-        wanted = 0 if held else int(lib.orc_virtio_live_queues(device.handle))
-        if self._lent and wanted != sum(1 << queue for queue in self._lent):
-            self._recall(front_end)
-        if wanted and not self._lent:
-            self._lend(front_end, device)
-        elif self._lent:
-            self._interrupt(front_end, device)
+            lending, held = self._lending, bool(self._holds)
+        if lending is None:
+            return
+        lending.follow(front_end, held=held)
+        with self._changed:
+            self._rests = held and bool(self._holds)
+            self._changed.notify_all()
         if held:
             self._come_to_rest()
-
-    def _lend(self, front_end: FrontEnd, device: Lendable) -> None:
-        state = ffi.new("struct orc_virtio_state *")
-        queues = [n for n, mask in enumerate(_bits(lib.orc_virtio_lend(device.handle, state))) if mask]
-        if not queues:
-            return
-        self._lent = {queue: state.queue[queue].vector for queue in queues}
-        vrings = {
-            queue: Vring(
-                size=one.size,
-                descriptors=one.descriptors,
-                driver=one.driver,
-                device=one.device,
-                next=one.next,
-                kick=device.kicks[queue],
-                call=self._call(device, one.vector),
-            )
-            for queue in queues
-            for one in [state.queue[queue]]
-        }
-        front_end.start(state.accepted, device.memory, device.regions, vrings, state.status)
-        for queue in queues:
-            lib.orc_virtio_wake(device.handle, queue)
-
-    def _call(self, device: Lendable, vector: int) -> int:
-        return device.calls[vector] if vector < len(device.calls) else -1
-
-    def _interrupt(self, front_end: FrontEnd, device: Lendable) -> None:
-        """Where the driver wants its interrupts by now."""
-        state = ffi.new("struct orc_virtio_state *")
-        lib.orc_virtio_save(device.handle, state)
-        for queue, before in self._lent.items():
-            if (vector := state.queue[queue].vector) != before:
-                front_end.call(queue, self._call(device, vector))
-                self._lent[queue] = vector
-
-    def _recall(self, front_end: FrontEnd) -> None:
-        device = self._device
-        if device is None or not self._lent:
-            return
-        next_ = front_end.stop(list(self._lent))
-        self._finish(device, next_)
-        self._give_back(device, next_)
-
-    def _finish(self, device: Lendable, next_: dict[int, int]) -> None:
-        """Wait until all that was taken from the queues is done. The protocol has the back-end do that before it
-        answers, and QEMU 7.2 does not."""
-        state = ffi.new("struct orc_virtio_state *")
-        lib.orc_virtio_save(device.handle, state)
-        deadline = time.monotonic() + FINISH
-        for queue, place in next_.items():
-            where = state.queue[queue].device + 2  # virtio 1.2, 2.7.8: the index behind the flags
-            while int.from_bytes(device.read(where, 2), "little") != place:
-                if time.monotonic() > deadline:
-                    raise VhostUserError(f"{self._name}: its back-end has stopped, and does not finish its requests")
-                time.sleep(LOOK)
-
-    def _give_back(self, device: Lendable, next_: dict[int, int]) -> None:
-        places = ffi.new("uint16_t[]", int(lib.ORC_VIRTIO_QUEUES))
-        for queue, place in next_.items():
-            places[queue] = place
-        lib.orc_virtio_back(device.handle, places)
-        with self._changed:
-            self._lent = {}
-            self._changed.notify_all()
 
     def _come_to_rest(self) -> None:
         with self._changed:
@@ -326,9 +233,9 @@ class BackEnd:
                 problem = VhostUserError(f"{problem}{how}{f': {daemon.words}' if daemon.words else ''}")
         with self._changed:
             self._problem = problem
-            device = self._device
-        if device is not None and not self._stopping:
-            device.end(Failed(str(problem)))
+            lending = self._lending
+        if lending is not None and not self._stopping:
+            lending.device.end(Failed(str(problem)))
 
     def _end(self, connection: Connection | None) -> None:
         """The last of the thread: the back-end is gone, and the queues are back."""
@@ -336,13 +243,9 @@ class BackEnd:
             if connection.daemon is not None:
                 connection.daemon.end()
             connection.socket.close()
-        if self._device is not None and self._lent:
-            self._give_back(self._device, {})  # wherever they are: the VM ends
+        if self._lending is not None:
+            self._lending.give_back({})  # wherever they are: the VM ends
         with self._changed:
             self._over = True
             self._changed.notify_all()
         self._come_to_rest()
-
-
-def _bits(mask: int) -> list[bool]:
-    return [bool(int(mask) >> n & 1) for n in range(int(lib.ORC_VIRTIO_QUEUES))]

@@ -16,7 +16,8 @@ from ....native import lib
 from ..peripheral import Hooks
 from ..virtio import VirtioFunction, VirtioState
 from . import qemu
-from .backend import BackEnd, Connection, Lendable
+from .backend import BackEnd, Connection
+from .lending import Lendable
 from .messages import RamRegion
 
 __all__ = ["QcowDevice", "VhostUserDiskDevice"]
