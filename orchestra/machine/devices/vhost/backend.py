@@ -202,9 +202,8 @@ class BackEnd:
         """Lend and recall, as holds and the driver want it by now."""
         with self._changed:
             lending, held = self._lending, bool(self._holds)
-        if lending is None:
-            return
-        lending.follow(front_end, held=held)
+        if lending is not None:
+            lending.follow(front_end, held=held)
         with self._changed:
             self._rests = held and bool(self._holds)
             self._changed.notify_all()
