@@ -26,7 +26,7 @@ from orchestra.machine.devices.vhost.frontend import FrontEnd
 from orchestra.machine.devices.vhost.messages import Request
 from orchestra.machine.devices.vhost.qemu import PROGRAM, command_line, explain
 from orchestra.testing import DeviceRig
-from vhost_kit import NEEDS_RESET, DiskDriver, ScriptedBackEnd, children, descriptors, number, reply
+from vhost_kit import NEEDS_RESET, WRITE, DiskDriver, ScriptedBackEnd, children, descriptors, number, reply
 
 MiB = orc.MiB
 
@@ -421,6 +421,25 @@ def test_what_a_guest_writes_is_in_the_image(image: Path, direct: bool):
     check(image)
     subprocess.run(["qemu-img", "convert", "-O", "raw", image, image.with_suffix(".raw")], check=True)
     assert image.with_suffix(".raw").read_bytes()[4096:4110] == b"written......."
+
+
+def test_pauses_in_the_middle_of_requests_lose_none(image: Path):
+    with DeviceRig(disk_of(image), memory=MiB) as rig:
+        back_end(rig).let_go("start")
+        driver = DiskDriver(rig)
+        driver.start()
+        for round_ in range(100):
+            data = bytes([round_]) * 4096
+            rig.memory.write(driver.data, data)
+            driver.offer(WRITE, 8 * round_, len(data))
+            back_end(rig).hold("pause")
+            back_end(rig).wait()
+            used = driver.used_index()
+            assert rig.device.state().queue[0].next == used  # what was begun is done
+            back_end(rig).let_go("pause")
+            assert driver.finished() == 0
+        assert driver.used_index() == 100
+        assert driver.read(8 * 42, 512) == bytes([42]) * 512
 
 
 def test_image_has_a_backing_file_which_nobody_writes(image: Path, tmp_path: Path):

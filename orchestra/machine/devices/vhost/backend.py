@@ -42,11 +42,13 @@ class Connection:
     """A connected socket, and the process behind it if that is ours.
 
     Attributes:
+        drain: as of `Lending`.
         explain: what the process meant by its last words; None: no more than they say.
     """
 
     socket: socket.socket
     daemon: Daemon | None = None
+    drain: bool = False
     explain: Callable[[str], OrchestraError | None] = lambda _: None
 
 
@@ -70,6 +72,7 @@ class BackEnd:
         self._name, self._connect, self._config_size = name, connect, config_size
         self._changed = threading.Condition()  # for what follows
         self._lending: Lending | None = None
+        self._drain = False
         self._holds = {"start"}
         self._rests = True  # nothing is lent, and nothing will be while it is held
         self._quiet: list[Callable[[], object]] = []
@@ -93,7 +96,7 @@ class BackEnd:
     def serve(self, device: Lendable) -> None:
         """Lend that device's queues from now on, while its driver has them running and nobody holds it."""
         with self._changed:
-            self._lending = Lending(self._name, device)
+            self._lending = Lending(self._name, device, drain=self._drain)
             problem = self._problem
         if problem is not None:
             device.end(Failed(str(problem)))
@@ -158,6 +161,7 @@ class BackEnd:
         connection: Connection | None = None
         try:
             connection = self._connect()
+            self._drain = connection.drain
             front_end = FrontEnd(connection.socket, self._name)
             front_end.negotiate()
             self.features, self.queues = front_end.features, front_end.queues

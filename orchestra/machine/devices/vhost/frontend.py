@@ -137,7 +137,7 @@ class FrontEnd:
             self._tell(Request.SET_VRING_BASE, vring(index, one.next))
             self._tell(Request.SET_VRING_ADDR, vring_addresses(index, one.descriptors, one.driver, one.device))
             self.call(index, one.call)  # before the kick, by which some back-ends start
-            self._tell(Request.SET_VRING_KICK, descriptor(index, given=True), [one.kick])
+            self.kick(index, one.kick)
         for index in vrings:
             self._tell(Request.SET_VRING_ENABLE, vring(index, 1))
         self._tell_status(status)
@@ -146,6 +146,14 @@ class FrontEnd:
         """Have the back-end write to that eventfd after requests of the queue; -1: to none."""
         given = call >= 0
         self._tell(Request.SET_VRING_CALL, descriptor(index, given=given), [call] if given else [])
+
+    def kick(self, index: int, kick: int) -> None:
+        """Have the back-end listen to that eventfd from now on, and to no other one for this queue."""
+        self._tell(Request.SET_VRING_KICK, descriptor(index, given=True), [kick])
+
+    def settle(self) -> None:
+        """What the back-end was at when this was called is done: of a back-end that does one thing after the other."""
+        self._ask_number(Request.GET_FEATURES)
 
     def stop(self, indices: Sequence[int]) -> dict[int, int]:
         """Have the back-end stop serving these queues. Returns where each is."""

@@ -6,8 +6,10 @@ nothing is lent ── the driver has queues running, and nobody holds the devic
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from typing import Any, Final
 
 import attrs
@@ -21,13 +23,14 @@ from .messages import RamRegion
 __all__ = ["Lendable", "Lending"]
 
 FINISH: Final = 60.0
-"""Seconds in which a back-end that has stopped finishes the requests that it had begun."""
+"""Seconds in which a back-end finishes the requests that it had begun."""
 
 LOOK: Final = 0.001
-"""Seconds between two looks whether it has. Nothing tells: a back-end that has stopped notifies nobody."""
+"""Seconds between two looks whether it has. Nothing tells: the back-end notifies the guest, or has stopped and notifies
+nobody."""
 
-USED_INDEX: Final = 2
-"""Where the index of a used ring is (virtio 1.2, 2.7.8)."""
+INDEX: Final = 2
+"""Where the index of a ring is, of both rings (virtio 1.2, 2.7.6 and 2.7.8)."""
 
 
 @attrs.frozen(eq=False)
@@ -53,6 +56,18 @@ class Lendable:
     end: Callable[[Outcome], object]
 
 
+class Wait:
+    """Waits for what nobody tells, in pieces, and not for ever."""
+
+    def __init__(self, problem: str) -> None:
+        self._problem, self._deadline = problem, time.monotonic() + FINISH
+
+    def a_moment(self) -> None:
+        if time.monotonic() > self._deadline:
+            raise VhostUserError(self._problem)
+        time.sleep(LOOK)
+
+
 class Lending:
     """For the back-end's thread.
 
@@ -61,11 +76,13 @@ class Lending:
 
     Parameters:
         name: of the back-end, for errors.
+        drain: the back-end must have nothing in flight when it is told to stop. The protocol has a back-end finish its
+            requests then; QEMU 7.2 breaks the device at the end of a request whose queue has stopped.
     """
 
-    def __init__(self, name: str, device: Lendable) -> None:
+    def __init__(self, name: str, device: Lendable, *, drain: bool) -> None:
         self.device, self.lent = device, dict[int, int]()
-        self._name = name
+        self._name, self._drain_first = name, drain
 
     def follow(self, front_end: FrontEnd, *, held: bool) -> None:
         """Lend and recall, as the driver wants it by now.
@@ -124,22 +141,53 @@ class Lending:
             VhostUserError: the back-end does not do it.
         """
         if self.lent:
+            if self._drain_first:
+                self._drain(front_end)
             places = front_end.stop(list(self.lent))
             self._finish(places)
             self.give_back(places)
 
-    def _finish(self, places: Mapping[int, int]) -> None:
-        """Wait until all that was taken from the queues is done. The protocol has the back-end do that before it
-        answers, and QEMU 7.2 does not."""
+    def _drain(self, front_end: FrontEnd) -> None:
+        """Wait until nothing is in flight, and nothing is taken any more.
+
+        The back-end takes requests when it is kicked, and now we alone kick it, until all that is available is used. It
+        may still be at our last kick then: so the kick is taken back, and the queues are looked at once more. A guest
+        that goes on meanwhile (a pause takes its time) rings its own eventfd, which is served later.
+        """
+        with ExitStack() as closed:
+            kicks = {queue: os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for queue in self.lent}
+            for queue, kick in kicks.items():
+                closed.callback(os.close, kick)
+                front_end.kick(queue, kick)
+            wait = Wait(f"{self._name}: its back-end does not finish its requests")
+            while busy := self._busy():
+                for queue in busy:
+                    with suppress(BlockingIOError):
+                        os.eventfd_write(kicks[queue], 1)
+                wait.a_moment()
+                if not self._busy():
+                    for kick in kicks.values():
+                        with suppress(BlockingIOError):
+                            os.eventfd_read(kick)
+                    front_end.settle()
+
+    def _busy(self) -> list[int]:
+        """The queues with requests that are available and not used."""
         state = ffi.new("struct orc_virtio_state *")
         lib.orc_virtio_save(self.device.handle, state)
-        deadline = time.monotonic() + FINISH
+        return [q for q in self.lent if self._index(state.queue[q].device) != self._index(state.queue[q].driver)]
+
+    def _index(self, ring: int) -> int:
+        return int.from_bytes(self.device.read(ring + INDEX, 2), "little")
+
+    def _finish(self, places: Mapping[int, int]) -> None:
+        """Wait until all that was taken from the queues is done, which it is already by the protocol."""
+        state = ffi.new("struct orc_virtio_state *")
+        lib.orc_virtio_save(self.device.handle, state)
+        wait = Wait(f"{self._name}: its back-end has stopped, and does not finish its requests")
         for queue, place in places.items():
-            where = state.queue[queue].device + USED_INDEX
-            while int.from_bytes(self.device.read(where, 2), "little") != place:
-                if time.monotonic() > deadline:
-                    raise VhostUserError(f"{self._name}: its back-end has stopped, and does not finish its requests")
-                time.sleep(LOOK)
+            while self._index(state.queue[queue].device) != place:
+                wait.a_moment()
 
     def give_back(self, places: Mapping[int, int]) -> None:
         """The queues are back, at these places. Nothing if none is lent."""

@@ -99,7 +99,7 @@ def connect(disk: Disk) -> Connection:
     except BaseException:
         connection.close()
         raise
-    return Connection(connection, daemon, lambda words: explain(disk, words))
+    return Connection(connection, daemon, drain=True, explain=lambda words: explain(disk, words))
 
 
 def _pair() -> tuple[socket.socket, socket.socket]:
