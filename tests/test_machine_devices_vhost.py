@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import select
 import shutil
 import signal
 import socket
 import struct
 import subprocess
+import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -440,6 +442,46 @@ def test_pauses_in_the_middle_of_requests_lose_none(image: Path):
             assert driver.finished() == 0
         assert driver.used_index() == 100
         assert driver.read(8 * 42, 512) == bytes([42]) * 512
+
+
+WRITES = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import orchestra as orc
+from orchestra.testing import DeviceRig
+from vhost_kit import DiskDriver, children
+
+with DeviceRig(orc.Disk(sys.argv[2], format="qcow2"), memory=orc.MiB) as rig:
+    rig.back_end.let_go("start")
+    driver = DiskDriver(rig)
+    driver.start()
+    assert driver.write(0, b"kept".ljust(4096, b"k")) == 0
+    assert driver.flush() == 0
+    print(children(os.getpid())[0], flush=True)
+    number = 0
+    while True:  # each in a cluster of its own: tables change all the time
+        number += 1
+        assert driver.write(1 + 128 * (number % 120), bytes([number % 256]) * 4096) == 0
+        if number == 50:
+            print("many", flush=True)
+"""
+
+
+def test_image_is_whole_after_a_kill_of_the_fleet_in_the_middle_of_writes(image: Path):
+    command = [sys.executable, "-c", WRITES, Path(__file__).parent, image]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as fleet:
+        assert fleet.stdout is not None
+        gone = os.pidfd_open(int(fleet.stdout.readline()))
+        assert fleet.stdout.readline() == "many\n"
+        fleet.kill()
+    assert select.select([gone], [], [], 60)[0], "the daemon outlives its fleet"
+    os.close(gone)
+    check(image)
+    with DeviceRig(disk_of(image), memory=MiB) as rig:
+        back_end(rig).let_go("start")
+        driver = DiskDriver(rig)
+        driver.start()
+        assert driver.read(0, 512) == b"kept".ljust(512, b"k")
 
 
 def test_image_has_a_backing_file_which_nobody_writes(image: Path, tmp_path: Path):
