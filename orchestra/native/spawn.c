@@ -65,38 +65,66 @@ static int become(const struct program *p)
 	return errno;
 }
 
-/* Nothing but this is between vfork and the child's end: what a child changes of its caller's variables is not defined. */
-static pid_t begin(const struct program *p, volatile int *failed)
+/* Nothing but this is between vfork and the child's end: what a child changes of its caller's variables is not defined. Why it
+ * failed goes through a pipe, which execve closes. */
+static pid_t begin(const struct program *p, int report)
 {
 	pid_t pid = vfork();
+	int failed;
 
 	if (!pid) {
-		*failed = become(p);
+		failed = become(p);
+		if (write(report, &failed, sizeof failed) < 0)
+			_exit(126);
 		_exit(127);
 	}
+	return pid;
+}
+
+static void close_both(const int *fd)
+{
+	close(fd[0]);
+	close(fd[1]);
+}
+
+static pid_t begin_quietly(struct program *p, int report)
+{
+	sigset_t all;
+	pid_t pid;
+
+	sigfillset(&all);
+	pthread_sigmask(SIG_SETMASK, &all, &p->mask);
+	pid = begin(p, report);
+	if (pid < 0)
+		pid = -errno;
+	pthread_sigmask(SIG_SETMASK, &p->mask, NULL);
 	return pid;
 }
 
 int orc_spawn(const char *path, char *const *argv, const int *keep, size_t n, int output, int signal, int *pidfd)
 {
 	struct program p = {.path = path, .argv = argv, .keep = keep, .n = n, .output = output, .signal = signal, .parent = getpid()};
-	volatile int failed = 0;
-	sigset_t all;
+	int report[2], failed = 0;
 	pid_t pid;
-	int rc = 0;
 
 	p.null = open("/dev/null", O_RDONLY | O_CLOEXEC);
 	if (p.null < 0)
 		return -errno;
-	sigfillset(&all);
-	pthread_sigmask(SIG_SETMASK, &all, &p.mask);
-	pid = begin(&p, &failed);
-	if (pid < 0)
-		rc = -errno;
-	pthread_sigmask(SIG_SETMASK, &p.mask, NULL);
+	if (pipe2(report, O_CLOEXEC)) {
+		failed = errno;
+		close(p.null);
+		return -failed;
+	}
+	pid = begin_quietly(&p, report[1]);
 	close(p.null);
-	if (rc)
-		return rc;
+	if (pid < 0) {
+		close_both(report);
+		return pid;
+	}
+	close(report[1]);
+	while (read(report[0], &failed, sizeof failed) < 0 && errno == EINTR)
+		;
+	close(report[0]);
 	if (!failed) {
 		*pidfd = (int)syscall(SYS_pidfd_open, pid, 0); /* CLOEXEC by itself */
 		if (*pidfd >= 0)
