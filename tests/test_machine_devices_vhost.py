@@ -22,11 +22,13 @@ import trio.lowlevel
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 import orchestra as orc
+from orchestra.machine.devices.disk import open_store
 from orchestra.machine.devices.vhost import frontend
 from orchestra.machine.devices.vhost.backend import BackEnd
 from orchestra.machine.devices.vhost.frontend import FrontEnd
 from orchestra.machine.devices.vhost.messages import Request
 from orchestra.machine.devices.vhost.qemu import PROGRAM, command_line, explain
+from orchestra.native import lib
 from orchestra.testing import DeviceRig
 from vhost_kit import NEEDS_RESET, WRITE, DiskDriver, ScriptedBackEnd, children, descriptors, number, reply
 
@@ -521,6 +523,18 @@ def test_image_belongs_to_one_vm(image: Path):
             DeviceRig(orc.Disk(str(image), format="raw"), memory=MiB)
     with DeviceRig(disk_of(image, readonly=True), memory=MiB), DeviceRig(disk_of(image, readonly=True), memory=MiB):
         pass
+
+
+def test_base_belongs_to_qemu_or_to_a_raw_disk(image: Path, tmp_path: Path):
+    base, top = tmp_path / "base.raw", tmp_path / "top.qcow2"
+    base.write_bytes(bytes(MiB))
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "raw", top], check=True)
+    store = open_store(orc.Disk(str(tmp_path / "own"), base=str(base)))
+    with pytest.raises(orc.FileError, match=r"top\.qcow2: it, or a backing file of it, is in use by another VM"):
+        DeviceRig(disk_of(top), memory=MiB)
+    lib.orc_store_free(store)
+    with DeviceRig(disk_of(top), memory=MiB), pytest.raises(orc.FileError, match=r"base\.raw: is in use by another VM"):
+        open_store(orc.Disk(str(base)))
 
 
 def test_daemon_that_is_killed_ends_the_vm_with_how(image: Path):

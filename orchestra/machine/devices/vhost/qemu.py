@@ -131,10 +131,12 @@ def _has_io_uring() -> bool:
 
 def explain(disk: Disk, words: str) -> OrchestraError | None:
     """What the daemon's last words mean, by its messages up to QEMU 10. None: nothing that is known."""
-    if "Is another process using the image" in words:
+    if re.search(r"Failed to get .*lock", words):
         image = re.search(r"using the image \[(.*?)\]", words)
-        backing = image is not None and image[1] != os.path.abspath(disk.path)
-        which = f"its backing file {image[1]}" if backing and image is not None else "it"
+        if image is None:  # QEMU 7.2 names the image itself, and not its backing files
+            which = "it, or a backing file of it,"
+        else:
+            which = "it" if image[1] == os.path.abspath(disk.path) else f"its backing file {image[1]}"
         return FileError(
             f"{disk.path}: {which} is in use by another VM or program: stop that first, or give each VM its own image, "
             "which may have the same backing file"
