@@ -58,7 +58,7 @@ from .model.chipset import PciHostBridge
 from .model.codec import CodecError, decode, encode, from_document, to_document
 from .model.cpu import CPU_TEMPLATES, CpuidBits, CpuTemplate, MsrBits
 from .model.devices import DebugConsole, DeviceSpec, Digest, Doorbell, ExitPort, Line, Serial, Wiring
-from .model.disk import Disk, IoLimit
+from .model.disk import Disk, IoLimit, VhostUserDisk
 from .model.errors import (
     BackendUnavailable,
     BusLockUnsupported,
@@ -74,6 +74,7 @@ from .model.errors import (
     StateError,
     UnknownTenant,
     UnknownVm,
+    VhostUserError,
     VmExists,
 )
 from .model.exits import (
@@ -304,6 +305,8 @@ __all__ = [
     "VcpuFacts",
     "VcpuStatistics",
     "Verdict",
+    "VhostUserDisk",
+    "VhostUserError",
     "Vm",
     "VmExists",
     "VmFacts",

@@ -34,6 +34,7 @@ MOUNTS = (
 GOOD = {
     "proc/cpuinfo": CPUINFO.format(vendor="AuthenticAMD", flags="bus_lock_detect bus_lock_threshold"),
     "proc/sys/kernel/osrelease": "6.16.1-test\n",
+    "usr/bin/qemu-storage-daemon": "a program",
     "proc/cmdline": "quiet split_lock_detect=off\n",
     "proc/sys/kernel/split_lock_mitigate": "0\n",
     "proc/self/limits": LIMITS
@@ -618,6 +619,17 @@ def test_extras_that_are_not_installed_are_noted_with_the_command(find):
 def test_extras_that_are_installed_are_looked_up_where_python_looks(tmp_path):
     found = {finding.check: finding.status for finding in examine(tmp_path).findings}
     assert {f"extra {extra}" for extra in doctor.software.EXTRAS} <= set(found)
+
+
+def test_storage_daemon_is_found_or_named_with_its_package(tmp_path):
+    def found() -> doctor.Finding:
+        return next(finding for finding in examine(tmp_path).findings if finding.check == "qcow2 disks")
+
+    assert (found().status, found().value) == ("note", "qemu-storage-daemon missing")
+    assert "qemu-system-common" in (found().remedy or "")
+    (tmp_path / "usr/bin").mkdir(parents=True)
+    (tmp_path / "usr/bin/qemu-storage-daemon").touch()
+    assert (found().status, found().value) == ("ok", "/usr/bin/qemu-storage-daemon")
 
 
 def test_the_doctor_knows_every_extra_that_a_user_can_install():

@@ -52,6 +52,9 @@ def image(tmp_path: Path) -> str:
         ({"path": "a", "base": "a"}, "base='a': must be another file"),
         ({"path": "a", "base": "b", "direct": True}, "direct=True: a disk with a base"),
         ({"path": "a", "io_limit": 5}, "io_limit=5: must be an IoLimit"),
+        ({"path": "a", "format": "vmdk"}, 'format=\'vmdk\': must be "raw" or "qcow2"'),
+        ({"path": "a", "format": "qcow2", "base": "b"}, "base: a qcow2 image names its backing file itself"),
+        ({"path": "a", "format": "qcow2", "io_limit": orc.IoLimit(bytes=MiB)}, 'io_limit: format="qcow2" has none'),
     ],
 )
 def test_a_spec_that_can_not_be_is_refused_by_name(fields: dict[str, Any], message: str):
@@ -220,3 +223,17 @@ def test_a_disk_goes_through_the_codec():
         devices=(orc.PciHostBridge(), disk),
     )
     assert orc.decode(orc.VmSpec, orc.encode(spec)) == spec
+
+
+@pytest.mark.parametrize("name", ["path", "base"])
+def test_raw_disk_that_begins_as_a_qcow2_image_is_refused_unless_its_format_is_said(
+    image: str, name: str, tmp_path: Path
+):
+    with open(image, "r+b") as file:
+        file.write(b"QFI\xfb")
+    paths = {"path": image} if name == "path" else {"path": str(tmp_path / "new"), "base": image}
+    with pytest.raises(orc.FileError, match=r'root\.img: begins as a qcow2 image: say format="qcow2" .*format="raw"'):
+        with store(orc.Disk(**paths)):
+            pass
+    with store(orc.Disk(**paths, format="raw")):
+        pass

@@ -89,3 +89,25 @@ async def test_whoever_waits_for_a_pause_that_is_taken_back_goes_on(two):
 def test_an_access_says_what_it_is():
     access = PendingIo(1, "ports", 0x500, 4, False, "a task", 7)
     assert str(access) == "vCPU 1: a read of 4 bytes at ports 0x500 waits for a task"
+
+
+def test_it_is_quiesced_when_the_other_processes_are_quiet_too(reached):
+    pause_levels = PauseLevels(1, running(), reached.append)
+    pause_levels.begin(others=2)
+    pause_levels.quiet(1)
+    pause_levels.come(0, 1, QUIESCED)
+    assert (far(pause_levels), reached) == ((True, False), [PAUSED])
+    pause_levels.quiet(1)
+    assert (far(pause_levels), reached) == ((True, True), [PAUSED, QUIESCED])
+
+
+def test_quiet_of_the_pause_before_does_not_count(reached):
+    pause_levels = PauseLevels(1, running(), reached.append)
+    pause_levels.begin(others=1)
+    pause_levels.end()
+    pause_levels.begin(others=1)
+    pause_levels.quiet(1)
+    pause_levels.come(0, 2, QUIESCED)
+    assert far(pause_levels) == (True, False)
+    pause_levels.quiet(2)
+    assert far(pause_levels) == (True, True)

@@ -75,7 +75,9 @@ def read_image(path: Path, memory: int, load: int) -> bytes:
 
 
 def parse_disk(text: str) -> Disk:
-    """A disk as ``--disk`` names it: FILE[,ro][,direct][,base=FILE]. A file whose name has a comma needs Python.
+    """A disk as ``--disk`` names it: FILE[,ro][,direct][,base=FILE][,format=qcow2].
+
+    A file whose name has a comma needs Python.
 
     Raises:
         SpecError: a word is none of these.
@@ -91,8 +93,10 @@ def parse_disk(text: str) -> Disk:
                 given["direct"] = True
             case ("base", file) if file:
                 given["base"] = file
+            case ("format", kind) if kind:
+                given["format"] = kind
             case _:
-                raise SpecError(f"--disk {text}: {word!r}: must be ro, direct or base=FILE")
+                raise SpecError(f"--disk {text}: {word!r}: must be ro, direct, base=FILE or format=qcow2")
     return Disk(path, **given)
 
 

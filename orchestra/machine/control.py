@@ -300,6 +300,11 @@ class VmControl:
             dirty, backend = guest.dirty, self.context.backend.name
             if dirty is None:
                 raise StateError(f"can't log the memory of vm {self.name!r}: not supported by this backend ({backend})")
+            if on and self.spec.has_back_ends:
+                raise StateError(
+                    f"can't log the memory of vm {self.name!r}: another process serves a device of it, and what "
+                    "that process writes is not logged"
+                )
             if not guest.life.has_ended:
                 # On a worker thread: the kernel walks the guest's page tables, which takes milliseconds for gigabytes.
                 await workers.run(partial(dirty.log, on), workers.dirty)

@@ -28,7 +28,7 @@ from .contain import contained
 from .context import InstanceContext, Owner
 from .cores import Cores
 from .desired import Desired
-from .devices.assembly import Assembly
+from .devices.assembly import NONE, Assembly, close_back_ends, connect_back_ends
 from .devices.buses import Buses
 from .lifecycle import Event, Lifecycle
 from .pause_levels import Level, PauseLevels
@@ -89,6 +89,7 @@ class Instance:
         self._owner = owner
         self._caps = caps
         self._levels = levels
+        self.back_ends = NONE
         self._machine: Machine
         self._ended = trio.Event()  # set when all vCPUs have ended, or the run is given back
 
@@ -107,9 +108,16 @@ class Instance:
             build = partial(self._build, mine)
             if context.backend.blocking:
                 try:
+                    if self.spec.has_back_ends:
+                        connect = partial(connect_back_ends, self.spec)
+                        self.back_ends = await context.workers.run(connect, context.workers.files)
                     await context.workers.run(build, context.workers.setup)
-                except RuntimeError as error:
-                    if NO_THREAD not in str(error):
+                except BaseException as error:
+                    if self.back_ends:
+                        close = partial(close_back_ends, self.back_ends)
+                        with trio.CancelScope(shield=True):
+                            await context.workers.run(close, context.workers.files)
+                    if not isinstance(error, RuntimeError) or NO_THREAD not in str(error):
                         raise
                     raise ResourceLimit(errno.EAGAIN, f"vm {self.name!r}: {error}; {THREADS}") from error
             else:

@@ -78,18 +78,27 @@ class PauseLevels:
         self._levels = [Level.RUNNING] * vcpus
         self._gone: set[int] = set()
         self._asked = False
+        self._awaited = 0
 
-    def begin(self) -> None:
-        """The run is told to pause."""
+    def begin(self, others: int = 0) -> None:
+        """The run is told to pause. So many other processes that write guest memory have to be quiet too (`quiet`)."""
         # First, as this raises if the run can't pause now: then nothing else has changed.
         self._life.happen(Event.PAUSE)
         self._asked = True
         self.number += 1
+        self._awaited = others
         self._renew()
+
+    def quiet(self, number: int) -> None:
+        """Another process touches no guest memory any more, for pause number `number`."""
+        if self._asked and number == self.number:
+            self._awaited -= 1
+            self._check()
 
     def settle(self) -> None:
         """The pause came before any vCPU ran: the run is quiesced at once, and `reached` is not called."""
         self._levels = [Level.QUIESCED] * len(self._levels)
+        self._awaited = 0
         self._come_to(Level.QUIESCED)
         self.paused.set()
 
@@ -141,7 +150,7 @@ class PauseLevels:
         if not alive:
             self.close()
             return
-        lowest = min(alive)
+        lowest = min(alive) if not self._awaited else min(Level.PAUSED, *alive)
         fresh = [
             level
             for level, event in ((Level.PAUSED, self.paused), (Level.QUIESCED, self.quiesced))

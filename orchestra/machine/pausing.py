@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, Protocol, cast
 
 from ..backend import RunResult
@@ -47,9 +48,9 @@ class Pausing:
         run, pause_levels = self._run, self._run.pause_levels
         if run.life.has_ended:
             return
-        pause_levels.begin()
+        pause_levels.begin(0 if run.devices is None else run.devices.back_ends)
         if run.devices is not None:
-            run.devices.hold()
+            run.devices.hold(partial(pause_levels.quiet, pause_levels.number))
         self._began = run.now()
         run.command(set=Command.PAUSE)
         for vcpu in run.vcpus:

@@ -173,6 +173,15 @@ class DeviceSpec:
 
     implementation: ClassVar[str] = ""
 
+    def implemented_by(self) -> str:
+        """The `implementation` of this spec, where that depends on its fields."""
+        return self.implementation
+
+    @property
+    def has_back_end(self) -> bool:
+        """Whether another process serves it (vhost-user). That process gets the VM's memory."""
+        return False
+
     def wiring(self) -> Wiring:
         """What it needs of its machine."""
         raise NotImplementedError(f"{type(self).__name__} must say its wiring: define wiring(), which returns a Wiring")

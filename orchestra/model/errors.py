@@ -20,6 +20,7 @@ __all__ = [
     "StateError",
     "UnknownTenant",
     "UnknownVm",
+    "VhostUserError",
     "VmExists",
 ]
 
@@ -81,6 +82,10 @@ class BackendUnavailable(OrchestraError, RuntimeError):
 
 class BusLockUnsupported(BackendUnavailable):
     """You asked to limit or require bus-lock exits and the host can't report them. Raised before any guest runs."""
+
+
+class VhostUserError(OrchestraError, ConnectionError):
+    """The back-end of a device, another process, is gone, does not answer, or breaks its protocol."""
 
 
 class KvmError(OrchestraError, OSError):

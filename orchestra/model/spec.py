@@ -350,8 +350,17 @@ class VmSpec:
 
     @property
     def backing(self) -> Memory:
-        """What the RAM is made of, also where `memory` is just a number."""
-        return self.memory if isinstance(self.memory, Memory) else _plain(self.memory)
+        """What the RAM is made of, also where `memory` is just a number. Anonymous memory is shared instead if another
+        process serves a device: it must map the memory."""
+        memory = self.memory if isinstance(self.memory, Memory) else _plain(self.memory)
+        if memory.backing == "anonymous" and self.has_back_ends:
+            return attrs.evolve(memory, backing="shared")
+        return memory
+
+    @property
+    def has_back_ends(self) -> bool:
+        """Whether other processes serve devices of it, and have its memory."""
+        return any(device.has_back_end for device in self.devices)
 
     @property
     def layout(self) -> Layout:
@@ -413,4 +422,21 @@ class VmSpec:
             raise SpecError(
                 f"devices: {takers[0]}: with huge_pages=True the pages of the host's pool stay the VM's: leave one of "
                 "them out, or use transparent huge pages"
+            )
+        self._check_back_ends()
+
+    def _check_back_ends(self) -> None:
+        """Another process that serves a device has the RAM, and writes it unseen."""
+        served = next((device for device in self.devices if device.has_back_end), None)
+        if served is None:
+            return
+        name = type(served).__name__
+        if self.backing.backing != "shared":
+            raise SpecError(
+                f"memory: backing={self.backing.backing!r}: another process serves {name} and maps the memory: use "
+                'backing="shared", or give the number of bytes alone'
+            )
+        if self.log_dirty:
+            raise SpecError(
+                f"log_dirty=True: another process serves {name}, and what it writes is not logged: leave one out"
             )

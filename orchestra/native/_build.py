@@ -42,6 +42,8 @@ SOURCES = [
     "file.c",
     "overlay.c",
     "virtio_blk.c",
+    "virtio_lent.c",
+    "spawn.c",
     "kvm.c",
     "build.c",
     "cap.c",

@@ -619,6 +619,21 @@ struct orc_balloon_counters {
 };
 void orc_virtio_balloon_look(orc_virtio *, struct orc_balloon_counters *out);
 
+orc_virtio *orc_virtio_lent_new(const orc_guest_memory *, uint16_t type, uint16_t queues, uint16_t queue_size, uint64_t features,
+				const uint8_t *config, uint32_t config_size);
+uint64_t orc_virtio_live_queues(orc_virtio *);
+uint64_t orc_virtio_lend(orc_virtio *, struct orc_virtio_state *out);
+void orc_virtio_back(orc_virtio *, const uint16_t *next);
+void orc_virtio_wake(orc_virtio *, uint16_t queue);
+
+/* ---- spawn.c, uring.h ---- */
+
+typedef struct orc_uring orc_uring;
+int orc_uring_new(unsigned entries, orc_uring **out);
+void orc_uring_free(orc_uring *);
+
+int orc_spawn(const char *path, char *const *argv, const int *keep, size_t n, int output, int signal, int *pidfd);
+
 /* ---- pci.h ---- */
 
 enum { ORC_PCI_SLOTS, ORC_PCI_SPACE, ORC_PCI_ECAM, ORC_PCI_PORTS, ... };

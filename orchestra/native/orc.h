@@ -391,6 +391,14 @@ int orc_vcpu_cap(orc_vcpu *, double share);
 int orc_signal_install(void);
 int orc_signal_number(void);
 
+/* ---- spawn.c ---------------------------------------------------------------------------------------------------- */
+
+/* Begins a program, in a session of its own, which gets `signal` when the calling thread ends, in whatever way. Its output and
+ * errors go to `output`, its input is empty, and it has these `n` descriptors of ours, under their numbers, and no others. Its
+ * number, and a descriptor of it (pidfd_open(2), CLOEXEC), which the caller closes once it has waited for its end; or a
+ * negative errno. */
+int orc_spawn(const char *path, char *const *argv, const int *keep, size_t n, int output, int signal, int *pidfd);
+
 /* ---- access.c ------------------------------------------------------------------------------------------------- */
 
 /* What Python is to answer: `count` accesses of `size` bytes (1, 2, 4 or 8) at `address`, one after the other, whose bytes

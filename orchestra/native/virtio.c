@@ -17,6 +17,16 @@
 
 /* ---- interrupts ------------------------------------------------------------------------------------------------- */
 
+void orc_virtio_notify(int fd)
+{
+	struct pollfd takes = {.fd = fd, .events = POLLOUT};
+	const uint64_t one = 1;
+
+	if (fd >= 0 && poll(&takes, 1, 0) == 1 && takes.revents & POLLOUT)
+		while (write(fd, &one, sizeof one) < 0 && errno == EINTR)
+			;
+}
+
 /* Of the ISR too, whether MSI-X is enabled or not: that is the PCI function's affair, and who uses MSI-X does not look at it. */
 static void interrupt(orc_virtio *v, uint16_t vector, uint8_t isr)
 {
@@ -26,6 +36,10 @@ static void interrupt(orc_virtio *v, uint16_t vector, uint8_t isr)
 	if (vector >= v->vectors || v->vector_fd[vector] < 0)
 		return;
 	v->interrupts++;
+	if (!v->ops->serve) {
+		orc_virtio_notify(v->vector_fd[vector]);
+		return;
+	}
 	/* Full (EAGAIN): it fires anyway. */
 	while (write(v->vector_fd[vector], &one, sizeof one) < 0 && errno == EINTR)
 		;
@@ -197,7 +211,7 @@ void orc_virtio_settle(orc_virtio *v)
 		if (v->queue_resetting >> i & 1 && !q->in_flight)
 			forget_queue(v, i);
 	}
-	if (v->resetting && !orc_virtio_in_flight(v))
+	if (v->resetting && !v->lent && !orc_virtio_in_flight(v))
 		forget(v);
 }
 
@@ -233,6 +247,8 @@ void orc_virtio_init(orc_virtio *v, const struct orc_virtio_ops *ops, const orc_
 	v->queues = ops->queues ? ops->queues : queues;
 	v->vectors = v->queues + 1;
 	v->offered = ops->features | features | QUEUE_FEATURES;
+	if (!ops->serve) /* they are lent and come back all together */
+		v->offered &= ~(1ull << VIRTIO_F_RING_RESET);
 	v->watched = -1;
 	pthread_mutex_init(&v->lock, NULL);
 	for (unsigned i = 0; i < ORC_VIRTIO_QUEUES; i++)

@@ -73,7 +73,8 @@ struct orc_virtio_ops {
 	uint32_t config_size;
 	orc_u64 features;    /* the device's own, 1ull << n; those of queues are added: orc_virtio_init */
 	/* I/O thread: takes at most a ring's worth of chains, and puts those that are done. The device is live, and the queue is
-	 * enabled. What is to be interrupted for it is seen to, and so is a queue that broke. */
+	 * enabled. What is to be interrupted for it is seen to, and so is a queue that broke. NULL: another process serves its
+	 * queues (virtio_lent.c). */
 	enum orc_served (*serve)(orc_virtio *, uint16_t queue);
 	/* Runner: within config_size, 1 to 8 bytes. To store them in v->config is its own affair. NULL: nothing is written. */
 	void (*config_write)(orc_virtio *, uint32_t offset, const uint8_t *data, uint32_t size);
@@ -114,7 +115,8 @@ struct orc_virtio {
 	uint32_t device_feature_select, driver_feature_select;
 	uint8_t status, isr, generation;
 	bool config_changed;      /* since the driver read any of it: 4.1.4.3.1 */
-	bool resetting;           /* something is in flight still; `status` is as it was */
+	bool resetting;           /* something is in flight or lent still; `status` is as it was */
+	orc_u64 lent;             /* queues that another process serves now, a bit each */
 	uint16_t queue_select, config_vector;
 	struct orc_queue queue[ORC_VIRTIO_QUEUES];
 	uint16_t queue_vector[ORC_VIRTIO_QUEUES];
@@ -171,6 +173,10 @@ void orc_virtio_settle(orc_virtio *); /* after requests were put: interrupts, er
 void orc_virtio_called(orc_virtio *); /* what it watches is ready */
 uint32_t orc_virtio_in_flight(const orc_virtio *);
 uint32_t orc_virtio_pending(const orc_virtio *); /* vectors that fired and that no irqfd has taken, a bit each */
+struct orc_virtio_state;
+void orc_virtio_look_at_state(orc_virtio *, struct orc_virtio_state *); /* orc_virtio_save, which takes the lock */
+/* Writes to an eventfd that another process has as well: not if that would wait, whatever its flags are by now. -1: nothing. */
+void orc_virtio_notify(int fd);
 /* Registers by offset, of any size and at any place; what is not there reads as 0 and ignores writes. */
 void orc_virtio_common_read(orc_virtio *, uint32_t offset, uint8_t *data, uint32_t size);
 void orc_virtio_common_write(orc_virtio *, uint32_t offset, const uint8_t *data, uint32_t size);
@@ -294,6 +300,22 @@ struct orc_balloon_counters {
 	orc_u64 statistic[ORC_BALLOON_STATISTICS];
 };
 void orc_virtio_balloon_look(orc_virtio *, struct orc_balloon_counters *out); /* any thread; waits for nobody */
+
+/* virtio_lent.c: a device whose queues another process serves. `features`: all that it offers. `config_size` bytes are its configuration, which stays; queue_size is
+ * a power of two up to ORC_QUEUE_MOST. NULL: no memory, or a number that does not fit. It is never attached to an orc_io. An access
+ * that concerns whom the queues belong to (status, a queue's enable and vector) is stored and then goes up to Python. */
+orc_virtio *orc_virtio_lent_new(const orc_guest_memory *, uint16_t type, uint16_t queues, uint16_t queue_size, orc_u64 features,
+				const uint8_t *config, uint32_t config_size);
+/* Any thread, all four. Which queues the driver has running, a bit each: those that should be lent. */
+orc_u64 orc_virtio_live_queues(orc_virtio *);
+/* They are lent from now on, with the device as `out` says; 0: none is running, or they are lent already. Until they are back, a
+ * reset of the driver's is not over. */
+orc_u64 orc_virtio_lend(orc_virtio *, struct orc_virtio_state *out);
+/* All that was lent is back, and nobody touches guest memory for it any more; `next`: where each queue is. */
+void orc_virtio_back(orc_virtio *, const uint16_t *next);
+/* Notifies the back-end, as it may have taken a notification that it did not act on before, and the driver, as what was used last
+ * may have been told to nobody. */
+void orc_virtio_wake(orc_virtio *, uint16_t queue);
 
 /* virtio_blk.c: a disk whose bytes a store has (store.h), which it frees; not if this fails. `id`: at most 20 characters, for the
  * guest's /dev/disk/by-id. 0 or a negative errno. */

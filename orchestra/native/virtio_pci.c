@@ -93,19 +93,30 @@ static void read_part(orc_virtio *v, uint32_t part, uint32_t offset, uint8_t *da
 	}
 }
 
-/* Whether Python is to look at the vectors. */
+/* Of a device whose queues another process serves: whether it concerns that process. */
+static bool concerns_back_end(const orc_virtio *v, uint32_t offset)
+{
+	return !v->ops->serve && (offset == VIRTIO_PCI_COMMON_STATUS || offset == VIRTIO_PCI_COMMON_Q_ENABLE ||
+				  offset == VIRTIO_PCI_COMMON_Q_MSIX);
+}
+
+/* Whether Python is to look at the vectors, or at whom the queues belong to. */
 static bool write_part(orc_virtio *v, uint32_t part, uint32_t offset, const uint8_t *data, uint32_t size)
 {
 	switch (part) {
 	case ORC_BAR_COMMON:
 		orc_virtio_common_write(v, offset, data, size);
-		break;
+		return concerns_back_end(v, offset);
 	case ORC_BAR_DEVICE:
 		orc_virtio_config_write(v, offset, data, size);
 		break;
 	case ORC_BAR_NOTIFY: /* KVM has an ioeventfd there: this is for whoever has none. The place says which queue, not the value */
-		if (!(offset % ORC_NOTIFY_MULTIPLIER) && offset / ORC_NOTIFY_MULTIPLIER < v->queues)
+		if (offset % ORC_NOTIFY_MULTIPLIER || offset / ORC_NOTIFY_MULTIPLIER >= v->queues)
+			break;
+		if (v->ops->serve)
 			orc_virtio_again(v, (uint16_t)(offset / ORC_NOTIFY_MULTIPLIER));
+		else
+			orc_virtio_notify(v->kick_fd[offset / ORC_NOTIFY_MULTIPLIER]);
 		break;
 	case ORC_BAR_TABLE:
 		return write_table(v, offset, data, size);

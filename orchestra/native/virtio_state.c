@@ -5,9 +5,8 @@
 
 #include "virtio_rules.h"
 
-void orc_virtio_save(orc_virtio *v, struct orc_virtio_state *s)
+void orc_virtio_look_at_state(orc_virtio *v, struct orc_virtio_state *s)
 {
-	pthread_mutex_lock(&v->lock);
 	*s = (struct orc_virtio_state){
 		.accepted = v->accepted, .device_feature_select = v->device_feature_select,
 		.driver_feature_select = v->driver_feature_select, .status = v->status, .isr = v->isr,
@@ -25,6 +24,12 @@ void orc_virtio_save(orc_virtio *v, struct orc_virtio_state *s)
 	memcpy(s->config, v->config, sizeof s->config);
 	if (v->ops->save)
 		v->ops->save(v, s);
+}
+
+void orc_virtio_save(orc_virtio *v, struct orc_virtio_state *s)
+{
+	pthread_mutex_lock(&v->lock);
+	orc_virtio_look_at_state(v, s);
 	pthread_mutex_unlock(&v->lock);
 }
 
@@ -117,7 +122,7 @@ bool orc_virtio_load(orc_virtio *v, const struct orc_virtio_state *s)
 	bool fits;
 
 	pthread_mutex_lock(&v->lock);
-	fits = is_state(v, s) && !orc_virtio_in_flight(v) && (!v->ops->fits || v->ops->fits(v, s));
+	fits = is_state(v, s) && !v->lent && !orc_virtio_in_flight(v) && (!v->ops->fits || v->ops->fits(v, s));
 	for (uint16_t i = 0; fits && i < v->queues; i++)
 		fits = make_queue(v, s, i, &queue[i]);
 	if (fits)

@@ -12,10 +12,11 @@ from ..machine.devices.bus import Bus, NativeDevice
 from ..machine.devices.console import Console
 from ..machine.devices.consoleport import Ports
 from ..machine.devices.pci import OnBus, PciHost
-from ..machine.devices.peripheral import Hooks, Peripheral, implementation
+from ..machine.devices.peripheral import Hooks, Peripheral, SharedRam, implementation
 from ..machine.devices.timers import Timers, VmTimer
 from ..model.actions import Outcome
 from ..model.devices import DeviceSpec
+from ..model.memory import Memory
 from ..model.spec import FlatImage, VmSpec
 from ..native import ffi, lib
 
@@ -117,7 +118,10 @@ class DeviceRig:
 
     def __init__(self, spec: DeviceSpec, *, memory: int = 64 * 1024, state: object = None, now: int = 1) -> None:
         wiring = spec.wiring()
-        self.memory = GuestMemory(VmSpec(name="rig", boot=FlatImage(code=b"\xf4"), memory=memory))
+        kind: Any = implementation(spec)
+        self.back_end = kind.prepare(spec) if spec.has_back_end else None
+        backing = Memory(memory, backing="shared" if spec.has_back_end else "anonymous")
+        self.memory = GuestMemory(VmSpec(name="rig", boot=FlatImage(code=b"\xf4"), memory=backing))
         self.line, self.pulse = RecordedLine(), RecordedPulse()
         self.msis = tuple(RecordedMsi() for _ in range(wiring.vectors))
         self.now = now
@@ -146,9 +150,17 @@ class DeviceRig:
             bus=self.bus,
             guest=guest,
             backing=self.memory.backing,
+            ram=SharedRam(self.memory.descriptor, ((0, memory, 0),), guest) if self.memory.descriptor else None,
+            back_end=self.back_end,
         )
-        kind = implementation(spec)
-        self.device: Peripheral[Any, Any] = kind(spec, hooks) if state is None else kind.from_state(spec, hooks, state)
+        try:
+            self.device: Peripheral[Any, Any] = (
+                kind(spec, hooks) if state is None else kind.from_state(spec, hooks, state)
+            )
+        except BaseException:
+            if self.back_end is not None:
+                self.back_end.close()
+            raise
         if wiring.pci is not None:
             assert isinstance(self.device, OnBus)
             self.bus.slots[0].plug(self.device, RLock(), self.bells)
@@ -195,6 +207,8 @@ class DeviceRig:
 
     def close(self) -> None:
         """Unmap the memory."""
+        if self.back_end is not None:
+            self.back_end.close()
         self.device.stop()
         self.memory.close()
         for fd in [msi.fd for msi in self.msis] + [bell.fd for bell in self.bells]:

@@ -41,6 +41,7 @@ CHECKS: Final[tuple[Callable[[Host], Iterator[Finding]], ...]] = (
     limits.mappings,
     software.headers,
     software.extras,
+    software.storage,
 )
 """The checks in their order: later checks use what earlier checks found of the backends."""
 

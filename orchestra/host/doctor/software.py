@@ -1,4 +1,4 @@
-"""Checks what is installed: the kernel's headers, and the parts of orchestra that are extras."""
+"""Checks what is installed: the kernel's headers, the parts of orchestra that are extras, and QEMU's storage daemon."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ...model.extras import install
 from .files import Host
 from .report import Finding
 
-__all__ = ["extras", "headers"]
+__all__ = ["extras", "headers", "storage"]
 
 EXTRAS = {
     "cli": ("cyclopts", "rich"),
@@ -43,3 +43,14 @@ def extras(host: Host) -> Iterator[Finding]:
             )
         else:
             yield Finding(f"extra {extra}", "ok", ", ".join(modules), "installed")
+
+
+def storage(host: Host) -> Iterator[Finding]:
+    places = [f"/{folder}/qemu-storage-daemon" for folder in ("usr/bin", "usr/local/bin")]
+    found = next((place for place in places if (host.root / place[1:]).exists()), None)
+    if found is not None:
+        yield Finding("qcow2 disks", "ok", found, "a Linux guest may have disks of qcow2 images")
+        return
+    remedy = "install qemu-system-common (Debian, Ubuntu) or qemu-tools (Fedora, openSUSE)"
+    meaning = "disks must be raw images or block devices"
+    yield Finding("qcow2 disks", "note", "qemu-storage-daemon missing", meaning, remedy)

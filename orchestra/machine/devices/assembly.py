@@ -3,7 +3,8 @@
     spec.wiring() ─ addresses ──→ claims on the buses           accesses:   vCPU thread → device, under the claim's lock
                   ─ line, msis ─→ Hooks (backend/wiring)        interrupts: any thread → eventfd or line → kernel
                   ─ doorbells ──→ ioeventfds                    rings:      kernel → eventfd → a task → device
-                  ─ pci ────────→ a slot of `PciHost`           queues:     kernel → eventfd → the VM's I/O thread
+                  ─ pci ────────→ a slot of `PciHost`           queues:     kernel → eventfd → the VM's I/O thread,
+                                                                            or another process (`vhost`)
                     timers      → Timers                        expiries:   a task → device
 
 `service` serves rings and expiries.
@@ -15,7 +16,8 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from threading import RLock
-from typing import Any, Final, Protocol, runtime_checkable
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
 import trio
 
@@ -39,12 +41,17 @@ from .console import Console
 from .consoleport import ConsolePort
 from .io import IoThread
 from .pci import OnBus, PciHost
-from .peripheral import NOWHERE, Hooks, implementation
+from .peripheral import NOWHERE, Hooks, SharedRam, implementation
 from .service import Plugged, Service, taken
 
-__all__ = ["Assembly", "Board", "Dma"]
+if TYPE_CHECKING:  # a program without such devices need not have that in its memory
+    from .vhost.backend import BackEnd
+
+__all__ = ["Assembly", "Board", "Dma", "close_back_ends", "connect_back_ends"]
 
 log: Final = logging.getLogger("orchestra")
+
+NONE: Final[Mapping[int, BackEnd]] = MappingProxyType({})
 
 
 class Board(Protocol):
@@ -54,6 +61,8 @@ class Board(Protocol):
     ports: Bus
     mmio: Bus
     memory: GuestMemory
+    back_ends: Mapping[int, BackEnd]
+    """Of the devices that other processes serve, by their place (`connect_back_ends`). They end with the devices."""
 
     def now(self) -> int: ...
     def end(self, outcome: Outcome) -> None: ...
@@ -74,6 +83,23 @@ class Served(Protocol):
     """A device whose queues the VM's I/O thread serves."""
 
     def attach(self, io: IoThread) -> None: ...
+
+
+class Server(Protocol):
+    """Serves queues while nothing holds it, or has another process do that: `IoThread`, `vhost.backend.BackEnd`."""
+
+    def hold(self, reason: str) -> None:
+        """Serve no queue any more. Does not wait for what is in flight."""
+
+    def wait(self) -> None:
+        """While it is held: wait until nothing is in flight."""
+
+    def let_go(self, reason: str) -> None: ...
+    def stop(self) -> None:
+        """Touch no guest memory any more. Waits for what is in flight. Any thread."""
+
+    def close(self) -> None:
+        """Give back what it holds of the host, once its devices have stopped."""
 
 
 @runtime_checkable
@@ -115,6 +141,32 @@ class Dma:
         self._memory.write(address, data)
 
 
+def connect_back_ends(spec: VmSpec) -> dict[int, BackEnd]:
+    """Connect to the processes that serve devices of this VM, or begin them. They are keyed by the device's place.
+
+    On a thread that may wait: a process that does not answer takes its time, and no other VM's.
+
+    Raises:
+        OrchestraError: one can't be had; the others are ended again.
+    """
+    made: dict[int, BackEnd] = {}
+    try:
+        for index, device in enumerate(spec.machine_devices):
+            if device.has_back_end:
+                kind: Any = implementation(device)
+                made[index] = kind.prepare(device)
+    except BaseException:
+        close_back_ends(made)
+        raise
+    return made
+
+
+def close_back_ends(back_ends: Mapping[int, BackEnd]) -> None:
+    """End those that no `Assembly` has ended. On a thread that may wait."""
+    for back_end in back_ends.values():
+        back_end.close()
+
+
 class Assembly:
     """All devices of a VM (`VmSpec.machine_devices`), in their order.
 
@@ -145,6 +197,9 @@ class Assembly:
         states: Sequence[object] | None = None,
     ) -> None:
         specs = board.spec.machine_devices
+        self._back_ends = back_ends = board.back_ends
+        self._servers: list[Server] = [*back_ends.values()]
+        self._post = post
         if states is not None and len(states) != len(specs):
             raise StateError(f"vm {board.spec.name!r}: {len(states)} states for {len(specs)} devices")
         self._board, self._machine, self._console, self._ports = board, machine, console, ports
@@ -152,8 +207,8 @@ class Assembly:
         self._service = Service(whose, board.now, board.end, board.answer_buckets(), in_turn, pacer, post)
         self._service.going_on = states is not None
         self._makes: Plugged | None = None
-        self._io: IoThread | None = None
         self._bus, self._guest = self._pci_bus(specs)
+        self._ram = self._shared_ram() if back_ends else None
         self._slots = iter(self._bus.slots if self._bus is not None else ())
         self._stopped = False
         self._held = False
@@ -161,7 +216,7 @@ class Assembly:
         self.plugged: list[Plugged] = []
         try:
             for index, spec in enumerate(specs):
-                self._plug(spec, None if states is None else states[index])
+                self._plug(spec, None if states is None else states[index], back_ends.get(index))
             for device in (plugged.device for plugged in self.plugged):
                 if isinstance(device, Listener):
                     device.listen()
@@ -186,19 +241,33 @@ class Assembly:
             raise MemoryError("orc_guest_memory_new")
         return bus, ffi.gc(made, lib.orc_guest_memory_free)
 
+    def _shared_ram(self) -> SharedRam:
+        """The RAM alone: other regions are this process's."""
+        spec, memory = self._board.spec, self._board.memory
+        assert memory.descriptor is not None  # `VmSpec.backing` has seen to it
+        whole = memory_slots(memory)
+        slots = [slot for slot in whole if slot.guest_phys_addr in {span.start for span in spec.ram}]
+        made = lib.orc_guest_memory_new(ffi.new("struct kvm_userspace_memory_region[]", slots), len(slots), ffi.NULL)
+        if made == ffi.NULL:
+            raise MemoryError("orc_guest_memory_new")
+        sizes = [len(span) for span in spec.ram]
+        regions = tuple((span.start, len(span), sum(sizes[:place])) for place, span in enumerate(spec.ram))
+        return SharedRam(memory.descriptor, regions, ffi.gc(made, lib.orc_guest_memory_free))
+
     def _serve(self) -> None:
         """Start the I/O thread, held, if a device needs it."""
         served = [plugged.device for plugged in self.plugged if isinstance(plugged.device, Served)]
         if served:
-            self._io = IoThread(self._board.spec.name, self._machine.engines[0].core.handle)
+            io = IoThread(self._board.spec.name, self._machine.engines[0].core.handle)
+            self._servers.append(io)
             for device in served:
-                device.attach(self._io)
+                device.attach(io)
 
-    def _plug(self, spec: DeviceSpec, state: object) -> None:
+    def _plug(self, spec: DeviceSpec, state: object, back_end: BackEnd | None) -> None:
         kind, wiring, lock = implementation(spec), spec.wiring(), RLock()
         name = f"{type(spec).__name__} at {_where(wiring)}"
         plugged = self._makes = Plugged(name, None, lock, wiring)  # type: ignore[arg-type]  # in a moment
-        hooks = self._hooks(plugged)
+        hooks = self._hooks(plugged, back_end)
         with in_device():
             plugged.device = kind(spec, hooks) if state is None else kind.from_state(spec, hooks, state)
         self._makes = None
@@ -217,7 +286,7 @@ class Assembly:
                 raise SpecError(f"{kind.__name__} is on the PCI bus: it must define interrupts_changed()")
             hooks.slot.plug(plugged.device, lock, hooks.bells)
 
-    def _hooks(self, plugged: Plugged) -> Hooks:
+    def _hooks(self, plugged: Plugged, back_end: BackEnd | None) -> Hooks:
         wires, wiring = self._machine.wires, plugged.wiring
         line = wiring.line
         level: InterruptLine = NOWHERE
@@ -241,6 +310,8 @@ class Assembly:
             pulse=pulse,
             msis=tuple(wires.msi() for _ in range(wiring.vectors)) if wires is not None else (),
             interrupts=self._machine.interrupts,
+            ram=self._ram,
+            back_end=back_end,
             slot=slot,
             bells=tuple(wires.bell() for _ in bells) if wires is not None else (),
             bus=self._bus if wiring.hosts_pci else None,
@@ -299,32 +370,42 @@ class Assembly:
 
     def begin(self) -> None:
         """The guest's first instruction is next: queues are served from now on, unless the VM is paused."""
-        if self._io is not None:
-            self._io.let_go("start")
+        for server in self._servers:
+            server.let_go("start")
 
-    def hold(self) -> None:
+    @property
+    def back_ends(self) -> int:
+        """How many devices other processes serve."""
+        return len(self._back_ends)
+
+    def hold(self, quiet: Callable[[], object] = lambda: None) -> None:
         """The VM pauses: from now on nothing reaches a device by ring, timer or queue, until `let_go`.
 
         It does not wait for what is in flight. `state` does.
+
+        Parameters:
+            quiet: called on the fleet's thread for each of `back_ends`, once that touches no memory of the guest.
         """
         self._held = True
         self._service.hold()
-        if self._io is not None:
-            self._io.hold("pause")
+        for server in self._servers:
+            server.hold("pause")
+        for back_end in self._back_ends.values():
+            back_end.when_quiet(lambda: self._post(quiet))
 
     def let_go(self) -> None:
         """The VM goes on. Timers whose time came during the pause expire now."""
         self._held = False
         self._take()
         self._service.let_go()
-        if self._io is not None:
-            self._io.let_go("pause")
+        for server in self._servers:
+            server.let_go("pause")
 
     def state(self) -> tuple[object, ...]:
         """The state of each device, in the order of the spec. While the VM is quiesced."""
         found = []
-        if self._io is not None:
-            self._io.wait()
+        for server in self._servers:
+            server.wait()
         for plugged in self.plugged:
             with plugged.lock, in_device():
                 found.append(plugged.device.state())
@@ -332,26 +413,27 @@ class Assembly:
 
     def reset(self) -> None:
         """Reset all devices to power-on, and drop rings that were not served yet. While no vCPU runs."""
-        if self._io is not None:
-            self._io.hold("reset")
-            self._io.wait()
+        for server in self._servers:
+            server.hold("reset")
+        for server in self._servers:
+            server.wait()
         for plugged in self.plugged:
             with plugged.lock, in_device():
                 plugged.device.reset()
                 for fd in [*plugged.bells, *([] if plugged.ends is None else [plugged.ends])]:
                     taken(fd)
-        if self._io is not None:
-            self._io.let_go("reset")
+        for server in self._servers:
+            server.let_go("reset")
 
     @property
     def has_queues(self) -> bool:
-        """Whether there is an I/O thread, so that `end_queues` may take long."""
-        return self._io is not None
+        """Whether queues are served, so that `end_queues` may take long."""
+        return bool(self._servers)
 
     def end_queues(self) -> None:
-        """End the I/O thread, which first waits for all requests in flight. The guest has ended. Any thread."""
-        if self._io is not None:
-            self._io.stop()
+        """End what serves queues, which first waits for all requests in flight. The guest has ended. Any thread."""
+        for server in self._servers:
+            server.stop()
 
     def stop(self, problems: list[str] | None = None) -> None:
         """Stop all devices, after the guest has ended and `run` is over. An error of one stops no other."""
@@ -363,8 +445,8 @@ class Assembly:
         for plugged in self.plugged:
             with contained(f"vm {self._board.spec.name}: stop of device {plugged.name}", problems), plugged.lock:
                 plugged.device.stop()
-        if self._io is not None:
-            self._io.close()
+        for server in self._servers:
+            server.close()
 
 
 def _where(wiring: Wiring) -> str:

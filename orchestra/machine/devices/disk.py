@@ -17,9 +17,11 @@ from ...native.core import monotonic_ns
 from .peripheral import Hooks
 from .virtio import VirtioDevice, VirtioState
 
-__all__ = ["DiskDevice", "open_store"]
+__all__ = ["QCOW2", "DiskDevice", "check_file", "head_of", "open_store"]
 
 SECTOR: Final = 512
+QCOW2: Final = b"QFI\xfb"
+"""How a qcow2 image begins (QEMU's docs/interop/qcow2.txt)."""
 FLOCK: Final = "hhqqi4x"  # struct flock on x86-64
 F_OFD_SETLK: Final = 37  # include/uapi/asm-generic/fcntl.h; `fcntl` has it from Python 3.9 on where the libc has it
 BLKGETSIZE64: Final = 0x80081272  # include/uapi/linux/fs.h: _IOR(0x12, 114, size_t)
@@ -87,11 +89,13 @@ def open_store(disk: Disk) -> Any:
         flags = lib.ORC_STORE_READONLY * disk.readonly | lib.ORC_STORE_DIRECT * disk.direct
         if disk.base is None:
             file = _open(opened, disk.path, readonly=disk.readonly, more=os.O_DIRECT * disk.direct)
+            _check_raw(disk, disk.path)
             size = _size(file, disk.path)
             block = _block(file, disk.path, size) if disk.direct else SECTOR
             result = lib.orc_file_new(file, size, block, flags, made)
         else:
             base = _open(opened, disk.base, readonly=True)
+            _check_raw(disk, disk.base)
             size = _size(base, disk.base)
             file = _open(opened, disk.path, readonly=disk.readonly, more=os.O_CREAT * (not disk.readonly))
             if not disk.readonly and os.fstat(file).st_size == 0:  # locked: nobody else makes it at the same time
@@ -113,7 +117,42 @@ def _check(result: int, disk: Disk) -> None:
         raise FileError(f"{disk.path}: can't be used as a disk: {os.strerror(-result)}")
 
 
+def _check_raw(disk: Disk, path: str) -> None:
+    """Refuse a file whose format was not given, and that begins as a qcow2 image. A format is never guessed: the guest
+    writes the first bytes, and a qcow2 header names other files of the host's."""
+    if disk.format is None and head_of(path) == QCOW2:
+        raise FileError(
+            f'{path}: begins as a qcow2 image: say format="qcow2" if it is one, or format="raw" if a guest has written '
+            "that into its raw disk"
+        )
+
+
+def head_of(path: str) -> bytes:
+    """The first four bytes of a file that was checked."""
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        return os.pread(file, len(QCOW2), 0)
+    finally:
+        os.close(file)
+
+
+def check_file(path: str, *, readonly: bool) -> bool:
+    """Whether a file that another process will open is a block device, and not an image.
+
+    Raises:
+        FileError: it can't be opened so, or is neither; the message names it.
+    """
+    with ExitStack() as opened:
+        return stat.S_ISBLK(os.fstat(_opened(opened, path, readonly=readonly)).st_mode)
+
+
 def _open(opened: ExitStack, path: str, *, readonly: bool, more: int = 0) -> int:
+    file = _opened(opened, path, readonly=readonly, more=more)
+    _lock(file, path, readonly)
+    return file
+
+
+def _opened(opened: ExitStack, path: str, *, readonly: bool, more: int = 0) -> int:
     mode = os.O_RDONLY if readonly else os.O_RDWR
     try:
         # O_NONBLOCK: not to wait for the writer of a pipe. On files and block devices it has no effect.
@@ -124,8 +163,7 @@ def _open(opened: ExitStack, path: str, *, readonly: bool, more: int = 0) -> int
     kind = os.fstat(file).st_mode
     if not (stat.S_ISREG(kind) or stat.S_ISBLK(kind)):
         what = "a directory" if stat.S_ISDIR(kind) else "no file or block device"
-        raise FileError(f"{path}: is {what}: a disk needs a raw image or a block device")
-    _lock(file, path, readonly)
+        raise FileError(f"{path}: is {what}: a disk needs an image or a block device")
     return file
 
 

@@ -20,7 +20,7 @@ from .consoleport import ConsolePort
 from .pci import PciHost, Slot
 from .timers import Timer
 
-__all__ = ["NOWHERE", "Hooks", "Memory", "Peripheral", "implementation"]
+__all__ = ["NOWHERE", "Hooks", "Memory", "Peripheral", "SharedRam", "implementation"]
 
 SpecT = TypeVar("SpecT", bound=DeviceSpec)
 StateT = TypeVar("StateT")
@@ -51,6 +51,21 @@ NOWHERE: Final = Nowhere()
 
 
 @attrs.frozen(eq=False)
+class SharedRam:
+    """The VM's RAM, for a device that another process serves.
+
+    Attributes:
+        descriptor: the memfd.
+        regions: guest-physical address, size and place in the memfd of each part.
+        guest: the same for a device of the core (``orc_guest_memory *``): no other memory reaches that process.
+    """
+
+    descriptor: int
+    regions: tuple[tuple[int, int, int], ...]
+    guest: Any
+
+
+@attrs.frozen(eq=False)
 class Hooks:
     """A device's surroundings. It has no other way to touch its machine.
 
@@ -70,6 +85,8 @@ class Hooks:
         guest: the guest's memory for a device of the core (``orc_guest_memory *``); None: the VM has no PCI bus.
         backing: what the pages of its RAM are (`GuestMemory.backing`).
         interrupts: the irqchip's lines for a device of the core (``orc_interrupts *``); None: there are none.
+        ram: the VM's RAM for another process; None: no device of the VM has one.
+        back_end: what `prepare` of the device's class has made, if its spec `has_back_end`.
     """
 
     memory: Memory
@@ -87,6 +104,8 @@ class Hooks:
     ports: Mapping[str, ConsolePort] = attrs.field(factory=dict)
     guest: Any = None
     backing: Backing = "anonymous"
+    ram: SharedRam | None = None
+    back_end: Any = None
 
 
 class Peripheral(ABC, Generic[SpecT, StateT]):
@@ -168,11 +187,11 @@ def implementation(spec: DeviceSpec) -> type[Peripheral[Any, Any]]:
     """
     name = type(spec).__name__
     try:
-        found = resolve_name(type(spec).implementation)
+        found = resolve_name(spec.implemented_by())
     except (AttributeError, ImportError, ValueError) as error:
         raise SpecError(
-            f"device {name}: implementation={type(spec).implementation!r}: must be 'package.module:Class' ({error})"
+            f"device {name}: implementation={spec.implemented_by()!r}: must be 'package.module:Class' ({error})"
         ) from error
     if not (isinstance(found, type) and issubclass(found, Peripheral)):
-        raise SpecError(f"device {name}: implementation={type(spec).implementation!r}: must be a class of Peripheral")
+        raise SpecError(f"device {name}: implementation={spec.implemented_by()!r}: must be a class of Peripheral")
     return found

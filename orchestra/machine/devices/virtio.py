@@ -19,7 +19,7 @@ from .bus import NativeDevice
 from .io import IoThread
 from .peripheral import Hooks, Peripheral
 
-__all__ = ["QueueState", "RngDevice", "VectorState", "VirtioDevice", "VirtioState"]
+__all__ = ["QueueState", "RngDevice", "VectorState", "VirtioDevice", "VirtioFunction", "VirtioState"]
 
 SpecT = TypeVar("SpecT", bound=DeviceSpec)
 
@@ -77,8 +77,8 @@ BYTES = ("config", "kind")
 SIMPLE = tuple(field for field in attrs.fields_dict(VirtioState) if field not in ("queue", "vector", *BYTES))
 
 
-class VirtioDevice(NativeDevice, Peripheral[SpecT, VirtioState], Generic[SpecT]):
-    """One device. A kind derives from it and makes the core's part (`_make`); `RngDevice` is the one to copy."""
+class VirtioFunction(NativeDevice, Peripheral[SpecT, VirtioState], Generic[SpecT]):
+    """One device, whoever serves its queues. A kind makes the core's part (`_make`)."""
 
     State: ClassVar[type[Any]] = VirtioState
 
@@ -87,7 +87,6 @@ class VirtioDevice(NativeDevice, Peripheral[SpecT, VirtioState], Generic[SpecT])
         self.handle = self._make()
         if self.handle == ffi.NULL:
             raise MemoryError(f"{type(self).__name__}: no memory")
-        self._io: IoThread | None = None
         self.native = ffi.gc(lib.orc_virtio_device(self.handle), lib.orc_device_free)
         for queue, bell in enumerate(hooks.bells):
             lib.orc_virtio_set_kick_fd(self.handle, queue, bell.fd)
@@ -97,15 +96,6 @@ class VirtioDevice(NativeDevice, Peripheral[SpecT, VirtioState], Generic[SpecT])
     def _make(self) -> Any:
         """The ``orc_virtio *``; NULL: there is no memory."""
         raise NotImplementedError
-
-    def attach(self, io: IoThread) -> None:
-        """Let the VM's I/O thread serve it, until the thread stops.
-
-        Raises:
-            ResourceLimit: the host has no more of what that takes.
-        """
-        io.attach(self.handle)
-        self._io = io  # which so outlives the device
 
     # ---- vectors
 
@@ -165,6 +155,23 @@ def _give(kind: Any, every: tuple[Any, ...], raw: Any) -> None:
 
 def _taken(kind: Any, raw: Any) -> Any:
     return kind(**{name: getattr(raw, name) for name in attrs.fields_dict(kind)})
+
+
+class VirtioDevice(VirtioFunction[SpecT]):
+    """A device that the VM's I/O thread serves. `RngDevice` is the one to copy."""
+
+    def __init__(self, spec: SpecT, hooks: Hooks) -> None:
+        super().__init__(spec, hooks)
+        self._io: IoThread | None = None
+
+    def attach(self, io: IoThread) -> None:
+        """Let the VM's I/O thread serve it, until the thread stops.
+
+        Raises:
+            ResourceLimit: the host has no more of what that takes.
+        """
+        io.attach(self.handle)
+        self._io = io  # which so outlives the device
 
 
 class RngDevice(VirtioDevice[Rng]):

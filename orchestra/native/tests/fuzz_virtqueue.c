@@ -134,8 +134,29 @@ static void wait_for_disk(orc_virtio *v)
 	}
 }
 
+/* A back-end gets the queues, and gives them back wherever it likes. */
+static void lend_all(orc_virtio *v, bool back)
+{
+	struct orc_virtio_state state;
+	uint16_t next[ORC_VIRTIO_QUEUES];
+
+	if (orc_virtio_lend(v, &state))
+		for (uint16_t i = 0; i < v->queues; i++)
+			orc_virtio_wake(v, i);
+	if (!back)
+		return;
+	for (unsigned i = 0; i < ORC_VIRTIO_QUEUES; i++)
+		next[i] = (uint16_t)(0xfff0u + 7 * i);
+	orc_virtio_back(v, next);
+	CHECK(!v->resetting && !v->lent);
+}
+
 static void serve_all(orc_virtio *v, bool wait)
 {
+	if (!v->ops->serve) {
+		lend_all(v, wait);
+		return;
+	}
 	for (int turn = 0; turn < 4; turn++) {
 		uint64_t kicked = atomic_exchange(&v->kicked, 0);
 
@@ -335,6 +356,8 @@ static void change_state(struct machine *m, struct input *in)
 	struct orc_virtio_state s, again;
 
 	wait_for_disk(m->v);
+	if (!m->v->ops->serve)
+		lend_all(m->v, true); /* as whoever saves it has it */
 	orc_virtio_save(m->v, &s);
 	if (byte(in) & 1) { /* any byte of it: it is taken over as a whole or not at all */
 		((uint8_t *)&s)[word(in) % sizeof s] = byte(in);
@@ -505,6 +528,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	m.console = console;
 	m.v = (how & 24) == 16 ? new_balloon(how & 1 ? ORC_BALLOON_REPORTING : 0)
 	      : how & 8 ? new_disk(how & 16 ? ORC_STORE_NO_URING : 0)
+	      : how & 64 ? orc_virtio_lent_new(memory, VIRTIO_ID_SCSI, 2, 64, F_VERSION_1 | F_RINGS, data, size < 16 ? (uint32_t)size : 16)
 	      : how & 1 ? new_console(&m, how & 32) : orc_virtio_rng_new(memory);
 	CHECK(m.v && console);
 	for (uint16_t i = 0; i < m.v->vectors; i++)
