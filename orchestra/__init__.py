@@ -26,7 +26,7 @@ from .machine.devices.bus import Device
 from .machine.devices.peripheral import Hooks, Peripheral
 from .machine.devices.requests import Request
 from .machine.hostbudget import HostBudget, HostBudgetStatistics
-from .machine.pause_levels import PendingIo
+from .machine.pause_levels import PendingIo, PendingRequests
 from .machine.vm import VcpuStatistics, Vm, VmStatistics
 from .model.actions import (
     Action,
@@ -245,6 +245,7 @@ __all__ = [
     "PciFunction",
     "PciHostBridge",
     "PendingIo",
+    "PendingRequests",
     "Peripheral",
     "PlacedLimits",
     "Policy",

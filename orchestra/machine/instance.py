@@ -185,8 +185,9 @@ class Instance:
             vcpu.join()
 
     def talked(self) -> None:
-        """A vCPU wrote to the console: wake the tasks that wait for output."""
+        """A vCPU or the I/O thread wrote to the console, or the I/O thread has come to rest: whoever waits looks."""
         self._console.wake()
+        self.pausing.look()
 
     # ---- life
 

@@ -71,7 +71,17 @@ class Listener(Protocol):
 class Served(Protocol):
     """A device whose queues the VM's I/O thread serves."""
 
+    @property
+    def label(self) -> str:
+        """What it is called where it keeps a pause waiting."""
+
+    @property
+    def outstanding(self) -> int | None:
+        """How many of its requests are in flight. None: it can't be asked just now. Waits for no lock."""
+
     def attach(self, io: IoThread) -> None: ...
+    def drained(self) -> None:
+        """The I/O thread has ended: give back what may take long. Before `stop`. Any thread."""
 
 
 @runtime_checkable
@@ -143,7 +153,7 @@ class Assembly:
         self._io: IoThread | None = None
         self._bus, self._guest = self._pci_bus(specs)
         self._slots = iter(self._bus.slots if self._bus is not None else ())
-        self._stopped = False
+        self._stopped = self._drained = False
         self.plugged: list[Plugged] = []
         try:
             for index, spec in enumerate(specs):
@@ -172,9 +182,12 @@ class Assembly:
             raise MemoryError("orc_guest_memory_new")
         return bus, ffi.gc(made, lib.orc_guest_memory_free)
 
+    def _served(self) -> list[Served]:
+        return [plugged.device for plugged in self.plugged if isinstance(plugged.device, Served)]
+
     def _serve(self) -> None:
         """Start the I/O thread, held, if a device needs it."""
-        served = [plugged.device for plugged in self.plugged if isinstance(plugged.device, Served)]
+        served = self._served()
         if served:
             self._io = IoThread(self._board.spec.name, self._machine.engines[0].core.handle)
             for device in served:
@@ -267,11 +280,22 @@ class Assembly:
     def hold(self) -> None:
         """The VM pauses: from now on nothing reaches a device by ring, timer or queue, until `let_go`.
 
-        It does not wait for what is in flight. `state` does.
+        It does not wait for what is in flight: see `is_still`.
         """
         self._service.hold()
         if self._io is not None:
             self._io.hold("pause")
+
+    @property
+    def is_still(self) -> bool:
+        """While it is held: no request to a device is in flight. Where there are some, the I/O thread says so once they
+        are done (`IoThread`, `voice`)."""
+        return self._io is None or self._io.is_still
+
+    def outstanding(self) -> list[tuple[str, int | None]]:
+        """The devices with requests in flight, and how many; None: not known just now. Waits for nothing."""
+        served = self._served()
+        return [(device.label, found) for device in served if (found := device.outstanding) != 0]
 
     def let_go(self) -> None:
         """The VM goes on. Timers whose time came during the pause expire now."""
@@ -308,9 +332,13 @@ class Assembly:
         return self._io is not None
 
     def end_queues(self) -> None:
-        """End the I/O thread, which first waits for all requests in flight. The guest has ended. Any thread."""
-        if self._io is not None:
+        """End the I/O thread, which first waits for all requests in flight, and what of its devices may take long. The
+        guest has ended. Any thread. A second call does nothing."""
+        if self._io is not None and not self._drained:
+            self._drained = True
             self._io.stop()
+            for device in self._served():
+                device.drained()
 
     def stop(self, problems: list[str] | None = None) -> None:
         """Stop all devices, after the guest has ended and `run` is over. An error of one stops no other."""

@@ -49,6 +49,10 @@ class DiskDevice(VirtioDevice[Disk]):
             raise ResourceLimit(-result, f"disk {self.spec.path}")
         return made[0]
 
+    @property
+    def label(self) -> str:
+        return f"Disk {self.spec.path}"
+
     def set_limit(self, limit: IoLimit) -> None:
         """Change how fast it may be, at once. Of a disk that was made with an `io_limit`."""
         now = monotonic_ns()
@@ -71,8 +75,11 @@ class DiskDevice(VirtioDevice[Disk]):
             )
         super().restore(state)
 
-    def stop(self) -> None:
+    def drained(self) -> None:
         lib.orc_virtio_blk_close(self.handle)  # at once: the VM's next run locks the same files
+
+    def stop(self) -> None:
+        lib.orc_virtio_blk_close(self.handle)  # of one that was never served; else nothing
 
 
 def open_store(disk: Disk) -> Any:

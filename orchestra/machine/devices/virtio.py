@@ -81,6 +81,9 @@ class VirtioDevice(NativeDevice, Peripheral[SpecT, VirtioState], Generic[SpecT])
         self.handle = self._make()
         if self.handle == ffi.NULL:
             raise MemoryError(f"{type(self).__name__}: no memory")
+        lib.orc_virtio_set_master(
+            self.handle, False
+        )  # as at power-on: `interrupts_changed` comes with the first change
         self._io: IoThread | None = None
         self.native = ffi.gc(lib.orc_virtio_device(self.handle), lib.orc_device_free)
         for queue, bell in enumerate(hooks.bells):
@@ -101,6 +104,20 @@ class VirtioDevice(NativeDevice, Peripheral[SpecT, VirtioState], Generic[SpecT])
         io.attach(self.handle)
         self._io = io  # which so outlives the device
 
+    def drained(self) -> None:
+        """The I/O thread has ended: give back what may take long. Before `stop`. Any thread."""
+
+    @property
+    def label(self) -> str:
+        """What it is called where it keeps a pause waiting."""
+        return type(self.spec).__name__
+
+    @property
+    def outstanding(self) -> int | None:
+        """How many of its requests are in flight. None: some may be, as it is being served just now."""
+        found = int(lib.orc_virtio_outstanding(self.handle))
+        return None if found < 0 else found
+
     # ---- vectors
 
     def write(self, offset: int, size: int, value: int) -> None:
@@ -108,8 +125,11 @@ class VirtioDevice(NativeDevice, Peripheral[SpecT, VirtioState], Generic[SpecT])
         self.interrupts_changed()
 
     def interrupts_changed(self) -> None:
-        """Bind each vector that may interrupt, and mask the others. What is so already costs nothing."""
-        on = self.hooks.slot is not None and self.hooks.slot.interrupts
+        """Let it be a bus master or not; bind each vector that may interrupt, and mask the others. What is so already
+        costs nothing."""
+        slot = self.hooks.slot
+        on = slot is not None and slot.interrupts
+        lib.orc_virtio_set_master(self.handle, slot is not None and slot.master)
         entry = ffi.new("struct orc_vector *")
         for number, msi in enumerate(self.hooks.msis):
             lib.orc_virtio_vector(self.handle, number, entry)
