@@ -88,7 +88,7 @@ def test_a_device_whose_vm_lacks_what_it_needs_is_refused_when_the_spec_is_made(
 
 
 def test_no_two_devices_have_one_line():
-    with pytest.raises(orc.SpecError, match="Alarm: irq=5: Serial has that line: choose another one$"):
+    with pytest.raises(orc.SpecError, match=r"Alarm: irq=5: Serial has that line: choose another one$"):
         spec(orc.Serial(irq=5), Alarm())
     with pytest.raises(orc.SpecError, match="Serial: irq=4: Serial has that line: choose another one, or irq=None"):
         spec(orc.Serial(), orc.Serial(port=0x2F8))

@@ -173,14 +173,16 @@ typedef struct orc_console orc_console;
 orc_console *orc_console_new(void);
 void orc_console_free(orc_console *);
 bool orc_console_put(orc_console *, const uint8_t *, size_t);
-bool orc_console_load(orc_console *, uint64_t total, const uint8_t *, size_t);
+bool orc_console_load(orc_console *, uint64_t total, const uint8_t *, size_t, const uint8_t *typed, size_t waiting);
 uint64_t orc_console_total(orc_console *);
 size_t orc_console_copy(orc_console *, uint64_t *position, uint8_t *out, size_t room);
 bool orc_console_want(orc_console *, uint64_t position);
 #define ORC_CONSOLE_TYPED ...
-size_t orc_console_type(orc_console *, const uint8_t *, size_t);
+#define ORC_CONSOLE_WAITING ...
+ssize_t orc_console_type(orc_console *, const uint8_t *, size_t);
 bool orc_console_listened(orc_console *);
 size_t orc_console_typed(orc_console *);
+size_t orc_console_copy_typed(orc_console *, uint8_t *out, size_t room);
 size_t orc_fleet_talking(orc_fleet *, uint32_t *out, size_t most);
 orc_device *orc_debug_console_new(orc_console *, uint8_t detected);
 orc_device *orc_exit_port_new(void);

@@ -136,7 +136,12 @@ class DeviceRig:
             guest=guest,
         )
         kind = implementation(spec)
-        self.device: Peripheral[Any, Any] = kind(spec, hooks) if state is None else kind.from_state(spec, hooks, state)
+        self.device: Peripheral[Any, Any]
+        try:
+            self.device = kind(spec, hooks) if state is None else kind.from_state(spec, hooks, state)
+        except BaseException:
+            self._give_back()
+            raise
         if wiring.pci is not None:
             assert isinstance(self.device, OnBus)
             self.bus.slots[0].plug(self.device, RLock(), self.bells)
@@ -184,6 +189,9 @@ class DeviceRig:
     def close(self) -> None:
         """Unmap the memory."""
         self.device.stop()
+        self._give_back()
+
+    def _give_back(self) -> None:
         self.memory.close()
         for fd in [msi.fd for msi in self.msis] + [bell.fd for bell in self.bells]:
             os.close(fd)

@@ -8,13 +8,14 @@ from typing import Any, Final
 import attrs
 import trio
 
-from ...model.checks import number, whole
+from ...model.checks import fail, number, whole
 from ...model.errors import ConsoleTimeout, SpecError, StateError
 from ...native import ffi, lib
 
 __all__ = ["Console", "ConsoleState"]
 
 KEPT: Final = int(lib.ORC_CONSOLE_KEPT)
+WAITING: Final = int(lib.ORC_CONSOLE_WAITING)
 LINES: Final = 12
 """Of the output, which an error shows: enough to see where a guest stands."""
 WIDTH: Final = 200
@@ -23,13 +24,27 @@ WIDTH: Final = 200
 
 @attrs.frozen
 class ConsoleState:
-    """The state of a console. `total`: bytes ever written. `kept`: the last of them, all or as many as are kept."""
+    """The state of a console.
+
+    Attributes:
+        total: bytes of output ever written.
+        kept: the last of them, all or as many as are kept.
+        found: where the last match of `Console.wait_for` ended, of `total`: the next one is searched from there.
+        typed: input that the guest has not taken yet.
+    """
 
     total: int = 0
     kept: bytes = attrs.field(default=b"", repr=lambda kept: f"<{len(kept)} bytes>")
+    found: int = 0
+    typed: bytes = attrs.field(default=b"", repr=lambda typed: f"<{len(typed)} bytes>")
 
     def __attrs_post_init__(self) -> None:
         whole("total", self.total, 0, (1 << 64) - 1)
+        whole("found", self.found, 0, self.total)
+        if not isinstance(self.kept, bytes):
+            raise fail("kept", self.kept, "must be bytes")
+        if not isinstance(self.typed, bytes) or len(self.typed) > WAITING:
+            raise fail("typed", self.typed, f"must be bytes, {WAITING} at most")
         if len(self.kept) != min(self.total, KEPT):
             raise SpecError(
                 f"kept: of {self.total} bytes it has the last {min(self.total, KEPT)}, not {len(self.kept)}"
@@ -64,21 +79,25 @@ class Console:
         self._changed = trio.Event()
 
     @classmethod
-    def from_state(cls, notify: Callable[[Callable[[], None]], None], state: ConsoleState) -> Console:
-        """A console that has had that output.
+    def from_state(cls, notify: Callable[[Callable[[], None]], None], state: ConsoleState, name: str = "") -> Console:
+        """A console that has had that output, and goes on there. `name`: the VM's, which need not be the same.
 
         Raises:
             MemoryError: the host has no memory left.
         """
-        console = cls(notify)
-        if not lib.orc_console_load(console.handle, state.total, ffi.from_buffer(state.kept), len(state.kept)):
+        console = cls(notify, name)
+        kept, typed = ffi.from_buffer(state.kept), ffi.from_buffer(state.typed)
+        if not lib.orc_console_load(console.handle, state.total, kept, len(kept), typed, len(typed)):
             raise MemoryError("orc_console_load")
+        console._found = state.found
         return console
 
     def state(self) -> ConsoleState:
-        """The output so far. Any thread."""
+        """The output so far, and the input that waits. While the VM is quiesced; any thread."""
         kept, total = self._since(max(self.total - KEPT, 0))
-        return ConsoleState(total, kept)
+        waiting = ffi.new("uint8_t[]", WAITING)
+        size = lib.orc_console_copy_typed(self.handle, waiting, WAITING)
+        return ConsoleState(total, kept, self._found, bytes(ffi.buffer(waiting, size)))
 
     def put(self, data: bytes) -> None:
         """Add output. Any thread."""
@@ -197,6 +216,7 @@ class Console:
 
         Raises:
             StateError: no device takes input: the VM has none, has ended, or is between two runs.
+            MemoryError: the host has no memory for the input that waits.
         """
         left = memoryview(data.encode() if isinstance(data, str) else data).cast("B")
         while True:
@@ -207,7 +227,11 @@ class Console:
                     f"{self._who}nothing takes input now: it has ended, is between two runs, or has no device that "
                     "takes any, such as Serial()"
                 )
-            left = left[lib.orc_console_type(self.handle, ffi.from_buffer(left), len(left)) :]
+            taken = lib.orc_console_type(self.handle, ffi.from_buffer(left), len(left))
+            if taken < 0:  # nobody would ever say that there is room
+                await trio.lowlevel.checkpoint()
+                raise MemoryError(f"{self._who}no memory for what is typed")
+            left = left[taken:]
             if not left:
                 await trio.lowlevel.checkpoint()
                 return

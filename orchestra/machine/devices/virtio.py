@@ -161,12 +161,18 @@ class VirtioDevice(NativeDevice, Peripheral[SpecT, VirtioState], Generic[SpecT])
             raw.queues, raw.vectors = len(state.queue), len(state.vector)
             _give(QueueState, state.queue, raw.queue)
             _give(VectorState, state.vector, raw.vector)
-            raw.config = tuple(state.config)
+            raw.config = _config(state.config)
         except (AttributeError, IndexError, OverflowError, TypeError) as error:
             raise SpecError(f"{type(self.spec).__name__}: a value of its state does not fit ({error})") from None
         if not lib.orc_virtio_load(self.handle, raw):
             raise SpecError(f"{type(self.spec).__name__}: no such device can be in that state")
         self.interrupts_changed()
+
+
+def _config(config: object) -> tuple[int, ...]:
+    if not isinstance(config, bytes) or len(config) != lib.ORC_VIRTIO_CONFIG:  # cffi takes fewer, and leaves the rest 0
+        raise TypeError(f"config must be {lib.ORC_VIRTIO_CONFIG} bytes")
+    return tuple(config)
 
 
 def _give(kind: Any, every: tuple[Any, ...], raw: Any) -> None:

@@ -617,7 +617,7 @@ static void input_waits_until_the_guest_has_buffers_for_it(void)
 		in[i] = (uint8_t)(i * 7 >> 3);
 	wire(&b, &g, orc_virtio_console_new(g.memory, console, 80, 25), RINGS);
 	CHECK(!orc_io_attach(io, b.v));
-	given = orc_console_type(console, in, sizeof in); /* before anybody listens */
+	given = (size_t)orc_console_type(console, in, sizeof in); /* before anybody listens */
 	orc_virtio_console_listen(b.v, true);
 	drive(&b, 0);
 	for (uint16_t i = 0; got < sizeof in; i++) {
@@ -628,7 +628,7 @@ static void input_waits_until_the_guest_has_buffers_for_it(void)
 		CHECK(e.len && e.len <= 100u + i && got + e.len <= sizeof in);
 		memcpy(out + got, at(&g, DATA), e.len);
 		got += e.len;
-		given += orc_console_type(console, in + given, sizeof in - given);
+		given += (size_t)orc_console_type(console, in + given, sizeof in - given);
 	}
 	CHECK(!memcmp(in, out, sizeof in) && !orc_console_typed(console));
 	request(&b, RECEIVE, 0, DATA, 100, W);
