@@ -14,6 +14,7 @@ from ..model.spec import Limit, Meter
 from ..native.core import FleetCore, VcpuCore
 from ..profile import Samples
 from .claims import Claims
+from .debt import Owed
 from .desired import Desired
 from .devices.console import Console
 from .inbox import Inbox
@@ -76,6 +77,7 @@ class Owner(Protocol):
 
     console: Console
     samples: Samples
+    owed: Owed
 
     @property
     def wanted(self) -> Desired:

@@ -90,6 +90,7 @@ class Instance:
         self._levels = levels
         self._machine: Machine
         self._console = owner.console
+        self.owed = owner.owed
         self._ended = trio.Event()  # set when all vCPUs have ended, or the run is given back
 
     # ---- set-up

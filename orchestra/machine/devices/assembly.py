@@ -31,6 +31,7 @@ from ...model.spec import VmSpec
 from ...native import ffi, lib
 from ...native.core import Charged
 from ..contain import contained, in_device
+from ..debt import Owed
 from ..pacer import Pacer
 from .bridge import ConfigPorts
 from .bus import Bus
@@ -52,6 +53,7 @@ class Board(Protocol):
     ports: Bus
     mmio: Bus
     memory: GuestMemory
+    owed: Owed
 
     def now(self) -> int: ...
     def end(self, outcome: Outcome) -> None: ...
@@ -147,7 +149,7 @@ class Assembly:
             raise StateError(f"vm {board.spec.name!r}: {len(states)} states for {len(specs)} devices")
         self._board, self._machine, self._console = board, machine, console
         whose = board.spec.tenant or "default", board.spec.name
-        self._service = Service(whose, board.now, board.end, board.answer_buckets(), in_turn, pacer, post)
+        self._service = Service(whose, board.now, board.end, board.answer_buckets(), in_turn, pacer, post, board.owed)
         self._service.going_on = states is not None
         self._makes: Plugged | None = None
         self._io: IoThread | None = None
