@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 from .backend.emulated.machine import EmulatedBackend
+from .backend.files import OpenedFiles, Opener
 from .backend.scripted import ScriptedBackend, ScriptedExit
 from .fleet.channels import Exits, ExitsStatistics
 from .fleet.fleet import Fleet
@@ -238,6 +239,8 @@ __all__ = [
     "NoSuchBackend",
     "Notify",
     "Only",
+    "OpenedFiles",
+    "Opener",
     "OrchestraError",
     "OtherExit",
     "Outcome",

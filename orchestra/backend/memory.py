@@ -29,6 +29,7 @@ from ..model.memory import HUGE_PAGE, Memory
 from ..model.mistakes import shown
 from ..model.spec import VmSpec
 from ..native import ffi, lib
+from .files import Opener, open_path
 
 __all__ = ["GuestMemory", "Region", "unmap"]
 
@@ -77,13 +78,15 @@ class GuestMemory:
         spec: the VM; RAM and regions are as its spec says.
         template: a descriptor with the first contents of the RAM, in the order of the addresses; the VM gets private
             pages over it. The caller keeps the descriptor, and may close it. None: as the spec says.
+        open_file: opens the file that the spec names, and what a boot spec's loader reads into it.
 
     Raises:
         ResourceLimit: the host has not that much memory, or huge pages; the message names the limit.
         FileError: the file can't be read, is no regular file, or is too short.
     """
 
-    def __init__(self, spec: VmSpec, template: int | None = None) -> None:
+    def __init__(self, spec: VmSpec, template: int | None = None, open_file: Opener = open_path) -> None:
+        self.open_file = open_file
         self.regions: list[Region] = []
         # Called with address and size after each write from outside: an engine that executes translated code must know.
         self.on_write: Callable[[int, int], object] | None = None
@@ -108,7 +111,7 @@ class GuestMemory:
         memory = spec.backing
         if memory.backing == "file":
             assert memory.path is not None
-            with _opened(memory.path) as file:
+            with _opened(memory.path, self.open_file) as file:
                 self._map_file(spec, file, memory.path)
             return
         if memory.backing == "shared":
@@ -299,11 +302,11 @@ def _memfd(memory: Memory, name: str) -> int:
 
 
 @contextlib.contextmanager
-def _opened(path: str) -> Iterator[int]:
+def _opened(path: str, open_file: Opener) -> Iterator[int]:
     try:
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # not to wait for the writer of a pipe
+        file = open_file(path, os.O_RDONLY | os.O_NONBLOCK)  # not to wait for the writer of a pipe
     except OSError as error:
-        raise FileError(f"{path}: can't be read as a VM's memory: {os.strerror(error.errno or 0)}") from error
+        raise FileError(f"{path}: can't be read as a VM's memory: {error.strerror}") from error
     try:
         yield file
     finally:

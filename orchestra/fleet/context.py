@@ -20,6 +20,7 @@ import attrs
 import trio
 
 from ..backend import Backend, Detection
+from ..backend.files import open_path
 from ..host.control.bandwidth import CpuCgroup
 from ..host.control.placement import Quarantine
 from ..host.observe import HostSignals, ThreadTimes
@@ -82,6 +83,7 @@ class FleetContext:
         self.bus_locks = resources.detection is not None
         self.quarantine = resources.quarantine
         self.cpu_cgroup = resources.cpu_cgroup
+        self.open_file = spec.open_file or open_path
         self.inbox = Inbox(resources.core)
         threads = ThreadTimes() if backend.blocking else None
         self.workers = Workers(backend.blocking)

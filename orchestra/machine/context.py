@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Final, Protocol
 
 from ..backend import Backend, Detection
+from ..backend.files import Opener
 from ..host.control.bandwidth import CpuCgroup
 from ..host.control.placement import Quarantine
 from ..model.actions import Action, State
@@ -38,6 +39,7 @@ class InstanceContext(Protocol):
     quarantine: Quarantine
     inbox: Inbox
     pacer: Pacer
+    open_file: Opener
     cpu_cgroup: CpuCgroup | None
     """The cgroup that keeps CPU caps. None: the run loop keeps them."""
 

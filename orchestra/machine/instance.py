@@ -152,7 +152,7 @@ class Instance:
     def _build(self) -> None:
         """Make the machine. May run on a worker thread: ioctls that create VMs take from 0.3 to 30 ms."""
         context, spec = self.context, self.spec
-        self.memory = GuestMemory(spec)
+        self.memory = GuestMemory(spec, open_file=context.open_file)
         try:
             for index in range(spec.vcpus):
                 core = VcpuCore(context.core, context.next_id())

@@ -246,6 +246,7 @@ class Assembly:
             bells=tuple(wires.bell() for _ in bells) if wires is not None else (),
             bus=self._bus if wiring.hosts_pci else None,
             guest=self._guest,
+            open_file=self._board.memory.open_file,
         )
 
     # ---- rings and expiries

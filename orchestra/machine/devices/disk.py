@@ -10,6 +10,7 @@ import struct
 from contextlib import ExitStack
 from typing import Any, Final
 
+from ...backend.files import Opener, open_path
 from ...model.disk import Disk, IoLimit
 from ...model.errors import FileError, ResourceLimit, SpecError
 from ...native import ffi, lib
@@ -41,7 +42,7 @@ class DiskDevice(VirtioDevice[Disk]):
             self.set_limit(spec.io_limit)
 
     def _make(self) -> Any:
-        store = open_store(self.spec)
+        store = open_store(self.spec, self.hooks.open_file)
         made = ffi.new("orc_virtio **")
         name = os.path.basename(os.fsencode(self.spec.path))[:20]
         if result := lib.orc_virtio_blk_new(self.hooks.guest, store, name, made):
@@ -82,8 +83,8 @@ class DiskDevice(VirtioDevice[Disk]):
         lib.orc_virtio_blk_close(self.handle)  # of one that was never served; else nothing
 
 
-def open_store(disk: Disk) -> Any:
-    """The ``orc_store *`` of a disk, whose files it has opened and locked. Its device frees it.
+def open_store(disk: Disk, open_file: Opener = open_path) -> Any:
+    """The ``orc_store *`` of a disk, whose files it has had opened and has locked. Its device frees it.
 
     Raises:
         FileError: a file can't be used as it is; the message names it.
@@ -93,14 +94,14 @@ def open_store(disk: Disk) -> Any:
     with ExitStack() as opened:
         flags = lib.ORC_STORE_READONLY * disk.readonly | lib.ORC_STORE_DIRECT * disk.direct
         if disk.base is None:
-            file = _open(opened, disk.path, readonly=disk.readonly, more=os.O_DIRECT * disk.direct)
+            file = _open(opened, open_file, disk.path, readonly=disk.readonly, more=os.O_DIRECT * disk.direct)
             size = _size(file, disk.path)
             block = _block(file, disk.path, size) if disk.direct else SECTOR
             result = lib.orc_file_new(file, size, block, flags, made)
         else:
-            base = _open(opened, disk.base, readonly=True)
+            base = _open(opened, open_file, disk.base, readonly=True)
             size = _size(base, disk.base)
-            file = _open(opened, disk.path, readonly=disk.readonly, more=os.O_CREAT * (not disk.readonly))
+            file = _open(opened, open_file, disk.path, readonly=disk.readonly, more=os.O_CREAT * (not disk.readonly))
             if not disk.readonly and os.fstat(file).st_size == 0:  # locked: nobody else makes it at the same time
                 _check(lib.orc_overlay_create(file, size), disk)
             result = lib.orc_overlay_new(file, base, size, flags, made)
@@ -120,11 +121,11 @@ def _check(result: int, disk: Disk) -> None:
         raise FileError(f"{disk.path}: can't be used as a disk: {os.strerror(-result)}")
 
 
-def _open(opened: ExitStack, path: str, *, readonly: bool, more: int = 0) -> int:
+def _open(opened: ExitStack, open_file: Opener, path: str, *, readonly: bool, more: int = 0) -> int:
     mode = os.O_RDONLY if readonly else os.O_RDWR
     try:
         # O_NONBLOCK: not to wait for the writer of a pipe. On files and block devices it has no effect.
-        file = os.open(path, mode | os.O_CLOEXEC | os.O_NONBLOCK | more, 0o600)
+        file = open_file(path, mode | os.O_NONBLOCK | more)
     except OSError as error:
         raise FileError(f"{path}: {_why(error, readonly, more)}") from error
     opened.callback(os.close, file)
@@ -146,7 +147,7 @@ def _why(error: OSError, readonly: bool, more: int) -> str:
             return f"can't be written ({os.strerror(error.errno)}): change its permissions, or use readonly=True"
         case errno.EINVAL if more & os.O_DIRECT:
             return "its file system has no O_DIRECT: leave direct=True out"
-    return f"can't be opened as a disk: {os.strerror(error.errno or 0)}"
+    return f"can't be opened as a disk: {error.strerror}"
 
 
 def _lock(file: int, path: str, readonly: bool) -> None:

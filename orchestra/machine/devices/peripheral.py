@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Final, Generic, Protocol, TypeVar
 
 import attrs
 
+from ...backend.files import Opener, open_path
 from ...backend.wiring import Bell, InterruptLine, InterruptPulse, MsiVector
 from ...model.actions import Outcome
 from ...model.devices import DeviceSpec
@@ -66,6 +67,7 @@ class Hooks:
         bus: the PCI bus, for its host bridge.
         guest: the guest's memory for a device of the core (``orc_guest_memory *``); None: the VM has no PCI bus.
         interrupts: the irqchip's lines for a device of the core (``orc_interrupts *``); None: there are none.
+        open_file: opens a file of the host that its spec names.
     """
 
     memory: Memory
@@ -81,6 +83,7 @@ class Hooks:
     bells: tuple[Bell, ...] = ()
     bus: PciHost | None = None
     guest: Any = None
+    open_file: Opener = open_path
 
 
 class Peripheral(ABC, Generic[SpecT, StateT]):
