@@ -306,7 +306,9 @@ static void step(struct machine *m, struct input *in)
 		start_driver(m, what & 32 ? F_RINGS : number(in), in);
 		break;
 	case 15:
-		if (what & 16 && m->v->ops->type == VIRTIO_ID_CONSOLE)
+		if (what & 32)
+			orc_virtio_set_master(m->v, byte(in) & 3);
+		else if (what & 16 && m->v->ops->type == VIRTIO_ID_CONSOLE)
 			orc_virtio_console_resize(m->v, byte(in), byte(in));
 		else
 			orc_virtio_again(m->v, 0);
