@@ -74,6 +74,12 @@ class DiskDevice(VirtioDevice[Disk]):
             raise SpecError(
                 f"Disk: its state is of a disk of {had * SECTOR} bytes, and {self.spec.path} has {has * SECTOR}"
             )
+        if state.config != (ours := self.state().config):  # by its spec, and the driver can't change it
+            block, have = (int.from_bytes(config[20:24], "little") for config in (state.config, ours))
+            what = (
+                f"with blocks of {block} bytes, and {self.spec.path} has {have}" if block != have else "of another kind"
+            )
+            raise SpecError(f"Disk: its state is of a disk {what}: give readonly, direct and base as they were")
         super().restore(state)
 
     def drained(self) -> None:
