@@ -291,3 +291,9 @@ async def test_a_guest_that_ends_its_run_does_not_go_free(autojump_clock):
         nursery.cancel_scope.cancel()
     assert served[1] - served[0] >= 200 * SECOND / 1000
     close(vm)
+
+
+async def test_in_virtual_time_the_machines_own_time_costs_nothing(autojump_clock):
+    async with orc.open_fleet(backend=orc.ScriptedBackend({})) as fleet:
+        cpu = fleet._context.pacer.cpu
+        assert {cpu() for _ in range(1000)} == {0}
