@@ -18,6 +18,7 @@ from .claims import Claims
 from .debt import Owed
 from .desired import Desired
 from .devices.console import Console
+from .devices.consoleport import Ports
 from .inbox import Inbox
 from .pacer import Pacer
 from .pause_levels import Level
@@ -78,6 +79,7 @@ class Owner(Protocol):
     """The VM, as its runs see it."""
 
     console: Console
+    ports: Ports
     samples: Samples
     owed: Owed
 

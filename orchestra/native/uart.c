@@ -497,6 +497,6 @@ void orc_serial_listen(orc_uart *u)
 	u->input = hear; /* not before: it is for the one device that takes input */
 	u->unread = give_back;
 	pthread_mutex_unlock(&u->lock);
-	orc_console_attach(s->console, (struct orc_console_reader){typed, u});
+	orc_console_attach(s->console, (struct orc_console_reader){.typed = typed, .device = u});
 	typed(u); /* what was typed before */
 }
