@@ -271,7 +271,8 @@ async def test_typing_without_memory_for_it_is_an_error_and_no_wait(monkeypatch)
         def orc_console_listened(_: object) -> bool:
             return True
 
-    monkeypatch.setattr("orchestra.machine.devices.console.lib", Full())
+    for module in ("console", "stream"):
+        monkeypatch.setattr(f"orchestra.machine.devices.{module}.lib", Full())
     with trio.fail_after(5), pytest.raises(MemoryError, match="vm 'one': no memory for what is typed"):
         await Console(at_once, "one").write(b"x")
 
