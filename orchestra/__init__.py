@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 from .backend.emulated.machine import EmulatedBackend
+from .backend.files import OpenedFiles, Opener
 from .backend.scripted import ScriptedBackend, ScriptedExit
 from .fleet.channels import Exits, ExitsStatistics
 from .fleet.fleet import Fleet
@@ -27,7 +28,7 @@ from .machine.devices.bus import Device
 from .machine.devices.peripheral import Hooks, Peripheral
 from .machine.devices.requests import Request
 from .machine.hostbudget import HostBudget, HostBudgetStatistics
-from .machine.pause_levels import PendingIo
+from .machine.pause_levels import PendingIo, PendingRequests
 from .machine.statistics import GuestMemoryStatistics, MemoryStatistics
 from .machine.vm import VcpuStatistics, Vm, VmStatistics
 from .model.actions import (
@@ -252,6 +253,8 @@ __all__ = [
     "NoSuchBackend",
     "Notify",
     "Only",
+    "OpenedFiles",
+    "Opener",
     "OrchestraError",
     "OtherExit",
     "Outcome",
@@ -259,6 +262,7 @@ __all__ = [
     "PciFunction",
     "PciHostBridge",
     "PendingIo",
+    "PendingRequests",
     "Peripheral",
     "PlacedLimits",
     "Policy",

@@ -616,6 +616,33 @@ asyncio.run(main())
     assert (done.stdout, done.stderr) == ("handled\n", "")
 
 
+def test_a_host_whose_descriptor_for_signals_is_full_gets_no_warning_of_it():
+    script = """
+import asyncio, os, signal
+import orchestra as orc
+from orchestra.aio import open_fleet
+
+reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+try:
+    while True:
+        os.write(writer, bytes(4096))
+except BlockingIOError:
+    pass
+signal.signal(signal.SIGUSR1, lambda *_: None)
+
+async def main():
+    async with open_fleet(backend=orc.ScriptedBackend({})):
+        pass
+
+signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # as uvloop has it
+asyncio.run(main())
+signal.raise_signal(signal.SIGUSR1)
+assert signal.set_wakeup_fd(-1) == writer
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=2 * LIMIT)
+    assert (done.stdout, done.stderr) == ("", "")
+
+
 def test_a_host_without_descriptors_keeps_its_handler_of_ctrl_c(monkeypatch):
     def none_left(flags: int) -> tuple[int, int]:
         raise OSError(errno.EMFILE, "Too many open files")

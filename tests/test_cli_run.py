@@ -206,8 +206,10 @@ def test_the_outcome_decides_the_status(outcome, code):
     assert status(outcome) == code
 
 
-async def test_a_guest_is_held_while_nobody_takes_its_output_and_nothing_is_lost(autojump_clock):
-    block, blocks = bytes(range(256)) * 2, 400  # three times as much as is kept for a reader
+@pytest.mark.parametrize("blocking", [True, False], ids=["blocking", "somebody made it non-blocking"])
+@pytest.mark.parametrize("size", [512, 200])
+async def test_a_guest_is_held_while_nobody_takes_its_output_and_nothing_is_lost(autojump_clock, size, blocking):
+    block, blocks = bytes(n % 251 for n in range(size)), 204_800 // size  # three times as much as is kept for a reader
 
     def script() -> Iterator[ScriptedExit]:
         for _ in range(blocks):
@@ -216,6 +218,7 @@ async def test_a_guest_is_held_while_nobody_takes_its_output_and_nothing_is_lost
 
     receive, send = os.pipe()
     fcntl.fcntl(send, fcntl.F_SETPIPE_SZ, 4096)
+    os.set_blocking(send, blocking)
     plan = GuestRun(spec=spec(), backend=ScriptedBackend({"guest": script()}), output=send)
     seen, taken = module._Seen(), io.BytesIO()
     try:

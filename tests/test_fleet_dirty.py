@@ -19,6 +19,7 @@ from orchestra.backend.kvm.dirty import DirtyLog, read_logs
 from orchestra.backend.scripted import hlt
 from orchestra.fleet import dirty
 from orchestra.journal import Journal, read_journal, schema
+from orchestra.journal.upgrade import upgrade
 from orchestra.machine.devices.requests import Request
 from orchestra.model.memory import PAGE
 from orchestra.native import ffi, lib
@@ -508,7 +509,7 @@ def test_a_journal_from_before_gets_the_column_and_keeps_its_rows(tmp_path: Path
         schema.prepare(connection)
         connection.execute(f"INSERT INTO aggregates VALUES ({row})")
         connection.close()
-    assert schema.upgrade(path)[0] == 1
+    assert upgrade(path)[0] == 1
     with read_journal(path) as journal:
         (old,) = journal.aggregates()
     assert (old.vm, old.exits, old.cpu, old.dirty_pages) == ("a", 7, 0.5, None)

@@ -133,6 +133,7 @@ def test_whatever_comes_for_a_policy_is_one_or_a_spec_error(kind, data):
         ({"cgroup": 5}, "cgroup=5: must be a folder"),
         ({"cap_by": "me"}, "cap_by='me': must be"),
         ({"on_evict": 5}, "on_evict=5: must be an async function"),
+        ({"open_file": 5}, "open_file=5: must be a function"),
         ({"quarantine": []}, r"quarantine=\(\): must be numbers of CPUs"),
         ({"quarantine": 5}, "quarantine=5"),
     ],
@@ -178,6 +179,7 @@ def test_a_part_that_cant_be_is_refused_where_it_is_made(make, message):
         ({"policies": [orc.WeightedShare()]}, "policies: .*give a PolicySpec"),
         ({"journal": Journal("fleet.db")}, "journal: .*give a JournalSpec"),
         ({"on_evict": trio.sleep}, "on_evict: .*leave it out"),
+        ({"open_file": orc.OpenedFiles({})}, "open_file: .*leave it out"),
     ],
 )
 def test_a_live_object_opens_a_fleet_and_is_neither_kept_nor_sent(fields, message):

@@ -21,6 +21,7 @@ import pytest
 import orchestra as orc
 from orchestra.journal import Journal, read_journal, schema, writer
 from orchestra.journal.schema import VERSION, JournalError
+from orchestra.journal.upgrade import upgrade
 from orchestra.model.actions import Applied
 from orchestra.policy import Facts, HostFacts, VmFacts
 
@@ -443,6 +444,22 @@ def test_a_journal_of_a_newer_version_is_refused(path):
             use()
 
 
+def test_a_journal_that_a_fleet_writes_is_not_upgraded_under_it(path, monkeypatch):
+    writer = written(path)
+    steps = (*schema._MIGRATIONS, lambda connection: connection.execute("ALTER TABLE states ADD COLUMN more TEXT"))
+    with monkeypatch.context() as newer:
+        newer.setattr(schema, "_MIGRATIONS", steps)
+        newer.setattr(schema, "VERSION", VERSION + 1)
+        with pytest.raises(JournalError, match="another fleet writes this journal; close that fleet first"):
+            upgrade(path)
+        with sqlite3.connect(path) as connection:
+            assert connection.execute("PRAGMA user_version").fetchone() == (VERSION,)
+        connection.close()
+        writer.end(0)
+        assert upgrade(path) == (VERSION, VERSION + 1)
+        assert upgrade(path) == (VERSION + 1, VERSION + 1)
+
+
 def test_an_older_version_is_brought_up_to_date_in_one_transaction(path, monkeypatch):
     written(path).end(0)
     steps = (*schema._MIGRATIONS, lambda connection: connection.execute("ALTER TABLE states ADD COLUMN more TEXT"))
@@ -557,7 +574,7 @@ def test_a_journal_of_the_first_version_is_read_once_it_is_upgraded(path):
         connection.execute(f"PRAGMA application_id = {schema.APPLICATION}")
         connection.execute("PRAGMA user_version = 1")
     connection.close()
-    assert schema.upgrade(path) == (1, VERSION)
+    assert upgrade(path) == (1, VERSION)
     with read_journal(path) as reader:
         (row,), (host,) = reader.aggregates(), reader.hosts()
     assert (row.bus_locks, row.work, row.dirty_pages, row.by_reason, row.answers) == (7, 2, None, None, None)
@@ -582,7 +599,7 @@ def test_what_an_older_journal_calls_launch_is_the_generation_once_it_is_upgrade
     connection.execute(f"PRAGMA application_id = {schema.APPLICATION}")
     connection.execute("PRAGMA user_version = 3")
     connection.close()
-    assert schema.upgrade(path) == (3, VERSION)
+    assert upgrade(path) == (3, VERSION)
     with closing(sqlite3.connect(path)) as upgraded:
         numbers = [
             upgraded.execute(f"SELECT generation FROM {one}").fetchall() for one in ("states", "profiles", "vcpus")
@@ -606,7 +623,7 @@ def test_a_damaged_row_does_not_keep_a_journal_from_being_upgraded(path):
     connection.execute(f"PRAGMA application_id = {schema.APPLICATION}")
     connection.execute("PRAGMA user_version = 3")
     connection.close()
-    assert schema.upgrade(path) == (3, VERSION)
+    assert upgrade(path) == (3, VERSION)
     with read_journal(path) as reader:
         assert [row.generation for row in reader.states()] == [2]
         with pytest.raises(JournalError, match="can't be read"):

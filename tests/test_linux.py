@@ -240,6 +240,16 @@ async def test_elf_kernel_boots_to_a_shell(initrd, tmp_path, pvh, end, reason, c
         assert await ended(vm, end) == orc.Shutdown(reason=reason)
 
 
+async def test_what_is_typed_while_the_kernel_boots_waits_for_the_shell(initrd):
+    async with orc.open_fleet(backend="kvm", bus_locks="auto") as fleet:
+        vm = await fleet.launch(spec_of(had(linux_kit.debian_kernel), initrd))
+        line = "echo " + "x" * 50
+        await vm.console.write(f"{line}\n")
+        await vm.console.wait_for("x" * 50 + "\r\n", timeout=BOOTED)
+        await vm.console.wait_for(PROMPT, timeout=BOOTED)
+        assert await answer(vm, "echo done") == "done\n"
+
+
 # ---- devices
 
 

@@ -346,6 +346,7 @@ def test_what_does_not_fit_is_refused_with_what_would(kernel, tmp_path):
         ({"kernel": "k", "initrd": ""}, "initrd=''"),
         ({"kernel": "k", "cmdline": "a\0"}, "cmdline=.*zero bytes"),
         ({"kernel": "k", "cmdline": None}, "cmdline=None"),
+        ({"kernel": "k", "cmdline": os.fsdecode(b"init=\xff")}, "cmdline=.*must be text"),
     ],
 )
 def test_boot_spec_checks_its_fields(fields, words):

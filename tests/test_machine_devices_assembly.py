@@ -17,6 +17,7 @@ from bells import Bells, BellsDevice, Clock, ClockDevice, Kept
 from conftest import Stage, blank, guest, play
 from orchestra.backend.memory import GuestMemory
 from orchestra.backend.scripted import hlt, io_write
+from orchestra.machine.debt import Owed
 from orchestra.machine.devices.assembly import Assembly, Dma
 from orchestra.machine.devices.service import RING
 from orchestra.machine.pacer import Pacer
@@ -301,6 +302,8 @@ class Here:
 
     def end(self, outcome: orc.Outcome) -> None:
         self.ended.append(outcome)
+
+    owed = Owed()
 
     def answer_buckets(self) -> list[Charged]:
         return []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from collections.abc import Callable
 from itertools import pairwise
@@ -14,6 +15,7 @@ from trio.testing import wait_all_tasks_blocked
 from orchestra.machine.devices.console import KEPT, Console, ConsoleState
 from orchestra.model.codec import decode, encode
 from orchestra.model.errors import ConsoleTimeout, SpecError, StateError
+from orchestra.native import lib
 
 
 def at_once(function: Callable[[], None]) -> None:
@@ -225,6 +227,54 @@ def test_a_console_that_goes_on_keeps_the_same_and_counts_on(sizes, more):
         one.put(more)
     assert (again.total, again.log()) == (console.total, console.log())
     assert again.state() == console.state()
+
+
+async def test_a_console_that_goes_on_waits_for_what_comes_next_and_keeps_what_is_typed():
+    console = Console(at_once, "one")
+    lib.orc_console_type(console.handle, b"typed", 5)
+    console.put(b"login: root\npassword: ")
+    await console.wait_for("login: ")
+    again = Console.from_state(at_once, decode(ConsoleState, encode(console.state())), "two")
+    assert again.state() == console.state()
+    assert lib.orc_console_typed(again.handle) == 5
+    assert await again.wait_for("password: ") == b"root\npassword: "
+    with pytest.raises(ConsoleTimeout, match="vm 'two'"):
+        await again.wait_for("login: ", timeout=0)
+
+
+@pytest.mark.parametrize("typed", [b"", b"a", bytes(n % 251 for n in range(4096 + 16))])
+def test_input_that_waits_is_part_of_the_state(typed):
+    again = Console.from_state(at_once, ConsoleState(typed=typed))
+    assert again.state() == ConsoleState(typed=typed)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"found": 4}, {"found": -1}, {"typed": bytes(4113)}, {"typed": "a"}, {"kept": "abc"}]
+)
+def test_a_console_can_not_be_in_another_state(wrong):
+    with pytest.raises(SpecError, match=next(iter(wrong))):
+        ConsoleState(**{"total": 3, "kept": b"abc"} | wrong)
+
+
+async def test_typing_without_memory_for_it_is_an_error_and_no_wait(monkeypatch):
+    class Full:
+        """The core, whose allocations fail."""
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(lib, name)
+
+        @staticmethod
+        def orc_console_type(*_: object) -> int:
+            return -errno.ENOMEM
+
+        @staticmethod
+        def orc_console_listened(_: object) -> bool:
+            return True
+
+    for module in ("console", "stream"):
+        monkeypatch.setattr(f"orchestra.machine.devices.{module}.lib", Full())
+    with trio.fail_after(5), pytest.raises(MemoryError, match="vm 'one': no memory for what is typed"):
+        await Console(at_once, "one").write(b"x")
 
 
 @pytest.mark.parametrize(("total", "kept"), [(3, b"ab"), (1, b"ab"), (KEPT + 1, b"ab"), (-1, b"")])

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 
 import orchestra as orc
@@ -195,6 +196,17 @@ def test_a_disk_goes_on_from_its_state_and_not_from_that_of_one_of_another_size(
             rig.device.restore(state)
     finally:
         rig.device.stop()
+
+
+@pytest.mark.parametrize(
+    ("offset", "message"), [(20, "with blocks of 4096 bytes, and .* has 512"), (36, "of another kind")]
+)
+def test_a_disk_does_not_go_on_as_one_that_its_guest_has_not_seen(image: str, offset: int, message: str):
+    with DeviceRig(orc.Disk(image)) as rig:
+        state = rig.device.state()
+        config = state.config[:offset] + (4096).to_bytes(4, "little") + state.config[offset + 4 :]
+        with pytest.raises(orc.SpecError, match=message):
+            rig.device.restore(attrs.evolve(state, config=config))
 
 
 @pytest.mark.kvm

@@ -570,6 +570,19 @@ async def test_input_goes_to_the_first_device_that_takes_any(nothing_left, soon)
         assert lib.orc_console_typed(vm.console.handle) == 100  # until the guest has buffers for it
 
 
+def test_a_vector_that_is_programmed_through_configuration_space_is_bound_as_well():
+    """VIRTIO_PCI_CAP_PCI_CFG: virtio 1.2, 4.1.4.9."""
+    with DeviceRig(orc.Rng()) as rig:
+        armed(rig)
+        program(rig, 1, 0x31)
+        window = configuration(RNG).window
+        for data in (0x44, 0x45):
+            for at, value in ((4, 0), (8, virtio.TABLE + 16 + 8), (12, 4), (16, data)):  # bar, offset, length, data
+                if not answer(rig.bus.ecam, 8 * 4096 + window + at, value.to_bytes(4 if at > 4 else 1, "little")):
+                    rig.bus.sync()
+            assert rig.msis[1].where == (0xFEE0_0000, data)
+
+
 # ---- anything
 
 ANY_VALUE = st.one_of(st.integers(0, (1 << 64) - 1), st.sampled_from([0, 1, 3, 0xB, 0xF, 0xFEE0_0000]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import attrs
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
@@ -11,7 +12,9 @@ import orchestra as orc
 from alarm import Alarm, AlarmState
 from orchestra.machine.devices.digest import DigestState
 from orchestra.machine.devices.ports import Stateless
+from orchestra.machine.devices.rtc import RtcState
 from orchestra.machine.devices.serial import UartState
+from orchestra.model.chipset import AcpiRegisters, PciHostBridge, Rtc
 from orchestra.model.codec import decode, encode
 from orchestra.model.errors import StateError
 from orchestra.testing import DeviceRig
@@ -103,3 +106,61 @@ def test_another_devices_state_is_refused_by_name(spec, other):
 def test_it_can_be_stopped(spec):
     with DeviceRig(spec) as rig:
         rig.device.stop()
+
+
+# ---- states from outside
+
+HOSTILE = (
+    *(None, True, False, "x", b"", b"x" * 100_000, (), (None,), [], {}),
+    *(0, 1, -1, 255, 256, 1 << 16, 1 << 32, (1 << 64) - 1, 1 << 64, 10**400),
+    *(0.0, 1.5, -1e300, 1e300, float("nan"), float("inf"), -float("inf")),
+)
+WITH_STATE = (orc.Serial(), orc.Rng(), orc.Console(), orc.Digest(), Rtc(), AcpiRegisters(), PciHostBridge())
+
+
+def fields_of(state: Any) -> list[tuple[str, Any]]:
+    """Each field replaced by hostile values: of the state itself, and of what is in it."""
+    found = []
+    for name, value in attrs.asdict(state, recurse=False).items():
+        found += [(name, hostile) for hostile in HOSTILE]
+        if isinstance(value, tuple) and value and attrs.has(type(value[0])):
+            for inner, hostile in fields_of(value[0]):
+                found.append((name, (attrs.evolve(value[0], **{inner: hostile}), *value[1:])))
+    return found
+
+
+@pytest.mark.parametrize("spec", WITH_STATE, ids=lambda spec: type(spec).__name__)
+def test_a_hostile_state_is_refused_or_makes_a_device_that_works(spec):
+    with DeviceRig(spec) as rig:
+        state = rig.device.state()
+    for name, hostile in fields_of(state):
+        try:
+            changed = attrs.evolve(state, **{name: hostile})
+            rig = DeviceRig(spec, state=changed)
+        except orc.SpecError:
+            continue
+        with rig:
+            for offset in range(256):  # nothing that was taken stays behind to fail later
+                rig.read(offset, 1)
+                rig.write(offset, 0x71 if offset == 0 else 0xFF, 1)
+            rig.device.state()
+            rig.device.reset()
+
+
+@given(st.floats(), st.floats(0, 4e9), st.binary(min_size=128, max_size=128))
+def test_a_clock_shows_a_time_whatever_its_state_and_the_hosts_clock_are(ahead, now, registers):
+    try:
+        state = RtcState(registers=registers, ahead=ahead)
+    except orc.SpecError:
+        assert not abs(ahead) < 2.5e11
+        return
+    with DeviceRig(Rtc(), state=state) as rig:
+        rig.wall_clock = now
+        for index in range(128):
+            rig.write(0, index, 1)
+            assert 0 <= rig.read(1, 1) <= 255
+        rig.write(0, 0x0B, 1)
+        for value in (0x80, 0x02, 0x86, 0x06):  # setting the time, and taking it
+            rig.write(1, value, 1)
+        with rig.again() as other:
+            assert other.device.state() == rig.device.state()

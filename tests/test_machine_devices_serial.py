@@ -696,3 +696,158 @@ def test_a_uart_that_is_freed_is_typed_at_no_more():
     gc.collect()
     assert not lib.orc_console_listened(console.handle)
     assert lib.orc_console_type(console.handle, b"x", 1) == 1  # kept for the next one
+
+
+RTS = 2
+
+
+def attached() -> tuple[Console, Uart16550]:
+    """As at power-on, and it takes the console's input."""
+    console = Console(lambda wake: wake())
+    uart = Uart16550(orc.Serial(irq=None), hooks(console))
+    uart.listen()
+    return console, uart
+
+
+def found_by_linux(uart: Uart16550) -> None:
+    """What Linux does to a port that it finds (drivers/tty/serial/8250/8250_port.c, autoconfig)."""
+    for register, value in ((IER, 0), (IER, 0x0F), (IER, 0), (MCR, LOOP | 0x0A), (MCR, 0), (FCR, FIFOS), (IER, 0)):
+        uart.write(register, 1, value)
+        uart.read(IIR, 1)
+    cleared_by_linux(uart)
+    uart.read(DATA, 1)
+
+
+def cleared_by_linux(uart: Uart16550) -> None:
+    for value in (FIFOS, FIFOS | CLEAR_RX | 4, 0):
+        uart.write(FCR, 1, value)
+
+
+def said_by_linux(uart: Uart16550) -> None:
+    """A line of its console, while nobody has opened it for reading."""
+    uart.write(IER, 1, 0)
+    for byte in b"booting":
+        assert uart.read(LSR, 1) & 0x20
+        uart.write(DATA, 1, byte)
+    assert uart.read(LSR, 1) & 0x60 == 0x60
+    uart.write(IER, 1, 0)
+
+
+def opened_by_linux(uart: Uart16550) -> None:
+    """serial8250_do_startup, serial8250_do_set_termios and uart_port_startup: `read for luck`, and then it listens."""
+    cleared_by_linux(uart)
+    for _ in range(2):
+        for register in (LSR, DATA, IIR, MSR):
+            uart.read(register, 1)
+        uart.write(IER, 1, THRE)
+        uart.read(LSR, 1)
+        uart.write(IER, 1, 0)
+    uart.write(IER, 1, RX | LINE)
+    uart.write(FCR, 1, FIFOS)
+    uart.write(FCR, 1, FIFOS | 0x80)
+    uart.write(MCR, 1, 0x0B)
+
+
+async def test_what_is_typed_before_linux_listens_waits_for_it_byte_for_byte():
+    data = bytes(range(1, 101))
+    console, uart = attached()
+    await console.write(data[:3])
+    found_by_linux(uart)
+    await console.write(data[3:40])
+    said_by_linux(uart)
+    await console.write(data[40:70])
+    said_by_linux(uart)
+    opened_by_linux(uart)
+    await console.write(data[70:])
+    assert read_all(uart) == data
+
+
+async def test_a_guest_that_polls_gets_its_input_however_little_it_has_set_up():
+    console, uart = attached()
+    await console.write(b"abc")
+    assert read_all(uart) == b"abc"  # one that has set up nothing
+    for register, value in ((IER, 0), (FCR, 0), (LCR, 3), (MCR, 0)):
+        uart.write(register, 1, value)
+    await console.write(b"def")
+    got = bytearray()
+    for _ in range(10):
+        if uart.read(LSR, 1) & 1:
+            got.append(uart.read(DATA, 1))
+    assert got == b"def"
+
+
+@pytest.mark.parametrize(("register", "value"), [(IER, RX), (MCR, RTS), (FCR, FIFOS)])
+async def test_a_guest_that_listens_gets_its_input_at_the_first_look(register, value):
+    console, uart = attached()
+    uart.write(IER, 1, 0)
+    await console.write(b"abc")
+    assert not uart.read(LSR, 1) & 1
+    uart.write(register, 1, value)
+    assert read_all(uart) == b"abc"
+
+
+async def test_what_is_cleared_unread_comes_again_and_what_was_looped_back_does_not():
+    console, uart = attached()
+    uart.write(FCR, 1, FIFOS)
+    await console.write(b"abc")
+    uart.write(MCR, 1, LOOP)
+    for byte in b"mine":
+        uart.write(DATA, 1, byte)
+    uart.write(FCR, 1, FIFOS | CLEAR_RX)
+    assert read_all(uart) == b""  # in loopback the input is cut off
+    uart.write(MCR, 1, 0)
+    assert read_all(uart) == b"abc"
+
+
+async def test_what_a_guest_has_not_read_is_the_next_runs():
+    console, uart = attached()
+    uart.write(FCR, 1, FIFOS)
+    await console.write(b"ab")
+    assert uart.read(DATA, 1) == ord("a")
+    uart.reset()
+    assert uart.state() == UartState()
+    uart.stop()
+    again = Uart16550(orc.Serial(irq=None), hooks(console))
+    again.listen()
+    await console.write(b"c")
+    assert read_all(again) == b"bc"
+
+
+async def test_one_that_is_not_the_consoles_takes_nothing_of_its_input():
+    """As beside a virtio console, which comes first in the spec."""
+    console, uart = attached()
+    other = Uart16550(orc.Serial(port=0x2F8, irq=None), hooks(console))
+    for each in (uart, other):
+        each.write(FCR, 1, FIFOS)
+    uart.write(MCR, 1, LOOP)  # busy with itself
+    await console.write(b"abc")
+    assert read_all(other) == b""
+    uart.write(MCR, 1, 0)
+    assert read_all(uart) == b"abc"
+
+
+@given(
+    st.lists(
+        st.one_of(st.binary(max_size=30), st.tuples(st.integers(1, 7), st.integers(0, 255)), st.none()), max_size=30
+    )
+)
+def test_input_comes_in_order_and_whole_whatever_the_guest_sets_up(steps):
+    async def main() -> None:
+        console, uart = attached()
+        sent, got = bytearray(), bytearray()
+        for step in steps:
+            match step:
+                case bytes():
+                    await console.write(step)
+                    sent += step
+                case (register, value):
+                    uart.write(register, 1, value)
+                case None:
+                    uart.write(LCR, 1, 0)
+                    got += read_all(uart) if not uart.state().mcr & LOOP else b""
+        for register, value in ((LCR, 0), (MCR, RTS), (IER, RX)):
+            uart.write(register, 1, value)
+        got += read_all(uart)
+        assert got == sent
+
+    trio.run(main)

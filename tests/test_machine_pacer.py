@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable
 from threading import RLock
 
@@ -12,8 +13,8 @@ import trio.lowlevel
 
 import orchestra as orc
 from orchestra.machine.budget import Budgets, above, make_budgets
-from orchestra.machine.debt import PIECE, Debt
-from orchestra.machine.devices.service import Plugged, Service
+from orchestra.machine.debt import PIECE, Debt, Owed
+from orchestra.machine.devices.service import ANSWER, Plugged, Service
 from orchestra.machine.pacer import GRID, LOOK, PART, SAVED, STEPS, Pacer, Part
 from orchestra.model.devices import Wiring
 from orchestra.model.spec import Meter
@@ -75,6 +76,23 @@ def test_a_debt_that_is_left_in_the_middle_goes_on_where_it_was():
     debt.due(0)
     debt.leave()
     assert debt.unpaid == 2 * PIECE
+    close(vm)
+
+
+def test_what_a_run_owes_at_its_end_the_next_one_pays():
+    vm = level(orc.Limit(rate=1000, burst=1))
+    buckets, owed = above(None, (vm,), Meter.ANSWERS), Owed()
+    first, other = owed.debt(buckets), owed.debt(buckets)
+    first.add(3 * PIECE)
+    assert first.due(0) > 0
+    other.add(5)
+    owed.keep(first)
+    owed.keep(other)
+    owed.keep(first)  # again changes nothing
+    second = owed.debt(buckets)
+    assert second.unpaid == 2 * PIECE + 5
+    assert owed.debt(buckets).unpaid == 0
+    assert second.due(0) == pytest.approx(2 * PIECE * SECOND / 1000, rel=0.02)  # behind the piece that was reserved
     close(vm)
 
 
@@ -226,7 +244,7 @@ async def test_an_expiry_that_the_guest_took_back_delays_no_other(autojump_clock
     pacer = Pacer(now, lambda: (now(), 0, 0))
     post = trio.lowlevel.current_trio_token().run_sync_soon
     whose = ("acme", "a")
-    service = Service(whose, now, pytest.fail, above(None, (vm,), Meter.ANSWERS), in_turn, pacer, post)
+    service = Service(whose, now, pytest.fail, above(None, (vm,), Meter.ANSWERS), in_turn, pacer, post, Owed())
     timer = service.new_timer(Plugged("clock", None, RLock(), Wiring(ports=range(1))), expired.set)  # type: ignore[arg-type]
     begun = now()
     timer.arm(GRID // 10)
@@ -238,3 +256,44 @@ async def test_an_expiry_that_the_guest_took_back_delays_no_other(autojump_clock
     assert set_again == [begun + GRID // 10]
     assert now() == pytest.approx(begun + 2 * GRID // 10, abs=2)
     close(vm)
+
+
+async def test_a_guest_that_ends_its_run_does_not_go_free(autojump_clock):
+    """What a ring has cost is paid by the next run, before anything of it is served."""
+    vm = level(orc.Limit(rate=1000, burst=1))
+    buckets, owed, served = above(None, (vm,), Meter.ANSWERS), Owed(), []
+    pacer = Pacer(now, lambda: (now(), 0, 0), itertools.count(0, 200 * ANSWER).__next__)  # each call costs 200 answers
+
+    rang = trio.Event()
+
+    class Bell:
+        def rang(self, doorbell: int, times: int) -> None:
+            served.append(now())
+            rang.set()
+
+    async def run() -> None:
+        post = trio.lowlevel.current_trio_token().run_sync_soon
+        service = Service(("acme", "a"), now, pytest.fail, buckets, lambda call: call(), pacer, post, owed)
+        bell = os.eventfd(1, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        plugged = Plugged("bell", Bell(), RLock(), Wiring(ports=range(1)), [bell])  # type: ignore[arg-type]
+        nonlocal rang
+        rang = trio.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(service.run, (plugged,), trio.Event())
+            await rang.wait()
+            nursery.cancel_scope.cancel()
+        os.close(bell)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(pacer.run)
+        await run()
+        await run()
+        nursery.cancel_scope.cancel()
+    assert served[1] - served[0] >= 200 * SECOND / 1000
+    close(vm)
+
+
+async def test_in_virtual_time_the_machines_own_time_costs_nothing(autojump_clock):
+    async with orc.open_fleet(backend=orc.ScriptedBackend({})) as fleet:
+        cpu = fleet._context.pacer.cpu
+        assert {cpu() for _ in range(1000)} == {0}

@@ -118,6 +118,16 @@ class LoopBridge(Bridge):
 _BRIDGE: Final[trio.lowlevel.RunVar[LoopBridge | None]] = trio.lowlevel.RunVar("orchestra.aio")
 
 
+def _give_back(descriptor: int) -> None:
+    """Let signals wake whoever had them before.
+
+    Whether that one wanted a warning when its descriptor is full can't be asked (`signal.set_wakeup_fd` returns the
+    descriptor alone). Without it nothing is lost, as a full descriptor wakes its reader; with it, a host that has
+    switched it off (uvloop does) would get tracebacks on stderr.
+    """
+    signal.set_wakeup_fd(descriptor, warn_on_full_buffer=False)
+
+
 class _Interrupts:
     """Ctrl-C while trio is a guest.
 
@@ -147,7 +157,7 @@ class _Interrupts:
         self._loop.add_reader(reader, self._drain, reader)
         before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         if before != -1:
-            signal.set_wakeup_fd(before)
+            _give_back(before)
             self._unwatch()
 
     @staticmethod
@@ -162,7 +172,7 @@ class _Interrupts:
         (reader, writer), self._pipe = self._pipe, None
         now = signal.set_wakeup_fd(-1)
         if now != writer:  # other code has set its own since
-            signal.set_wakeup_fd(now)
+            _give_back(now)
         if not self._loop.is_closed():
             self._loop.remove_reader(reader)
         os.close(reader)

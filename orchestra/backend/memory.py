@@ -29,6 +29,7 @@ from ..model.memory import HUGE_PAGE, Memory
 from ..model.mistakes import shown
 from ..model.spec import VmSpec
 from ..native import ffi, lib
+from .files import Opener, open_path
 
 __all__ = ["Backing", "GuestMemory", "Part", "Region", "unmap"]
 
@@ -96,13 +97,15 @@ class GuestMemory:
         spec: the VM; RAM and regions are as its spec says.
         template: a descriptor with the first contents of the RAM, in the order of the addresses; the VM gets private
             pages over it. The caller keeps the descriptor, and may close it. None: as the spec says.
+        open_file: opens the file that the spec names, and what a boot spec's loader reads into it.
 
     Raises:
         ResourceLimit: the host has not that much memory, or huge pages; the message names the limit.
         FileError: the file can't be read, is no regular file, or is too short.
     """
 
-    def __init__(self, spec: VmSpec, template: int | None = None) -> None:
+    def __init__(self, spec: VmSpec, template: int | None = None, open_file: Opener = open_path) -> None:
+        self.open_file = open_file
         self.regions: list[Region] = []
         # Called with address and size after each write from outside: an engine that executes translated code must know.
         self.on_write: Callable[[int, int], object] | None = None
@@ -127,7 +130,7 @@ class GuestMemory:
         memory = spec.backing
         if memory.backing == "file":
             assert memory.path is not None
-            with _opened(memory.path) as file:
+            with _opened(memory.path, self.open_file) as file:
                 self._map_file(spec, file, memory.path)
             return
         if memory.backing == "shared":
@@ -135,7 +138,7 @@ class GuestMemory:
         offset = 0
         for span in spec.ram:
             self._map(span, log_dirty=spec.log_dirty, huge=memory.huge_pages, file=self._descriptor, offset=offset)
-            self._advise(memory, spec.boot.huge_pages)
+            self._advise(memory, usual=spec.boot.huge_pages)
             offset += len(span)
 
     def _map_file(self, spec: VmSpec, file: int, name: str) -> None:
@@ -144,7 +147,7 @@ class GuestMemory:
         offset = 0
         for span in spec.ram:
             self._map(span, log_dirty=spec.log_dirty, file=file, offset=offset, private=True)
-            self._advise(spec.backing)
+            self._advise(spec.backing, usual=False)
             offset += len(span)
 
     def _map(
@@ -172,7 +175,7 @@ class GuestMemory:
             raise _no_memory(len(span), huge, error) from error
         self.regions.append(Region(span, mapping, ffi.from_buffer(mapping), readonly, log_dirty, not private))
 
-    def _advise(self, memory: Memory, usual: bool) -> None:
+    def _advise(self, memory: Memory, *, usual: bool) -> None:
         """Whether the region that was mapped last may have transparent huge pages. `usual`: it should unless told."""
         wanted = memory.transparent_huge_pages
         if memory.huge_pages or (wanted is None and not usual):
@@ -346,11 +349,11 @@ def _memfd(memory: Memory, name: str) -> int:
 
 
 @contextlib.contextmanager
-def _opened(path: str) -> Iterator[int]:
+def _opened(path: str, open_file: Opener) -> Iterator[int]:
     try:
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # not to wait for the writer of a pipe
+        file = open_file(path, os.O_RDONLY | os.O_NONBLOCK)  # not to wait for the writer of a pipe
     except OSError as error:
-        raise FileError(f"{path}: can't be read as a VM's memory: {os.strerror(error.errno or 0)}") from error
+        raise FileError(f"{path}: can't be read as a VM's memory: {error.strerror}") from error
     try:
         yield file
     finally:

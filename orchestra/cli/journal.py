@@ -13,7 +13,7 @@ import attrs
 
 from ..journal import ActionRow, StateRow, read_journal
 from ..journal.export import TABLES, Row, plain, rows, write_csv, write_parquet
-from ..journal.schema import upgrade
+from ..journal.upgrade import upgrade
 from ..model.errors import SpecError
 from ..model.printable import printable
 from ..output.target import check_target

@@ -259,31 +259,46 @@ async def _copy_console(vm: Vm, output: int) -> None:
     """Write console output as it comes. While the reader takes none, the guest is held, and Ctrl-C still works."""
     async with aclosing(vm.console.follow()) as chunks:
         async for chunk in chunks:
-            if _taken_at_once(output, chunk):
+            rest = chunk[_taken_at_once(output, chunk) :]
+            if not rest:
                 continue
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(_write, output, chunk, nursery.cancel_scope)
+                nursery.start_soon(_write, output, rest, nursery.cancel_scope)
                 await trio.sleep(PATIENCE)
                 await _unless_ended(vm.pause)
             await _unless_ended(vm.resume)
 
 
-def _taken_at_once(output: int, data: bytes) -> bool:
-    """Write the bytes if the write is certain not to block."""
+def _taken_at_once(output: int, data: bytes) -> int:
+    """Write the bytes if the write is certain not to block. Returns how many were written."""
     if len(data) > AT_ONCE:
-        return False
+        return 0
     poll = select.poll()
     poll.register(output, select.POLLOUT)
     if not any(events & select.POLLOUT for _, events in poll.poll(0)):
-        return False
-    return os.write(output, data) == len(data)
+        return 0
+    try:
+        return os.write(output, data)
+    except BlockingIOError:  # somebody else, who shares the descriptor, has made it non-blocking, and filled it
+        return 0
 
 
 async def _write(output: int, data: bytes, done: trio.CancelScope) -> None:
     left = memoryview(data)
     while left:
-        left = left[await trio.to_thread.run_sync(os.write, output, left, abandon_on_cancel=True) :]
+        left = left[await trio.to_thread.run_sync(_write_some, output, left, abandon_on_cancel=True) :]
     done.cancel()
+
+
+def _write_some(output: int, data: memoryview) -> int:
+    """Blocks, also if the descriptor does not (`_taken_at_once`)."""
+    try:
+        return os.write(output, data)
+    except BlockingIOError:
+        poll = select.poll()
+        poll.register(output, select.POLLOUT)
+        poll.poll()
+        return 0
 
 
 async def _unless_ended(change: Callable[[], Awaitable[None]]) -> None:

@@ -20,6 +20,7 @@ import attrs
 import trio
 
 from ..backend import Backend, Detection
+from ..backend.files import open_path
 from ..host.control.bandwidth import CpuCgroup
 from ..host.control.placement import Quarantine
 from ..host.observe import HostSignals, ThreadTimes
@@ -82,6 +83,7 @@ class FleetContext:
         self.bus_locks = resources.detection is not None
         self.quarantine = resources.quarantine
         self.cpu_cgroup = resources.cpu_cgroup
+        self.open_file = spec.open_file or open_path
         self.inbox = Inbox(resources.core)
         threads = ThreadTimes() if backend.blocking else None
         self.workers = Workers(backend.blocking)
@@ -93,7 +95,8 @@ class FleetContext:
         # Raises if a policy is refused.
         self.runner = PolicyRunner(self.executor, policies, activity=self.observer, guard=guard, strict=spec.strict)
         # After it: this opens a file of `threads`, which only the observer's end closes.
-        self.pacer = Pacer(backend.now, partial(_times, backend.now, threads, threading.get_native_id()))
+        cpu = time.thread_time_ns if backend.blocking else _no_time
+        self.pacer = Pacer(backend.now, partial(_times, backend.now, threads, threading.get_native_id()), cpu)
         self.dispatcher = Dispatcher(resources.core, paced=backend.blocking)
         self.dispatcher.on_change(self._update_event_masks)
         self.dispatcher.on_talk(self._talked)
@@ -273,6 +276,11 @@ class FleetContext:
         if self.controls.get(vm.name) is vm:
             self.runner.gone(vm.name)
             self.executor.in_force.forget(vm.name)
+
+
+def _no_time() -> int:
+    """The CPU time of a thread in virtual time."""
+    return 0
 
 
 def _times(now: Callable[[], int], threads: ThreadTimes | None, tid: int) -> tuple[int, int, int]:

@@ -14,6 +14,7 @@ from typing import Any, Final, Literal, TypeAlias
 import attrs
 
 from ..backend import NAMES, Backend, no_such
+from ..backend.files import Opener
 from ..machine.hostbudget import HostBudget
 from ..model.actions import Evict
 from ..model.codec import LIVE, encode
@@ -136,6 +137,8 @@ class FleetSpec:
             the kernel holds may hold the interpreter's lock: docs/engine.md has what to expect of each.
         on_evict: an async function that is called with a VM and an `Evict` to move it to another host, or to raise why
             not.
+        open_file: opens the files that VMs name: disks, kernels, memory. Default: by their paths. In a process that may
+            open none, `OpenedFiles` has the descriptors.
         quarantine: CPUs for isolated VMs. Default: the last that this process may run on.
         quarantine_class: a resctrl control group for isolated VMs, such as "/sys/fs/resctrl/noisy"; you make it, and
             limit its part of the caches and of the memory bandwidth by its schemata. No CPU that has resctrl has run
@@ -170,6 +173,9 @@ class FleetSpec:
     on_evict: OnEvict | None = attrs.field(
         default=None, metadata={LIVE: "leave it out, and give it where the fleet is opened"}
     )
+    open_file: Opener | None = attrs.field(
+        default=None, metadata={LIVE: "leave it out, and give it where the fleet is opened"}
+    )
     quarantine: tuple[int, ...] | None = attrs.field(default=None, converter=_cpus)
     quarantine_class: str | None = attrs.field(default=None, converter=_path)
 
@@ -201,6 +207,8 @@ class FleetSpec:
                 raise SpecError(f"{field}={getattr(self, field)!r}: must be a folder, or None")
         if self.on_evict is not None and not callable(self.on_evict):
             raise SpecError(f"on_evict={self.on_evict!r}: must be an async function, or None")
+        if self.open_file is not None and not callable(self.open_file):
+            raise SpecError(f"open_file={self.open_file!r}: must be a function, such as OpenedFiles({{...}}), or None")
         if not isinstance(self.backend, str) and not callable(getattr(self.backend, "create", None)):
             raise SpecError(f"backend={self.backend!r}: must be a name, such as 'kvm', or a Backend object")
         if isinstance(self.backend, str) and self.backend not in NAMES:

@@ -18,8 +18,11 @@ def _beside(path: Path) -> Path:
     return path.with_name(f"{path.name}-lock")
 
 
-def take(path: Path) -> int:
+def take(path: Path, remedy: str = "give each a file of its own") -> int:
     """Become the writer of a journal. Returns the descriptor for `release`.
+
+    Parameters:
+        remedy: what the error says to do.
 
     Raises:
         JournalError: another fleet writes this journal.
@@ -32,7 +35,7 @@ def take(path: Path) -> int:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(fd)
-            raise JournalError(f"{path}: another fleet writes this journal; give each a file of its own") from None
+            raise JournalError(f"{path}: another fleet writes this journal; {remedy}") from None
         if _is_still(fd, beside):
             return fd
         os.close(fd)  # the previous writer removed the file between our two calls

@@ -16,7 +16,7 @@ from typing import Final
 
 from ..model.errors import OrchestraError
 
-__all__ = ["APPLICATION", "VERSION", "JournalError", "connect", "prepare", "unreadable", "upgrade"]
+__all__ = ["APPLICATION", "EMPTY", "VERSION", "JournalError", "connect", "prepare", "unreadable"]
 
 APPLICATION: Final = 0x6F726368  # "orch", in the file's header: `file fleet.db` and we can tell it from other databases
 BUSY_SECONDS: Final = 5.0
@@ -206,27 +206,6 @@ def connect(path: str | Path, *, readonly: bool) -> sqlite3.Connection:
             f"{path}: of version {version}: a fleet that writes to it, or `orchestra journal --upgrade`, upgrades it"
         )
     return connection
-
-
-def upgrade(path: str | Path) -> tuple[int, int]:
-    """Bring a journal to the newest version. Returns the versions before and after.
-
-    Raises:
-        JournalError: there is no such journal, or it can't be written.
-    """
-    if not Path(path).exists():
-        raise JournalError(f"{path}: no such journal")
-    connection = connect(path, readonly=False)
-    try:
-        before = int(connection.execute("PRAGMA user_version").fetchone()[0])
-        if not before:
-            raise JournalError(f"{path}: {EMPTY}")
-        prepare(connection)
-    except sqlite3.Error as error:
-        raise JournalError(f"{path}: can't be upgraded ({error})") from error
-    finally:
-        connection.close()
-    return before, VERSION
 
 
 def prepare(connection: sqlite3.Connection) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Final, Protocol
 
 from ..backend import Backend, Detection
+from ..backend.files import Opener
 from ..host.control.bandwidth import CpuCgroup
 from ..host.control.placement import Quarantine
 from ..model.actions import Action, State
@@ -14,6 +15,7 @@ from ..model.spec import Limit, Meter
 from ..native.core import FleetCore, VcpuCore
 from ..profile import Samples
 from .claims import Claims
+from .debt import Owed
 from .desired import Desired
 from .devices.console import Console
 from .devices.consoleport import Ports
@@ -38,6 +40,7 @@ class InstanceContext(Protocol):
     quarantine: Quarantine
     inbox: Inbox
     pacer: Pacer
+    open_file: Opener
     cpu_cgroup: CpuCgroup | None
     """The cgroup that keeps CPU caps. None: the run loop keeps them."""
 
@@ -78,6 +81,7 @@ class Owner(Protocol):
     console: Console
     ports: Ports
     samples: Samples
+    owed: Owed
 
     @property
     def wanted(self) -> Desired:

@@ -23,6 +23,7 @@ from ..profile import Samples
 from .budget import Budget, Budgets, make_budgets
 from .claims import Claims, check_ranges
 from .context import REFUSED, InstanceContext
+from .debt import Owed
 from .desired import UNLIMITED, Desired, PlacedLimits
 from .devices.bus import Device, Handler
 from .devices.console import Console
@@ -54,6 +55,7 @@ class VmControl:
         wanted: what is desired of the VM, without its limits: each budget has its own part of the record. `desired` is
             the whole record.
         samples: the instructions that locked the bus, in all runs.
+        owed: what its devices have not paid for yet.
         inspection: what can be read of the VM.
         memory: asks the guest for memory.
         runs: the VM's task, its present run, and the figures of all runs.
@@ -88,6 +90,7 @@ class VmControl:
         self.ports = Ports(context.post, spec.machine_devices, spec.name)
         self.claims = Claims(devices)
         self.samples = Samples()
+        self.owed = Owed()
         self.was_capped = desired.cap is not None
         placed = {(one.meter, one.vcpu): one.limits for one in desired.limits}
         self.budgets, *self.vcpu_budgets = (

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from ..native.core import Charged
 
-__all__ = ["PIECE", "Debt"]
+__all__ = ["PIECE", "Debt", "Owed"]
 
 PIECE: Final = 64
 """Tokens that are reserved at once, as many as a string instruction's chunk has elements. Tickets are served in order:
@@ -59,3 +59,24 @@ class Debt:
         for bucket, ticket in self._tickets:
             bucket.leave(ticket)
         self._tickets.clear()
+
+
+class Owed:
+    """What the devices of a VM have not paid for yet when a run ends. The next run pays it: otherwise a guest that
+    resets itself would go free. For the fleet's thread."""
+
+    def __init__(self) -> None:
+        self._tokens = 0
+
+    def debt(self, buckets: Sequence[Charged]) -> Debt:
+        """A debt of a source of the present run. The first one has all that is owed."""
+        debt = Debt(buckets)
+        debt.add(self._tokens)
+        self._tokens = 0
+        return debt
+
+    def keep(self, debt: Debt) -> None:
+        """That source is served no more."""
+        debt.leave()
+        self._tokens += debt.unpaid
+        debt.unpaid = 0

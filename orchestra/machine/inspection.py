@@ -17,7 +17,7 @@ from .context import InstanceContext
 from .desired import Desired
 from .instance import Instance
 from .memory import MemoryControl
-from .pause_levels import Level, PendingIo
+from .pause_levels import Level, PendingIo, PendingRequests
 from .runs import Runs
 from .statistics import VmStatistics, by_bucket, of_vcpu, sums
 
@@ -69,8 +69,8 @@ class Inspection:
         return self._vm.state is State.PAUSED and self._vm.made().life.is_quiesced
 
     @property
-    def pending(self) -> tuple[PendingIo, ...]:
-        """The accesses that keep the VM from being quiesced, while it pauses or is paused."""
+    def pending(self) -> tuple[PendingIo | PendingRequests, ...]:
+        """What keeps the VM from being quiesced, while it pauses or is paused."""
         guest = self._vm.runs.guest
         return guest.pausing.pending() if guest is not None and self._vm.outcome is None else ()
 
@@ -102,7 +102,9 @@ class Inspection:
             raise StateError(f"vm {vm.name!r}: vCPU {vcpu} runs: pause() first, or `await vm.inspect({vcpu})`")
         if level is not Level.QUIESCED:
             pending = guest.pausing.pending()
-            what = next((str(access) for access in pending if access.vcpu == vcpu), f"vCPU {vcpu} is busy")
+            what = next(
+                (str(one) for one in pending if isinstance(one, PendingIo) and one.vcpu == vcpu), f"vCPU {vcpu} is busy"
+            )
             raise StateError(f"vm {vm.name!r}: {what}: its registers change then; `pause()` waits for that")
         return guest.vcpus[index].engine.registers()
 

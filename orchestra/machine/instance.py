@@ -91,6 +91,7 @@ class Instance:
         self._levels = levels
         self.back_ends = NONE
         self._machine: Machine
+        self.owed = owner.owed
         self._ended = trio.Event()  # set when all vCPUs have ended, or the run is given back
 
     # ---- set-up
@@ -166,7 +167,7 @@ class Instance:
         """Make the machine. May run on a worker thread: ioctls that create VMs take from 0.3 to 30 ms."""
         context, spec = self.context, self.spec
         check_room(spec, mine)
-        self.memory = GuestMemory(spec)
+        self.memory = GuestMemory(spec, open_file=context.open_file)
         try:
             for index in range(spec.vcpus):
                 core = VcpuCore(context.core, context.next_id())
@@ -203,9 +204,11 @@ class Instance:
             vcpu.join()
 
     def talked(self) -> None:
-        """There is output at the console or at a port, or room for input: wake the tasks that wait for it."""
+        """There is output at the console or at a port, or room for input, or the I/O thread has come to rest: whoever
+        waits for that looks."""
         self._owner.console.wake()
         self._owner.ports.wake()
+        self.pausing.look()
 
     # ---- life
 

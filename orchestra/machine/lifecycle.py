@@ -16,8 +16,8 @@ RESUME leads back to RUNNING from PAUSING, PAUSED and QUIESCED.
 - PAUSING: the run is told to pause; a vCPU may still run guest code.
 - PAUSED: no vCPU runs guest code. A vCPU may be in the middle of an access that a device or a task has to answer: when
   the answer comes, registers and memory change.
-- QUIESCED: no access is pending either: registers and memory stay as they are, and may be saved. A run that starts
-  paused is QUIESCED before its first instruction.
+- QUIESCED: no access is pending either, and no request to a device is in flight: registers and memory stay as they are,
+  and may be saved. A run that starts paused is QUIESCED before its first instruction.
 - STOPPING: the run has its outcome (a caller or an action ended it, a vCPU failed, or all vCPUs halted). The vCPUs are
   told to end, and a vCPU outside the guest does not enter it again.
 - CLOSING: all vCPUs have ended, and what the run holds of the host is given back.

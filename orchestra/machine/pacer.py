@@ -85,10 +85,18 @@ class Pacer:
     Parameters:
         now: the fleet's clock, in nanoseconds.
         times: as of `Part`.
+        cpu: nanoseconds that the calling thread has had a CPU. In virtual time that is 0: what a device costs there
+            must not depend on the machine.
     """
 
-    def __init__(self, now: Callable[[], int], times: Callable[[], tuple[int, int, int]]) -> None:
+    def __init__(
+        self,
+        now: Callable[[], int],
+        times: Callable[[], tuple[int, int, int]],
+        cpu: Callable[[], int] = time.thread_time_ns,
+    ) -> None:
         self._now = now
+        self.cpu = cpu
         self._part = Part(times)
         self._due: dict[str, deque[_Paced]] = {}  # by tenant
         self._numbers = itertools.count()  # for steps of the same time: the first come is the first served
@@ -147,7 +155,7 @@ class Pacer:
 
     def _serve(self, left: float) -> None:
         """Do a few of the steps that are due, while there is CPU time left for them."""
-        begun, spent = time.thread_time_ns(), 0
+        begun, spent = self.cpu(), 0
         for _ in range(STEPS):
             if not self._due or spent >= left:
                 break
@@ -156,7 +164,7 @@ class Pacer:
             self._do(waiting)
             if waiting:
                 self._due[tenant] = waiting  # at the end of the dict: the other tenants come first
-            spent = time.thread_time_ns() - begun
+            spent = self.cpu() - begun
         self._part.spend(spent)
 
     def _do(self, waiting: deque[_Paced]) -> None:

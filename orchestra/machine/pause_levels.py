@@ -5,7 +5,8 @@ counts as quiesced. `lifecycle` has the states of the run as a whole, and the dr
 
 *Paused*: no guest code runs. A vCPU may still be in the middle of an access that a device or a task has to answer. When
 the answer comes, the kernel completes the access without executing another instruction of the guest, and registers and
-memory change. *Quiesced*: no access is pending; registers and memory stay as they are.
+memory change. *Quiesced*: no access is pending, and no request to a device is in flight; registers and memory stay as
+they are.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import trio
 
 from .lifecycle import Event, Lifecycle
 
-__all__ = ["Level", "PauseLevels", "PendingIo"]
+__all__ = ["Level", "PauseLevels", "PendingIo", "PendingRequests"]
 
 
 class Level(IntEnum):
@@ -56,6 +57,24 @@ class PendingIo:
         return f"vCPU {self.vcpu}: a {what} waits for {self.waits_for}"
 
 
+@attrs.frozen
+class PendingRequests:
+    """Requests of a paused VM's guest that a device still works on. They keep the VM from being quiesced.
+
+    Attributes:
+        device: the device, such as "Disk /srv/web-1.img".
+        requests: how many are in flight. None: the device is too busy to be asked.
+        since: nanoseconds on the fleet's clock, when the VM was told to pause.
+    """
+
+    device: str
+    requests: int | None
+    since: int
+
+    def __str__(self) -> str:
+        return f"{self.device}: {'some' if self.requests is None else self.requests} requests are in flight"
+
+
 class PauseLevels:
     """The pauses of one run of a VM; for the fleet's thread. It reports the level of the run to the run's `Lifecycle`.
 
@@ -63,6 +82,7 @@ class PauseLevels:
         number: counts pauses. A vCPU reports with this number, so a late report about an old pause is ignored.
         paused, quiesced: set when the run has reached that level, or never will: the pause was taken back, or the run
             is over.
+        awaits_requests: devices may have requests in flight, which keep the run from being quiesced.
 
     Parameters:
         vcpus: the number of vCPUs.
@@ -78,27 +98,21 @@ class PauseLevels:
         self._levels = [Level.RUNNING] * vcpus
         self._gone: set[int] = set()
         self._asked = False
-        self._awaited = 0
+        self.awaits_requests = False
 
-    def begin(self, others: int = 0) -> None:
-        """The run is told to pause. So many other processes that write guest memory have to be quiet too (`quiet`)."""
+    def begin(self, *, requests: bool = False) -> None:
+        """The run is told to pause. `requests`: devices may have some in flight, until `rest` is called."""
         # First, as this raises if the run can't pause now: then nothing else has changed.
         self._life.happen(Event.PAUSE)
         self._asked = True
+        self.awaits_requests = requests
         self.number += 1
-        self._awaited = others
         self._renew()
-
-    def quiet(self, number: int) -> None:
-        """Another process touches no guest memory any more, for pause number `number`."""
-        if self._asked and number == self.number:
-            self._awaited -= 1
-            self._check()
 
     def settle(self) -> None:
         """The pause came before any vCPU ran: the run is quiesced at once, and `reached` is not called."""
         self._levels = [Level.QUIESCED] * len(self._levels)
-        self._awaited = 0
+        self.awaits_requests = False
         self._come_to(Level.QUIESCED)
         self.paused.set()
 
@@ -106,6 +120,7 @@ class PauseLevels:
         """The run may go on. Tasks that wait for the pause, which is taken back, go on too."""
         self._life.happen(Event.RESUME)
         self._asked = False  # from now on a report of a vCPU about that pause comes too late
+        self.awaits_requests = False
         # The events of the pause that is taken back let their tasks go. `_renew` makes others, as an event stays set
         # and the next pause must not find itself reached.
         self.paused.set()
@@ -125,6 +140,12 @@ class PauseLevels:
         """A vCPU reports that it has reached this level of pause number `number`."""
         if self._asked and number == self.number and level > self._levels[index]:
             self._levels[index] = level
+            self._check()
+
+    def rest(self) -> None:
+        """No request to a device is in flight any more, until the pause ends."""
+        if self.awaits_requests:
+            self.awaits_requests = False
             self._check()
 
     def gone(self, index: int) -> None:
@@ -150,7 +171,9 @@ class PauseLevels:
         if not alive:
             self.close()
             return
-        lowest = min(alive) if not self._awaited else min(Level.PAUSED, *alive)
+        lowest = min(alive)
+        if self.awaits_requests:
+            lowest = min(lowest, Level.PAUSED)
         fresh = [
             level
             for level, event in ((Level.PAUSED, self.paused), (Level.QUIESCED, self.quiesced))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Literal, Protocol, cast
 
 from ..backend import RunResult
@@ -12,7 +11,7 @@ from ..native.core import Command
 from .devices.assembly import Assembly
 from .devices.bus import Bus
 from .lifecycle import Lifecycle
-from .pause_levels import Level, PauseLevels, PendingIo
+from .pause_levels import Level, PauseLevels, PendingIo, PendingRequests
 from .vcpu import Vcpu
 
 __all__ = ["Pausing"]
@@ -48,9 +47,10 @@ class Pausing:
         run, pause_levels = self._run, self._run.pause_levels
         if run.life.has_ended:
             return
-        pause_levels.begin(0 if run.devices is None else run.devices.back_ends)
+        pause_levels.begin(requests=run.devices is not None and run.devices.has_queues)
         if run.devices is not None:
-            run.devices.hold(partial(pause_levels.quiet, pause_levels.number))
+            run.devices.hold(self.look)
+            self.look()
         self._began = run.now()
         run.command(set=Command.PAUSE)
         for vcpu in run.vcpus:
@@ -58,6 +58,12 @@ class Pausing:
             if vcpu.using is not None:  # a device answers, and the command is set: this vCPU runs no guest code
                 pause_levels.come(vcpu.index, pause_levels.number, Level.PAUSED)
         self._caps.hurry(True)
+
+    def look(self) -> None:
+        """Devices may have come to rest: the I/O thread has the drain task say so (`Instance.talked`)."""
+        levels, devices = self._run.pause_levels, self._run.devices
+        if levels.awaits_requests and devices is not None and devices.is_still:
+            levels.rest()
 
     def resume(self) -> None:
         """Let all vCPUs go on."""
@@ -72,11 +78,17 @@ class Pausing:
             run.devices.let_go()
         run.command(clear=Command.PAUSE)
 
-    def pending(self) -> tuple[PendingIo, ...]:
-        """The unanswered accesses that keep the run from being quiesced, while it is told to pause."""
-        if self._run.life.has_ended:
+    def pending(self) -> tuple[PendingIo | PendingRequests, ...]:
+        """What keeps the run from being quiesced, while it is told to pause: unanswered accesses, and requests to
+        devices."""
+        run = self._run
+        if run.life.has_ended:
             return ()
-        return tuple(found for vcpu in self._run.vcpus if (found := self._pending(vcpu)) is not None)
+        accesses = tuple(found for vcpu in run.vcpus if (found := self._pending(vcpu)) is not None)
+        if run.devices is None or not run.pause_levels.awaits_requests:
+            return accesses
+        busy = run.devices.outstanding()
+        return accesses + tuple(PendingRequests(name, requests, self._began) for name, requests in busy)
 
     def _pending(self, vcpu: Vcpu) -> PendingIo | None:
         """The access that this vCPU waits for. None: there is none, or none that can be named."""

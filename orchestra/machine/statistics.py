@@ -11,7 +11,7 @@ from ..backend import Detection
 from ..model.actions import Outcome, State
 from ..model.spec import Limit
 from ..native.core import BUCKETS, Counters
-from .pause_levels import PendingIo
+from .pause_levels import PendingIo, PendingRequests
 
 __all__ = [
     "ZERO",
@@ -146,7 +146,7 @@ class VmStatistics:
     answer_limit: Limit | None
     bus_lock_detection: Detection | None
     vcpus: tuple[VcpuStatistics, ...]
-    pending: tuple[PendingIo, ...] = ()
+    pending: tuple[PendingIo | PendingRequests, ...] = ()
     throttled_by: Mapping[str, float] = attrs.field(factory=dict, hash=False)
     memory: MemoryStatistics | None = None
 

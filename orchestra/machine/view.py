@@ -39,7 +39,8 @@ class VmView:
 
     @property
     def quiesced(self) -> bool:
-        """Whether the VM is paused and no access is pending: registers and memory stay as they are."""
+        """Whether the VM is paused, no access is pending and no request to a device is in flight: registers and memory
+        stay as they are."""
         return self._control.inspection.quiesced
 
     @property

@@ -58,12 +58,12 @@ class Vm(VmView):
         return self.outcome
 
     async def pause(self, *, quiesce: bool = True) -> None:
-        """Pause the VM. Returns when every vCPU is outside the guest, none is throttled, and all accesses of the
-        guest are completed, so that registers and memory may be read and saved.
+        """Pause the VM. Returns when every vCPU is outside the guest, none is throttled, all accesses of the guest are
+        completed, and no request to a disk is in flight, so that registers and memory may be read and saved.
 
-        A pause waits for every access that a device or a task (`requests`) has yet to answer.
-        `VmStatistics.pending` names these accesses, and after 5 s the log does so too. So the task that answers
-        requests must not itself wait for a pause.
+        A pause waits for every access that a device or a task (`requests`) has yet to answer, and for the files of
+        disks. `VmStatistics.pending` names what it waits for, and after 5 s the log does so too. So the task that
+        answers requests must not itself wait for a pause.
 
         Parameters:
             quiesce: False: return once no guest code runs, even if accesses are pending. An answer that comes later

@@ -219,10 +219,13 @@ def check_wiring(devices: Sequence[DeviceSpec], irqchip: Irqchip, memory: Iterab
     """Check what the devices of a VM need against what it has. (Who overlaps whom on a bus, the bus itself says.)
 
     Raises:
-        SpecError: a device needs interrupts that the VM has not, or its addresses are memory or an APIC's.
+        SpecError: a device needs interrupts that the VM has not, or another's line, or its addresses are memory or an
+            APIC's.
     """
     spans = list(memory)
     _check_bus(devices)
+    if irqchip == "full":
+        _check_lines(devices)
     check_streams([name for device in devices for name in _is_wired(device).streams])
     for device in devices:
         name, wiring = type(device).__name__, _is_wired(device)
@@ -255,6 +258,22 @@ def _check_bus(devices: Sequence[DeviceSpec]) -> None:
         raise SpecError(f"{functions[0]} is on the PCI bus: add PciHostBridge() to the devices")
     if hosts > 1:
         raise SpecError(f"{hosts} host bridges: a VM has one PCI bus")
+
+
+def _check_lines(devices: Sequence[DeviceSpec]) -> None:
+    """No two devices may have one line: the one that lowers it would take the other's interrupt back, and of an edge
+    nobody can tell whose it was."""
+    owners: dict[int, str] = {}
+    for device in devices:
+        line, name = _is_wired(device).line, type(device).__name__
+        if line is None:
+            continue
+        if line.gsi in owners:
+            raise SpecError(
+                f"{name}: irq={line.gsi}: {owners[line.gsi]} has that line: choose another one"
+                + ", or irq=None" * line.optional
+            )
+        owners[line.gsi] = name
 
 
 def check_streams(names: Sequence[str]) -> None:

@@ -23,6 +23,15 @@ _TTYS: Final = (0x3F8, 0x2F8, 0x3E8, 0x2E8)
 """Ports of ttyS0 to ttyS3, which the kernel looks at without being told (arch/x86/include/asm/serial.h)."""
 
 
+def _is_utf8(text: str) -> bool:
+    """Not so of what a program got as bytes that are no text (`os.fsdecode`)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def check_apic_ids(vcpus: int) -> None:
     """Check that a guest that finds its CPUs by ACPI finds them all.
 
@@ -69,7 +78,7 @@ class LinuxBoot(BootSpec):
                 raise fail(field, value, "must be the name of a file")
             if isinstance(value, str) and "\0" in value:
                 raise fail(field, value, "must be the name of a file, without zero bytes")
-        if not isinstance(self.cmdline, str) or "\0" in self.cmdline:
+        if not isinstance(self.cmdline, str) or "\0" in self.cmdline or not _is_utf8(self.cmdline):
             raise fail("cmdline", self.cmdline, "must be text without zero bytes, such as 'quiet panic=1'")
 
     def platform(self) -> tuple[DeviceSpec, ...]:

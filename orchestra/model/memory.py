@@ -68,8 +68,9 @@ class Memory:
             read. A KVM without hardware may overwrite entries; readers then get every page as written. None: a
             bitmap. Ring and bitmap are in use only while pages are logged (`VmSpec.log_dirty`).
         transparent_huge_pages: whether the kernel may back it with huge pages of 2 MiB by itself (MADV_HUGEPAGE,
-            MADV_NOHUGEPAGE); None: as the host's policy says (/sys/kernel/mm/transparent_hugepage/enabled). Where that
-            is "never", it stays so. Not with `huge_pages`.
+            MADV_NOHUGEPAGE); None: as what it boots wants (`BootSpec.huge_pages`, True for Linux), and else as the
+            host's policy says (/sys/kernel/mm/transparent_hugepage/enabled). Where that is "never", it stays so. Not
+            with `huge_pages`.
         prefault: take all of it from the host at launch, on several worker threads, and not page by page when the
             guest touches it. The launch takes as long as that takes, and can be cancelled meanwhile. A launch is
             refused if the host has too little free memory then.

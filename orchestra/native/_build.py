@@ -18,6 +18,7 @@ SOURCES = [
     "runner.c",
     "slice.c",
     "signal.c",
+    "thread.c",
     "bus.c",
     "access.c",
     "ask.c",

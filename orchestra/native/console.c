@@ -1,6 +1,7 @@
 /* A VM's console, or a port. What the guest wrote: of a console the last ORC_CONSOLE_KEPT bytes, and how many there were; of a
  * port what nobody has taken yet, up to that much. And what the guest is to read: at most ORC_CONSOLE_TYPED bytes, which wait
  * until the device that takes input has room. Any thread writes and reads. */
+#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -132,21 +133,6 @@ bool orc_console_put(orc_console *c, const uint8_t *data, size_t size)
 	return wanted;
 }
 
-bool orc_console_load(orc_console *c, orc_u64 total, const uint8_t *data, size_t size)
-{
-	if (size > ORC_CONSOLE_KEPT || size > total || (size < total && size != ORC_CONSOLE_KEPT))
-		return false;
-	if (size < total) { /* as much as it ever keeps: `grow` would not, once something was overwritten */
-		c->kept = malloc(ORC_CONSOLE_KEPT);
-		if (!c->kept)
-			return false;
-		c->room = ORC_CONSOLE_KEPT;
-	}
-	c->total = total - size;
-	orc_console_put(c, data, size);
-	return true;
-}
-
 orc_u64 orc_console_total(orc_console *c)
 {
 	orc_u64 total;
@@ -273,7 +259,9 @@ bool orc_port_want(orc_console *c, uint32_t opening, bool output)
 
 /* ---- input ---------------------------------------------------------------------------------------------------- */
 
-enum { TYPED = ORC_CONSOLE_TYPED };
+/* The ring has room for what a device gives back, however much waits. */
+enum { TYPED = ORC_CONSOLE_TYPED, RING = ORC_CONSOLE_WAITING };
+_Static_assert(RING == TYPED + ORC_UART_FIFO, "room for a FIFO that is given back");
 
 void orc_console_attach(orc_console *c, struct orc_console_reader reader)
 {
@@ -300,32 +288,93 @@ bool orc_console_listened(orc_console *c)
 	return listened;
 }
 
-static size_t add_input(orc_console *c, const uint8_t *data, size_t size)
+/* Lock held. */
+static bool has_ring(orc_console *c)
 {
-	uint32_t typed, n = 0;
-
-	pthread_mutex_lock(&c->lock);
-	typed = atomic_load_explicit(&c->typed, memory_order_relaxed);
 	if (!c->input)
-		c->input = malloc(TYPED);
-	if (c->input)
-		for (; n < size && typed + n < TYPED; n++)
-			c->input[(c->first + typed + n) % TYPED] = data[n];
-	atomic_store_explicit(&c->typed, typed + n, memory_order_relaxed);
-	c->full = c->full || n < size;
+		c->input = malloc(RING);
+	return c->input;
+}
+
+static ssize_t add_input(orc_console *c, const uint8_t *data, size_t size)
+{
+	uint32_t typed;
+	ssize_t n = 0;
+
+	if (!size)
+		return 0;
+	pthread_mutex_lock(&c->lock);
+	if (has_ring(c)) {
+		typed = atomic_load_explicit(&c->typed, memory_order_relaxed);
+		for (; (size_t)n < size && typed < TYPED; n++)
+			c->input[(c->first + typed++) % RING] = data[n];
+		atomic_store_explicit(&c->typed, typed, memory_order_relaxed);
+		c->full = c->full || (size_t)n < size;
+	} else {
+		n = -ENOMEM;
+	}
 	pthread_mutex_unlock(&c->lock);
 	return n;
 }
 
-size_t orc_console_type(orc_console *c, const uint8_t *data, size_t size)
+ssize_t orc_console_type(orc_console *c, const uint8_t *data, size_t size)
 {
-	size_t n = add_input(c, data, size);
+	ssize_t n = add_input(c, data, size);
 
 	pthread_mutex_lock(&c->reader_lock);
-	if (n && c->reader.typed)
+	if (n > 0 && c->reader.typed)
 		c->reader.typed(c->reader.device);
 	pthread_mutex_unlock(&c->reader_lock);
 	return n;
+}
+
+void orc_console_unread(orc_console *c, const uint8_t *data, size_t size)
+{
+	uint32_t typed;
+
+	pthread_mutex_lock(&c->lock);
+	typed = atomic_load_explicit(&c->typed, memory_order_relaxed);
+	if (has_ring(c))
+		for (; size && typed < RING; typed++) {
+			c->first = (c->first + RING - 1) % RING;
+			c->input[c->first] = data[--size];
+		}
+	atomic_store_explicit(&c->typed, typed, memory_order_relaxed);
+	pthread_mutex_unlock(&c->lock);
+}
+
+size_t orc_console_copy_typed(orc_console *c, uint8_t *out, size_t room)
+{
+	size_t n;
+
+	pthread_mutex_lock(&c->lock);
+	n = atomic_load_explicit(&c->typed, memory_order_relaxed);
+	n = n < room ? n : room;
+	for (size_t i = 0; i < n; i++)
+		out[i] = c->input[(c->first + i) % RING];
+	pthread_mutex_unlock(&c->lock);
+	return n;
+}
+
+bool orc_console_load(orc_console *c, orc_u64 total, const uint8_t *data, size_t size, const uint8_t *typed, size_t waiting)
+{
+	if (size > ORC_CONSOLE_KEPT || size > total || (size < total && size != ORC_CONSOLE_KEPT) || waiting > RING)
+		return false;
+	if (size < total) { /* as much as it ever keeps: `grow` would not, once something was overwritten */
+		c->kept = malloc(ORC_CONSOLE_KEPT);
+		if (!c->kept)
+			return false;
+		c->room = ORC_CONSOLE_KEPT;
+	}
+	if (waiting) {
+		if (!has_ring(c))
+			return false;
+		memcpy(c->input, typed, waiting);
+		atomic_store_explicit(&c->typed, (uint32_t)waiting, memory_order_relaxed);
+	}
+	c->total = total - size;
+	orc_console_put(c, data, size);
+	return true;
 }
 
 size_t orc_console_typed(orc_console *c)
@@ -345,8 +394,8 @@ size_t orc_console_read(orc_console *c, orc_vcpu *by, uint8_t *out, size_t size)
 	typed = atomic_load_explicit(&c->typed, memory_order_relaxed);
 	n = typed < size ? typed : (uint32_t)size;
 	for (uint32_t i = 0; i < n; i++)
-		out[i] = c->input[(c->first + i) % TYPED];
-	c->first = (c->first + n) % TYPED;
+		out[i] = c->input[(c->first + i) % RING];
+	c->first = (c->first + n) % RING;
 	atomic_store_explicit(&c->typed, typed - n, memory_order_relaxed);
 	told = c->full && by && typed - n <= TYPED / 2; /* not for each byte of a guest that reads slowly */
 	c->full = c->full && !told;

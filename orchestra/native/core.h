@@ -104,7 +104,7 @@ struct orc_reader {
 };
 
 /* The access that the guest waits for, as it made it; v->access is the piece of it that Python is to answer. Runner. */
-struct orc_io {
+struct orc_guest_access {
 	enum orc_why why; /* which bus: ORC_IO or ORC_MMIO */
 	bool open;        /* it is not answered yet */
 	bool write, nobody; /* a part of it found nobody */
@@ -166,7 +166,7 @@ struct orc_vcpu {
 	uint32_t dirty_ring;
 	orc_emulator *emulator;
 	struct orc_reader on_ports, on_mmio;
-	struct orc_io io;
+	struct orc_guest_access io;
 	struct orc_access access;
 	struct orc_ask ask;
 	struct orc_record record;
@@ -265,6 +265,9 @@ void orc_talk(orc_vcpu *);
 /* Output of a device: kept, and announced if somebody waits for it. */
 void orc_console_say(orc_console *, orc_vcpu *by, const uint8_t *data, size_t size);
 int orc_signal_send(int thread); /* one of this process; 0 or a negative errno */
+/* A thread that no signal comes to: those of the program are for its main thread, and those of vCPUs for theirs. `stack`: bytes;
+ * 0: as usual. 0 or a negative errno. */
+int orc_thread_start(pthread_t *, const char *name, size_t stack, void *(*run)(void *), void *argument);
 /* As orc_vcpu_account; `now` may be ORC_UNREAD. `subscribed`: the answer of orc_is_subscribed about this exit, asked once and
  * before the exit was described: a subscription that comes in between would otherwise get a record that describes another
  * exit. */

@@ -6,13 +6,13 @@
  * All is done with io->lock held, and it waits without. So whoever has the lock knows that no device is being served, and that
  * none is as long as `holds` says so. */
 #include <errno.h>
-#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
 
+#include "core.h"
 #include "virtio.h"
 
 enum {
@@ -31,6 +31,9 @@ struct orc_io {
 	/* Who holds it. Counted up before the lock is taken: a thread that has work takes the lock again and again, and would be in
 	 * front of whoever wants it. */
 	_Atomic unsigned holds;
+	/* The owner counts holds by orc_io_hold_soon; the thread writes the number of the one in which it found that nothing is in
+	 * flight. By a number, and not by a flag: the next hold may begin while the thread looks. */
+	_Atomic unsigned hold, still;
 	pthread_mutex_t lock; /* what follows */
 	pthread_cond_t quiet; /* something may not be in flight any more */
 	bool stopping;
@@ -119,6 +122,21 @@ static bool is_quiet(orc_io *io)
 	return !in_flight;
 }
 
+/* While it is held: whether nothing is in flight, and whoever asked for it by orc_io_hold_soon is told, once. */
+static void settle(orc_io *io)
+{
+	unsigned hold = atomic_load(&io->hold);
+
+	if (!atomic_load(&io->holds))
+		return;
+	pthread_cond_broadcast(&io->quiet);
+	if (atomic_load(&io->still) == hold || !is_quiet(io))
+		return;
+	atomic_store(&io->still, hold);
+	if (io->voice)
+		orc_talk(io->voice);
+}
+
 static void *run(void *argument)
 {
 	enum { EVENTS = 32 };
@@ -138,8 +156,7 @@ static void *run(void *argument)
 		for (unsigned i = 0; i < DEVICES && !io->stopping; i++)
 			if (io->device[i])
 				serve(io, io->device[i]);
-		if (atomic_load(&io->holds))
-			pthread_cond_broadcast(&io->quiet);
+		settle(io);
 	}
 	pthread_mutex_unlock(&io->lock);
 	return NULL;
@@ -161,31 +178,6 @@ static int add(orc_io *io, int fd, uint32_t events, uint64_t what)
 	struct epoll_event event = {.events = events, .data.u64 = what};
 
 	return epoll_ctl(io->epoll, EPOLL_CTL_ADD, fd, &event) ? -errno : 0;
-}
-
-/* A thread of its own, that no signal comes to: those of the program are for its main thread, and those of vCPUs for theirs. */
-static int start(orc_io *io, const char *name)
-{
-	enum { NAME = 16 }; /* pthread_setname_np(3): bytes */
-	char cut[NAME] = {0};
-	pthread_attr_t attributes;
-	sigset_t all, before;
-	int rc = -pthread_attr_init(&attributes);
-
-	if (rc)
-		return rc;
-	pthread_attr_setstacksize(&attributes, STACK);
-	sigfillset(&all);
-	pthread_sigmask(SIG_SETMASK, &all, &before);
-	rc = -pthread_create(&io->thread, &attributes, run, io);
-	pthread_sigmask(SIG_SETMASK, &before, NULL);
-	pthread_attr_destroy(&attributes);
-	if (rc)
-		return rc;
-	io->started = true;
-	strncpy(cut, name, NAME - 1);
-	pthread_setname_np(io->thread, cut);
-	return 0;
 }
 
 static void free_it(orc_io *io)
@@ -217,11 +209,13 @@ int orc_io_start(const char *name, orc_io **out)
 	if (!rc)
 		rc = add(io, io->wake, EPOLLIN, source(WAKE, 0));
 	if (!rc)
-		rc = start(io, name);
-	if (rc)
+		rc = orc_thread_start(&io->thread, name, STACK, run, io);
+	if (rc) {
 		free_it(io);
-	else
+	} else {
+		io->started = true;
 		*out = io;
+	}
 	return rc;
 }
 
@@ -266,7 +260,22 @@ static void wait_until_quiet(orc_io *io)
 
 void orc_io_hold_soon(orc_io *io)
 {
+	atomic_fetch_add(&io->hold, 1);
 	atomic_fetch_add(&io->holds, 1);
+	if (!orc_io_is_still(io))
+		orc_io_wake(io); /* it may be at a queue, and finish it with nothing in flight */
+}
+
+/* A device whose lock we had since the hold began, with nothing in flight, takes nothing any more: the thread looks at `holds`
+ * with that lock held. */
+bool orc_io_is_still(const orc_io *io)
+{
+	if (atomic_load(&io->still) == atomic_load(&io->hold))
+		return true;
+	for (unsigned i = 0; i < DEVICES; i++)
+		if (io->device[i] && orc_virtio_outstanding(io->device[i]))
+			return false;
+	return true;
 }
 
 void orc_io_hold(orc_io *io)

@@ -36,6 +36,7 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <sys/mman.h>
+#include <sys/types.h>
 
 /* Numbers that older kernel headers lack, each with its source: include/uapi/linux/kvm.h and
  * arch/x86/include/uapi/asm/kvm.h of Linux 7.0. */
@@ -508,8 +509,9 @@ typedef struct orc_console orc_console;
 orc_console *orc_console_new(void);
 void orc_console_free(orc_console *);
 bool orc_console_put(orc_console *, const uint8_t *, size_t); /* whether the task that waits for output is to be notified */
-/* A new console as one that has had `total` bytes, of which these are the last that it kept. False: it can't have. */
-bool orc_console_load(orc_console *, orc_u64 total, const uint8_t *, size_t);
+/* A new console as one that has had `total` bytes, of which these are the last that it kept, and where these wait for the guest.
+ * False: it can't have, or there is no memory. */
+bool orc_console_load(orc_console *, orc_u64 total, const uint8_t *kept, size_t size, const uint8_t *typed, size_t waiting);
 orc_u64 orc_console_total(orc_console *);
 /* Output from *position on, or the oldest that is kept, as much as there is room for; *position goes on with it. */
 size_t orc_console_copy(orc_console *, orc_u64 *position, uint8_t *out, size_t room);
@@ -517,7 +519,7 @@ size_t orc_console_copy(orc_console *, orc_u64 *position, uint8_t *out, size_t r
 bool orc_console_want(orc_console *, orc_u64 position);
 
 /* Input for the guest, which one device takes. Any thread. */
-enum { ORC_CONSOLE_TYPED = 4096 };
+enum { ORC_CONSOLE_TYPED = 4096, ORC_CONSOLE_WAITING = ORC_CONSOLE_TYPED + 16 /* with what a device gave back: ORC_UART_FIFO */ };
 struct orc_console_reader {
 	void (*typed)(void *device); /* there is input; it locks the device and calls orc_console_read */
 	void *device;
@@ -525,9 +527,14 @@ struct orc_console_reader {
 };
 void orc_console_attach(orc_console *, struct orc_console_reader);
 void orc_console_detach(orc_console *, void *device); /* unless another has taken its place; it is called no more */
-size_t orc_console_type(orc_console *, const uint8_t *, size_t); /* how much was taken; the next room is announced, once */
+/* How much was taken; the next room is announced, once. -ENOMEM: there is no memory for input, and none will come by waiting. */
+ssize_t orc_console_type(orc_console *, const uint8_t *, size_t);
 bool orc_console_listened(orc_console *); /* there is such a device */
 size_t orc_console_typed(orc_console *); /* how much waits */
+size_t orc_console_copy_typed(orc_console *, uint8_t *out, size_t room); /* and what: the oldest of it */
+/* The device, with its lock held: back in front of all that waits, at most ORC_UART_FIFO bytes of what orc_console_read gave. Without
+ * memory they are lost. */
+void orc_console_unread(orc_console *, const uint8_t *, size_t);
 /* The device, with its lock held: takes input. by: whose thread this is; a writer that waits for room is told through it. */
 size_t orc_console_read(orc_console *, orc_vcpu *by, uint8_t *out, size_t size);
 
@@ -569,6 +576,7 @@ void orc_interrupts_close(orc_interrupts *); /* before the VM's descriptor is: w
 typedef struct orc_uart orc_uart;
 typedef void (*orc_uart_output)(void *to, orc_vcpu *by, const uint8_t *, size_t);
 typedef size_t (*orc_uart_input)(void *to, orc_vcpu *by, uint8_t *, size_t); /* what there is, up to that much */
+typedef void (*orc_uart_unread)(void *to, const uint8_t *, size_t); /* the last of what came by it, back */
 typedef void (*orc_uart_interrupt)(void *line, bool level);
 orc_uart *orc_uart_new(orc_uart_output, void *to, orc_uart_interrupt, void *line);
 orc_uart *orc_serial_new(orc_console *, orc_interrupts *, uint32_t gsi); /* on these; interrupts NULL: not wired */

@@ -11,6 +11,7 @@
 struct function {
 	uint8_t bytes[ORC_PCI_SPACE], reset[ORC_PCI_SPACE], writable[ORC_PCI_SPACE], effect[ORC_PCI_SPACE];
 	uint32_t window; /* where its VIRTIO_PCI_CAP_PCI_CFG is; 0: it has none */
+	bool through;    /* what was written through it had an effect: orc_pci_took_window */
 	uint32_t msix;   /* likewise its MSI-X capability */
 	orc_device *bar;
 };
@@ -50,7 +51,10 @@ static bool through_window(struct function *f, orc_vcpu *by, bool write)
 		return false;
 	a.offset = cap.offset;
 	a.size = cap.length;
-	return !f->bar->answer(f->bar, by, &a);
+	if (f->bar->answer(f->bar, by, &a))
+		return false;
+	f->through = true;
+	return true;
 }
 
 /* ---- status: 6.2.3 ---------------------------------------------------------------------------------------------- */
@@ -257,6 +261,17 @@ void orc_pci_window(orc_pci *p, uint32_t slot, uint32_t capability, orc_device *
 	p->function[slot]->bar = bar;
 	p->function[slot]->msix = find_msix(p->function[slot]);
 	pthread_mutex_unlock(&p->lock);
+}
+
+bool orc_pci_took_window(orc_pci *p, uint32_t slot)
+{
+	bool through;
+
+	pthread_mutex_lock(&p->lock);
+	through = p->function[slot]->through;
+	p->function[slot]->through = false;
+	pthread_mutex_unlock(&p->lock);
+	return through;
 }
 
 void orc_pci_copy(orc_pci *p, uint32_t slot, uint32_t offset, uint32_t size, void *out)

@@ -27,6 +27,8 @@ int orc_pci_add(orc_pci *, uint32_t slot, const uint8_t *reset, const uint8_t *w
 /* A virtio device, whose BAR 0 `bar` answers (orc_virtio_device), with the capability VIRTIO_PCI_CAP_PCI_CFG there (virtio 1.2,
  * 4.1.4.9): its data are accesses of the BAR. NULL: of nobody; then, and from then on, `bar` is not called. */
 void orc_pci_window(orc_pci *, uint32_t slot, uint32_t capability, orc_device *bar);
+/* Whether an access through it was one that goes up to Python (as of `bar`), since this was asked last. Any thread. */
+bool orc_pci_took_window(orc_pci *, uint32_t slot);
 
 /* Any thread. Of a function that there is. */
 void orc_pci_copy(orc_pci *, uint32_t slot, uint32_t offset, uint32_t size, void *out); /* within ORC_PCI_SPACE */

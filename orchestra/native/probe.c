@@ -1,12 +1,11 @@
 /* The host probe: what locked operations and memory cost one who shares neither with anybody. */
 #include <emmintrin.h>
 #include <errno.h>
-#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
 
-#include "orc.h"
+#include "core.h"
 
 enum {
 	LOCKS = 32,      /* of a sample: a clock costs as much as several of them */
@@ -116,7 +115,6 @@ orc_probe *orc_probe_start(orc_ns period, unsigned each)
 {
 	struct orc_probe *p = aligned_alloc(2 * ORC_CACHE_LINE, sizeof *p);
 	pthread_condattr_t attributes;
-	sigset_t all, before;
 	int result;
 
 	if (!p) {
@@ -138,16 +136,12 @@ orc_probe *orc_probe_start(orc_ns period, unsigned each)
 	pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
 	pthread_cond_init(&p->stop, &attributes);
 	pthread_condattr_destroy(&attributes);
-	/* Signals are the program's affair, and not this thread's. */
-	sigfillset(&all);
-	pthread_sigmask(SIG_SETMASK, &all, &before);
-	result = pthread_create(&p->thread, NULL, run, p);
-	pthread_sigmask(SIG_SETMASK, &before, NULL);
+	result = orc_thread_start(&p->thread, "orchestra-probe", 0, run, p);
 	if (result) {
 		pthread_cond_destroy(&p->stop);
 		pthread_mutex_destroy(&p->lock);
 		release(p);
-		errno = result;
+		errno = -result;
 		return NULL;
 	}
 	return p;

@@ -1,11 +1,11 @@
 /* What all stores have: operations that go on by io_uring, or on a thread that waits for them. */
 #include <errno.h>
-#include <signal.h>
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
 
+#include "core.h"
 #include "store.h"
 
 /* ---- the thread ------------------------------------------------------------------------------------------------- */
@@ -53,26 +53,13 @@ static void *run(void *argument)
 	return NULL;
 }
 
-static int begin(orc_store *s) /* no signal comes to it, as to any thread of ours */
+static int begin(orc_store *s)
 {
 	enum { STACK = 128 * 1024 }; /* no call of it goes deep, and a fleet has many disks */
-	pthread_attr_t attributes;
-	sigset_t all, before;
-	int rc = -pthread_attr_init(&attributes);
+	int rc = orc_thread_start(&s->thread, "orchestra-disk", STACK, run, s);
 
-	if (rc)
-		return rc;
-	pthread_attr_setstacksize(&attributes, STACK);
-	sigfillset(&all);
-	pthread_sigmask(SIG_SETMASK, &all, &before);
-	rc = -pthread_create(&s->thread, &attributes, run, s);
-	pthread_sigmask(SIG_SETMASK, &before, NULL);
-	pthread_attr_destroy(&attributes);
-	if (rc)
-		return rc;
-	pthread_setname_np(s->thread, "orchestra-disk");
-	s->started = true;
-	return 0;
+	s->started = !rc;
+	return rc;
 }
 
 static void to_thread(orc_store *s, struct orc_operation *o)

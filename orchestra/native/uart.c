@@ -1,7 +1,11 @@
 /* A 16550A UART.
  *
  * Source: National Semiconductor PC16550D data sheet. The line is infinitely fast: the transmitter is always empty, so a
- * THR-empty interrupt is pending whenever it is enabled, until the guest reads IIR or writes THR. */
+ * THR-empty interrupt is pending whenever it is enabled, until the guest reads IIR or writes THR.
+ *
+ * Whoever types can't know when the guest is ready, and a driver that starts drops what it finds: it clears the FIFOs, and reads
+ * the data register for luck (Linux, serial8250_do_startup). So the other end sends only while the guest listens, and what was
+ * sent and is cleared unread it sends again. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -26,12 +30,15 @@ struct orc_uart {
 	orc_device device;
 	orc_uart_output output;
 	orc_uart_input input; /* NULL: it is given bytes by orc_uart_receive alone */
+	orc_uart_unread unread;
 	orc_uart_interrupt interrupt;
 	void *to, *line;
 	/* What follows, by any thread. Held while `output` and `interrupt` are called: the locks of a console and of the
 	 * interrupt lines come behind it. */
 	pthread_mutex_t lock;
 	uint8_t received[FIFO], first, waiting; /* a ring; from where, and how many */
+	bool looped[FIFO];                      /* it is the guest's own, from loopback */
+	bool set_up, asked, polls;              /* see `listens` */
 	uint8_t ier, lcr, mcr, scratch, fcr;
 	uint16_t divisor;
 	uint8_t line_errors, modem_changes;
@@ -66,9 +73,19 @@ static uint8_t cause(const orc_uart *u)
 	return IIR_NONE;
 }
 
-static void put(orc_uart *u, uint8_t byte)
+static void put(orc_uart *u, uint8_t byte, bool looped)
 {
-	u->received[(u->first + u->waiting++) % FIFO] = byte;
+	unsigned at = (u->first + u->waiting++) % FIFO;
+
+	u->received[at] = byte;
+	u->looped[at] = looped;
+}
+
+/* Whether the guest takes input. One that has not touched the port may; a driver that sets it up does once it has switched on
+ * FIFOs, interrupts for data or RTS; and one that has none of these, once it asks for data again and again. */
+static bool listens(const orc_uart *u)
+{
+	return !u->set_up || u->polls || u->fcr & FCR_ENABLE || u->ier & IER_RX || u->mcr & MCR_RTS;
 }
 
 /* In loopback the input is cut off. */
@@ -81,10 +98,24 @@ static bool has_room(const orc_uart *u)
 static void refill(orc_uart *u, orc_vcpu *by)
 {
 	uint8_t bytes[FIFO];
-	size_t n = u->input && has_room(u) ? u->input(u->to, by, bytes, depth(u) - u->waiting) : 0;
+	size_t n = u->input && listens(u) && has_room(u) ? u->input(u->to, by, bytes, depth(u) - u->waiting) : 0;
 
 	for (size_t i = 0; i < n; i++)
-		put(u, bytes[i]);
+		put(u, bytes[i], false);
+}
+
+/* Drops what waits. What came from the other end goes back there. */
+static void clear(orc_uart *u)
+{
+	uint8_t bytes[FIFO];
+	size_t n = 0;
+
+	for (unsigned i = 0; i < u->waiting; i++)
+		if (!u->looped[(u->first + i) % FIFO])
+			bytes[n++] = u->received[(u->first + i) % FIFO];
+	u->waiting = 0;
+	if (n && u->unread)
+		u->unread(u->to, bytes, n);
 }
 
 /* After each change: by whom it was made. */
@@ -122,12 +153,14 @@ static void transmit(orc_uart *u, orc_vcpu *by, const uint8_t *data, size_t n)
 	}
 	for (size_t i = 0; i < n; i++) {
 		if (u->waiting < depth(u)) {
-			put(u, data[i]);
+			put(u, data[i], true);
 			continue;
 		}
 		u->line_errors |= LSR_OVERRUN;
-		if (!(u->fcr & FCR_ENABLE)) /* without a FIFO the new byte takes the old one's place, with one it is lost */
-			u->received[u->first] = data[i];
+		if (!(u->fcr & FCR_ENABLE)) { /* without a FIFO the new byte takes the old one's place, with one it is lost */
+			clear(u);
+			put(u, data[i], true);
+		}
 	}
 }
 
@@ -137,6 +170,7 @@ static uint8_t read_register(orc_uart *u, orc_vcpu *by, orc_u64 number)
 {
 	uint8_t value;
 
+	u->asked &= number == 5;
 	if (u->lcr & LCR_DLAB && number < 2)
 		return (uint8_t)(number ? u->divisor >> 8 : u->divisor);
 	switch (number) {
@@ -156,6 +190,9 @@ static uint8_t read_register(orc_uart *u, orc_vcpu *by, orc_u64 number)
 	case 4:
 		return u->mcr;
 	case 5:
+		u->polls |= u->asked;
+		u->asked = true;
+		refill(u, by);
 		value = LSR_THRE | LSR_IDLE | u->line_errors | (u->waiting ? LSR_DATA : 0);
 		u->line_errors = 0;
 		break;
@@ -172,10 +209,17 @@ static uint8_t read_register(orc_uart *u, orc_vcpu *by, orc_u64 number)
 	return value;
 }
 
+static void set_up(orc_uart *u)
+{
+	u->set_up = true;
+	u->polls = false;
+}
+
 static void write_register(orc_uart *u, orc_vcpu *by, orc_u64 number, uint8_t value)
 {
 	uint8_t before;
 
+	u->asked = false;
 	if (u->lcr & LCR_DLAB && number < 2) {
 		u->divisor = number ? (uint16_t)((u->divisor & 0xff) | value << 8) : (uint16_t)((u->divisor & 0xff00) | value);
 		return;
@@ -186,20 +230,23 @@ static void write_register(orc_uart *u, orc_vcpu *by, orc_u64 number, uint8_t va
 		u->thre_pending = true;
 		break;
 	case 1:
+		set_up(u);
 		if (value & IER_THRE && !(u->ier & IER_THRE))
 			u->thre_pending = true;
 		u->ier = value & IER_BITS;
 		break;
 	case 2:
+		set_up(u);
 		/* A change of FIFO mode clears the FIFOs; without the enable bit the others are not programmed. */
 		if ((value ^ u->fcr) & FCR_ENABLE || (value & FCR_ENABLE && value & FCR_CLEAR_RX))
-			u->waiting = 0;
+			clear(u);
 		u->fcr = value & FCR_ENABLE ? value : 0;
 		break;
 	case 3:
 		u->lcr = value;
 		break;
 	case 4:
+		set_up(u);
 		before = modem_lines(u);
 		u->mcr = value & MCR_BITS;
 		/* The ring indicator tells its trailing edge only, the others any change. */
@@ -233,6 +280,7 @@ static bool answer(orc_device *d, orc_vcpu *by, const struct orc_access *a)
 
 	pthread_mutex_lock(&u->lock);
 	if (a->write && a->size == 1 && a->offset == 0 && !(u->lcr & LCR_DLAB)) { /* a string is transmitted as a whole */
+		u->asked = false;
 		transmit(u, by, a->data, a->count);
 		u->thre_pending = true;
 		update(u, by);
@@ -285,6 +333,9 @@ static void take_over(orc_uart *u, const struct orc_uart_state *s)
 	u->modem_changes = s->modem_changes;
 	u->divisor = s->divisor;
 	u->thre_pending = s->thre_pending;
+	memset(u->looped, 0, sizeof u->looped);
+	u->asked = u->polls = false;
+	u->set_up = s->ier || s->mcr || s->fcr;
 }
 
 /* Into a state, and its line to the level that follows: also if it is the same, as the irqchip may be another one. */
@@ -314,11 +365,14 @@ void orc_uart_reset(orc_uart *u)
 {
 	struct orc_uart_state s;
 
+	pthread_mutex_lock(&u->lock);
+	clear(u);
+	pthread_mutex_unlock(&u->lock);
 	power_on(&s);
 	enter(u, &s);
 }
 
-static void set_up(orc_uart *u, orc_uart_output output, void *to, orc_uart_interrupt interrupt, void *line)
+static void make(orc_uart *u, orc_uart_output output, void *to, orc_uart_interrupt interrupt, void *line)
 {
 	struct orc_uart_state s;
 
@@ -338,7 +392,7 @@ orc_uart *orc_uart_new(orc_uart_output output, void *to, orc_uart_interrupt inte
 	orc_uart *u = malloc(sizeof *u);
 
 	if (u)
-		set_up(u, output, to, interrupt, line);
+		make(u, output, to, interrupt, line);
 	return u;
 }
 
@@ -353,7 +407,7 @@ size_t orc_uart_receive(orc_uart *u, const uint8_t *data, size_t n)
 
 	pthread_mutex_lock(&u->lock);
 	for (; taken < n && has_room(u); taken++)
-		put(u, data[taken]);
+		put(u, data[taken], false);
 	update(u, NULL);
 	pthread_mutex_unlock(&u->lock);
 	return taken;
@@ -378,6 +432,11 @@ static size_t hear(void *to, orc_vcpu *by, uint8_t *out, size_t size)
 	return orc_console_read(to, by, out, size);
 }
 
+static void give_back(void *to, const uint8_t *data, size_t size)
+{
+	orc_console_unread(to, data, size);
+}
+
 static void typed(void *device)
 {
 	orc_uart *u = device;
@@ -393,6 +452,12 @@ void orc_serial_stop(orc_uart *u)
 
 	if (s->console)
 		orc_console_detach(s->console, s);
+	pthread_mutex_lock(&u->lock);
+	if (s->console && u->input) /* what the guest has not read is for the next run */
+		clear(u);
+	u->input = NULL;
+	u->unread = NULL;
+	pthread_mutex_unlock(&u->lock);
 	s->console = NULL;
 }
 
@@ -416,9 +481,8 @@ orc_uart *orc_serial_new(orc_console *console, orc_interrupts *interrupts, uint3
 
 	if (!s)
 		return NULL;
-	set_up(&s->uart, say, console, raise_or_lower, s);
+	make(&s->uart, say, console, raise_or_lower, s);
 	s->uart.device.free = free_serial;
-	s->uart.input = hear;
 	s->console = console;
 	s->interrupts = interrupts;
 	s->gsi = gsi;
@@ -429,6 +493,10 @@ void orc_serial_listen(orc_uart *u)
 {
 	struct serial *s = (struct serial *)u;
 
+	pthread_mutex_lock(&u->lock);
+	u->input = hear; /* not before: it is for the one device that takes input */
+	u->unread = give_back;
+	pthread_mutex_unlock(&u->lock);
 	orc_console_attach(s->console, (struct orc_console_reader){.typed = typed, .device = u});
 	typed(u); /* what was typed before */
 }

@@ -89,7 +89,7 @@ bool orc_virtio_live(const orc_virtio *v, uint16_t queue)
 	const struct orc_queue *q = &v->queue[queue];
 
 	return v->status & VIRTIO_CONFIG_S_DRIVER_OK && !(v->status & (VIRTIO_CONFIG_S_NEEDS_RESET | VIRTIO_CONFIG_S_FAILED)) &&
-	       !v->resetting && q->enabled && !q->error;
+	       !v->resetting && v->master && orc_queue_is_open(q);
 }
 
 /* Whether the turn goes on. */
@@ -215,6 +215,23 @@ void orc_virtio_settle(orc_virtio *v)
 		forget(v);
 }
 
+/* ---- the bus ---------------------------------------------------------------------------------------------------- */
+
+void orc_virtio_set_master(orc_virtio *v, bool on)
+{
+	pthread_mutex_lock(&v->lock);
+	if (v->master != on) {
+		v->master = on;
+		for (unsigned i = 0; !on && i < v->queues; i++)
+			if (v->queue[i].in_flight)
+				orc_queue_cut_off(&v->queue[i]);
+		orc_virtio_settle(v);
+		if (on)
+			orc_virtio_all_again(v); /* what was made available meanwhile */
+	}
+	pthread_mutex_unlock(&v->lock);
+}
+
 /* ---- its configuration ------------------------------------------------------------------------------------------- */
 
 void orc_virtio_config_set(orc_virtio *v, uint32_t offset, const void *data, uint32_t size)
@@ -250,6 +267,7 @@ void orc_virtio_init(orc_virtio *v, const struct orc_virtio_ops *ops, const orc_
 	if (!ops->serve) /* they are lent and come back all together */
 		v->offered &= ~(1ull << VIRTIO_F_RING_RESET);
 	v->watched = -1;
+	v->master = true;
 	pthread_mutex_init(&v->lock, NULL);
 	for (unsigned i = 0; i < ORC_VIRTIO_QUEUES; i++)
 		v->kick_fd[i] = -1;
@@ -325,6 +343,17 @@ void orc_virtio_vector(orc_virtio *v, uint16_t vector, struct orc_vector *out)
 	pthread_mutex_lock(&v->lock);
 	*out = v->vector[vector];
 	pthread_mutex_unlock(&v->lock);
+}
+
+int orc_virtio_outstanding(orc_virtio *v)
+{
+	int n;
+
+	if (pthread_mutex_trylock(&v->lock))
+		return -1;
+	n = (int)orc_virtio_in_flight(v);
+	pthread_mutex_unlock(&v->lock);
+	return n;
 }
 
 void orc_virtio_look(orc_virtio *v, struct orc_virtio_counters *out)

@@ -116,6 +116,7 @@ struct orc_virtio {
 	uint8_t status, isr, generation;
 	bool config_changed;      /* since the driver read any of it: 4.1.4.3.1 */
 	bool resetting;           /* something is in flight or lent still; `status` is as it was */
+	bool master;              /* the bus lets it access memory: orc_virtio_set_master */
 	orc_u64 lent;             /* queues that another process serves now, a bit each */
 	uint16_t queue_select, config_vector;
 	struct orc_queue queue[ORC_VIRTIO_QUEUES];
@@ -143,8 +144,8 @@ static inline bool orc_virtio_has(const orc_virtio *v, unsigned feature) /* nego
 {
 	return v->accepted >> feature & 1;
 }
-/* For `serve` of a queue whose buffers are all to be written, or all to be read: does the work on each chain, for a turn. What is not
- * so is refused (ORC_QUEUE_BAD_REQUEST). Lock held. */
+/* For `serve` of a queue whose buffers are all to be written, or all to be read: does the work on each chain, for a turn. What is
+ * not so is refused (ORC_QUEUE_BAD_REQUEST). Lock held. */
 enum { ORC_LATER = -1, ORC_REFUSED = -2, ORC_TURN_BYTES = 64 * 1024 /* that are read in a turn: some microseconds */ };
 struct orc_chain_work {
 	bool writes;
@@ -153,7 +154,7 @@ struct orc_chain_work {
 	int64_t (*work)(void *of, const struct orc_chain *);
 };
 enum orc_served orc_virtio_each(struct orc_queue *, const struct orc_chain_work *, void *of);
-/* Its chains may be taken: DRIVER_OK, no error, enabled, not being reset. Lock held. */
+/* Its chains may be taken: DRIVER_OK, no error, enabled, not being reset, bus master. Lock held. */
 bool orc_virtio_live(const orc_virtio *, uint16_t queue);
 /* Have a queue served by the I/O thread. Any thread, the lock held or not. */
 void orc_virtio_again(orc_virtio *, uint16_t queue);
@@ -201,9 +202,15 @@ void orc_virtio_set_kick_fd(orc_virtio *, uint16_t queue, int fd);
 /* Before the guest runs: written when the vector fires, whether an irqfd listens or not. Non-blocking. Without one (-1) it
  * does not fire. What was written and nobody took is its pending bit. */
 void orc_virtio_set_vector_fd(orc_virtio *, uint16_t vector, int fd);
+/* Whether the PCI function is a bus master (6.2.2 of PCI 3.0); at first it is. If not, the device touches no guest memory: nothing
+ * is taken, and a queue of which something is in flight is broken (ORC_QUEUE_CUT_OFF), as nobody could be told of its end.
+ * What the kernel transfers already it goes on with. (QEMU stops the device as well, and takes DRIVER_OK from it:
+ * virtio_write_config.) Any thread. Whether its vectors reach anybody is for whoever binds them. */
+void orc_virtio_set_master(orc_virtio *, bool on);
 /* As the guest programmed it. Any thread. */
 void orc_virtio_vector(orc_virtio *, uint16_t vector, struct orc_vector *out);
 
+int orc_virtio_outstanding(orc_virtio *); /* requests in flight, now; -1: it is being served. Waits for no lock. Any thread */
 struct orc_virtio_counters {
 	orc_u64 requests, interrupts, kicks;
 	uint8_t status;
@@ -242,7 +249,7 @@ void orc_virtio_power_on(orc_virtio *);
 /* A thread of that name, which serves what is attached. 0 or a negative errno. Any thread, all of these; one at a time, of those
  * that wait. */
 int orc_io_start(const char *name, orc_io **out);
-/* Who is told of output of consoles: any vCPU of the VM (orc_talk). Before a device is attached. */
+/* Who is told of output of consoles, and that a hold has come to rest: any vCPU of the VM (orc_talk). Before a device is attached. */
 void orc_io_set_voice(orc_io *, orc_vcpu *);
 orc_vcpu *orc_io_voice(orc_virtio *); /* I/O thread, in a device */
 int orc_io_attach(orc_io *, orc_virtio *); /* 0 or a negative errno. Its kick_fds are set */
@@ -250,9 +257,12 @@ void orc_io_detach(orc_io *, orc_virtio *); /* waits until nothing of it is in f
 /* Waits until nothing is in flight, and nothing is taken from a queue until each hold was let go. Notifications are kept. */
 void orc_io_hold(orc_io *);
 /* The same in two parts, for whoever must not wait at once: the thread finishes the queue that it is at, and what is in flight.
- * orc_io_wait waits for both. */
+ * orc_io_wait waits for both. Or the voice is told (orc_talk) once it is still, unless it is so at once. */
 void orc_io_hold_soon(orc_io *);
 void orc_io_wait(orc_io *);
+/* In this hold nothing is in flight any more. It waits for no lock: so at first it may say no of what the thread is just finishing.
+ * Whoever holds it, and not while others attach or detach. */
+bool orc_io_is_still(const orc_io *);
 void orc_io_let_go(orc_io *);
 /* Waits until nothing is in flight, and for the thread's end: no guest memory is touched any more, whoever notifies. */
 void orc_io_stop(orc_io *);

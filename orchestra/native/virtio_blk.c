@@ -140,7 +140,8 @@ static void finish(struct disk *d, struct request *r, uint8_t status)
 	const struct iovec *last = &r->chain.iov[r->chain.readable + r->chain.writable - 1];
 	uint32_t written = 0;
 
-	((uint8_t *)last->iov_base)[last->iov_len - 1] = status;
+	if (orc_queue_is_open(&d->virtio.queue[0]))
+		((uint8_t *)last->iov_base)[last->iov_len - 1] = status;
 	d->counters.errors += status != VIRTIO_BLK_S_OK;
 	/* 2.7.8.2: so many from the first one on. The status is the last one. */
 	if (r->chain.writable_bytes == 1)

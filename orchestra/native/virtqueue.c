@@ -26,6 +26,7 @@ static const char *const error_names[ORC_QUEUE_ERRORS] = {
 	[ORC_QUEUE_INDIRECT_NEXT] = "an indirect table with a next descriptor",
 	[ORC_QUEUE_BAD_TABLE] = "an indirect table of a bad size or outside of memory",
 	[ORC_QUEUE_BAD_REQUEST] = "a request that has no meaning for the device",
+	[ORC_QUEUE_CUT_OFF] = "bus mastering turned off with a request in flight",
 };
 
 const char *orc_queue_error_name(enum orc_queue_error e)
@@ -238,7 +239,7 @@ bool orc_queue_take(struct orc_queue *q, struct orc_chain *out)
 {
 	uint16_t available;
 
-	if (q->error || !q->enabled)
+	if (!orc_queue_is_open(q))
 		return false;
 	/* The entry and its descriptors were written before the index was (2.7.13), and are read behind it: acquire. */
 	available = (uint16_t)(load(&q->avail->idx) - q->next_avail);
@@ -263,7 +264,7 @@ void orc_queue_put_head(struct orc_queue *q, uint16_t head, uint32_t written)
 
 	*word_of(q, head) &= ~(1ull << head % 64);
 	q->in_flight--;
-	if (q->error || !q->enabled)
+	if (!orc_queue_is_open(q))
 		return;
 	element = &q->used->ring[q->next_used & (q->size - 1)];
 	__atomic_store_n(&element->id, head, __ATOMIC_RELAXED);
@@ -289,6 +290,11 @@ void orc_queue_give_back(struct orc_queue *q, const struct orc_chain *c)
 	q->next_avail--;
 }
 
+void orc_queue_cut_off(struct orc_queue *q)
+{
+	break_it(q, ORC_QUEUE_CUT_OFF);
+}
+
 void orc_queue_refuse(struct orc_queue *q, const struct orc_chain *c)
 {
 	break_it(q, ORC_QUEUE_BAD_REQUEST);
@@ -302,7 +308,7 @@ bool orc_queue_wants_interrupt(struct orc_queue *q)
 	uint16_t before = q->signalled;
 
 	q->signalled = q->next_used;
-	if (q->error || !q->enabled || before == q->next_used)
+	if (!orc_queue_is_open(q) || before == q->next_used)
 		return false;
 	if (q->event_idx) /* 2.7.7.2: if the entry of that index is among those that were put since */
 		return (uint16_t)(q->next_used - load(used_event(q)) - 1) < (uint16_t)(q->next_used - before);
@@ -312,13 +318,13 @@ bool orc_queue_wants_interrupt(struct orc_queue *q)
 void orc_queue_silence(struct orc_queue *q)
 {
 	/* With event indices the last one that we asked for lies behind us, and nobody notifies. */
-	if (q->enabled && !q->error && !q->event_idx)
+	if (orc_queue_is_open(q) && !q->event_idx)
 		store(q, &q->used->flags, VRING_USED_F_NO_NOTIFY);
 }
 
 bool orc_queue_listen(struct orc_queue *q)
 {
-	if (!q->enabled || q->error)
+	if (!orc_queue_is_open(q))
 		return false;
 	if (load(&q->used->flags)) /* with event indices too: 2.7.10.2 */
 		store(q, &q->used->flags, 0);

@@ -60,6 +60,7 @@ enum orc_queue_error {
 	ORC_QUEUE_BAD_TABLE,     /* an indirect table of no or of broken descriptors, or not in one region */
 	/* What a device finds in a chain. */
 	ORC_QUEUE_BAD_REQUEST, /* it has no meaning for this kind of device, and can't be answered with an error */
+	ORC_QUEUE_CUT_OFF,     /* the driver took the bus from the device (bus master) while a request was in flight */
 	ORC_QUEUE_ERRORS,
 };
 const char *orc_queue_error_name(enum orc_queue_error); /* for people: "a loop of descriptors" */
@@ -133,6 +134,13 @@ void orc_queue_put(struct orc_queue *, const struct orc_chain *, uint32_t writte
 void orc_queue_put_head(struct orc_queue *, uint16_t head, uint32_t written);
 /* The chain that was taken last, and nothing was done with it: it is taken again, as it is then. */
 void orc_queue_give_back(struct orc_queue *, const struct orc_chain *);
+/* Whether a put writes to guest memory. If not, the device leaves it alone as well. */
+static inline bool orc_queue_is_open(const struct orc_queue *q)
+{
+	return q->enabled && !q->error;
+}
+/* Nothing is taken and nothing written any more. What is in flight is put as ever. */
+void orc_queue_cut_off(struct orc_queue *);
 /* Instead of it: the chain breaks a rule of the device (ORC_QUEUE_BAD_REQUEST), and ends the queue. */
 void orc_queue_refuse(struct orc_queue *, const struct orc_chain *);
 

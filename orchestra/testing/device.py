@@ -153,13 +153,11 @@ class DeviceRig:
             ram=SharedRam(self.memory.descriptor, ((0, memory, 0),), guest) if self.memory.descriptor else None,
             back_end=self.back_end,
         )
+        self.device: Peripheral[Any, Any]
         try:
-            self.device: Peripheral[Any, Any] = (
-                kind(spec, hooks) if state is None else kind.from_state(spec, hooks, state)
-            )
+            self.device = kind(spec, hooks) if state is None else kind.from_state(spec, hooks, state)
         except BaseException:
-            if self.back_end is not None:
-                self.back_end.close()
+            self._give_back()
             raise
         if wiring.pci is not None:
             assert isinstance(self.device, OnBus)
@@ -208,8 +206,13 @@ class DeviceRig:
     def close(self) -> None:
         """Unmap the memory."""
         if self.back_end is not None:
-            self.back_end.close()
+            self.back_end.stop()
         self.device.stop()
+        self._give_back()
+
+    def _give_back(self) -> None:
+        if self.back_end is not None:
+            self.back_end.close()
         self.memory.close()
         for fd in [msi.fd for msi in self.msis] + [bell.fd for bell in self.bells]:
             os.close(fd)

@@ -7,6 +7,7 @@ import stat
 from types import TracebackType
 from typing import Final
 
+from ...backend.files import Opener, open_path
 from ...backend.memory import GuestMemory
 from ...model.errors import FileError
 
@@ -18,16 +19,19 @@ CHUNK: Final = 1 << 30  # the kernel reads at most 2 GiB at once
 class BootFile:
     """An open file, which the spec names in `field`. Errors begin with its name, and say the field.
 
+    Parameters:
+        open_file: who opens it: `GuestMemory.open_file`.
+
     Raises:
         FileError: it can't be opened, is no regular file, or is empty.
     """
 
-    def __init__(self, field: str, path: str) -> None:
+    def __init__(self, field: str, path: str, open_file: Opener = open_path) -> None:
         self.field, self.path = field, path
         try:
-            self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # no wait for a pipe's writer
+            self.descriptor = open_file(path, os.O_RDONLY | os.O_NONBLOCK)  # no wait for a pipe's writer
         except OSError as error:
-            raise self.error(f"can't be opened: {os.strerror(error.errno or 0)}", "name a file") from error
+            raise self.error(f"can't be opened: {error.strerror}", "name a file") from error
         try:
             found = os.fstat(self.descriptor)
             if not stat.S_ISREG(found.st_mode):

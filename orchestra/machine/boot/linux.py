@@ -56,7 +56,7 @@ def load(boot: LinuxBoot, layout: Layout, memory: GuestMemory) -> list[EntryStat
         FileError: kernel or initrd can't be read, or are not what they should be.
         SpecError: they do not fit the memory, the command line does not fit the kernel, or there are too many regions.
     """
-    with BootFile("kernel", boot.kernel) as kernel:
+    with BootFile("kernel", boot.kernel, memory.open_file) as kernel:
         head = kernel.read(0, bzimage.HEAD)
         image = (elf if head.startswith(elf.MAGIC) else bzimage).parse(kernel, head)
         _check_kernel(kernel, image, layout)
@@ -91,7 +91,7 @@ def _check_kernel(kernel: BootFile, image: Image, layout: Layout) -> None:
 
 def _load_initrd(path: str, image: Image, layout: Layout, memory: GuestMemory) -> range:
     """As high as the kernel takes it, where nothing is in the way of the memory that it gives out first."""
-    with BootFile("initrd", path) as file:
+    with BootFile("initrd", path, memory.open_file) as file:
         stop = min(image.initrd_stop, layout.ram[0].stop)
         start = (stop - file.size) // PAGE * PAGE
         if start < image.span.stop:

@@ -33,6 +33,7 @@ from ...model.spec import VmSpec
 from ...native import ffi, lib
 from ...native.core import Charged
 from ..contain import contained, in_device
+from ..debt import Owed
 from ..pacer import Pacer
 from .balloon import BalloonFigures
 from .bridge import ConfigPorts
@@ -63,6 +64,7 @@ class Board(Protocol):
     memory: GuestMemory
     back_ends: Mapping[int, BackEnd]
     """Of the devices that other processes serve, by their place (`connect_back_ends`). They end with the devices."""
+    owed: Owed
 
     def now(self) -> int: ...
     def end(self, outcome: Outcome) -> None: ...
@@ -79,10 +81,25 @@ class Listener(Protocol):
 
 
 @runtime_checkable
+class Asked(Protocol):
+    """A device that has requests of its guest in flight."""
+
+    @property
+    def label(self) -> str:
+        """What it is called where it keeps a pause waiting."""
+
+    @property
+    def outstanding(self) -> int | None:
+        """How many of its requests are in flight. None: it can't be asked just now. Waits for no lock."""
+
+
+@runtime_checkable
 class Served(Protocol):
     """A device whose queues the VM's I/O thread serves."""
 
     def attach(self, io: IoThread) -> None: ...
+    def drained(self) -> None:
+        """The I/O thread has ended: give back what may take long. Before `stop`. Any thread."""
 
 
 class Server(Protocol):
@@ -90,6 +107,10 @@ class Server(Protocol):
 
     def hold(self, reason: str) -> None:
         """Serve no queue any more. Does not wait for what is in flight."""
+
+    @property
+    def is_still(self) -> bool:
+        """While it is held: whether nothing is in flight."""
 
     def wait(self) -> None:
         """While it is held: wait until nothing is in flight."""
@@ -204,13 +225,13 @@ class Assembly:
             raise StateError(f"vm {board.spec.name!r}: {len(states)} states for {len(specs)} devices")
         self._board, self._machine, self._console, self._ports = board, machine, console, ports
         whose = board.spec.tenant or "default", board.spec.name
-        self._service = Service(whose, board.now, board.end, board.answer_buckets(), in_turn, pacer, post)
+        self._service = Service(whose, board.now, board.end, board.answer_buckets(), in_turn, pacer, post, board.owed)
         self._service.going_on = states is not None
         self._makes: Plugged | None = None
         self._bus, self._guest = self._pci_bus(specs)
         self._ram = self._shared_ram() if back_ends else None
         self._slots = iter(self._bus.slots if self._bus is not None else ())
-        self._stopped = False
+        self._stopped = self._drained = False
         self._held = False
         self._taken: int | None = None  # while it is held: what is to be asked for when it goes on
         self.plugged: list[Plugged] = []
@@ -253,10 +274,12 @@ class Assembly:
         sizes = [len(span) for span in spec.ram]
         regions = tuple((span.start, len(span), sum(sizes[:place])) for place, span in enumerate(spec.ram))
         return SharedRam(memory.descriptor, regions, ffi.gc(made, lib.orc_guest_memory_free))
+    def _served(self) -> list[Served]:
+        return [plugged.device for plugged in self.plugged if isinstance(plugged.device, Served)]
 
     def _serve(self) -> None:
         """Start the I/O thread, held, if a device needs it."""
-        served = [plugged.device for plugged in self.plugged if isinstance(plugged.device, Served)]
+        served = self._served()
         if served:
             io = IoThread(self._board.spec.name, self._machine.engines[0].core.handle)
             self._servers.append(io)
@@ -317,6 +340,7 @@ class Assembly:
             bus=self._bus if wiring.hosts_pci else None,
             ports=self._ports,
             guest=self._guest,
+            open_file=self._board.memory.open_file,
             backing=self._board.memory.backing,
         )
 
@@ -373,25 +397,31 @@ class Assembly:
         for server in self._servers:
             server.let_go("start")
 
-    @property
-    def back_ends(self) -> int:
-        """How many devices other processes serve."""
-        return len(self._back_ends)
-
-    def hold(self, quiet: Callable[[], object] = lambda: None) -> None:
+    def hold(self, still: Callable[[], object] = lambda: None) -> None:
         """The VM pauses: from now on nothing reaches a device by ring, timer or queue, until `let_go`.
 
-        It does not wait for what is in flight. `state` does.
+        It does not wait for what is in flight: see `is_still`.
 
         Parameters:
-            quiet: called on the fleet's thread for each of `back_ends`, once that touches no memory of the guest.
+            still: called on the fleet's thread for each back-end of a device, once that is still.
         """
         self._held = True
         self._service.hold()
         for server in self._servers:
             server.hold("pause")
         for back_end in self._back_ends.values():
-            back_end.when_quiet(lambda: self._post(quiet))
+            back_end.when_still(lambda: self._post(still))
+
+    @property
+    def is_still(self) -> bool:
+        """While it is held: no request to a device is in flight. Where there are some, the fleet's thread is told once
+        they are done: by the drain task (`IoThread`, `voice`), or as `hold` says."""
+        return all(server.is_still for server in self._servers)
+
+    def outstanding(self) -> list[tuple[str, int | None]]:
+        """The devices with requests in flight, and how many; None: not known just now. Waits for nothing."""
+        asked = [plugged.device for plugged in self.plugged if isinstance(plugged.device, Asked)]
+        return [(device.label, found) for device in asked if (found := device.outstanding) != 0]
 
     def let_go(self) -> None:
         """The VM goes on. Timers whose time came during the pause expire now."""
@@ -431,9 +461,15 @@ class Assembly:
         return bool(self._servers)
 
     def end_queues(self) -> None:
-        """End what serves queues, which first waits for all requests in flight. The guest has ended. Any thread."""
+        """End what serves queues, which first waits for all requests in flight, and what of its devices may take long.
+        The guest has ended. Any thread. A second call does nothing."""
+        if self._drained:
+            return
+        self._drained = True
         for server in self._servers:
             server.stop()
+        for device in self._served():
+            device.drained()
 
     def stop(self, problems: list[str] | None = None) -> None:
         """Stop all devices, after the guest has ended and `run` is over. An error of one stops no other."""

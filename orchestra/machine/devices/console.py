@@ -8,7 +8,7 @@ from typing import Final
 import attrs
 import trio
 
-from ...model.checks import number, whole
+from ...model.checks import fail, number, whole
 from ...model.errors import ConsoleTimeout, SpecError, StateError
 from ...model.printable import printable
 from ...native import ffi, lib
@@ -17,6 +17,7 @@ from .stream import Notify, Stream
 __all__ = ["Console", "ConsoleState"]
 
 KEPT: Final = int(lib.ORC_CONSOLE_KEPT)
+WAITING: Final = int(lib.ORC_CONSOLE_WAITING)
 LINES: Final = 12
 """Of the output, which an error shows: enough to see where a guest stands."""
 WIDTH: Final = 200
@@ -25,13 +26,27 @@ WIDTH: Final = 200
 
 @attrs.frozen
 class ConsoleState:
-    """The state of a console. `total`: bytes ever written. `kept`: the last of them, all or as many as are kept."""
+    """The state of a console.
+
+    Attributes:
+        total: bytes of output ever written.
+        kept: the last of them, all or as many as are kept.
+        found: where the last match of `Console.wait_for` ended, of `total`: the next one is searched from there.
+        typed: input that the guest has not taken yet.
+    """
 
     total: int = 0
     kept: bytes = attrs.field(default=b"", repr=lambda kept: f"<{len(kept)} bytes>")
+    found: int = 0
+    typed: bytes = attrs.field(default=b"", repr=lambda typed: f"<{len(typed)} bytes>")
 
     def __attrs_post_init__(self) -> None:
         whole("total", self.total, 0, (1 << 64) - 1)
+        whole("found", self.found, 0, self.total)
+        if not isinstance(self.kept, bytes):
+            raise fail("kept", self.kept, "must be bytes")
+        if not isinstance(self.typed, bytes) or len(self.typed) > WAITING:
+            raise fail("typed", self.typed, f"must be bytes, {WAITING} at most")
         if len(self.kept) != min(self.total, KEPT):
             raise SpecError(
                 f"kept: of {self.total} bytes it has the last {min(self.total, KEPT)}, not {len(self.kept)}"
@@ -65,21 +80,25 @@ class Console(Stream):
         self._screens: list[Callable[[int, int], None]] = []
 
     @classmethod
-    def from_state(cls, notify: Notify, state: ConsoleState) -> Console:
-        """A console that has had that output.
+    def from_state(cls, notify: Notify, state: ConsoleState, name: str = "") -> Console:
+        """A console that has had that output, and goes on there. `name`: the VM's, which need not be the same.
 
         Raises:
             MemoryError: the host has no memory left.
         """
-        console = cls(notify)
-        if not lib.orc_console_load(console.handle, state.total, ffi.from_buffer(state.kept), len(state.kept)):
+        console = cls(notify, name)
+        kept, typed = ffi.from_buffer(state.kept), ffi.from_buffer(state.typed)
+        if not lib.orc_console_load(console.handle, state.total, kept, len(kept), typed, len(typed)):
             raise MemoryError("orc_console_load")
+        console._found = state.found
         return console
 
     def state(self) -> ConsoleState:
-        """The output so far. Any thread."""
+        """The output so far, and the input that waits. While the VM is quiesced; any thread."""
         kept, total = self._since(max(self.total - KEPT, 0))
-        return ConsoleState(total, kept)
+        waiting = ffi.new("uint8_t[]", WAITING)
+        size = lib.orc_console_copy_typed(self.handle, waiting, WAITING)
+        return ConsoleState(total, kept, self._found, bytes(ffi.buffer(waiting, size)))
 
     def put(self, data: bytes) -> None:
         """Add output. Any thread."""
@@ -193,6 +212,7 @@ class Console(Stream):
 
         Raises:
             StateError: no device takes input: the VM has none, has ended, or is between two runs.
+            MemoryError: the host has no memory for the input that waits.
         """
         await self._type(data, self._refusal)
 

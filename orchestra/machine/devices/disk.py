@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
 import stat
 import struct
 from contextlib import ExitStack
 from typing import Any, Final
 
+from ...backend.files import Opener, open_path
 from ...model.disk import Disk, IoLimit
 from ...model.errors import FileError, ResourceLimit, SpecError
 from ...native import ffi, lib
@@ -17,7 +19,7 @@ from ...native.core import monotonic_ns
 from .peripheral import Hooks
 from .virtio import VirtioDevice, VirtioState
 
-__all__ = ["QCOW2", "DiskDevice", "check_file", "head_of", "open_store"]
+__all__ = ["QCOW2", "DiskDevice", "look_at", "open_store"]
 
 SECTOR: Final = 512
 QCOW2: Final = b"QFI\xfb"
@@ -43,13 +45,17 @@ class DiskDevice(VirtioDevice[Disk]):
             self.set_limit(spec.io_limit)
 
     def _make(self) -> Any:
-        store = open_store(self.spec)
+        store = open_store(self.spec, self.hooks.open_file)
         made = ffi.new("orc_virtio **")
         name = os.path.basename(os.fsencode(self.spec.path))[:20]
         if result := lib.orc_virtio_blk_new(self.hooks.guest, store, name, made):
             lib.orc_store_free(store)
             raise ResourceLimit(-result, f"disk {self.spec.path}")
         return made[0]
+
+    @property
+    def label(self) -> str:
+        return f"Disk {self.spec.path}"
 
     def set_limit(self, limit: IoLimit) -> None:
         """Change how fast it may be, at once. Of a disk that was made with an `io_limit`."""
@@ -71,14 +77,23 @@ class DiskDevice(VirtioDevice[Disk]):
             raise SpecError(
                 f"Disk: its state is of a disk of {had * SECTOR} bytes, and {self.spec.path} has {has * SECTOR}"
             )
+        if state.config != (ours := self.state().config):  # by its spec, and the driver can't change it
+            block, have = (int.from_bytes(config[20:24], "little") for config in (state.config, ours))
+            what = (
+                f"with blocks of {block} bytes, and {self.spec.path} has {have}" if block != have else "of another kind"
+            )
+            raise SpecError(f"Disk: its state is of a disk {what}: give readonly, direct and base as they were")
         super().restore(state)
 
-    def stop(self) -> None:
+    def drained(self) -> None:
         lib.orc_virtio_blk_close(self.handle)  # at once: the VM's next run locks the same files
 
+    def stop(self) -> None:
+        lib.orc_virtio_blk_close(self.handle)  # of one that was never served; else nothing
 
-def open_store(disk: Disk) -> Any:
-    """The ``orc_store *`` of a disk, whose files it has opened and locked. Its device frees it.
+
+def open_store(disk: Disk, open_file: Opener = open_path) -> Any:
+    """The ``orc_store *`` of a disk, whose files it has had opened and has locked. Its device frees it.
 
     Raises:
         FileError: a file can't be used as it is; the message names it.
@@ -88,16 +103,16 @@ def open_store(disk: Disk) -> Any:
     with ExitStack() as opened:
         flags = lib.ORC_STORE_READONLY * disk.readonly | lib.ORC_STORE_DIRECT * disk.direct
         if disk.base is None:
-            file = _open(opened, disk.path, readonly=disk.readonly, more=os.O_DIRECT * disk.direct)
-            _check_raw(disk, disk.path)
+            file = _open(opened, open_file, disk.path, readonly=disk.readonly, more=os.O_DIRECT * disk.direct)
+            _check_raw(disk, disk.path, file)
             size = _size(file, disk.path)
             block = _block(file, disk.path, size) if disk.direct else SECTOR
             result = lib.orc_file_new(file, size, block, flags, made)
         else:
-            base = _open(opened, disk.base, readonly=True)
-            _check_raw(disk, disk.base)
+            base = _open(opened, open_file, disk.base, readonly=True)
+            _check_raw(disk, disk.base, base)
             size = _size(base, disk.base)
-            file = _open(opened, disk.path, readonly=disk.readonly, more=os.O_CREAT * (not disk.readonly))
+            file = _open(opened, open_file, disk.path, readonly=disk.readonly, more=os.O_CREAT * (not disk.readonly))
             if not disk.readonly and os.fstat(file).st_size == 0:  # locked: nobody else makes it at the same time
                 _check(lib.orc_overlay_create(file, size), disk)
             result = lib.orc_overlay_new(file, base, size, flags, made)
@@ -117,46 +132,45 @@ def _check(result: int, disk: Disk) -> None:
         raise FileError(f"{disk.path}: can't be used as a disk: {os.strerror(-result)}")
 
 
-def _check_raw(disk: Disk, path: str) -> None:
+def _check_raw(disk: Disk, path: str, file: int) -> None:
     """Refuse a file whose format was not given, and that begins as a qcow2 image. A format is never guessed: the guest
     writes the first bytes, and a qcow2 header names other files of the host's."""
-    if disk.format is None and head_of(path) == QCOW2:
+    if disk.format is None and _head(file) == QCOW2:
         raise FileError(
             f'{path}: begins as a qcow2 image: say format="qcow2" if it is one, or format="raw" if a guest has written '
             "that into its raw disk"
         )
 
 
-def head_of(path: str) -> bytes:
-    """The first four bytes of a file that was checked."""
-    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    try:
-        return os.pread(file, len(QCOW2), 0)
-    finally:
-        os.close(file)
+def _head(file: int) -> bytes:
+    """The first four bytes. Of a page, into a page: the file may have been opened with O_DIRECT."""
+    with mmap.mmap(-1, mmap.PAGESIZE) as page:
+        os.preadv(file, [page], 0)
+        return page[: len(QCOW2)]
 
 
-def check_file(path: str, *, readonly: bool) -> bool:
-    """Whether a file that another process will open is a block device, and not an image.
+def look_at(path: str, *, readonly: bool) -> tuple[bool, bytes]:
+    """Whether a file that another process will open is a block device, and not an image; and its first four bytes.
 
     Raises:
         FileError: it can't be opened so, or is neither; the message names it.
     """
     with ExitStack() as opened:
-        return stat.S_ISBLK(os.fstat(_opened(opened, path, readonly=readonly)).st_mode)
+        file = _opened(opened, open_path, path, readonly=readonly)
+        return stat.S_ISBLK(os.fstat(file).st_mode), _head(file)
 
 
-def _open(opened: ExitStack, path: str, *, readonly: bool, more: int = 0) -> int:
-    file = _opened(opened, path, readonly=readonly, more=more)
+def _open(opened: ExitStack, open_file: Opener, path: str, *, readonly: bool, more: int = 0) -> int:
+    file = _opened(opened, open_file, path, readonly=readonly, more=more)
     _lock(file, path, readonly)
     return file
 
 
-def _opened(opened: ExitStack, path: str, *, readonly: bool, more: int = 0) -> int:
+def _opened(opened: ExitStack, open_file: Opener, path: str, *, readonly: bool, more: int = 0) -> int:
     mode = os.O_RDONLY if readonly else os.O_RDWR
     try:
         # O_NONBLOCK: not to wait for the writer of a pipe. On files and block devices it has no effect.
-        file = os.open(path, mode | os.O_CLOEXEC | os.O_NONBLOCK | more, 0o600)
+        file = open_file(path, mode | os.O_NONBLOCK | more)
     except OSError as error:
         raise FileError(f"{path}: {_why(error, readonly, more)}") from error
     opened.callback(os.close, file)
@@ -177,7 +191,7 @@ def _why(error: OSError, readonly: bool, more: int) -> str:
             return f"can't be written ({os.strerror(error.errno)}): change its permissions, or use readonly=True"
         case errno.EINVAL if more & os.O_DIRECT:
             return "its file system has no O_DIRECT: leave direct=True out"
-    return f"can't be opened as a disk: {os.strerror(error.errno or 0)}"
+    return f"can't be opened as a disk: {error.strerror}"
 
 
 def _lock(file: int, path: str, readonly: bool) -> None:

@@ -20,7 +20,8 @@ class IoThread:
 
     Parameters:
         name: the VM's.
-        voice: any vCPU of the VM (``orc_vcpu *``), by which the drain task is told of output.
+        voice: any vCPU of the VM (``orc_vcpu *``), by which the drain task is told of output, and that a hold has come
+            to rest.
 
     Raises:
         ResourceLimit: the host has no thread or descriptor left.
@@ -48,10 +49,16 @@ class IoThread:
         self._devices.append(device)
 
     def hold(self, reason: str) -> None:
-        """From now on nothing is taken from a queue. Does not wait for what is in flight; `wait` does."""
+        """From now on nothing is taken from a queue. Does not wait for what is in flight: see `is_still`, `wait`."""
         if not self._holds and not self._closed:
             lib.orc_io_hold_soon(self._handle)
         self._holds.add(reason)
+
+    @property
+    def is_still(self) -> bool:
+        """While it is held: whether nothing is in flight any more. Where not, the drain task is told once that is so
+        (`voice`)."""
+        return self._stopped or bool(lib.orc_io_is_still(self._handle))
 
     def wait(self) -> None:
         """While it is held: wait until nothing is in flight."""

@@ -117,7 +117,10 @@ class OnBus(Device, Protocol):
     """A device that is on the bus. All methods: its lock is held."""
 
     def interrupts_changed(self) -> None:
-        """`Slot.interrupts` may have changed: bind or mask the vectors."""
+        """`Slot.interrupts`, `Slot.master` or an entry of its MSI-X table may have changed.
+
+        Bind or mask the vectors, and touch no memory of the guest's unless it is a bus master.
+        """
 
 
 class Slot:
@@ -135,7 +138,7 @@ class Slot:
         self._device: OnBus | None = None
         self._lock = RLock()
         self._bells: Sequence[Bell] = ()
-        self._on = False
+        self._told = (False, False)
         space = self._space
         if result := lib.orc_pci_add(host.handle, number, space.reset, space.writable, space.effects):
             raise MemoryError(f"orc_pci_add: {result}")
@@ -146,9 +149,14 @@ class Slot:
         return int.from_bytes(ffi.buffer(found), "little")
 
     @property
+    def master(self) -> bool:
+        """Whether it may access memory: 6.2.2. Any thread."""
+        return bool(self._read(COMMAND, 2) & MASTER)
+
+    @property
     def interrupts(self) -> bool:
         """Whether its vectors may interrupt now, but for their own masks. Any thread."""
-        if not self._space.msix or not self._read(COMMAND, 2) & MASTER:  # an MSI is a write of a bus master: 6.8.3
+        if not self._space.msix or not self.master:  # an MSI is a write of a bus master: 6.8.3
             return False
         return self._read(self._space.msix + 2, 2) & (MSIX_ENABLE | MSIX_MASKED) == MSIX_ENABLE
 
@@ -175,8 +183,9 @@ class Slot:
             return True
         done = self._map()
         with self._lock:
-            if (on := self.interrupts) != self._on:
-                self._on = on
+            through_window = lib.orc_pci_took_window(self._host.handle, self.number)
+            if (now := (self.master, self.interrupts)) != self._told or through_window:
+                self._told = now
                 self._device.interrupts_changed()
         return done
 

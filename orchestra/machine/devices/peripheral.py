@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Final, Generic, Protocol, TypeVar
 
 import attrs
 
+from ...backend.files import Opener, open_path
 from ...backend.memory import Backing
 from ...backend.wiring import Bell, InterruptLine, InterruptPulse, MsiVector
 from ...model.actions import Outcome
@@ -85,6 +86,7 @@ class Hooks:
         guest: the guest's memory for a device of the core (``orc_guest_memory *``); None: the VM has no PCI bus.
         backing: what the pages of its RAM are (`GuestMemory.backing`).
         interrupts: the irqchip's lines for a device of the core (``orc_interrupts *``); None: there are none.
+        open_file: opens a file of the host that its spec names.
         ram: the VM's RAM for another process; None: no device of the VM has one.
         back_end: what `prepare` of the device's class has made, if its spec `has_back_end`.
     """
@@ -103,6 +105,7 @@ class Hooks:
     bus: PciHost | None = None
     ports: Mapping[str, ConsolePort] = attrs.field(factory=dict)
     guest: Any = None
+    open_file: Opener = open_path
     backing: Backing = "anonymous"
     ram: SharedRam | None = None
     back_end: Any = None

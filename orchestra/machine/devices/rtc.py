@@ -13,7 +13,7 @@ from typing import Final
 
 import attrs
 
-from ...model.checks import fail, whole
+from ...model.checks import fail, number, whole
 from ...model.chipset import Rtc
 from .peripheral import Hooks, Peripheral
 
@@ -26,6 +26,8 @@ A_32768_HZ: Final = 0x26
 B_SET, B_BINARY, B_24_HOURS = 1 << 7, 1 << 2, 1 << 1
 D_VALID: Final = 1 << 7
 PM: Final = 1 << 7
+LAST: Final = calendar.timegm((9999, 12, 31, 23, 59, 59))
+"""The clock goes from 1970 to here, in seconds: century and year have room for no more."""
 TIME: Final = (SECONDS, MINUTES, HOURS, WEEKDAY, DAY, MONTH, YEAR, CENTURY)
 
 
@@ -53,6 +55,8 @@ class RtcState:
         whole("index", self.index, 0, SIZE - 1)
         if not isinstance(self.registers, bytes) or len(self.registers) != SIZE:
             raise fail("registers", self.registers, f"must be {SIZE} bytes")
+        if abs(number("ahead", self.ahead)) > LAST:
+            raise fail("ahead", self.ahead, f"must be seconds from {-LAST} to {LAST}")
 
 
 class RtcDevice(Peripheral[Rtc, RtcState]):
@@ -99,7 +103,7 @@ class RtcDevice(Peripheral[Rtc, RtcState]):
 
     def _now(self) -> dict[int, int]:
         """The registers of the time, as register B has them."""
-        moment = time.gmtime(self.hooks.wall_clock() + self._ahead)
+        moment = time.gmtime(min(max(self.hooks.wall_clock() + self._ahead, 0), LAST))
         hour = moment.tm_hour
         values = {
             SECONDS: moment.tm_sec,

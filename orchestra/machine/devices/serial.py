@@ -6,6 +6,7 @@ from typing import Any
 
 import attrs
 
+from ...model.checks import fail
 from ...model.devices import Serial
 from ...model.errors import SpecError
 from ...native import ffi, lib
@@ -69,8 +70,8 @@ class Uart16550(NativeDevice, Peripheral[Serial, UartState]):
     def restore(self, state: UartState) -> None:
         values = attrs.asdict(state)
         received = values.pop("received")
-        if len(received) > lib.ORC_UART_FIFO:
-            raise SpecError(f"received={received!r}: must be at most {lib.ORC_UART_FIFO} bytes, as the FIFO has")
+        if not isinstance(received, bytes) or len(received) > lib.ORC_UART_FIFO:
+            raise fail("received", received, f"must be bytes, {lib.ORC_UART_FIFO} at most, as the FIFO has")
         try:
             raw = ffi.new("struct orc_uart_state *", {**values, "received": received, "waiting": len(received)})
         except (OverflowError, TypeError) as error:

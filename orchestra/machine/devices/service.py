@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from threading import RLock
@@ -25,7 +24,7 @@ from ...model.actions import Failed, Outcome
 from ...model.devices import Wiring
 from ...model.errors import StateError
 from ...native.core import Charged
-from ..debt import Debt
+from ..debt import Debt, Owed
 from ..pacer import Pacer
 from .peripheral import Peripheral
 from .timers import Timers, VmTimer
@@ -82,6 +81,7 @@ class Service:
         in_turn: runs a function in this VM's turn among all that ask (`machine.inbox`).
         pacer: keeps devices to a part of the event loop's time.
         post: runs a function soon on the fleet's thread; from any thread.
+        owed: what earlier runs of the VM owe, and the next one will.
     """
 
     def __init__(
@@ -93,12 +93,13 @@ class Service:
         in_turn: Callable[[Callable[[], object]], object],
         pacer: Pacer,
         post: Callable[..., object],
+        owed: Owed,
     ) -> None:
         self.timers = Timers(now, lambda: post(self._wake))
         self.going_on = False  # the devices were made from states, which lack the rings that the kernel had counted
         self._tenant, self._vm = whose
         self._now, self._end = now, end
-        self._buckets, self._in_turn, self._pacer = buckets, in_turn, pacer
+        self._buckets, self._in_turn, self._pacer, self._owed = buckets, in_turn, pacer, owed
         self._owner: dict[int, Plugged] = {}  # of a timer, by its identity
         self._changed, self._held = trio.Event(), False  # the event is replaced at each change
         self._closed = False
@@ -150,29 +151,37 @@ class Service:
     # ---- serving
 
     async def _listen(self, plugged: Plugged, fd: int, notify: Callable[[int], object]) -> None:
-        debt, ring = Debt(self._buckets), partial(_notify, fd, notify)
-        if self.going_on:  # one ring more than the guest made: a ring before the restore may be lost
-            await self._serve(debt, plugged, lambda: (notify(1), True)[1])
-        while True:
-            await trio.lowlevel.wait_readable(fd)
-            if may := self._may(debt):
-                await self._serve(debt, plugged, ring)
-            await self._paid(debt, may, lambda: self._try(debt, plugged, ring))
+        debt, ring = self._owed.debt(self._buckets), partial(_notify, fd, notify)
+        try:
+            if self.going_on:  # one ring more than the guest made: a ring before the restore may be lost
+                await self._serve(debt, plugged, lambda: (notify(1), True)[1])
+            await self._paid(debt, True, lambda: self._try(debt, plugged, ring))
+            while True:
+                await trio.lowlevel.wait_readable(fd)
+                if may := self._may(debt):
+                    await self._serve(debt, plugged, ring)
+                await self._paid(debt, may, lambda: self._try(debt, plugged, ring))
+        finally:
+            self._owed.keep(debt)
 
     async def _watch_timers(self) -> None:
-        debt = Debt(self._buckets)
-        while True:
-            changed, at = self._changed, self.timers.next()
-            if at is None:
-                await changed.wait()
-                continue
-            if (left := at - self._now()) > 0:
-                with trio.move_on_after(left / 1e9):
+        debt = self._owed.debt(self._buckets)
+        try:
+            await self._paid(debt, True, lambda: self._expire_next(debt))
+            while True:
+                changed, at = self._changed, self.timers.next()
+                if at is None:
                     await changed.wait()
-            for timer, setting in self.timers.due()[:1]:
-                if may := self._may(debt):
-                    await self._serve(debt, self._owner[id(timer)], partial(self._expire, timer, setting))
-                await self._paid(debt, may, lambda: self._expire_next(debt))
+                    continue
+                if (left := at - self._now()) > 0:
+                    with trio.move_on_after(left / 1e9):
+                        await changed.wait()
+                for timer, setting in self.timers.due()[:1]:
+                    if may := self._may(debt):
+                        await self._serve(debt, self._owner[id(timer)], partial(self._expire, timer, setting))
+                    await self._paid(debt, may, lambda: self._expire_next(debt))
+        finally:
+            self._owed.keep(debt)
 
     def _expire(self, timer: VmTimer, setting: int) -> bool:
         taken = self.timers.taken(timer, setting)
@@ -215,7 +224,7 @@ class Service:
         An exception of the device ends this VM."""
         if self._held or not plugged.lock.acquire(blocking=False):
             return None
-        begun = time.thread_time_ns()
+        begun = self._pacer.cpu()
         try:  # nothing is awaited here, so a pause or the end finds the call either done or not begun
             if self._closed or not call():
                 return False
@@ -224,7 +233,7 @@ class Service:
             self._end(Failed(f"device {plugged.name} failed: {error!r}"))
         finally:
             plugged.lock.release()
-        debt.add(RING + (time.thread_time_ns() - begun) // ANSWER)
+        debt.add(RING + (self._pacer.cpu() - begun) // ANSWER)
         return True
 
     async def _paid(self, debt: Debt, may: bool, again: Callable[[], bool | None]) -> None:

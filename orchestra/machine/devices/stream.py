@@ -60,7 +60,11 @@ class Stream:
             if problem is not None:
                 await trio.lowlevel.checkpoint()
                 raise StateError(problem)
-            left = left[lib.orc_console_type(self.handle, ffi.from_buffer(left), len(left)) :]
+            taken = lib.orc_console_type(self.handle, ffi.from_buffer(left), len(left))
+            if taken < 0:  # nobody would ever say that there is room
+                await trio.lowlevel.checkpoint()
+                raise MemoryError(f"vm {self._vm!r}: no memory for what is typed")
+            left = left[taken:]
             if not left:
                 await trio.lowlevel.checkpoint()
                 return

@@ -87,6 +87,8 @@ class VirtioFunction(NativeDevice, Peripheral[SpecT, VirtioState], Generic[SpecT
         self.handle = self._make()
         if self.handle == ffi.NULL:
             raise MemoryError(f"{type(self).__name__}: no memory")
+        # As at power-on: `interrupts_changed` comes with the first change.
+        lib.orc_virtio_set_master(self.handle, False)
         self.native = ffi.gc(lib.orc_virtio_device(self.handle), lib.orc_device_free)
         for queue, bell in enumerate(hooks.bells):
             lib.orc_virtio_set_kick_fd(self.handle, queue, bell.fd)
@@ -97,6 +99,11 @@ class VirtioFunction(NativeDevice, Peripheral[SpecT, VirtioState], Generic[SpecT
         """The ``orc_virtio *``; NULL: there is no memory."""
         raise NotImplementedError
 
+    @property
+    def label(self) -> str:
+        """What it is called where it keeps a pause waiting."""
+        return type(self.spec).__name__
+
     # ---- vectors
 
     def write(self, offset: int, size: int, value: int) -> None:
@@ -104,8 +111,11 @@ class VirtioFunction(NativeDevice, Peripheral[SpecT, VirtioState], Generic[SpecT
         self.interrupts_changed()
 
     def interrupts_changed(self) -> None:
-        """Bind each vector that may interrupt, and mask the others. What is so already costs nothing."""
-        on = self.hooks.slot is not None and self.hooks.slot.interrupts
+        """Let it be a bus master or not; bind each vector that may interrupt, and mask the others. What is so already
+        costs nothing."""
+        slot = self.hooks.slot
+        on = slot is not None and slot.interrupts
+        lib.orc_virtio_set_master(self.handle, slot is not None and slot.master)
         entry = ffi.new("struct orc_vector *")
         for number, msi in enumerate(self.hooks.msis):
             lib.orc_virtio_vector(self.handle, number, entry)
@@ -139,12 +149,18 @@ class VirtioFunction(NativeDevice, Peripheral[SpecT, VirtioState], Generic[SpecT
             _give(QueueState, state.queue, raw.queue)
             _give(VectorState, state.vector, raw.vector)
             for name in BYTES:
-                setattr(raw, name, tuple(getattr(state, name)))
+                setattr(raw, name, _bytes(name, getattr(state, name), len(getattr(raw, name))))
         except (AttributeError, IndexError, OverflowError, TypeError) as error:
             raise SpecError(f"{type(self.spec).__name__}: a value of its state does not fit ({error})") from None
         if not lib.orc_virtio_load(self.handle, raw):
             raise SpecError(f"{type(self.spec).__name__}: no such device can be in that state")
         self.interrupts_changed()
+
+
+def _bytes(name: str, value: object, size: int) -> tuple[int, ...]:
+    if not isinstance(value, bytes) or len(value) != size:  # cffi takes fewer, and leaves the rest 0
+        raise TypeError(f"{name} must be {size} bytes")
+    return tuple(value)
 
 
 def _give(kind: Any, every: tuple[Any, ...], raw: Any) -> None:
@@ -172,6 +188,15 @@ class VirtioDevice(VirtioFunction[SpecT]):
         """
         io.attach(self.handle)
         self._io = io  # which so outlives the device
+
+    def drained(self) -> None:
+        """The I/O thread has ended: give back what may take long. Before `stop`. Any thread."""
+
+    @property
+    def outstanding(self) -> int | None:
+        """How many of its requests are in flight. None: some may be, as it is being served just now."""
+        found = int(lib.orc_virtio_outstanding(self.handle))
+        return None if found < 0 else found
 
 
 class RngDevice(VirtioDevice[Rng]):

@@ -46,6 +46,14 @@ static inline void unwire(struct bench *b) /* its I/O thread has stopped */
 		close(b->vector[i]);
 }
 
+static inline void finish(struct bench *b, orc_io *io)
+{
+	orc_io_stop(io);
+	unwire(b);
+	orc_io_free(io);
+	guest_end(b->g);
+}
+
 static inline void request(struct bench *b, int queue, uint16_t head, uint64_t address, uint32_t size, uint16_t flags)
 {
 	describe(&b->d[queue], head, address, size, flags, 0);

@@ -457,6 +457,8 @@ static void step(struct machine *m, struct input *in)
 			reset_queue(m, queue);
 		else if (what & 64)
 			power_on(m);
+		else if (what & 128)
+			orc_virtio_set_master(m->v, byte(in) & 3);
 		else if (what & 16 && m->v->ops->type == VIRTIO_ID_BALLOON)
 			orc_virtio_balloon_set_target(m->v, word(in));
 		orc_virtio_again(m->v, queue);

@@ -61,10 +61,7 @@ static void a_write_to_the_notify_register_that_reaches_the_device_counts_too(vo
 	offer(&b.d[0], 0);
 	CHECK(put(b.v, ORC_BAR_NOTIFY, 2, 0));
 	CHECK(await_used(&b, 0).len == 64);
-	orc_io_stop(io);
-	unwire(&b);
-	orc_io_free(io);
-	guest_end(&g);
+	finish(&b, io);
 }
 
 /* ---- a device that is never done, and one that is done when the test says so ------------------------------------- */
@@ -118,6 +115,18 @@ static struct slow *slow_new(const struct guest *g)
 	CHECK(s);
 	orc_virtio_init(&s->virtio, &slow_ops, g->memory, 0, 0);
 	orc_virtio_watch(&s->virtio, new_eventfd(), slow_ready);
+	return s;
+}
+
+static struct slow *with_slow(struct bench *b, struct guest *g, orc_io *io, uint64_t features)
+{
+	struct slow *s;
+
+	guest_begin(g, NULL);
+	s = slow_new(g);
+	wire(b, g, &s->virtio, RINGS);
+	CHECK(!orc_io_attach(io, b->v));
+	drive(b, features);
 	return s;
 }
 
@@ -190,11 +199,7 @@ static void holding_waits_for_what_is_in_flight_and_keeps_notifications(void)
 	struct holder h = {.io = io_new()};
 	pthread_t thread;
 
-	guest_begin(&g, NULL);
-	s = slow_new(&g);
-	wire(&b, &g, &s->virtio, RINGS);
-	CHECK(!orc_io_attach(h.io, b.v));
-	drive(&b, F_RINGS);
+	s = with_slow(&b, &g, h.io, F_RINGS);
 	for (uint16_t i = 0; i < 3; i++)
 		request(&b, 0, i, DATA, 16, W);
 	await_count(&s->taken, 3);
@@ -220,9 +225,57 @@ static void holding_waits_for_what_is_in_flight_and_keeps_notifications(void)
 		notify(s->virtio.watched);
 	orc_io_stop(h.io);
 	CHECK(b.d[0].used->idx == 5, "stopping waits as well");
-	unwire(&b);
-	orc_io_free(h.io);
-	guest_end(&g);
+	finish(&b, h.io);
+}
+
+/* Until the voice is told. */
+static void await_talk(orc_fleet *f)
+{
+	orc_ns deadline = orc_now() + PATIENCE;
+	uint32_t id;
+
+	while (!orc_fleet_talking(f, &id, 1)) {
+		CHECK(orc_now() < deadline);
+		sched_yield();
+	}
+}
+
+static void whoever_does_not_wait_for_a_hold_is_told_when_nothing_is_in_flight(void)
+{
+	struct guest g;
+	struct bench b;
+	struct slow *s;
+	orc_fleet *fleet = orc_fleet_new();
+	orc_vcpu *voice = orc_vcpu_new(fleet, 1, 8);
+	orc_io *io = io_new();
+	uint32_t id;
+
+	orc_io_set_voice(io, voice);
+	s = with_slow(&b, &g, io, 0);
+	for (int i = 0; i < 200; i++) { /* again and again: what was found in one hold does not count in the next */
+		request(&b, 0, (uint16_t)(i % SIZE), DATA, 16, W);
+		await_count(&s->taken, (unsigned)i + 1);
+		orc_io_hold_soon(io);
+		CHECK(!orc_io_is_still(io) && orc_virtio_outstanding(b.v) == 1);
+		if (i % 2) { /* it is let go before it comes to rest */
+			orc_io_let_go(io);
+			orc_io_hold_soon(io);
+		}
+		CHECK(!orc_fleet_talking(fleet, &id, 1) && !orc_io_is_still(io));
+		notify(s->virtio.watched);
+		await_talk(fleet);
+		CHECK(orc_io_is_still(io) && !orc_virtio_outstanding(b.v) && await_used(&b, 0).id == (uint32_t)(i % SIZE));
+		orc_io_let_go(io);
+	}
+	orc_io_hold_soon(io);
+	CHECK(orc_io_is_still(io), "at once, with nothing in flight");
+	orc_io_let_go(io);
+	pthread_mutex_lock(&b.v->lock);
+	CHECK(orc_virtio_outstanding(b.v) == -1, "it waits for no lock");
+	pthread_mutex_unlock(&b.v->lock);
+	finish(&b, io);
+	orc_vcpu_free(voice);
+	orc_fleet_free(fleet);
 }
 
 static void *stop(void *argument)
@@ -242,11 +295,7 @@ static void stopping_waits_for_what_is_in_flight(void)
 	struct holder h = {.io = io_new()};
 	pthread_t thread;
 
-	guest_begin(&g, NULL);
-	s = slow_new(&g);
-	wire(&b, &g, &s->virtio, RINGS);
-	CHECK(!orc_io_attach(h.io, b.v));
-	drive(&b, 0);
+	s = with_slow(&b, &g, h.io, 0);
 	for (uint16_t i = 0; i < SIZE; i++)
 		request(&b, 0, i, DATA, 16, W);
 	await_count(&s->taken, SIZE);
@@ -258,9 +307,7 @@ static void stopping_waits_for_what_is_in_flight(void)
 	}
 	join(thread);
 	CHECK(h.held);
-	unwire(&b);
-	orc_io_free(h.io);
-	guest_end(&g);
+	finish(&b, h.io);
 }
 
 static void a_device_that_waits_is_served_again_after_its_callback(void)
@@ -271,11 +318,7 @@ static void a_device_that_waits_is_served_again_after_its_callback(void)
 	orc_io *io = io_new();
 	unsigned done = 0;
 
-	guest_begin(&g, NULL);
-	s = slow_new(&g);
-	wire(&b, &g, &s->virtio, RINGS);
-	CHECK(!orc_io_attach(io, b.v));
-	drive(&b, 0);
+	s = with_slow(&b, &g, io, 0);
 	for (uint16_t i = 0; i < SIZE; i++)
 		request(&b, 0, i, DATA, 16, W);
 	await_count(&s->taken, SIZE); /* it is full, and waits */
@@ -288,10 +331,7 @@ static void a_device_that_waits_is_served_again_after_its_callback(void)
 	}
 	for (int i = 0; i < SIZE; i++)
 		notify(s->virtio.watched);
-	orc_io_stop(io);
-	unwire(&b);
-	orc_io_free(io);
-	guest_end(&g);
+	finish(&b, io);
 }
 
 static void a_reset_waits_for_requests_that_end_on_the_io_thread(void)
@@ -302,11 +342,7 @@ static void a_reset_waits_for_requests_that_end_on_the_io_thread(void)
 	orc_io *io = io_new();
 	orc_ns deadline = orc_now() + PATIENCE;
 
-	guest_begin(&g, NULL);
-	s = slow_new(&g);
-	wire(&b, &g, &s->virtio, RINGS);
-	CHECK(!orc_io_attach(io, b.v));
-	drive(&b, 0);
+	s = with_slow(&b, &g, io, 0);
 	request(&b, 0, 0, DATA, 16, W);
 	await_count(&s->taken, 1);
 	put(b.v, VIRTIO_PCI_COMMON_STATUS, 1, 0);
@@ -317,10 +353,71 @@ static void a_reset_waits_for_requests_that_end_on_the_io_thread(void)
 		sched_yield();
 	}
 	CHECK(!b.d[0].used->idx && !is_readable(b.vector[0]));
-	orc_io_stop(io);
-	unwire(&b);
-	orc_io_free(io);
-	guest_end(&g);
+	finish(&b, io);
+}
+
+static void a_device_that_is_no_bus_master_takes_nothing_and_goes_on_when_it_is_one(void)
+{
+	struct guest g;
+	struct bench b;
+	struct slow *s;
+	orc_io *io = io_new();
+
+	s = with_slow(&b, &g, io, 0);
+	orc_virtio_set_master(b.v, false);
+	request(&b, 0, 0, DATA, 16, W);
+	notify(b.kick[0]);
+	orc_io_hold(io); /* it has looked at the notification */
+	orc_io_let_go(io);
+	CHECK(!s->taken);
+	CHECK(!mprotect(g.host, g.size, PROT_NONE), "not a word of memory is read");
+	notify(b.kick[0]);
+	orc_io_hold(io);
+	orc_io_let_go(io);
+	CHECK(!mprotect(g.host, g.size, PROT_READ | PROT_WRITE));
+	orc_virtio_set_master(b.v, true);
+	await_count(&s->taken, 1);
+	notify(s->virtio.watched);
+	CHECK(!await_used(&b, 0).id && !(get(b.v, VIRTIO_PCI_COMMON_STATUS, 1) & NEEDS_RESET));
+	finish(&b, io);
+}
+
+static void a_device_that_loses_the_bus_with_requests_in_flight_writes_nothing_and_needs_a_reset(void)
+{
+	struct guest g;
+	struct bench b;
+	struct slow *s;
+	struct orc_virtio_counters c;
+	orc_io *io = io_new();
+	orc_ns deadline = orc_now() + PATIENCE;
+
+	s = with_slow(&b, &g, io, 0);
+	request(&b, 0, 0, DATA, 16, W);
+	await_count(&s->taken, 1);
+	CHECK(!mprotect(g.host, g.size, PROT_NONE));
+	orc_virtio_set_master(b.v, false);
+	notify(s->virtio.watched);
+	while (orc_virtio_outstanding(b.v)) {
+		CHECK(orc_now() < deadline);
+		sched_yield();
+	}
+	CHECK(!mprotect(g.host, g.size, PROT_READ | PROT_WRITE));
+	orc_virtio_set_master(b.v, true);
+	orc_virtio_look(b.v, &c);
+	CHECK(c.status & NEEDS_RESET && c.error == ORC_QUEUE_CUT_OFF && !b.d[0].used->idx);
+	CHECK(is_readable(b.vector[1]), "the driver is told");
+	request(&b, 0, 1, DATA, 16, W);
+	orc_io_hold(io);
+	orc_io_let_go(io);
+	CHECK(s->taken == 1);
+	b.d[0] = driver_at(&g, RINGS, SIZE);
+	memset(at(&g, RINGS), 0, 0x1000);
+	drive(&b, 0);
+	request(&b, 0, 2, DATA, 16, W);
+	await_count(&s->taken, 2);
+	notify(s->virtio.watched);
+	CHECK(await_used(&b, 0).id == 2, "after a reset all is well");
+	finish(&b, io);
 }
 
 static void after_stop_no_guest_memory_is_touched_whoever_notifies(void)
@@ -495,9 +592,12 @@ const struct test io_tests[] = {
 	TEST(a_write_to_the_notify_register_that_reaches_the_device_counts_too),
 	TEST(a_busy_device_keeps_no_other_from_its_turn_and_nobody_from_holding),
 	TEST(holding_waits_for_what_is_in_flight_and_keeps_notifications),
+	TEST(whoever_does_not_wait_for_a_hold_is_told_when_nothing_is_in_flight),
 	TEST(stopping_waits_for_what_is_in_flight),
 	TEST(a_device_that_waits_is_served_again_after_its_callback),
 	TEST(a_reset_waits_for_requests_that_end_on_the_io_thread),
+	TEST(a_device_that_is_no_bus_master_takes_nothing_and_goes_on_when_it_is_one),
+	TEST(a_device_that_loses_the_bus_with_requests_in_flight_writes_nothing_and_needs_a_reset),
 	TEST(after_stop_no_guest_memory_is_touched_whoever_notifies),
 	TEST(devices_come_and_go_while_others_are_served),
 	TEST(a_guest_its_owner_and_its_user_are_at_a_device_at_the_same_time),

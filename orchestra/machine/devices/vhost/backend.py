@@ -75,7 +75,7 @@ class BackEnd:
         self._drain = False
         self._holds = {"start"}
         self._rests = True  # nothing is lent, and nothing will be while it is held
-        self._quiet: list[Callable[[], object]] = []
+        self._told: list[Callable[[], object]] = []
         self._stopping = self._over = self._ready = False
         self._problem: OrchestraError | None = None
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -117,15 +117,21 @@ class BackEnd:
             self._holds.add(reason)
         self.look()
 
-    def when_quiet(self, call: Callable[[], object]) -> None:
+    def when_still(self, call: Callable[[], object]) -> None:
         """While it is held: call that, on the thread or on this one, once the queues are back."""
         with self._changed:
             over = self._over
             if not over:
-                self._quiet.append(call)
+                self._told.append(call)
         if over:
             call()
         self.look()
+
+    @property
+    def is_still(self) -> bool:
+        """While it is held: whether the queues are back."""
+        with self._changed:
+            return self._rests or self._over
 
     def let_go(self, reason: str) -> None:
         """That hold is over. Nothing if there was none."""
@@ -216,8 +222,8 @@ class BackEnd:
 
     def _come_to_rest(self) -> None:
         with self._changed:
-            quiet, self._quiet = self._quiet, []
-        for call in quiet:
+            told, self._told = self._told, []
+        for call in told:
             call()
 
     # ---- its end

@@ -85,8 +85,13 @@ class VhostUserDevice(VirtioFunction[SpecT]):
         features = self._back_end.features & (self.FEATURES | RING_FEATURES)
         return lib.orc_virtio_lent_new(self._ram.guest, self.TYPE, queues, QUEUE, features, config, len(config))
 
-    def write(self, offset: int, size: int, value: int) -> None:
-        super().write(offset, size, value)
+    @property
+    def outstanding(self) -> int | None:
+        """How many of its requests are in flight. None: some may be, until the back-end has given the queues back."""
+        return 0 if self._back_end.is_still else None
+
+    def interrupts_changed(self) -> None:
+        super().interrupts_changed()
         self._back_end.look()
 
     def reset(self) -> None:

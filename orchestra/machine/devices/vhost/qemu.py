@@ -18,7 +18,7 @@ from typing import Final
 from ....model.disk import Disk
 from ....model.errors import BackendUnavailable, FileError, OrchestraError
 from ....native import ffi, lib
-from ..disk import QCOW2, check_file, head_of
+from ..disk import QCOW2, look_at
 from .backend import Connection
 from .daemon import Daemon
 
@@ -79,8 +79,8 @@ def connect(disk: Disk) -> Connection:
         BackendUnavailable: the daemon is not installed.
         ResourceLimit: the host has no more of what that takes.
     """
-    path, block_device = program(), check_file(disk.path, readonly=disk.readonly)
-    if head_of(disk.path) != QCOW2:
+    path, (block_device, head) = program(), look_at(disk.path, readonly=disk.readonly)
+    if head != QCOW2:
         raise FileError(
             f"{disk.path}: is no qcow2 image: make one with `qemu-img create -f qcow2 {disk.path} 10G`, or leave "
             'format="qcow2" out for a raw image'
