@@ -54,7 +54,7 @@ from .model.actions import (
 from .model.chipset import PciHostBridge
 from .model.codec import CodecError, decode, encode, from_document, to_document
 from .model.devices import DebugConsole, DeviceSpec, Digest, Doorbell, ExitPort, Line, Serial, Wiring
-from .model.disk import Disk, IoLimit
+from .model.disk import Disk
 from .model.errors import (
     BackendUnavailable,
     BusLockUnsupported,

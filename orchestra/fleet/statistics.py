@@ -120,6 +120,7 @@ class TenantState:
 
     tenant: Tenant
     budgets: Budgets
+    io: IoBudget = attrs.field(factory=IoBudget)
     live: int = 0
     gone: Totals = attrs.field(factory=Totals)
 

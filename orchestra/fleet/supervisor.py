@@ -15,7 +15,7 @@ from ..machine.control import VmControl
 from ..machine.desired import Desired
 from ..machine.devices.bus import Device
 from ..machine.vm import make_vm
-from ..model.actions import Action, Outcome, SetLimit, State, Stopped, Throttle, Unthrottle
+from ..model.actions import Action, Outcome, SetIoLimit, SetLimit, State, Stopped, Throttle, Unthrottle
 from ..model.errors import SpecError, StateError, UnknownVm, VmExists
 from ..model.spec import Meter, VmSpec
 from .executor import FleetExecutor
@@ -103,6 +103,13 @@ class Supervisor:
             if placed.meter is Meter.BUS_LOCKS:
                 field = "limit" if placed.vcpu is None else "vcpu_limit"
                 context.executor.check_seen(placed.limits.in_force, f"vm {spec.name!r}: {field}")
+        for name, disk in spec.disks.items():
+            if disk.io_group is not None and disk.io_group not in context.tenancy.io_groups:
+                known = ", ".join(sorted(context.tenancy.io_groups)) or "none"
+                raise SpecError(
+                    f"vm {spec.name!r}, disk {name!r}: io_group={disk.io_group!r}: this fleet has no such group of disks; "
+                    f"there are: {known} (`io_groups` of open_fleet)"
+                )
         context.backend.check(desired.spec(spec))
         previous = self.controls.get(spec.name)
         if previous is not None and previous.outcome is None:
@@ -153,6 +160,9 @@ class Supervisor:
             context.executor.given(vm.budgets, "spec", vm=vm.name, generation=vm.generation)
             for index, budgets in enumerate(vm.vcpu_budgets):
                 context.executor.given(budgets, "spec", vm=vm.name, vcpu=index, generation=vm.generation)
+            for disk, port in vm.disks.ports.items():
+                own = port.budgets[0]
+                context.executor.given_io(own, "spec", vm=vm.name, disk=disk, generation=vm.generation)
             for action, by in held:  # before any other action about this VM is journaled
                 context.did(action, by)
             await vm.runs.supervise(task_status=task_status)
@@ -177,7 +187,7 @@ class Supervisor:
         """How many VMs an action affects: one, those of a tenant, or all."""
         if action.vm is not None:
             return 1
-        tenant = action.tenant if isinstance(action, Throttle | Unthrottle | SetLimit) else None
+        tenant = action.tenant if isinstance(action, Throttle | Unthrottle | SetLimit | SetIoLimit) else None
         if tenant is None:
             return self.live
         state = self._context.tenancy.states.get(tenant)

@@ -67,7 +67,7 @@ class ActionRow:
         None: the row is no such limit.
         """
         by = self.evidence.get("given")
-        return str(by) if by is not None and self.kind == "SetLimit" and self.policy is None else None
+        return str(by) if by is not None and self.kind in ("SetLimit", "SetIoLimit") and self.policy is None else None
 
 
 @attrs.frozen

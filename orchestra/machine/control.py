@@ -26,6 +26,7 @@ from .context import REFUSED, InstanceContext
 from .desired import UNLIMITED, Desired, PlacedLimits
 from .devices.bus import Device, Handler
 from .devices.console import Console
+from .disks import VmDisks
 from .inspection import Inspection, check_vcpu
 from .instance import Instance
 from .lifecycle import state_of
@@ -52,6 +53,7 @@ class VmControl:
         wanted: what is desired of the VM, without its limits: each budget has its own part of the record. `desired` is
             the whole record.
         samples: the instructions that locked the bus, in all runs.
+        disks: the disks, with their limits.
         inspection: what can be read of the VM.
         runs: the VM's task, its present run, and the figures of all runs.
         was_capped: whether the VM ever had a CPU cap.
@@ -92,6 +94,7 @@ class VmControl:
         )
         self.wanted = attrs.evolve(desired, limits=())
         self._released = False
+        self.disks = VmDisks(self, tenant)
         self.inspection = Inspection(self)
         self.runs = Runs(context, self, [(*above, self.budgets, budgets) for budgets in self.vcpu_budgets])
 
@@ -242,6 +245,7 @@ class VmControl:
         for budgets in (self.budgets, *self.vcpu_budgets):
             for budget in budgets.values():
                 budget.close()
+        self.disks.close()
 
     # ---- limits, caps, isolation
 

@@ -30,6 +30,7 @@ from .cores import Cores
 from .desired import Desired
 from .devices.assembly import Assembly
 from .devices.buses import Buses
+from .devices.peripheral import DiskPort
 from .lifecycle import Event, Lifecycle
 from .pause_levels import Level, PauseLevels
 from .pausing import Pausing
@@ -83,7 +84,7 @@ class Instance:
         )
         self.calls = Calls(self._knock, context.post, self._hurried)
         caps = make_caps(context, spec.name, self._cores, self.calls.ask, self._post, owner.on_cap_failed)
-        self.restraint = Restraint(context, spec.name, self.life, self.vcpus, caps)
+        self.restraint = Restraint(self, caps)
         self.pausing = Pausing(self, caps)
         self._owner = owner
         self._caps = caps
@@ -300,9 +301,13 @@ class Instance:
     def machine(self) -> Machine:
         return self._machine
 
-    def answer_buckets(self) -> Sequence[Charged]:
+    def device_buckets(self, meter: Meter) -> Sequence[Charged]:
         """What the work of its devices is charged to, as the accesses of its vCPUs are: all levels but the vCPU's."""
-        return above(self.context.core.shared, self._levels[0][:3], Meter.ANSWERS)
+        return above(self.context.core.shared, self._levels[0][:3], meter)
+
+    def disk(self, number: int) -> DiskPort:
+        """What the VM's first, second or later disk has beside its runs."""
+        return self._owner.disks.of_number(number)
 
     # ---- called by runners, on their threads
 

@@ -21,6 +21,7 @@ from .control import VmControl
 from .desired import Desired
 from .devices.bus import Device
 from .devices.requests import Requests
+from .disks import Disks, VmDisk
 from .statistics import VcpuStatistics, VmStatistics
 
 __all__ = ["VcpuStatistics", "Vm", "VmStatistics", "make_vm"]
@@ -38,6 +39,7 @@ class Vm:
         name, tenant: the VM's name, and the tenant to whom it belongs.
         generation: the VM's number in the fleet, which no other VM ever has (an action's `generation`).
         console: what the guest writes, and what you type for it.
+        disks: the disks by name: their limits and statistics.
     """
 
     def __init__(self, control: VmControl) -> None:
@@ -46,6 +48,7 @@ class Vm:
         self.tenant = control.tenant
         self.generation = control.generation
         self.console = control.console
+        self.disks: Mapping[str, VmDisk] = Disks(control.disks, control.context, control.name)
         self._control = control
 
     # ---- state

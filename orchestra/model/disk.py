@@ -1,56 +1,23 @@
-"""A disk: which file has its bytes, and how fast they may go."""
+"""A disk: which file has its bytes, its name, and how fast it may be."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from typing import ClassVar, Final
 
 import attrs
 
-from .checks import fail, number
+from .checks import fail
 from .devices import DeviceSpec, Wiring
 from .errors import SpecError
+from .iolimit import IoLimit, optional_io_limit
 from .virtio import function
 
-__all__ = ["Disk", "IoLimit"]
+__all__ = ["Disk", "disks_of"]
 
-MOST_BURST: Final = 1e9
-"""Operations or sectors that a bucket of the core can give at once."""
-
-
-@attrs.frozen
-class IoLimit:
-    """How fast a disk may be: requests that go faster wait, in their order.
-
-    Parameters:
-        operations: requests per second, of any kind; None: no limit.
-        bytes: bytes per second that are read, written or zeroed; None: no limit. At least 512, a sector.
-        burst: seconds' worth of both that may go at once after a rest; at least one request or sector may.
-    """
-
-    operations: float | None = None
-    bytes: float | None = None
-    burst: float = 1.0
-
-    def __attrs_post_init__(self) -> None:
-        for name, least, most in (("operations", 0.0, 1e9), ("bytes", 512.0, 512e9)):
-            value = getattr(self, name)
-            if value is not None and (not least <= number(name, value) <= most or not value):
-                raise fail(name, value, f"must be from {least:g} to {most:g} a second, or None for no limit")
-        if self.operations is None and self.bytes is None:
-            raise SpecError("operations=None, bytes=None: give one of them, or no io_limit")
-        if not 0 <= number("burst", self.burst) <= 3600:
-            raise fail("burst", self.burst, "must be from 0 to 3600 seconds")
-
-    def buckets(self) -> tuple[tuple[float, float] | None, tuple[float, float] | None]:
-        """Rate and burst of the core's two buckets, in operations and in sectors of 512 bytes."""
-        return (
-            None if self.operations is None else self._bucket(self.operations),
-            None if self.bytes is None else self._bucket(self.bytes / 512),
-        )
-
-    def _bucket(self, rate: float) -> tuple[float, float]:
-        # 1 more: a bucket counts what has been done, and a request waits before (native/virtio.h).
-        return rate, min(max(1.0, rate * self.burst) + 1, MOST_BURST)
+NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+LETTERS: Final = 26
 
 
 @attrs.frozen
@@ -64,7 +31,10 @@ class Disk(DeviceSpec):
         readonly: the guest can't write.
         direct: past the host's page cache (``O_DIRECT``).
         base: a raw image that many disks may share and none changes. Blocks that the guest writes go to `path`.
-        io_limit: how fast it may be.
+        io_limit: how fast it may be; None: as fast as the host's. `Vm.disks` changes it while the VM runs.
+        io_group: the group of disks that share a limit: one of `FleetSpec.io_groups`. None: none.
+        name: unique among the disks of its VM (`Vm.disks`). None: the name that Linux gives it: "vda", "vdb" and so on,
+            by its place among the disks.
     """
 
     implementation: ClassVar[str] = "orchestra.machine.devices.disk:DiskDevice"
@@ -74,6 +44,8 @@ class Disk(DeviceSpec):
     direct: bool = False
     base: str | None = None
     io_limit: IoLimit | None = None
+    io_group: str | None = None
+    name: str | None = None
 
     def __attrs_post_init__(self) -> None:
         for name, value in (("path", self.path), *([("base", self.base)] if self.base is not None else [])):
@@ -86,8 +58,38 @@ class Disk(DeviceSpec):
             raise SpecError("direct=True: a disk with a base goes through the page cache: leave one of them out")
         if self.base is not None and self.base == self.path:
             raise fail("base", self.base, "must be another file than path, which is written")
-        if not isinstance(self.io_limit, IoLimit | None):
-            raise fail("io_limit", self.io_limit, "must be an IoLimit, such as IoLimit(operations=1000), or None")
+        optional_io_limit("io_limit", self.io_limit)
+        for name in ("io_group", "name"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, str) and NAME.fullmatch(value)):
+                raise fail(name, value, "must be 1 to 64 letters, digits, '.', '_' or '-', or None")
 
     def wiring(self) -> Wiring:
         return Wiring(pci=function(2, 0x010000, queues=1, config_size=60))  # a storage controller: SCSI, as others say
+
+
+def disks_of(devices: Iterable[DeviceSpec]) -> dict[str, Disk]:
+    """The disks among some devices, by name, in their order.
+
+    Raises:
+        SpecError: two of them have one name.
+    """
+    found: dict[str, Disk] = {}
+    for number, disk in enumerate(device for device in devices if isinstance(device, Disk)):
+        name = disk.name or _name_in_linux(number)
+        if name in found:
+            raise SpecError(
+                f"devices: disks {found[name].path!r} and {disk.path!r} are both named {name!r}: give each another name"
+            )
+        found[name] = disk
+    return found
+
+
+def _name_in_linux(number: int) -> str:
+    """As drivers/scsi/sd.c names disks, and drivers/block/virtio_blk.c likewise: vda to vdz, vdaa, and so on."""
+    letters = ""
+    number += 1
+    while number:
+        number, letter = divmod(number - 1, LETTERS)
+        letters = chr(ord("a") + letter) + letters
+    return f"vd{letters}"

@@ -7,7 +7,7 @@
 #include "core.h"
 
 /* `size` bytes of the access are answered, or `count` whole elements. */
-static void advance(struct orc_io *io, uint32_t size, uint32_t count)
+static void advance(struct orc_pending *io, uint32_t size, uint32_t count)
 {
 	if (size == io->size) {
 		io->done += count;
@@ -38,7 +38,7 @@ static uint32_t aligned_piece(orc_u64 address, uint32_t most)
 /* The next piece of the access: answers it, or sets v->access and returns that Python is to. */
 static bool go_on(orc_vcpu *v, const struct orc_table *t)
 {
-	struct orc_io *io = &v->io;
+	struct orc_pending *io = &v->io;
 	orc_u64 address = io->address + io->byte, last;
 	const struct orc_claim *claim = orc_table_find(t, address, &last);
 	uint8_t *data = io->data + (size_t)io->done * io->size + io->byte;
@@ -75,7 +75,7 @@ static bool go_on(orc_vcpu *v, const struct orc_table *t)
 
 bool orc_access_next(orc_vcpu *v)
 {
-	struct orc_io *io = &v->io;
+	struct orc_pending *io = &v->io;
 	struct orc_reader *r = io->why == ORC_IO ? &v->on_ports : &v->on_mmio;
 	const struct orc_table *t;
 	bool python = false;
@@ -101,7 +101,7 @@ bool orc_access_next(orc_vcpu *v)
 
 void orc_access_abandon(orc_vcpu *v)
 {
-	struct orc_io *io = &v->io;
+	struct orc_pending *io = &v->io;
 	size_t answered = (size_t)io->done * io->size + io->byte;
 
 	if (io->open && !io->write)
@@ -118,7 +118,7 @@ enum orc_why orc_access_up(orc_vcpu *v)
 enum orc_why orc_access_begin(orc_vcpu *v, enum orc_why why, orc_u64 address, uint32_t size, uint32_t count, bool write,
 			      void *data)
 {
-	v->io = (struct orc_io){.why = why, .open = true, .address = address, .size = size, .count = count, .write = write,
+	v->io = (struct orc_pending){.why = why, .open = true, .address = address, .size = size, .count = count, .write = write,
 				.data = data};
 	v->access.count = 0;
 	return orc_access_next(v) ? orc_access_up(v) : ORC_ANSWERED;

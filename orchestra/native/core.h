@@ -104,7 +104,7 @@ struct orc_reader {
 };
 
 /* The access that the guest waits for, as it made it; v->access is the piece of it that Python is to answer. Runner. */
-struct orc_io {
+struct orc_pending {
 	enum orc_why why; /* which bus: ORC_IO or ORC_MMIO */
 	bool open;        /* it is not answered yet */
 	bool write, nobody; /* a part of it found nobody */
@@ -166,7 +166,7 @@ struct orc_vcpu {
 	uint32_t dirty_ring;
 	orc_emulator *emulator;
 	struct orc_reader on_ports, on_mmio;
-	struct orc_io io;
+	struct orc_pending io;
 	struct orc_access access;
 	struct orc_ask ask;
 	struct orc_record record;

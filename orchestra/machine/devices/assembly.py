@@ -12,7 +12,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from threading import RLock
 from typing import Any, Final, Protocol, runtime_checkable
@@ -26,8 +27,9 @@ from ...backend.wiring import InterruptLine, InterruptPulse
 from ...model import platform
 from ...model.actions import Outcome
 from ...model.devices import DeviceSpec, Wiring
+from ...model.disk import Disk
 from ...model.errors import GuestMemoryError, SpecError, StateError
-from ...model.spec import VmSpec
+from ...model.spec import Meter, VmSpec
 from ...native import ffi, lib
 from ...native.core import Charged
 from ..contain import contained, in_device
@@ -35,9 +37,10 @@ from ..pacer import Pacer
 from .bridge import ConfigPorts
 from .bus import Bus
 from .console import Console
+from .disk import DiskDevice
 from .io import IoThread
 from .pci import OnBus, PciHost
-from .peripheral import NOWHERE, Hooks, implementation
+from .peripheral import NOWHERE, DiskPort, Hooks, implementation
 from .service import Plugged, Service, taken
 
 __all__ = ["Assembly", "Board", "Dma"]
@@ -55,8 +58,11 @@ class Board(Protocol):
 
     def now(self) -> int: ...
     def end(self, outcome: Outcome) -> None: ...
-    def answer_buckets(self) -> Sequence[Charged]:
+    def device_buckets(self, meter: Meter) -> Sequence[Charged]:
         """What the work of the VM's devices is charged to, from the widest to the narrowest."""
+
+    def disk(self, number: int) -> DiskPort:
+        """What the VM's first, second or later disk has beside its runs."""
 
 
 @runtime_checkable
@@ -137,9 +143,10 @@ class Assembly:
             raise StateError(f"vm {board.spec.name!r}: {len(states)} states for {len(specs)} devices")
         self._board, self._machine, self._console = board, machine, console
         whose = board.spec.tenant or "default", board.spec.name
-        self._service = Service(whose, board.now, board.end, board.answer_buckets(), in_turn, pacer, post)
+        self._service = Service(whose, board.now, board.end, board.device_buckets(Meter.ANSWERS), in_turn, pacer, post)
         self._service.going_on = states is not None
         self._makes: Plugged | None = None
+        self._disks = 0  # that were plugged so far
         self._io: IoThread | None = None
         self._bus, self._guest = self._pci_bus(specs)
         self._slots = iter(self._bus.slots if self._bus is not None else ())
@@ -176,7 +183,8 @@ class Assembly:
         """Start the I/O thread, held, if a device needs it."""
         served = [plugged.device for plugged in self.plugged if isinstance(plugged.device, Served)]
         if served:
-            self._io = IoThread(self._board.spec.name, self._machine.engines[0].core.handle)
+            voice, exits = self._machine.engines[0].core.handle, self._board.device_buckets(Meter.EXITS)
+            self._io = IoThread(self._board.spec.name, voice, exits)
             for device in served:
                 device.attach(self._io)
 
@@ -184,7 +192,7 @@ class Assembly:
         kind, wiring, lock = implementation(spec), spec.wiring(), RLock()
         name = f"{type(spec).__name__} at {_where(wiring)}"
         plugged = self._makes = Plugged(name, None, lock, wiring)  # type: ignore[arg-type]  # in a moment
-        hooks = self._hooks(plugged)
+        hooks = self._hooks(plugged, self._disk_port(spec))
         with in_device():
             plugged.device = kind(spec, hooks) if state is None else kind.from_state(spec, hooks, state)
         self._makes = None
@@ -203,7 +211,13 @@ class Assembly:
                 raise SpecError(f"{kind.__name__} is on the PCI bus: it must define interrupts_changed()")
             hooks.slot.plug(plugged.device, lock, hooks.bells)
 
-    def _hooks(self, plugged: Plugged) -> Hooks:
+    def _disk_port(self, spec: DeviceSpec) -> DiskPort | None:
+        if not isinstance(spec, Disk):
+            return None
+        self._disks += 1
+        return self._board.disk(self._disks - 1)
+
+    def _hooks(self, plugged: Plugged, disk: DiskPort | None) -> Hooks:
         wires, wiring = self._machine.wires, plugged.wiring
         line = wiring.line
         level: InterruptLine = NOWHERE
@@ -231,6 +245,7 @@ class Assembly:
             bells=tuple(wires.bell() for _ in bells) if wires is not None else (),
             bus=self._bus if wiring.hosts_pci else None,
             guest=self._guest,
+            disk=disk,
         )
 
     # ---- rings and expiries
@@ -306,6 +321,22 @@ class Assembly:
     def has_queues(self) -> bool:
         """Whether there is an I/O thread, so that `end_queues` may take long."""
         return self._io is not None
+
+    def cap_io(self, fleet: Any, share: float | None) -> None:
+        """Let the I/O thread use this share of a CPU (`IoThread.cap`). For the fleet's thread."""
+        if self._io is not None:
+            self._io.cap(fleet, share)
+
+    @contextmanager
+    def io_threads(self) -> Iterator[list[int]]:
+        """A block that gives the kernel's numbers of the threads that work for the guest and are none of its vCPUs. They
+        do not end within the block."""
+        if self._io is None:
+            yield []
+            return
+        with self._io.living() as thread:
+            disks = [plugged.device.thread for plugged in self.plugged if isinstance(plugged.device, DiskDevice)]
+            yield [] if thread is None else [thread, *(one for one in disks if one)]
 
     def end_queues(self) -> None:
         """End the I/O thread, which first waits for all requests in flight. The guest has ended. Any thread."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pkgutil import resolve_name
 from typing import Any, ClassVar, Final, Generic, Protocol, TypeVar
 
@@ -18,7 +18,7 @@ from .console import Console
 from .pci import PciHost, Slot
 from .timers import Timer
 
-__all__ = ["NOWHERE", "Hooks", "Memory", "Peripheral", "implementation"]
+__all__ = ["NOWHERE", "DiskPort", "Hooks", "Memory", "Peripheral", "implementation"]
 
 SpecT = TypeVar("SpecT", bound=DeviceSpec)
 StateT = TypeVar("StateT")
@@ -48,6 +48,17 @@ class Nowhere:
 NOWHERE: Final = Nowhere()
 
 
+class DiskPort(Protocol):
+    """What a disk has beside its runs (`machine.disks`). Any thread."""
+
+    @property
+    def budgets(self) -> Sequence[Any]:
+        """What it is limited by, from the narrowest to the widest; None: there is nothing at that level."""
+
+    def plugged(self, device: Any) -> None: ...
+    def unplugged(self, device: Any) -> None: ...
+
+
 @attrs.frozen(eq=False)
 class Hooks:
     """A device's surroundings. It has no other way to touch its machine.
@@ -65,6 +76,7 @@ class Hooks:
         bells: its doorbells there, as many as `PciFunction.bells`.
         bus: the PCI bus, for its host bridge.
         guest: the guest's memory for a device of the core (``orc_guest_memory *``); None: the VM has no PCI bus.
+        disk: its limits and figures, if it is a disk of a VM; None: it has no limits.
         interrupts: the irqchip's lines for a device of the core (``orc_interrupts *``); None: there are none.
     """
 
@@ -81,6 +93,7 @@ class Hooks:
     bells: tuple[Bell, ...] = ()
     bus: PciHost | None = None
     guest: Any = None
+    disk: DiskPort | None = None
 
 
 class Peripheral(ABC, Generic[SpecT, StateT]):
