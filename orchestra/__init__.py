@@ -21,10 +21,11 @@ from .fleet.open import open_fleet
 from .fleet.spec import FleetSpec
 from .fleet.statistics import FleetStatistics, TenantStatistics
 from .fleet.watch import Watch
-from .machine.desired import AskedCap, AskedLimit, Desired, LimitStack, PlacedLimits
+from .machine.desired import AskedCap, AskedIoLimit, AskedLimit, Desired, LimitStack, PlacedLimits
 from .machine.devices.bus import Device
 from .machine.devices.peripheral import Hooks, Peripheral
 from .machine.devices.requests import Request
+from .machine.disks import DiskStatistics, VmDisk
 from .machine.hostbudget import HostBudget, HostBudgetStatistics
 from .machine.pause_levels import PendingIo
 from .machine.vm import VcpuStatistics, Vm, VmStatistics
@@ -42,6 +43,7 @@ from .model.actions import (
     Rejoin,
     Reload,
     Resume,
+    SetIoLimit,
     SetLimit,
     Shutdown,
     State,
@@ -101,6 +103,7 @@ from .model.exits import (
     Wrmsr,
     Xen,
 )
+from .model.iolimit import IoLimit, TokenBucket
 from .model.journalspec import JournalSpec, JournalStatistics
 from .model.linux import LinuxBoot
 from .model.pci import Capability, PciFunction
@@ -157,6 +160,7 @@ __all__ = [
     "Adaptive",
     "Applied",
     "AskedCap",
+    "AskedIoLimit",
     "AskedLimit",
     "BackendUnavailable",
     "BootSpec",
@@ -180,6 +184,7 @@ __all__ = [
     "Digest",
     "DirtyRingFull",
     "Disk",
+    "DiskStatistics",
     "Doorbell",
     "EmulatedBackend",
     "Evict",
@@ -263,6 +268,7 @@ __all__ = [
     "ScriptedBackend",
     "ScriptedExit",
     "Serial",
+    "SetIoLimit",
     "SetLimit",
     "SetTpr",
     "Shutdown",
@@ -281,6 +287,7 @@ __all__ = [
     "TenantFacts",
     "TenantStatistics",
     "Throttle",
+    "TokenBucket",
     "TprAccess",
     "UnknownExit",
     "UnknownTenant",
@@ -290,6 +297,7 @@ __all__ = [
     "VcpuStatistics",
     "Verdict",
     "Vm",
+    "VmDisk",
     "VmExists",
     "VmFacts",
     "VmSpec",

@@ -301,7 +301,14 @@ class Here:
     def end(self, outcome: orc.Outcome) -> None:
         self.ended.append(outcome)
 
-    def answer_buckets(self) -> list[Charged]:
+    @property
+    def disks(self) -> Any:
+        return self
+
+    def of_number(self, number: int) -> None:
+        return None  # disks without limits
+
+    def device_buckets(self, meter: orc.Meter) -> list[Charged]:
         return []
 
 

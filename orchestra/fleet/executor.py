@@ -316,9 +316,7 @@ class FleetExecutor:
     def given_io(self, budget: IoBudget, by: str, **where: Any) -> None:
         """As `given`, of how fast disks may be. `where`: fields of `SetIoLimit`."""
         if self._records.recorder is not None and budget.base is not None:
-            given = SetIoLimit(
-                io_limit=budget.base, reason=f"given by {GIVERS[by]}", evidence={"given": by}, **where
-            )
+            given = SetIoLimit(io_limit=budget.base, reason=f"given by {GIVERS[by]}", evidence={"given": by}, **where)
             self._records.given(self._fleet.now(), given)
 
     def given(self, budgets: Budgets, by: str, **where: Any) -> None:

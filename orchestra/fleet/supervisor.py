@@ -107,8 +107,8 @@ class Supervisor:
             if disk.io_group is not None and disk.io_group not in context.tenancy.io_groups:
                 known = ", ".join(sorted(context.tenancy.io_groups)) or "none"
                 raise SpecError(
-                    f"vm {spec.name!r}, disk {name!r}: io_group={disk.io_group!r}: this fleet has no such group of disks; "
-                    f"there are: {known} (`io_groups` of open_fleet)"
+                    f"vm {spec.name!r}, disk {name!r}: io_group={disk.io_group!r}: this fleet has no such group; there "
+                    f"are: {known} (`io_groups` of open_fleet)"
                 )
         context.backend.check(desired.spec(spec))
         previous = self.controls.get(spec.name)

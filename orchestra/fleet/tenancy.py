@@ -80,7 +80,7 @@ class Tenancy:
             return self.state_of(tenant or DEFAULT_TENANT).io
         if group not in self.io_groups:
             known = ", ".join(sorted(self.io_groups)) or "none"
-            raise SpecError(f"io_group={group!r}: this fleet has no such group of disks; there are: {known} (io_groups)")
+            raise SpecError(f"io_group={group!r}: no such group of disks; there are: {known} (`io_groups`)")
         return self.io_groups[group]
 
     def tenants(self) -> dict[str, Tenant]:

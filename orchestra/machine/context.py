@@ -91,7 +91,7 @@ class Owner(Protocol):
 
     @property
     def disks(self) -> Any:
-        """The VM's disks (`VmDisks`)."""
+        """The VM's disks, as a run's devices see them (`DisksOfVm`)."""
 
     def on_pause_level(self, level: Level) -> None:
         """The run has reached that level of a pause."""

@@ -187,9 +187,7 @@ class Desired:
             for meter in Meter
             if (limit := getattr(spec, prefix + meter.field)) is not None
         ]
-        io = [
-            AskedIoLimit(None, disk.io_limit, name) for name, disk in spec.disks.items() if disk.io_limit is not None
-        ]
+        io = [AskedIoLimit(None, disk.io_limit, name) for name, disk in spec.disks.items() if disk.io_limit is not None]
         return cls(paused=paused, sample_every=spec.sample_every, limits=limits, io_limits=io)
 
     # ---- caps
@@ -220,9 +218,7 @@ class Desired:
     def with_io_limit(self, by: str | None, disk: str | None, io_limit: IoLimit | None) -> Desired:
         """This record, after `by` asks for that limit. None: `by` takes its limit back."""
         others = tuple(one for one in self.io_limits if (one.by, one.disk) != (by, disk))
-        return attrs.evolve(
-            self, io_limits=others if io_limit is None else (*others, AskedIoLimit(by, io_limit, disk))
-        )
+        return attrs.evolve(self, io_limits=others if io_limit is None else (*others, AskedIoLimit(by, io_limit, disk)))
 
     def check_for(self, spec: VmSpec) -> None:
         """Raises:

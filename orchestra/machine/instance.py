@@ -30,7 +30,6 @@ from .cores import Cores
 from .desired import Desired
 from .devices.assembly import Assembly
 from .devices.buses import Buses
-from .devices.peripheral import DiskPort
 from .lifecycle import Event, Lifecycle
 from .pause_levels import Level, PauseLevels
 from .pausing import Pausing
@@ -86,6 +85,7 @@ class Instance:
         caps = make_caps(context, spec.name, self._cores, self.calls.ask, self._post, owner.on_cap_failed)
         self.restraint = Restraint(self, caps)
         self.pausing = Pausing(self, caps)
+        self.disks = owner.disks
         self._owner = owner
         self._caps = caps
         self._levels = levels
@@ -304,10 +304,6 @@ class Instance:
     def device_buckets(self, meter: Meter) -> Sequence[Charged]:
         """What the work of its devices is charged to, as the accesses of its vCPUs are: all levels but the vCPU's."""
         return above(self.context.core.shared, self._levels[0][:3], meter)
-
-    def disk(self, number: int) -> DiskPort:
-        """What the VM's first, second or later disk has beside its runs."""
-        return self._owner.disks.of_number(number)
 
     # ---- called by runners, on their threads
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Protocol
 
 from ..host.control.caps import Caps, CgroupCaps, RunLoopCaps
@@ -37,7 +37,7 @@ class Restrained(Protocol):
     context: InstanceContext
     name: str
     life: Lifecycle
-    vcpus: Sequence[Vcpu]
+    vcpus: list[Vcpu]
     devices: Assembly | None
 
 
@@ -67,18 +67,15 @@ class Restraint:
         return 0 if self._run.life.has_ended else self.caps.held(index, now)
 
     def isolate(self, on: bool) -> None:
-        """Move the vCPUs' threads and the I/O threads to the quarantine CPUs, or (False) back to the CPUs of all others.
+        """Move the vCPUs' threads and the I/O thread to the quarantine CPUs, or (False) back to the CPUs of all others.
 
         Raises:
             StateError: the backend gives the run no threads.
             ResourceLimit: this host has no CPU to spare.
         """
-        devices = self._run.devices
-        with (
-            self._threads("isolate" if on else "let in") as threads,
-            nullcontext([]) if devices is None else devices.io_threads() as more,
-        ):
-            quarantine = self._run.context.quarantine
+        devices, quarantine = self._run.devices, self._run.context.quarantine
+        with self._threads("isolate" if on else "let in") as threads, ExitStack() as stack:
+            more = [] if devices is None else stack.enter_context(devices.io_threads())
             (quarantine.confine if on else quarantine.free)([*threads.values(), *more])
 
     @contextmanager

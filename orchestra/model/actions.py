@@ -232,7 +232,7 @@ class SetIoLimit:
         optional_io_limit("io_limit", self.io_limit)
         if [self.vm, self.group, self.tenant].count(None) != 2:
             raise SpecError(
-                f"vm={self.vm!r}, group={self.group!r}, tenant={self.tenant!r}: name one of them: whose disks are these?"
+                f"vm={self.vm!r}, group={self.group!r}, tenant={self.tenant!r}: name one of them, whose disks these are"
             )
         if self.vm is None and (self.disk is not None or self.generation is not None):
             raise SpecError(f"disk={self.disk!r}, generation={self.generation!r}: name its vm as well")

@@ -43,9 +43,16 @@ from .pci import OnBus, PciHost
 from .peripheral import NOWHERE, DiskPort, Hooks, implementation
 from .service import Plugged, Service, taken
 
-__all__ = ["Assembly", "Board", "Dma"]
+__all__ = ["Assembly", "Board", "DisksOfVm", "Dma"]
 
 log: Final = logging.getLogger("orchestra")
+
+
+class DisksOfVm(Protocol):
+    """The disks of a VM (`machine.disks`), as its runs see them."""
+
+    def of_number(self, number: int) -> DiskPort | None:
+        """What the VM's first, second or later disk has beside its runs."""
 
 
 class Board(Protocol):
@@ -55,14 +62,12 @@ class Board(Protocol):
     ports: Bus
     mmio: Bus
     memory: GuestMemory
+    disks: DisksOfVm
 
     def now(self) -> int: ...
     def end(self, outcome: Outcome) -> None: ...
     def device_buckets(self, meter: Meter) -> Sequence[Charged]:
         """What the work of the VM's devices is charged to, from the widest to the narrowest."""
-
-    def disk(self, number: int) -> DiskPort:
-        """What the VM's first, second or later disk has beside its runs."""
 
 
 @runtime_checkable
@@ -215,7 +220,7 @@ class Assembly:
         if not isinstance(spec, Disk):
             return None
         self._disks += 1
-        return self._board.disk(self._disks - 1)
+        return self._board.disks.of_number(self._disks - 1)
 
     def _hooks(self, plugged: Plugged, disk: DiskPort | None) -> Hooks:
         wires, wiring = self._machine.wires, plugged.wiring
@@ -329,8 +334,8 @@ class Assembly:
 
     @contextmanager
     def io_threads(self) -> Iterator[list[int]]:
-        """A block that gives the kernel's numbers of the threads that work for the guest and are none of its vCPUs. They
-        do not end within the block."""
+        """A block that gives the kernel's numbers of the threads that work for the guest and are none of its vCPUs. No
+        such thread ends within the block."""
         if self._io is None:
             yield []
             return
