@@ -190,7 +190,7 @@ def initrd(script: str = "", files: Mapping[str, bytes] | None = None) -> bytes:
     program = busybox().read_bytes()
     names = (
         *("sh", "mount", "umount", "setsid", "poweroff", "reboot", "cat", "uname", "grep", "ls", "nproc", "dmesg"),
-        *("insmod", "head", "od", "dd", "md5sum", "sync", "mkdir"),
+        *("insmod", "head", "od", "dd", "md5sum", "sync", "mkdir", "sleep"),
     )
     return cpio(
         {

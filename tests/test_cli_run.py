@@ -449,13 +449,28 @@ def test_a_guest_that_does_not_power_off_is_stopped_and_that_is_said(monkeypatch
         ("root.img,ro", orc.Disk("root.img", readonly=True)),
         ("own.img,base=root.img", orc.Disk("own.img", base="root.img")),
         ("/dev/sdb,direct", orc.Disk("/dev/sdb", direct=True)),
+        ("root.img,iops=500", orc.Disk("root.img", io_limit=orc.IoLimit(operations=500))),
+        ("root.img,bw=1M,iops=5,ro", orc.Disk("root.img", readonly=True, io_limit=orc.IoLimit(5, orc.MiB))),
     ],
 )
 def test_a_disk_is_what_its_words_say(text, disk):
     assert parse_disk(text) == disk
 
 
-@pytest.mark.parametrize("text", ["root.img,rw", "root.img,base=", "root.img,ro=1", ",ro", "root.img,,ro"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "root.img,rw",
+        "root.img,base=",
+        "root.img,ro=1",
+        ",ro",
+        "root.img,,ro",
+        "root.img,iops=",
+        "root.img,iops=many",
+        "root.img,bw=3",
+        "root.img,iops=0",
+    ],
+)
 def test_a_disk_with_other_words_is_refused(text):
     with pytest.raises(orc.SpecError):
         parse_disk(text)

@@ -114,7 +114,10 @@ def run(
     ] = None,
     disk: Annotated[
         list[str] | None,
-        _option("a disk of a kernel: /dev/vda, the next one /dev/vdb, ...", metavar="FILE[,ro][,direct][,base=FILE]"),
+        _option(
+            "a disk of a kernel: /dev/vda, the next one /dev/vdb, ...",
+            metavar="FILE[,ro][,direct][,base=FILE][,iops=N][,bw=SIZE]",
+        ),
     ] = None,
     mode: Annotated[Literal[16, 32, 64] | None, _option("the CPU mode that it is entered in (default: 16)")] = None,
     load: Annotated[int | None, _option("address of its first byte (default: 0x1000)", parse_size, "ADDR")] = None,

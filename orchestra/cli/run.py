@@ -24,9 +24,11 @@ from ..model.chipset import AcpiRegisters
 from ..model.codec import encode
 from ..model.disk import Disk
 from ..model.errors import FileError, SpecError, StateError
+from ..model.iolimit import IoLimit
 from ..model.journalspec import JournalSpec
 from ..model.spec import VmSpec
 from ..output.keys import key_name
+from ..output.numbers import parse_size
 from .interrupts import until_interrupted
 from .terminal import Terminal, type_from
 
@@ -75,13 +77,15 @@ def read_image(path: Path, memory: int, load: int) -> bytes:
 
 
 def parse_disk(text: str) -> Disk:
-    """A disk as ``--disk`` names it: FILE[,ro][,direct][,base=FILE]. A file whose name has a comma needs Python.
+    """A disk as ``--disk`` names it: FILE[,ro][,direct][,base=FILE][,iops=N][,bw=SIZE]. A file whose name has a comma
+    needs Python.
 
     Raises:
         SpecError: a word is none of these.
     """
     path, *words = text.split(",")
     given: dict[str, Any] = {}
+    limits: dict[str, float] = {}
     for word in words:
         name, _, value = word.partition("=")
         match name, value:
@@ -91,9 +95,14 @@ def parse_disk(text: str) -> Disk:
                 given["direct"] = True
             case ("base", file) if file:
                 given["base"] = file
+            case ("iops" | "bw", size) if size:
+                try:
+                    limits["operations" if name == "iops" else "bytes"] = parse_size(size)
+                except ValueError as error:
+                    raise SpecError(f"--disk {text}: {name}: {error}") from None
             case _:
-                raise SpecError(f"--disk {text}: {word!r}: must be ro, direct or base=FILE")
-    return Disk(path, **given)
+                raise SpecError(f"--disk {text}: {word!r}: must be ro, direct, base=FILE, iops=NUMBER or bw=SIZE")
+    return Disk(path, io_limit=IoLimit(**limits) if limits else None, **given)
 
 
 @attrs.frozen(kw_only=True)
