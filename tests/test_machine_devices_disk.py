@@ -101,7 +101,7 @@ def test_a_bucket_that_can_not_be_is_refused_by_name(fields: dict[str, Any], mes
 def test_a_number_is_a_bucket_of_so_many_a_second():
     assert orc.IoLimit(operations=100, bytes=MiB) == orc.IoLimit(orc.TokenBucket(100, 1.0), orc.TokenBucket(MiB))
     assert orc.TokenBucket(50, refill_time=0.5).rate == 100
-    assert str(orc.IoLimit(operations=100, bytes=MiB)) == "100 operations/s and 1.04858e+06 bytes/s"
+    assert str(orc.IoLimit(operations=100, bytes=MiB)) == "100 operations/s and 1,048,576 bytes/s"
 
 
 def test_of_several_limits_the_lowest_rate_with_the_smallest_size_counts():

@@ -87,7 +87,11 @@ class IoLimit:
 
     def __str__(self) -> str:
         parts = [("operations", self.operations), ("bytes", self.bytes)]
-        return " and ".join(f"{bucket.rate:.6g} {what}/s" for what, bucket in parts if bucket is not None)
+        return " and ".join(f"{_shown(bucket.rate)} {what}/s" for what, bucket in parts if bucket is not None)
+
+
+def _shown(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
 
 
 def optional_io_limit(field: str, value: object) -> IoLimit | None:
