@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import attrs
 import pytest
+import trio
 
 import orchestra as orc
 from conftest import guest
@@ -176,3 +178,65 @@ def test_rules_have_limits_of_disks():
         parse_rules(wrong)
     with pytest.raises(orc.SpecError, match=r"operations: 'many': must be so much a second, or a table"):
         parse_rules(RULES.replace("operations = 1000", "operations = 'many'"))
+
+
+FLOOD = bytes.fromhex(
+    "66baf80c b804080080 ef"  # out 0xcf8: the command register of device 1
+    "66bafc0c b806000000 ef"  # out 0xcfc: it decodes memory, and is a bus master
+    "c7050030 00c000000000 ebf4"  # again and again: a write to the notify register of its queue
+)
+"""In 32-bit mode. The BAR is where orchestra places it."""
+
+
+def io_thread_of(vm: orc.Vm) -> int:
+    found = []
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(OSError):  # it has ended
+            if (task / "comm").read_text().strip() == f"{vm.name}/io":
+                found.append(int(task.name))
+    return max(found)  # one of a VM before may be on its way out still
+
+
+def cpu_of(thread: int) -> float:
+    """Seconds of CPU that it has used."""
+    return int(Path(f"/proc/self/task/{thread}/schedstat").read_text().split()[0]) / 1e9
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("limited", [False, True], ids=["no limit", "exit_limit"])
+async def test_guest_that_floods_a_notify_register_keeps_its_io_thread_no_cpu(spec, limited):
+    given = spec({}, exit_limit=orc.Limit(rate=100, burst=10) if limited else None)
+    given = attrs.evolve(given, boot=orc.FlatImage(code=FLOOD, load=0x1000, entry=0x1000, mode=32))
+    async with orc.open_fleet(backend="kvm", bus_locks="off") as fleet:
+        vm = await fleet.launch(given)
+        thread = io_thread_of(vm)
+        while cpu_of(thread) == 0:  # noqa: ASYNC110 (it is the guest's doing)
+            await trio.sleep(0.01)
+        guest_began, began, used = vm.statistics().exits, trio.current_time(), cpu_of(thread)
+        await trio.sleep(1)
+        share = (cpu_of(thread) - used) / (trio.current_time() - began)
+        assert 0 < share < 0.15
+        # The kernel takes the notifications: neither the core nor Python sees an exit of them.
+        assert vm.statistics().exits.get("mmio", 0) == guest_began.get("mmio", 0)
+        await vm.pause()
+        assert vm.quiesced
+        await vm.resume()
+        await vm.stop()
+
+
+@pytest.mark.kvm
+async def test_io_thread_is_isolated_with_its_vm(spec):
+    everywhere = os.sched_getaffinity(0)
+    if len(everywhere) < 2:
+        pytest.skip("there is one CPU only: none to spare")
+    async with orc.open_fleet(backend="kvm", bus_locks="off") as fleet:
+        vm = await fleet.launch(spec({}), paused=True)
+        thread = io_thread_of(vm)
+        vm.isolate()
+        assert os.sched_getaffinity(thread) == {max(everywhere)}
+        vm.isolate(False)
+        assert os.sched_getaffinity(thread) == everywhere
+        vm.cap_cpu(0.5)
+        await vm.reset()  # the next run's thread is capped from the start
+        vm.cap_cpu(None)
+        await vm.stop()
