@@ -6,11 +6,9 @@
  * All is done with io->lock held, and it waits without. So whoever has the lock knows that no device is being served, and that
  * none is as long as `holds` says so.
  *
- * It works for its guest, and rests as the guest's vCPUs do: held by the capper, until the turn of a notification that was charged
- * to the VM's budget of exits, and for a moment if the guest notifies again and again for nothing. In a rest it looks at nothing
- * but `wake`. A hold, a stop and a lifted cap end one. */
+ * It works for its guest, and rests as the guest's vCPUs do (io_rest.h). In a rest it looks at nothing but `wake`. A hold, a stop
+ * and a lifted cap end one. */
 #include <errno.h>
-#include <poll.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
@@ -18,7 +16,7 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
-#include "core.h"
+#include "io_rest.h"
 #include "virtio.h"
 
 enum {
@@ -27,10 +25,6 @@ enum {
 	WATCHED = ORC_VIRTIO_QUEUES, /* number of a source behind those of queues */
 	WAKE = DEVICES,             /* likewise of a device */
 	SOURCES = WATCHED + 1,
-	/* Notifications in a row for which there was no request. A driver makes one or two, when it is as fast as the device. */
-	FOR_NOTHING = 16,
-	PAUSE = 1000 * 1000, /* ns, after each further one: a guest that does nothing else costs 2 % of a CPU, and not all of it */
-	LOOK_AGAIN = 50 * 1000 * 1000, /* ns: nobody wakes it when a limit on exits changes */
 };
 
 struct orc_io {
@@ -38,16 +32,9 @@ struct orc_io {
 	orc_vcpu *voice;
 	pthread_t thread;
 	_Atomic int tid; /* 0: it has ended */
-	_Atomic bool held; /* by the capper */
-	struct orc_cap *cap; /* owner; NULL: it has none */
 	_Atomic orc_u64 others; /* ns of CPU that other threads have used for its devices */
-	orc_bucket *bucket[ORC_LEVELS]; /* before a device is attached: what notifications are charged to. NULL: the rest are none */
-	/* The thread's own. */
-	struct orc_ticket ticket[ORC_LEVELS];
-	bool charged[ORC_LEVELS], waits; /* it has a ticket; any */
-	orc_ns pause; /* the end of a pause; 0: none */
-	unsigned notified, for_nothing; /* in this round; in a row */
-	orc_u64 taken; /* requests, in this round */
+	struct orc_cap *cap; /* owner; NULL: it has none */
+	struct orc_rest rest;
 	bool started; /* owner: and not joined */
 	/* Who holds it. Counted up before the lock is taken: a thread that has work takes the lock again and again, and would be in
 	 * front of whoever wants it. */
@@ -92,7 +79,7 @@ static void told(orc_io *io, uint64_t what)
 	} else {
 		clear(v->kick_fd[number]);
 		v->kicks++;
-		io->notified++;
+		io->rest.notified++;
 		atomic_fetch_or(&v->kicked, 1ull << number);
 	}
 	pthread_mutex_unlock(&v->lock);
@@ -121,7 +108,7 @@ static void serve(orc_io *io, orc_virtio *v)
 		if (atomic_load(&io->holds)) /* it began meanwhile: what is left is served later */
 			atomic_fetch_or(&v->kicked, 1ull << i);
 		else
-			io->taken += serve_queue(v, i);
+			io->rest.taken += serve_queue(v, i);
 	}
 	pthread_mutex_unlock(&v->lock);
 }
@@ -152,94 +139,7 @@ static bool is_quiet(orc_io *io)
 	return !in_flight;
 }
 
-/* ---- its rests -------------------------------------------------------------------------------------------------- */
-
-/* By who has no ticket yet: of one that waits for its turn no second one is needed. */
-static void charge(orc_io *io, unsigned n)
-{
-	orc_ns now = orc_now();
-
-	for (int l = 0; l < ORC_LEVELS && io->bucket[l]; l++) {
-		if (io->charged[l] || !orc_bucket_limited(io->bucket[l]))
-			continue;
-		io->charged[l] = orc_bucket_charge_many(io->bucket[l], n, now, &io->ticket[l]);
-		io->waits |= io->charged[l];
-	}
-}
-
-static void leave_buckets(orc_io *io)
-{
-	for (int l = 0; l < ORC_LEVELS; l++) {
-		if (io->charged[l])
-			orc_bucket_leave(io->bucket[l], &io->ticket[l]);
-		io->charged[l] = false;
-	}
-	io->waits = false;
-}
-
-static orc_ns turn_of(const orc_io *io)
-{
-	orc_ns latest = ORC_NEVER;
-
-	for (int l = 0; l < ORC_LEVELS; l++) {
-		orc_ns by_tokens, by_delay;
-
-		if (!io->charged[l])
-			continue;
-		orc_bucket_turn(io->bucket[l], &io->ticket[l], &by_tokens, &by_delay);
-		if (by_delay < by_tokens)
-			by_tokens = by_delay;
-		if (by_tokens > latest)
-			latest = by_tokens;
-	}
-	return latest;
-}
-
-/* After a round of work: what the guest's notifications were good for. Lock held. */
-static void account(orc_io *io)
-{
-	if (io->taken)
-		io->for_nothing = 0;
-	else if (io->notified && (io->for_nothing += io->notified) > FOR_NOTHING)
-		io->pause = orc_now() + PAUSE;
-	if (io->notified && io->bucket[0])
-		charge(io, io->notified);
-	io->taken = io->notified = 0;
-}
-
-/* Until when it rests, by what holds it now; ORC_NEVER: it works. Without the lock. */
-static orc_ns rests_until(orc_io *io)
-{
-	orc_ns now, until = ORC_NEVER, turn;
-
-	if (atomic_load(&io->holds))
-		return ORC_NEVER;
-	if (!io->pause && !io->waits && !atomic_load(&io->held))
-		return ORC_NEVER;
-	now = orc_now();
-	if (atomic_load(&io->held))
-		until = now + LOOK_AGAIN;
-	turn = turn_of(io);
-	if (turn <= now)
-		leave_buckets(io);
-	else if (turn > until)
-		until = turn < now + LOOK_AGAIN ? turn : now + LOOK_AGAIN;
-	if (io->pause > now)
-		until = io->pause > until ? io->pause : until;
-	else
-		io->pause = 0;
-	return until > now ? until : ORC_NEVER;
-}
-
-static void rest(const orc_io *io, orc_ns until)
-{
-	struct pollfd wake = {.fd = io->wake, .events = POLLIN};
-	orc_ns left = until - orc_now();
-
-	if (left > 0)
-		ppoll(&wake, 1, &(struct timespec){left / 1000000000, left % 1000000000}, NULL);
-	clear(io->wake);
-}
+/* ---- the thread's life ------------------------------------------------------------------------------------------ */
 
 static void *run(void *argument)
 {
@@ -256,9 +156,10 @@ static void *run(void *argument)
 		int n;
 
 		pthread_mutex_unlock(&io->lock);
-		until = rests_until(io);
+		until = atomic_load(&io->holds) ? ORC_NEVER : orc_rest_until(&io->rest);
 		if (until != ORC_NEVER) {
-			rest(io, until);
+			orc_rest_sleep(io->wake, until);
+			clear(io->wake);
 			pthread_mutex_lock(&io->lock);
 			if (atomic_load(&io->holds))
 				pthread_cond_broadcast(&io->quiet);
@@ -271,11 +172,11 @@ static void *run(void *argument)
 		for (unsigned i = 0; i < DEVICES && !io->stopping; i++)
 			if (io->device[i])
 				serve(io, io->device[i]);
-		account(io);
+		orc_rest_account(&io->rest);
 		if (atomic_load(&io->holds))
 			pthread_cond_broadcast(&io->quiet);
 	}
-	leave_buckets(io);
+	orc_rest_leave(&io->rest);
 	atomic_store(&io->tid, 0);
 	pthread_mutex_unlock(&io->lock);
 	return NULL;
@@ -362,7 +263,7 @@ int orc_io_start(const char *name, orc_io **out)
 
 void orc_io_set_bucket(orc_io *io, int level, orc_bucket *b)
 {
-	io->bucket[level] = b;
+	io->rest.bucket[level] = b;
 }
 
 struct orc_cap **orc_io_cap_of(orc_io *io)
@@ -390,7 +291,7 @@ orc_u64 orc_io_others(const orc_io *io)
 
 void orc_io_rest(orc_io *io, bool on)
 {
-	atomic_store(&io->held, on);
+	atomic_store(&io->rest.held, on);
 	orc_io_wake(io);
 }
 
