@@ -175,12 +175,13 @@ async def test_vm_that_fails_restarts_with_its_disk_and_what_was_on_it(with_modu
     )
     async with orc.open_fleet(backend="kvm", bus_locks="auto") as fleet:
         vm = await booted(fleet, spec)
-        wrote = "dd if=/dev/urandom of=/dev/vda bs=64k count=16 conv=fsync 2>/dev/null; md5sum </dev/vda"
-        before = (await answer(vm, wrote)).split()[0]
+        read = "dd if=/dev/vda bs=64k count=16 2>/dev/null | md5sum"
+        write = "dd if=/dev/urandom of=/dev/vda bs=64k count=16 conv=fsync 2>/dev/null"
+        before = (await answer(vm, f"{write}; {read}")).split()[0]
         await vm.console.write("echo c >/proc/sysrq-trigger\n")  # the kernel panics
         await vm.console.wait_for(PROMPT, timeout=BOOTED)
         assert vm.restarts == 1
-        assert (await answer(vm, "md5sum </dev/vda")).split()[0] == before
+        assert (await answer(vm, read)).split()[0] == before
         assert vm.disks["vda"].limit == orc.IoLimit(operations=5000)
         assert vm.disks["vda"].statistics().writes > 0  # of the first run
         with pytest.raises(orc.FileError, match="in use by another VM"):
