@@ -247,6 +247,13 @@ async def test_with_an_irqchip_hlt_waits_for_an_interrupt_and_stop_ends_it():
         assert await vm.stop() == orc.Stopped("stop()")
 
 
+@pytest.mark.parametrize(("pit", "status"), [(True, 0x34), (False, 0x3F)])
+async def test_a_pit_is_there_where_the_spec_gives_one(pit: bool, status: int):
+    async with KVM.open() as fleet:
+        vm = await fleet.launch(KVM.spec("pit", irqchip="full", pit=pit))
+        assert await vm.wait() == orc.Shutdown(code=status)
+
+
 async def test_a_script_takes_no_irqchip():
     async with play([hlt()]) as fleet:
         with pytest.raises(orc.SpecError, match="irqchip"):

@@ -1,34 +1,41 @@
-; Halts until a timer's interrupt that comes 100,000 times a second, for ever. Needs an irqchip.
+; Halts until its local APIC's timer interrupts, as often as KVM lets it, for ever. Needs an irqchip.
 bits 16
 org 0x1000
         xor ax, ax
         mov ds, ax
         mov ss, ax
         mov sp, 0x8000
-        mov word [8 * 4], handler       ; IRQ 0, as the PIC has it after reset and below
-        mov word [8 * 4 + 2], ax
-        mov al, 0x11                    ; ICW1 to 4: cascaded, vectors from 8 up, 8086 mode
-        out 0x20, al
-        mov al, 8
-        out 0x21, al
-        mov al, 4
-        out 0x21, al
-        mov al, 1
-        out 0x21, al
-        mov al, 0xfe                    ; all but IRQ 0 masked
-        out 0x21, al
-        mov al, 0x34                    ; PIT channel 0, mode 2, a divisor of 12
-        out 0x43, al
-        mov al, 12
-        out 0x40, al
-        mov al, 0
-        out 0x40, al
+        mov word [0x40 * 4], handler
+        mov word [0x40 * 4 + 2], ax
+        mov ecx, 0x1b                   ; IA32_APIC_BASE: x2APIC, whose registers are MSRs
+        rdmsr
+        or ax, 0xc00
+        wrmsr
+        xor edx, edx
+        mov ecx, 0x80f                  ; spurious interrupts' vector; the APIC is on
+        mov eax, 0x1ff
+        wrmsr
+        mov ecx, 0x83e                  ; divided by 1
+        mov eax, 0xb
+        wrmsr
+        mov ecx, 0x832                  ; the timer: periodic
+        mov eax, 0x20040
+        wrmsr
+        mov ecx, 0x838                  ; its period in bus cycles (KVM has 1 GHz): 10 us
+        mov eax, 10000
+        wrmsr
 again:  sti
         hlt
         jmp again
 handler:
-        push ax
-        mov al, 0x20
-        out 0x20, al
-        pop ax
+        push eax
+        push ecx
+        push edx
+        mov ecx, 0x80b                  ; end of interrupt
+        xor eax, eax
+        xor edx, edx
+        wrmsr
+        pop edx
+        pop ecx
+        pop eax
         iret

@@ -259,10 +259,13 @@ class VmSpec:
         vcpu_limit, vcpu_exit_limit, vcpu_answer_limit: the same for each vCPU by itself.
         regions: memory beside the RAM.
         devices: what the guest finds on its buses: `DeviceSpec` objects, ours or your own.
-        irqchip: give it in-kernel interrupt controllers. True or "full": PIC, I/O APIC, local APICs and a timer (PIT).
+        irqchip: give it in-kernel interrupt controllers. True or "full": PIC, I/O APIC, local APICs.
             "split": the local APICs alone, for guests whose devices have MSIs and no interrupt lines. Then HLT waits
             for an interrupt in the kernel; without (False), a HLT on every vCPU ends the VM as ``Halted``. None: what
             the guest needs (`BootSpec.irqchip`): "full" for Linux, none for a flat image.
+        pit: give it an i8254 timer (PIT) beside the "full" controllers, for old guests. A thread of the kernel makes
+            its ticks, 5,000 a second if the guest wants so many, also while the VM is paused. No limit and no CPU cap
+            holds that thread: give none to guests that you don't trust. Linux uses the local APIC's timer.
         cpu: which CPU the guest finds. "host": all that the host's KVM can give.
         bus_lock_detection: where a bus lock is reported, for the emulated backend to choose: "fault-like" (before the
             instruction, as AMD does) or "trap-like" (behind it, as Intel does). None: as the host does.
@@ -293,6 +296,7 @@ class VmSpec:
     regions: tuple[MemoryRegion, ...] = attrs.field(default=(), converter=_to_tuple)
     devices: tuple[DeviceSpec, ...] = attrs.field(default=(), converter=_to_tuple)
     irqchip: bool | Literal["full", "split"] | None = None
+    pit: bool = False
     cpu: Literal["host"] = "host"
     bus_lock_detection: Literal["fault-like", "trap-like"] | None = None
     sample_every: int = 100
@@ -318,6 +322,7 @@ class VmSpec:
         if self.cpu != "host":
             raise _fail("cpu", self.cpu, 'must be "host"')
         check_sampling("sample_every", self.sample_every)
+        check_flag("pit", self.pit)
         check_flag("log_dirty", self.log_dirty)
         if not isinstance(self.restart, Restart):
             raise _fail("restart", self.restart, 'must be a Restart, "never" or "on-failure"')
@@ -383,5 +388,7 @@ class VmSpec:
                     f"regions: {high.start:#x}-{high.stop - 1:#x} overlaps {low.start:#x}-{low.stop - 1:#x}; "
                     "RAM starts at 0 and is `memory` bytes: move the region or make the memory smaller"
                 )
+        if self.pit and layout.irqchip != "full":
+            raise _fail("pit", self.pit, f'needs irqchip="full" (it is "{layout.irqchip}"), or must be False')
         self.boot.check(layout)  # first, as what comes with it may need what it explains
         check_wiring(layout.devices, layout.irqchip, list(layout.memory))

@@ -126,10 +126,11 @@ int orc_kvm_build(struct orc_plan *plan)
 
 		STEP(KVM_ENABLE_CAP, plan->vm, &cap);
 	}
-	if (plan->irqchip == ORC_FULL_IRQCHIP) {
+	if (plan->irqchip == ORC_FULL_IRQCHIP)
+		STEP(KVM_CREATE_IRQCHIP, plan->vm, 0);
+	if (plan->pit) {
 		struct kvm_pit_config pit = {.flags = KVM_PIT_SPEAKER_DUMMY};
 
-		STEP(KVM_CREATE_IRQCHIP, plan->vm, 0);
 		STEP(KVM_CREATE_PIT2, plan->vm, &pit);
 	}
 	if (plan->dirty_ring) {

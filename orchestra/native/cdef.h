@@ -471,6 +471,7 @@ struct orc_plan {
 	int kvm;
 	bool bus_locks;
 	enum orc_irqchip irqchip;
+	bool pit;
 	uint32_t dirty_ring;
 	uint64_t identity_map, tss, run_size;
 	uint32_t slots, vcpus;

@@ -641,7 +641,7 @@ struct orc_entry {
 };
 enum orc_irqchip {
 	ORC_NO_IRQCHIP,
-	ORC_FULL_IRQCHIP,  /* PICs, I/O APIC, local APICs, PIT */
+	ORC_FULL_IRQCHIP,  /* PICs, I/O APIC, local APICs */
 	ORC_SPLIT_IRQCHIP, /* local APICs alone: MSIs and no lines */
 };
 struct orc_plan {
@@ -649,6 +649,7 @@ struct orc_plan {
 	int kvm;
 	bool bus_locks;
 	enum orc_irqchip irqchip;
+	bool pit;            /* an i8254 as well; the full irqchip only */
 	uint32_t dirty_ring; /* entries of each vCPU's ring of written pages; 0: the kernel keeps bitmaps */
 	orc_u64 identity_map, tss, run_size;
 	uint32_t slots, vcpus;

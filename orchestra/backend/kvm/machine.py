@@ -95,6 +95,7 @@ class KvmMachine:
         entry, _kept = entries(states)
         fds, runs = ffi.new("int[]", len(cores)), ffi.new("struct kvm_run *[]", len(cores))
         plan.kvm, plan.bus_locks, plan.irqchip = kvm.fd, how["bus_locks"], IRQCHIPS[spec.irqchip_kind]
+        plan.pit = spec.pit
         plan.identity_map, plan.tss, plan.run_size = IDENTITY_MAP_ADDRESS, TSS_ADDRESS, kvm.vcpu_mmap_size
         ring = spec.backing.dirty_ring or 0
         plan.dirty_ring = ring
