@@ -16,6 +16,8 @@ from conftest import guest
 from orchestra.cli.journal import line
 from orchestra.config import parse_rules
 from orchestra.journal import read_journal
+from orchestra.machine.disks import LEVELS
+from orchestra.native import lib
 
 SLOW, SLOWER = orc.IoLimit(operations=100, bytes=orc.MiB), orc.IoLimit(operations=50)
 BOTH = orc.IoLimit(operations=50, bytes=orc.MiB)
@@ -41,6 +43,10 @@ def spec(tmp_path: Path) -> Callable[..., orc.VmSpec]:
         )
 
     return make
+
+
+def test_levels_are_those_of_the_core():
+    assert len(LEVELS) == lib.ORC_BLK_LEVELS
 
 
 def test_two_disks_of_one_name_are_refused_with_the_vm(spec):

@@ -12,7 +12,6 @@ from ..model.disk import Disk
 from ..model.errors import SpecError, StateError
 from ..model.iolimit import IoLimit, optional_io_limit
 from ..model.spec import VmSpec
-from ..native import lib
 from .context import InstanceContext
 from .desired import Desired
 from .iobudget import IoBudget
@@ -110,9 +109,6 @@ class DiskPort:
             self._add(device, counts, waited)
         by = {level: time / 1e9 for level, time in zip(LEVELS, waited, strict=True) if time}
         return DiskStatistics(**counts, throttled_seconds=sum(waited) / 1e9, throttled_by=by)
-
-
-assert len(LEVELS) == lib.ORC_BLK_LEVELS
 
 
 class Control(Protocol):

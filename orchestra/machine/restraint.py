@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Protocol
 
 from ..host.control.caps import Caps, CgroupCaps, RunLoopCaps
-from ..model.errors import OrchestraError, StateError
+from ..model.errors import OrchestraError, ResourceLimit, StateError
 from ..native.core import VcpuCore
 from .context import InstanceContext
 from .devices.assembly import Assembly
@@ -47,6 +47,7 @@ class Restraint:
     def __init__(self, run: Restrained, caps: Caps) -> None:
         self.caps = caps
         self._run = run
+        self._share: float | None = None
 
     def cap_cpu(self, share: float | None) -> None:
         """Let each vCPU's thread, and the I/O thread, use at most that share of a CPU (0.01 to 1) from now on; None: no
@@ -58,9 +59,17 @@ class Restraint:
         """
         with self._threads("cap the CPU of") as threads:
             if not self._run.life.has_ended:
-                self.caps.put(share, threads)
-                if self._run.devices is not None:
-                    self._run.devices.cap_io(self._run.context.core.handle, share)
+                self._cap_io(share)
+                try:
+                    self.caps.put(share, threads)
+                except ResourceLimit:  # all threads or none
+                    self._cap_io(self._share)
+                    raise
+                self._share = share
+
+    def _cap_io(self, share: float | None) -> None:
+        if self._run.devices is not None:
+            self._run.devices.cap_io(self._run.context.core.handle, share)
 
     def capped(self, index: int, now: int) -> int:
         """Nanoseconds for which a cap has held that vCPU so far."""

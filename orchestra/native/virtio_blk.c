@@ -139,12 +139,26 @@ static void count_wait(const struct disk *d, orc_ns now, struct orc_blk_counters
 		c->waited[d->waits_for] += (orc_u64)(now - d->looked);
 }
 
+/* Whether a bucket has a limit, or had one when the disk last looked. Most disks have none, and their requests cost no more. */
+static bool is_limited(const struct disk *d)
+{
+	bool limited = d->waits_for >= 0;
+
+	for (int m = 0; m < ORC_BLK_METERS; m++)
+		for (int l = 0; l < ORC_BLK_LEVELS; l++) {
+			const struct account *a = &d->account[m][l];
+
+			limited |= a->bucket && (a->reserved || orc_bucket_limited(a->bucket));
+		}
+	return limited;
+}
+
 static bool may_go(struct disk *d, const struct request *r)
 {
 	orc_ns now, turn = ORC_NEVER;
 	int waits_for = -1;
 
-	if (d->timer < 0)
+	if (!is_limited(d))
 		return true;
 	now = orc_now();
 	for (int m = 0; m < ORC_BLK_METERS; m++)
