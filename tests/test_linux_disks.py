@@ -168,27 +168,6 @@ async def test_files_and_devices_that_fail_give_the_guest_errors_and_the_vm_goes
             assert await ended(vm, "poweroff -f") == orc.Shutdown(reason="ACPI power-off")
 
 
-async def test_vm_that_fails_restarts_with_its_disk_and_what_was_on_it(with_modules, tmp_path):  # noqa: F811
-    disk = image(tmp_path / "disk")
-    spec = attrs.evolve(
-        spec_with(with_modules, orc.Disk(str(disk), io_limit=orc.IoLimit(operations=5000))), restart="on-failure"
-    )
-    async with orc.open_fleet(backend="kvm", bus_locks="auto") as fleet:
-        vm = await booted(fleet, spec)
-        read = "dd if=/dev/vda bs=64k count=16 2>/dev/null | md5sum"
-        write = "dd if=/dev/urandom of=/dev/vda bs=64k count=16 conv=fsync 2>/dev/null"
-        before = (await answer(vm, f"{write}; {read}")).split()[0]
-        await vm.console.write("echo c >/proc/sysrq-trigger\n")  # the kernel panics
-        await vm.console.wait_for(PROMPT, timeout=BOOTED)
-        assert vm.restarts == 1
-        assert (await answer(vm, read)).split()[0] == before
-        assert vm.disks["vda"].limit == orc.IoLimit(operations=5000)
-        assert vm.disks["vda"].statistics().writes > 0  # of the first run
-        with pytest.raises(orc.FileError, match="in use by another VM"):
-            await fleet.launch(attrs.evolve(spec, name="other"))
-        assert await ended(vm, "poweroff -f") == orc.Shutdown(reason="ACPI power-off")
-
-
 async def test_io_thread_is_where_its_vms_vcpus_are_and_within_their_cap(with_modules, tmp_path):  # noqa: F811
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("there is one CPU only: none to spare for isolation")
@@ -239,3 +218,24 @@ def test_run_takes_disks_by_name_read_only_over_a_base_and_with_limits(with_modu
         assert person.ended(within=BOOTED) == 0
     assert base.read_bytes() == before
     assert (tmp_path / "new").stat().st_size > 0
+
+
+async def test_vm_that_fails_restarts_with_its_disk_and_what_was_on_it(with_modules, tmp_path):  # noqa: F811
+    disk = image(tmp_path / "disk")
+    spec = attrs.evolve(
+        spec_with(with_modules, orc.Disk(str(disk), io_limit=orc.IoLimit(operations=5000))), restart="on-failure"
+    )
+    async with orc.open_fleet(backend="kvm", bus_locks="auto") as fleet:
+        vm = await booted(fleet, spec)
+        read = "dd if=/dev/vda bs=64k count=16 2>/dev/null | md5sum"
+        write = "dd if=/dev/urandom of=/dev/vda bs=64k count=16 conv=fsync 2>/dev/null"
+        before = (await answer(vm, f"{write}; {read}")).split()[0]
+        await vm.console.write("echo c >/proc/sysrq-trigger\n")  # the kernel panics
+        await vm.console.wait_for(PROMPT, timeout=BOOTED)
+        assert vm.restarts == 1
+        assert (await answer(vm, read)).split()[0] == before
+        assert vm.disks["vda"].limit == orc.IoLimit(operations=5000)
+        assert vm.disks["vda"].statistics().writes > 0  # of the first run
+        with pytest.raises(orc.FileError, match="in use by another VM"):
+            await fleet.launch(attrs.evolve(spec, name="other"))
+        assert await ended(vm, "poweroff -f") == orc.Shutdown(reason="ACPI power-off")
