@@ -3,7 +3,7 @@
 #   door      cli/, demo/, __main__                          a person at a terminal
 #   windows   aio/, replay/, simulate/, testing/             ways to see and steer fleets
 #   house     fleet/, journal/, config/, output/             many VMs: start, merge exits, judge, act, remember
-#   machine   machine/                                       one VM: its states, and what a guest sees
+#   machine   machine/, toml                                 one VM: its states, and what a guest sees
 #   host      host/, profile/                                what can be seen of a host and done with it
 #   silicon   backend/ (kvm, emulated, scripted), native/    what executes a guest
 #   words     model/, policy/                                plain data and pure functions: no trio, no clock, no I/O
@@ -21,13 +21,15 @@ from .fleet.open import open_fleet
 from .fleet.spec import FleetSpec
 from .fleet.statistics import FleetStatistics, TenantStatistics
 from .fleet.watch import Watch
-from .machine.desired import AskedCap, AskedIoLimit, AskedLimit, Desired, LimitStack, PlacedLimits
+from .machine.cpufile import load_cpu_template
+from .machine.desired import AskedCap, AskedIoLimit, AskedLimit, AskedMemory, Desired, LimitStack, PlacedLimits
 from .machine.devices.bus import Device
 from .machine.devices.peripheral import Hooks, Peripheral
 from .machine.devices.requests import Request
 from .machine.disks import DiskStatistics, VmDisk
 from .machine.hostbudget import HostBudget, HostBudgetStatistics
 from .machine.pause_levels import PendingIo
+from .machine.statistics import GuestMemoryStatistics, MemoryStatistics
 from .machine.vm import VcpuStatistics, Vm, VmStatistics
 from .model.actions import (
     Action,
@@ -45,6 +47,7 @@ from .model.actions import (
     Resume,
     SetIoLimit,
     SetLimit,
+    SetMemory,
     Shutdown,
     State,
     Stop,
@@ -55,6 +58,7 @@ from .model.actions import (
 )
 from .model.chipset import PciHostBridge
 from .model.codec import CodecError, decode, encode, from_document, to_document
+from .model.cpu import CPU_TEMPLATES, CpuidBits, CpuTemplate, MsrBits
 from .model.devices import DebugConsole, DeviceSpec, Digest, Doorbell, ExitPort, Line, Serial, Wiring
 from .model.disk import Disk
 from .model.errors import (
@@ -122,7 +126,8 @@ from .model.spec import (
     Tenant,
     VmSpec,
 )
-from .model.virtio import Console, Rng
+from .model.topology import Topology
+from .model.virtio import Balloon, Console, Rng
 from .native.channels import ExitBatch
 from .policy import (
     CPU_MODELS,
@@ -156,13 +161,16 @@ from .profile import Instruction, Profile, SymbolError, Symbols
 
 __all__ = [
     "CPU_MODELS",
+    "CPU_TEMPLATES",
     "Action",
     "Adaptive",
     "Applied",
     "AskedCap",
     "AskedIoLimit",
     "AskedLimit",
+    "AskedMemory",
     "BackendUnavailable",
+    "Balloon",
     "BootSpec",
     "BurstCredits",
     "BusLock",
@@ -176,6 +184,8 @@ __all__ = [
     "Console",
     "ConsoleTimeout",
     "CpuModel",
+    "CpuTemplate",
+    "CpuidBits",
     "Debug",
     "DebugConsole",
     "Desired",
@@ -205,6 +215,7 @@ __all__ = [
     "GiB",
     "Guard",
     "GuestMemoryError",
+    "GuestMemoryStatistics",
     "Halted",
     "Hlt",
     "Hooks",
@@ -236,9 +247,11 @@ __all__ = [
     "Memory",
     "MemoryFault",
     "MemoryRegion",
+    "MemoryStatistics",
     "Meter",
     "MiB",
     "Mmio",
+    "MsrBits",
     "Nmi",
     "NoSuchBackend",
     "Notify",
@@ -270,6 +283,7 @@ __all__ = [
     "Serial",
     "SetIoLimit",
     "SetLimit",
+    "SetMemory",
     "SetTpr",
     "Shutdown",
     "ShutdownExit",
@@ -288,6 +302,7 @@ __all__ = [
     "TenantStatistics",
     "Throttle",
     "TokenBucket",
+    "Topology",
     "TprAccess",
     "UnknownExit",
     "UnknownTenant",
@@ -312,6 +327,7 @@ __all__ = [
     "default_steps",
     "encode",
     "from_document",
+    "load_cpu_template",
     "only",
     "open_fleet",
     "policy_kinds",

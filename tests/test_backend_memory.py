@@ -328,6 +328,33 @@ def test_huge_pages_come_from_the_hosts_pool_and_go_back(backing):
     assert free_huge_pages() == free
 
 
+def flags(memory: GuestMemory) -> set[str]:
+    """What /proc/self/smaps says of the first mapping: "hg" may, "nh" must not have transparent huge pages."""
+    address = f"{memory.regions[0].host:x}-"
+    lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+    next(line for line in lines if line.startswith(address))
+    return set(next(line for line in lines if line.startswith("VmFlags:")).split()[1:])
+
+
+@pytest.mark.parametrize("backing", ["anonymous", "shared", "file"])
+def test_the_kernel_is_told_whether_it_may_make_huge_pages_of_it(backing, image):
+    if not Path("/sys/kernel/mm/transparent_hugepage").exists():
+        pytest.skip("this kernel has no transparent huge pages")
+    path = str(image) if backing == "file" else None
+    for wanted, flag in ((None, set()), (True, {"hg"}), (False, {"nh"})):
+        memory = made_of(Memory(RAM, backing=backing, path=path, transparent_huge_pages=wanted))
+        assert flags(memory) & {"hg", "nh"} == flag
+        memory.close()
+
+
+def test_a_kernel_without_transparent_huge_pages_says_so_if_they_are_asked_for(monkeypatch):
+    monkeypatch.setattr(memory_module.mmap, "MADV_HUGEPAGE", 9999)
+    monkeypatch.setattr(memory_module.mmap, "MADV_NOHUGEPAGE", 9999)
+    with pytest.raises(ResourceLimit, match="transparent_huge_pages=True: this kernel has none"):
+        made_of(Memory(RAM, transparent_huge_pages=True))
+    made_of(Memory(RAM, transparent_huge_pages=False)).close()  # as it is
+
+
 def test_a_kernel_without_huge_pages_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr(memory_module, "_HUGE_POOL", tmp_path / "none")
     monkeypatch.setattr(memory_module.mmap, "mmap", lambda *_, **__: (_ for _ in ()).throw(OSError(errno.EINVAL, "no")))

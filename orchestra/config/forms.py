@@ -10,7 +10,7 @@ from ..model.errors import SpecError
 from ..model.iolimit import TokenBucket
 from ..model.spec import Limit, Tenant
 from ..policy import Condition, Step
-from .toml import TOML
+from ..toml import TOML
 
 __all__ = ["NONE", "dialect"]
 

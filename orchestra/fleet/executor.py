@@ -35,6 +35,7 @@ from ..model.actions import (
     Resume,
     SetIoLimit,
     SetLimit,
+    SetMemory,
     Stop,
     Stopped,
     Throttle,
@@ -231,6 +232,9 @@ class FleetExecutor:
             case CapCpu(vm=name, share=share):
                 if share is not None or not self._is_gone(name):  # an ended VM has no caps left to take off
                     vm(name).cap_nowait(policy, share)
+            case SetMemory(vm=name, memory=memory):
+                if memory is not None or not self._is_gone(name):  # an ended VM has no request left to take back
+                    vm(name).memory.ask_nowait(policy, memory)
             case Isolate(vm=name):
                 vm(name).isolate_nowait(True)
             case Rejoin(vm=name):
@@ -263,7 +267,7 @@ class FleetExecutor:
         found = None if generation is None or action.vm is None else self._fleet.controls.get(action.vm)
         if found is None or found.generation == generation:
             return False
-        if releases(action) and isinstance(action, Unthrottle | CapCpu | SetIoLimit):
+        if releases(action) and isinstance(action, Unthrottle | CapCpu | SetMemory | SetIoLimit):
             return True
         raise StateError(f"vm {action.vm!r} is of another generation now: {found.generation}, not {generation}")
 

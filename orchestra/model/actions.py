@@ -10,6 +10,7 @@ import attrs
 
 from .errors import SpecError
 from .iolimit import IoLimit, optional_io_limit
+from .memory import check_size
 from .spec import Limit, Meter, as_meter, optional_limit
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Resume",
     "SetIoLimit",
     "SetLimit",
+    "SetMemory",
     "Shutdown",
     "State",
     "Stop",
@@ -126,6 +128,26 @@ class CapCpu(_OnVm):
             isinstance(share, bool) or not isinstance(share, int | float) or not 0.01 <= share <= 1
         ):
             raise SpecError(f"share={share!r}: must be from 0.01 to 1, or None for no cap")
+
+
+@attrs.frozen(kw_only=True)
+class SetMemory(_OnVm):
+    """Ask a VM's guest to keep to so much of its memory, by its `Balloon`. The action is done once the guest is asked;
+    `VmStatistics.memory` says how far the guest is.
+
+    Each policy has one such request at each VM, and the callers of `Fleet.apply` together have one. The smallest
+    counts.
+
+    Parameters:
+        memory: bytes, a multiple of 4096, from the balloon's floor to the memory of the spec. None: take away the
+            request of the same policy, or of the callers.
+    """
+
+    memory: int | None
+
+    def __attrs_post_init__(self) -> None:
+        if self.memory is not None:
+            check_size("memory", self.memory)
 
 
 @attrs.frozen(kw_only=True)
@@ -271,6 +293,7 @@ Action: TypeAlias = (
     | SetIoLimit
     | Warn
     | CapCpu
+    | SetMemory
     | Isolate
     | Rejoin
     | Evict

@@ -25,6 +25,7 @@ from .actions import (
     Resume,
     SetIoLimit,
     SetLimit,
+    SetMemory,
     Stop,
     Throttle,
     Unthrottle,
@@ -55,6 +56,8 @@ class What(StrEnum):
     IO_LIMIT = "io limit"
     """A limit on how fast disks may be."""
     CAP = "cap"
+    MEMORY = "memory"
+    """What a VM's guest is asked to keep to of its memory."""
     PAUSE = "pause"
     ISOLATION = "isolation"
 
@@ -132,6 +135,12 @@ EFFECTS: Final[Mapping[type, Effect]] = {
         stacks=True,
         releases=lambda it: it.share is None,
         inverse=lambda it: CapCpu(vm=it.vm, share=None, generation=it.generation),
+    ),
+    SetMemory: Effect(
+        What.MEMORY,
+        stacks=True,
+        releases=lambda it: it.memory is None,
+        inverse=lambda it: SetMemory(vm=it.vm, memory=None, generation=it.generation),
     ),
     Pause: Effect(
         What.PAUSE, hard=True, axis=Axis.RUNNING, inverse=lambda it: Resume(vm=it.vm, generation=it.generation)

@@ -29,7 +29,7 @@ from typing import Any, ClassVar, Final
 
 import attrs
 
-from ..model.actions import Action, CapCpu, Evict, Isolate, Pause, SetIoLimit, Stop, Throttle, Warn
+from ..model.actions import Action, CapCpu, Evict, Isolate, Pause, SetIoLimit, SetMemory, Stop, Throttle, Warn
 from ..model.effects import inverse
 from .facts import Facts, VmFacts
 from .harm import HARM, Signals
@@ -254,6 +254,8 @@ class Ladder(Metered):
             return SetIoLimit(io_limit=step.io_limit, **about)
         if step.cpu is not None:
             return CapCpu(share=step.cpu, **about)
+        if step.memory is not None:
+            return SetMemory(memory=step.memory, **about)
         return _ACTIONS[step.rung](**about)
 
     def _evidence(self, state: LadderState, facts: Facts) -> dict[str, Any]:
@@ -268,4 +270,4 @@ _ACTIONS: Final[Mapping[Rung, Callable[..., Action]]] = {
     Rung.EVICT: Evict,
     Rung.STOP: Stop,
 }
-"""The actions that need nothing but the VM. A throttle and a cap need the figures of their step."""
+"""The actions that need nothing but the VM. The others need the figures of their step."""

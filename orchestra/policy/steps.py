@@ -9,6 +9,7 @@ import attrs
 
 from ..model.errors import SpecError
 from ..model.iolimit import IoLimit, optional_io_limit
+from ..model.memory import check_size
 from ..model.spec import Limit, Meter, as_meter, optional_limit
 from .harm import HARM, OWN, calm, check_signal
 from .rates import unfelt
@@ -28,6 +29,7 @@ class Rung(StrEnum):
     THROTTLE = "throttle"
     THROTTLE_IO = "throttle_io"
     CAP_CPU = "cap_cpu"
+    SET_MEMORY = "set_memory"
     ISOLATE = "isolate"
     PAUSE = "pause"
     EVICT = "evict"
@@ -88,6 +90,7 @@ class Step:
         limit: the limit of a throttle.
         io_limit: how fast the VM's disks may be together, of `throttle_io`.
         cpu: the share of a CPU cap: a part of the time.
+        memory: what the guest is asked to keep to (`SetMemory`), in bytes. VMs need a `Balloon` for that.
 
     Raises:
         SpecError: a number is out of its range, or a figure is missing that the rung needs, or is there and not needed.
@@ -102,6 +105,7 @@ class Step:
     limit: Limit | None = None
     io_limit: IoLimit | None = None
     cpu: float | None = None
+    memory: int | None = None
 
     def __attrs_post_init__(self) -> None:
         if self.rung is Rung.OBSERVE:
@@ -125,6 +129,12 @@ class Step:
             )
         if self.cpu is not None:
             within("cpu", self.cpu, 0.01, 1, "of the time")
+        if (self.memory is None) == (self.rung is Rung.SET_MEMORY):
+            raise SpecError(
+                f"{self.rung}: memory={self.memory!r}: set_memory needs its bytes of memory, nothing else has any"
+            )
+        if self.memory is not None:
+            check_size("memory", self.memory)
 
     @property
     def tail(self) -> float:
