@@ -334,7 +334,7 @@ def assembly(here: Here, machine: Any, states: Any = None) -> Assembly:
     def at_once(function: Callable[[], object]) -> None:
         function()
 
-    return Assembly(here, machine, None, at_once, at_once, Pacer(here.now, lambda: (0, 0, 0)), states)  # type: ignore[arg-type]
+    return Assembly(here, machine, None, {}, at_once, at_once, Pacer(here.now, lambda: (0, 0, 0)), states)  # type: ignore[arg-type]
 
 
 DEVICES = blank(devices=[Bells(), Clock()])
