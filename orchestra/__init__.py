@@ -23,10 +23,11 @@ from .fleet.spec import FleetSpec
 from .fleet.statistics import FleetStatistics, TenantStatistics
 from .fleet.watch import Watch
 from .machine.cpufile import load_cpu_template
-from .machine.desired import AskedCap, AskedLimit, AskedMemory, Desired, LimitStack, PlacedLimits
+from .machine.desired import AskedCap, AskedIoLimit, AskedLimit, AskedMemory, Desired, LimitStack, PlacedLimits
 from .machine.devices.bus import Device
 from .machine.devices.peripheral import Hooks, Peripheral
 from .machine.devices.requests import Request
+from .machine.disks import DiskStatistics, VmDisk
 from .machine.hostbudget import HostBudget, HostBudgetStatistics
 from .machine.pause_levels import PendingIo, PendingRequests
 from .machine.statistics import GuestMemoryStatistics, MemoryStatistics
@@ -45,6 +46,7 @@ from .model.actions import (
     Rejoin,
     Reload,
     Resume,
+    SetIoLimit,
     SetLimit,
     SetMemory,
     Shutdown,
@@ -59,7 +61,7 @@ from .model.chipset import PciHostBridge
 from .model.codec import CodecError, decode, encode, from_document, to_document
 from .model.cpu import CPU_TEMPLATES, CpuidBits, CpuTemplate, MsrBits
 from .model.devices import DebugConsole, DeviceSpec, Digest, Doorbell, ExitPort, Line, Serial, Wiring
-from .model.disk import Disk, IoLimit, VhostUserDisk
+from .model.disk import Disk, VhostUserDisk
 from .model.errors import (
     BackendUnavailable,
     BusLockUnsupported,
@@ -107,6 +109,7 @@ from .model.exits import (
     Wrmsr,
     Xen,
 )
+from .model.iolimit import IoLimit, TokenBucket
 from .model.journalspec import JournalSpec, JournalStatistics
 from .model.linux import LinuxBoot
 from .model.pci import Capability, PciFunction
@@ -165,6 +168,7 @@ __all__ = [
     "Adaptive",
     "Applied",
     "AskedCap",
+    "AskedIoLimit",
     "AskedLimit",
     "AskedMemory",
     "BackendUnavailable",
@@ -192,6 +196,7 @@ __all__ = [
     "Digest",
     "DirtyRingFull",
     "Disk",
+    "DiskStatistics",
     "Doorbell",
     "EmulatedBackend",
     "Evict",
@@ -281,6 +286,7 @@ __all__ = [
     "ScriptedBackend",
     "ScriptedExit",
     "Serial",
+    "SetIoLimit",
     "SetLimit",
     "SetMemory",
     "SetTpr",
@@ -300,6 +306,7 @@ __all__ = [
     "TenantFacts",
     "TenantStatistics",
     "Throttle",
+    "TokenBucket",
     "Topology",
     "TprAccess",
     "UnknownExit",
@@ -312,6 +319,7 @@ __all__ = [
     "VhostUserDisk",
     "VhostUserError",
     "Vm",
+    "VmDisk",
     "VmExists",
     "VmFacts",
     "VmSpec",

@@ -265,7 +265,7 @@ def initrd(script: str = "", files: Mapping[str, bytes] | None = None) -> bytes:
     program = busybox().read_bytes()
     names = (
         *("sh", "mount", "umount", "setsid", "poweroff", "reboot", "cat", "uname", "grep", "ls", "nproc", "dmesg"),
-        *("insmod", "head", "od", "dd", "md5sum", "sync", "mkdir", "rm", "stty"),
+        *("insmod", "head", "od", "dd", "md5sum", "sync", "mkdir", "rm", "stty", "sleep"),
     )
     return cpio(
         {

@@ -22,6 +22,7 @@ from orchestra.machine.devices.requests import Request, Requests
 MIRRORED = {
     orc.Fleet: orc.aio.Fleet,
     orc.Vm: orc.aio.Vm,
+    orc.VmDisk: orc.aio.VmDisk,
     orc.Exits: orc.aio.Exits,
     Requests: orc.aio.Requests,
     Request: orc.aio.Request,
@@ -33,6 +34,7 @@ MIRRORED = {
 INTERNAL = {
     orc.Fleet: "",
     orc.Vm: "generation",
+    orc.VmDisk: "",
     orc.Exits: "mask channel wake end next_batch next_batch_nowait",
     Requests: "deliver drop end close",
     Request: "answer_bytes give_back put_among",

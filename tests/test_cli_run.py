@@ -455,6 +455,8 @@ def test_a_guest_that_does_not_power_off_is_stopped_and_that_is_said(monkeypatch
         ("own.img,base=root.img", orc.Disk("own.img", base="root.img")),
         ("/dev/sdb,direct", orc.Disk("/dev/sdb", direct=True)),
         ("r.qcow2,ro,format=qcow2", orc.Disk("r.qcow2", readonly=True, format="qcow2")),
+        ("root.img,iops=500", orc.Disk("root.img", io_limit=orc.IoLimit(operations=500))),
+        ("root.img,bw=1M,iops=5,ro", orc.Disk("root.img", readonly=True, io_limit=orc.IoLimit(5, orc.MiB))),
     ],
 )
 def test_a_disk_is_what_its_words_say(text, disk):
@@ -462,7 +464,20 @@ def test_a_disk_is_what_its_words_say(text, disk):
 
 
 @pytest.mark.parametrize(
-    "text", ["root.img,rw", "root.img,base=", "root.img,ro=1", ",ro", "root.img,,ro", "a,format=", "a,format=vmdk"]
+    "text",
+    [
+        "root.img,rw",
+        "root.img,base=",
+        "root.img,ro=1",
+        ",ro",
+        "root.img,,ro",
+        "a,format=",
+        "a,format=vmdk",
+        "root.img,iops=",
+        "root.img,iops=many",
+        "root.img,bw=3",
+        "root.img,iops=0",
+    ],
 )
 def test_a_disk_with_other_words_is_refused(text):
     with pytest.raises(orc.SpecError):

@@ -305,7 +305,14 @@ class Here:
 
     owed = Owed()
 
-    def answer_buckets(self) -> list[Charged]:
+    @property
+    def disks(self) -> Any:
+        return self
+
+    def of_number(self, number: int) -> None:
+        return None  # disks without limits
+
+    def device_buckets(self, meter: orc.Meter) -> list[Charged]:
         return []
 
 

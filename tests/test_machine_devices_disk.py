@@ -15,6 +15,8 @@ import pytest
 import orchestra as orc
 from conftest import guest
 from orchestra.machine.devices.disk import FLOCK, DiskDevice, open_store
+from orchestra.model.disk import disks_of
+from orchestra.model.iolimit import tightest_io
 from orchestra.native import lib
 from orchestra.testing import DeviceRig
 
@@ -56,6 +58,9 @@ def image(tmp_path: Path) -> str:
         ({"path": "a", "format": "vmdk"}, 'format=\'vmdk\': must be "raw" or "qcow2"'),
         ({"path": "a", "format": "qcow2", "base": "b"}, "base: a qcow2 image names its backing file itself"),
         ({"path": "a", "format": "qcow2", "io_limit": orc.IoLimit(bytes=MiB)}, 'io_limit: format="qcow2" has none'),
+        ({"path": "a", "format": "qcow2", "io_group": "g"}, 'io_group: format="qcow2" has none'),
+        ({"path": "a", "io_group": ""}, "io_group='': must be 1 to 64 letters"),
+        ({"path": "a", "name": "a/b"}, "name='a/b': must be 1 to 64 letters"),
     ],
 )
 def test_a_spec_that_can_not_be_is_refused_by_name(fields: dict[str, Any], message: str):
@@ -69,10 +74,12 @@ def test_a_spec_that_can_not_be_is_refused_by_name(fields: dict[str, Any], messa
         ({}, "give one of them"),
         ({"operations": 0}, "operations=0: must be"),
         ({"operations": -1.0}, "operations=-1.0: must be"),
-        ({"bytes": 511}, "bytes=511: must be from 512"),
-        ({"bytes": 1e12}, "bytes=.*must be from"),
-        ({"operations": "many"}, "operations='many': must be a number"),
-        ({"operations": 5, "burst": -1}, "burst=-1: must be from 0"),
+        ({"bytes": 511}, "bytes: size=511: must be from 512"),
+        ({"bytes": 1e12}, "size=.*must be"),
+        ({"operations": "many"}, "operations='many': must be more than 0 a second, a TokenBucket"),
+        ({"operations": 0.5}, "operations: size=0.5: must be from 1"),
+        ({"operations": orc.TokenBucket(1e9, 0.5)}, "operations: refill_time=0.5: gives more than"),
+        ({"operations": orc.TokenBucket(1, one_time_burst=1e10)}, "operations: one_time_burst=1.*: must be at most"),
     ],
 )
 def test_a_limit_that_can_not_be_is_refused_by_name(fields: dict[str, Any], message: str):
@@ -80,9 +87,43 @@ def test_a_limit_that_can_not_be_is_refused_by_name(fields: dict[str, Any], mess
         orc.IoLimit(**fields)
 
 
-def test_a_limit_is_in_operations_and_sectors_with_one_more_in_the_bucket():
-    assert orc.IoLimit(operations=100, bytes=1 * MiB, burst=0.5).buckets() == ((100, 51), (2048, 1025))
-    assert orc.IoLimit(operations=0.5, burst=0).buckets() == ((0.5, 2), None)
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"size": 0}, "size=0: must be more than 0"),
+        ({"size": float("nan")}, "size=nan: must be finite"),
+        ({"size": 1, "refill_time": 0}, "refill_time=0: must be from 0.001 to 86400 seconds"),
+        ({"size": 1, "refill_time": 1e6}, "refill_time=.*must be from"),
+        ({"size": 1, "one_time_burst": -1}, "one_time_burst=-1: must be from 0"),
+        ({"size": True}, "size=True: must be a number"),
+    ],
+)
+def test_a_bucket_that_can_not_be_is_refused_by_name(fields: dict[str, Any], message: str):
+    with pytest.raises(orc.SpecError, match=message):
+        orc.TokenBucket(**fields)
+
+
+def test_a_number_is_a_bucket_of_so_many_a_second():
+    assert orc.IoLimit(operations=100, bytes=MiB) == orc.IoLimit(orc.TokenBucket(100, 1.0), orc.TokenBucket(MiB))
+    assert orc.TokenBucket(50, refill_time=0.5).rate == 100
+    assert str(orc.IoLimit(operations=100, bytes=MiB)) == "100 operations/s and 1,048,576 bytes/s"
+
+
+def test_of_several_limits_the_lowest_rate_with_the_smallest_size_counts():
+    wide = orc.IoLimit(operations=orc.TokenBucket(1000, 1.0, one_time_burst=7))
+    slow = orc.IoLimit(operations=orc.TokenBucket(5000, 10.0), bytes=MiB)
+    assert tightest_io([wide, slow]) == orc.IoLimit(orc.TokenBucket(1000, 2.0), orc.TokenBucket(MiB))
+    assert tightest_io([wide]) is wide
+    assert tightest_io([]) is None
+
+
+def test_disks_have_the_names_that_linux_gives_them_or_their_own():
+    many = [orc.Disk(f"{n}") for n in range(28)]
+    names = list(disks_of([orc.Rng(), *many]))
+    assert (names[0], names[1], names[25:]) == ("vda", "vdb", ["vdz", "vdaa", "vdab"])
+    assert list(disks_of([orc.Disk("a", name="root"), orc.Disk("b")])) == ["root", "vdb"]
+    with pytest.raises(orc.SpecError, match=r"disks 'a' and 'b' are both named 'vdb': give each another name"):
+        disks_of([orc.Disk("a", name="vdb"), orc.Disk("b")])
 
 
 def test_a_disk_is_on_the_pci_bus_with_a_vector_for_its_queue():
@@ -175,8 +216,7 @@ def test_a_disk_shows_its_capacity_and_gives_its_file_back_when_it_stops(image: 
         device = rig.device
         assert isinstance(device, DiskDevice)
         assert int.from_bytes(device.state().config[:8], "little") == MiB // 512
-        assert device.statistics()["reads"] == 0
-        device.set_limit(orc.IoLimit(bytes=1 * MiB))
+        assert device.counters().reads == 0
     finally:
         rig.device.stop()
     with store(disk):

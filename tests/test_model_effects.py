@@ -17,6 +17,8 @@ EXAMPLES = [
     orc.Unthrottle(vm="a"),
     orc.SetLimit(vm="a", limit=LIMIT),
     orc.SetLimit(vm="a", limit=None),
+    orc.SetIoLimit(vm="a", io_limit=orc.IoLimit(operations=5)),
+    orc.SetIoLimit(vm="a", disk="vda", io_limit=orc.IoLimit(operations=5)),
     orc.CapCpu(vm="a", share=0.5),
     orc.CapCpu(vm="a", share=None),
     orc.SetMemory(vm="a", memory=64 * orc.MiB),
@@ -42,7 +44,8 @@ def test_every_action_has_one_entry():
 def test_what_takes_an_action_back_is_an_action_at_the_same_place_that_releases(action):
     back = inverse(action)
     assert (back is not None) == (
-        not releases(action) and isinstance(action, orc.Throttle | orc.CapCpu | orc.SetMemory | orc.Pause | orc.Isolate)
+        not releases(action)
+        and isinstance(action, orc.Throttle | orc.SetIoLimit | orc.CapCpu | orc.SetMemory | orc.Pause | orc.Isolate)
     )
     if back is not None:
         assert releases(back)
@@ -52,6 +55,21 @@ def test_what_takes_an_action_back_is_an_action_at_the_same_place_that_releases(
         assert held
         held.note(back, "p")
         assert not held
+
+
+def test_limits_of_disks_are_at_a_disk_a_vm_a_group_or_a_tenant():
+    limit = orc.IoLimit(operations=5)
+    places = [{"vm": "a", "disk": "vda"}, {"vm": "a", "disk": "vdb"}, {"vm": "a"}, {"group": "a"}, {"tenant": "a"}]
+    held = ActionsInForce()
+    for place in places:
+        held.note(orc.SetIoLimit(io_limit=limit, **place), "p")
+    assert len({key for key, _ in held}) == len(places)
+    held.note(orc.SetIoLimit(io_limit=None, vm="a", disk="vda"), "q")  # each policy has its own
+    assert len(list(held)) == len(places)
+    assert held.undo("p") == [orc.SetIoLimit(io_limit=None, **place) for place in reversed(places)]
+    for wrong in ({}, {"vm": "a", "group": "g"}, {"tenant": "a", "disk": "vda"}, {"group": "g", "generation": 3}):
+        with pytest.raises(orc.SpecError, match=r"name (one of them|its vm)"):
+            orc.SetIoLimit(io_limit=limit, **wrong)
 
 
 def test_what_ends_a_vm_or_holds_it_interrupts_its_guest():

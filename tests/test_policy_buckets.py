@@ -35,6 +35,14 @@ class Core:
         self._leave(now)
         self._bucket.set(limit, now)
 
+    def give_once(self, tokens: float) -> None:
+        lib.orc_bucket_set_once(self._bucket.handle, tokens)
+
+    def once(self) -> float:
+        limit = ffi.new("struct orc_limit *")
+        lib.orc_bucket_limit(self._bucket.handle, 0, limit)
+        return float(limit.once)
+
     def take(self, events: int, now: int) -> None:
         self._leave(now)
         ticket = ffi.new("struct orc_ticket *")
@@ -47,6 +55,7 @@ class Core:
         self._leave(now)
         ticket, turn, delay = ffi.new("struct orc_ticket *"), ffi.new("int64_t *"), ffi.new("int64_t *")
         lib.orc_bucket_set(self._bucket.handle, 1.0, 1e9, -1, now)
+        lib.orc_bucket_set_once(self._bucket.handle, 0.0)
         lib.orc_bucket_charge_many(self._bucket.handle, 10_000_000, now, ticket)
         lib.orc_bucket_turn(self._bucket.handle, ticket, turn, delay)
         return 10_000_001 - (int(turn[0]) - now) / 1e9
@@ -170,3 +179,44 @@ def test_the_same_charges_limits_and_times_leave_the_same_tokens(model, first, s
             python.put(limit, now / 1e9)
             c.put(limit, now)
         assert c.tokens(now) == pytest.approx(python.room(now / 1e9), rel=1e-6, abs=1e-3 + 2 * UNIT * len(steps))
+
+
+once_steps = st.lists(
+    st.builds(Step, times, st.none() | limits)
+    | st.builds(Step, times, part=st.floats(0, 1))
+    | st.tuples(times, st.integers(0, 100_000)),
+    min_size=1,
+    max_size=30,
+)
+
+
+@settings(deadline=None)
+@given(first=limits, steps=once_steps)
+@example(Limit(rate=10, burst=100), [(0, 50), Step(0, part=1.0), (0, 50), Step(0, part=1.0), (0, 70), (0, 10), (0, 70)])
+def test_what_is_given_once_is_used_first_and_is_the_same_in_both(first, steps):
+    now, limit, most = 1_000_000_000, first, 0.0
+    python = Bucket()
+    with core() as c:
+        python.put(first, now / 1e9)
+        c.put(first, now)
+        for step in steps:
+            if isinstance(step, tuple):
+                now += step[0]
+                most = max(most, step[1])
+                python.give_once(step[1])
+                c.give_once(step[1])
+            elif step.part is None:
+                now, limit = now + step.after, step.limit
+                python.put(limit, now / 1e9)
+                c.put(limit, now)
+            elif limit is not None:
+                now += step.after
+                events = max(0, int(step.part * python.room(now / 1e9, 0.0) - 1e-3))
+                python.take(events, now / 1e9, 0.0)
+                c.take(events, now)
+            assert c.once() == python.once <= most
+        if limit is None:
+            limit = Limit(rate=1.0, burst=1e9, max_delay=None)
+            python.put(limit, now / 1e9)
+            c.put(limit, now)
+        assert c.tokens(now) == pytest.approx(python.tokens_at(now / 1e9), rel=1e-6, abs=1e-3 + 2 * UNIT * len(steps))

@@ -29,13 +29,13 @@ from ..machine import vm as machine
 from ..model.actions import Evict
 from .block import Block
 from .callback import ask
-from .handles import Fleet, Vm
+from .handles import Fleet, Vm, VmDisk
 from .loop import LoopBridge
 from .streams import Console, ConsolePort, Exits, Request, Requests, Watch
 from .thread import ThreadBridge
 from .wrapper import wrapped
 
-__all__ = ["Console", "ConsolePort", "Exits", "Fleet", "Request", "Requests", "Vm", "Watch", "open_fleet"]
+__all__ = ["Console", "ConsolePort", "Exits", "Fleet", "Request", "Requests", "Vm", "VmDisk", "Watch", "open_fleet"]
 
 
 @attrs.frozen(kw_only=True)

@@ -13,12 +13,15 @@ from typing import Any, Literal
 from ..backend import Backend, Detection
 from ..fleet import fleet as house
 from ..fleet.statistics import FleetStatistics
-from ..machine import vm as machine
+from ..machine import disks as vm_disks, vm as machine
 from ..machine.desired import Desired
 from ..machine.devices.bus import Device
+from ..machine.disks import DiskStatistics
 from ..machine.vm import VmStatistics
 from ..model.actions import Action, Applied, Outcome, State
+from ..model.disk import Disk
 from ..model.exits import Exit
+from ..model.iolimit import IoLimit
 from ..model.spec import Limit, Meter, Tenant, VmSpec
 from ..policy import Guard, Policy, PolicySpec
 from ..profile import Profile, Symbols
@@ -27,7 +30,7 @@ from .bridge import Bridge
 from .streams import Console, ConsolePort, Exits, Requests, Watch
 from .wrapper import Wrapper, mirrors, wrapped
 
-__all__ = ["Fleet", "Vm"]
+__all__ = ["Fleet", "Vm", "VmDisk"]
 
 
 @mirrors(house.Fleet)
@@ -177,6 +180,31 @@ class _Vms(Mapping[str, "Vm"]):
         return repr(dict(self))
 
 
+@mirrors(vm_disks.VmDisk)
+class VmDisk(Wrapper[vm_disks.VmDisk]):
+    """In asyncio: used by any task of the loop."""
+
+    __slots__ = ()
+
+    @property
+    def name(self) -> str:
+        return self._inner.name
+
+    @property
+    def spec(self) -> Disk:
+        return self._inner.spec
+
+    @property
+    def limit(self) -> IoLimit | None:
+        return self._bridge.sync(lambda: self._inner.limit)
+
+    def set_limit(self, limit: IoLimit | None) -> None:
+        self._bridge.sync(self._inner.set_limit, limit)
+
+    def statistics(self) -> DiskStatistics:
+        return self._bridge.sync(self._inner.statistics)
+
+
 @mirrors(machine.Vm)
 class VmAttributes(Wrapper[machine.Vm]):
     """In asyncio: what a VM is, without its methods."""
@@ -210,6 +238,11 @@ class VmAttributes(Wrapper[machine.Vm]):
     @property
     def console(self) -> Console:
         return wrapped(Console, self._bridge, self._inner.console)
+
+    @property
+    def disks(self) -> Mapping[str, VmDisk]:
+        disks = self._inner.disks
+        return {name: wrapped(VmDisk, self._bridge, disk) for name, disk in disks.items()}
 
     @property
     def ports(self) -> Mapping[str, ConsolePort]:

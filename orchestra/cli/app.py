@@ -117,7 +117,7 @@ def run(
         list[str] | None,
         _option(
             "a disk of a kernel: /dev/vda, the next one /dev/vdb, ...",
-            metavar="FILE[,ro][,direct][,base=FILE][,format=qcow2]",
+            metavar="FILE[,ro][,direct][,base=FILE][,format=qcow2][,iops=N][,bw=SIZE]",
         ),
     ] = None,
     mode: Annotated[Literal[16, 32, 64] | None, _option("the CPU mode that it is entered in (default: 16)")] = None,

@@ -14,6 +14,7 @@ import attrs
 from ..journal import ActionRow, StateRow, read_journal
 from ..journal.export import TABLES, Row, plain, rows, write_csv, write_parquet
 from ..journal.upgrade import upgrade
+from ..model.actions import SetIoLimit
 from ..model.errors import SpecError
 from ..model.printable import printable
 from ..output.target import check_target
@@ -115,11 +116,15 @@ def line(row: Row) -> str:
 
 def _action(row: ActionRow) -> str:
     where = row.vm or (f"tenant {row.tenant}" if row.tenant else "host")
+    where = f"disks of group {row.details['group']}" if row.details.get("group") else where
+    where += "" if row.details.get("disk") is None else f" disk {row.details['disk']}"
     where += "" if row.details.get("vcpu") is None else f" vCPU {row.details['vcpu']}"
     what = row.kind
     details = row.details
     if details.get("limit") is not None:
         what += f" {details['limit']['rate']:g} {details.get('meter', '')}/s"
+    elif isinstance(row.action, SetIoLimit):
+        what += f" {row.action.io_limit or 'none'}"
     elif row.kind == "SetLimit":
         what += f" none on {details.get('meter', '')}"
     elif details.get("share") is not None:

@@ -24,9 +24,11 @@ from ..model.chipset import AcpiRegisters
 from ..model.codec import encode
 from ..model.disk import Disk
 from ..model.errors import FileError, SpecError, StateError
+from ..model.iolimit import IoLimit
 from ..model.journalspec import JournalSpec
 from ..model.spec import VmSpec
 from ..output.keys import key_name
+from ..output.numbers import parse_size
 from .interrupts import until_interrupted
 from .terminal import Terminal, type_from
 
@@ -75,7 +77,7 @@ def read_image(path: Path, memory: int, load: int) -> bytes:
 
 
 def parse_disk(text: str) -> Disk:
-    """A disk as ``--disk`` names it: FILE[,ro][,direct][,base=FILE][,format=qcow2].
+    """A disk as ``--disk`` names it: FILE[,ro][,direct][,base=FILE][,format=qcow2][,iops=N][,bw=SIZE].
 
     A file whose name has a comma needs Python.
 
@@ -84,6 +86,7 @@ def parse_disk(text: str) -> Disk:
     """
     path, *words = text.split(",")
     given: dict[str, Any] = {}
+    limits: dict[str, float] = {}
     for word in words:
         name, _, value = word.partition("=")
         match name, value:
@@ -95,9 +98,15 @@ def parse_disk(text: str) -> Disk:
                 given["base"] = file
             case ("format", kind) if kind:
                 given["format"] = kind
+            case ("iops" | "bw", size) if size:
+                try:
+                    limits["operations" if name == "iops" else "bytes"] = parse_size(size)
+                except ValueError as error:
+                    raise SpecError(f"--disk {text}: {name}: {error}") from None
             case _:
-                raise SpecError(f"--disk {text}: {word!r}: must be ro, direct, base=FILE or format=qcow2")
-    return Disk(path, **given)
+                known = "ro, direct, base=FILE, format=qcow2, iops=NUMBER or bw=SIZE"
+                raise SpecError(f"--disk {text}: {word!r}: must be {known}")
+    return Disk(path, io_limit=IoLimit(**limits) if limits else None, **given)
 
 
 @attrs.frozen(kw_only=True)

@@ -188,9 +188,19 @@ def _does(hold: Hold, rates: tuple[float, float] | None = None) -> str:
             return "held it paused"
         case "Isolate":
             return "kept it on the quarantine CPUs"
+        case "SetIoLimit":
+            return f"held {_disks(row)} to {getattr(row.action, 'io_limit', None)}"
     lowest, highest = rates or (hold.rate or 0.0, hold.rate or 0.0)
     rate = per_second(highest) if lowest == highest else f"between {per_second(lowest)} and {per_second(highest)}"
     return f"held {_whom(hold)} to {rate} {_events(row.details.get('meter'))}/s"
+
+
+def _disks(row: ActionRow) -> str:
+    if row.details.get("group"):
+        return f"the disks of group {row.details['group']} together"
+    if row.tenant and not row.vm:
+        return f"all disks of its tenant {row.tenant} together"
+    return f"its disk {row.details['disk']}" if row.details.get("disk") else "all its disks together"
 
 
 def _whom(hold: Hold) -> str:

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from ..model.codec import Dialect
 from ..model.errors import SpecError
+from ..model.iolimit import TokenBucket
 from ..model.spec import Limit, Tenant
 from ..policy import Condition, Step
 from ..toml import TOML
@@ -22,6 +23,14 @@ def _limit(data: Any) -> Any:
         return {"rate": data}
     if not isinstance(data, Mapping):
         raise SpecError("must be events a second, or a table such as { rate = 100, burst = 10 }")
+    return data
+
+
+def _bucket(data: Any) -> Any:
+    if isinstance(data, int | float) and not isinstance(data, bool):
+        return {"size": data}
+    if not isinstance(data, Mapping):
+        raise SpecError("must be so much a second, or a table such as { size = 1000, refill_time = 1 }")
     return data
 
 
@@ -57,6 +66,7 @@ def tables(kind: type, how: str) -> Callable[[Any], Any]:
 
 _FORMS: Final[Mapping[Any, Callable[[Any], Any]]] = {
     Limit: _limit,
+    TokenBucket: _bucket,
     tuple[Condition, ...]: _several,
     Iterable[Step]: tables(list, "an array of tables such as { rung = 'warn', when = { signal = 'exits', over = 5 } }"),
     tuple[str, ...] | None: _patterns,

@@ -28,6 +28,7 @@ from ..machine.budget import Budgets
 from ..machine.control import VmControl
 from ..machine.inbox import Inbox
 from ..machine.instance import Instance
+from ..machine.iobudget import IoBudget
 from ..machine.pacer import Pacer
 from ..machine.workers import Workers
 from ..model.actions import Action, SetLimit, State
@@ -182,6 +183,9 @@ class FleetContext:
 
     def budgets(self, tenant: str | None) -> Budgets:
         return self.tenancy.budgets(tenant)
+
+    def io_budget(self, *, group: str | None = None, tenant: str | None = None) -> IoBudget:
+        return self.tenancy.io_budget(group=group, tenant=tenant)
 
     def below(self, action: Action) -> int:
         return self.supervisor.below(action)

@@ -21,6 +21,7 @@ from ..backend import Backend
 from ..host.control.bandwidth import CpuCgroup
 from ..machine.budget import Budget, Budgets
 from ..machine.control import VmControl
+from ..machine.iobudget import IoBudget
 from ..model.actions import (
     Action,
     Applied,
@@ -32,6 +33,7 @@ from ..model.actions import (
     Rejoin,
     Reload,
     Resume,
+    SetIoLimit,
     SetLimit,
     SetMemory,
     Stop,
@@ -76,6 +78,8 @@ class Fleet(Protocol):
     def control(self, name: str) -> VmControl: ...
     def budgets(self, tenant: str | None) -> Budgets:
         """The budgets of a tenant, or (None) of the host."""
+
+    def io_budget(self, *, group: str | None = None, tenant: str | None = None) -> IoBudget: ...
 
     def now(self) -> int: ...
     def below(self, action: Action) -> int:
@@ -219,6 +223,8 @@ class FleetExecutor:
                 self._throttle(action, policy)
             case SetLimit(limit=limit, meter=meter, tenant=tenant, vm=name, vcpu=vcpu):
                 self.set_limit(limit, meter, tenant, name, vcpu)
+            case SetIoLimit():
+                self._set_io_limit(action, policy)
             case Warn(vm=name):
                 log.warning("vm %s: %s: %s", vm(name).name, policy or "a caller", action.reason or "a warning")
             case Reload():
@@ -261,7 +267,7 @@ class FleetExecutor:
         found = None if generation is None or action.vm is None else self._fleet.controls.get(action.vm)
         if found is None or found.generation == generation:
             return False
-        if isinstance(action, Unthrottle | CapCpu | SetMemory) and releases(action):
+        if releases(action) and isinstance(action, Unthrottle | CapCpu | SetMemory | SetIoLimit):
             return True
         raise StateError(f"vm {action.vm!r} is of another generation now: {found.generation}, not {generation}")
 
@@ -302,6 +308,20 @@ class FleetExecutor:
         """As `Fleet.set_limit`, without a row in the journal."""
         budget = self.check_limit(limit, meter, tenant, vm, vcpu)
         self._change(budget, lambda now: budget.set_base(limit, now))
+
+    def _set_io_limit(self, action: SetIoLimit, policy: str | None) -> None:
+        if action.vm is not None:
+            if action.io_limit is not None or not self._is_gone(action.vm):  # an ended VM has no limit left to take off
+                self._fleet.control(action.vm).disks.set_limit_nowait(policy, action.disk, action.io_limit)
+            return
+        self._check_open()
+        self._fleet.io_budget(group=action.group, tenant=action.tenant).ask(policy, action.io_limit)
+
+    def given_io(self, budget: IoBudget, by: str, **where: Any) -> None:
+        """As `given`, of how fast disks may be. `where`: fields of `SetIoLimit`."""
+        if self._records.recorder is not None and budget.base is not None:
+            given = SetIoLimit(io_limit=budget.base, reason=f"given by {GIVERS[by]}", evidence={"given": by}, **where)
+            self._records.given(self._fleet.now(), given)
 
     def given(self, budgets: Budgets, by: str, **where: Any) -> None:
         """Journal the limits with which a fleet, a tenant, a VM or a vCPU begins, as those that are set later.

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Final, Protocol, runtime_checkable
 
-from ..model.actions import Applied, SetLimit
+from ..model.actions import Applied, SetIoLimit, SetLimit
 from ..model.journalspec import JournalStatistics
 from ..policy import Facts
 from ..profile import Row
@@ -30,8 +30,8 @@ class Recorder(Protocol):
         """A fleet opens. An exception of this method comes out of `open_fleet`."""
 
     def action(self, applied: Applied) -> None:
-        """An action was done, tried or refused. A limit with which a fleet or a VM begins comes as a `SetLimit` that
-        has `given` in its evidence."""
+        """An action was done, tried or refused. A limit with which a fleet or a VM begins comes as a `SetLimit` or
+        `SetIoLimit` that has `given` in its evidence."""
 
     def state(self, now: int, vm: str, generation: int, tenant: str, state: str, reason: str) -> None: ...
     def aggregate(self, facts: Facts) -> None:
@@ -57,7 +57,7 @@ class Records:
             self.recorder.action(applied)
         return applied
 
-    def given(self, now: int, limit: SetLimit) -> None:
+    def given(self, now: int, limit: SetLimit | SetIoLimit) -> None:
         """Record a limit with which a fleet, a tenant or a VM begins. It is no action, so `actions` does not have
         it."""
         if self.recorder is not None:

@@ -19,6 +19,7 @@ from ..machine.hostbudget import HostBudget
 from ..model.actions import Evict
 from ..model.codec import LIVE, encode
 from ..model.errors import SpecError
+from ..model.iolimit import IoLimit, optional_io_limit
 from ..model.journalspec import JournalSpec
 from ..model.spec import Limit, Meter, Tenant, check_flag, optional_limit
 from ..policy import Guard, Policy, PolicySpec
@@ -157,6 +158,7 @@ class FleetSpec:
         default=None, metadata={LIVE: "leave it out, and give it where the fleet is opened"}
     )
     tenants: Mapping[str, Tenant] = attrs.field(default=(), converter=_tenants, hash=False)
+    io_groups: Mapping[str, IoLimit | None] = attrs.field(factory=dict, hash=False)
     policies: tuple[Policy | PolicySpec, ...] = attrs.field(
         default=(), converter=_policies, metadata={LIVE: "give a PolicySpec, such as PolicySpec('weighted-share')"}
     )
@@ -186,6 +188,10 @@ class FleetSpec:
                 raise SpecError(f"{field}={getattr(self, field)!r}: must be {', '.join(most)} or {last}")
         for meter in Meter:
             optional_limit(meter.field, getattr(self, meter.field))
+        if not isinstance(self.io_groups, Mapping) or not all(isinstance(name, str) for name in self.io_groups):
+            raise SpecError(f"io_groups={self.io_groups!r:.200}: must be a mapping of names to limits")
+        for name, limit in self.io_groups.items():
+            optional_io_limit(f"io_groups[{name!r}]", limit)
         if self.host_budget is not None and not isinstance(self.host_budget, HostBudget):
             raise SpecError(f"host_budget={self.host_budget!r}: must be a HostBudget (`create` or `attach`), or None")
         if self.guard is not None and not isinstance(self.guard, Guard):

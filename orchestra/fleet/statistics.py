@@ -10,6 +10,7 @@ import attrs
 from ..backend import Backend, Detection
 from ..machine.budget import Budgets
 from ..machine.control import VmControl
+from ..machine.iobudget import IoBudget
 from ..machine.statistics import VmStatistics
 from ..model.journalspec import JournalStatistics
 from ..model.spec import Limit, Meter, Tenant
@@ -120,6 +121,7 @@ class TenantState:
 
     tenant: Tenant
     budgets: Budgets
+    io: IoBudget = attrs.field(factory=IoBudget)
     live: int = 0
     gone: Totals = attrs.field(factory=Totals)
 

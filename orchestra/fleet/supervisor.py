@@ -16,9 +16,9 @@ from ..machine.cpufile import with_cpu_read
 from ..machine.desired import Desired
 from ..machine.devices.bus import Device
 from ..machine.vm import make_vm
-from ..model.actions import Action, Outcome, SetLimit, State, Stopped, Throttle, Unthrottle
+from ..model.actions import Action, Outcome, SetIoLimit, SetLimit, State, Stopped, Throttle, Unthrottle
 from ..model.errors import SpecError, StateError, UnknownVm, VmExists
-from ..model.spec import Meter, VmSpec
+from ..model.spec import Meter, Tenant, VmSpec
 from .executor import FleetExecutor
 from .spec import DEFAULT_TENANT
 from .tenancy import Tenancy
@@ -106,6 +106,7 @@ class Supervisor:
             if placed.meter is Meter.BUS_LOCKS:
                 field = "limit" if placed.vcpu is None else "vcpu_limit"
                 context.executor.check_seen(placed.limits.in_force, f"vm {spec.name!r}: {field}")
+        self._check_io(spec, state.tenant)
         context.backend.check(desired.spec(spec))
         previous = self.controls.get(spec.name)
         if previous is not None and previous.outcome is None:
@@ -139,6 +140,23 @@ class Supervisor:
                 raise
         return vm
 
+    def _check_io(self, spec: VmSpec, tenant: Tenant) -> None:
+        """The limits that the fleet has for the VM's disks must be there, and hold all of them."""
+        groups = self._context.tenancy.io_groups
+        for name, disk in spec.disks.items():
+            if disk.io_group is not None and disk.io_group not in groups:
+                known = ", ".join(sorted(groups)) or "none"
+                raise SpecError(
+                    f"vm {spec.name!r}, disk {name!r}: io_group={disk.io_group!r}: this fleet has no such group; there "
+                    f"are: {known} (`io_groups` of open_fleet)"
+                )
+        served = next((device for device in spec.devices if device.has_back_end), None)
+        if served is not None and tenant.io_limit is not None:
+            raise SpecError(
+                f"vm {spec.name!r}: tenant {tenant.name!r} has an io_limit, and that does not hold the process which "
+                f"serves {type(served).__name__}: use a raw Disk, or a tenant without io_limit"
+            )
+
     def check_open(self, what: str) -> None:
         """Raises:
         StateError: the fleet is closing.
@@ -156,6 +174,9 @@ class Supervisor:
             context.executor.given(vm.budgets, "spec", vm=vm.name, generation=vm.generation)
             for index, budgets in enumerate(vm.vcpu_budgets):
                 context.executor.given(budgets, "spec", vm=vm.name, vcpu=index, generation=vm.generation)
+            for disk, port in vm.disks.ports.items():
+                own = port.budgets[0]
+                context.executor.given_io(own, "spec", vm=vm.name, disk=disk, generation=vm.generation)
             for action, by in held:  # before any other action about this VM is journaled
                 context.did(action, by)
             await vm.runs.supervise(task_status=task_status)
@@ -180,7 +201,7 @@ class Supervisor:
         """How many VMs an action affects: one, those of a tenant, or all."""
         if action.vm is not None:
             return 1
-        tenant = action.tenant if isinstance(action, Throttle | Unthrottle | SetLimit) else None
+        tenant = action.tenant if isinstance(action, Throttle | Unthrottle | SetLimit | SetIoLimit) else None
         if tenant is None:
             return self.live
         state = self._context.tenancy.states.get(tenant)

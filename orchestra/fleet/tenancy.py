@@ -1,4 +1,4 @@
-"""The tenants of a fleet, and the fleet's own limits: their budgets, and how both change while the fleet runs."""
+"""The tenants of a fleet, its groups of disks, and its own limits: their budgets, and how they change while it runs."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ import attrs
 
 from ..machine.budget import Budgets, limits_of, make_budgets
 from ..machine.control import VmControl
-from ..model.actions import SetLimit
+from ..machine.desired import AskedIoLimit
+from ..machine.iobudget import IoBudget
+from ..model.actions import SetIoLimit, SetLimit
 from ..model.effects import inverse
 from ..model.errors import SpecError, StateError, UnknownTenant
+from ..model.iolimit import IoLimit
 from ..model.spec import Limit, Meter, Tenant
 from .executor import FleetExecutor
 from .spec import DEFAULT_TENANT, FleetSpec
@@ -30,11 +33,16 @@ class Tenancy:
         host: the budgets of all VMs together.
         states: the tenants by name.
         removed: what the VMs of removed tenants did.
+        io_groups: the budgets of groups of disks, by name.
     """
 
     def __init__(self, spec: FleetSpec, now: int) -> None:
         self.host: Budgets = make_budgets(limits_of(spec), now)
-        self.states = {name: TenantState(one, make_budgets(limits_of(one), now)) for name, one in spec.tenants.items()}
+        self.states = {
+            name: TenantState(one, make_budgets(limits_of(one), now), _io_budget(one.io_limit))
+            for name, one in spec.tenants.items()
+        }
+        self.io_groups = {name: _io_budget(limit) for name, limit in spec.io_groups.items()}
         self.removed = Totals()
 
     def limit(self, meter: Meter) -> Limit | None:
@@ -61,6 +69,20 @@ class Tenancy:
         """The budgets of a tenant, or (None) of the host."""
         return self.host if tenant is None else self.state_of(tenant).budgets
 
+    def io_budget(self, *, group: str | None = None, tenant: str | None = None) -> IoBudget:
+        """What the disks of a group, or of a tenant, may do together.
+
+        Raises:
+            SpecError: there is no such group.
+            UnknownTenant: there is no such tenant.
+        """
+        if group is None:
+            return self.state_of(tenant or DEFAULT_TENANT).io
+        if group not in self.io_groups:
+            known = ", ".join(sorted(self.io_groups)) or "none"
+            raise SpecError(f"io_group={group!r}: no such group of disks; there are: {known} (`io_groups`)")
+        return self.io_groups[group]
+
     def tenants(self) -> dict[str, Tenant]:
         """All tenants, with the limits that were set, without throttles."""
         return {
@@ -69,6 +91,7 @@ class Tenancy:
                 limit=state.budgets[Meter.BUS_LOCKS].base,
                 exit_limit=state.budgets[Meter.EXITS].base,
                 answer_limit=state.budgets[Meter.ANSWERS].base,
+                io_limit=state.io.base,
             )
             for name, state in self.states.items()
         }
@@ -80,6 +103,9 @@ class Tenancy:
         executor.given(self.host, "open_fleet")
         for name, state in self.states.items():
             executor.given(state.budgets, "open_fleet", tenant=name)
+            executor.given_io(state.io, "open_fleet", tenant=name)
+        for name, budget in self.io_groups.items():
+            executor.given_io(budget, "open_fleet", group=name)
 
     def add(self, tenant: Tenant, executor: FleetExecutor, now: int) -> None:
         """As `Fleet.add_tenant`."""
@@ -112,6 +138,7 @@ class Tenancy:
         self.removed.join(state.gone)
         del self.states[name]
         _close(state.budgets)
+        state.io.close()
 
     def _put_limits(self, tenant: Tenant, executor: FleetExecutor, reason: str) -> None:
         for meter, budget in self.states[tenant.name].budgets.items():
@@ -119,6 +146,10 @@ class Tenancy:
             if budget.base != limit:
                 executor.set_limit(limit, meter, tenant.name, None, None)
                 executor.done(SetLimit(limit=limit, meter=meter, tenant=tenant.name, reason=reason), None)
+        io = self.states[tenant.name].io
+        if io.base != tenant.io_limit:
+            io.ask(None, tenant.io_limit)
+            executor.done(SetIoLimit(io_limit=tenant.io_limit, tenant=tenant.name, reason=reason), None)
 
     def _end_limits(self, tenant: str, executor: FleetExecutor) -> None:
         """Journal that the tenant's limits and throttles end: another tenant of that name begins without them."""
@@ -135,7 +166,14 @@ class Tenancy:
         """Free all budgets. No VM that has their buckets is left."""
         for state in self.states.values():
             _close(state.budgets)
+            state.io.close()
+        for budget in self.io_groups.values():
+            budget.close()
         _close(self.host)
+
+
+def _io_budget(limit: IoLimit | None) -> IoBudget:
+    return IoBudget([] if limit is None else [AskedIoLimit(None, limit)])
 
 
 def _check(tenant: object, executor: FleetExecutor) -> None:

@@ -87,11 +87,11 @@ class HoldTracker:
         return sorted(self._held.values(), key=lambda hold: -1.0 if hold.rate is None else hold.rate)
 
     def tightest(self) -> dict[tuple[str, str], Hold]:
-        """The hold that counts at each place. A place is a bucket (with its vCPU, if it is a vCPU's), "cap" or
-        "pause"."""
+        """The hold that counts at each place. A place is a bucket (with its vCPU, if it is a vCPU's), "cap",
+        "pause", or "io limit" (with its disk or group)."""
         found: dict[tuple[str, str], Hold] = {}
         for (key, _), hold in self._held.items():
-            place = (hold.bucket or key.what.value, str(hold.action.details.get("vcpu")))
+            place = (hold.bucket or key.what.value, f"{hold.action.details.get('vcpu')}{key.name}")
             if place not in found or _tightness(hold) < _tightness(found[place]):
                 found[place] = hold
         return found

@@ -67,7 +67,7 @@ class ActionRow:
         None: the row is no such limit.
         """
         by = self.evidence.get("given")
-        return str(by) if by is not None and self.kind == "SetLimit" and self.policy is None else None
+        return str(by) if by is not None and self.kind in ("SetLimit", "SetIoLimit") and self.policy is None else None
 
 
 @attrs.frozen
@@ -315,9 +315,11 @@ class JournalReader:
         """The actions that changed limits of the host, and of `tenant` if there is one, while one fleet was open."""
         query = (
             f"SELECT {ACTION_COLUMNS} FROM actions WHERE vm IS NULL AND time <= ? AND session = ? AND outcome = 'done' "
-            "AND (tenant IS NULL OR tenant = ?) AND kind IN ('Throttle', 'Unthrottle', 'SetLimit') ORDER BY time, id"
+            "AND ((tenant IS NULL OR tenant = ?) AND kind IN ('Throttle', 'Unthrottle', 'SetLimit') "
+            # Of groups of disks the journal does not say whose disks are in them.
+            "OR tenant = ? AND kind = 'SetIoLimit') ORDER BY time, id"
         )
-        return self._made(query, (until, session, tenant), self._action)
+        return self._made(query, (until, session, tenant, tenant), self._action)
 
     def _rows(
         self,

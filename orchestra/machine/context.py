@@ -20,6 +20,7 @@ from .desired import Desired
 from .devices.console import Console
 from .devices.consoleport import Ports
 from .inbox import Inbox
+from .iobudget import IoBudget
 from .pacer import Pacer
 from .pause_levels import Level
 from .workers import Workers
@@ -58,6 +59,9 @@ class InstanceContext(Protocol):
     def released(self, vm: Any) -> None:
         """The VM was stopped: remove it from the fleet."""
 
+    def io_budget(self, *, group: str | None = None, tenant: str | None = None) -> IoBudget:
+        """What the disks of a group, or of a tenant, may do together."""
+
     def did(self, action: Action, policy: str | None = None) -> None:
         """Journal what was done without `apply`. `policy`: the policy whose request it ends; None: a caller's."""
 
@@ -90,6 +94,10 @@ class Owner(Protocol):
     @property
     def claims(self) -> Claims:
         """The addresses that the user's devices and tasks have claimed."""
+
+    @property
+    def disks(self) -> Any:
+        """The VM's disks, as a run's devices see them (`DisksOfVm`)."""
 
     def on_pause_level(self, level: Level) -> None:
         """The run has reached that level of a pause."""

@@ -28,6 +28,7 @@ from .desired import UNLIMITED, Desired, PlacedLimits
 from .devices.bus import Device, Handler
 from .devices.console import Console
 from .devices.consoleport import Ports
+from .disks import VmDisks
 from .inspection import Inspection, check_vcpu
 from .instance import Instance
 from .lifecycle import state_of
@@ -56,6 +57,7 @@ class VmControl:
             the whole record.
         samples: the instructions that locked the bus, in all runs.
         owed: what its devices have not paid for yet.
+        disks: the disks, with their limits.
         inspection: what can be read of the VM.
         memory: asks the guest for memory.
         runs: the VM's task, its present run, and the figures of all runs.
@@ -99,6 +101,7 @@ class VmControl:
         )
         self.wanted = attrs.evolve(desired, limits=())
         self._released = False
+        self.disks = VmDisks(self, tenant)
         self.inspection = Inspection(self)
         self.memory = MemoryControl(self)
         self.runs = Runs(context, self, [(*above, self.budgets, budgets) for budgets in self.vcpu_budgets])
@@ -251,6 +254,7 @@ class VmControl:
         for budgets in (self.budgets, *self.vcpu_budgets):
             for budget in budgets.values():
                 budget.close()
+        self.disks.close()
 
     # ---- limits, caps, isolation
 

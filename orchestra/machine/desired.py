@@ -13,14 +13,16 @@ from typing import Any, Final, TypeVar
 
 import attrs
 
-from ..model.actions import Action, CapCpu, Isolate, Pause, SetMemory, Throttle
+from ..model.actions import Action, CapCpu, Isolate, Pause, SetIoLimit, SetMemory, Throttle
 from ..model.errors import SpecError
+from ..model.iolimit import IoLimit
 from ..model.memory import check_size
 from ..model.spec import Limit, Meter, VmSpec, as_meter, check_flag, check_sampling, optional_limit, tightest
 
 __all__ = [
     "UNLIMITED",
     "AskedCap",
+    "AskedIoLimit",
     "AskedLimit",
     "AskedMemory",
     "Desired",
@@ -97,6 +99,20 @@ class AskedLimit:
 
 
 @attrs.frozen
+class AskedIoLimit:
+    """How fast disks may be together.
+
+    Attributes:
+        by: the policy that asks for it; None: the spec, or a caller.
+        disk: the name of the disk; None: all disks of the VM.
+    """
+
+    by: str | None = attrs.field(validator=_check_by)
+    io_limit: IoLimit = attrs.field(validator=attrs.validators.instance_of(IoLimit))
+    disk: str | None = attrs.field(default=None, validator=attrs.validators.optional(attrs.validators.instance_of(str)))
+
+
+@attrs.frozen
 class LimitStack:
     """The limits on one meter of a VM, a vCPU, a tenant or a fleet.
 
@@ -166,6 +182,7 @@ class Desired:
         log_dirty: KVM logs the pages that the guest writes; None: as the spec says.
         sample_every: one bus lock of each `sample_every` is sampled; 0: none.
         limits: of the VM and of its vCPUs, by meter. A pair (meter, vcpu) that is not here has no limit.
+        io_limits: of the VM's disks, at most one of each asker for each disk, and for all. The tightest counts.
     """
 
     paused: bool = attrs.field(default=False, validator=_flag)
@@ -175,6 +192,7 @@ class Desired:
     log_dirty: bool | None = attrs.field(default=None, validator=attrs.validators.optional(_flag))
     sample_every: int = attrs.field(default=0)
     limits: tuple[PlacedLimits, ...] = attrs.field(default=(), converter=_to_tuple, validator=_all_are(PlacedLimits))
+    io_limits: tuple[AskedIoLimit, ...] = attrs.field(default=(), converter=_to_tuple, validator=_all_are(AskedIoLimit))
 
     def __attrs_post_init__(self) -> None:
         check_sampling("sample_every", self.sample_every)
@@ -184,6 +202,8 @@ class Desired:
             _each_once("memory: by", (one.by for one in self.memory))
         if len(self.limits) > 1:
             _each_once("limits: (meter, vcpu)", ((str(one.meter), one.vcpu) for one in self.limits))
+        if len(self.io_limits) > 1:
+            _each_once("io_limits: (by, disk)", ((one.by, one.disk) for one in self.io_limits))
 
     @classmethod
     def of(cls, spec: VmSpec, *, paused: bool = False) -> Desired:
@@ -195,7 +215,8 @@ class Desired:
             for meter in Meter
             if (limit := getattr(spec, prefix + meter.field)) is not None
         ]
-        return cls(paused=paused, sample_every=spec.sample_every, limits=limits)
+        io = [AskedIoLimit(None, disk.io_limit, name) for name, disk in spec.disks.items() if disk.io_limit is not None]
+        return cls(paused=paused, sample_every=spec.sample_every, limits=limits, io_limits=io)
 
     # ---- caps
 
@@ -234,10 +255,23 @@ class Desired:
     def limits_at(self, meter: Meter, vcpu: int | None = None) -> LimitStack:
         return next((one.limits for one in self.limits if (one.meter, one.vcpu) == (meter, vcpu)), UNLIMITED)
 
+    def io_limits_at(self, disk: str | None) -> tuple[AskedIoLimit, ...]:
+        """The limits of a disk, or (None) of all disks together."""
+        return tuple(one for one in self.io_limits if one.disk == disk)
+
+    def with_io_limit(self, by: str | None, disk: str | None, io_limit: IoLimit | None) -> Desired:
+        """This record, after `by` asks for that limit. None: `by` takes its limit back."""
+        others = tuple(one for one in self.io_limits if (one.by, one.disk) != (by, disk))
+        return attrs.evolve(self, io_limits=others if io_limit is None else (*others, AskedIoLimit(by, io_limit, disk)))
+
     def check_for(self, spec: VmSpec) -> None:
         """Raises:
-        SpecError: the record limits a vCPU, or asks for an amount of memory, that a VM of that spec can't have.
+        SpecError: the record limits a vCPU or a disk that a VM of that spec does not have, or asks for memory that it
+            can't have.
         """
+        for io in self.io_limits:
+            if io.disk is not None and io.disk not in spec.disks:
+                raise SpecError(f"io_limits: disk={io.disk!r}: vm {spec.name!r} has {', '.join(spec.disks) or 'none'}")
         for asked in self.memory:
             check_memory(spec, asked.memory)
         for one in self.limits:
@@ -263,6 +297,9 @@ class Desired:
         for placed in self.limits:
             for asked in placed.limits.throttles:
                 yield Throttle(vm=vm, limit=asked.limit, meter=placed.meter, reason=reason), asked.by
+        for io in self.io_limits:
+            if io.by is not None:
+                yield SetIoLimit(vm=vm, disk=io.disk, io_limit=io.io_limit, reason=reason), io.by
 
     # ---- the dirty log
 

@@ -84,8 +84,9 @@ class Instance:
         )
         self.calls = Calls(self._knock, context.post, self._hurried)
         caps = make_caps(context, spec.name, self._cores, self.calls.ask, self._post, owner.on_cap_failed)
-        self.restraint = Restraint(context, spec.name, self.life, self.vcpus, caps)
+        self.restraint = Restraint(self, caps)
         self.pausing = Pausing(self, caps)
+        self.disks = owner.disks
         self._owner = owner
         self._caps = caps
         self._levels = levels
@@ -322,9 +323,9 @@ class Instance:
     def machine(self) -> Machine:
         return self._machine
 
-    def answer_buckets(self) -> Sequence[Charged]:
+    def device_buckets(self, meter: Meter) -> Sequence[Charged]:
         """What the work of its devices is charged to, as the accesses of its vCPUs are: all levels but the vCPU's."""
-        return above(self.context.core.shared, self._levels[0][:3], Meter.ANSWERS)
+        return above(self.context.core.shared, self._levels[0][:3], meter)
 
     # ---- called by runners, on their threads
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 
 import trio
@@ -19,6 +19,7 @@ from .control import VmControl
 from .desired import Desired
 from .devices.bus import Device
 from .devices.requests import Requests
+from .disks import Disks, VmDisk
 from .statistics import VcpuStatistics, VmStatistics
 from .view import VmView
 
@@ -37,6 +38,7 @@ class Vm(VmView):
         name, tenant: the VM's name, and the tenant to whom it belongs.
         generation: the VM's number in the fleet, which no other VM ever has (an action's `generation`).
         console: what the guest writes, and what you type for it.
+        disks: the disks by name: their limits and statistics.
         ports: byte streams to programs in the guest, by name (`orc.Console(ports=...)`).
     """
 
@@ -46,6 +48,7 @@ class Vm(VmView):
         self.tenant = control.tenant
         self.generation = control.generation
         self.console = control.console
+        self.disks: Mapping[str, VmDisk] = Disks(control.disks, control.context, control.name)
         self.ports = control.ports
         self._control = control
 

@@ -9,6 +9,7 @@ from typing import Any, Final, Literal, TypeAlias
 import attrs
 
 from .errors import SpecError
+from .iolimit import IoLimit, optional_io_limit
 from .memory import check_size
 from .spec import Limit, Meter, as_meter, optional_limit
 
@@ -26,6 +27,7 @@ __all__ = [
     "Rejoin",
     "Reload",
     "Resume",
+    "SetIoLimit",
     "SetLimit",
     "SetMemory",
     "Shutdown",
@@ -225,6 +227,40 @@ class SetLimit:
 
 
 @attrs.frozen(kw_only=True)
+class SetIoLimit:
+    """Set how fast disks may be together: a disk of a VM, all disks of a VM, of a group, or of a tenant.
+
+    Each policy has one limit at each place. What the spec says and what callers of `Fleet.apply` and of `Vm.disks` set
+    is one limit as well, the last one of them. The tightest counts. Takes effect at once, also in the middle of a wait.
+
+    Parameters:
+        io_limit: None: take away the limit of the same policy, or of the callers.
+        vm: the VM's name. Alone: all its disks together.
+        disk: the name of a disk of that VM (`Vm.disks`).
+        group: a group of disks (`FleetSpec.io_groups`).
+        tenant: the tenant whose disks these are.
+    """
+
+    io_limit: IoLimit | None
+    vm: str | None = _text(None, optional=True)
+    disk: str | None = _text(None, optional=True)
+    group: str | None = _text(None, optional=True)
+    tenant: str | None = _text(None, optional=True)
+    reason: str = _text()
+    evidence: Mapping[str, Any] = _named()
+    generation: int | None = None
+
+    def __attrs_post_init__(self) -> None:
+        optional_io_limit("io_limit", self.io_limit)
+        if [self.vm, self.group, self.tenant].count(None) != 2:
+            raise SpecError(
+                f"vm={self.vm!r}, group={self.group!r}, tenant={self.tenant!r}: name one of them, whose disks these are"
+            )
+        if self.vm is None and (self.disk is not None or self.generation is not None):
+            raise SpecError(f"disk={self.disk!r}, generation={self.generation!r}: name its vm as well")
+
+
+@attrs.frozen(kw_only=True)
 class Unthrottle:
     """Take away the throttle at a place. If there is none, or the VM is gone, nothing is done."""
 
@@ -254,6 +290,7 @@ Action: TypeAlias = (
     | Throttle
     | Unthrottle
     | SetLimit
+    | SetIoLimit
     | Warn
     | CapCpu
     | SetMemory

@@ -1,23 +1,24 @@
-"""A disk: which file has its bytes, and how fast they may go."""
+"""A disk: which file has its bytes, its name, and how fast it may be."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from typing import ClassVar, Final, Literal
 
 import attrs
 
-from .checks import fail, number, whole
+from .checks import fail, whole
 from .devices import DeviceSpec, Wiring
 from .errors import SpecError
+from .iolimit import IoLimit, optional_io_limit
 from .pci import PciFunction
 from .virtio import function
 
-__all__ = ["Disk", "IoLimit", "VhostUserDisk"]
+__all__ = ["Disk", "VhostUserDisk", "disks_of"]
 
-MOST_BURST: Final = 1e9
-"""Operations or sectors that a bucket of the core can give at once."""
-
-
+NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+LETTERS: Final = 26
 VHOST: Final = "orchestra.machine.devices.vhost.device"
 SOCKET_NAME: Final = 107
 """Bytes of a Unix socket's name, the terminating zero left out."""
@@ -25,42 +26,6 @@ SOCKET_NAME: Final = 107
 
 def _function(queues: int) -> PciFunction:
     return function(2, 0x010000, queues=queues, config_size=60)  # a storage controller: SCSI, as others say
-
-
-@attrs.frozen
-class IoLimit:
-    """How fast a disk may be: requests that go faster wait, in their order.
-
-    Parameters:
-        operations: requests per second, of any kind; None: no limit.
-        bytes: bytes per second that are read, written or zeroed; None: no limit. At least 512, a sector.
-        burst: seconds' worth of both that may go at once after a rest; at least one request or sector may.
-    """
-
-    operations: float | None = None
-    bytes: float | None = None
-    burst: float = 1.0
-
-    def __attrs_post_init__(self) -> None:
-        for name, least, most in (("operations", 0.0, 1e9), ("bytes", 512.0, 512e9)):
-            value = getattr(self, name)
-            if value is not None and (not least <= number(name, value) <= most or not value):
-                raise fail(name, value, f"must be from {least:g} to {most:g} a second, or None for no limit")
-        if self.operations is None and self.bytes is None:
-            raise SpecError("operations=None, bytes=None: give one of them, or no io_limit")
-        if not 0 <= number("burst", self.burst) <= 3600:
-            raise fail("burst", self.burst, "must be from 0 to 3600 seconds")
-
-    def buckets(self) -> tuple[tuple[float, float] | None, tuple[float, float] | None]:
-        """Rate and burst of the core's two buckets, in operations and in sectors of 512 bytes."""
-        return (
-            None if self.operations is None else self._bucket(self.operations),
-            None if self.bytes is None else self._bucket(self.bytes / 512),
-        )
-
-    def _bucket(self, rate: float) -> tuple[float, float]:
-        # 1 more: a bucket counts what has been done, and a request waits before (native/virtio.h).
-        return rate, min(max(1.0, rate * self.burst) + 1, MOST_BURST)
 
 
 @attrs.frozen
@@ -74,7 +39,11 @@ class Disk(DeviceSpec):
         readonly: the guest can't write.
         direct: past the host's page cache (``O_DIRECT``).
         base: a raw image that many disks may share and none changes. Blocks that the guest writes go to `path`.
-        io_limit: how fast it may be. Not of a qcow2 image.
+        io_limit: how fast it may be; None: as fast as the host's. `Vm.disks` changes it while the VM runs. Not of a
+            qcow2 image.
+        io_group: the group of disks that share a limit: one of `FleetSpec.io_groups`. None: none. Not of a qcow2 image.
+        name: unique among the disks of its VM (`Vm.disks`). None: the name that Linux gives it: "vda", "vdb" and so on,
+            by its place among the disks.
         format: "raw", or "qcow2": then a process of its own (QEMU's qemu-storage-daemon) serves the disk, and opens the
             backing files that the image names. None: raw, but a file that begins as a qcow2 image is refused. The
             format is never guessed: a guest writes the first bytes of its raw disk.
@@ -87,6 +56,8 @@ class Disk(DeviceSpec):
     direct: bool = False
     base: str | None = None
     io_limit: IoLimit | None = None
+    io_group: str | None = None
+    name: str | None = None
     format: Literal["raw", "qcow2"] | None = None
 
     def __attrs_post_init__(self) -> None:
@@ -100,14 +71,18 @@ class Disk(DeviceSpec):
             raise SpecError("direct=True: a disk with a base goes through the page cache: leave one of them out")
         if self.base is not None and self.base == self.path:
             raise fail("base", self.base, "must be another file than path, which is written")
-        if not isinstance(self.io_limit, IoLimit | None):
-            raise fail("io_limit", self.io_limit, "must be an IoLimit, such as IoLimit(operations=1000), or None")
+        optional_io_limit("io_limit", self.io_limit)
+        for name in ("io_group", "name"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, str) and NAME.fullmatch(value)):
+                raise fail(name, value, "must be 1 to 64 letters, digits, '.', '_' or '-', or None")
         if self.format not in (None, "raw", "qcow2"):
             raise fail("format", self.format, 'must be "raw" or "qcow2", or None for raw')
         if self.format == "qcow2" and self.base is not None:
             raise SpecError("base: a qcow2 image names its backing file itself: make it with `qemu-img create -b`")
-        if self.format == "qcow2" and self.io_limit is not None:
-            raise SpecError('io_limit: format="qcow2" has none: leave it out, or convert the image to raw')
+        for name in ("io_limit", "io_group"):
+            if self.format == "qcow2" and getattr(self, name) is not None:
+                raise SpecError(f'{name}: format="qcow2" has none: leave it out, or convert the image to raw')
 
     def implemented_by(self) -> str:
         return f"{VHOST}:QcowDevice" if self.format == "qcow2" else self.implementation
@@ -150,3 +125,32 @@ class VhostUserDisk(DeviceSpec):
 
     def wiring(self) -> Wiring:
         return Wiring(pci=_function(self.queues))
+
+
+def disks_of(devices: Iterable[DeviceSpec]) -> dict[str, Disk]:
+    """The disks that orchestra serves among some devices, by name, in their order. Names count the others as well.
+
+    Raises:
+        SpecError: two of them have one name.
+    """
+    found: dict[str, Disk] = {}
+    for number, disk in enumerate(device for device in devices if isinstance(device, Disk | VhostUserDisk)):
+        if isinstance(disk, VhostUserDisk):
+            continue
+        name = disk.name or _name_in_linux(number)
+        if name in found:
+            raise SpecError(
+                f"devices: disks {found[name].path!r} and {disk.path!r} are both named {name!r}: give each another name"
+            )
+        found[name] = disk
+    return {name: disk for name, disk in found.items() if not disk.has_back_end}
+
+
+def _name_in_linux(number: int) -> str:
+    """As drivers/scsi/sd.c names disks, and drivers/block/virtio_blk.c likewise: vda to vdz, vdaa, and so on."""
+    letters = ""
+    number += 1
+    while number:
+        number, letter = divmod(number - 1, LETTERS)
+        letters = chr(ord("a") + letter) + letters
+    return f"vd{letters}"

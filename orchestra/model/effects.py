@@ -23,6 +23,7 @@ from .actions import (
     Rejoin,
     Reload,
     Resume,
+    SetIoLimit,
     SetLimit,
     SetMemory,
     Stop,
@@ -52,6 +53,8 @@ class What(StrEnum):
     """The limit itself, as a spec or `SetLimit` says. There is one at each place."""
     THROTTLE = "throttle"
     """A limit on top of the limit itself, by a policy or a caller."""
+    IO_LIMIT = "io limit"
+    """A limit on how fast disks may be."""
     CAP = "cap"
     MEMORY = "memory"
     """What a VM's guest is asked to keep to of its memory."""
@@ -74,6 +77,7 @@ class Key(NamedTuple):
         what: what is in force.
         meter: the meter of a limit; empty: no meter.
         vm, tenant, vcpu: on which VM, tenant or vCPU. Neither VM nor tenant: on the host.
+        name: which disk of the VM, or which group of disks; empty: neither.
     """
 
     what: What
@@ -81,6 +85,7 @@ class Key(NamedTuple):
     vm: str | None
     tenant: str | None
     vcpu: int | None
+    name: str = ""
 
 
 @attrs.frozen
@@ -119,6 +124,12 @@ EFFECTS: Final[Mapping[type, Effect]] = {
     ),
     Unthrottle: Effect(What.THROTTLE, stacks=True, releases=_always),
     SetLimit: Effect(What.LIMIT, releases=lambda it: it.limit is None),
+    SetIoLimit: Effect(
+        What.IO_LIMIT,
+        stacks=True,
+        releases=lambda it: it.io_limit is None,
+        inverse=lambda it: attrs.evolve(it, io_limit=None, reason="", evidence={}),
+    ),
     CapCpu: Effect(
         What.CAP,
         stacks=True,
@@ -170,6 +181,7 @@ def key_of(action: Action) -> Key | None:
         action.vm,
         getattr(action, "tenant", None),
         getattr(action, "vcpu", None),
+        getattr(action, "disk", None) or getattr(action, "group", None) or "",
     )
 
 

@@ -18,7 +18,9 @@ from .boot import BootSpec, FlatImage, Layout
 from .checks import fail as _fail, number as _number, whole as _whole
 from .cpu import CPU_TEMPLATES, CpuTemplate, check_cpu
 from .devices import DeviceSpec, Irqchip, check_wiring, irqchip_kind
+from .disk import Disk, disks_of
 from .errors import SpecError
+from .iolimit import IoLimit, optional_io_limit
 from .memory import GiB, KiB, Memory, MemoryRegion, MiB, check_size, ram_ranges
 from .topology import ONE_SOCKET, Topology
 
@@ -166,6 +168,7 @@ class Tenant:
         limit: bus locks per second of all its VMs together; None: only counted.
         exit_limit: the same for exits of any kind.
         answer_limit: the same for accesses that Python answers.
+        io_limit: how fast the disks of all its VMs may be together.
     """
 
     name: str
@@ -173,12 +176,14 @@ class Tenant:
     limit: Limit | None = None
     exit_limit: Limit | None = None
     answer_limit: Limit | None = None
+    io_limit: IoLimit | None = None
 
     def __attrs_post_init__(self) -> None:
         _check_name("tenant", self.name)
         _check_weight(self.weight)
         for meter in Meter:
             optional_limit(meter.field, getattr(self, meter.field))
+        optional_io_limit("io_limit", self.io_limit)
 
 
 def _check_weight(value: object) -> None:
@@ -248,7 +253,8 @@ class VmSpec:
         tenant: a tenant that the fleet was opened with; None: the tenant "default".
         weight: this VM's share relative to its tenant's other VMs.
         limit: bus locks per second; None: only counted.
-        exit_limit: exits of any kind per second; a string instruction counts by its elements.
+        exit_limit: exits of any kind per second; a string instruction counts by its elements. A notification of a
+            queue is one, though the kernel takes it: the VM's I/O thread waits for it, and not the guest.
         answer_limit: accesses per second that Python answers: `Vm.attach`, `Vm.requests`, and devices of `devices` that
             are Python. All VMs share the interpreter, so there is a limit unless you say otherwise (None): 2,000 a
             second, and as many at once after a rest.
@@ -341,7 +347,13 @@ class VmSpec:
         for device in self.devices:
             if not isinstance(device, DeviceSpec):
                 raise _fail("devices", device, "must be DeviceSpec objects, such as Serial(); `Vm.attach` takes others")
+        disks_of(self.devices)
         self._check_layout()
+
+    @property
+    def disks(self) -> Mapping[str, Disk]:
+        """The disks by name."""
+        return disks_of(self.devices)
 
     @property
     def ram(self) -> tuple[range, ...]:

@@ -33,6 +33,7 @@ SOURCES = [
     "virtio_state.c",
     "virtio_pci.c",
     "io.c",
+    "io_rest.c",
     "pci.c",
     "virtio_rng.c",
     "virtio_console.c",

@@ -274,16 +274,50 @@ ORC_HOT static int64_t most(const struct limit *l)
 	return l->max_delay < 0 ? INT64_MAX : plus(l->tolerance, to_int((double)l->max_delay * l->per_ns));
 }
 
+/* So many of `units` as are left of what is given once. */
+ORC_HOT static int64_t from_once(orc_bucket *b, int64_t units)
+{
+	int64_t once = atomic_load_explicit(&b->once, memory_order_relaxed);
+
+	for (int tries = CHARGE_TRIES; once > 0 && tries; tries--) {
+		int64_t used = once < units ? once : units;
+
+		if (atomic_compare_exchange_weak_explicit(&b->once, &once, once - used, memory_order_acq_rel,
+							  memory_order_relaxed))
+			return used;
+	}
+	return 0;
+}
+
+void orc_bucket_set_once(orc_bucket *b, double tokens)
+{
+	int64_t most = to_int(tokens * UNIT), given = atomic_load_explicit(&b->once_given, memory_order_relaxed);
+	int64_t once = atomic_load_explicit(&b->once, memory_order_relaxed), left;
+
+	if (most > given)
+		atomic_store_explicit(&b->once_given, most, memory_order_relaxed);
+	do {
+		left = plus(once, most > given ? minus(most, given) : 0);
+		left = left < most ? left : most;
+	} while (!atomic_compare_exchange_weak_explicit(&b->once, &once, left, memory_order_acq_rel, memory_order_relaxed));
+}
+
 ORC_HOT bool orc_bucket_charge_many(orc_bucket *b, orc_u64 n, orc_ns now, struct orc_ticket *out)
 {
-	const int64_t events = (int64_t)n * (int64_t)UNIT;
+	int64_t events = (int64_t)n * (int64_t)UNIT;
 	struct limit l;
 	double part;
-	int64_t made, owed, last, debt, kept, limit;
+	int64_t made, owed, last, debt, kept, limit, least;
 	int tries = CHARGE_TRIES;
 
 	read_limit(b, &l);
 	made = tokens(&l, now, &part);
+	events -= from_once(b, events);
+	if (!events) {
+		*out = (struct orc_ticket){.number = made, .charged = now};
+		return false;
+	}
+	least = events < (int64_t)UNIT ? events : (int64_t)UNIT;
 	owed = still_owed(&l, now);
 	limit = most(&l);
 	last = atomic_load_explicit(&b->last, memory_order_relaxed);
@@ -295,8 +329,8 @@ ORC_HOT bool orc_bucket_charge_many(orc_bucket *b, orc_u64 n, orc_ns now, struct
 		/* What max_delay lets go early must not pile up as a debt that others pay for long afterwards. */
 		if (kept > limit)
 			kept = limit > debt ? limit : debt;
-		if (kept < (int64_t)UNIT) /* a max_delay shorter than a token still leaves this event's own */
-			kept = debt + (int64_t)UNIT;
+		if (kept < least) /* a max_delay shorter than a token still leaves this event's own */
+			kept = debt + least;
 		if (!tries--) { /* an addition always succeeds: the others still pay for this ticket */
 			atomic_fetch_add_explicit(&b->last, kept - debt, memory_order_acq_rel);
 			break;
@@ -356,4 +390,5 @@ void orc_bucket_limit(const orc_bucket *b, orc_ns now, struct orc_limit *out)
 	out->burst = (double)l.tolerance / UNIT + 1;
 	out->debt = (double)(debt > owed ? debt : owed) / UNIT;
 	out->max_delay = l.max_delay;
+	out->once = (double)atomic_load_explicit(&writable(b)->once, memory_order_relaxed) / UNIT;
 }

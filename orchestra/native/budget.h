@@ -29,7 +29,7 @@
 #include "orc.h"
 
 enum {
-	ORC_BUDGET_VERSION = 1,
+	ORC_BUDGET_VERSION = 2,
 	/* A waiter looks at the limit again after so long, if nothing wakes it: a process that died after it had changed the
 	 * limit and before it woke anybody makes them late by no more. Ten looks a second cost 0.03 % of a CPU. */
 	ORC_LOOK_AGAIN = 100 * 1000 * 1000,
@@ -75,6 +75,9 @@ enum { ORC_SLOT = 1, ORC_LIMITED = 2, ORC_BEGUN = 4 /* it has had a limit */, OR
 struct orc_bucket {
 	_Alignas(ORC_CACHE_LINE) _Atomic int64_t last; /* the last ticket given */
 	_Atomic int64_t freed; /* units of tickets whose holders went free, while there was no limit; wraps */
+	/* Units of the burst that is given once: what is left of it, and the largest that was ever given. No host's bucket has one,
+	 * and who writes it there can do no more than by a limit. */
+	_Atomic int64_t once, once_given;
 	_Alignas(ORC_CACHE_LINE) _Atomic uint64_t control;
 	_Alignas(ORC_CACHE_LINE) struct orc_word slot[2][ORC_LIMIT_WORDS];
 };
@@ -89,7 +92,7 @@ struct orc_budget_file {
 _Static_assert(sizeof(struct orc_word) == 16 && sizeof(struct orc_bucket) == 384 && offsetof(struct orc_bucket, control) == 64 &&
 	       offsetof(struct orc_bucket, slot) == 128 && offsetof(struct orc_budget_file, changes) == 64 &&
 	       offsetof(struct orc_budget_file, bucket) == 128 && sizeof(struct orc_budget_file) == 128 + 3 * 384,
-	       "version 1 of the file");
+	       "version 2 of the file");
 _Static_assert(__atomic_always_lock_free(8, 0) && __atomic_always_lock_free(4, 0), "a lock would be one process's own");
 
 /* A process's view of the file. */

@@ -1,4 +1,4 @@
-/* CPU caps: each capped vCPU may use a part of one CPU. A thread of the fleet's, which runs while there are caps, looks at
+/* CPU caps: each capped vCPU, and a VM's I/O thread, may use a part of one CPU. A thread of the fleet's, which runs while there are caps, looks at
  * the CPU time that a vCPU's thread has used, holds the vCPU outside the guest once its part of the period is spent, and
  * lets it go when the next begins. What was used too much is taken off the next period, so that the long run is exact.
  *
@@ -11,6 +11,7 @@
 #include <time.h>
 
 #include "core.h"
+#include "virtio.h"
 
 enum {
 	PERIOD = 50 * 1000 * 1000, /* ns: short enough that a guest's timers hardly notice, long enough to cost nothing */
@@ -20,7 +21,8 @@ enum {
 
 struct orc_cap {
 	struct orc_cap *next;
-	orc_vcpu *v;
+	orc_vcpu *v; /* or, NULL, */
+	orc_io *io;  /* a VM's I/O thread, with the threads that work for it */
 	double share;
 	orc_ns used;  /* CPU time when the period began */
 	orc_ns quota; /* of this period; negative: in debt */
@@ -36,30 +38,37 @@ struct orc_capper {
 	bool closing;
 };
 
-static orc_ns cpu_time(const orc_vcpu *v)
+static orc_ns cpu_time(const struct orc_cap *c)
 {
 	struct timespec t;
-	int tid = atomic_load_explicit(&((orc_vcpu *)v)->tid, memory_order_relaxed);
+	int tid = c->v ? atomic_load_explicit(&c->v->tid, memory_order_relaxed) : orc_io_tid(c->io);
 
 	/* The id of another thread's CPU clock, as pthread_getcpuclockid makes it (linux/posix-timers.h: per-thread 4,
 	 * CPUCLOCK_SCHED 2). The thread may have ended: then it uses nothing any more. */
 	if (!tid || clock_gettime((clockid_t)(~(unsigned)tid << 3 | 6), &t))
 		return -1;
-	return (orc_ns)t.tv_sec * 1000000000 + t.tv_nsec;
+	return (orc_ns)t.tv_sec * 1000000000 + t.tv_nsec + (c->v ? 0 : (orc_ns)orc_io_others(c->io));
+}
+
+static void hold(struct orc_cap *c, bool on)
+{
+	c->held = on;
+	if (c->v)
+		orc_vcpu_command(c->v, on ? ORC_CAP : 0, on ? 0 : ORC_CAP);
+	else
+		orc_io_rest(c->io, on);
 }
 
 static void begin_period(struct orc_cap *c)
 {
-	orc_ns now = cpu_time(c->v), spent = now < 0 ? 0 : now - c->used, quota = (orc_ns)(c->share * PERIOD);
+	orc_ns now = cpu_time(c), spent = now < 0 ? 0 : now - c->used, quota = (orc_ns)(c->share * PERIOD);
 
 	c->quota = quota + (c->quota < spent ? c->quota - spent : 0); /* what is left over is lost: no saving up */
 	if (c->quota < -MOST_DEBT * (orc_ns)PERIOD)
 		c->quota = -MOST_DEBT * (orc_ns)PERIOD;
 	c->used = now < 0 ? c->used : now;
-	if (c->held && c->quota > 0) {
-		c->held = false;
-		orc_vcpu_command(c->v, 0, ORC_CAP);
-	}
+	if (c->held && c->quota > 0)
+		hold(c, false);
 }
 
 /* Holds who has used up its part. When to look again, at the latest at `end`. */
@@ -72,11 +81,10 @@ static orc_ns look(struct orc_capper *capper, orc_ns now, orc_ns end)
 
 		if (c->held)
 			continue;
-		used = cpu_time(c->v);
+		used = cpu_time(c);
 		left = used < 0 ? PERIOD : c->quota - (used - c->used);
 		if (left <= 0) {
-			c->held = true;
-			orc_vcpu_command(c->v, ORC_CAP, 0);
+			hold(c, true);
 		} else if (now + left < next) {
 			next = now + (left < LEAST_LOOK ? LEAST_LOOK : left);
 		}
@@ -142,47 +150,58 @@ static void lift(struct orc_capper *capper, struct orc_cap *c)
 		at = &(*at)->next;
 	*at = c->next;
 	if (c->held)
-		orc_vcpu_command(c->v, 0, ORC_CAP);
-	c->v->cap = NULL;
+		hold(c, false);
 	free(c);
 }
 
-static struct orc_cap *add(struct orc_capper *capper, orc_vcpu *v, double share)
+static struct orc_cap *add(struct orc_capper *capper, orc_vcpu *v, orc_io *io, double share)
 {
 	struct orc_cap *c = calloc(1, sizeof *c);
 
 	if (!c)
 		return NULL;
 	c->v = v;
-	c->used = cpu_time(v);
+	c->io = io;
+	c->used = cpu_time(c);
 	c->used = c->used < 0 ? 0 : c->used;
 	c->quota = (orc_ns)(share * PERIOD);
 	c->next = capper->caps;
 	capper->caps = c;
-	v->cap = c;
 	return c;
 }
 
-int orc_vcpu_cap(orc_vcpu *v, double share)
+/* *at: the cap that a thread has. */
+static int put(orc_fleet *f, struct orc_cap **at, orc_vcpu *v, orc_io *io, double share)
 {
-	orc_fleet *f = v->fleet;
 	int rc = 0;
 
 	/* By what is the vCPU's own: one whose set-up fails is freed by whoever made it, while the owner may start the capper. */
-	if (share >= 1 && !v->cap)
+	if (share >= 1 && !*at)
 		return 0;
 	if (!f->capper && !(f->capper = start()))
 		return -EAGAIN;
 	pthread_mutex_lock(&f->capper->lock);
-	if (share >= 1)
-		lift(f->capper, v->cap);
-	else if (v->cap || add(f->capper, v, share))
-		v->cap->share = share;
-	else
+	if (share >= 1) {
+		lift(f->capper, *at);
+		*at = NULL;
+	} else if (*at || (*at = add(f->capper, v, io, share))) {
+		(*at)->share = share;
+	} else {
 		rc = -ENOMEM;
+	}
 	pthread_cond_signal(&f->capper->more);
 	pthread_mutex_unlock(&f->capper->lock);
 	return rc;
+}
+
+int orc_vcpu_cap(orc_vcpu *v, double share)
+{
+	return put(v->fleet, &v->cap, v, NULL, share);
+}
+
+int orc_io_cap(orc_fleet *f, orc_io *io, double share)
+{
+	return put(f, orc_io_cap_of(io), NULL, io, share);
 }
 
 void orc_capper_stop(struct orc_capper *capper)

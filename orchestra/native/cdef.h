@@ -16,12 +16,13 @@ orc_bucket *orc_bucket_new(void);
 void orc_bucket_free(orc_bucket *);
 int orc_bucket_set(orc_bucket *, double rate, double burst, int64_t max_delay, int64_t now);
 bool orc_bucket_limited(const orc_bucket *);
+void orc_bucket_set_once(orc_bucket *, double tokens);
 struct orc_ticket { int64_t number; int64_t charged; int64_t waits; };
 bool orc_bucket_charge(orc_bucket *, int64_t now, struct orc_ticket *out);
 bool orc_bucket_charge_many(orc_bucket *, uint64_t n, int64_t now, struct orc_ticket *out);
 void orc_bucket_leave(orc_bucket *, struct orc_ticket *);
 void orc_bucket_turn(const orc_bucket *, const struct orc_ticket *, int64_t *by_tokens, int64_t *by_delay);
-struct orc_limit { double rate, burst, debt; int64_t max_delay; };
+struct orc_limit { double rate, burst, debt, once; int64_t max_delay; ...; };
 void orc_bucket_limit(const orc_bucket *, int64_t now, struct orc_limit *out);
 
 typedef struct orc_budget orc_budget;
@@ -589,6 +590,9 @@ void orc_virtio_power_on(orc_virtio *);
 
 int orc_io_start(const char *name, orc_io **out);
 void orc_io_set_voice(orc_io *, orc_vcpu *);
+void orc_io_set_bucket(orc_io *, int level, orc_bucket *);
+int orc_io_cap(orc_fleet *, orc_io *, double share);
+int orc_io_tid(const orc_io *);
 int orc_io_attach(orc_io *, orc_virtio *);
 void orc_io_detach(orc_io *, orc_virtio *);
 void orc_io_hold(orc_io *);
@@ -655,13 +659,15 @@ uint32_t orc_pci_selected(orc_pci *);
 void orc_pci_select(orc_pci *, uint32_t value);
 void orc_pci_reset(orc_pci *);
 
-enum { ORC_BLK_OPERATIONS, ORC_BLK_SECTORS, ORC_BLK_METERS, ORC_BLK_LEVELS, ... };
+enum { ORC_BLK_OPERATIONS, ORC_BLK_SECTORS, ORC_BLK_METERS, ORC_BLK_OWN, ORC_BLK_VM, ORC_BLK_GROUP, ORC_BLK_TENANT, ORC_BLK_LEVELS, ... };
 int orc_virtio_blk_new(const orc_guest_memory *, orc_store *, const char *id, orc_virtio **out);
 int orc_virtio_blk_set_bucket(orc_virtio *, int meter, int level, orc_bucket *);
 void orc_virtio_blk_limit_changed(orc_virtio *);
+int orc_virtio_blk_thread(orc_virtio *);
 void orc_virtio_blk_close(orc_virtio *);
 struct orc_blk_counters {
 	uint64_t reads, writes, flushes, discards, zeroes, read_bytes, written_bytes, errors, no_space, waits;
+	uint64_t waited[...];
 	...;
 };
 void orc_virtio_blk_look(orc_virtio *, struct orc_blk_counters *out);

@@ -4,7 +4,10 @@
  *   what a device watches         -> its callback
  *
  * All is done with io->lock held, and it waits without. So whoever has the lock knows that no device is being served, and that
- * none is as long as `holds` says so. */
+ * none is as long as `holds` says so.
+ *
+ * It works for its guest, and rests as the guest's vCPUs do (io_rest.h). In a rest it looks at nothing but `wake`. A hold, a stop
+ * and a lifted cap end one. */
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
@@ -13,6 +16,7 @@
 #include <unistd.h>
 
 #include "core.h"
+#include "io_rest.h"
 #include "virtio.h"
 
 enum {
@@ -27,6 +31,10 @@ struct orc_io {
 	int epoll, wake;
 	orc_vcpu *voice;
 	pthread_t thread;
+	_Atomic int tid; /* 0: it has ended */
+	_Atomic orc_u64 others; /* ns of CPU that other threads have used for its devices */
+	struct orc_cap *cap; /* owner; NULL: it has none */
+	struct orc_rest rest;
 	bool started; /* owner: and not joined */
 	/* Who holds it. Counted up before the lock is taken: a thread that has work takes the lock again and again, and would be in
 	 * front of whoever wants it. */
@@ -73,9 +81,20 @@ static void told(orc_io *io, uint64_t what)
 		orc_virtio_called(v);
 	} else {
 		v->kicks++;
+		io->rest.notified++;
 		atomic_fetch_or(&v->kicked, 1ull << number);
 	}
 	pthread_mutex_unlock(&v->lock);
+}
+
+/* How many requests it took. */
+static orc_u64 serve_queue(orc_virtio *v, uint16_t i)
+{
+	const struct orc_queue *q = &v->queue[i];
+	orc_u64 before = q->requests + q->in_flight;
+
+	orc_virtio_serve(v, i);
+	return q->requests + q->in_flight - before;
 }
 
 static void serve(orc_io *io, orc_virtio *v)
@@ -91,7 +110,7 @@ static void serve(orc_io *io, orc_virtio *v)
 		if (atomic_load(&io->holds)) /* it began meanwhile: what is left is served later */
 			atomic_fetch_or(&v->kicked, 1ull << i);
 		else
-			orc_virtio_serve(v, i);
+			io->rest.taken += serve_queue(v, i);
 	}
 	pthread_mutex_unlock(&v->lock);
 }
@@ -137,18 +156,31 @@ static void settle(orc_io *io)
 		orc_talk(io->voice);
 }
 
+/* ---- the thread's life ------------------------------------------------------------------------------------------ */
+
 static void *run(void *argument)
 {
 	enum { EVENTS = 32 };
 	orc_io *io = argument;
 	struct epoll_event event[EVENTS];
 
+	atomic_store(&io->tid, gettid());
+	orc_slice_restore();
 	pthread_mutex_lock(&io->lock);
 	while (!io->stopping) {
 		bool work = has_work(io);
+		orc_ns until;
 		int n;
 
 		pthread_mutex_unlock(&io->lock);
+		until = atomic_load(&io->holds) ? ORC_NEVER : orc_rest_until(&io->rest);
+		if (until != ORC_NEVER) {
+			orc_rest_sleep(io->wake, until);
+			clear(io->wake);
+			pthread_mutex_lock(&io->lock);
+			settle(io);
+			continue;
+		}
 		n = epoll_wait(io->epoll, event, EVENTS, work ? 0 : -1);
 		pthread_mutex_lock(&io->lock);
 		for (int i = 0; i < n; i++)
@@ -156,8 +188,11 @@ static void *run(void *argument)
 		for (unsigned i = 0; i < DEVICES && !io->stopping; i++)
 			if (io->device[i])
 				serve(io, io->device[i]);
+		orc_rest_account(&io->rest);
 		settle(io);
 	}
+	orc_rest_leave(&io->rest);
+	atomic_store(&io->tid, 0);
 	pthread_mutex_unlock(&io->lock);
 	return NULL;
 }
@@ -219,6 +254,40 @@ int orc_io_start(const char *name, orc_io **out)
 	return rc;
 }
 
+void orc_io_set_bucket(orc_io *io, int level, orc_bucket *b)
+{
+	io->rest.bucket[level] = b;
+}
+
+struct orc_cap **orc_io_cap_of(orc_io *io)
+{
+	return &io->cap;
+}
+
+int orc_io_tid(const orc_io *io)
+{
+	return atomic_load(&((orc_io *)io)->tid);
+}
+
+void orc_io_spent(orc_virtio *v, orc_u64 ns)
+{
+	orc_io *io = atomic_load(&v->io);
+
+	if (io)
+		atomic_fetch_add_explicit(&io->others, ns, memory_order_relaxed);
+}
+
+orc_u64 orc_io_others(const orc_io *io)
+{
+	return atomic_load_explicit(&((orc_io *)io)->others, memory_order_relaxed);
+}
+
+void orc_io_rest(orc_io *io, bool on)
+{
+	atomic_store(&io->rest.held, on);
+	orc_io_wake(io);
+}
+
 void orc_io_set_voice(orc_io *io, orc_vcpu *v)
 {
 	pthread_mutex_lock(&io->lock);
@@ -263,7 +332,7 @@ void orc_io_hold_soon(orc_io *io)
 	atomic_fetch_add(&io->hold, 1);
 	atomic_fetch_add(&io->holds, 1);
 	if (!orc_io_is_still(io))
-		orc_io_wake(io); /* it may be at a queue, and finish it with nothing in flight */
+		orc_io_wake(io); /* it may be at a queue, and finish it with nothing in flight; or rest */
 }
 
 /* A device whose lock we had since the hold began, with nothing in flight, takes nothing any more: the thread looks at `holds`

@@ -148,6 +148,9 @@ void orc_bucket_free(orc_bucket *);
  * left it. Any thread. */
 int orc_bucket_set(orc_bucket *, double rate, double burst, orc_ns max_delay, orc_ns now);
 bool orc_bucket_limited(const orc_bucket *);
+/* Tokens beside the limit's, that are used before those and never made again. What a bucket was given before counts: it gets what
+ * is more than that, and keeps no more than these, so that setting it to and fro makes none. One thread at a time. */
+void orc_bucket_set_once(orc_bucket *, double tokens);
 
 struct orc_ticket {
 	int64_t number;  /* in 1/65536 tokens */
@@ -165,6 +168,7 @@ void orc_bucket_turn(const orc_bucket *, const struct orc_ticket *, orc_ns *by_t
 /* What it is limited to; rate 0: no limit, and the rest is the last one's. */
 struct orc_limit {
 	double rate, burst, debt; /* a second; tokens; tokens that were given beyond those made by `now`, the burst included */
+	double once; /* what is left of orc_bucket_set_once */
 	orc_ns max_delay;
 };
 void orc_bucket_limit(const orc_bucket *, orc_ns now, struct orc_limit *out);

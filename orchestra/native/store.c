@@ -3,6 +3,7 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "core.h"
@@ -28,7 +29,9 @@ static void wake(orc_store *s)
 static void *run(void *argument)
 {
 	orc_store *s = argument;
+	struct timespec t;
 
+	atomic_store(&s->tid, gettid());
 	pthread_mutex_lock(&s->lock);
 	for (;;) {
 		struct orc_operation *o = s->first;
@@ -45,10 +48,13 @@ static void *run(void *argument)
 			s->last = &s->first;
 		pthread_mutex_unlock(&s->lock);
 		result = s->ops->execute(s, o);
+		clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
+		atomic_store_explicit(&s->spent, (orc_u64)t.tv_sec * 1000000000 + (orc_u64)t.tv_nsec, memory_order_relaxed);
 		pthread_mutex_lock(&s->lock);
 		finish(s, o, result);
 		wake(s);
 	}
+	atomic_store(&s->tid, 0);
 	pthread_mutex_unlock(&s->lock);
 	return NULL;
 }
@@ -176,6 +182,14 @@ struct orc_operation *orc_store_done(orc_store *s)
 	}
 	orc_store_submit(s);
 	return all;
+}
+
+orc_u64 orc_store_spent(orc_store *s)
+{
+	orc_u64 now = atomic_load_explicit(&s->spent, memory_order_relaxed), spent = now - s->told;
+
+	s->told = now;
+	return spent;
 }
 
 static int add(int epoll, int fd)

@@ -66,6 +66,9 @@ struct orc_store {
 	bool stopping;
 	struct orc_operation *first, **last; /* to be done by the thread */
 	struct orc_operation *done;
+	_Atomic int tid; /* of the thread; 0: there is none */
+	_Atomic orc_u64 spent; /* ns of CPU that it has used */
+	orc_u64 told; /* of these, by orc_store_spent */
 };
 
 /* ---- for a disk ------------------------------------------------------------------------------------------------- */
@@ -73,6 +76,7 @@ struct orc_store {
 void orc_store_start(orc_store *, struct orc_operation *);
 void orc_store_submit(orc_store *); /* after some were started */
 struct orc_operation *orc_store_done(orc_store *); /* a list, by `next`. What goes on in pieces is submitted */
+orc_u64 orc_store_spent(orc_store *); /* ns of CPU that its thread has used since the last call. The caller's thread */
 int orc_store_watch(orc_store *, int epoll); /* which is readable then when orc_store_done should be called. 0 or a negative errno */
 void orc_store_free(orc_store *); /* nothing is going on */
 

@@ -251,6 +251,17 @@ void orc_virtio_power_on(orc_virtio *);
 int orc_io_start(const char *name, orc_io **out);
 /* Who is told of output of consoles, and that a hold has come to rest: any vCPU of the VM (orc_talk). Before a device is attached. */
 void orc_io_set_voice(orc_io *, orc_vcpu *);
+/* What notifications of queues are charged to, one each, and who waits for: levels from 0 on. Before a device is attached. They
+ * outlive it. */
+void orc_io_set_bucket(orc_io *, int level, orc_bucket *);
+/* cap.c: it, with those that work for it, may use that part of a CPU; 1: it has no cap, which is to be so before orc_io_free. Owner.
+ * 0 or a negative errno. */
+int orc_io_cap(orc_fleet *, orc_io *, double share);
+struct orc_cap **orc_io_cap_of(orc_io *); /* cap.c's */
+int orc_io_tid(const orc_io *); /* the kernel's number of its thread; 0: it has not begun, or has ended. Any thread */
+void orc_io_spent(orc_virtio *, orc_u64 ns); /* I/O thread, in a device: another thread has used so much CPU for it */
+orc_u64 orc_io_others(const orc_io *); /* the sum of those. Any thread */
+void orc_io_rest(orc_io *, bool on); /* the capper: it serves nothing until it may go on. What is in flight for a hold ends */
 orc_vcpu *orc_io_voice(orc_virtio *); /* I/O thread, in a device */
 int orc_io_attach(orc_io *, orc_virtio *); /* 0 or a negative errno. Its kick_fds are set */
 void orc_io_detach(orc_io *, orc_virtio *); /* waits until nothing of it is in flight */
@@ -332,13 +343,15 @@ void orc_virtio_wake(orc_virtio *, uint16_t queue);
 typedef struct orc_store orc_store;
 int orc_virtio_blk_new(const orc_guest_memory *, orc_store *, const char *id, orc_virtio **out);
 /* What is limited: requests, and their data, in sectors of 512 bytes (a bucket counts no more than 1e9 a second). Each by a
- * bucket of the disk, and one that a group of disks shares. A bucket counts what has been done already (orc.h), and a request
- * waits before it is done: so of a bucket with a burst of b + 1, b go at once. */
+ * bucket of the disk, and by those that disks of a VM, a group and a tenant share. A bucket counts what has been done already
+ * (orc.h), and a request waits before it is done: so of a bucket with a burst of b + 1, b go at once. */
 enum { ORC_BLK_OPERATIONS, ORC_BLK_SECTORS, ORC_BLK_METERS };
-enum { ORC_BLK_LEVELS = 2 };
+enum { ORC_BLK_OWN, ORC_BLK_VM, ORC_BLK_GROUP, ORC_BLK_TENANT, ORC_BLK_LEVELS };
 /* Before it is attached. The bucket outlives the device, or its close. 0 or a negative errno. */
 int orc_virtio_blk_set_bucket(orc_virtio *, int meter, int level, orc_bucket *);
 void orc_virtio_blk_limit_changed(orc_virtio *); /* of a bucket that it has: whoever waits looks again. Any thread */
+/* The kernel's number of its store's thread; 0: it has none (yet: one that begins later is where the I/O thread is). Owner. */
+int orc_virtio_blk_thread(orc_virtio *);
 /* Its store is freed now, and its files are closed, so that another one can have them; of its buckets it needs none any more. After
  * orc_io_stop. */
 void orc_virtio_blk_close(orc_virtio *);
@@ -348,6 +361,7 @@ struct orc_blk_counters {
 	orc_u64 errors;   /* requests that the guest got an error for */
 	orc_u64 no_space; /* those among them that the host had no room for */
 	orc_u64 waits;    /* requests that a bucket has kept waiting */
+	orc_u64 waited[ORC_BLK_LEVELS]; /* ns for which one has, by the level of the slowest */
 };
 void orc_virtio_blk_look(orc_virtio *, struct orc_blk_counters *out); /* any thread */
 

@@ -3,7 +3,7 @@
  *   take -> check -> limits -> orc_store_start -> ... -> the store's descriptor -> status byte -> put
  *
  * A request that must wait for a limit is given back to the queue. So nothing of it is in flight, and a pause, a reset or a new
- * limit need not wait for its turn. */
+ * limit need not wait for its turn. What is reserved of the buckets is the disk's and not the request's: the next one uses it. */
 #include <errno.h>
 #include <limits.h>
 #include <linux/virtio_blk.h>
@@ -40,66 +40,89 @@ struct request {
 	struct iovec iov[ORC_CHAIN_MOST];
 };
 
+/* What a disk has of a bucket: tokens that it has waited for and not used, and a ticket for more. */
+struct account {
+	orc_bucket *bucket; /* NULL: none */
+	orc_u64 credit, reserved; /* `reserved` 0: it has no ticket */
+	struct orc_ticket ticket;
+};
+
 struct disk {
 	orc_virtio virtio;
 	orc_store *store;
 	char id[VIRTIO_BLK_ID_BYTES];
 	struct request *request, *free; /* all of them, and a list */
 	struct orc_blk_counters counters;
-	/* The request at the queue's head: what was charged for it, and where its turn stands. */
-	int timer; /* -1: no limits */
-	orc_bucket *bucket[ORC_BLK_METERS][ORC_BLK_LEVELS];
-	struct orc_ticket ticket[ORC_BLK_METERS][ORC_BLK_LEVELS];
-	bool charged[ORC_BLK_METERS][ORC_BLK_LEVELS]; /* a ticket is held */
-	orc_u64 paid[ORC_BLK_METERS];
-	bool waits;
+	int timer; /* -1: it has no buckets */
+	struct account account[ORC_BLK_METERS][ORC_BLK_LEVELS];
+	int waits_for; /* the level that the request at the queue's head waits for; -1: it does not wait */
+	orc_ns looked; /* when that was found */
 };
 
 /* ---- limits ----------------------------------------------------------------------------------------------------- */
 
-static void forget_tickets(struct disk *d)
+/* What a disk reserves of a bucket that it shares, at once: a millisecond's worth, so that its thread wakes no more often. */
+static orc_u64 quantum(const orc_bucket *b, int m, orc_ns now)
 {
-	for (int m = 0; m < ORC_BLK_METERS; m++) {
-		d->paid[m] = 0;
-		for (int l = 0; l < ORC_BLK_LEVELS; l++) {
-			if (d->charged[m][l])
-				orc_bucket_leave(d->bucket[m][l], &d->ticket[m][l]);
-			d->charged[m][l] = false;
-		}
-	}
-	d->waits = false;
+	enum { LEAST_SECTORS = 8 };
+	const double least = m == ORC_BLK_SECTORS ? LEAST_SECTORS : 1;
+	struct orc_limit l;
+
+	orc_bucket_limit(b, now, &l);
+	return (orc_u64)(l.rate / 1000 > least ? l.rate / 1000 : least);
 }
 
-/* By one bucket: the guest may have made a longer request of it while it waited, and pays for the rest. */
-static void charge(struct disk *d, int m, int l, orc_u64 cost, orc_ns now)
+static void leave(struct account *a)
 {
-	orc_bucket *b = d->bucket[m][l];
+	if (a->reserved)
+		orc_bucket_leave(a->bucket, &a->ticket);
+	a->reserved = 0;
+}
 
-	if (!b || !orc_bucket_limited(b) || cost <= d->paid[m])
+/* Has a ticket for so many tokens in all. The guest may have made a longer request of it while it waited: it pays for the rest. */
+static void reserve(struct account *a, orc_u64 tokens, orc_ns now)
+{
+	orc_u64 more = tokens - a->reserved;
+
+	if (tokens <= a->reserved)
 		return;
-	if (d->charged[m][l])
-		orc_bucket_leave(b, &d->ticket[m][l]);
-	orc_bucket_charge_many(b, cost - d->paid[m], now, &d->ticket[m][l]);
-	d->charged[m][l] = true;
+	leave(a);
+	orc_bucket_charge_many(a->bucket, more, now, &a->ticket);
+	a->reserved = tokens;
 }
 
-static orc_ns turn_of(const struct disk *d)
+static orc_ns turn_of(const struct account *a)
 {
-	orc_ns turn = ORC_NEVER;
+	orc_ns by_tokens, by_delay;
 
-	for (int m = 0; m < ORC_BLK_METERS; m++)
-		for (int l = 0; l < ORC_BLK_LEVELS; l++) {
-			orc_ns by_tokens, by_delay;
+	orc_bucket_turn(a->bucket, &a->ticket, &by_tokens, &by_delay);
+	return by_delay < by_tokens ? by_delay : by_tokens;
+}
 
-			if (!d->charged[m][l])
-				continue;
-			orc_bucket_turn(d->bucket[m][l], &d->ticket[m][l], &by_tokens, &by_delay);
-			if (by_delay < by_tokens)
-				by_tokens = by_delay;
-			if (by_tokens > turn)
-				turn = by_tokens;
-		}
-	return turn;
+/* When the account has so much, at the latest; `now` or before: it has. What a disk alone uses it reserves as a whole. Of what it
+ * shares it has a quantum reserved at a time, so that nobody waits for the long request of another; and keeps what is left of
+ * one, so that long and short requests get the same share. */
+static orc_ns look(struct account *a, int m, int l, orc_u64 cost, orc_ns now)
+{
+	if (!a->bucket || !orc_bucket_limited(a->bucket)) {
+		if (a->bucket)
+			leave(a);
+		return ORC_NEVER;
+	}
+	while (a->credit < cost) {
+		orc_ns turn;
+
+		if (!l)
+			reserve(a, cost - a->credit, now);
+		else if (!a->reserved)
+			reserve(a, quantum(a->bucket, m, now), now);
+		turn = turn_of(a);
+		if (turn > now)
+			return turn;
+		a->credit += a->reserved;
+		leave(a);
+	}
+	return ORC_NEVER;
 }
 
 static void arm(const struct disk *d, orc_ns turn)
@@ -109,28 +132,81 @@ static void arm(const struct disk *d, orc_ns turn)
 	timerfd_settime(d->timer, TFD_TIMER_ABSTIME, &t, NULL);
 }
 
+/* The time since the last look counts for the level that it waited for. */
+static void count_wait(const struct disk *d, orc_ns now, struct orc_blk_counters *c)
+{
+	if (d->waits_for >= 0 && now > d->looked)
+		c->waited[d->waits_for] += (orc_u64)(now - d->looked);
+}
+
+/* Whether a bucket has a limit, or had one when the disk last looked. Most disks have none, and their requests cost no more. */
+static bool is_limited(const struct disk *d)
+{
+	bool limited = d->waits_for >= 0;
+
+	for (int m = 0; m < ORC_BLK_METERS; m++)
+		for (int l = 0; l < ORC_BLK_LEVELS; l++) {
+			const struct account *a = &d->account[m][l];
+
+			limited |= a->bucket && (a->reserved || orc_bucket_limited(a->bucket));
+		}
+	return limited;
+}
+
 static bool may_go(struct disk *d, const struct request *r)
 {
-	orc_ns now, turn;
+	orc_ns now, turn = ORC_NEVER;
+	int waits_for = -1;
 
-	if (d->timer < 0)
+	if (!is_limited(d))
 		return true;
 	now = orc_now();
-	for (int m = 0; m < ORC_BLK_METERS; m++) {
-		for (int l = 0; l < ORC_BLK_LEVELS; l++)
-			charge(d, m, l, r->cost[m], now);
-		if (r->cost[m] > d->paid[m])
-			d->paid[m] = r->cost[m];
-	}
-	turn = turn_of(d);
-	if (turn > now) {
-		d->counters.waits += !d->waits;
-		d->waits = true;
+	for (int m = 0; m < ORC_BLK_METERS; m++)
+		for (int l = 0; l < ORC_BLK_LEVELS; l++) {
+			orc_ns t = look(&d->account[m][l], m, l, r->cost[m], now);
+
+			if (t > now && t > turn) {
+				turn = t;
+				waits_for = l;
+			}
+		}
+	count_wait(d, now, &d->counters);
+	d->counters.waits += waits_for >= 0 && d->waits_for < 0;
+	d->waits_for = waits_for;
+	d->looked = now;
+	if (waits_for >= 0) {
 		arm(d, turn);
 		return false;
 	}
-	forget_tickets(d);
+	for (int m = 0; m < ORC_BLK_METERS; m++)
+		for (int l = 0; l < ORC_BLK_LEVELS; l++) {
+			struct account *a = &d->account[m][l];
+
+			a->credit -= a->credit < r->cost[m] ? a->credit : r->cost[m]; /* less, if its limit was taken off */
+		}
 	return true;
+}
+
+/* The disk is done with its buckets. A reset is not: what was reserved stays its own, or a guest that resets its disk again and
+ * again would use up what others share with it. */
+static void leave_all(struct disk *d)
+{
+	count_wait(d, orc_now(), &d->counters);
+	d->waits_for = -1;
+	for (int m = 0; m < ORC_BLK_METERS; m++)
+		for (int l = 0; l < ORC_BLK_LEVELS; l++)
+			leave(&d->account[m][l]);
+}
+
+static void idle(struct disk *d) /* the driver has nothing that waits any more */
+{
+	orc_ns now;
+
+	if (d->waits_for < 0)
+		return;
+	now = orc_now();
+	count_wait(d, now, &d->counters);
+	d->waits_for = -1;
 }
 
 /* ---- one request ------------------------------------------------------------------------------------------------- */
@@ -266,6 +342,7 @@ static enum orc_served take_all(struct disk *d, struct orc_queue *q)
 			break;
 		}
 		if (!orc_queue_take(q, &r->chain)) {
+			idle(d);
 			served = ORC_DRAINED;
 			break;
 		}
@@ -338,6 +415,7 @@ static void put_done(struct disk *d)
 		r->next = d->free;
 		d->free = r;
 	}
+	orc_io_spent(&d->virtio, orc_store_spent(d->store));
 }
 
 static void ready(orc_virtio *v, int epoll)
@@ -365,7 +443,7 @@ static enum orc_served serve(orc_virtio *v, uint16_t queue)
 
 static void reset(orc_virtio *v)
 {
-	forget_tickets((struct disk *)v);
+	idle((struct disk *)v);
 }
 
 static void reset_queue(orc_virtio *v, uint16_t queue)
@@ -380,7 +458,8 @@ static void free_disk(orc_virtio *v)
 {
 	struct disk *d = (struct disk *)v;
 
-	forget_tickets(d);
+	if (d->store) /* else it was closed, and its buckets may be gone */
+		leave_all(d);
 	orc_store_free(d->store);
 	orc_virtio_fini(v);
 	if (d->timer >= 0)
@@ -437,7 +516,7 @@ int orc_virtio_blk_new(const orc_guest_memory *memory, orc_store *store, const c
 		return rc;
 	}
 	d->store = store;
-	d->timer = -1;
+	d->timer = d->waits_for = -1;
 	memcpy(d->id, id, strnlen(id, sizeof d->id));
 	for (unsigned i = IN_FLIGHT; i--; d->free = &d->request[i])
 		d->request[i].next = d->free;
@@ -465,7 +544,7 @@ int orc_virtio_blk_set_bucket(orc_virtio *v, int meter, int level, orc_bucket *b
 		}
 		d->timer = timer;
 	}
-	d->bucket[meter][level] = b;
+	d->account[meter][level].bucket = b;
 	return 0;
 }
 
@@ -474,11 +553,18 @@ void orc_virtio_blk_limit_changed(orc_virtio *v)
 	orc_virtio_again(v, 0);
 }
 
+int orc_virtio_blk_thread(orc_virtio *v)
+{
+	struct disk *d = (struct disk *)v;
+
+	return d->store ? atomic_load(&d->store->tid) : 0;
+}
+
 void orc_virtio_blk_close(orc_virtio *v)
 {
 	struct disk *d = (struct disk *)v;
 
-	forget_tickets(d); /* the buckets may be gone before it is freed */
+	leave_all(d); /* the buckets may be gone before it is freed */
 	orc_store_free(d->store);
 	d->store = NULL;
 }
@@ -487,5 +573,6 @@ void orc_virtio_blk_look(orc_virtio *v, struct orc_blk_counters *out)
 {
 	pthread_mutex_lock(&v->lock);
 	*out = ((struct disk *)v)->counters;
+	count_wait((struct disk *)v, orc_now(), out);
 	pthread_mutex_unlock(&v->lock);
 }

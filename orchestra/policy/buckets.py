@@ -12,6 +12,8 @@ events, one interval at a time. Both follow the same rules, and `tests/test_poli
   tokens of a larger burst.
 - When a limit is taken off, the bucket goes on earning at the old rate, unused. If a limit is set again, the bucket has
   the tokens that it would have under the old limit. So changing a limit to and fro makes no tokens.
+- A bucket may have tokens beside the limit's, which are used first and never made again (`TokenBucket.one_time_burst`).
+  Of these too, changing to and fro makes none: what was given before counts.
 
 The core differs in two ways, which a fluid model can't follow. The core charges an event when it sees the event, before
 the vCPU waits, so with n vCPUs the core is up to n events ahead. And for events that `max_delay` released early, the
@@ -58,6 +60,7 @@ class Bucket:
         rate, burst: events per second and tokens of the limit, or of the last limit. A rate of 0: there never was one.
         tokens: the tokens at the time `at`.
         at: seconds on the caller's clock.
+        once: what is left of the tokens that are given once; `given`: the most that there ever were.
     """
 
     limit: Limit | None = None
@@ -65,6 +68,13 @@ class Bucket:
     burst: float = 0.0
     tokens: float = 0.0
     at: float = 0.0
+    once: float = 0.0
+    given: float = 0.0
+
+    def give_once(self, tokens: float) -> None:
+        """Have that many tokens beside the limit's: what was given before counts, and no more than these are kept."""
+        self.once = min(self.once + max(0.0, tokens - self.given), tokens)
+        self.given = max(self.given, tokens)
 
     def put(self, limit: Limit | None, now: float) -> None:
         """Put a limit in force at the time `now`. None: take the limit off."""
@@ -77,11 +87,18 @@ class Bucket:
     def room(self, now: float, seconds: float) -> float:
         """Events that may happen in an interval that begins now: the tokens there are, and those that it earns."""
         self._settle(now)
-        return self.tokens + self.rate * seconds
+        return self.once + self.tokens + self.rate * seconds
+
+    def tokens_at(self, now: float) -> float:
+        """The limit's own tokens, without those that are given once."""
+        self._settle(now)
+        return self.tokens
 
     def take(self, events: float, now: float, seconds: float) -> None:
         """Charge the events that happened in an interval of `seconds` that began at `now`."""
-        self.tokens = spent(self.room(now, seconds), events, self.burst)
+        room, first = self.room(now, seconds), min(self.once, events)
+        self.tokens = spent(room - self.once, events - first, self.burst)
+        self.once -= first
         self.at = now + seconds
 
     def _settle(self, now: float) -> None:

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 import attrs
 
-from ..model.actions import Action, SetLimit, Throttle, Unthrottle
+from ..model.actions import Action, SetIoLimit, SetLimit, Throttle, Unthrottle
 from ..model.errors import SpecError
 from ..model.spec import Meter
 from .facts import Facts, Policy, VmFacts
@@ -98,7 +98,7 @@ class Only:
             if not _fits(self.vms, action.vm):
                 raise SpecError(f"action={action!r}: {self.name} is for VMs named {', '.join(self.vms or ())} only")
             return
-        tenant = action.tenant if isinstance(action, Throttle | Unthrottle | SetLimit) else None
+        tenant = action.tenant if isinstance(action, Throttle | Unthrottle | SetLimit | SetIoLimit) else None
         # A tenant's limit holds all VMs of that tenant, so patterns of VM names rule it out.
         if tenant is None or self.vms is not None or not _fits(self.tenants, tenant):
             raise SpecError(f"action={action!r}: {self.name} acts on some VMs only, and this holds others as well")

@@ -25,7 +25,7 @@ LAST: Final = 1 << 30
 
 def is_limit(action: Action) -> bool:
     """Whether an action sets a limit. Limits have a bound of their own: a policy may change very many in a minute."""
-    return EFFECTS[type(action)].what in (What.LIMIT, What.THROTTLE)
+    return EFFECTS[type(action)].what in (What.LIMIT, What.THROTTLE, What.IO_LIMIT)
 
 
 @attrs.frozen

@@ -29,7 +29,7 @@ from typing import Any, ClassVar, Final
 
 import attrs
 
-from ..model.actions import Action, CapCpu, Evict, Isolate, Pause, SetMemory, Stop, Throttle, Warn
+from ..model.actions import Action, CapCpu, Evict, Isolate, Pause, SetIoLimit, SetMemory, Stop, Throttle, Warn
 from ..model.effects import inverse
 from .facts import Facts, VmFacts
 from .harm import HARM, Signals
@@ -250,6 +250,8 @@ class Ladder(Metered):
         about: Any = {"vm": state.name, "generation": state.generation, "reason": reason, "evidence": evidence}
         if step.limit is not None:
             return Throttle(limit=step.limit, meter=self.meter, **about)
+        if step.io_limit is not None:
+            return SetIoLimit(io_limit=step.io_limit, **about)
         if step.cpu is not None:
             return CapCpu(share=step.cpu, **about)
         if step.memory is not None:

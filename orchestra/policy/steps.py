@@ -8,6 +8,7 @@ from typing import Any, Final
 import attrs
 
 from ..model.errors import SpecError
+from ..model.iolimit import IoLimit, optional_io_limit
 from ..model.memory import check_size
 from ..model.spec import Limit, Meter, as_meter, optional_limit
 from .harm import HARM, OWN, calm, check_signal
@@ -26,6 +27,7 @@ class Rung(StrEnum):
     OBSERVE = "observe"
     WARN = "warn"
     THROTTLE = "throttle"
+    THROTTLE_IO = "throttle_io"
     CAP_CPU = "cap_cpu"
     SET_MEMORY = "set_memory"
     ISOLATE = "isolate"
@@ -86,6 +88,7 @@ class Step:
         probation: seconds after leaving this step in which one bad tick is enough to be on it again. Default: `clear`.
         returns: how many times the VM must have come up to the step below since it was last on no step.
         limit: the limit of a throttle.
+        io_limit: how fast the VM's disks may be together, of `throttle_io`.
         cpu: the share of a CPU cap: a part of the time.
         memory: what the guest is asked to keep to (`SetMemory`), in bytes. VMs need a `Balloon` for that.
 
@@ -100,6 +103,7 @@ class Step:
     probation: float | None = None
     returns: int = 0
     limit: Limit | None = None
+    io_limit: IoLimit | None = None
     cpu: float | None = None
     memory: int | None = None
 
@@ -114,6 +118,11 @@ class Step:
         optional_limit("limit", self.limit)
         if (self.limit is None) == (self.rung is Rung.THROTTLE):
             raise SpecError(f"{self.rung}: limit={self.limit!r}: a throttle needs a Limit, and nothing else has one")
+        optional_io_limit("io_limit", self.io_limit)
+        if (self.io_limit is None) == (self.rung is Rung.THROTTLE_IO):
+            raise SpecError(
+                f"{self.rung}: io_limit={self.io_limit!r}: a throttle of disks needs an IoLimit, nothing else has one"
+            )
         if (self.cpu is None) == (self.rung is Rung.CAP_CPU):
             raise SpecError(
                 f"{self.rung}: cpu={self.cpu!r}: a CPU cap needs its part of the time, nothing else has one"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from ..journal import JournalReader
-from ..model.actions import Action, SetLimit, Throttle, Unthrottle
+from ..model.actions import Action, SetIoLimit, SetLimit, Throttle, Unthrottle
 from ..policy import VmFacts
 
 __all__ = ["Living"]
@@ -50,5 +50,5 @@ class Living:
         """How many VMs an action affects; as `Fleet.below`."""
         if action.vm is not None:
             return 1
-        tenant = action.tenant if isinstance(action, Throttle | Unthrottle | SetLimit) else None
+        tenant = action.tenant if isinstance(action, Throttle | Unthrottle | SetLimit | SetIoLimit) else None
         return len(self._tenants) if tenant is None else self._of[tenant]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..model.actions import Action, CapCpu, SetLimit, Throttle, Unthrottle
+from ..model.actions import Action, CapCpu, SetIoLimit, SetLimit, Throttle, Unthrottle
 from ..model.effects import EFFECTS, ActionsInForce, Key, What, key_of
 from ..model.spec import Limit, Meter, tightest
 from .arrays import Ints, np
@@ -80,6 +80,8 @@ class SimulatedEnforcement:
         """Carry out an action of a host's policy. Returns why it can't be done, or None."""
         if isinstance(action, Throttle | Unthrottle | SetLimit):
             return self._limit(host, policy, action, now)
+        if isinstance(action, SetIoLimit):
+            return "disks are not simulated"
         vm = None if action.vm is None else self.layout.number(action.vm, host)
         if vm is None or self.gone[vm]:
             return f"{action.vm}: no such VM on this host"

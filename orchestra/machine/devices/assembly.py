@@ -13,7 +13,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from threading import RLock
 from types import MappingProxyType
@@ -28,8 +29,9 @@ from ...backend.wiring import InterruptLine, InterruptPulse
 from ...model import platform
 from ...model.actions import Outcome
 from ...model.devices import DeviceSpec, Wiring
+from ...model.disk import Disk
 from ...model.errors import GuestMemoryError, SpecError, StateError
-from ...model.spec import VmSpec
+from ...model.spec import Meter, VmSpec
 from ...native import ffi, lib
 from ...native.core import Charged
 from ..contain import contained, in_device
@@ -40,19 +42,27 @@ from .bridge import ConfigPorts
 from .bus import Bus
 from .console import Console
 from .consoleport import ConsolePort
+from .disk import DiskDevice
 from .io import IoThread
 from .pci import OnBus, PciHost
-from .peripheral import NOWHERE, Hooks, SharedRam, implementation
+from .peripheral import NOWHERE, DiskPort, Hooks, SharedRam, implementation
 from .service import Plugged, Service, taken
 
 if TYPE_CHECKING:  # a program without such devices need not have that in its memory
     from .vhost.backend import BackEnd
 
-__all__ = ["Assembly", "Board", "Dma", "close_back_ends", "connect_back_ends"]
+__all__ = ["Assembly", "Board", "DisksOfVm", "Dma", "close_back_ends", "connect_back_ends"]
 
 log: Final = logging.getLogger("orchestra")
 
 NONE: Final[Mapping[int, BackEnd]] = MappingProxyType({})
+
+
+class DisksOfVm(Protocol):
+    """The disks of a VM (`machine.disks`), as its runs see them."""
+
+    def of_number(self, number: int) -> DiskPort | None:
+        """What the VM's first, second or later disk has beside its runs."""
 
 
 class Board(Protocol):
@@ -65,10 +75,11 @@ class Board(Protocol):
     back_ends: Mapping[int, BackEnd]
     """Of the devices that other processes serve, by their place (`connect_back_ends`). They end with the devices."""
     owed: Owed
+    disks: DisksOfVm
 
     def now(self) -> int: ...
     def end(self, outcome: Outcome) -> None: ...
-    def answer_buckets(self) -> Sequence[Charged]:
+    def device_buckets(self, meter: Meter) -> Sequence[Charged]:
         """What the work of the VM's devices is charged to, from the widest to the narrowest."""
 
 
@@ -225,9 +236,12 @@ class Assembly:
             raise StateError(f"vm {board.spec.name!r}: {len(states)} states for {len(specs)} devices")
         self._board, self._machine, self._console, self._ports = board, machine, console, ports
         whose = board.spec.tenant or "default", board.spec.name
-        self._service = Service(whose, board.now, board.end, board.answer_buckets(), in_turn, pacer, post, board.owed)
+        answers = board.device_buckets(Meter.ANSWERS)
+        self._service = Service(whose, board.now, board.end, answers, in_turn, pacer, post, board.owed)
         self._service.going_on = states is not None
         self._makes: Plugged | None = None
+        self._disks = 0  # that were plugged so far
+        self._io: IoThread | None = None
         self._bus, self._guest = self._pci_bus(specs)
         self._ram = self._shared_ram() if back_ends else None
         self._slots = iter(self._bus.slots if self._bus is not None else ())
@@ -274,6 +288,7 @@ class Assembly:
         sizes = [len(span) for span in spec.ram]
         regions = tuple((span.start, len(span), sum(sizes[:place])) for place, span in enumerate(spec.ram))
         return SharedRam(memory.descriptor, regions, ffi.gc(made, lib.orc_guest_memory_free))
+
     def _served(self) -> list[Served]:
         return [plugged.device for plugged in self.plugged if isinstance(plugged.device, Served)]
 
@@ -281,7 +296,8 @@ class Assembly:
         """Start the I/O thread, held, if a device needs it."""
         served = self._served()
         if served:
-            io = IoThread(self._board.spec.name, self._machine.engines[0].core.handle)
+            voice, exits = self._machine.engines[0].core.handle, self._board.device_buckets(Meter.EXITS)
+            self._io = io = IoThread(self._board.spec.name, voice, exits)
             self._servers.append(io)
             for device in served:
                 device.attach(io)
@@ -290,7 +306,7 @@ class Assembly:
         kind, wiring, lock = implementation(spec), spec.wiring(), RLock()
         name = f"{type(spec).__name__} at {_where(wiring)}"
         plugged = self._makes = Plugged(name, None, lock, wiring)  # type: ignore[arg-type]  # in a moment
-        hooks = self._hooks(plugged, back_end)
+        hooks = self._hooks(plugged, self._disk_port(spec), back_end)
         with in_device():
             plugged.device = kind(spec, hooks) if state is None else kind.from_state(spec, hooks, state)
         self._makes = None
@@ -309,7 +325,13 @@ class Assembly:
                 raise SpecError(f"{kind.__name__} is on the PCI bus: it must define interrupts_changed()")
             hooks.slot.plug(plugged.device, lock, hooks.bells)
 
-    def _hooks(self, plugged: Plugged, back_end: BackEnd | None) -> Hooks:
+    def _disk_port(self, spec: DeviceSpec) -> DiskPort | None:
+        if not isinstance(spec, Disk) or spec.has_back_end:
+            return None
+        self._disks += 1
+        return self._board.disks.of_number(self._disks - 1)
+
+    def _hooks(self, plugged: Plugged, disk: DiskPort | None, back_end: BackEnd | None) -> Hooks:
         wires, wiring = self._machine.wires, plugged.wiring
         line = wiring.line
         level: InterruptLine = NOWHERE
@@ -341,6 +363,7 @@ class Assembly:
             ports=self._ports,
             guest=self._guest,
             open_file=self._board.memory.open_file,
+            disk=disk,
             backing=self._board.memory.backing,
         )
 
@@ -459,6 +482,22 @@ class Assembly:
     def has_queues(self) -> bool:
         """Whether queues are served, so that `end_queues` may take long."""
         return bool(self._servers)
+
+    def cap_io(self, fleet: Any, share: float | None) -> None:
+        """Let the I/O thread use this share of a CPU (`IoThread.cap`). For the fleet's thread."""
+        if self._io is not None:
+            self._io.cap(fleet, share)
+
+    @contextmanager
+    def io_threads(self) -> Iterator[list[int]]:
+        """A block that gives the kernel's numbers of the threads that work for the guest and are none of its vCPUs. No
+        such thread ends within the block."""
+        if self._io is None:
+            yield []
+            return
+        with self._io.living() as thread:
+            disks = [plugged.device.thread for plugged in self.plugged if isinstance(plugged.device, DiskDevice)]
+            yield [] if thread is None else [thread, *(one for one in disks if one)]
 
     def end_queues(self) -> None:
         """End what serves queues, which first waits for all requests in flight, and what of its devices may take long.

@@ -8,14 +8,14 @@ import mmap
 import os
 import stat
 import struct
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, Final
 
 from ...backend.files import Opener, open_path
-from ...model.disk import Disk, IoLimit
+from ...model.disk import Disk
 from ...model.errors import FileError, ResourceLimit, SpecError
 from ...native import ffi, lib
-from ...native.core import monotonic_ns
 from .peripheral import Hooks
 from .virtio import VirtioDevice, VirtioState
 
@@ -27,22 +27,22 @@ QCOW2: Final = b"QFI\xfb"
 FLOCK: Final = "hhqqi4x"  # struct flock on x86-64
 F_OFD_SETLK: Final = 37  # include/uapi/asm-generic/fcntl.h; `fcntl` has it from Python 3.9 on where the libc has it
 BLKGETSIZE64: Final = 0x80081272  # include/uapi/linux/fs.h: _IOR(0x12, 114, size_t)
-METERS: Final = (int(lib.ORC_BLK_OPERATIONS), int(lib.ORC_BLK_SECTORS))
 
 
 class DiskDevice(VirtioDevice[Disk]):
     """native/virtio_blk.c."""
 
     def __init__(self, spec: Disk, hooks: Hooks) -> None:
-        self._buckets: list[Any] = []
         super().__init__(spec, hooks)
-        if spec.io_limit is not None:
-            for meter in METERS:
-                bucket = ffi.gc(lib.orc_bucket_new(), lib.orc_bucket_free)
-                self._buckets.append(bucket)
-                if result := lib.orc_virtio_blk_set_bucket(self.handle, meter, 0, bucket):
-                    raise ResourceLimit(-result, f"the limits of disk {spec.path}")
-            self.set_limit(spec.io_limit)
+        if hooks.disk is not None:
+            for level, budget in enumerate(hooks.disk.budgets):
+                self._limit_by(level, () if budget is None else budget.buckets)
+            hooks.disk.plugged(self)
+
+    def _limit_by(self, level: int, buckets: Sequence[Any]) -> None:
+        for meter, bucket in enumerate(buckets):
+            if result := lib.orc_virtio_blk_set_bucket(self.handle, meter, level, bucket):
+                raise ResourceLimit(-result, f"the limits of disk {self.spec.path}")
 
     def _make(self) -> Any:
         store = open_store(self.spec, self.hooks.open_file)
@@ -57,19 +57,20 @@ class DiskDevice(VirtioDevice[Disk]):
     def label(self) -> str:
         return f"Disk {self.spec.path}"
 
-    def set_limit(self, limit: IoLimit) -> None:
-        """Change how fast it may be, at once. Of a disk that was made with an `io_limit`."""
-        now = monotonic_ns()
-        for bucket, wanted in zip(self._buckets, limit.buckets(), strict=True):
-            rate, burst = wanted or (0.0, 1.0)
-            lib.orc_bucket_set(bucket, rate, burst, -1, now)
+    def limit_changed(self) -> None:
+        """A limit of it has changed: what waits looks again. Any thread."""
         lib.orc_virtio_blk_limit_changed(self.handle)
 
-    def statistics(self) -> dict[str, int]:
-        """What was done: ``struct orc_blk_counters``, which says what each is."""
+    def counters(self) -> Any:
+        """What was done: ``struct orc_blk_counters``, which says what each is. Any thread."""
         counters = ffi.new("struct orc_blk_counters *")
         lib.orc_virtio_blk_look(self.handle, counters)
-        return {name: int(getattr(counters, name)) for name, _ in ffi.typeof("struct orc_blk_counters").fields}
+        return counters
+
+    @property
+    def thread(self) -> int:
+        """The kernel's number of the thread that does what io_uring can't; 0: there is none."""
+        return int(lib.orc_virtio_blk_thread(self.handle))
 
     def restore(self, state: VirtioState) -> None:
         had, has = (int.from_bytes(config[:8], "little") for config in (state.config, self.state().config))
@@ -89,6 +90,8 @@ class DiskDevice(VirtioDevice[Disk]):
         lib.orc_virtio_blk_close(self.handle)  # at once: the VM's next run locks the same files
 
     def stop(self) -> None:
+        if self.hooks.disk is not None:
+            self.hooks.disk.unplugged(self)
         lib.orc_virtio_blk_close(self.handle)  # of one that was never served; else nothing
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pkgutil import resolve_name
 from typing import Any, ClassVar, Final, Generic, Protocol, TypeVar
 
@@ -21,7 +21,7 @@ from .consoleport import ConsolePort
 from .pci import PciHost, Slot
 from .timers import Timer
 
-__all__ = ["NOWHERE", "Hooks", "Memory", "Peripheral", "SharedRam", "implementation"]
+__all__ = ["NOWHERE", "DiskPort", "Hooks", "Memory", "Peripheral", "SharedRam", "implementation"]
 
 SpecT = TypeVar("SpecT", bound=DeviceSpec)
 StateT = TypeVar("StateT")
@@ -49,6 +49,17 @@ class Nowhere:
 
 
 NOWHERE: Final = Nowhere()
+
+
+class DiskPort(Protocol):
+    """What a disk has beside its runs (`machine.disks`). Any thread."""
+
+    @property
+    def budgets(self) -> Sequence[Any]:
+        """What it is limited by, from the narrowest to the widest; None: there is nothing at that level."""
+
+    def plugged(self, device: Any) -> None: ...
+    def unplugged(self, device: Any) -> None: ...
 
 
 @attrs.frozen(eq=False)
@@ -84,6 +95,7 @@ class Hooks:
         bus: the PCI bus, for its host bridge.
         ports: the host's ends of its streams (`Wiring.streams`).
         guest: the guest's memory for a device of the core (``orc_guest_memory *``); None: the VM has no PCI bus.
+        disk: its limits and figures, if it is a disk of a VM; None: it has no limits.
         backing: what the pages of its RAM are (`GuestMemory.backing`).
         interrupts: the irqchip's lines for a device of the core (``orc_interrupts *``); None: there are none.
         open_file: opens a file of the host that its spec names.
@@ -106,6 +118,7 @@ class Hooks:
     ports: Mapping[str, ConsolePort] = attrs.field(factory=dict)
     guest: Any = None
     open_file: Opener = open_path
+    disk: DiskPort | None = None
     backing: Backing = "anonymous"
     ram: SharedRam | None = None
     back_end: Any = None

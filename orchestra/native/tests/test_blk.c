@@ -660,6 +660,110 @@ static void disks_of_a_group_share_its_limit(void)
 	orc_bucket_free(group);
 }
 
+static orc_bucket *begin_group(struct bench *b, int n, double rate, double burst)
+{
+	orc_bucket *group = orc_bucket_new();
+
+	CHECK(group && !orc_bucket_set(group, rate, burst + 1, -1, orc_now()));
+	for (int i = 0; i < n; i++) {
+		make(&b[i], 0);
+		CHECK(!orc_virtio_blk_set_bucket(b[i].v, ORC_BLK_SECTORS, ORC_BLK_GROUP, group) && !orc_io_attach(b[i].io, b[i].v));
+		drive(&b[i], F_DISK);
+	}
+	return group;
+}
+
+static void end_group(struct bench *b, int n, orc_bucket *group)
+{
+	for (int i = 0; i < n; i++)
+		end(&b[i]);
+	orc_bucket_free(group);
+}
+
+static void long_requests_of_one_disk_keep_no_other_of_its_group_waiting(void)
+{
+	enum { LONG = 64 * 1024, GREEDY = 8, SMALL = 32 };
+	struct bench b[2];
+	orc_bucket *group = begin_group(b, 2, 1000, 8);
+	struct orc_blk_counters c;
+	orc_ns since;
+
+	for (unsigned i = 0; i < GREEDY; i++) /* a second's worth, in requests of an eighth of a second */
+		ask(&b[0], i, OUT, 0, DATA, LONG, 0);
+	await_waits(&b[0], 1);
+	since = orc_now();
+	for (int i = 0; i < SMALL; i++)
+		CHECK(one(&b[1], OUT, 0, DATA, 512, 0) == OK);
+	since = orc_now() - since;
+	CHECK(since < SECOND, "%lld ns; if each had waited for a long one: 4 s", (long long)since);
+	orc_virtio_blk_look(b[1].v, &c);
+	CHECK(c.waited[ORC_BLK_GROUP] && !c.waited[ORC_BLK_OWN]);
+	CHECK(!orc_bucket_set(group, 0, 0, -1, orc_now()));
+	orc_virtio_blk_limit_changed(b[0].v);
+	await_ok(&b[0], GREEDY);
+	end_group(b, 2, group);
+}
+
+static void disks_of_a_group_get_the_same_share_however_long_their_requests_are(void)
+{
+	const unsigned size[2] = {32 * 1024, 2048};
+	struct bench b[2];
+	orc_bucket *group = begin_group(b, 2, 4000, 8);
+	struct orc_blk_counters c[2];
+
+	for (int k = 0; k < 2; k++)
+		for (unsigned i = 0; i < 16; i++)
+			ask(&b[k], i, OUT, 0, DATA, size[k], 0);
+	for (orc_ns until = orc_now() + SECOND / 2; orc_now() < until;)
+		for (int k = 0; k < 2; k++) {
+			struct vring_used_elem e;
+
+			while (reap(&b[k].d, &e))
+				ask(&b[k], e.id / 3, OUT, 0, DATA, size[k], 0);
+			sched_yield();
+		}
+	for (int k = 0; k < 2; k++)
+		orc_virtio_blk_look(b[k].v, &c[k]);
+	for (int k = 0; k < 2; k++)
+		CHECK(2 * c[k].written_bytes + 2 * size[0] > c[!k].written_bytes, "%llu and %llu",
+		      (unsigned long long)c[0].written_bytes, (unsigned long long)c[1].written_bytes);
+	CHECK(c[0].written_bytes + c[1].written_bytes > 64 * 1024);
+	end_group(b, 2, group);
+}
+
+static void a_guest_that_resets_its_disk_again_and_again_uses_up_nothing_of_its_group(void)
+{
+	struct bench b[1];
+	orc_bucket *group = begin_group(b, 1, 0.001, 8);
+	struct orc_limit l;
+
+	CHECK(one(b, OUT, 0, DATA, 4096, 0) == OK);
+	for (unsigned i = 0; i < 20; i++) {
+		ask(b, 1, OUT, 0, DATA, 4096, 0);
+		await_waits(b, i + 1);
+		put(b->v, VIRTIO_PCI_COMMON_STATUS, 1, 0);
+		drive(b, F_DISK);
+	}
+	orc_bucket_limit(group, orc_now(), &l);
+	CHECK(l.debt > 15.9 && l.debt < 16.1, "%f: what was done, and what waits once", l.debt);
+	end_group(b, 1, group);
+}
+
+static void of_a_bucket_with_a_burst_that_is_given_once_so_much_goes_at_once(void)
+{
+	struct bench b;
+	orc_bucket *bucket = begin_limited(&b, ORC_BLK_OPERATIONS, 0.001, 2);
+
+	orc_bucket_set_once(bucket, 5);
+	for (int i = 0; i < 7; i++)
+		CHECK(one(&b, OUT, 0, DATA, 512, 0) == OK);
+	CHECK(!waits(&b));
+	ask(&b, 1, OUT, 0, DATA, 512, 0);
+	await_waits(&b, 1);
+	end(&b);
+	orc_bucket_free(bucket);
+}
+
 const struct test blk_tests[] = {
 	TEST(the_configuration_has_capacity_and_limits),
 	TEST(each_kind_of_request_does_what_it_says),
@@ -678,5 +782,9 @@ const struct test blk_tests[] = {
 	TEST(who_waits_for_a_limit_keeps_no_hold_and_no_reset_waiting),
 	TEST(a_request_that_grows_while_it_waits_pays_for_what_it_is),
 	TEST(disks_of_a_group_share_its_limit),
+	TEST(long_requests_of_one_disk_keep_no_other_of_its_group_waiting),
+	TEST(disks_of_a_group_get_the_same_share_however_long_their_requests_are),
+	TEST(a_guest_that_resets_its_disk_again_and_again_uses_up_nothing_of_its_group),
+	TEST(of_a_bucket_with_a_burst_that_is_given_once_so_much_goes_at_once),
 	{0},
 };

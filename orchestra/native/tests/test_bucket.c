@@ -488,6 +488,80 @@ static void many_at_once_are_charged_as_so_many_one_by_one(void)
 	orc_bucket_free(many);
 }
 
+static double once(const orc_bucket *b)
+{
+	struct orc_limit l;
+
+	orc_bucket_limit(b, 0, &l);
+	return l.once;
+}
+
+static void what_is_given_once_goes_first_and_is_never_made_again(void)
+{
+	orc_bucket *b = limited(1, 10, -1);
+	struct orc_ticket ticket;
+
+	orc_bucket_set_once(b, 5);
+	CHECK(!orc_bucket_charge_many(b, 4, 0, &ticket) && once(b) == 1);
+	CHECK(!orc_bucket_charge_many(b, 10, 0, &ticket) && !once(b)); /* 1 and 9: with one more, the last token is used */
+	CHECK(orc_bucket_charge(b, 0, &ticket) && near(by_tokens(b, ticket), SECOND));
+	orc_bucket_leave(b, &ticket);
+	CHECK(!orc_bucket_charge_many(b, 9, 1000 * SECOND, &ticket)); /* full again, and no more than that */
+	CHECK(orc_bucket_charge(b, 1000 * SECOND, &ticket) && near(by_tokens(b, ticket), 1001 * SECOND));
+	orc_bucket_free(b);
+}
+
+static void what_is_given_once_grows_by_what_is_more_than_was_ever_given(void)
+{
+	orc_bucket *b = limited(1, 1, -1);
+	struct orc_ticket ticket;
+
+	orc_bucket_set_once(b, 5);
+	orc_bucket_charge_many(b, 3, 0, &ticket);
+	for (int i = 0; i < 3; i++) {
+		orc_bucket_set_once(b, 5);
+		CHECK(once(b) == 2);
+	}
+	orc_bucket_set_once(b, 8);
+	CHECK(once(b) == 5);
+	orc_bucket_set_once(b, 1);
+	CHECK(once(b) == 1);
+	orc_bucket_set_once(b, 8);
+	CHECK(once(b) == 1);
+	orc_bucket_free(b);
+}
+
+static void *use_up(void *argument)
+{
+	struct orc_ticket ticket;
+	orc_u64 went = 0;
+
+	while (!orc_bucket_charge(argument, 0, &ticket))
+		went++;
+	orc_bucket_leave(argument, &ticket);
+	return (void *)(uintptr_t)went;
+}
+
+static void threads_use_what_is_given_once_exactly_once(void)
+{
+	enum { THREADS = 8, ONCE = 100000 };
+	orc_bucket *b = limited(1e-3, 1, -1);
+	pthread_t thread[THREADS];
+	uintptr_t went = 0;
+
+	orc_bucket_set_once(b, ONCE);
+	for (int i = 0; i < THREADS; i++)
+		thread[i] = start(use_up, b);
+	for (int i = 0; i < THREADS; i++) {
+		void *its;
+
+		CHECK(!pthread_join(thread[i], &its));
+		went += (uintptr_t)its;
+	}
+	CHECK(went == ONCE);
+	orc_bucket_free(b);
+}
+
 const struct test bucket_tests[] = {
 	TEST(many_at_once_are_charged_as_so_many_one_by_one),
 	TEST(one_source_never_exceeds_burst_plus_rate_times_t_in_any_window),
@@ -510,5 +584,8 @@ const struct test bucket_tests[] = {
 	TEST(time_that_was_read_before_the_limit_was_set_does_not_run_backwards),
 	TEST(eight_threads_take_each_ticket_once_while_the_limit_changes),
 	TEST(a_reader_sees_one_limit_or_the_other_and_never_a_mixture),
+	TEST(what_is_given_once_goes_first_and_is_never_made_again),
+	TEST(what_is_given_once_grows_by_what_is_more_than_was_ever_given),
+	TEST(threads_use_what_is_given_once_exactly_once),
 	{NULL, NULL},
 };

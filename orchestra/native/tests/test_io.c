@@ -587,6 +587,116 @@ static void a_guest_its_owner_and_its_user_are_at_a_device_at_the_same_time(void
 	guest_end(&g);
 }
 
+/* ---- what it costs ----------------------------------------------------------------------------------------------- */
+
+static orc_ns cpu_of(const orc_io *io)
+{
+	struct timespec t;
+	int tid;
+
+	while (!(tid = orc_io_tid(io)))
+		sched_yield();
+	CHECK(!clock_gettime((clockid_t)(~(unsigned)tid << 3 | 6), &t)); /* as in cap.c */
+	return t.tv_sec * SECOND + t.tv_nsec;
+}
+
+static void begin_rng(struct guest *g, struct bench *b, orc_io *io)
+{
+	guest_begin(g, NULL);
+	wire(b, g, orc_virtio_rng_new(g->memory), RINGS);
+	CHECK(!orc_io_attach(io, b->v));
+	drive(b, 0);
+}
+
+static void end_rng(struct guest *g, struct bench *b, orc_io *io)
+{
+	orc_io_stop(io);
+	unwire(b);
+	orc_io_free(io);
+	guest_end(g);
+}
+
+static void notifications_for_nothing_cost_little_and_keep_no_request_waiting(void)
+{
+	orc_io *io = io_new();
+	struct guest g;
+	struct bench b;
+	struct orc_virtio_counters c;
+	orc_ns begun, used;
+
+	begin_rng(&g, &b, io);
+	used = cpu_of(io);
+	for (begun = orc_now(); orc_now() < begun + SECOND / 2;)
+		notify(b.kick[0]);
+	used = cpu_of(io) - used;
+	orc_virtio_look(b.v, &c);
+	CHECK(c.kicks < 700, "%llu", (unsigned long long)c.kicks); /* one each millisecond, and those before */
+	CHECK(used < SECOND / 10, "%lld ns of half a second", (long long)used);
+	for (uint16_t i = 0; i < 100; i++) {
+		notify(b.kick[0]);
+		request(&b, 0, i % SIZE, DATA, 64, W);
+		CHECK(await_used(&b, 0).id == i % SIZE);
+	}
+	end_rng(&g, &b, io);
+}
+
+static void notifications_are_charged_to_the_buckets_and_wait_for_them(void)
+{
+	enum { RATE = 200, ROUNDS = 40 };
+	orc_bucket *bucket = orc_bucket_new();
+	orc_io *io = io_new();
+	struct guest g;
+	struct bench b;
+	orc_ns since = orc_now();
+
+	CHECK(bucket && !orc_bucket_set(bucket, RATE, 1, -1, since));
+	orc_io_set_bucket(io, 0, bucket);
+	begin_rng(&g, &b, io);
+	for (uint16_t i = 0; i < ROUNDS; i++) {
+		request(&b, 0, i % SIZE, DATA, 64, W);
+		CHECK(await_used(&b, 0).id == i % SIZE);
+	}
+	since = orc_now() - since;
+	CHECK(since >= (ROUNDS - 3) * (SECOND / RATE), "%lld ns", (long long)since);
+	CHECK(!orc_bucket_set(bucket, 0.001, 1, -1, orc_now()));
+	request(&b, 0, 0, DATA, 64, W); /* it waits, or the next one does */
+	request(&b, 0, 1, DATA, 64, W);
+	orc_io_hold(io); /* which keeps no hold waiting */
+	orc_io_let_go(io);
+	CHECK(!orc_bucket_set(bucket, 0, 0, -1, orc_now()));
+	CHECK(await_used(&b, 0).id == 0 && await_used(&b, 0).id == 1);
+	end_rng(&g, &b, io);
+	orc_bucket_free(bucket);
+}
+
+static void a_capped_io_thread_uses_no_more_than_its_part(void)
+{
+	orc_fleet *fleet = orc_fleet_new();
+	orc_io *io = io_new();
+	struct guest g;
+	struct bench b;
+	orc_ns begun, used;
+
+	begin_rng(&g, &b, io);
+	CHECK(!orc_io_cap(fleet, io, 0.05));
+	used = cpu_of(io);
+	begun = orc_now();
+	for (uint16_t i = 0; orc_now() < begun + SECOND; i++) {
+		request(&b, 0, i % SIZE, DATA, 4096, W);
+		CHECK(await_used(&b, 0).id == i % SIZE);
+	}
+	used = cpu_of(io) - used;
+	CHECK(used < SECOND / 10, "%lld ns of a second", (long long)used);
+	orc_io_hold(io);
+	orc_io_let_go(io);
+	CHECK(!orc_io_cap(fleet, io, 1e-9));
+	request(&b, 0, 0, DATA, 4096, W);
+	orc_io_stop(io); /* held or not */
+	CHECK(!orc_io_cap(fleet, io, 1));
+	end_rng(&g, &b, io);
+	orc_fleet_free(fleet);
+}
+
 const struct test io_tests[] = {
 	TEST(a_guest_gets_random_bytes_by_notifications_alone),
 	TEST(a_write_to_the_notify_register_that_reaches_the_device_counts_too),
@@ -601,5 +711,8 @@ const struct test io_tests[] = {
 	TEST(after_stop_no_guest_memory_is_touched_whoever_notifies),
 	TEST(devices_come_and_go_while_others_are_served),
 	TEST(a_guest_its_owner_and_its_user_are_at_a_device_at_the_same_time),
+	TEST(notifications_for_nothing_cost_little_and_keep_no_request_waiting),
+	TEST(notifications_are_charged_to_the_buckets_and_wait_for_them),
+	TEST(a_capped_io_thread_uses_no_more_than_its_part),
 	{0},
 };
