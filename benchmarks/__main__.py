@@ -26,6 +26,11 @@ from . import (
     hostile,
     idle,
     launch,
+    linux_boot,
+    linux_disk,
+    linux_idle,
+    linux_locks,
+    linux_many,
     machine,
     pause,
     profile,
@@ -59,6 +64,11 @@ BENCHMARKS: dict[str, Callable[[Options], Awaitable[list[Row]]]] = {
     "profile": profile.profile,
     "dirty": dirty.dirty,
     "hostile": hostile.hostile,
+    "linux-boot": linux_boot.linux_boot,
+    "linux-idle": linux_idle.linux_idle,
+    "linux-many": linux_many.linux_many,
+    "linux-disk": linux_disk.linux_disk,
+    "linux-locks": linux_locks.linux_locks,
 }
 RESULTS = Path(__file__).parent / "results"
 

@@ -3,7 +3,7 @@
 #   door      cli/, demo/, __main__                          a person at a terminal
 #   windows   aio/, replay/, simulate/, testing/             ways to see and steer fleets
 #   house     fleet/, journal/, config/, output/             many VMs: start, merge exits, judge, act, remember
-#   machine   machine/                                       one VM: its states, and what a guest sees
+#   machine   machine/, toml                                 one VM: its states, and what a guest sees
 #   host      host/, profile/                                what can be seen of a host and done with it
 #   silicon   backend/ (kvm, emulated, scripted), native/    what executes a guest
 #   words     model/, policy/                                plain data and pure functions: no trio, no clock, no I/O
@@ -21,6 +21,7 @@ from .fleet.open import open_fleet
 from .fleet.spec import FleetSpec
 from .fleet.statistics import FleetStatistics, TenantStatistics
 from .fleet.watch import Watch
+from .machine.cpufile import load_cpu_template
 from .machine.desired import AskedCap, AskedLimit, AskedMemory, Desired, LimitStack, PlacedLimits
 from .machine.devices.bus import Device
 from .machine.devices.peripheral import Hooks, Peripheral
@@ -55,6 +56,7 @@ from .model.actions import (
 )
 from .model.chipset import PciHostBridge
 from .model.codec import CodecError, decode, encode, from_document, to_document
+from .model.cpu import CPU_TEMPLATES, CpuidBits, CpuTemplate, MsrBits
 from .model.devices import DebugConsole, DeviceSpec, Digest, Doorbell, ExitPort, Line, Serial, Wiring
 from .model.disk import Disk, IoLimit
 from .model.errors import (
@@ -121,6 +123,7 @@ from .model.spec import (
     Tenant,
     VmSpec,
 )
+from .model.topology import Topology
 from .model.virtio import Balloon, Console, Rng
 from .native.channels import ExitBatch
 from .policy import (
@@ -155,6 +158,7 @@ from .profile import Instruction, Profile, SymbolError, Symbols
 
 __all__ = [
     "CPU_MODELS",
+    "CPU_TEMPLATES",
     "Action",
     "Adaptive",
     "Applied",
@@ -176,6 +180,8 @@ __all__ = [
     "Console",
     "ConsoleTimeout",
     "CpuModel",
+    "CpuTemplate",
+    "CpuidBits",
     "Debug",
     "DebugConsole",
     "Desired",
@@ -240,6 +246,7 @@ __all__ = [
     "Meter",
     "MiB",
     "Mmio",
+    "MsrBits",
     "Nmi",
     "NoSuchBackend",
     "Notify",
@@ -288,6 +295,7 @@ __all__ = [
     "TenantFacts",
     "TenantStatistics",
     "Throttle",
+    "Topology",
     "TprAccess",
     "UnknownExit",
     "UnknownTenant",
@@ -311,6 +319,7 @@ __all__ = [
     "default_steps",
     "encode",
     "from_document",
+    "load_cpu_template",
     "only",
     "open_fleet",
     "policy_kinds",

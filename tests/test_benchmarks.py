@@ -9,6 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,8 +18,10 @@ import attrs
 import pytest
 
 import benchmarks.__main__ as program
+from benchmarks import linux, linux_disk, qemu
 from benchmarks.__main__ import BENCHMARKS
 from benchmarks.hostile import FLOODS, Taken, judge, percentile
+from benchmarks.linux_many import Step, slope
 from benchmarks.rate import excess, jain
 from benchmarks.row import Row, table
 
@@ -51,6 +55,34 @@ def test_a_flood_is_judged_by_the_loop_and_by_what_the_innocent_keeps() -> None:
 
 def test_floods_name_guests_that_there_are() -> None:
     assert all((ROOT / "benchmarks" / "guests" / f"{flood.guest}.bin").exists() for flood in FLOODS.values())
+
+
+def test_slope_is_what_each_vm_more_takes_and_not_the_first_one() -> None:
+    steps = [Step(vms=n, seconds=1.0, each=[], mib=30 + 0.25 * n, guests=0.0) for n in (1, 2, 4, 8)]
+    assert slope(steps) == pytest.approx(0.25)
+
+
+def test_cpu_of_a_vmm_grows_as_it_works_and_counts_threads_that_have_ended() -> None:
+    def work() -> None:
+        while time.thread_time() < 0.1:
+            pass
+
+    before = qemu.cpu(os.getpid())
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert qemu.cpu(os.getpid()) - before >= 0.08
+
+
+def test_reads_of_a_disk_are_judged_by_throughput_and_by_cpu_for_the_same_bytes() -> None:
+    what = "random, 4 KiB, 1 deep"
+    theirs = linux_disk.Taken(rate=[100.0, 200.0, 300.0], cpu=[1.0, 1.0, 1.0])
+    for rate, used, ok in ((180.0, 1.2, True), (179.0, 1.21, False)):
+        ours = linux_disk.Taken(rate=[rate], cpu=[used])
+        rows = linux_disk.judge(
+            "it", what, {("direct", what, "ours"): ours, ("direct", what, "theirs"): theirs}, "direct"
+        )
+        assert [row.ok for row in rows] == [ok, ok]
 
 
 def test_table_lines_up_and_numbers_each_note_once() -> None:
@@ -101,6 +133,28 @@ def test_the_emulated_backend_is_measured_against_bare_unicorn() -> None:
     rows = json.loads(done.stdout)["rows"]
     assert [row["bound"] for row in rows if row["ratio"]] == ["1.5x", "", "1.3x"]
     assert all(row["details"]["cpu_ns"] and row["details"]["floor_cpu_ns"] for row in rows if row["ratio"])
+
+
+@pytest.mark.parametrize(
+    ("host", "path", "peer", "reason"),
+    [
+        ("no /dev/kvm", "/usr/bin", False, "no /dev/kvm"),
+        (None, "", True, "qemu-system-x86_64 is not installed"),
+        (None, "", False, "there is no apt here"),
+    ],
+)
+def test_linux_is_not_measured_where_it_cant_be_and_one_line_says_why(
+    host, path, peer, reason, monkeypatch, capsys, tmp_path
+) -> None:
+    monkeypatch.setattr(linux, "_host_problem", lambda: host)
+    monkeypatch.setattr(linux.linux_kit, "CACHE", tmp_path)
+    linux.linux_kit.debian_kernel.cache_clear()
+    linux.linux_kit._newest.cache_clear()
+    monkeypatch.setenv("PATH", path)
+    assert linux.skipped("linux-boot", peer=peer)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("linux-boot: skipped: ")
+    assert reason in line
 
 
 def modules() -> set[str]:

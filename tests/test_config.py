@@ -14,9 +14,9 @@ from hypothesis import example, given, settings, strategies as st
 import orchestra as orc
 from orchestra.cli.app import main
 from orchestra.config import Mistake, Rules, TomlError, compare, load_rules, parse_rules, reload, watch_rules
-from orchestra.config.toml import _lines
 from orchestra.model.mistakes import shown
 from orchestra.policy import policy_kinds as kinds
+from orchestra.toml import _lines
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "rules.toml"
 

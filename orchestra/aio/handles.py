@@ -24,7 +24,7 @@ from ..policy import Guard, Policy, PolicySpec
 from ..profile import Profile, Symbols
 from .block import Block
 from .bridge import Bridge
-from .streams import Console, Exits, Requests, Watch
+from .streams import Console, ConsolePort, Exits, Requests, Watch
 from .wrapper import Wrapper, mirrors, wrapped
 
 __all__ = ["Fleet", "Vm"]
@@ -210,6 +210,10 @@ class VmAttributes(Wrapper[machine.Vm]):
     @property
     def console(self) -> Console:
         return wrapped(Console, self._bridge, self._inner.console)
+
+    @property
+    def ports(self) -> Mapping[str, ConsolePort]:
+        return {name: wrapped(ConsolePort, self._bridge, port) for name, port in self._inner.ports.items()}
 
     @property
     def outcome(self) -> Outcome | None:

@@ -15,8 +15,8 @@ from ..journal.export import iso
 from ..journal.holds import Hold
 from ..journal.series import Bin, series
 from ..model.codec import encode
+from ..model.printable import printable
 from ..output.numbers import shown
-from ..output.printable import printable
 from ..output.target import check_target
 from ..output.times import day_and_time, duration, time_of_day
 from .whyblame import suspicion_document, verdict

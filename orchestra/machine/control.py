@@ -26,6 +26,7 @@ from .context import REFUSED, InstanceContext
 from .desired import UNLIMITED, Desired, PlacedLimits
 from .devices.bus import Device, Handler
 from .devices.console import Console
+from .devices.consoleport import Ports
 from .inspection import Inspection, check_vcpu
 from .instance import Instance
 from .lifecycle import state_of
@@ -84,6 +85,7 @@ class VmControl:
         self.tenant = tenant
         self.generation = context.next_id()
         self.console = Console(context.post, spec.name)
+        self.ports = Ports(context.post, spec.machine_devices, spec.name)
         self.claims = Claims(devices)
         self.samples = Samples()
         self.was_capped = desired.cap is not None

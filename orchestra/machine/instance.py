@@ -90,7 +90,6 @@ class Instance:
         self._caps = caps
         self._levels = levels
         self._machine: Machine
-        self._console = owner.console
         self._ended = trio.Event()  # set when all vCPUs have ended, or the run is given back
 
     # ---- set-up
@@ -169,7 +168,10 @@ class Instance:
             states = boot.load(spec, self.memory)
             self._machine = context.backend.create(spec, self._cores, self.memory, states, bus_locks=context.bus_locks)
             try:
-                self.devices = Assembly(self, self._machine, self._console, context.post, self._in_turn, context.pacer)
+                owner = self._owner
+                self.devices = Assembly(
+                    self, self._machine, owner.console, owner.ports, context.post, self._in_turn, context.pacer
+                )
                 self.vcpus += [Vcpu(self, index, engine) for index, engine in enumerate(self._machine.engines)]
                 for vcpu in self.vcpus:
                     if vcpu.engine.threaded:
@@ -193,8 +195,9 @@ class Instance:
             vcpu.join()
 
     def talked(self) -> None:
-        """A vCPU wrote to the console: wake the tasks that wait for output."""
-        self._console.wake()
+        """There is output at the console or at a port, or room for input: wake the tasks that wait for it."""
+        self._owner.console.wake()
+        self._owner.ports.wake()
 
     # ---- life
 

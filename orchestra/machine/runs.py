@@ -179,7 +179,11 @@ class Runs:
             self.outcome = outcome
             with contained(f"vm {self._name}: the journal"):
                 self._vm.became(in_a_line(outcome))
-            for end in (self._vm.console.close, *(requests.end for requests in self._vm.claims.requests())):
+            for end in (
+                self._vm.console.close,
+                self._vm.ports.close,
+                *(requests.end for requests in self._vm.claims.requests()),
+            ):
                 with contained(f"vm {self._name}: its readers"):
                     end()
             self._renewal.over.set()

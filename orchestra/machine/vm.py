@@ -37,6 +37,7 @@ class Vm(VmView):
         name, tenant: the VM's name, and the tenant to whom it belongs.
         generation: the VM's number in the fleet, which no other VM ever has (an action's `generation`).
         console: what the guest writes, and what you type for it.
+        ports: byte streams to programs in the guest, by name (`orc.Console(ports=...)`).
     """
 
     def __init__(self, control: VmControl) -> None:
@@ -45,6 +46,7 @@ class Vm(VmView):
         self.tenant = control.tenant
         self.generation = control.generation
         self.console = control.console
+        self.ports = control.ports
         self._control = control
 
     # ---- steering

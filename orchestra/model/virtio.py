@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Final
+from typing import Any, ClassVar, Final
 
 import attrs
 
 from .checks import fail, number, whole
-from .devices import DeviceSpec, Wiring
+from .devices import DeviceSpec, Wiring, check_streams
 from .memory import MAX_MEMORY, PAGE, MiB
 from .pci import Capability, PciFunction
 
@@ -80,6 +80,11 @@ def _le(value: int) -> bytes:
     return value.to_bytes(4, "little")
 
 
+def as_names(value: Any) -> Any:
+    """A list of names as a tuple; what is no list is checked as it is."""
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
 @attrs.frozen
 class Rng(DeviceSpec):
     """An entropy device: random bytes of the host's, for ``/dev/hwrng`` and the kernel's own pool."""
@@ -90,25 +95,36 @@ class Rng(DeviceSpec):
         return Wiring(pci=function(4, 0xFF0000, queues=1, config_size=0))  # of no class that there is
 
 
+MOST_PORTS: Final = 6
+"""Each takes two of a device's 16 queues (native/virtio.h), and the console and control messages take four."""
+
+
 @attrs.frozen
 class Console(DeviceSpec):
     """A console, ``hvc0`` in Linux; its output goes to the VM's console. Faster than `Serial`: it works in blocks.
 
     Parameters:
-        columns, rows: its size, which the guest is told.
+        columns, rows: its size, which the guest is told, until `Console.resize` says another.
+        ports: names of byte streams beside it, 6 at most. A program in the guest opens ``/dev/virtio-ports/NAME`` (by
+            udev; the device itself is ``/dev/vport0p1``), and the other end is ``vm.ports[name]``.
     """
 
-    implementation: ClassVar[str] = "orchestra.machine.devices.virtio:ConsoleDevice"
+    implementation: ClassVar[str] = "orchestra.machine.devices.virtioconsole:ConsoleDevice"
 
     columns: int = 80
     rows: int = 25
+    ports: tuple[str, ...] = attrs.field(default=(), converter=as_names)
 
     def __attrs_post_init__(self) -> None:
         whole("columns", self.columns, 1, 0xFFFF)
         whole("rows", self.rows, 1, 0xFFFF)
+        check_streams(self.ports)
+        if len(self.ports) > MOST_PORTS:
+            raise fail("ports", len(self.ports), f"must be at most {MOST_PORTS}: add another Console for more")
 
     def wiring(self) -> Wiring:
-        return Wiring(pci=function(3, 0x078000, queues=2, config_size=12))
+        queues = 2 if not self.ports else 4 + 2 * len(self.ports)  # 5.3.2
+        return Wiring(pci=function(3, 0x078000, queues=queues, config_size=12), streams=self.ports)
 
 
 @attrs.frozen

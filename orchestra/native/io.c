@@ -69,7 +69,6 @@ static void told(orc_io *io, uint64_t what)
 	if (number == WATCHED) {
 		orc_virtio_called(v);
 	} else {
-		clear(v->kick_fd[number]);
 		v->kicks++;
 		atomic_fetch_or(&v->kicked, 1ull << number);
 	}
@@ -156,9 +155,10 @@ void orc_io_wake(orc_io *io)
 		;
 }
 
-static int add(orc_io *io, int fd, uint64_t what)
+/* `events`: EPOLLIN, and with EPOLLET each write to an eventfd is told once, so that nobody needs to read it. */
+static int add(orc_io *io, int fd, uint32_t events, uint64_t what)
 {
-	struct epoll_event event = {.events = EPOLLIN, .data.u64 = what};
+	struct epoll_event event = {.events = events, .data.u64 = what};
 
 	return epoll_ctl(io->epoll, EPOLL_CTL_ADD, fd, &event) ? -errno : 0;
 }
@@ -215,7 +215,7 @@ int orc_io_start(const char *name, orc_io **out)
 	if (io->epoll < 0 || io->wake < 0)
 		rc = -errno;
 	if (!rc)
-		rc = add(io, io->wake, source(WAKE, 0));
+		rc = add(io, io->wake, EPOLLIN, source(WAKE, 0));
 	if (!rc)
 		rc = start(io, name);
 	if (rc)
@@ -293,11 +293,11 @@ static void remove_sources(orc_io *io, const orc_virtio *v)
 
 static int add_sources(orc_io *io, const orc_virtio *v, unsigned number)
 {
-	int rc = v->watched < 0 ? 0 : add(io, v->watched, source(number, WATCHED));
+	int rc = v->watched < 0 ? 0 : add(io, v->watched, EPOLLIN, source(number, WATCHED));
 
 	for (unsigned i = 0; !rc && i < v->queues; i++)
 		if (v->kick_fd[i] >= 0)
-			rc = add(io, v->kick_fd[i], source(number, i));
+			rc = add(io, v->kick_fd[i], EPOLLIN | EPOLLET, source(number, i));
 	if (rc)
 		remove_sources(io, v);
 	return rc;

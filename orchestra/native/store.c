@@ -171,11 +171,12 @@ struct orc_operation *orc_store_done(orc_store *s)
 	uint64_t count;
 	int result;
 
-	while (read(s->wake, &count, sizeof count) < 0 && errno == EINTR)
-		;
 	pthread_mutex_lock(&s->lock);
 	all = s->done;
 	s->done = NULL;
+	if (all) /* else nobody has written to it: what goes by io_uring alone costs no call here */
+		while (read(s->wake, &count, sizeof count) < 0 && errno == EINTR)
+			;
 	pthread_mutex_unlock(&s->lock);
 	while (s->ring && orc_uring_next(s->ring, &what, &result)) {
 		struct orc_operation *o = what;

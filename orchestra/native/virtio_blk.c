@@ -252,10 +252,8 @@ static void give_id(struct disk *d, struct request *r)
 	finish(d, r, VIRTIO_BLK_S_OK);
 }
 
-static enum orc_served serve(orc_virtio *v, uint16_t queue)
+static enum orc_served take_all(struct disk *d, struct orc_queue *q)
 {
-	struct disk *d = (struct disk *)v;
-	struct orc_queue *q = &v->queue[queue];
 	enum orc_served served = ORC_MORE;
 
 	for (unsigned left = q->size; left; left--) {
@@ -324,16 +322,10 @@ static void count(struct disk *d, const struct request *r)
 	}
 }
 
-static void ready(orc_virtio *v, int epoll)
+static void put_done(struct disk *d)
 {
-	struct disk *d = (struct disk *)v;
 	struct orc_operation *next;
-	uint64_t expired;
 
-	(void)epoll; /* what it has is read one by one */
-	if (d->timer >= 0)
-		while (read(d->timer, &expired, sizeof expired) < 0 && errno == EINTR)
-			;
 	for (struct orc_operation *o = orc_store_done(d->store); o; o = next) {
 		struct request *r = ORC_CONTAINER(o, struct request, operation);
 
@@ -347,9 +339,38 @@ static void ready(orc_virtio *v, int epoll)
 	}
 }
 
+static void ready(orc_virtio *v, int epoll)
+{
+	struct disk *d = (struct disk *)v;
+	uint64_t expired;
+
+	(void)epoll; /* what it has is read one by one */
+	if (d->timer >= 0)
+		while (read(d->timer, &expired, sizeof expired) < 0 && errno == EINTR)
+			;
+	put_done(d);
+}
+
+/* What the host's page cache has is done when it has been submitted: it is put at once, without another turn of the thread. */
+static enum orc_served serve(orc_virtio *v, uint16_t queue)
+{
+	struct disk *d = (struct disk *)v;
+	enum orc_served served = take_all(d, &v->queue[queue]);
+	const bool full = !d->free;
+
+	put_done(d);
+	return full && d->free ? ORC_MORE : served;
+}
+
 static void reset(orc_virtio *v)
 {
 	forget_tickets((struct disk *)v);
+}
+
+static void reset_queue(orc_virtio *v, uint16_t queue)
+{
+	(void)queue; /* it has one */
+	reset(v);
 }
 
 /* ---- the device ------------------------------------------------------------------------------------------------- */
@@ -373,7 +394,7 @@ static const struct orc_virtio_ops ops = {
 	.config_size = offsetof(struct virtio_blk_config, write_zeroes_may_unmap) + 4,
 	.features = 1ull << VIRTIO_BLK_F_SIZE_MAX | 1ull << VIRTIO_BLK_F_SEG_MAX | 1ull << VIRTIO_BLK_F_BLK_SIZE |
 		    1ull << VIRTIO_BLK_F_FLUSH,
-	.serve = serve, .reset = reset, .free = free_disk,
+	.serve = serve, .reset = reset, .queue_reset = reset_queue, .free = free_disk,
 };
 
 static void configure(struct disk *d)

@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from threading import RLock
 from typing import Any, Final, Protocol, runtime_checkable
@@ -36,6 +36,7 @@ from .balloon import BalloonFigures
 from .bridge import ConfigPorts
 from .bus import Bus
 from .console import Console
+from .consoleport import ConsolePort
 from .io import IoThread
 from .pci import OnBus, PciHost
 from .peripheral import NOWHERE, Hooks, implementation
@@ -120,6 +121,7 @@ class Assembly:
     Made on any thread; the methods are for the fleet's thread.
 
     Parameters:
+        ports: the host's ends of the devices' streams (`Wiring.streams`).
         post: runs a function soon on the fleet's thread; from any thread.
         in_turn: runs a function when it is this VM's turn (`machine.inbox`).
         pacer: keeps devices to a part of the event loop's time.
@@ -136,6 +138,7 @@ class Assembly:
         board: Board,
         machine: Machine,
         console: Console,
+        ports: Mapping[str, ConsolePort],
         post: Callable[..., object],
         in_turn: Callable[[Callable[[], object]], object],
         pacer: Pacer,
@@ -144,7 +147,7 @@ class Assembly:
         specs = board.spec.machine_devices
         if states is not None and len(states) != len(specs):
             raise StateError(f"vm {board.spec.name!r}: {len(states)} states for {len(specs)} devices")
-        self._board, self._machine, self._console = board, machine, console
+        self._board, self._machine, self._console, self._ports = board, machine, console, ports
         whose = board.spec.tenant or "default", board.spec.name
         self._service = Service(whose, board.now, board.end, board.answer_buckets(), in_turn, pacer, post)
         self._service.going_on = states is not None
@@ -241,6 +244,7 @@ class Assembly:
             slot=slot,
             bells=tuple(wires.bell() for _ in bells) if wires is not None else (),
             bus=self._bus if wiring.hosts_pci else None,
+            ports=self._ports,
             guest=self._guest,
             backing=self._board.memory.backing,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pkgutil import resolve_name
 from typing import Any, ClassVar, Final, Generic, Protocol, TypeVar
 
@@ -16,6 +16,7 @@ from ...model.actions import Outcome
 from ...model.devices import DeviceSpec
 from ...model.errors import SpecError, StateError
 from .console import Console
+from .consoleport import ConsolePort
 from .pci import PciHost, Slot
 from .timers import Timer
 
@@ -65,6 +66,7 @@ class Hooks:
         slot: what it is on the PCI bus; None: it is not there.
         bells: its doorbells there, as many as `PciFunction.bells`.
         bus: the PCI bus, for its host bridge.
+        ports: the host's ends of its streams (`Wiring.streams`).
         guest: the guest's memory for a device of the core (``orc_guest_memory *``); None: the VM has no PCI bus.
         backing: what the pages of its RAM are (`GuestMemory.backing`).
         interrupts: the irqchip's lines for a device of the core (``orc_interrupts *``); None: there are none.
@@ -82,6 +84,7 @@ class Hooks:
     slot: Slot | None = None
     bells: tuple[Bell, ...] = ()
     bus: PciHost | None = None
+    ports: Mapping[str, ConsolePort] = attrs.field(factory=dict)
     guest: Any = None
     backing: Backing = "anonymous"
 

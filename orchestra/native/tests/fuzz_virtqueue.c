@@ -1,5 +1,5 @@
-/* Whatever a guest does to virtio devices: any memory, any accesses of registers, an entropy device, a console, a disk and a
- * balloon.
+/* Whatever a guest does to virtio devices: any memory, any accesses of registers, an entropy device, a console with and
+ * without ports, a disk and a balloon.
  *
  * The input is a program of small steps, so that a mutation of it changes one of them. Guest memory has no neighbours: what is
  * touched outside of it, or written where it is read-only, faults. With clang this is a target of libFuzzer; with gcc
@@ -10,6 +10,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/virtio_blk.h>
+#include <linux/virtio_console.h>
 #include <stdatomic.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -19,7 +20,8 @@
 
 const char *skipped;
 
-enum { BASE = 0x10000, ROOM = 0x4000, HIGH = BASE + ROOM, READ_ONLY = 0x20000, RINGS = BASE, BETWEEN = 0x180, QUEUES = 5, MOST = 8 };
+enum { BASE = 0x10000, ROOM = 0x4000, HIGH = BASE + ROOM, READ_ONLY = 0x20000, RINGS = BASE, BETWEEN = 0x100, MOST = 8 };
+enum { PORTS = 2, QUEUES = 2 * (1 + PORTS) + 2, CONTROL_TRANSMIT = 3 };
 
 static uint8_t *host; /* ROOM, ROOM, a page: each between pages that are not there */
 static orc_guest_memory *memory;
@@ -90,7 +92,8 @@ static uint64_t number(struct input *in)
 
 struct machine {
 	orc_virtio *v;
-	orc_console *console;
+	orc_console *console, *port[PORTS]; /* NULL: it has none */
+	uint64_t multiport;                 /* its feature */
 	struct driver d[QUEUES];
 };
 
@@ -102,7 +105,7 @@ static bool answer(orc_virtio *v, uint64_t offset, uint32_t size, bool write, vo
 /* What the device writes of a request of that queue. */
 static bool is_written(const struct machine *m, const struct driver *d)
 {
-	return m->v->ops->type == VIRTIO_ID_BALLOON ? d >= &m->d[3] : d == m->d;
+	return m->v->ops->type == VIRTIO_ID_BALLOON ? d >= &m->d[3] : !((d - m->d) & 1);
 }
 
 static void tick(orc_virtio *v)
@@ -216,6 +219,35 @@ static void request(struct machine *m, struct driver *d, struct input *in)
 	orc_virtio_again(m->v, (uint16_t)(d - m->d));
 }
 
+static void console_step(struct machine *m, uint8_t what, struct input *in)
+{
+	const struct virtio_console_control control = {.id = byte(in) & 3, .event = byte(in) & 7, .value = byte(in) & 1};
+	orc_console *stream = what & 16 && m->port[0] ? m->port[what >> 7] : m->console;
+	struct driver *d = &m->d[CONTROL_TRANSMIT];
+	static uint8_t taken[ORC_CONSOLE_KEPT + 1];
+
+	switch (what >> 5 & 3) {
+	case 0:
+		orc_console_type(stream, host, word(in) & 1023);
+		break;
+	case 1: /* a message that is well made */
+		if (!m->port[0] || !d->avail)
+			break;
+		memcpy(host + 0x3000, &control, sizeof control);
+		describe(d, control.id, BASE + 0x3000, sizeof control, 0, 0);
+		offer(d, (uint16_t)control.id);
+		orc_virtio_again(m->v, CONTROL_TRANSMIT);
+		break;
+	case 2:
+		if (stream != m->console)
+			CHECK(orc_port_take(stream, taken, 1 + word(in)) <= ORC_CONSOLE_KEPT);
+		break;
+	case 3:
+		orc_virtio_console_resize(m->v, byte(in), byte(in));
+		break;
+	}
+}
+
 /* As it should, but for one number, perhaps. */
 static void start_driver(struct machine *m, uint64_t features, struct input *in)
 {
@@ -273,9 +305,9 @@ static void change_state(struct machine *m, struct input *in)
 static void step(struct machine *m, struct input *in)
 {
 	uint8_t what = byte(in), status;
-	struct driver *d = &m->d[((what >> 4 & 1) + (what >> 6 & 3) * 2u) % m->v->queues];
+	uint16_t queue = m->v->queues > 2 ? byte(in) % m->v->queues : what >> 4 & 1 && m->v->queues > 1, i;
+	struct driver *d = &m->d[queue];
 	uint64_t value = 0, offset;
-	uint16_t i;
 
 	switch (what & 15) {
 	case 0:
@@ -318,7 +350,7 @@ static void step(struct machine *m, struct input *in)
 		if (!d->avail)
 			break;
 		offer(d, what & 32 ? word(in) : byte(in) % MOST);
-		orc_virtio_again(m->v, (uint16_t)(d - m->d));
+		orc_virtio_again(m->v, queue);
 		break;
 	case 10:
 	case 11:
@@ -326,7 +358,7 @@ static void step(struct machine *m, struct input *in)
 		break;
 	case 12:
 		if (m->v->ops->type == VIRTIO_ID_CONSOLE)
-			orc_console_type(m->console, host, word(in) & 1023);
+			console_step(m, what, in);
 		if (m->v->ops->type == VIRTIO_ID_BALLOON)
 			tick(m->v);
 		break;
@@ -334,15 +366,13 @@ static void step(struct machine *m, struct input *in)
 		change_state(m, in);
 		break;
 	case 14:
-		start_driver(m, what & 32 ? F_RINGS : number(in), in);
+		start_driver(m, (what & 32 ? F_RINGS : number(in)) | m->multiport, in);
 		break;
 	case 15:
-		if (what & 16 && m->v->ops->type == VIRTIO_ID_CONSOLE)
-			orc_virtio_console_resize(m->v, byte(in), byte(in));
-		else if (what & 16 && m->v->ops->type == VIRTIO_ID_BALLOON)
+		if (what & 16 && m->v->ops->type == VIRTIO_ID_BALLOON)
 			orc_virtio_balloon_set_target(m->v, word(in));
 		else
-			orc_virtio_again(m->v, 0);
+			orc_virtio_again(m->v, queue);
 		break;
 	}
 	status = m->v->status & 15;
@@ -371,6 +401,21 @@ static orc_virtio *new_disk(unsigned flags)
 	return v;
 }
 
+static orc_virtio *new_console(struct machine *m, bool ports)
+{
+	orc_virtio *v = orc_virtio_console_new(memory, m->console, 80, 25, ports ? PORTS : 0);
+
+	CHECK(v);
+	for (unsigned i = 0; ports && i < PORTS; i++) {
+		m->port[i] = orc_port_new();
+		CHECK(m->port[i]);
+		orc_virtio_console_port(v, i + 1, "a name", 6 * i, m->port[i]);
+		m->multiport = 1ull << VIRTIO_CONSOLE_F_MULTIPORT;
+	}
+	orc_virtio_console_listen(v);
+	return v;
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
@@ -384,15 +429,13 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	if (!memory)
 		map_memory();
 	memset(host, 0, ROOM);
+	m.console = console;
 	m.v = (how & 24) == 16 ? new_balloon(how & 1 ? ORC_BALLOON_REPORTING : 0)
 	      : how & 8 ? new_disk(how & 16 ? ORC_STORE_NO_URING : 0)
-	      : how & 1 ? orc_virtio_console_new(memory, console, 80, 25) : orc_virtio_rng_new(memory);
+	      : how & 1 ? new_console(&m, how & 32) : orc_virtio_rng_new(memory);
 	CHECK(m.v && console);
-	m.console = console;
-	if (m.v->ops->type == VIRTIO_ID_CONSOLE)
-		orc_virtio_console_listen(m.v, true);
 	if (how & 2)
-		start_driver(&m, how & 4 ? F_RINGS : 0, NULL);
+		start_driver(&m, (how & 4 ? F_RINGS : 0) | m.multiport, NULL);
 	while (in.left)
 		step(&m, &in);
 	serve_all(m.v, true);
@@ -408,6 +451,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	}
 	orc_device_free(orc_virtio_device(m.v));
 	orc_console_free(console);
+	for (unsigned i = 0; i < PORTS; i++)
+		orc_console_free(m.port[i]);
 	return 0;
 }
 
