@@ -150,7 +150,9 @@ def test_cpuid_comes_back_as_it_was_set(kvm, vcpu):
     vcpu.write(CPUID, table.entries())
     got = {(entry.function, entry.index): entry for entry in vcpu.read(CPUID)}
     assert got[(0, 0)] == table.find(0)
-    assert len(got) == len(table)
+    lost = [entry for entry in table.entries() if (entry.function, entry.index) not in got]
+    assert not any(entry.eax | entry.ebx | entry.ecx | entry.edx for entry in lost)  # some hosts keep no empty leaf
+    assert len(got) == len(table) - len(lost)
 
 
 def test_a_guest_reads_its_number_from_cpuid(kvm, vm, vcpu, guest):

@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.kvm, pytest.mark.linux]
 FILL = "dd if=/dev/zero of=/{name} bs=1M count={mib}"
 """The root of an initrd is memory, at most half of the guest's: a file there takes pages, and `rm` frees them."""
 MIB = 96
-SOON = 90.0
+SOON = 240.0
 """Seconds, on an emulated host with other things to do. On a real one, less than one; reports wait for two."""
 
 

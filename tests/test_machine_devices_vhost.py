@@ -30,7 +30,19 @@ from orchestra.machine.devices.vhost.messages import Request
 from orchestra.machine.devices.vhost.qemu import PROGRAM, command_line, explain
 from orchestra.native import lib
 from orchestra.testing import DeviceRig
-from vhost_kit import NEEDS_RESET, WRITE, DiskDriver, ScriptedBackEnd, children, descriptors, number, reply
+from vhost_kit import (
+    BUS_MASTER,
+    COMMAND,
+    MEMORY_SPACE,
+    NEEDS_RESET,
+    WRITE,
+    DiskDriver,
+    ScriptedBackEnd,
+    children,
+    descriptors,
+    number,
+    reply,
+)
 
 MiB = orc.MiB
 
@@ -107,7 +119,7 @@ def test_nothing_is_lent_before_the_guest_runs_and_while_it_is_paused(path: Path
         scripted.wait_for(Request.SET_STATUS)
         quiet = threading.Event()
         back_end(rig).hold("pause")
-        back_end(rig).when_quiet(quiet.set)
+        back_end(rig).when_still(quiet.set)
         assert quiet.wait(60)
         assert scripted.seen[-2:] == [Request.GET_VRING_BASE, Request.SET_STATUS]
         back_end(rig).let_go("pause")
@@ -149,7 +161,7 @@ def test_stop_waits_for_requests_that_the_back_end_finishes_after_its_answer(pat
         scripted.wait_for(Request.SET_STATUS)
         quiet = threading.Event()
         back_end(rig).hold("pause")
-        back_end(rig).when_quiet(quiet.set)
+        back_end(rig).when_still(quiet.set)
         scripted.wait_for(Request.SET_STATUS, 2)
         assert not quiet.wait(0.05)
         rig.memory.write(driver.used + 2, struct.pack("<H", 2))  # now the two are done
@@ -180,6 +192,7 @@ def test_device_goes_on_at_another_back_end_from_its_state(path: Path, tmp_path:
     with ScriptedBackEnd(tmp_path / "b", sectors=128) as other:
         spec = orc.VhostUserDisk(str(tmp_path / "b"))
         with DeviceRig(spec, memory=MiB, state=state) as rig:
+            rig.configure(COMMAND, MEMORY_SPACE | BUS_MASTER, 2)  # which is the bus's state
             back_end(rig).let_go("start")
             other.wait_for(Request.SET_VRING_ENABLE)
     with ScriptedBackEnd(tmp_path / "c", sectors=127):

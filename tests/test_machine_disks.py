@@ -126,6 +126,15 @@ async def test_groups_and_tenants_have_limits_that_change(spec):
     ) as fleet:
         with pytest.raises(orc.SpecError, match=r"vm 'b', disk 'vda': io_group='lead': .*no such group.*free, gold"):
             await fleet.launch(spec({"io_group": "lead"}, name="b"))
+        served = orc.VmSpec(
+            name="b",
+            boot=orc.FlatImage(code=b"\xf4"),
+            tenant="acme",
+            irqchip="full",
+            devices=[orc.PciHostBridge(), orc.VhostUserDisk("blk.sock")],
+        )
+        with pytest.raises(orc.SpecError, match="tenant 'acme' has an io_limit, and that does not hold the process"):
+            await fleet.launch(served)
         assert "b" not in fleet.vms
         vm = await fleet.launch(spec({"io_group": "gold"}, {"io_group": "free"}, tenant="acme"), paused=True)
         assert vm.disks["vda"].limit is None  # the disk's own

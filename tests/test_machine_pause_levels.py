@@ -91,23 +91,20 @@ def test_an_access_says_what_it_is():
     assert str(access) == "vCPU 1: a read of 4 bytes at ports 0x500 waits for a task"
 
 
-def test_it_is_quiesced_when_the_other_processes_are_quiet_too(reached):
+def test_it_is_quiesced_when_no_request_to_a_device_is_in_flight_either(reached):
     pause_levels = PauseLevels(1, running(), reached.append)
-    pause_levels.begin(others=2)
-    pause_levels.quiet(1)
+    pause_levels.begin(requests=True)
     pause_levels.come(0, 1, QUIESCED)
     assert (far(pause_levels), reached) == ((True, False), [PAUSED])
-    pause_levels.quiet(1)
+    pause_levels.rest()
     assert (far(pause_levels), reached) == ((True, True), [PAUSED, QUIESCED])
 
 
-def test_quiet_of_the_pause_before_does_not_count(reached):
+def test_rest_that_comes_after_the_pause_does_not_count_for_the_next(reached):
     pause_levels = PauseLevels(1, running(), reached.append)
-    pause_levels.begin(others=1)
+    pause_levels.begin(requests=True)
     pause_levels.end()
-    pause_levels.begin(others=1)
-    pause_levels.quiet(1)
+    pause_levels.rest()
+    pause_levels.begin(requests=True)
     pause_levels.come(0, 2, QUIESCED)
     assert far(pause_levels) == (True, False)
-    pause_levels.quiet(2)
-    assert far(pause_levels) == (True, True)

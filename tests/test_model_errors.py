@@ -25,6 +25,7 @@ BUILTIN = {
     "StateError": RuntimeError,
     "UnknownTenant": ValueError,
     "UnknownVm": LookupError,
+    "VhostUserError": ConnectionError,
     "VmExists": ValueError,
 }
 

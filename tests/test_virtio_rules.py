@@ -455,6 +455,7 @@ KINDS = {
     orc.Console(ports=("a", "b")): 3,
     orc.Disk("disk.img"): 2,
     orc.Balloon(): 5,
+    orc.Balloon(free_page_reporting=False): 5,
 }
 SPECS = pytest.mark.parametrize("spec", KINDS, ids=lambda spec: type(spec).__name__)
 

@@ -23,6 +23,7 @@ from orchestra.testing import DeviceRig
 STATUS, SELECT, SIZE, MSIX, ENABLE, DESC, AVAIL, USED = 20, 22, 24, 26, 28, 32, 40, 48  # virtio 1.2, 4.1.4.3
 ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, NEEDS_RESET = 1, 2, 4, 8, 64
 READ, WRITE, FLUSH = 0, 1, 4
+COMMAND, MEMORY_SPACE, BUS_MASTER = 4, 2, 4  # of the configuration space
 PATIENCE = 60.0
 
 
@@ -49,8 +50,9 @@ class DiskDriver:
         return offered
 
     def start(self, vector: int = 1) -> None:
-        self.negotiate()
         rig = self.rig
+        rig.configure(COMMAND, MEMORY_SPACE | BUS_MASTER, 2)
+        self.negotiate()
         self.next = self.seen = 0
         rig.memory.write(self.descriptors, bytes(0x3000))
         for offset, value, width in (
