@@ -3,7 +3,7 @@
 #   door      cli/, demo/, __main__                          a person at a terminal
 #   windows   aio/, replay/, simulate/, testing/             ways to see and steer fleets
 #   house     fleet/, journal/, config/, output/             many VMs: start, merge exits, judge, act, remember
-#   machine   machine/                                       one VM: its states, and what a guest sees
+#   machine   machine/, toml                                 one VM: its states, and what a guest sees
 #   host      host/, profile/                                what can be seen of a host and done with it
 #   silicon   backend/ (kvm, emulated, scripted), native/    what executes a guest
 #   words     model/, policy/                                plain data and pure functions: no trio, no clock, no I/O
@@ -21,12 +21,14 @@ from .fleet.open import open_fleet
 from .fleet.spec import FleetSpec
 from .fleet.statistics import FleetStatistics, TenantStatistics
 from .fleet.watch import Watch
-from .machine.desired import AskedCap, AskedLimit, Desired, LimitStack, PlacedLimits
+from .machine.cpufile import load_cpu_template
+from .machine.desired import AskedCap, AskedLimit, AskedMemory, Desired, LimitStack, PlacedLimits
 from .machine.devices.bus import Device
 from .machine.devices.peripheral import Hooks, Peripheral
 from .machine.devices.requests import Request
 from .machine.hostbudget import HostBudget, HostBudgetStatistics
 from .machine.pause_levels import PendingIo
+from .machine.statistics import GuestMemoryStatistics, MemoryStatistics
 from .machine.vm import VcpuStatistics, Vm, VmStatistics
 from .model.actions import (
     Action,
@@ -43,6 +45,7 @@ from .model.actions import (
     Reload,
     Resume,
     SetLimit,
+    SetMemory,
     Shutdown,
     State,
     Stop,
@@ -53,6 +56,7 @@ from .model.actions import (
 )
 from .model.chipset import PciHostBridge
 from .model.codec import CodecError, decode, encode, from_document, to_document
+from .model.cpu import CPU_TEMPLATES, CpuidBits, CpuTemplate, MsrBits
 from .model.devices import DebugConsole, DeviceSpec, Digest, Doorbell, ExitPort, Line, Serial, Wiring
 from .model.disk import Disk, IoLimit
 from .model.errors import (
@@ -119,7 +123,8 @@ from .model.spec import (
     Tenant,
     VmSpec,
 )
-from .model.virtio import Console, Rng
+from .model.topology import Topology
+from .model.virtio import Balloon, Console, Rng
 from .native.channels import ExitBatch
 from .policy import (
     CPU_MODELS,
@@ -153,12 +158,15 @@ from .profile import Instruction, Profile, SymbolError, Symbols
 
 __all__ = [
     "CPU_MODELS",
+    "CPU_TEMPLATES",
     "Action",
     "Adaptive",
     "Applied",
     "AskedCap",
     "AskedLimit",
+    "AskedMemory",
     "BackendUnavailable",
+    "Balloon",
     "BootSpec",
     "BurstCredits",
     "BusLock",
@@ -172,6 +180,8 @@ __all__ = [
     "Console",
     "ConsoleTimeout",
     "CpuModel",
+    "CpuTemplate",
+    "CpuidBits",
     "Debug",
     "DebugConsole",
     "Desired",
@@ -200,6 +210,7 @@ __all__ = [
     "GiB",
     "Guard",
     "GuestMemoryError",
+    "GuestMemoryStatistics",
     "Halted",
     "Hlt",
     "Hooks",
@@ -231,9 +242,11 @@ __all__ = [
     "Memory",
     "MemoryFault",
     "MemoryRegion",
+    "MemoryStatistics",
     "Meter",
     "MiB",
     "Mmio",
+    "MsrBits",
     "Nmi",
     "NoSuchBackend",
     "Notify",
@@ -264,6 +277,7 @@ __all__ = [
     "ScriptedExit",
     "Serial",
     "SetLimit",
+    "SetMemory",
     "SetTpr",
     "Shutdown",
     "ShutdownExit",
@@ -281,6 +295,7 @@ __all__ = [
     "TenantFacts",
     "TenantStatistics",
     "Throttle",
+    "Topology",
     "TprAccess",
     "UnknownExit",
     "UnknownTenant",
@@ -304,6 +319,7 @@ __all__ = [
     "default_steps",
     "encode",
     "from_document",
+    "load_cpu_template",
     "only",
     "open_fleet",
     "policy_kinds",

@@ -4,7 +4,9 @@
     host_kernel()     the kernel of the machine in a box that the tests run in, from its own folder
     vmlinux(kernel)   the ELF file that is compressed in a bzImage
     modules(...)      modules of Debian's kernel
+    kernel_module(source)   one more, in C
     program(source)   a program in C, for a guest
+    lspci()           Debian's, with the libraries that it needs
     initrd(...)       a cpio archive with busybox and /init
 
 A machine in a box has no network, and forgets what is written there. `python tests/linux_kit.py` fetches all before.
@@ -12,14 +14,17 @@ A machine in a box has no network, and forgets what is written there. `python te
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
 import os
+import re
 import shutil
 import stat
 import struct
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 
@@ -64,7 +69,12 @@ def debian_kernel() -> Path:
 
 VIRTIO = ("virtio", "virtio_ring", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci")
 """What every virtio device needs, each behind what it needs itself."""
-MODULES = (*VIRTIO, "virtio_blk", "virtio-rng", "virtio_console", "button", "pvpanic", "pvpanic-mmio")
+KVM = ("irqbypass", "kvm", "kvm-amd")
+"""Of a guest that has guests itself."""
+GUESTS = Path(__file__).parent / "guests"
+KERNEL_LOCKS = GUESTS / "kernlocks.c"
+PROGRAMS = ("splitlocks", "works", "nested")
+MODULES = (*VIRTIO, "virtio_blk", "virtio-rng", "virtio_console", "virtio_balloon", "button", "pvpanic", "pvpanic-mmio")
 LOAD = "for module in /*.ko; do insmod $module; done"
 """A script for `initrd` with `modules`."""
 
@@ -72,7 +82,7 @@ LOAD = "for module in /*.ko; do insmod $module; done"
 def modules(*names: str) -> dict[str, bytes]:
     """Modules of Debian's kernel as files of an initrd, whose names have this order."""
     package = _newest(KERNEL_PACKAGE)
-    patterns = [f"lib/modules/*/kernel/drivers/**/{name}.ko" for name in names]
+    patterns = [f"lib/modules/*/kernel/**/{name}.ko" for name in names]
     return {
         f"{place:02}-{name}.ko": _unpacked(package, pattern).read_bytes()
         for place, (name, pattern) in enumerate(zip(names, patterns, strict=True))
@@ -81,16 +91,41 @@ def modules(*names: str) -> dict[str, bytes]:
 
 def program(source: Path) -> bytes:
     """A program for a guest, which needs no library there."""
-    if not shutil.which("gcc"):
-        raise NotHereError("gcc is not here, which makes programs for guests")
-    with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder) / "program"
-        done = subprocess.run(
-            ["gcc", "-O1", "-static", "-o", made, source], capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            raise NotHereError(f"{source} can't be compiled here: {done.stderr}")
-        return made.read_bytes()
+
+    def make(folder: Path) -> Path:
+        if not shutil.which("gcc"):
+            raise NotHereError("gcc is not here, which makes programs for guests")
+        _run("gcc", "-O1", "-static", "-o", str(folder / "program"), str(source))
+        return folder / "program"
+
+    return _kept(source.stem, source.read_bytes(), make)
+
+
+def _kept(name: str, source: bytes, make: Callable[[Path], Path]) -> bytes:
+    """What `make` leaves in a file of the folder that it is given, made once of that source: a box has no tools."""
+    kept = CACHE / "made" / f"{name}-{hashlib.sha256(source).hexdigest()[:16]}"
+    if not kept.is_file():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
+            os.replace(make(Path(folder)), kept)
+    return kept.read_bytes()
+
+
+@functools.cache
+def lspci() -> dict[str, bytes]:
+    """``lspci`` as files of an initrd, with its libraries. What is not of its package is this machine's."""
+    program, library = _unpacked("pciutils", "usr/bin/lspci"), _unpacked("libpci3", "usr/lib/*/libpci.so.3*")
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(library.parent)}
+    found = subprocess.run(["ldd", program], env=environment, capture_output=True, text=True, check=False)
+    paths = re.findall(r"(/\S+) \(0x", found.stdout)
+    if found.returncode or "not found" in found.stdout or not paths:
+        raise NotHereError(f"lspci lacks libraries here: {found.stdout}{found.stderr}")
+    files = {"bin/lspci": program.read_bytes()}
+    for path in paths:
+        # The loader by the path that the program names it by; a library wherever the loader looks.
+        name = path if Path(path).name.startswith("ld-") else f"/lib/{Path(path).name}"
+        files[name.lstrip("/")] = Path(path).read_bytes()
+    return {"lib/": b"", "lib64/": b"", **files}
 
 
 @functools.cache
@@ -112,24 +147,58 @@ def _newest(package: str) -> str:
     return names[0]
 
 
+def kernel_module(source: Path) -> bytes:
+    """A module in C for Debian's kernel, made with the headers of just that kernel."""
+    headers = _newest(KERNEL_PACKAGE).replace("linux-image", "linux-headers")
+
+    def make(folder: Path) -> Path:
+        if missing := [tool for tool in ("gcc", "make") if not shutil.which(tool)]:
+            raise NotHereError(f"{' and '.join(missing)}: not here, where modules of kernels are made by them")
+        common = headers.replace("-cloud-amd64", "-common")
+        series = ".".join(headers.split("-")[2].split(".")[:2])
+        with _content(headers, common, f"linux-kbuild-{series}") as content:
+            tree = content / "usr/src" / headers
+            (tree / "Makefile").write_text(f"include {content}/usr/src/{common}/Makefile\n")  # it names /usr/src
+            shutil.copy(source, folder)
+            (folder / "Makefile").write_text(f"obj-m := {source.stem}.o\n")
+            _run("make", "-C", str(tree), f"M={folder}", "CC=gcc", "modules")
+        made = folder / f"{source.stem}.ko"
+        _run("strip", "--strip-debug", str(made))
+        return made
+
+    return _kept(f"{source.stem}.ko", headers.encode() + source.read_bytes(), make)
+
+
+def _run(*command: str, cwd: Path | None = None) -> None:
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise NotHereError(f"{' '.join(command)} failed: {(done.stderr or done.stdout).strip().splitlines()[-3:]}")
+
+
+@contextlib.contextmanager
+def _content(*packages: str) -> Iterator[Path]:
+    """Debian packages, unpacked into one folder, which is on the file system of CACHE and goes at the end."""
+    making = CACHE / f"{packages[0]}.{os.getpid()}"
+    making.mkdir(parents=True, exist_ok=True)
+    try:
+        _run("apt-get", "download", *packages, cwd=making)
+        for file in making.glob("*.deb"):
+            _run("dpkg-deb", "-x", file.name, "content", cwd=making)
+        yield making / "content"
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+
+
 def _unpacked(package: str, pattern: str) -> Path:
     """A file of a Debian package."""
     folder = CACHE / package
     if not sorted(folder.glob(pattern)):
-        making = CACHE / f"{package}.{os.getpid()}"
-        making.mkdir(parents=True, exist_ok=True)
-        try:
-            for command in (["apt-get", "download", package], ["sh", "-c", "dpkg-deb -x *.deb content"]):
-                done = subprocess.run(command, cwd=making, capture_output=True, text=True, check=False)
-                if done.returncode:
-                    raise NotHereError(f"{package} can't be had: {done.stderr.strip().splitlines()[-1:] or command}")
+        with _content(package) as content:
             folder.mkdir(exist_ok=True)
-            for found in sorted((making / "content").glob(pattern)):
-                target = folder / found.relative_to(making / "content")
+            for found in sorted(content.glob(pattern)):
+                target = folder / found.relative_to(content)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(found, target)
-        finally:
-            shutil.rmtree(making, ignore_errors=True)
     (found,) = sorted(folder.glob(pattern))[-1:]
     return found
 
@@ -144,11 +213,17 @@ def vmlinux(kernel: Path, *, pvh: bool = True) -> bytes:
     setup = (packed[0x1F1] + 1) * 512
     offset, size = struct.unpack_from("<II", packed, 0x248)
     payload = packed[setup + offset : setup + offset + size - 4]  # the last four bytes are the length
-    tools = {b"\x02\x21\x4c\x18": "lz4", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zX": "xz"}
-    tool = tools.get(payload[:4])
-    if tool is None or not shutil.which(tool):
-        raise NotHereError(f"{kernel} is compressed with {tool or payload[:4]!r}, which is not here")
-    unpacked = subprocess.run([tool, "-dcf"], input=payload, capture_output=True, check=True).stdout
+
+    def unpack(folder: Path) -> Path:
+        tools = {b"\x02\x21\x4c\x18": "lz4", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zX": "xz"}
+        tool = tools.get(payload[:4])
+        if tool is None or not shutil.which(tool):
+            raise NotHereError(f"{kernel} is compressed with {tool or payload[:4]!r}, which is not here")
+        done = subprocess.run([tool, "-dcf"], input=payload, capture_output=True, check=True)
+        (folder / "vmlinux").write_bytes(done.stdout)
+        return folder / "vmlinux"
+
+    unpacked = _kept(kernel.name.replace("vmlinuz", "vmlinux"), payload, unpack)
     note = struct.pack("<III4s", 4, 8, 18, b"Xen\0")
     assert unpacked.startswith(b"\x7fELF")
     assert unpacked.count(note) == 1
@@ -190,7 +265,7 @@ def initrd(script: str = "", files: Mapping[str, bytes] | None = None) -> bytes:
     program = busybox().read_bytes()
     names = (
         *("sh", "mount", "umount", "setsid", "poweroff", "reboot", "cat", "uname", "grep", "ls", "nproc", "dmesg"),
-        *("insmod", "head", "od", "dd", "md5sum", "sync", "mkdir"),
+        *("insmod", "head", "od", "dd", "md5sum", "sync", "mkdir", "rm", "stty"),
     )
     return cpio(
         {
@@ -204,5 +279,14 @@ def initrd(script: str = "", files: Mapping[str, bytes] | None = None) -> bytes:
     )
 
 
+def with_files(archive: Path, files: Mapping[str, bytes]) -> bytes:
+    """An initrd with more files: the kernel unpacks one archive behind the other."""
+    return archive.read_bytes() + bytes(-archive.stat().st_size % 4) + cpio(files)
+
+
 if __name__ == "__main__":
-    print(debian_kernel(), busybox(), *modules(*MODULES))
+    print(debian_kernel(), busybox(), *modules(*MODULES, *KVM), *lspci())
+    kernel_module(KERNEL_LOCKS)
+    vmlinux(debian_kernel())
+    for name in PROGRAMS:
+        program(GUESTS / f"{name}.c")

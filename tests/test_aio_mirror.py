@@ -16,6 +16,7 @@ import pytest
 import orchestra as orc
 import orchestra.aio
 from orchestra.machine.devices.console import Console
+from orchestra.machine.devices.consoleport import ConsolePort
 from orchestra.machine.devices.requests import Request, Requests
 
 MIRRORED = {
@@ -25,6 +26,7 @@ MIRRORED = {
     Requests: orc.aio.Requests,
     Request: orc.aio.Request,
     Console: orc.aio.Console,
+    ConsolePort: orc.aio.ConsolePort,
     orc.Watch: orc.aio.Watch,
 }
 # What a class has for orchestra's own parts and not for users. A name that is new and in neither place fails a test.
@@ -34,7 +36,8 @@ INTERNAL = {
     orc.Exits: "mask channel wake end next_batch next_batch_nowait",
     Requests: "deliver drop end close",
     Request: "answer_bytes give_back put_among",
-    Console: "handle put wake close state from_state",
+    Console: "put wake changed close state from_state add_screen remove_screen",
+    ConsolePort: "wake changed close",
     orc.Watch: "close",
 }
 PROTOCOLS = {"__aiter__", "__anext__", "__aenter__", "__aexit__"}

@@ -329,27 +329,48 @@ def test_huge_pages_come_from_the_hosts_pool_and_go_back(backing):
     assert free_huge_pages() == free
 
 
-def advice(address: int) -> set[str]:
-    """The flags of the mapping that has the address (proc(5), VmFlags)."""
-    here = False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        if found := re.match("([0-9a-f]+)-([0-9a-f]+) ", line):
-            here = int(found[1], 16) <= address < int(found[2], 16)
-        elif here and line.startswith("VmFlags:"):
-            return set(line.split()[1:])
-    raise AssertionError(f"{address:#x} is not mapped")
+def flags(memory: GuestMemory) -> set[str]:
+    """What /proc/self/smaps says of the first mapping: "hg" may, "nh" must not have transparent huge pages."""
+    address = f"{memory.regions[0].host:x}-"
+    lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+    next(line for line in lines if line.startswith(address))
+    return set(next(line for line in lines if line.startswith("VmFlags:")).split()[1:])
+
+
+@pytest.mark.parametrize("backing", ["anonymous", "shared", "file"])
+def test_the_kernel_is_told_whether_it_may_make_huge_pages_of_it(backing, image):
+    if not Path("/sys/kernel/mm/transparent_hugepage").exists():
+        pytest.skip("this kernel has no transparent huge pages")
+    path = str(image) if backing == "file" else None
+    for wanted, flag in ((None, set()), (True, {"hg"}), (False, {"nh"})):
+        memory = made_of(Memory(RAM, backing=backing, path=path, transparent_huge_pages=wanted))
+        assert flags(memory) & {"hg", "nh"} == flag
+        memory.close()
+
+
+def test_a_kernel_without_transparent_huge_pages_says_so_if_they_are_asked_for(monkeypatch):
+    monkeypatch.setattr(memory_module.mmap, "MADV_HUGEPAGE", 9999)
+    monkeypatch.setattr(memory_module.mmap, "MADV_NOHUGEPAGE", 9999)
+    with pytest.raises(ResourceLimit, match="transparent_huge_pages=True: this kernel has none"):
+        made_of(Memory(RAM, transparent_huge_pages=True))
+    made_of(Memory(RAM, transparent_huge_pages=False)).close()  # as it is
 
 
 @pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").is_dir(), reason="no transparent huge pages here")
 @pytest.mark.parametrize("backing", ["anonymous", "shared"])
-def test_linux_is_given_transparent_huge_pages_and_a_small_guest_is_not(backing):
+def test_linux_may_have_transparent_huge_pages_unless_its_memory_says_otherwise(backing):
+    def linux(wanted: bool | None) -> set[str]:
+        memory = Memory(64 * MiB, backing=backing, transparent_huge_pages=wanted)
+        made = GuestMemory(VmSpec(name="vm", boot=LinuxBoot(kernel="vmlinuz"), memory=memory))
+        try:
+            return flags(made)
+        finally:
+            made.close()
+
+    assert "hg" in linux(None)
+    assert "nh" in linux(False)
     small = of(memory=Memory(64 * MiB, backing=backing))
-    linux = GuestMemory(
-        VmSpec(name="vm", boot=LinuxBoot(kernel="vmlinuz"), memory=Memory(64 * MiB, backing=backing), devices=())
-    )
-    assert "hg" in advice(linux.regions[0].host)
-    assert "hg" not in advice(small.regions[0].host)
-    linux.close()
+    assert not {"hg", "nh"} & flags(small)
     small.close()
 
 

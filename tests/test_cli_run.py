@@ -375,6 +375,8 @@ def test_a_missing_kernel_is_named(tmp_path, capfd):
         (["--kernel", "k", "--exit-port", "1"], "--exit-port: is for a raw binary"),
         (["guest.bin", "--initrd", "i"], "--initrd: is for a Linux kernel: give --kernel as well"),
         (["guest.bin", "--cmdline", "quiet"], "--cmdline: is for a Linux kernel"),
+        (["guest.bin", "--virtio-console"], "--virtio-console: is for a Linux kernel"),
+        (["--kernel", "k", "--serial", "--virtio-console"], "--virtio-console: is instead of the serial port"),
         (["--kernel", "k", "--memory", "1M"], "memory"),
         (["--kernel", "k", "--escape", "Ctrl-A"], "no key such as ^]"),
     ],

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import pty
 import signal
 import subprocess
 import sys
 import termios
 
 import pytest
+import trio
 
+from orchestra.cli.terminal import Terminal
 from orchestra.output.keys import key_name, parse_key
+from orchestra.testing import wait_until
 from terminals import DEADLINE, seat
 
 ECHO = bytes.fromhex(
@@ -158,6 +162,30 @@ def test_guest_without_an_input_leaves_the_terminal_as_it_is(command, tmp_path):
         assert not person.is_raw
         person.type(b"\x03")
         assert person.ended() == 130
+
+
+async def test_size_is_said_at_first_and_when_it_changes():
+    master, slave = pty.openpty()
+    try:
+        termios.tcsetwinsize(slave, (25, 80))
+        said: list[tuple[int, int]] = []
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(Terminal(slave).follow, lambda columns, rows: said.append((columns, rows)))
+            await wait_until(lambda: said == [(80, 25)])
+            for size, number in (((50, 132), signal.SIGWINCH), ((40, 100), signal.SIGCONT)):
+                termios.tcsetwinsize(slave, size)
+                os.kill(os.getpid(), number)
+                await wait_until(lambda size=size: said[-1] == (size[1], size[0]))  # type: ignore[misc]
+            termios.tcsetwinsize(slave, (0, 0))  # a terminal that does not know
+            os.kill(os.getpid(), signal.SIGWINCH)
+            termios.tcsetwinsize(slave, (30, 90))
+            os.kill(os.getpid(), signal.SIGWINCH)
+            await wait_until(lambda: said[-1] == (90, 30))
+            assert (0, 0) not in said
+            nursery.cancel_scope.cancel()
+    finally:
+        os.close(master)
+        os.close(slave)
 
 
 # ---- pipes and files

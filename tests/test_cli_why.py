@@ -174,6 +174,12 @@ def test_one_that_has_ended_says_so_and_how_it_was(afternoon, capsys):
         (orc.CapCpu(vm="a", share=0.5), None, "a caller has let it run for at most 50% of", "That cap stays until som"),
         (orc.Isolate(vm="a"), "p", "policy p has kept it on the quarantine CPUs.", "will end that isolation"),
         (
+            orc.SetMemory(vm="a", memory=96 * orc.MiB),
+            None,
+            "a caller has asked it to keep to 96 MiB of its memory",
+            "That request for memory stays until somebody takes it away.",
+        ),
+        (
             orc.Throttle(tenant="acme", limit=orc.Limit(rate=5), meter="exits"),
             "p",
             "policy p has held its tenant acme to 5 exits/s",
@@ -274,6 +280,8 @@ def test_holds_stack_the_tightest_first_and_go_by_policy(afternoon):
         (orc.CapCpu(vm="a", share=0.5), "p", "done"),
         (orc.Throttle(vm="a", limit=orc.Limit(rate=40)), "p", "done"),
         (orc.CapCpu(vm="a", share=None), "p", "done"),
+        (orc.SetMemory(vm="a", memory=4096), "p", "done"),
+        (orc.SetMemory(vm="a", memory=None), "p", "done"),
         (orc.Resume(vm="a"), None, "done"),
         (orc.Warn(vm="a"), "p", "done"),
     ]:

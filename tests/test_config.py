@@ -14,9 +14,9 @@ from hypothesis import example, given, settings, strategies as st
 import orchestra as orc
 from orchestra.cli.app import main
 from orchestra.config import Mistake, Rules, TomlError, compare, load_rules, parse_rules, reload, watch_rules
-from orchestra.config.toml import _lines
 from orchestra.model.mistakes import shown
 from orchestra.policy import policy_kinds as kinds
+from orchestra.toml import _lines
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "rules.toml"
 
@@ -71,6 +71,27 @@ def test_every_kind_of_policy_can_be_made():
     for kind, made in kinds().items():
         (policy,) = parse_rules(f"[[policies]]\nkind = '{kind}'\n{needed.get(kind, '')}").policies
         assert type(policy) is made
+
+
+def test_a_ladder_can_ask_for_memory_when_the_host_has_too_little():
+    [ladder] = parse_rules("""
+[[policies]]
+kind = "ladder"
+only = { vms = "batch-*" }
+steps = [
+  { rung = "warn", when = { signal = "memory_pressure", over = 0.1 } },
+  { rung = "set_memory", when = { signal = "memory_pressure", over = 0.1 }, dwell = 5, memory = 268_435_456 },
+]
+""").policies
+    assert isinstance(ladder.policy, orc.Ladder)
+    assert ladder.policy.steps[1] == orc.Step(
+        rung="set_memory", when=orc.Condition("memory_pressure", 0.1), dwell=5, memory=256 * orc.MiB
+    )
+    [wrong] = mistakes(
+        '[[policies]]\nkind="ladder"\nsteps=[{rung="set_memory", memory=5, when={signal="cpu", over=1}}]\n'
+    )
+    assert "memory" in wrong
+    assert "5" in wrong
 
 
 def test_a_ladder_can_have_the_default_steps_for_a_threshold():

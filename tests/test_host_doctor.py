@@ -653,3 +653,20 @@ def test_kvm_that_interprets_guests_is_too_slow_for_linux(find):
     finding = find("Linux guests", {"proc/cpuinfo": CPUINFO.format(vendor="AuthenticAMD", flags="").replace("svm", "")})
     assert (finding.status, finding.value) == ("note", "hardly")
     assert "interprets" in finding.meaning
+
+
+# ---- CPU templates
+
+
+def test_cpu_templates_that_vms_can_have_are_named_with_what_the_next_one_lacks(find):
+    finding = find("CPU templates")
+    assert (finding.status, finding.value) == ("ok", "host, x86-64-v2")
+    assert finding.meaning.endswith("for x86-64-v3 this host's KVM lacks avx2, bmi1, bmi2")
+    every = [CpuidEntry(function=7, flags=1, ebx=0xFFFF_FFFF, ecx=0xFFFF_FFFF, edx=0xFFFF_FFFF)]
+    extended = CpuidEntry(function=0xD, index=1, eax=0xF)
+    finding = find("CPU templates", kvm=FakeKvm(3, [*ALL_BITS, *every, extended]))
+    assert (finding.status, finding.value) == ("ok", "host, x86-64-v2, x86-64-v3, x86-64-v4, cloud-v3")
+
+
+def test_cpu_templates_are_not_told_where_there_is_no_kvm(look):
+    assert not [finding for finding in look(kvm=NO_KVM).findings if finding.check == "CPU templates"]

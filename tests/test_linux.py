@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,8 @@ import trio
 import linux_kit
 import orchestra as orc
 from conftest import bus_lock_problem
+from orchestra.backend.kvm.cpu import features_of, make_cpuid
+from orchestra.backend.kvm.machine import KvmBackend
 from terminals import seat
 
 pytestmark = [pytest.mark.kvm, pytest.mark.linux]
@@ -104,6 +107,121 @@ async def test_newest_kernel_brings_up_four_vcpus_and_resets(initrd):
         assert await ended(vm, "reboot -f") == orc.Shutdown(reason="ACPI reset")
 
 
+@pytest.mark.smp
+async def test_cpu_that_is_taken_off_sleeps_and_comes_back(initrd):
+    """And vCPUs in two sockets, of cores with two threads: the kernel groups them as it was told."""
+    topology = orc.Topology(sockets=2, threads=2)
+    spec = attrs.evolve(spec_of(had(linux_kit.debian_kernel), initrd, vcpus=4), topology=topology)
+    async with orc.open_fleet(backend="kvm", bus_locks="auto") as fleet:
+        vm = await booted(fleet, spec)
+        lists = "cat /sys/devices/system/cpu/cpu*/topology/"
+        assert (await answer(vm, f"{lists}thread_siblings_list")).split() == ["0-1", "0-1", "2-3", "2-3"]
+        assert (await answer(vm, f"{lists}physical_package_id")).split() == ["0", "0", "1", "1"]
+        assert await answer(vm, "echo 0 >/sys/devices/system/cpu/cpu3/online; nproc") == "3\n"
+        before = vm.statistics().vcpus[3]
+        assert await answer(vm, "cat /proc/interrupts >/dev/null; cat /sys/devices/system/cpu/online") == "0-2\n"
+        assert vm.statistics().vcpus[3].exits == before.exits  # it waits in the kernel for an INIT
+        assert await answer(vm, "echo 1 >/sys/devices/system/cpu/cpu3/online; nproc") == "4\n"
+        assert await ended(vm, "poweroff -f") == orc.Shutdown(reason="ACPI power-off")
+
+
+FLAGS = "grep -m 1 ^flags /proc/cpuinfo"
+
+
+def flags(line: str) -> set[str]:
+    return set(line.partition(":")[2].split())
+
+
+async def test_linux_finds_the_cpu_of_its_template(initrd, tmp_path):
+    backend = KvmBackend.open()
+    offered = features_of(make_cpuid(backend.kvm.supported_cpuid().entries(), 1, True))
+    backend.close()
+    if lost := orc.CPU_TEMPLATES["x86-64-v2"].rules().features - offered:
+        pytest.skip(f"this host's KVM lacks {lost}")
+    (tmp_path / "cpu.toml").write_text(
+        'name = "small"\nbase = "x86-64-v2"\nhidden = ["sse4_2"]\n[[cpuid]]\nleaf = 0x80000002\n'
+        f'eax = "0b{int.from_bytes(b"orch", "little"):032b}"\n'
+    )
+    spec = spec_of(had(linux_kit.debian_kernel), initrd)
+    async with orc.open_fleet(backend="kvm", bus_locks="auto") as fleet:
+        vm = await booted(fleet, attrs.evolve(spec, name="small", cpu=str(tmp_path / "cpu.toml")))
+        found = flags(await answer(vm, FLAGS))
+        assert {"sse4_1", "popcnt", "cx16", "lahf_lm", "hypervisor"} <= found
+        assert not {"sse4_2", "xsave", "avx", "avx2", "bmi1", "pku", "fsgsbase", "rdrand"} & found
+        named = await answer(vm, "grep -m 1 'model name' /proc/cpuinfo")
+        assert named.partition(": ")[2].startswith("orch")
+        assert await answer(vm, "dmesg -r | grep '^<[0-4]>' | grep -v hrtimer") == ""
+        await vm.stop()
+        vm = await booted(fleet, attrs.evolve(spec, name="whole"))
+        found = flags(await answer(vm, FLAGS))
+        assert {name for name in ("avx2", "bmi1", "fsgsbase") if name in offered} <= found
+        assert not {"bus_lock_detect", "split_lock_detect"} & found
+        await vm.stop()
+
+
+async def test_detection_of_bus_locks_is_shown_if_it_is_asked_for_and_the_host_can(initrd):
+    """KVM offers it on Intel alone (arch/x86/kvm/svm/svm.c, svm_set_cpu_caps), and split-lock detection nowhere."""
+    template = orc.CpuTemplate(name="shows", features=("bus_lock_detect",))
+    spec = attrs.evolve(spec_of(had(linux_kit.debian_kernel), initrd), cpu=template)
+    backend = KvmBackend.open()
+    offered = features_of(backend.kvm.supported_cpuid().entries())
+    backend.close()
+    async with orc.open_fleet(backend="kvm", bus_locks="auto") as fleet:
+        split = orc.CpuTemplate(name="splits", features=("split_lock_detect",))
+        with pytest.raises(orc.SpecError, match=r"KVM lacks split_lock_detect, which template 'splits' has"):
+            await fleet.launch(attrs.evolve(spec, cpu=split))
+        if "bus_lock_detect" not in offered:
+            with pytest.raises(orc.SpecError, match=r"KVM lacks bus_lock_detect, which template 'shows' has"):
+                await fleet.launch(spec)
+            return
+        vm = await booted(fleet, spec)
+        assert "bus_lock_detect" in flags(await answer(vm, FLAGS))
+        assert "bus_locks" in await answer(vm, "dmesg | grep 'split lock detection'")
+        await vm.stop()
+
+
+EXPLAINED = {
+    r"hrtimer: interrupt took \d+ ns": "the vCPU waited for a CPU of the host, here an emulated one",
+    r"clocksource: .*(watchdog|skew|Marking|wd-)": "likewise: a clock was read late",
+}
+"""Warnings that are not about the machine that we make, and why."""
+
+
+@pytest.mark.parametrize("which", ["debian", "host"])
+async def test_kernel_has_no_complaint_about_the_machine(which, initrd, with_modules):
+    """Neither at boot nor when all devices are used: messages of the levels emergency to warning."""
+    kernel = had(linux_kit.debian_kernel if which == "debian" else linux_kit.host_kernel)
+    spec = spec_of(kernel, with_modules if which == "debian" else initrd, vcpus=2, cmdline="loglevel=3")
+    async with orc.open_fleet(backend="kvm", bus_locks="auto") as fleet:
+        vm = await booted(fleet, attrs.evolve(spec, devices=(orc.Serial(), orc.Rng(), orc.Console())))
+        await answer(vm, "head -c 16 /dev/hwrng >/dev/null; echo hello >/dev/hvc0")
+        lines = (await answer(vm, "dmesg -r | grep '^<[0-4]>'")).splitlines()
+        bad = [line for line in lines if not any(re.search(known, line) for known in EXPLAINED)]
+        assert bad == []
+        assert await ended(vm, "poweroff -f") == orc.Shutdown(reason="ACPI power-off")
+
+
+async def test_lspci_shows_each_device_with_its_capabilities_and_msi_x_on(with_modules, tmp_path):
+    with_lspci = linux_kit.with_files(with_modules, had(linux_kit.lspci))
+    (tmp_path / "initrd").write_bytes(with_lspci)
+    (tmp_path / "disk").write_bytes(bytes(1 << 20))
+    spec = spec_with(tmp_path / "initrd", orc.Disk(str(tmp_path / "disk")), orc.Rng(), orc.Console())
+    async with orc.open_fleet(backend="kvm", bus_locks="auto") as fleet:
+        vm = await booted(fleet, spec)
+        said = await answer(vm, "lspci -vv")
+        bridge, *functions = [part for part in re.split(r"\n(?=\d\d:\d\d\.\d )", said.strip()) if part]
+        assert "00:00.0" in bridge
+        assert len(functions) == 3
+        for number, function in enumerate(functions, 1):
+            assert function.startswith(f"00:0{number}.0 ")
+            assert "MSI-X: Enable+" in function
+            assert "Mem+ BusMaster+" in function
+            assert "Kernel driver in use: virtio-pci" in function
+            assert function.count("Capabilities: [") >= 5  # MSI-X, and where virtio's registers are
+        assert not re.search(r"(?i)error|unknown header|invalid|access denied|disabled\]|unassigned|<chain", said), said
+        assert await ended(vm, "poweroff -f") == orc.Shutdown(reason="ACPI power-off")
+
+
 @pytest.mark.parametrize(
     ("pvh", "end", "reason", "cmdline"),
     [
@@ -150,6 +268,53 @@ async def test_virtio_devices_are_found_on_the_pci_bus_and_work_by_eventfds(with
         assert "virtio0-input" in await answer(vm, "grep MSI /proc/interrupts")
         assert "hello from hvc0" in await answer(vm, "echo hello from hvc0 >/dev/hvc0; sync")
         assert await answer(vm, "dmesg | grep -E 'virtio.*(fail|error)|BUG:|WARNING:|Call Trace'") == ""
+        assert await ended(vm, "poweroff -f") == orc.Shutdown(reason="ACPI power-off")
+
+
+AGENT = """
+exec 3<>/dev/vport1p1
+echo up >&3
+read -r line <&3
+echo "you said: $line" >&3
+dd if=/dev/zero bs=64k count=20 >&3 2>/dev/null
+exec 3>&-
+echo gone
+"""
+
+
+async def test_port_is_a_stream_to_a_program_in_the_guest_beside_the_console(with_modules):
+    ports = ("org.example.agent", "log")
+    async with orc.open_fleet(backend="kvm", bus_locks="auto") as fleet:
+        vm = await booted(fleet, spec_with(with_modules, orc.Console(columns=132, rows=50, ports=ports)))
+        found = await answer(vm, "cat /sys/class/virtio-ports/*/name; ls /sys/class/virtio-ports")
+        assert found.split() == [*ports, "vport0p0", "vport0p1", "vport0p2"]
+        port = vm.ports["org.example.agent"]
+        assert not port.is_open
+        await vm.console.write(AGENT.replace("vport1", "vport0").strip().replace("\n", "; ") + "\n")
+        with trio.fail_after(BOOTED):
+            await port.wait_open()
+            assert await port.read() == b"up\n"
+            await port.write("hello\n")
+            said = b""
+            while len(said) < len(b"you said: hello\n") + 20 * 65536:
+                said += await port.read(50_000)
+            assert said == b"you said: hello\n" + bytes(20 * 65536)
+            assert await port.read() == b""  # the program has closed it
+        assert not port.is_open
+        assert not vm.ports["log"].is_open
+        assert "hello from hvc0" in await answer(vm, "echo hello from hvc0 >/dev/hvc0; sync")
+        with pytest.raises(orc.StateError, match="no program in the guest has it open"):
+            await port.write(b"x")
+        assert await answer(vm, "dmesg | grep -E 'virtio.*(fail|error)|BUG:|WARNING:|Call Trace'") == ""
+        assert await ended(vm, "poweroff -f") == orc.Shutdown(reason="ACPI power-off")
+
+
+async def test_guest_is_told_the_size_of_the_terminal_that_shows_its_console(with_modules):
+    async with orc.open_fleet(backend="kvm", bus_locks="auto") as fleet:
+        vm = await booted(fleet, spec_with(with_modules, orc.Console(columns=132, rows=50)))
+        assert await answer(vm, "stty -F /dev/hvc0 size") == "50 132\n"
+        vm.console.resize(101, 37)
+        assert await answer(vm, "until stty -F /dev/hvc0 size | grep '37 101'; do :; done") == "37 101\n"
         assert await ended(vm, "poweroff -f") == orc.Shutdown(reason="ACPI power-off")
 
 

@@ -87,6 +87,17 @@ def test_a_panic_ends_the_vm_with_the_last_lines_of_its_console():
         assert str(outcome).startswith("the guest's kernel panicked\nline 40\n")
 
 
+def test_a_panics_last_lines_do_nothing_to_the_terminal_that_they_are_printed_on():
+    with DeviceRig(PanicPort()) as rig:
+        rig.console.put(b"\x1b[2J\x1b]0;root\x07all is well\x08\r\n\xff\x9b1mnow \xf0\x9f\x90\xa7")
+        rig.write(0, 1, size=1)
+        (outcome,) = rig.outcomes
+        assert isinstance(outcome, orc.Failed)
+        assert all(line.isprintable() for line in str(outcome).splitlines())
+        assert "all is well" in outcome.console
+        assert "\N{PENGUIN}" in outcome.console
+
+
 def test_a_panic_after_endless_lines_keeps_the_begin_of_each():
     with DeviceRig(PanicPort()) as rig:
         rig.console.put(b"".join(b"%d" % n + b"a" * 4000 + b"\n" for n in range(15)))

@@ -199,7 +199,7 @@ async def test_a_launch_whose_cpuid_another_took_first_makes_one_of_its_own():
             return 1
 
     backend = KvmBackend.open()
-    backend._cpuids = {(1, False): TakenMeanwhile()}
+    backend._cpuids = {(1, False, orc.CPU_TEMPLATES["host"], orc.Topology()): TakenMeanwhile()}
     async with orc.open_fleet(backend=backend) as fleet:
         vm = await fleet.launch(KVM.spec("halt"))
         assert await vm.wait() == orc.Halted()

@@ -29,6 +29,7 @@ ON_VM = (orc.Pause, orc.Resume, orc.Stop, orc.Kill, orc.Warn, orc.Isolate, orc.R
 ACTIONS = st.one_of(
     *(st.builds(kind, **ABOUT) for kind in ON_VM),
     st.builds(orc.CapCpu, share=st.none() | st.floats(0.01, 1), **ABOUT),
+    st.builds(orc.SetMemory, memory=st.none() | st.integers(1, 1 << 30).map(lambda pages: 4096 * pages), **ABOUT),
     st.builds(orc.Throttle, limit=LIMITS, meter=METERS, **ABOUT),
     st.builds(orc.Throttle, limit=LIMITS, tenant=NAMES),
     st.builds(orc.SetLimit, limit=st.none() | LIMITS, meter=METERS, vcpu=st.none() | st.integers(0, 7), **ABOUT),

@@ -19,6 +19,8 @@ EXAMPLES = [
     orc.SetLimit(vm="a", limit=None),
     orc.CapCpu(vm="a", share=0.5),
     orc.CapCpu(vm="a", share=None),
+    orc.SetMemory(vm="a", memory=64 * orc.MiB),
+    orc.SetMemory(vm="a", memory=None),
     orc.Pause(vm="a"),
     orc.Resume(vm="a"),
     orc.Isolate(vm="a"),
@@ -40,7 +42,7 @@ def test_every_action_has_one_entry():
 def test_what_takes_an_action_back_is_an_action_at_the_same_place_that_releases(action):
     back = inverse(action)
     assert (back is not None) == (
-        not releases(action) and isinstance(action, orc.Throttle | orc.CapCpu | orc.Pause | orc.Isolate)
+        not releases(action) and isinstance(action, orc.Throttle | orc.CapCpu | orc.SetMemory | orc.Pause | orc.Isolate)
     )
     if back is not None:
         assert releases(back)
@@ -68,6 +70,9 @@ def test_a_policy_holds_what_it_put_in_force_and_nothing_else():
         (orc.CapCpu(vm="a", share=0.5), "p"),
         (orc.CapCpu(vm="b", share=0.5), "p"),
         (orc.CapCpu(vm="b", share=None), "p"),
+        (orc.SetMemory(vm="a", memory=64 * orc.MiB), "p"),
+        (orc.SetMemory(vm="b", memory=64 * orc.MiB), "p"),
+        (orc.SetMemory(vm="b", memory=None), "p"),
         (orc.Pause(vm="a"), "p"),
         (orc.Pause(vm="b"), "p"),
         (orc.Resume(vm="b"), None),  # somebody else let it go
@@ -80,6 +85,7 @@ def test_a_policy_holds_what_it_put_in_force_and_nothing_else():
     assert held.undo("p") == [
         orc.Rejoin(vm="a"),
         orc.Resume(vm="a"),
+        orc.SetMemory(vm="a", memory=None),
         orc.CapCpu(vm="a", share=None),
         orc.Unthrottle(vm="a", meter="exits"),
         orc.Unthrottle(),

@@ -252,6 +252,12 @@ def test_tables_and_stacks_lie_below_the_end_of_the_first_ram(mode):
         ({"size": MiB, "backing": "file", "path": "a\0b"}, "must be the name of a file"),
         ({"size": 2 * MiB, "backing": "file", "path": "x", "huge_pages": True}, "huge_pages=True: must be False"),
         ({"size": MiB, "huge_pages": 1}, "huge_pages=1: must be True or False"),
+        ({"size": MiB, "prefault": None}, "prefault=None: must be True or False"),
+        ({"size": MiB, "transparent_huge_pages": "yes"}, "transparent_huge_pages='yes': must be True, False, or None"),
+        (
+            {"size": 2 * MiB, "huge_pages": True, "transparent_huge_pages": False},
+            "transparent_huge_pages=False: must be None with huge_pages=True",
+        ),
         ({"size": MiB, "dirty_ring": 512}, "dirty_ring=512: must be from 1024 to 65536"),
         ({"size": MiB, "dirty_ring": 3000}, "dirty_ring=3000: must be a power of two"),
     ],

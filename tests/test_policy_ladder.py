@@ -315,7 +315,11 @@ def test_what_can_not_be_told_is_no_reason_to_go_up_or_to_stay():
 
 
 def test_the_default_ladder_ends_before_it_stops_anybody():
-    assert [step.rung for step in Ladder().steps] == [r for r in Rung if r not in (Rung.OBSERVE, Rung.STOP)]
+    assert [step.rung for step in Ladder().steps] == [
+        r
+        for r in Rung
+        if r not in (Rung.OBSERVE, Rung.SET_MEMORY, Rung.STOP)  # not every VM has a balloon
+    ]
     assert default_steps(highest="throttle")[-1].limit == Limit(rate=500, max_delay=1.0)
     assert default_steps(highest=Rung.STOP)[-1].rung is Rung.STOP
     assert Ladder(default_steps(meter="exits"), meter="exits").steps[0].when == (Condition("exits", 1000),)

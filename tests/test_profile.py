@@ -187,8 +187,8 @@ def test_a_file_without_symbols_is_refused_with_what_was_expected(tmp_path, data
 
 def sampled(rip: int, weight: int = 10, **more: object) -> Sampled:
     fields: dict[str, object] = {
-        "mode": 64, "cpl": 0, "space": 0x1000, "rode": False, "samples": 1, "weight": weight, "error": 0,
-        "before": 8, "code": b"\x90" * 8 + LOCK,
+        "mode": 64, "cpl": 0, "space": 0x1000, "rode": False, "nested": False, "samples": 1, "weight": weight,
+        "error": 0, "before": 8, "code": b"\x90" * 8 + LOCK,
     }  # fmt: skip
     return Sampled(rip=rip, **(fields | more))  # type: ignore[arg-type]
 
@@ -207,6 +207,15 @@ def test_rows_are_what_is_new_and_make_the_same_profile():
     assert [i.share for i in live.instructions] == [0.6, 0.4]
     assert live.by_space() == {0x1000: 15, 0x2000: 10}
     assert live.unplaced == 3
+
+
+def test_locks_of_a_nested_guest_are_a_place_of_their_own_without_a_symbol():
+    kept = Samples()
+    kept.add([sampled(0x5000), sampled(0x5000, weight=30, nested=True)], 0, "fault-like")
+    profile = make_profile("vm", from_rows(kept.rows()), symbols=[Symbols([(0x5000, 16, "outer")])])
+    assert [(i.nested, i.weight, i.symbol) for i in profile.instructions] == [(True, 30, None), (False, 10, "outer")]
+    assert "nested guest's kernel" in "\n".join(lines(profile))
+    assert [line.split(";")[1] for line in folded(profile)] == ["nested guest, space 0x1000", "space 0x1000"]
 
 
 def test_rows_of_a_blob_that_nobody_wrote_lose_the_code_and_nothing_else():

@@ -536,6 +536,9 @@ def test_caps_pauses_and_the_end_hold_all_of_a_vm():
     assert part() == 1
     force.apply(orc.Isolate(vm="a"), "p")
     assert part() == 1  # how it fares there is not known
+    force.apply(orc.SetMemory(vm="a", memory=4096), "p")
+    force.apply(orc.SetMemory(vm="a", memory=None), "p")
+    assert part() == 1
     force.apply(orc.Pause(vm="a"), "p")
     assert force.let_through({"a": busy}, 1.0)["a"].paused == 1
     assert part() == 0

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from orchestra.config.toml import TomlError
 from orchestra.policy import CPU_MODELS, Facts, Guard, Ladder, Only, VmFacts, WeightedShare
 from orchestra.simulate import CPUS, load_scenario, read_scenario
 from orchestra.simulate.behaviours import Bursty, Quiet
 from orchestra.simulate.policies import PolicySpec, QemuWindow, kinds, maker
 from orchestra.simulate.scenario import Placement
+from orchestra.toml import TomlError
 
 GOOD = """
 duration = 60

@@ -213,7 +213,8 @@ def test_limits_of_vm_tenant_and_host_hold_and_can_be_taken_away():
 
 def test_caps_pauses_isolation_and_the_end_of_a_vm_hold_its_guest():
     script: dict[int, list[Action]] = {
-        5: [CapCpu(vm="n0-0", share=0.25)],
+        5: [CapCpu(vm="n0-0", share=0.25), orc.SetMemory(vm="n0-0", memory=4096)],
+        8: [orc.SetMemory(vm="n0-0", memory=None)],
         10: [CapCpu(vm="n0-0", share=None), Isolate(vm="n0-0"), Isolate(vm="n1-0"), Isolate(vm="n2-0")],
         15: [Rejoin(vm="n0-0"), Rejoin(vm="n1-0"), Rejoin(vm="n2-0"), orc.Pause(vm="n0-0")],
         20: [orc.Resume(vm="n0-0"), Evict(vm="n1-0"), orc.Stop(vm="n2-0"), Warn(vm="n0-0")],

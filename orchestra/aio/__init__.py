@@ -31,11 +31,11 @@ from .block import Block
 from .callback import ask
 from .handles import Fleet, Vm
 from .loop import LoopBridge
-from .streams import Console, Exits, Request, Requests, Watch
+from .streams import Console, ConsolePort, Exits, Request, Requests, Watch
 from .thread import ThreadBridge
 from .wrapper import wrapped
 
-__all__ = ["Console", "Exits", "Fleet", "Request", "Requests", "Vm", "Watch", "open_fleet"]
+__all__ = ["Console", "ConsolePort", "Exits", "Fleet", "Request", "Requests", "Vm", "Watch", "open_fleet"]
 
 
 @attrs.frozen(kw_only=True)

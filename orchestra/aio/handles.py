@@ -24,7 +24,7 @@ from ..policy import Guard, Policy, PolicySpec
 from ..profile import Profile, Symbols
 from .block import Block
 from .bridge import Bridge
-from .streams import Console, Exits, Requests, Watch
+from .streams import Console, ConsolePort, Exits, Requests, Watch
 from .wrapper import Wrapper, mirrors, wrapped
 
 __all__ = ["Fleet", "Vm"]
@@ -212,6 +212,10 @@ class VmAttributes(Wrapper[machine.Vm]):
         return wrapped(Console, self._bridge, self._inner.console)
 
     @property
+    def ports(self) -> Mapping[str, ConsolePort]:
+        return {name: wrapped(ConsolePort, self._bridge, port) for name, port in self._inner.ports.items()}
+
+    @property
     def outcome(self) -> Outcome | None:
         return self._bridge.sync(lambda: self._inner.outcome)
 
@@ -255,6 +259,9 @@ class Vm(VmAttributes):
         self, limit: Limit | None, *, meter: Meter | str = Meter.BUS_LOCKS, vcpu: int | None = None
     ) -> None:
         await self._bridge.call(partial(self._inner.set_limit, limit, meter=meter, vcpu=vcpu))
+
+    async def set_memory(self, memory: int | None) -> None:
+        await self._bridge.call(self._inner.set_memory, memory)
 
     def cap_cpu(self, share: float | None) -> None:
         self._bridge.sync(self._inner.cap_cpu, share)

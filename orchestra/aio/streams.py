@@ -17,15 +17,16 @@ import trio
 
 from ..fleet import channels as subscription, watch
 from ..fleet.channels import ExitsStatistics
-from ..machine.devices import console, requests as queue
+from ..machine.devices import console, consoleport, requests as queue
 from ..machine.devices.console import LINES
+from ..machine.devices.consoleport import KEPT
 from ..model.exits import Exit
 from ..native.channels import ExitBatch
 from ..policy import Facts
 from .bridge import Bridge
 from .wrapper import Wrapper, mirrors
 
-__all__ = ["Console", "Exits", "Request", "Requests", "Watch"]
+__all__ = ["Console", "ConsolePort", "Exits", "Request", "Requests", "Watch"]
 
 BATCH: Final = 256
 ITEMS_PER_SLEEP: Final = 64
@@ -230,6 +231,13 @@ class Console(Wrapper[console.Console]):
     async def write(self, data: bytes | str) -> None:
         await self._bridge.call(self._inner.write, data)
 
+    def resize(self, columns: int, rows: int) -> None:
+        self._bridge.sync(self._inner.resize, columns, rows)
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        return self._inner.size
+
     @property
     def text(self) -> str:
         return self._inner.text
@@ -240,3 +248,37 @@ class Console(Wrapper[console.Console]):
 
     def follow(self) -> AsyncGenerator[bytes, None]:
         return self._bridge.iterate(self._inner.follow)
+
+
+@mirrors(consoleport.ConsolePort)
+class ConsolePort(Wrapper[consoleport.ConsolePort]):
+    """In asyncio: cancelling a read loses nothing here either; the next one gets what had come."""
+
+    __slots__ = ("_crossed",)
+
+    def __init__(self, bridge: Bridge, inner: consoleport.ConsolePort) -> None:
+        super().__init__(bridge, inner)
+        self._crossed = b""
+
+    @property
+    def name(self) -> str:
+        return self._inner.name
+
+    @property
+    def is_open(self) -> bool:
+        return self._inner.is_open
+
+    async def wait_open(self) -> None:
+        await self._bridge.call(self._inner.wait_open)
+
+    async def read(self, most: int = KEPT) -> bytes:
+        if not self._crossed:
+            await self._bridge.call(partial(self._inner.read, most), keep=self._keep)
+        data, self._crossed = self._crossed[:most], self._crossed[most:]
+        return data
+
+    def _keep(self, data: bytes) -> None:
+        self._crossed += data
+
+    async def write(self, data: bytes | str) -> None:
+        await self._bridge.call(self._inner.write, data)

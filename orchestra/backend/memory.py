@@ -20,7 +20,7 @@ import struct
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 import attrs
 
@@ -30,7 +30,9 @@ from ..model.mistakes import shown
 from ..model.spec import VmSpec
 from ..native import ffi, lib
 
-__all__ = ["GuestMemory", "Region", "unmap"]
+__all__ = ["Backing", "GuestMemory", "Part", "Region", "unmap"]
+
+Backing: TypeAlias = Literal["anonymous", "shared", "file"]
 
 # What Python has no names for, with x86-64's values (asm-generic/mman-common.h, linux/mman.h, linux/memfd.h).
 _MAP_NORESERVE: Final = getattr(mmap, "MAP_NORESERVE", 0x4000)
@@ -66,6 +68,23 @@ class Region:
         """Unmap the region in one piece."""
         ffi.release(self.view)
         self.mapping.close()
+
+
+class Part(NamedTuple):
+    """A part of a region, by its offset."""
+
+    region: Region
+    start: int
+    size: int
+
+    def populate(self) -> None:
+        """Have the host give its pages now. What is there stays. Any thread, while the memory is not unmapped.
+
+        Raises:
+            ResourceLimit: the host has no more.
+        """
+        if result := lib.orc_populate(self.region.view + self.start, self.size):
+            raise ResourceLimit(-result, f"memory: prefault=True: the host gives no more ({os.strerror(-result)})")
 
 
 class GuestMemory:
@@ -116,8 +135,7 @@ class GuestMemory:
         offset = 0
         for span in spec.ram:
             self._map(span, log_dirty=spec.log_dirty, huge=memory.huge_pages, file=self._descriptor, offset=offset)
-            if spec.boot.huge_pages and not memory.huge_pages:
-                self._ask_for_huge_pages(self.regions[-1])
+            self._advise(memory, spec.boot.huge_pages)
             offset += len(span)
 
     def _map_file(self, spec: VmSpec, file: int, name: str) -> None:
@@ -126,6 +144,7 @@ class GuestMemory:
         offset = 0
         for span in spec.ram:
             self._map(span, log_dirty=spec.log_dirty, file=file, offset=offset, private=True)
+            self._advise(spec.backing, wished=False)  # its pages are those of the file
             offset += len(span)
 
     def _map(
@@ -153,10 +172,22 @@ class GuestMemory:
             raise _no_memory(len(span), huge, error) from error
         self.regions.append(Region(span, mapping, ffi.from_buffer(mapping), readonly, log_dirty, not private))
 
-    @staticmethod
-    def _ask_for_huge_pages(region: Region) -> None:
-        """A kernel without transparent huge pages (EINVAL) has none to give, and the guest works all the same."""
-        lib.madvise(region.view, len(region.span), mmap.MADV_HUGEPAGE)
+    def _advise(self, memory: Memory, wished: bool) -> None:
+        """Whether the region that was mapped last may have transparent huge pages.
+
+        Parameters:
+            wished: the boot spec's wish, where the memory's says nothing. Without any, the guest works as well.
+        """
+        wanted = memory.transparent_huge_pages
+        if wanted is None and (memory.huge_pages or not wished):
+            return
+        region = self.regions[-1]
+        advice = mmap.MADV_NOHUGEPAGE if wanted is False else mmap.MADV_HUGEPAGE
+        if lib.madvise(region.view, len(region.span), advice) and wanted:
+            raise ResourceLimit(
+                ffi.errno,
+                "memory: transparent_huge_pages=True: this kernel has none (CONFIG_TRANSPARENT_HUGEPAGE): leave it out",
+            )
 
     # ---- access
 
@@ -248,6 +279,12 @@ class GuestMemory:
             if not region.blank:
                 region.mapping[start : start + length] = bytes(length)
 
+    def parts(self, step: int) -> Iterator[Part]:
+        """All memory in parts of at most `step` bytes."""
+        for region in self.regions:
+            for start in range(0, len(region.span), step):
+                yield Part(region, start, min(step, len(region.span) - start))
+
     # ---- descriptor, and the end
 
     @property
@@ -255,6 +292,13 @@ class GuestMemory:
         """The memfd of shared RAM, which has the ranges of the RAM one after the other. It can't shrink or grow. None:
         the RAM is not shared, or released. It is closed with the memory: duplicate it to keep it."""
         return self._descriptor if self._descriptor >= 0 else None
+
+    @property
+    def backing(self) -> Backing:
+        """What the pages of the RAM are: "file" also over a template, whatever the spec says."""
+        if self.descriptor is not None:
+            return "shared"
+        return "anonymous" if all(region.blank for region in self.regions) else "file"
 
     def spans(self) -> Iterable[range]:
         return (region.span for region in self.regions)

@@ -12,12 +12,13 @@ from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from cyclopts import App, CycloptsError, Parameter
 
+from ..model.cpu import is_template_file
 from ..model.devices import DebugConsole, DeviceSpec, ExitPort, Serial
 from ..model.errors import FileError, OrchestraError, SpecError
 from ..model.extras import DISTRIBUTION
 from ..model.linux import LinuxBoot
 from ..model.spec import BootSpec, FlatImage, Limit, MiB, VmSpec
-from ..model.virtio import Rng
+from ..model.virtio import Console, Rng
 from ..output.keys import key_name, parse_key
 from ..output.numbers import parse_rate, parse_seconds, parse_size
 from ..output.times import parse_time
@@ -124,6 +125,10 @@ def run(
         _option("bytes of memory: 65536, 0x10000, 64K, 16M, 1G (default: 16M, for a kernel 512M)", parse_size, "SIZE"),
     ] = None,
     vcpus: Annotated[int, _option("virtual CPUs, each with its number in (E/R)DI", parse_size, "N")] = 1,
+    cpu: Annotated[
+        str,
+        _option("the CPU that it finds: host, x86-64-v2, x86-64-v3, x86-64-v4, cloud-v3, or a template's TOML file"),
+    ] = "host",
     limit: Annotated[
         Rate | None,
         _option(
@@ -139,7 +144,10 @@ def run(
         _option("a write there ends the guest, with the value as the exit status (default: 0xf4)", parse_size, "PORT"),
     ] = None,
     serial: Annotated[
-        bool, _flag("a 16550 serial port at 0x3f8, for output and input; a kernel always has it")
+        bool, _flag("a 16550 serial port at 0x3f8, for output and input; a kernel has it, or a virtio console")
+    ] = False,
+    virtio_console: Annotated[
+        bool, _flag("a kernel's console is hvc0 and not a serial port: faster, and as large as the terminal")
     ] = False,
     irqchip: Annotated[
         bool, _flag("interrupt controllers and a timer; HLT then waits for an interrupt; a kernel always has them")
@@ -167,6 +175,7 @@ def run(
     after Ctrl-C). Numbers may be written as 4096, 0x1000 or 4K. With --backend auto, standard error says which backend
     runs the guest, and why.
     """
+    from ..machine.cpufile import load_cpu_template
     from .run import GuestRun, parse_disk, read_image, run
 
     flat = {"--mode": mode, "--load": load, "--entry": entry, "--console-port": console_port, "--exit-port": exit_port}
@@ -176,12 +185,20 @@ def run(
             if value is not None:
                 raise SpecError(f"{name}: is for a raw binary, and --kernel is given: leave one of them out")
         boot = LinuxBoot(kernel=kernel, initrd=initrd, cmdline=cmdline or "")
-        devices: list[DeviceSpec] = [Serial(), *map(parse_disk, disk or ()), Rng()]
+        if serial and virtio_console:
+            raise SpecError("--virtio-console: is instead of the serial port, and --serial is given: leave one out")
+        console = Console() if virtio_console else Serial()
+        devices: list[DeviceSpec] = [console, *map(parse_disk, disk or ()), Rng()]
     else:
         if guest is None:
             raise SpecError("nothing to run: give a raw binary (GUEST.bin) or a Linux kernel (--kernel FILE)")
-        for name, text in {"--initrd": initrd, "--cmdline": cmdline, "--disk": disk}.items():
-            if text is not None:
+        for name, given in {
+            "--initrd": initrd,
+            "--cmdline": cmdline,
+            "--disk": disk,
+            "--virtio-console": virtio_console or None,
+        }.items():
+            if given is not None:
                 raise SpecError(f"{name}: is for a Linux kernel: give --kernel as well")
         load = 0x1000 if load is None else load
         code = read_image(guest, FLAT_MEMORY if memory is None else memory, load)
@@ -197,6 +214,7 @@ def run(
         boot=boot,
         memory=(FLAT_MEMORY if kernel is None else KERNEL_MEMORY) if memory is None else memory,
         vcpus=vcpus,
+        cpu=load_cpu_template(cpu) if is_template_file(cpu) else cpu,
         limit=None if limit is None else Limit(rate=limit),
         exit_limit=None if exit_limit is None else Limit(rate=exit_limit),
         devices=devices,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..journal import Aggregate, JournalReader, read_journal
 from ..model.errors import OrchestraError, SpecError, UnknownVm
-from ..output.printable import printable
+from ..model.printable import printable
 from ..output.times import duration
 from ..profile import Profile, Symbols, disassembly, from_rows, make_profile
 from ..profile.folded import folded
@@ -17,6 +17,7 @@ from ..profile.folded import folded
 __all__ = ["NotSeen", "guilty", "lines", "profile_of"]
 
 RINGS = {0: "kernel", 3: "user"}
+NESTED = "nested guest's"
 MOST = 20
 
 
@@ -86,6 +87,7 @@ def lines(profile: Profile) -> Iterator[str]:
             what += "   (near it: the bytes there do not tell which)" if i.text else "   (RIP as it was reported)"
         where = i.place if i.symbol is None else f"{i.place} ({i.address:#x})"
         ring, bits = RINGS.get(i.cpl, str(i.cpl)), str(i.mode or "?")
+        ring = f"{NESTED} {ring}" if i.nested else ring
         cells.append((f"{i.share:.1%}", f"{i.weight:,}", ring, bits, f"{i.space:#x}" if i.space else "-", where, what))
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     for row in cells:

@@ -15,7 +15,7 @@ from ..journal import ActionRow, StateRow, read_journal
 from ..journal.export import TABLES, Row, plain, rows, write_csv, write_parquet
 from ..journal.schema import upgrade
 from ..model.errors import SpecError
-from ..output.printable import printable
+from ..model.printable import printable
 from ..output.target import check_target
 from ..output.times import day_and_time
 

@@ -12,8 +12,8 @@ from ..config import parse_rules
 from ..journal import read_journal
 from ..journal.export import iso
 from ..model.codec import encode
+from ..model.printable import printable
 from ..output.numbers import shown
-from ..output.printable import printable
 from ..output.target import check_target
 from ..output.times import day_and_time, duration
 from ..replay import Replay, Response, World, replay as run

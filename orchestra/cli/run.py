@@ -245,7 +245,7 @@ async def _type(vm: Vm, plan: GuestRun, pressed: Callable[[], None]) -> None:
     how = f"; {key_name(plan.escape)} ends it, pressed twice at once" if plan.escape else ""
     with terminal.raw():
         async with trio.open_nursery() as nursery:
-            await nursery.start(terminal.follow_stops)
+            await nursery.start(terminal.follow, vm.console.resize)
             print(f"orchestra: what you type goes to the guest{how}", file=sys.stderr, flush=True)
             await type_from(plan.input, vm.console, terminal, plan.escape, pressed)
             nursery.cancel_scope.cancel()

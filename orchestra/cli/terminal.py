@@ -95,21 +95,40 @@ class Terminal:
             with suppress(termios.error):
                 termios.tcsetattr(self.fd, termios.TCSANOW, self._settings)
 
-    async def follow_stops(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Restore it before a stop (SIGTSTP), and make it raw again when the program goes on."""
-        stops = [signal.SIGCONT]
+    async def follow(
+        self, resized: Callable[[int, int], None], *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Restore it before a stop (SIGTSTP), and make it raw again when the program goes on. Say how large it is.
+
+        Parameters:
+            resized: called with columns and rows: at first, and when they may have changed.
+        """
+        watched = [signal.SIGCONT, signal.SIGWINCH]
         if signal.getsignal(signal.SIGTSTP) != signal.SIG_IGN:
-            stops.append(signal.SIGTSTP)
-        with trio.open_signal_receiver(*stops) as signals:
+            watched.append(signal.SIGTSTP)
+        with trio.open_signal_receiver(*watched) as signals:
+            self._tell_size(resized)
             task_status.started()
             async for one in signals:
-                self._leave()
-                if one == signal.SIGTSTP:
-                    os.kill(os.getpid(), signal.SIGSTOP)  # the shell sees it as the stop that it asked for
-                # A shell may have changed it. After a SIGSTOP, which nobody sees, it was not even restored.
-                self._enter()
-                self._changed.set()
-                self._changed = trio.Event()
+                if one != signal.SIGWINCH:
+                    self._was_stopped(first=one == signal.SIGTSTP)
+                self._tell_size(resized)  # also after a stop: in the background, SIGWINCH goes to others
+
+    def _was_stopped(self, *, first: bool) -> None:
+        """`first`: it is to be stopped now."""
+        self._leave()
+        if first:
+            os.kill(os.getpid(), signal.SIGSTOP)  # the shell sees it as the stop that it asked for
+        # A shell may have changed it. After a SIGSTOP, which nobody sees, it was not even restored.
+        self._enter()
+        self._changed.set()
+        self._changed = trio.Event()
+
+    def _tell_size(self, resized: Callable[[int, int], None]) -> None:
+        with suppress(OSError):  # hung up
+            columns, rows = os.get_terminal_size(self.fd)
+            if columns and rows:  # otherwise it does not know
+                resized(columns, rows)
 
 
 async def type_from(

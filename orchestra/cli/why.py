@@ -15,8 +15,8 @@ from ..journal.export import iso
 from ..journal.holds import Hold
 from ..journal.series import Bin, series
 from ..model.codec import encode
+from ..model.printable import printable
 from ..output.numbers import shown
-from ..output.printable import printable
 from ..output.target import check_target
 from ..output.times import day_and_time, duration, time_of_day
 from .whyblame import suspicion_document, verdict
@@ -200,7 +200,9 @@ def _host(explained: Explanation) -> Iterator[str]:
 
 def _ending(hold: Hold, explained: Explanation) -> str:
     """What would end the hold, as far as the evidence shows how the policy decides."""
-    row, what = hold.action, {"Pause": "pause", "CapCpu": "cap", "Isolate": "isolation"}.get(hold.action.kind, "limit")
+    row = hold.action
+    kinds = {"Pause": "pause", "CapCpu": "cap", "SetMemory": "request for memory", "Isolate": "isolation"}
+    what = kinds.get(row.kind, "limit")
     evidence = row.evidence
     if row.given == "spec":
         return "That limit is in its spec, and stays until somebody sets another."

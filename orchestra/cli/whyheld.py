@@ -9,6 +9,7 @@ from ..journal import ActionRow
 from ..journal.causes import Cause, Setter
 from ..journal.explain import LATELY, Explanation
 from ..journal.holds import Hold
+from ..model.memory import MiB
 from ..output.numbers import shown
 from ..output.times import day_and_time, duration, time_of_day
 
@@ -181,6 +182,8 @@ def _does(hold: Hold, rates: tuple[float, float] | None = None) -> str:
     match row.kind:
         case "CapCpu":
             return f"let it run for at most {float(row.details['share']):.0%} of the time"
+        case "SetMemory":
+            return f"asked it to keep to {float(row.details['memory']) / MiB:,.6g} MiB of its memory"
         case "Pause":
             return "held it paused"
         case "Isolate":

@@ -10,9 +10,9 @@ The one to copy: `reload.py`.
 
 from __future__ import annotations
 
+from ..toml import Mistake, TomlError
 from .file import PolicyRule, Rules, load_fleet, load_rules, parse_rules
 from .reload import Change, Reloadable, compare, reload, watch_rules
-from .toml import Mistake, TomlError
 
 __all__ = [
     "Change",

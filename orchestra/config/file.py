@@ -9,13 +9,13 @@ from typing import Any, TypeAlias
 
 import attrs
 
+from .. import toml as tomlfile
 from ..fleet.spec import FleetSpec
 from ..model.codec import At, CodecError, Reading, Wrong
 from ..model.decoding import BAD
 from ..model.mistakes import meant, shown
 from ..model.spec import Limit, Tenant
 from ..policy import Guard, Policy, PolicySpec
-from . import toml as tomlfile
 from .forms import dialect, tables
 
 __all__ = ["PolicyRule", "Rules", "load_fleet", "load_rules", "parse_rules", "stamp_of"]

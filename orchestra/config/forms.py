@@ -9,7 +9,7 @@ from ..model.codec import Dialect
 from ..model.errors import SpecError
 from ..model.spec import Limit, Tenant
 from ..policy import Condition, Step
-from .toml import TOML
+from ..toml import TOML
 
 __all__ = ["NONE", "dialect"]
 

@@ -16,8 +16,8 @@ from ..model.codec import encode
 from ..model.errors import OrchestraError, SpecError
 from ..model.spec import Limit, Meter, Tenant
 from ..policy import Guard, Policy
+from ..toml import TomlError
 from .file import Rules, load_rules, stamp_of
-from .toml import TomlError
 
 __all__ = ["Change", "Reloadable", "compare", "reload", "watch_rules"]
 

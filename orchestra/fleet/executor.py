@@ -33,13 +33,14 @@ from ..model.actions import (
     Reload,
     Resume,
     SetLimit,
+    SetMemory,
     Stop,
     Stopped,
     Throttle,
     Unthrottle,
     Warn,
 )
-from ..model.effects import ActionsInForce
+from ..model.effects import ActionsInForce, releases
 from ..model.errors import BusLockUnsupported, OrchestraError, SpecError, StateError
 from ..model.spec import ANSWER_LIMIT, Limit, Meter
 from ..native.core import FleetCore
@@ -225,6 +226,9 @@ class FleetExecutor:
             case CapCpu(vm=name, share=share):
                 if share is not None or not self._is_gone(name):  # an ended VM has no caps left to take off
                     vm(name).cap_nowait(policy, share)
+            case SetMemory(vm=name, memory=memory):
+                if memory is not None or not self._is_gone(name):  # an ended VM has no request left to take back
+                    vm(name).memory.ask_nowait(policy, memory)
             case Isolate(vm=name):
                 vm(name).isolate_nowait(True)
             case Rejoin(vm=name):
@@ -257,7 +261,7 @@ class FleetExecutor:
         found = None if generation is None or action.vm is None else self._fleet.controls.get(action.vm)
         if found is None or found.generation == generation:
             return False
-        if isinstance(action, Unthrottle) or (isinstance(action, CapCpu) and action.share is None):
+        if isinstance(action, Unthrottle | CapCpu | SetMemory) and releases(action):
             return True
         raise StateError(f"vm {action.vm!r} is of another generation now: {found.generation}, not {generation}")
 

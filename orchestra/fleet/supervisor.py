@@ -12,6 +12,7 @@ from ..machine.claims import check_device
 from ..machine.contain import contained
 from ..machine.context import InstanceContext
 from ..machine.control import VmControl
+from ..machine.cpufile import with_cpu_read
 from ..machine.desired import Desired
 from ..machine.devices.bus import Device
 from ..machine.vm import make_vm
@@ -77,6 +78,8 @@ class Supervisor:
         """As `Fleet.launch`."""
         if not isinstance(spec, VmSpec):
             raise SpecError(f"spec={spec!r}: must be a VmSpec")
+        self.check_open(f"launch {spec.name!r}")
+        spec = await with_cpu_read(spec)
         return await self.admit(spec, Desired.of(spec, paused=paused), devices, "launch(paused=True)")
 
     async def admit(

@@ -98,8 +98,9 @@ class HoldTracker:
 
 
 def _tightness(hold: Hold) -> tuple[float, int]:
-    share = hold.action.details.get("share")
-    return (hold.rate if hold.rate is not None else 0.0 if share is None else float(share)), hold.since
+    details = hold.action.details
+    much = details.get("share", details.get("memory"))  # of a cap, or of a request for memory
+    return (hold.rate if hold.rate is not None else 0.0 if much is None else float(much)), hold.since
 
 
 def in_force(actions: Iterable[ActionRow]) -> list[Hold]:
@@ -111,7 +112,8 @@ def in_force(actions: Iterable[ActionRow]) -> list[Hold]:
 
 
 def spans(actions: Iterable[ActionRow], begin: int, end: int) -> Mapping[str, list[Span]]:
-    """The holds that counted between two times, by bucket (the vCPUs' together), "cap", "pause" and "isolation".
+    """The holds that counted between two times, by bucket (the vCPUs' together), "cap", "memory",
+    "pause" and "isolation".
 
     Parameters:
         actions: from the first one of the fleet on, in their order: an early one may still be in force.

@@ -16,6 +16,7 @@ from ..profile import Samples
 from .claims import Claims
 from .desired import Desired
 from .devices.console import Console
+from .devices.consoleport import Ports
 from .inbox import Inbox
 from .pacer import Pacer
 from .pause_levels import Level
@@ -75,6 +76,7 @@ class Owner(Protocol):
     """The VM, as its runs see it."""
 
     console: Console
+    ports: Ports
     samples: Samples
 
     @property

@@ -26,9 +26,11 @@ from .context import REFUSED, InstanceContext
 from .desired import UNLIMITED, Desired, PlacedLimits
 from .devices.bus import Device, Handler
 from .devices.console import Console
+from .devices.consoleport import Ports
 from .inspection import Inspection, check_vcpu
 from .instance import Instance
 from .lifecycle import state_of
+from .memory import MemoryControl
 from .pause_levels import Level
 from .runs import Runs
 
@@ -53,6 +55,7 @@ class VmControl:
             the whole record.
         samples: the instructions that locked the bus, in all runs.
         inspection: what can be read of the VM.
+        memory: asks the guest for memory.
         runs: the VM's task, its present run, and the figures of all runs.
         was_capped: whether the VM ever had a CPU cap.
 
@@ -82,6 +85,7 @@ class VmControl:
         self.tenant = tenant
         self.generation = context.next_id()
         self.console = Console(context.post, spec.name)
+        self.ports = Ports(context.post, spec.machine_devices, spec.name)
         self.claims = Claims(devices)
         self.samples = Samples()
         self.was_capped = desired.cap is not None
@@ -93,6 +97,7 @@ class VmControl:
         self.wanted = attrs.evolve(desired, limits=())
         self._released = False
         self.inspection = Inspection(self)
+        self.memory = MemoryControl(self)
         self.runs = Runs(context, self, [(*above, self.budgets, budgets) for budgets in self.vcpu_budgets])
 
     def __repr__(self) -> str:
@@ -126,7 +131,8 @@ class VmControl:
         )
         return attrs.evolve(self.wanted, limits=limits)
 
-    def _want(self, **changes: Any) -> None:
+    def want(self, **changes: Any) -> None:
+        """Change the desired record. Whoever does so puts the change into force, too."""
         self.wanted = attrs.evolve(self.wanted, **changes)
 
     def made(self) -> Instance:
@@ -159,7 +165,7 @@ class VmControl:
         """Tell the VM to pause. Each vCPU is held when it leaves the guest; a resume may come before that."""
         guest = self.alive("pause")
         if not self.wanted.paused:
-            self._want(paused=True)
+            self.want(paused=True)
             guest.pausing.pause()
             if self.runs.waits:  # no vCPU runs between two runs, so none will report a level
                 self.became(self.runs.waits)
@@ -184,7 +190,7 @@ class VmControl:
     def resume_nowait(self) -> None:
         guest = self.alive("resume")
         if self.wanted.paused:
-            self._want(paused=False)
+            self.want(paused=False)
             guest.pausing.resume()
             self.became(self.runs.waits or "resumed")
 
@@ -254,7 +260,7 @@ class VmControl:
         wanted = self.wanted.with_cap(by, share)
         if self.wanted.cap_of(by) != share:
             self.alive("cap the CPU of").restraint.cap_cpu(wanted.cap)
-            self._want(caps=wanted.caps)
+            self.want(caps=wanted.caps)
             self.was_capped = True
 
     async def wait_capped(self) -> None:
@@ -269,7 +275,7 @@ class VmControl:
     def on_cap_failed(self, error: OrchestraError) -> None:
         log.error("vm %s is not capped any more: %s", self.name, error)
         caps = self.wanted.caps
-        self._want(caps=())
+        self.want(caps=())
         for cap in caps:  # otherwise the journal would show them in force for ever
             self.context.did(CapCpu(vm=self.name, share=None, reason=f"{REFUSED}: {error}"), cap.by)
 
@@ -278,11 +284,11 @@ class VmControl:
         guest = self.alive("isolate" if on else "let in")
         if on != self.wanted.isolated:
             guest.restraint.isolate(on)
-            self._want(isolated=on)
+            self.want(isolated=on)
 
     def on_isolation_failed(self, error: OrchestraError) -> None:
         log.error("vm %s is not isolated any more: %s", self.name, error)
-        self._want(isolated=False)
+        self.want(isolated=False)
         self.context.did(Rejoin(vm=self.name, reason=f"{REFUSED}: {error}"))
 
     # ---- logging, sampling, claims
@@ -299,14 +305,14 @@ class VmControl:
                 await workers.run(partial(dirty.log, on), workers.dirty)
                 if not guest.life.has_ended:
                     self.context.logged(guest)
-            self._want(log_dirty=on)
+            self.want(log_dirty=on)
 
     def set_sampling(self, every: int) -> None:
         """As `Vm.set_sampling`."""
         check_sampling("every", every)
         if every and not self.context.bus_locks:
             raise BusLockUnsupported(f"vm {self.name!r}: this fleet does not see bus locks: there is nothing to sample")
-        self._want(sample_every=every)
+        self.want(sample_every=every)
         if self.runs.guest is not None:
             self.runs.guest.cores.sample(every)
 

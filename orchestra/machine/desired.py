@@ -13,11 +13,21 @@ from typing import Any, Final, TypeVar
 
 import attrs
 
-from ..model.actions import Action, CapCpu, Isolate, Pause, Throttle
+from ..model.actions import Action, CapCpu, Isolate, Pause, SetMemory, Throttle
 from ..model.errors import SpecError
+from ..model.memory import check_size
 from ..model.spec import Limit, Meter, VmSpec, as_meter, check_flag, check_sampling, optional_limit, tightest
 
-__all__ = ["UNLIMITED", "AskedCap", "AskedLimit", "Desired", "LimitStack", "PlacedLimits"]
+__all__ = [
+    "UNLIMITED",
+    "AskedCap",
+    "AskedLimit",
+    "AskedMemory",
+    "Desired",
+    "LimitStack",
+    "PlacedLimits",
+    "check_memory",
+]
 
 T = TypeVar("T")
 
@@ -30,6 +40,10 @@ def _check_by(_: object, field: attrs.Attribute[Any], by: object) -> None:
 def _check_share(_: object, field: attrs.Attribute[Any], share: object) -> None:
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0.01 <= share <= 1:
         raise SpecError(f"{field.name}={share!r:.200}: must be from 0.01 to 1")
+
+
+def _check_memory(_: object, field: attrs.Attribute[Any], memory: object) -> None:
+    check_size(field.name, memory)
 
 
 def _to_tuple(value: Any) -> Any:
@@ -64,6 +78,14 @@ class AskedCap:
 
     by: str | None = attrs.field(validator=_check_by)
     share: float = attrs.field(validator=_check_share)
+
+
+@attrs.frozen
+class AskedMemory:
+    """The memory that the guest is asked to keep to, in bytes. `by`: the policy that asks; None: a caller."""
+
+    by: str | None = attrs.field(validator=_check_by)
+    memory: int = attrs.field(validator=_check_memory)
 
 
 @attrs.frozen
@@ -138,6 +160,8 @@ class Desired:
     Attributes:
         paused: the vCPUs run no guest code.
         caps: CPU caps, at most one of each asker. The tightest counts.
+        memory: what the guest is asked to keep to of its memory, at most one request of each asker. The smallest
+            counts.
         isolated: the vCPUs run on the quarantine CPUs only.
         log_dirty: KVM logs the pages that the guest writes; None: as the spec says.
         sample_every: one bus lock of each `sample_every` is sampled; 0: none.
@@ -146,6 +170,7 @@ class Desired:
 
     paused: bool = attrs.field(default=False, validator=_flag)
     caps: tuple[AskedCap, ...] = attrs.field(default=(), converter=_to_tuple, validator=_all_are(AskedCap))
+    memory: tuple[AskedMemory, ...] = attrs.field(default=(), converter=_to_tuple, validator=_all_are(AskedMemory))
     isolated: bool = attrs.field(default=False, validator=_flag)
     log_dirty: bool | None = attrs.field(default=None, validator=attrs.validators.optional(_flag))
     sample_every: int = attrs.field(default=0)
@@ -155,6 +180,8 @@ class Desired:
         check_sampling("sample_every", self.sample_every)
         if len(self.caps) > 1:
             _each_once("caps: by", (cap.by for cap in self.caps))
+        if len(self.memory) > 1:
+            _each_once("memory: by", (one.by for one in self.memory))
         if len(self.limits) > 1:
             _each_once("limits: (meter, vcpu)", ((str(one.meter), one.vcpu) for one in self.limits))
 
@@ -186,6 +213,22 @@ class Desired:
         asked = None if share is None else AskedCap(by, share)
         return attrs.evolve(self, caps=_replaced(self.caps, by, asked))
 
+    # ---- memory that the guest is asked to keep to
+
+    @property
+    def memory_target(self) -> int | None:
+        """The smallest that is asked for, in bytes; None: nothing is asked for."""
+        return min((one.memory for one in self.memory), default=None)
+
+    def memory_of(self, by: str | None) -> int | None:
+        """What one asker asks for in the record; None: nothing."""
+        return next((one.memory for one in self.memory if one.by == by), None)
+
+    def with_memory(self, by: str | None, memory: int | None) -> Desired:
+        """This record, after `by` asks for that. None: `by` takes its request back."""
+        asked = None if memory is None else AskedMemory(by, memory)
+        return attrs.evolve(self, memory=_replaced(self.memory, by, asked))
+
     # ---- limits
 
     def limits_at(self, meter: Meter, vcpu: int | None = None) -> LimitStack:
@@ -193,8 +236,10 @@ class Desired:
 
     def check_for(self, spec: VmSpec) -> None:
         """Raises:
-        SpecError: the record limits a vCPU that a VM of that spec does not have.
+        SpecError: the record limits a vCPU, or asks for an amount of memory, that a VM of that spec can't have.
         """
+        for asked in self.memory:
+            check_memory(spec, asked.memory)
         for one in self.limits:
             if one.vcpu is not None and one.vcpu >= spec.vcpus:
                 raise SpecError(f"limits: vcpu={one.vcpu}: vm {spec.name!r} has vCPUs 0 to {spec.vcpus - 1}")
@@ -211,13 +256,15 @@ class Desired:
             yield Pause(vm=vm, reason=reason), None
         for cap in self.caps:
             yield CapCpu(vm=vm, share=cap.share, reason=reason), cap.by
+        for wish in self.memory:
+            yield SetMemory(vm=vm, memory=wish.memory, reason=reason), wish.by
         if self.isolated:
             yield Isolate(vm=vm, reason=reason), None
         for placed in self.limits:
             for asked in placed.limits.throttles:
                 yield Throttle(vm=vm, limit=asked.limit, meter=placed.meter, reason=reason), asked.by
 
-    # ---- memory
+    # ---- the dirty log
 
     def spec(self, spec: VmSpec) -> VmSpec:
         """The spec that the next run is made from: the VM's own, with `log_dirty` as desired."""
@@ -236,3 +283,19 @@ def _replaced(asked: tuple[T, ...], by: str | None, one: T | None) -> tuple[T, .
     """`asked`, with `one` at the end in place of the entry of `by`. None: without an entry of `by`."""
     others = tuple(other for other in asked if other.by != by)  # type: ignore[attr-defined]  # both kinds have it
     return others if one is None else (*others, one)
+
+
+def check_memory(spec: VmSpec, memory: int) -> None:
+    """Check what the guest of such a VM is asked to keep to, in bytes.
+
+    Raises:
+        SpecError: the VM has no balloon, or that is more than its memory or less than the balloon's floor.
+    """
+    check_size("memory", memory)
+    least, most = spec.memory_floor, spec.backing.size
+    if least is None:
+        raise SpecError(f"memory={memory}: vm {spec.name!r} has no balloon: add orc.Balloon() to its devices")
+    if memory > most:
+        raise SpecError(f"memory={memory}: vm {spec.name!r} has {most} bytes: it can't have more than its spec says")
+    if memory < min(least, most):
+        raise SpecError(f"memory={memory}: must be at least {min(least, most)} bytes, the floor of the VM's balloon")

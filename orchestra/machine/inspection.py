@@ -16,6 +16,7 @@ from .budget import Budgets
 from .context import InstanceContext
 from .desired import Desired
 from .instance import Instance
+from .memory import MemoryControl
 from .pause_levels import Level, PendingIo
 from .runs import Runs
 from .statistics import VmStatistics, by_bucket, of_vcpu, sums
@@ -34,6 +35,7 @@ class Inspected(Protocol):
     wanted: Desired
     samples: Samples
     runs: Runs
+    memory: MemoryControl
 
     @property
     def outcome(self) -> Outcome | None: ...
@@ -142,6 +144,7 @@ class Inspection:
             bus_lock_detection=(vm.spec.bus_lock_detection or vm.context.bus_lock_detection) if seen else None,
             vcpus=vcpus,
             throttled_by=by_bucket(c.held for c in counters),
+            memory=vm.memory.statistics(),
             **sums(vcpus, seen),
         )
 

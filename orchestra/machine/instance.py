@@ -33,6 +33,7 @@ from .devices.buses import Buses
 from .lifecycle import Event, Lifecycle
 from .pause_levels import Level, PauseLevels
 from .pausing import Pausing
+from .prefault import Claim, check_room, claim, populate
 from .restraint import Restraint, make_caps
 from .vcpu import Vcpu
 
@@ -89,7 +90,6 @@ class Instance:
         self._caps = caps
         self._levels = levels
         self._machine: Machine
-        self._console = owner.console
         self._ended = trio.Event()  # set when all vCPUs have ended, or the run is given back
 
     # ---- set-up
@@ -103,32 +103,36 @@ class Instance:
             OrchestraError: the host can't give the run what it needs.
         """
         context = self.context
-        if context.backend.blocking:
+        with claim(context.workers, self.spec) as mine:
+            build = partial(self._build, mine)
+            if context.backend.blocking:
+                try:
+                    await context.workers.run(build, context.workers.setup)
+                except RuntimeError as error:
+                    if NO_THREAD not in str(error):
+                        raise
+                    raise ResourceLimit(errno.EAGAIN, f"vm {self.name!r}: {error}; {THREADS}") from error
+            else:
+                await trio.lowlevel.checkpoint()
+                build()
             try:
-                await context.workers.run(self._build, context.workers.setup)
-            except RuntimeError as error:
-                if NO_THREAD not in str(error):
-                    raise
-                raise ResourceLimit(errno.EAGAIN, f"vm {self.name!r}: {error}; {THREADS}") from error
-        else:
-            await trio.lowlevel.checkpoint()
-            self._build()
-        try:
-            for ports, mmio, handler in self._owner.claims:
-                self.buses.claim(ports, mmio, handler)
-            self.cores.subscribe(context.event_mask(self.name))
-            for index, core in enumerate(self._cores):
-                context.register(core, self, index)
-            if self.dirty is not None and self.dirty.on:
-                context.logged(self)
-            self.life.happen(Event.BUILT)
-            self._apply(self._owner.wanted)
-        except BaseException:
-            with trio.CancelScope(shield=True):
-                await context.workers.run(self._join, context.workers.teardown)
-                await self._give_back()
-                await context.workers.discard(self.memory).wait()
-            raise
+                if self.spec.backing.prefault:
+                    await populate(self.memory, context.workers, mine)
+                for ports, mmio, handler in self._owner.claims:
+                    self.buses.claim(ports, mmio, handler)
+                self.cores.subscribe(context.event_mask(self.name))
+                for index, core in enumerate(self._cores):
+                    context.register(core, self, index)
+                if self.dirty is not None and self.dirty.on:
+                    context.logged(self)
+                self.life.happen(Event.BUILT)
+                self._apply(self._owner.wanted)
+            except BaseException:
+                with trio.CancelScope(shield=True):
+                    await context.workers.run(self._join, context.workers.teardown)
+                    await self._give_back()
+                    await context.workers.discard(self.memory).wait()
+                raise
 
     def _apply(self, desired: Desired) -> None:
         """Put the desired record into force, before the guest runs. Two parts are elsewhere: `Desired.spec` has the
@@ -137,6 +141,8 @@ class Instance:
         if desired.paused:
             self.pausing.pause()
             self.pause_levels.settle()
+        if self.devices is not None:
+            self.devices.keep_to(desired.memory_target)
         try:
             if desired.cap is not None:
                 self.restraint.cap_cpu(desired.cap)
@@ -148,9 +154,10 @@ class Instance:
         except OrchestraError as error:
             self._owner.on_isolation_failed(error)
 
-    def _build(self) -> None:
+    def _build(self, mine: Claim) -> None:
         """Make the machine. May run on a worker thread: ioctls that create VMs take from 0.3 to 30 ms."""
         context, spec = self.context, self.spec
+        check_room(spec, mine.others)
         self.memory = GuestMemory(spec)
         try:
             for index in range(spec.vcpus):
@@ -161,7 +168,10 @@ class Instance:
             states = boot.load(spec, self.memory)
             self._machine = context.backend.create(spec, self._cores, self.memory, states, bus_locks=context.bus_locks)
             try:
-                self.devices = Assembly(self, self._machine, self._console, context.post, self._in_turn, context.pacer)
+                owner = self._owner
+                self.devices = Assembly(
+                    self, self._machine, owner.console, owner.ports, context.post, self._in_turn, context.pacer
+                )
                 self.vcpus += [Vcpu(self, index, engine) for index, engine in enumerate(self._machine.engines)]
                 for vcpu in self.vcpus:
                     if vcpu.engine.threaded:
@@ -185,8 +195,9 @@ class Instance:
             vcpu.join()
 
     def talked(self) -> None:
-        """A vCPU wrote to the console: wake the tasks that wait for output."""
-        self._console.wake()
+        """There is output at the console or at a port, or room for input: wake the tasks that wait for it."""
+        self._owner.console.wake()
+        self._owner.ports.wake()
 
     # ---- life
 

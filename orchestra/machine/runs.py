@@ -179,7 +179,11 @@ class Runs:
             self.outcome = outcome
             with contained(f"vm {self._name}: the journal"):
                 self._vm.became(in_a_line(outcome))
-            for end in (self._vm.console.close, *(requests.end for requests in self._vm.claims.requests())):
+            for end in (
+                self._vm.console.close,
+                self._vm.ports.close,
+                *(requests.end for requests in self._vm.claims.requests()),
+            ):
                 with contained(f"vm {self._name}: its readers"):
                     end()
             self._renewal.over.set()
@@ -240,6 +244,8 @@ class Runs:
         except trio.WouldBlock:
             await self.logging.acquire()
         try:
+            if self.guest is not None and vm.spec.backing.upfront:  # the host can't be asked for it twice
+                await self._context.workers.discard(self.guest.memory).wait()
             guest = Instance(self._context, vm.wanted.spec(vm.spec), self._levels, vm)
             await guest.start()
             if self.guest is not None:

@@ -13,7 +13,18 @@ from ..model.spec import Limit
 from ..native.core import BUCKETS, Counters
 from .pause_levels import PendingIo
 
-__all__ = ["ZERO", "VcpuStatistics", "VmStatistics", "add", "add_names", "by_bucket", "of_vcpu", "sums"]
+__all__ = [
+    "ZERO",
+    "GuestMemoryStatistics",
+    "MemoryStatistics",
+    "VcpuStatistics",
+    "VmStatistics",
+    "add",
+    "add_names",
+    "by_bucket",
+    "of_vcpu",
+    "sums",
+]
 
 
 @attrs.frozen
@@ -49,6 +60,57 @@ class VcpuStatistics:
 
 
 @attrs.frozen
+class GuestMemoryStatistics:
+    """What the guest told last of its memory. A hostile guest tells anything. None: it told no such thing.
+
+    Source: virtio 1.2, 5.5.6.4, and drivers/virtio/virtio_balloon.c of Linux.
+
+    Attributes:
+        age: seconds since it told that.
+        total, free, available, caches: bytes; `available` is what the guest could use without swapping.
+        swap_in, swap_out: bytes that were swapped, ever.
+        major_faults, minor_faults: page faults, ever.
+        huge_page_allocations, huge_page_failures: of the guest's own pool of huge pages.
+    """
+
+    age: float
+    total: int | None = None
+    free: int | None = None
+    available: int | None = None
+    caches: int | None = None
+    swap_in: int | None = None
+    swap_out: int | None = None
+    major_faults: int | None = None
+    minor_faults: int | None = None
+    huge_page_allocations: int | None = None
+    huge_page_failures: int | None = None
+
+
+@attrs.frozen
+class MemoryStatistics:
+    """The memory of a VM with a balloon, in the present run. All but `guest` in bytes.
+
+    Attributes:
+        size: of the spec.
+        target: what the guest is asked to keep to.
+        actual: what it keeps to, by its own account: `size` without what is in the balloon. None: it has no driver.
+        given_back: how much memory the host had back so far, by the balloon and by free page reporting. The guest may
+            have touched it again since: what it uses now is in the RSS of this process.
+        reported: what the guest has reported as free so far.
+        failed: what the host's kernel did not take back.
+        guest: what the guest told of its memory. None: it told nothing.
+    """
+
+    size: int
+    target: int
+    actual: int | None
+    given_back: int
+    reported: int
+    failed: int
+    guest: GuestMemoryStatistics | None
+
+
+@attrs.frozen
 class VmStatistics:
     """What a VM did since it was launched: sums over its vCPUs (see `VcpuStatistics`), and the figures of each vCPU.
 
@@ -59,6 +121,7 @@ class VmStatistics:
         pending: while the VM pauses or is paused: the accesses that keep it from being quiesced (`Vm.pause`).
         throttled_by: `throttled_seconds` by the limit whose turn came last, such as "vm.exits", the VM's own limit on
             exits. The levels are "host", "tenant", "vm" and "vcpu". Limits that never made the VM wait are left out.
+        memory: what its guest keeps to of its memory. None: it has no `Balloon`.
     """
 
     name: str
@@ -85,6 +148,7 @@ class VmStatistics:
     vcpus: tuple[VcpuStatistics, ...]
     pending: tuple[PendingIo, ...] = ()
     throttled_by: Mapping[str, float] = attrs.field(factory=dict, hash=False)
+    memory: MemoryStatistics | None = None
 
 
 def of_vcpu(index: int, state: State, counted: Counters, seen: bool) -> VcpuStatistics:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
-from typing import Any
 
 import trio
 
-from ..model.actions import CapCpu, Isolate, Outcome, Pause, Rejoin, Resume, State, Stopped
+from ..model.actions import CapCpu, Isolate, Outcome, Pause, Rejoin, Resume, SetMemory, Stopped
 from ..model.checks import fail, number
 from ..model.errors import SpecError, StateError
 from ..model.spec import Limit, Meter, VmSpec, check_flag
-from ..profile import Profile, Symbols
 from .budget import Budgets
 from .claims import check_device
 from .context import InstanceContext
@@ -22,11 +20,12 @@ from .desired import Desired
 from .devices.bus import Device
 from .devices.requests import Requests
 from .statistics import VcpuStatistics, VmStatistics
+from .view import VmView
 
 __all__ = ["VcpuStatistics", "Vm", "VmStatistics", "make_vm"]
 
 
-class Vm:
+class Vm(VmView):
     """Made by `Fleet.launch`. All methods are for the fleet's thread; those that wait are checkpoints.
 
     A VM gives back what it holds of the host (descriptors, memory, threads) when it is stopped or its fleet is closed.
@@ -38,6 +37,7 @@ class Vm:
         name, tenant: the VM's name, and the tenant to whom it belongs.
         generation: the VM's number in the fleet, which no other VM ever has (an action's `generation`).
         console: what the guest writes, and what you type for it.
+        ports: byte streams to programs in the guest, by name (`orc.Console(ports=...)`).
     """
 
     def __init__(self, control: VmControl) -> None:
@@ -46,45 +46,8 @@ class Vm:
         self.tenant = control.tenant
         self.generation = control.generation
         self.console = control.console
+        self.ports = control.ports
         self._control = control
-
-    # ---- state
-
-    @property
-    def outcome(self) -> Outcome | None:
-        """How the VM ended; None: it has not ended."""
-        return self._control.outcome
-
-    @property
-    def state(self) -> State:
-        """Created (being set up), running, waiting (between two runs, for a restart's back-off or a reset's turn),
-        paused (also between two runs), stopped or failed. `quiesced` says whether the state of a paused VM may be read
-        and saved."""
-        return self._control.state
-
-    @property
-    def restarts(self) -> int:
-        """How often the VM was restarted (`VmSpec.restart`)."""
-        return self._control.runs.succession.restarts
-
-    @property
-    def quiesced(self) -> bool:
-        """Whether the VM is paused and no access is pending: registers and memory stay as they are."""
-        return self._control.inspection.quiesced
-
-    @property
-    def throttled(self) -> bool:
-        """Whether one of the vCPUs is throttled right now."""
-        return self._control.inspection.throttled
-
-    @property
-    def desired(self) -> Desired:
-        """What is desired of the VM now: a pause, caps, isolation, logging, sampling, limits. A frozen record, which
-        outlives restarts and resets."""
-        return self._control.desired
-
-    def __repr__(self) -> str:
-        return f"<Vm {self.name!r} {self.state}>"
 
     # ---- steering
 
@@ -190,6 +153,24 @@ class Vm:
             except StateError as error:
                 why = f"shutdown(): {error}"
         return await self.stop(why)
+
+    async def set_memory(self, memory: int | None) -> None:
+        """Ask the guest to keep to so much of its memory: it puts the rest into its balloon, and the host has it back.
+
+        Returns once the guest is asked; a paused VM is asked when it goes on. Its driver does so in its own time, as
+        far as it can, and `VmStatistics.memory` says how far it is. What is asked for outlives restarts and resets. All
+        callers share one request. Each policy has its own (`SetMemory`), and the smallest counts.
+
+        Parameters:
+            memory: bytes, a multiple of 4096, from `Balloon.floor` to the memory of the spec. None: all of it.
+
+        Raises:
+            SpecError: the VM has no `Balloon`, or `memory` is out of that range.
+            StateError: the VM has ended.
+        """
+        self._control.memory.ask_nowait(None, memory)
+        self._control.context.did(SetMemory(vm=self.name, memory=memory, reason="set_memory()"))
+        await trio.lowlevel.checkpoint()
 
     async def set_limit(
         self, limit: Limit | None, *, meter: Meter | str = Meter.BUS_LOCKS, vcpu: int | None = None
@@ -331,39 +312,6 @@ class Vm:
         """
         self._control.made().memory.write(address, data)
 
-    def registers(self, vcpu: int = 0) -> Any:
-        """A vCPU's general registers (.rax ... .r15, .rip, .rflags), while the vCPU is quiesced or after it has ended.
-
-        Raises:
-            SpecError: the VM has no such vCPU.
-            StateError: the vCPU runs: `pause` the VM first, or use `inspect`. Or the vCPU is paused in the middle of an
-                access, and its registers change with the answer (`VmStatistics.pending`).
-        """
-        return self._control.inspection.registers(vcpu)
-
-    async def inspect(self, vcpu: int = 0) -> Any:
-        """A running vCPU's general registers, read between two entries of the guest, without a pause. In the middle of
-        an access that waits for an answer, these are the registers before the answer."""
-        return await self._control.inspection.inspect(vcpu)
-
-    def statistics(self) -> VmStatistics:
-        """What the VM did since its launch, as frozen data."""
-        return self._control.inspection.statistics()
-
-    async def kernel_statistics(self) -> Mapping[str, float]:
-        """KVM's own statistics, in whole units (seconds, bytes), by the kernel's names: of the VM ("pages_4k"), and of
-        each vCPU ("vcpu0.exits"). The set of names differs from kernel to kernel. Source:
-        Documentation/virt/kvm/api.rst, KVM_GET_STATS_FD.
-
-        The first call of a run opens a descriptor for the VM and for each vCPU. A vCPU's own thread opens it between
-        two entries of the guest, so this call waits for a device that answers on that thread.
-
-        Raises:
-            StateError: the VM has ended, or does not run on KVM.
-            KvmError: this KVM has no statistics.
-        """
-        return await self._control.inspection.kernel_statistics()
-
     def set_sampling(self, every: int) -> None:
         """Sample one bus lock of each `every` for `profile` from now on; 0: none. The setting holds over restarts.
 
@@ -375,17 +323,6 @@ class Vm:
             BusLockUnsupported: this fleet does not see bus locks.
         """
         self._control.set_sampling(every)
-
-    def profile(self, symbols: Iterable[Symbols] = ()) -> Profile:
-        """The instructions that locked the bus since the VM was launched, restarts included; see `Profile`.
-
-        They are disassembled if iced-x86 is installed (``pip install 'orchestra-kvm[profile]'``). This takes about a
-        tenth of a millisecond for each instruction.
-
-        Parameters:
-            symbols: functions of the guest; the first entry that knows an address names it.
-        """
-        return self._control.inspection.profile(symbols)
 
 
 def make_vm(

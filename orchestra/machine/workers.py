@@ -43,7 +43,9 @@ class Workers:
     """The worker threads of one fleet; for the fleet's thread.
 
     Attributes:
-        setup, teardown, dirty, files: the limiters for `run`. `files` has no limit: a file that hangs keeps its thread.
+        setup, teardown, dirty, populate, files: the limiters for `run`. `files` has no limit: a file that hangs keeps
+            its thread.
+        claimed: bytes of memory that launches are about to take (`machine.prefault`).
 
     Parameters:
         threaded: False: do all work on the calling thread. For fleets in virtual time, whose clock knows no threads.
@@ -53,7 +55,9 @@ class Workers:
         self.setup = trio.CapacityLimiter(THREADS)
         self.teardown = trio.CapacityLimiter(THREADS)
         self.dirty = trio.CapacityLimiter(THREADS)
+        self.populate = trio.CapacityLimiter(THREADS)
         self.files = trio.CapacityLimiter(inf)
+        self.claimed = 0
         self._threaded = threaded
         self._token = trio.lowlevel.current_trio_token()
         self._numbers = itertools.count()

@@ -9,6 +9,7 @@ from typing import Any, Final, Literal, TypeAlias
 import attrs
 
 from .errors import SpecError
+from .memory import check_size
 from .spec import Limit, Meter, as_meter, optional_limit
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Reload",
     "Resume",
     "SetLimit",
+    "SetMemory",
     "Shutdown",
     "State",
     "Stop",
@@ -127,6 +129,26 @@ class CapCpu(_OnVm):
 
 
 @attrs.frozen(kw_only=True)
+class SetMemory(_OnVm):
+    """Ask a VM's guest to keep to so much of its memory, by its `Balloon`. The action is done once the guest is asked;
+    `VmStatistics.memory` says how far the guest is.
+
+    Each policy has one such request at each VM, and the callers of `Fleet.apply` together have one. The smallest
+    counts.
+
+    Parameters:
+        memory: bytes, a multiple of 4096, from the balloon's floor to the memory of the spec. None: take away the
+            request of the same policy, or of the callers.
+    """
+
+    memory: int | None
+
+    def __attrs_post_init__(self) -> None:
+        if self.memory is not None:
+            check_size("memory", self.memory)
+
+
+@attrs.frozen(kw_only=True)
 class Isolate(_OnVm):
     """Let a VM's vCPUs run only on the CPUs that are kept for noisy VMs. Done at once if they do already."""
 
@@ -225,7 +247,20 @@ def _one_target(vm: str | None, tenant: str | None, generation: int | None) -> N
 
 
 Action: TypeAlias = (
-    Pause | Resume | Stop | Kill | Throttle | Unthrottle | SetLimit | Warn | CapCpu | Isolate | Rejoin | Evict | Reload
+    Pause
+    | Resume
+    | Stop
+    | Kill
+    | Throttle
+    | Unthrottle
+    | SetLimit
+    | Warn
+    | CapCpu
+    | SetMemory
+    | Isolate
+    | Rejoin
+    | Evict
+    | Reload
 )
 
 

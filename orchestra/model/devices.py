@@ -28,6 +28,7 @@ __all__ = [
     "Line",
     "Serial",
     "Wiring",
+    "check_streams",
     "check_wiring",
     "irqchip_kind",
     "unwired",
@@ -41,6 +42,8 @@ IRQS: Final = 24
 MOST_MSIS: Final = 64
 """MSI vectors of one device. Each costs a descriptor; a virtio device has one for each queue and one more."""
 MOST_DOORBELLS: Final = 64
+STREAM_NAME: Final = 64
+"""Bytes of a stream's name. Drivers keep it, and some have no room for a long one (FreeBSD's: 128)."""
 CONTROLLERS: Final = range(0xFEC0_0000, 0xFEF0_0000)
 """Where the I/O APIC (0xfec00000) and the local APICs (0xfee00000, and 1 MiB of MSI addresses) answer."""
 
@@ -112,6 +115,7 @@ class Wiring:
         pci: what it is on the PCI bus. Where its BAR is, is the guest's to say; so it has neither MSIs nor doorbells
             of its own.
         hosts_pci: it is the host bridge of the PCI bus, of which a VM has one if it has devices there.
+        streams: names of the byte streams between it and the VM's users, who find them in `Vm.ports`.
     """
 
     ports: range | None = None
@@ -121,6 +125,7 @@ class Wiring:
     doorbells: tuple[Doorbell, ...] = ()
     pci: PciFunction | None = None
     hosts_pci: bool = False
+    streams: tuple[str, ...] = ()
 
     def __attrs_post_init__(self) -> None:
         if not isinstance(self.pci, PciFunction | None):
@@ -172,6 +177,12 @@ class DeviceSpec:
         """What it needs of its machine."""
         raise NotImplementedError(f"{type(self).__name__} must say its wiring: define wiring(), which returns a Wiring")
 
+    @property
+    def memory_floor(self) -> int | None:
+        """For a device that takes memory from the guest for the host: the least RAM that it may leave, in bytes. None:
+        this is no such device."""
+        return None
+
     @staticmethod
     def kinds() -> Mapping[str, type[DeviceSpec]]:
         """All device specs that this process has imported, by the name that data call them.
@@ -203,6 +214,7 @@ def check_wiring(devices: Sequence[DeviceSpec], irqchip: Irqchip, memory: Iterab
     """
     spans = list(memory)
     _check_bus(devices)
+    check_streams([name for device in devices for name in _is_wired(device).streams])
     for device in devices:
         name, wiring = type(device).__name__, _is_wired(device)
         if wiring.vectors and irqchip == "none":
@@ -234,6 +246,22 @@ def _check_bus(devices: Sequence[DeviceSpec]) -> None:
         raise SpecError(f"{functions[0]} is on the PCI bus: add PciHostBridge() to the devices")
     if hosts > 1:
         raise SpecError(f"{hosts} host bridges: a VM has one PCI bus")
+
+
+def check_streams(names: Sequence[str]) -> None:
+    """Check names of streams.
+
+    Raises:
+        SpecError: one is no name, or there twice.
+    """
+    for name in names:
+        is_text = isinstance(name, str) and name.isprintable()
+        if not is_text or not 0 < len(name.encode()) <= STREAM_NAME:
+            raise fail("ports", name, f"must be names of 1 to {STREAM_NAME} printable bytes, as 'org.example.agent'")
+        if "/" in name or name in (".", ".."):
+            raise fail("ports", name, "must be no path: Linux makes a file of that name, /dev/virtio-ports/NAME")
+        if names.count(name) > 1:
+            raise fail("ports", name, "must be there once: each port of a VM has a name of its own")
 
 
 def _is_wired(device: DeviceSpec) -> Wiring:

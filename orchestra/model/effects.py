@@ -24,6 +24,7 @@ from .actions import (
     Reload,
     Resume,
     SetLimit,
+    SetMemory,
     Stop,
     Throttle,
     Unthrottle,
@@ -52,6 +53,8 @@ class What(StrEnum):
     THROTTLE = "throttle"
     """A limit on top of the limit itself, by a policy or a caller."""
     CAP = "cap"
+    MEMORY = "memory"
+    """What a VM's guest is asked to keep to of its memory."""
     PAUSE = "pause"
     ISOLATION = "isolation"
 
@@ -121,6 +124,12 @@ EFFECTS: Final[Mapping[type, Effect]] = {
         stacks=True,
         releases=lambda it: it.share is None,
         inverse=lambda it: CapCpu(vm=it.vm, share=None, generation=it.generation),
+    ),
+    SetMemory: Effect(
+        What.MEMORY,
+        stacks=True,
+        releases=lambda it: it.memory is None,
+        inverse=lambda it: SetMemory(vm=it.vm, memory=None, generation=it.generation),
     ),
     Pause: Effect(
         What.PAUSE, hard=True, axis=Axis.RUNNING, inverse=lambda it: Resume(vm=it.vm, generation=it.generation)

@@ -11,14 +11,27 @@ from .checks import fail
 from .chipset import I8042, AcpiRegisters, PanicPort, PciHostBridge, Rtc
 from .devices import DeviceSpec, Irqchip, Serial
 from .memory import MiB
+from .platform import MOST_XAPIC
+from .virtio import Console
 
-__all__ = ["LEAST_MEMORY", "LinuxBoot"]
+__all__ = ["LEAST_MEMORY", "LinuxBoot", "check_apic_ids"]
 
 LEAST_MEMORY: Final = 32 * MiB
 """A kernel runs at 16 MiB or above. How much more it needs, its file says, which is read at launch."""
 
 _TTYS: Final = (0x3F8, 0x2F8, 0x3E8, 0x2E8)
 """Ports of ttyS0 to ttyS3, which the kernel looks at without being told (arch/x86/include/asm/serial.h)."""
+
+
+def check_apic_ids(vcpus: int) -> None:
+    """Check that a guest that finds its CPUs by ACPI finds them all.
+
+    Raises:
+        SpecError: it has more than 8-bit APIC ids.
+    """
+    if vcpus > MOST_XAPIC:
+        what = "x2APIC ids above 255 need x2APIC entries in ACPI's tables and interrupt remapping"
+        raise fail("vcpus", vcpus, f"must be at most {MOST_XAPIC} for Linux: {what}, which orchestra does not make")
 
 
 def _path(value: object) -> object:
@@ -35,8 +48,9 @@ class LinuxBoot(BootSpec):
         kernel: the kernel's file: a bzImage (``/boot/vmlinuz``), or an ELF file (``vmlinux``). An ELF file with a PVH
             note is entered by it, also if it is no Linux.
         initrd: an initial RAM disk, such as a cpio archive, compressed or not; None: none.
-        cmdline: added to what orchestra says: ``console=ttyS0`` if the VM has a `Serial` and you name no console, and
-            ``reboot=a``, by which the kernel resets the VM, unless you say ``reboot=`` otherwise.
+        cmdline: added to what orchestra says: ``console=ttyS0`` if the VM has a `Serial`, or ``console=hvc0`` if it has
+            a `Console` alone, unless you name a console; and ``reboot=a``, by which the kernel resets the VM, unless
+            you say ``reboot=`` otherwise.
     """
 
     loader: ClassVar[str] = "orchestra.machine.boot.linux:load"
@@ -64,6 +78,7 @@ class LinuxBoot(BootSpec):
     def check(self, layout: Layout) -> None:
         if layout.irqchip != "full":
             raise fail("irqchip", layout.irqchip, 'must be "full" for Linux, or left out: it needs timers and lines')
+        check_apic_ids(layout.vcpus)
         if layout.size < LEAST_MEMORY:
             raise fail("memory", layout.size, f"must be at least {LEAST_MEMORY} for Linux; 256 * MiB is usual")
 
@@ -72,7 +87,9 @@ class LinuxBoot(BootSpec):
         words = []
         if not self._says("console="):
             ports = [device.port for device in layout.devices if isinstance(device, Serial)]
-            words += [f"console=ttyS{_TTYS.index(port)}" for port in ports if port in _TTYS][:1]
+            serial = [f"console=ttyS{_TTYS.index(port)}" for port in ports if port in _TTYS][:1]
+            virtio = ["console=hvc0"] * any(isinstance(device, Console) for device in layout.devices)
+            words += serial or virtio
         if not self._says("reboot="):
             # With hardware-reduced ACPI, Linux resets by EFI, and where there is none, by the BIOS, which is not here
             # either (arch/x86/kernel/reboot.c, reboot_init). The ACPI reset register has to be asked for.

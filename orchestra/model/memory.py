@@ -67,6 +67,13 @@ class Memory:
             a ring pays for a big memory of which the guest writes little. A full ring stops the guest until it was
             read. A KVM without hardware may overwrite entries; readers then get every page as written. None: a
             bitmap. Ring and bitmap are in use only while pages are logged (`VmSpec.log_dirty`).
+        transparent_huge_pages: whether the kernel may back it with huge pages of 2 MiB by itself (MADV_HUGEPAGE,
+            MADV_NOHUGEPAGE); None: it may for a guest that touches most of its memory soon (Linux), and else as the
+            host's policy says (/sys/kernel/mm/transparent_hugepage/enabled). Where that is "never", it stays so. Not
+            with `huge_pages`.
+        prefault: take all of it from the host at launch, on several worker threads, and not page by page when the
+            guest touches it. The launch takes as long as that takes, and can be cancelled meanwhile. A launch is
+            refused if the host has too little free memory then.
     """
 
     size: int
@@ -74,8 +81,20 @@ class Memory:
     path: str | None = None
     huge_pages: bool = False
     dirty_ring: int | None = None
+    transparent_huge_pages: bool | None = None
+    prefault: bool = False
 
     def __attrs_post_init__(self) -> None:
+        if not isinstance(self.prefault, bool):
+            raise fail("prefault", self.prefault, "must be True or False")
+        if not isinstance(self.transparent_huge_pages, bool | None):
+            raise fail(
+                "transparent_huge_pages",
+                self.transparent_huge_pages,
+                "must be True, False, or None for the host's policy",
+            )
+        if self.huge_pages and self.transparent_huge_pages is not None:
+            raise fail("transparent_huge_pages", self.transparent_huge_pages, "must be None with huge_pages=True")
         if not isinstance(self.huge_pages, bool):
             raise fail("huge_pages", self.huge_pages, "must be True or False")
         check_size("size", self.size, HUGE_PAGE if self.huge_pages else PAGE)
@@ -91,6 +110,11 @@ class Memory:
             entries = whole("dirty_ring", self.dirty_ring, *RING, " entries")
             if entries & (entries - 1):
                 raise fail("dirty_ring", entries, "must be a power of two")
+
+    @property
+    def upfront(self) -> bool:
+        """Whether all of it is taken from the host at launch."""
+        return self.huge_pages or self.prefault
 
 
 @attrs.frozen

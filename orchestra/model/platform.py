@@ -29,6 +29,7 @@ __all__ = [
     "IO_APIC",
     "LOCAL_APIC",
     "LOW_MEMORY",
+    "MOST_XAPIC",
     "NEW_GENERATION",
     "PAGE_TABLES",
     "PANIC_PORTS",
@@ -85,3 +86,6 @@ EVENT_GSI: Final = 5
 
 assert ECAM.start >= BARS.stop
 assert ACPI_TABLES.stop <= GENERATION_ID.start < 1024 * KiB
+
+MOST_XAPIC: Final = 255
+"""vCPUs that the 8-bit APIC ids of the MADT's short entries and of the I/O APIC reach: 255 is everybody."""

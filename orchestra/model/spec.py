@@ -16,9 +16,11 @@ import attrs
 
 from .boot import BootSpec, FlatImage, Layout
 from .checks import fail as _fail, number as _number, whole as _whole
+from .cpu import CPU_TEMPLATES, CpuTemplate, check_cpu
 from .devices import DeviceSpec, Irqchip, check_wiring, irqchip_kind
 from .errors import SpecError
 from .memory import GiB, KiB, Memory, MemoryRegion, MiB, check_size, ram_ranges
+from .topology import ONE_SOCKET, Topology
 
 if TYPE_CHECKING:
     from attrs import Attribute
@@ -260,7 +262,10 @@ class VmSpec:
         pit: give it an i8254 timer (PIT) beside the "full" controllers, for old guests. A thread of the kernel makes
             its ticks, 5,000 a second if the guest wants so many, also while the VM is paused. No limit and no CPU cap
             holds that thread: give none to guests that you don't trust. Linux uses the local APIC's timer.
-        cpu: which CPU the guest finds. "host": all that the host's KVM can give.
+        cpu: which CPU the guest finds: a `CpuTemplate`, the name of one of `CPU_TEMPLATES`, or a TOML file of one, read
+            at launch. "host": all that the host's KVM can give, but for its detection of bus locks. A host that
+            lacks a feature of the template refuses the VM.
+        topology: how the vCPUs are grouped: by default one socket, and a core for each.
         bus_lock_detection: where a bus lock is reported, for the emulated backend to choose: "fault-like" (before the
             instruction, as AMD does) or "trap-like" (behind it, as Intel does). None: as the host does.
         sample_every: one bus lock of so many, and each vCPU's first, is looked at closely, for `Vm.profile`; 0: none.
@@ -291,7 +296,8 @@ class VmSpec:
     devices: tuple[DeviceSpec, ...] = attrs.field(default=(), converter=_to_tuple)
     irqchip: bool | Literal["full", "split"] | None = None
     pit: bool = False
-    cpu: Literal["host"] = "host"
+    cpu: str | CpuTemplate = "host"
+    topology: Topology = ONE_SOCKET
     bus_lock_detection: Literal["fault-like", "trap-like"] | None = None
     sample_every: int = 100
     log_dirty: bool = False
@@ -313,8 +319,10 @@ class VmSpec:
             optional_limit(field, getattr(self, field))
         if self.bus_lock_detection not in (None, "fault-like", "trap-like"):
             raise _fail("bus_lock_detection", self.bus_lock_detection, 'must be "fault-like", "trap-like" or None')
-        if self.cpu != "host":
-            raise _fail("cpu", self.cpu, 'must be "host"')
+        check_cpu(self.cpu)
+        if not isinstance(self.topology, Topology):
+            raise _fail("topology", self.topology, "must be a Topology, such as Topology(sockets=2)")
+        self.topology.check(self.vcpus)
         check_sampling("sample_every", self.sample_every)
         check_flag("pit", self.pit)
         check_flag("log_dirty", self.log_dirty)
@@ -364,9 +372,27 @@ class VmSpec:
         return self.boot.irqchip if self.irqchip is None else irqchip_kind(self.irqchip)
 
     @property
+    def cpu_template(self) -> CpuTemplate:
+        """The template that `cpu` is or names.
+
+        Raises:
+            SpecError: `cpu` is a file, which a launch reads.
+        """
+        if isinstance(self.cpu, CpuTemplate):
+            return self.cpu
+        if self.cpu not in CPU_TEMPLATES:
+            raise _fail("cpu", self.cpu, "is a file: launch the VM, which reads it, or use load_cpu_template")
+        return CPU_TEMPLATES[self.cpu]
+
+    @property
     def machine_devices(self) -> tuple[DeviceSpec, ...]:
         """All devices, in the order in which they are plugged in: those of the platform before `devices`."""
         return *self.boot.platform(), *self.devices
+
+    @property
+    def memory_floor(self) -> int | None:
+        """The least RAM that `Vm.set_memory` may leave the guest, in bytes. None: it has no device for that."""
+        return next((least for device in self.devices if (least := device.memory_floor) is not None), None)
 
     def _check_layout(self) -> None:
         layout = self.layout
@@ -380,3 +406,11 @@ class VmSpec:
             raise _fail("pit", self.pit, f'needs irqchip="full" (it is "{layout.irqchip}"), or must be False')
         self.boot.check(layout)  # first, as what comes with it may need what it explains
         check_wiring(layout.devices, layout.irqchip, list(layout.memory))
+        takers = [type(device).__name__ for device in self.devices if device.memory_floor is not None]
+        if len(takers) > 1:
+            raise SpecError(f"devices: {' and '.join(takers)}: a VM has one balloon")
+        if takers and self.backing.huge_pages:
+            raise SpecError(
+                f"devices: {takers[0]}: with huge_pages=True the pages of the host's pool stay the VM's: leave one of "
+                "them out, or use transparent huge pages"
+            )

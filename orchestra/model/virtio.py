@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Final
+from typing import Any, ClassVar, Final
 
 import attrs
 
-from .checks import whole
-from .devices import DeviceSpec, Wiring
+from .checks import fail, number, whole
+from .devices import DeviceSpec, Wiring, check_streams
+from .memory import MAX_MEMORY, PAGE, MiB
 from .pci import Capability, PciFunction
 
-__all__ = ["BAR_SIZE", "COMMON", "DEVICE", "ISR", "NOTIFY", "NOTIFY_MULTIPLIER", "PENDING", "TABLE", "Console", "Rng"]
+__all__ = [
+    "BAR_SIZE",
+    "COMMON",
+    "DEVICE",
+    "ISR",
+    "NOTIFY",
+    "NOTIFY_MULTIPLIER",
+    "PENDING",
+    "TABLE",
+    "Balloon",
+    "Console",
+    "Rng",
+]
 
 # Where things are in BAR 0: native/virtio.h has the same, and a test compares them.
 COMMON: Final = range(0x0, 0x3C)
@@ -67,6 +80,11 @@ def _le(value: int) -> bytes:
     return value.to_bytes(4, "little")
 
 
+def as_names(value: Any) -> Any:
+    """A list of names as a tuple; what is no list is checked as it is."""
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
 @attrs.frozen
 class Rng(DeviceSpec):
     """An entropy device: random bytes of the host's, for ``/dev/hwrng`` and the kernel's own pool."""
@@ -77,22 +95,78 @@ class Rng(DeviceSpec):
         return Wiring(pci=function(4, 0xFF0000, queues=1, config_size=0))  # of no class that there is
 
 
+MOST_PORTS: Final = 6
+"""Each takes two of a device's 16 queues (native/virtio.h), and the console and control messages take four."""
+
+
 @attrs.frozen
 class Console(DeviceSpec):
     """A console, ``hvc0`` in Linux; its output goes to the VM's console. Faster than `Serial`: it works in blocks.
 
     Parameters:
-        columns, rows: its size, which the guest is told.
+        columns, rows: its size, which the guest is told, until `Console.resize` says another.
+        ports: names of byte streams beside it, 6 at most. A program in the guest opens ``/dev/virtio-ports/NAME`` (by
+            udev; the device itself is ``/dev/vport0p1``), and the other end is ``vm.ports[name]``.
     """
 
-    implementation: ClassVar[str] = "orchestra.machine.devices.virtio:ConsoleDevice"
+    implementation: ClassVar[str] = "orchestra.machine.devices.virtioconsole:ConsoleDevice"
 
     columns: int = 80
     rows: int = 25
+    ports: tuple[str, ...] = attrs.field(default=(), converter=as_names)
 
     def __attrs_post_init__(self) -> None:
         whole("columns", self.columns, 1, 0xFFFF)
         whole("rows", self.rows, 1, 0xFFFF)
+        check_streams(self.ports)
+        if len(self.ports) > MOST_PORTS:
+            raise fail("ports", len(self.ports), f"must be at most {MOST_PORTS}: add another Console for more")
 
     def wiring(self) -> Wiring:
-        return Wiring(pci=function(3, 0x078000, queues=2, config_size=12))
+        queues = 2 if not self.ports else 4 + 2 * len(self.ports)  # 5.3.2
+        return Wiring(pci=function(3, 0x078000, queues=queues, config_size=12), streams=self.ports)
+
+
+@attrs.frozen
+class Balloon(DeviceSpec):
+    """A memory balloon: memory that the guest does not use goes back to the host; `Vm.set_memory` asks for more of it.
+
+    The guest needs a driver (Linux: ``virtio_balloon``). Nothing forces a guest: one without a driver, or one that
+    refuses, keeps its memory.
+
+    Parameters:
+        free_page_reporting: the guest reports memory that it has freed, in pieces of 2 MiB or more, and the host has it
+            back until the guest touches it again. Nothing needs to be asked for.
+        deflate_on_oom: a guest that has run out of memory takes pages back from the balloon before it kills a process.
+            Linux then counts the pages in the balloon as used (MemFree), and else as not there (MemTotal).
+        must_tell_host: the driver says so before it uses a page of the balloon again. The host has no need of that.
+        statistics_interval: seconds between two statistics of the guest's memory (`MemoryStatistics.guest`); None: only
+            those of the driver's start. Each wakes the guest, and no Python.
+        floor: the least that `Vm.set_memory` may ask for, in bytes.
+    """
+
+    implementation: ClassVar[str] = "orchestra.machine.devices.balloon:BalloonDevice"
+
+    free_page_reporting: bool = True
+    deflate_on_oom: bool = True
+    must_tell_host: bool = False
+    statistics_interval: float | None = 10.0
+    floor: int = 64 * MiB
+
+    def __attrs_post_init__(self) -> None:
+        for name in ("free_page_reporting", "deflate_on_oom", "must_tell_host"):
+            if not isinstance(getattr(self, name), bool):
+                raise fail(name, getattr(self, name), "must be True or False")
+        interval = self.statistics_interval
+        if interval is not None and not 0.1 <= number("statistics_interval", interval) <= 86400:
+            raise fail("statistics_interval", interval, "must be from 0.1 to 86400 seconds, or None")
+        if whole("floor", self.floor, PAGE, MAX_MEMORY, " bytes") % PAGE:
+            raise fail("floor", self.floor, f"must be a multiple of {PAGE} bytes")
+
+    @property
+    def memory_floor(self) -> int:
+        return self.floor
+
+    def wiring(self) -> Wiring:
+        queues = 5 if self.free_page_reporting else 3
+        return Wiring(pci=function(5, 0xFF0000, queues=queues, config_size=16))  # of no class, as Rng

@@ -17,8 +17,10 @@ void orc_cpuid_set_apic_id(struct kvm_cpuid2 *cpuid, uint32_t id)
 			e->ebx = (e->ebx & 0x00ffffff) | (id & 0xff) << 24;
 		else if (e->function == 0xb || e->function == 0x1f)
 			e->edx = id;
-		else if (e->function == 0x8000001e)
+		else if (e->function == 0x8000001e) {
 			e->eax = id;
+			e->ebx = (e->ebx & 0xffffff00) | (id / ((e->ebx >> 8 & 0xff) + 1) & 0xff); /* of which core */
+		}
 	}
 }
 

@@ -120,7 +120,7 @@ int64_t orc_now(void);
 enum { ORC_SITES, ORC_CODE_BEFORE, ORC_CODE_AFTER };
 struct orc_site {
 	uint64_t rip, space, samples, weight, error;
-	uint8_t mode, cpl, rode, before, size;
+	uint8_t mode, cpl, rode, nested, before, size;
 	uint8_t code[...];
 	...;
 };
@@ -181,6 +181,13 @@ bool orc_console_want(orc_console *, uint64_t position);
 size_t orc_console_type(orc_console *, const uint8_t *, size_t);
 bool orc_console_listened(orc_console *);
 size_t orc_console_typed(orc_console *);
+size_t orc_console_read(orc_console *, orc_vcpu *by, uint8_t *out, size_t size);
+orc_console *orc_port_new(void);
+size_t orc_port_say(orc_console *, orc_vcpu *by, const uint8_t *, size_t);
+void orc_port_set_open(orc_console *, orc_vcpu *by, bool open);
+uint32_t orc_port_opening(orc_console *);
+size_t orc_port_take(orc_console *, uint8_t *out, size_t room);
+bool orc_port_want(orc_console *, uint32_t opening, bool output);
 size_t orc_fleet_talking(orc_fleet *, uint32_t *out, size_t most);
 orc_device *orc_debug_console_new(orc_console *, uint8_t detected);
 orc_device *orc_exit_port_new(void);
@@ -241,6 +248,7 @@ extern const struct orc_name orc_capabilities[], orc_exit_reasons[];
 #define KVM_CAP_IMMEDIATE_EXIT ...
 #define KVM_CAP_SYNC_REGS ...
 #define KVM_CAP_MAX_VCPUS ...
+#define KVM_CAP_GET_MSR_FEATURES ...
 #define KVM_CAP_NR_VCPUS ...
 #define KVM_CAP_NR_MEMSLOTS ...
 #define KVM_CAP_X86_BUS_LOCK_EXIT ...
@@ -524,6 +532,8 @@ void orc_emulator_written(orc_emulator *, uint64_t address, uint64_t size);
 typedef struct orc_guest_memory orc_guest_memory;
 orc_guest_memory *orc_guest_memory_new(const struct kvm_userspace_memory_region *, size_t slots, orc_dirty *);
 void orc_guest_memory_free(orc_guest_memory *);
+int orc_populate(void *host, size_t size);
+void orc_touch(void *host, size_t size);
 enum orc_queue_error { ORC_QUEUE_FINE, ORC_QUEUE_ERRORS, ... };
 const char *orc_queue_error_name(enum orc_queue_error);
 
@@ -566,6 +576,7 @@ struct orc_virtio_state {
 	struct orc_vector vector[17];
 	uint32_t pending;
 	uint8_t config[128];
+	uint8_t kind[64];
 	...;
 };
 void orc_virtio_save(orc_virtio *, struct orc_virtio_state *);
@@ -584,9 +595,29 @@ void orc_io_stop(orc_io *);
 void orc_io_free(orc_io *);
 
 orc_virtio *orc_virtio_rng_new(const orc_guest_memory *);
-orc_virtio *orc_virtio_console_new(const orc_guest_memory *, orc_console *, uint16_t columns, uint16_t rows);
-void orc_virtio_console_listen(orc_virtio *, bool on);
+enum { ORC_CONSOLE_PORTS, ORC_CONSOLE_NAME, ... };
+orc_virtio *orc_virtio_console_new(const orc_guest_memory *, orc_console *, uint16_t columns, uint16_t rows, unsigned ports);
+void orc_virtio_console_port(orc_virtio *, unsigned port, const char *name, size_t size, orc_console *);
+void orc_virtio_console_listen(orc_virtio *);
+void orc_virtio_console_stop(orc_virtio *);
 void orc_virtio_console_resize(orc_virtio *, uint16_t columns, uint16_t rows);
+
+enum {
+	ORC_BALLOON_SHARED, ORC_BALLOON_FILE, ORC_BALLOON_REPORTING, ORC_BALLOON_DEFLATE_ON_OOM, ORC_BALLOON_MUST_TELL_HOST,
+	ORC_BALLOON_STATISTICS, ...
+};
+int orc_virtio_balloon_new(const orc_guest_memory *, unsigned flags, int64_t interval, orc_virtio **out);
+void orc_virtio_balloon_set_target(orc_virtio *, uint32_t pages);
+struct orc_balloon_counters {
+	bool driver;
+	uint32_t actual;
+	uint64_t inflated, deflated, reported, given_back, failed, updates;
+	int64_t updated;
+	uint32_t known;
+	uint64_t statistic[10];
+	...;
+};
+void orc_virtio_balloon_look(orc_virtio *, struct orc_balloon_counters *out);
 
 /* ---- pci.h ---- */
 

@@ -1,5 +1,6 @@
-/* A VM's console. What the guest wrote: the last ORC_CONSOLE_KEPT bytes, and how many there were. And what it is to read: at
- * most ORC_CONSOLE_TYPED bytes, which wait until the device that takes input has room. Any thread writes and reads. */
+/* A VM's console, or a port. What the guest wrote: of a console the last ORC_CONSOLE_KEPT bytes, and how many there were; of a
+ * port what nobody has taken yet, up to that much. And what the guest is to read: at most ORC_CONSOLE_TYPED bytes, which wait
+ * until the device that takes input has room. Any thread writes and reads. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -11,6 +12,10 @@ struct orc_console {
 	bool wanted; /* a task waits for output, and was not notified yet */
 	uint8_t *kept; /* byte n of the output is at n modulo `room`, which grows as long as nothing was overwritten */
 	size_t room;
+	bool is_port, open; /* a port: nothing is overwritten; the guest has it open */
+	uint32_t openings;
+	bool stalled;       /* its device waits for room for output, and was not told yet */
+	orc_u64 taken;      /* output of a port that was read */
 
 	_Atomic uint32_t typed; /* bytes that wait for the guest */
 	uint32_t first;         /* where in `input` the oldest is */
@@ -30,6 +35,22 @@ orc_console *orc_console_new(void)
 		return NULL;
 	pthread_mutex_init(&c->lock, NULL);
 	pthread_mutex_init(&c->reader_lock, NULL);
+	return c;
+}
+
+orc_console *orc_port_new(void)
+{
+	orc_console *c = orc_console_new();
+
+	if (!c)
+		return NULL;
+	c->is_port = true;
+	c->kept = malloc(ORC_CONSOLE_KEPT); /* pages that are never used cost nothing */
+	if (!c->kept) {
+		orc_console_free(c);
+		return NULL;
+	}
+	c->room = ORC_CONSOLE_KEPT;
 	return c;
 }
 
@@ -61,26 +82,52 @@ static void grow(orc_console *c, size_t size)
 	c->room = room;
 }
 
-bool orc_console_put(orc_console *c, const uint8_t *data, size_t size)
+/* Lock held, as of all the following. */
+static void keep(orc_console *c, const uint8_t *data, size_t size)
 {
 	size_t at, first;
-	bool wanted;
 
-	pthread_mutex_lock(&c->lock);
 	grow(c, size);
 	c->total += size;
 	if (size > c->room) {
 		data += size - c->room;
 		size = c->room;
 	}
-	if (size) {
-		at = (c->total - size) % c->room;
-		first = c->room - at < size ? c->room - at : size;
-		memcpy(c->kept + at, data, first);
-		memcpy(c->kept, data + first, size - first);
-	}
-	wanted = c->wanted;
+	if (!size)
+		return;
+	at = (c->total - size) % c->room;
+	first = c->room - at < size ? c->room - at : size;
+	memcpy(c->kept + at, data, first);
+	memcpy(c->kept, data + first, size - first);
+}
+
+static void copy_out(const orc_console *c, orc_u64 from, uint8_t *out, size_t n)
+{
+	size_t at, first;
+
+	if (!n)
+		return;
+	at = from % c->room;
+	first = c->room - at < n ? c->room - at : n;
+	memcpy(out, c->kept + at, first);
+	memcpy(out + first, c->kept, n - first);
+}
+
+static bool is_wanted(orc_console *c) /* and will be told now */
+{
+	bool wanted = c->wanted;
+
 	c->wanted = false;
+	return wanted;
+}
+
+bool orc_console_put(orc_console *c, const uint8_t *data, size_t size)
+{
+	bool wanted;
+
+	pthread_mutex_lock(&c->lock);
+	keep(c, data, size);
+	wanted = is_wanted(c);
 	pthread_mutex_unlock(&c->lock);
 	return wanted;
 }
@@ -113,18 +160,13 @@ orc_u64 orc_console_total(orc_console *c)
 size_t orc_console_copy(orc_console *c, orc_u64 *position, uint8_t *out, size_t room)
 {
 	orc_u64 from = *position;
-	size_t n, at, first;
+	size_t n;
 
 	pthread_mutex_lock(&c->lock);
 	if (c->total - from > c->room)
 		from = c->total - c->room;
 	n = c->total - from < room ? (size_t)(c->total - from) : room;
-	if (n) {
-		at = from % c->room;
-		first = c->room - at < n ? c->room - at : n;
-		memcpy(out, c->kept + at, first);
-		memcpy(out + first, c->kept, n - first);
-	}
+	copy_out(c, from, out, n);
 	pthread_mutex_unlock(&c->lock);
 	*position = from + n;
 	return n;
@@ -147,6 +189,88 @@ void orc_console_say(orc_console *c, orc_vcpu *by, const uint8_t *data, size_t s
 		orc_talk(by);
 }
 
+/* ---- output of a port ------------------------------------------------------------------------------------------- */
+
+size_t orc_port_say(orc_console *c, orc_vcpu *by, const uint8_t *data, size_t size)
+{
+	size_t room;
+	bool wanted;
+
+	pthread_mutex_lock(&c->lock);
+	room = c->room - (size_t)(c->total - c->taken);
+	if (size > room) {
+		c->stalled = true;
+		size = room;
+	}
+	keep(c, data, size);
+	wanted = size && is_wanted(c);
+	pthread_mutex_unlock(&c->lock);
+	if (wanted && by)
+		orc_talk(by);
+	return size;
+}
+
+size_t orc_port_take(orc_console *c, uint8_t *out, size_t room)
+{
+	size_t n;
+	bool told;
+
+	pthread_mutex_lock(&c->lock);
+	n = c->total - c->taken < room ? (size_t)(c->total - c->taken) : room;
+	copy_out(c, c->taken, out, n);
+	c->taken += n;
+	told = c->stalled && c->total - c->taken <= c->room / 2; /* not for each byte of a reader that is slow */
+	c->stalled = c->stalled && !told;
+	pthread_mutex_unlock(&c->lock);
+	if (told) {
+		pthread_mutex_lock(&c->reader_lock);
+		if (c->reader.room)
+			c->reader.room(c->reader.device);
+		pthread_mutex_unlock(&c->reader_lock);
+	}
+	return n;
+}
+
+void orc_port_set_open(orc_console *c, orc_vcpu *by, bool open)
+{
+	bool told;
+
+	pthread_mutex_lock(&c->lock);
+	told = open != c->open && is_wanted(c);
+	if (open && !c->open && !++c->openings)
+		c->openings = 1; /* 0 says that it is not open */
+	c->open = open;
+	if (!open) { /* what was written for the program that had it is for no other */
+		atomic_store_explicit(&c->typed, 0, memory_order_relaxed);
+		told = told || c->full;
+		c->full = false;
+	}
+	pthread_mutex_unlock(&c->lock);
+	if (told && by)
+		orc_talk(by);
+}
+
+uint32_t orc_port_opening(orc_console *c)
+{
+	uint32_t opening;
+
+	pthread_mutex_lock(&c->lock);
+	opening = c->open ? c->openings : 0;
+	pthread_mutex_unlock(&c->lock);
+	return opening;
+}
+
+bool orc_port_want(orc_console *c, uint32_t opening, bool output)
+{
+	bool nothing_new;
+
+	pthread_mutex_lock(&c->lock);
+	nothing_new = (c->open ? c->openings : 0) == opening && !(output && c->total != c->taken);
+	c->wanted = c->wanted || nothing_new;
+	pthread_mutex_unlock(&c->lock);
+	return nothing_new;
+}
+
 /* ---- input ---------------------------------------------------------------------------------------------------- */
 
 enum { TYPED = ORC_CONSOLE_TYPED };
@@ -162,7 +286,7 @@ void orc_console_detach(orc_console *c, void *device)
 {
 	pthread_mutex_lock(&c->reader_lock);
 	if (c->reader.device == device)
-		c->reader = (struct orc_console_reader){NULL, NULL};
+		c->reader = (struct orc_console_reader){0};
 	pthread_mutex_unlock(&c->reader_lock);
 }
 

@@ -353,6 +353,7 @@ class Sampled:
         mode: 16, 32 or 64; 0 where the backend knows no more than `rip`.
         space: the address of the top page table, 0 without paging.
         rode: the locks were reported on exits for another reason.
+        nested: a guest of the guest made them, whose registers these are.
         weight: how many bus locks the samples stand for; `error`: of these, how many may have been another place's.
         code: bytes around `rip`, the first `before` of them before it.
     """
@@ -362,6 +363,7 @@ class Sampled:
     cpl: int
     space: int
     rode: bool
+    nested: bool
     samples: int
     weight: int
     error: int
@@ -536,6 +538,7 @@ class VcpuCore:
                     cpl=int(s.cpl),
                     space=int(s.space),
                     rode=bool(s.rode),
+                    nested=bool(s.nested),
                     samples=int(s.samples),
                     weight=int(s.weight),
                     error=int(s.error),

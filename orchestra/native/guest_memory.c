@@ -1,8 +1,13 @@
 /* Guest memory as devices see it: where an address is, and who is told of what they write. */
 #include <errno.h>
 #include <stdlib.h>
+#include <sys/mman.h>
 
 #include "virtqueue.h"
+
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23 /* include/uapi/asm-generic/mman-common.h of Linux 5.14 */
+#endif
 
 static int by_start(const void *a, const void *b)
 {
@@ -123,4 +128,27 @@ void orc_guest_memory_wrote(const orc_guest_memory *m, const void *host, size_t 
 			return;
 		}
 	}
+}
+
+/* ---- pages before they are touched ------------------------------------------------------------------------------ */
+
+void orc_touch(void *host, size_t size)
+{
+	enum { PAGE = 4096 };
+
+	for (size_t i = 0; i < size; i += PAGE)
+		__atomic_fetch_or((uint8_t *)host + i, 0, __ATOMIC_RELAXED);
+}
+
+int orc_populate(void *host, size_t size)
+{
+	while (madvise(host, size, MADV_POPULATE_WRITE)) {
+		if (errno == EINVAL) {
+			orc_touch(host, size);
+			return 0;
+		}
+		if (errno != EINTR && errno != EAGAIN)
+			return -errno;
+	}
+	return 0;
 }

@@ -367,6 +367,7 @@ struct orc_site {
 	orc_u64 error;   /* of these, how many may have been another's */
 	uint8_t mode, cpl; /* 16, 32 or 64; 0: this backend knows no more than RIP */
 	uint8_t rode;    /* the lock rode on another exit: RIP may be on it or behind it */
+	uint8_t nested;  /* of a guest's guest, whose registers these are */
 	uint8_t before, size; /* bytes of code, and how many of them are before RIP */
 	uint8_t code[ORC_CODE_BEFORE + ORC_CODE_AFTER];
 };
@@ -512,6 +513,7 @@ enum { ORC_CONSOLE_TYPED = 4096 };
 struct orc_console_reader {
 	void (*typed)(void *device); /* there is input; it locks the device and calls orc_console_read */
 	void *device;
+	void (*room)(void *device); /* of a port: there is room for output again. NULL of others */
 };
 void orc_console_attach(orc_console *, struct orc_console_reader);
 void orc_console_detach(orc_console *, void *device); /* unless another has taken its place; it is called no more */
@@ -520,6 +522,20 @@ bool orc_console_listened(orc_console *); /* there is such a device */
 size_t orc_console_typed(orc_console *); /* how much waits */
 /* The device, with its lock held: takes input. by: whose thread this is; a writer that waits for room is told through it. */
 size_t orc_console_read(orc_console *, orc_vcpu *by, uint8_t *out, size_t size);
+
+/* A port: a stream of bytes between a program in the guest, which opens and closes it, and one reader here. A console whose
+ * output waits until it is taken, ORC_CONSOLE_KEPT bytes at most; its device waits with what comes then. Any thread. */
+orc_console *orc_port_new(void); /* NULL: no memory. By orc_console_free, too */
+/* The device: how much there was room for; the next room is announced, once. As orc_console_say. */
+size_t orc_port_say(orc_console *, orc_vcpu *by, const uint8_t *, size_t);
+/* The device: the guest has it open from now on, or not; then input that waits is forgotten. The reader who waits is told. */
+void orc_port_set_open(orc_console *, orc_vcpu *by, bool open);
+uint32_t orc_port_opening(orc_console *); /* which time it is that the guest has it open, from 1 on; 0: it has not */
+size_t orc_port_take(orc_console *, uint8_t *out, size_t room); /* the oldest output; it makes room */
+/* Wait until orc_port_opening says something else, or with `output` until there is some: somebody will be told, once. False: that is
+ * so already. */
+bool orc_port_want(orc_console *, uint32_t opening, bool output);
+
 /* Owner: takes up to `most` ids of vCPUs on whose console there is output that somebody waits for, or room for input. */
 size_t orc_fleet_talking(orc_fleet *, uint32_t *out, size_t most);
 

@@ -1,14 +1,17 @@
 /* PCI configuration space: see pci.h. */
 #include <errno.h>
+#include <linux/pci_regs.h>
 #include <linux/virtio_pci.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "pci.h"
+#include "virtio.h"
 
 struct function {
 	uint8_t bytes[ORC_PCI_SPACE], reset[ORC_PCI_SPACE], writable[ORC_PCI_SPACE], effect[ORC_PCI_SPACE];
 	uint32_t window; /* where its VIRTIO_PCI_CAP_PCI_CFG is; 0: it has none */
+	uint32_t msix;   /* likewise its MSI-X capability */
 	orc_device *bar;
 };
 
@@ -50,6 +53,26 @@ static bool through_window(struct function *f, orc_vcpu *by, bool write)
 	return !f->bar->answer(f->bar, by, &a);
 }
 
+/* ---- status: 6.2.3 ---------------------------------------------------------------------------------------------- */
+
+static uint32_t find_msix(const struct function *f)
+{
+	uint8_t at = f->reset[PCI_STATUS] & PCI_STATUS_CAP_LIST ? f->reset[PCI_CAPABILITY_LIST] : 0;
+
+	for (unsigned left = 64; at && left; left--, at = f->reset[at + 1])
+		if (f->reset[at] == PCI_CAP_ID_MSIX)
+			return at;
+	return 0;
+}
+
+/* As of an interrupt line, which no function has: virtio demands it all the same (virtio 1.2, 4.1.4.5.1). */
+static uint8_t interrupt_status(const struct function *f)
+{
+	bool msix_on = f->msix && f->bytes[f->msix + PCI_MSIX_FLAGS + 1] & PCI_MSIX_FLAGS_ENABLE >> 8;
+
+	return f->bar && !msix_on && orc_virtio_isr((orc_virtio *)f->bar) ? PCI_STATUS_INTERRUPT : 0;
+}
+
 /* ---- one function ------------------------------------------------------------------------------------------------ */
 
 static void read_function(struct function *f, orc_vcpu *by, uint32_t offset, uint8_t *data, uint32_t size)
@@ -57,6 +80,8 @@ static void read_function(struct function *f, orc_vcpu *by, uint32_t offset, uin
 	if (touches_window(f, offset, size))
 		through_window(f, by, false);
 	memcpy(data, f->bytes + offset, size);
+	if (offset <= PCI_STATUS && PCI_STATUS < offset + size)
+		data[PCI_STATUS - offset] |= interrupt_status(f);
 }
 
 /* Whether it has an effect. */
@@ -230,6 +255,7 @@ void orc_pci_window(orc_pci *p, uint32_t slot, uint32_t capability, orc_device *
 	pthread_mutex_lock(&p->lock);
 	p->function[slot]->window = capability;
 	p->function[slot]->bar = bar;
+	p->function[slot]->msix = find_msix(p->function[slot]);
 	pthread_mutex_unlock(&p->lock);
 }
 

@@ -24,8 +24,8 @@ orc_device *orc_pci_ports(orc_pci *); /* freeing it does nothing: it goes with t
 /* A function, before a bus has any of these: what it has at reset, the bits that the guest may write, and of these those with an
  * effect; ORC_PCI_SPACE bytes each. 0, -EINVAL (no such slot, or it is taken) or -ENOMEM. */
 int orc_pci_add(orc_pci *, uint32_t slot, const uint8_t *reset, const uint8_t *writable, const uint8_t *effect);
-/* It has the capability VIRTIO_PCI_CAP_PCI_CFG there (virtio 1.2, 4.1.4.9): its data are accesses of BAR 0, which `bar` answers.
- * NULL: of nobody; then, and from then on, `bar` is not called. */
+/* A virtio device, whose BAR 0 `bar` answers (orc_virtio_device), with the capability VIRTIO_PCI_CAP_PCI_CFG there (virtio 1.2, 4.1.4.9):
+ * its data are accesses of the BAR. NULL: of nobody; then, and from then on, `bar` is not called. */
 void orc_pci_window(orc_pci *, uint32_t slot, uint32_t capability, orc_device *bar);
 
 /* Any thread. Of a function that there is. */

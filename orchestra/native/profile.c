@@ -53,7 +53,8 @@ void orc_vcpu_profile_memory(orc_vcpu *v, const struct kvm_userspace_memory_regi
 
 static bool same(const struct orc_site *a, const struct orc_site *b)
 {
-	return a->rip == b->rip && a->space == b->space && a->mode == b->mode && a->cpl == b->cpl && a->rode == b->rode;
+	return a->rip == b->rip && a->space == b->space && a->mode == b->mode && a->cpl == b->cpl && a->rode == b->rode &&
+	       a->nested == b->nested;
 }
 
 /* Code around an address: what lies on pages that are there. */
@@ -97,7 +98,7 @@ static void add(orc_vcpu *v, struct orc_profile *p, struct orc_site *seen, orc_u
 
 void orc_profile_take(orc_vcpu *v, const struct orc_record *record, uint32_t every)
 {
-	struct orc_site seen = {.rip = record->rip};
+	struct orc_site seen = {.rip = record->rip, .nested = (record->flags & KVM_RUN_X86_GUEST_MODE) != 0};
 	orc_u64 weight = v->sample_passed;
 	struct orc_profile *p, *taken = NULL;
 	bool known;

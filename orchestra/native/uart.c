@@ -429,6 +429,6 @@ void orc_serial_listen(orc_uart *u)
 {
 	struct serial *s = (struct serial *)u;
 
-	orc_console_attach(s->console, (struct orc_console_reader){typed, u});
+	orc_console_attach(s->console, (struct orc_console_reader){.typed = typed, .device = u});
 	typed(u); /* what was typed before */
 }

@@ -232,6 +232,16 @@ orc_device *orc_virtio_device(orc_virtio *v)
 	return &v->bar;
 }
 
+uint8_t orc_virtio_isr(orc_virtio *v)
+{
+	uint8_t isr;
+
+	pthread_mutex_lock(&v->lock);
+	isr = v->isr;
+	pthread_mutex_unlock(&v->lock);
+	return isr;
+}
+
 uint16_t orc_virtio_type(const orc_virtio *v)
 {
 	return v->ops->type;

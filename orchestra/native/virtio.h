@@ -37,7 +37,9 @@ enum {
 	ORC_VIRTIO_QUEUES = 16,
 	ORC_VIRTIO_VECTORS = ORC_VIRTIO_QUEUES + 1, /* one for each queue, and one for changes of the configuration */
 	ORC_VIRTIO_CONFIG = 128,                    /* bytes of the device's own configuration, at most */
+	ORC_VIRTIO_KIND = 64,                       /* bytes of state that only its kind knows */
 };
+struct orc_virtio_state;
 
 /* BAR 0 of every device, whatever it has. A page for each part: a hypervisor above us could map them one by one, and the
  * offsets need no arithmetic. The size is a power of two, as that of a BAR is. */
@@ -80,6 +82,13 @@ struct orc_virtio_ops {
 	/* Any thread: nothing is taken from now on. Requests in flight end as they may, soon, and are put, which writes nothing
 	 * any more; the reset ends with the last of them. Also of a device that was not started. NULL: nothing. */
 	void (*reset)(orc_virtio *);
+	/* Runner: the same of one queue (2.6.1): whatever the device keeps of it is forgotten. NULL: nothing. */
+	void (*queue_reset)(orc_virtio *, uint16_t queue);
+	/* Any thread, nothing in flight: what only this kind keeps, in state->kind, which is zeroed; whether it can be in that state;
+	 * and to be in it, which was reset and has all else of it already. NULL, all of them: it keeps nothing. */
+	void (*save)(const orc_virtio *, struct orc_virtio_state *);
+	bool (*fits)(const orc_virtio *, const struct orc_virtio_state *);
+	void (*load)(orc_virtio *, const struct orc_virtio_state *);
 	void (*free)(orc_virtio *); /* frees it, after orc_virtio_fini. Nothing is in flight */
 };
 
@@ -166,6 +175,7 @@ bool orc_virtio_pci_answer(orc_device *, orc_vcpu *by, const struct orc_access *
  * or unbinds the vector's eventfd, before the guest goes on. Nothing else does. */
 orc_device *orc_virtio_device(orc_virtio *);
 uint16_t orc_virtio_type(const orc_virtio *);
+uint8_t orc_virtio_isr(orc_virtio *); /* 4.1.4.5, as it is, without the effect of a read. Any thread, the lock not held */
 uint16_t orc_virtio_queues(const orc_virtio *);
 uint16_t orc_virtio_vectors(const orc_virtio *);
 uint32_t orc_virtio_config_size(const orc_virtio *); /* of ORC_BAR_DEVICE; 0: it has none */
@@ -202,6 +212,7 @@ struct orc_virtio_state {
 	struct orc_vector vector[ORC_VIRTIO_VECTORS];
 	uint32_t pending; /* vectors that fired and that no irqfd has taken, a bit each */
 	uint8_t config[ORC_VIRTIO_CONFIG];
+	uint8_t kind[ORC_VIRTIO_KIND];
 };
 void orc_virtio_save(orc_virtio *, struct orc_virtio_state *);
 /* As one that was saved, of the same kind with the same features and memory. Its eventfds are set: those of pending vectors are
@@ -237,12 +248,42 @@ void orc_io_wake(orc_io *); /* any thread */
 /* virtio_rng.c: the host's getrandom(2). The one to copy. NULL: no memory. */
 orc_virtio *orc_virtio_rng_new(const orc_guest_memory *);
 
-/* virtio_console.c: output goes to the console. NULL: no memory. The console outlives it. */
-orc_virtio *orc_virtio_console_new(const orc_guest_memory *, orc_console *, uint16_t columns, uint16_t rows);
-/* It takes the console's input from now on; or, with false, nobody: then nothing that is typed reaches the device or its I/O
- * thread any more, which is to be so before orc_io_free. */
-void orc_virtio_console_listen(orc_virtio *, bool on);
+/* virtio_console.c: output goes to the console. With `ports`, at most ORC_CONSOLE_PORTS, it has so many besides (5.3,
+ * VIRTIO_CONSOLE_F_MULTIPORT), each of which must be given next. NULL: no memory. The console and its ports outlive it. */
+enum {
+	ORC_CONSOLE_PORTS = (ORC_VIRTIO_QUEUES - 4) / 2, /* two queues each, beside those of the console and for control messages */
+	ORC_CONSOLE_NAME = 64,                           /* bytes of a port's name */
+};
+orc_virtio *orc_virtio_console_new(const orc_guest_memory *, orc_console *, uint16_t columns, uint16_t rows, unsigned ports);
+/* Before it is attached: port 1 to `ports` is that one (orc_port_new). Its name: UTF-8, `size` bytes. */
+void orc_virtio_console_port(orc_virtio *, unsigned port, const char *name, size_t size, orc_console *);
+void orc_virtio_console_listen(orc_virtio *); /* it takes the console's input from now on; that of its ports it always takes */
+/* It takes no input and gives no output any more: what is done at the console and its ports reaches neither the device nor its I/O
+ * thread, which is to be so before orc_io_free. A second call does nothing. */
+void orc_virtio_console_stop(orc_virtio *);
 void orc_virtio_console_resize(orc_virtio *, uint16_t columns, uint16_t rows); /* any thread */
+
+/* virtio_balloon.c: memory that the guest does not use goes back to the host. Its memory has pages of 4 KiB. 0 or a negative errno. */
+enum {
+	ORC_BALLOON_SHARED = 1, /* memory of a memfd, whose pages are removed there */
+	ORC_BALLOON_FILE = 2,   /* private over a file: a page that was given back is as it is in the file */
+	ORC_BALLOON_REPORTING = 4, ORC_BALLOON_DEFLATE_ON_OOM = 8, ORC_BALLOON_MUST_TELL_HOST = 16, /* features to be offered */
+	ORC_BALLOON_STATISTICS = 10, /* that a driver may tell, by the numbers of VIRTIO_BALLOON_S_*: 5.5.6.4 */
+};
+int orc_virtio_balloon_new(const orc_guest_memory *, unsigned flags, orc_ns interval, orc_virtio **out);
+void orc_virtio_balloon_set_target(orc_virtio *, uint32_t pages); /* how many the guest shall do without. Any thread */
+struct orc_balloon_counters {
+	bool driver;       /* there is one */
+	uint32_t actual;   /* pages that it does without, by its own account */
+	orc_u64 inflated, deflated; /* pages that it told of */
+	orc_u64 reported;           /* bytes that it said are free */
+	orc_u64 given_back, failed; /* bytes that the host has, and that the kernel did not take */
+	orc_u64 updates;   /* how often it told its statistics */
+	orc_ns updated;    /* when, last */
+	uint32_t known;    /* those that it has told, a bit each */
+	orc_u64 statistic[ORC_BALLOON_STATISTICS];
+};
+void orc_virtio_balloon_look(orc_virtio *, struct orc_balloon_counters *out); /* any thread; waits for nobody */
 
 /* virtio_blk.c: a disk whose bytes a store has (store.h), which it frees; not if this fails. `id`: at most 20 characters, for the
  * guest's /dev/disk/by-id. 0 or a negative errno. */

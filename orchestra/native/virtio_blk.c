@@ -367,6 +367,12 @@ static void reset(orc_virtio *v)
 	forget_tickets((struct disk *)v);
 }
 
+static void reset_queue(orc_virtio *v, uint16_t queue)
+{
+	(void)queue; /* it has one */
+	reset(v);
+}
+
 /* ---- the device ------------------------------------------------------------------------------------------------- */
 
 static void free_disk(orc_virtio *v)
@@ -388,7 +394,7 @@ static const struct orc_virtio_ops ops = {
 	.config_size = offsetof(struct virtio_blk_config, write_zeroes_may_unmap) + 4,
 	.features = 1ull << VIRTIO_BLK_F_SIZE_MAX | 1ull << VIRTIO_BLK_F_SEG_MAX | 1ull << VIRTIO_BLK_F_BLK_SIZE |
 		    1ull << VIRTIO_BLK_F_FLUSH,
-	.serve = serve, .reset = reset, .free = free_disk,
+	.serve = serve, .reset = reset, .queue_reset = reset_queue, .free = free_disk,
 };
 
 static void configure(struct disk *d)

@@ -1,144 +1,155 @@
-/* A console (virtio 1.2, 5.3) of one port: what the guest transmits goes to the VM's console, and what is typed there comes in
- * when the guest has buffers for it. */
-#include <linux/virtio_console.h>
+/* A console (virtio 1.2, 5.3), and ports beside it: what the guest transmits goes to the VM's console or to a port of its, and what
+ * is written there comes in when the guest has buffers for it.
+ *
+ *     console   what the guest writes is kept as far as there is room, and a guest is never kept waiting
+ *     a port    what the guest writes waits in its queue until there is room: nothing is lost, and nothing is in flight meanwhile */
 #include <stdlib.h>
 #include <string.h>
 
-#include "core.h"
-#include "virtio.h"
+#include "virtio_console.h"
 
-enum { RECEIVE, TRANSMIT, QUEUES }; /* 5.3.2 */
-enum { QUEUE = 64 };                /* as other VMMs have it: a page of text in each buffer is a lot of text */
+enum { QUEUES = 2, CONTROL_QUEUES = 2 }; /* of each port; and with ports */
+enum { QUEUE = 64 };                     /* as other VMMs have it: a page of text in each buffer is a lot of text */
 
-struct console {
-	orc_virtio virtio;
-	orc_console *console;
-	_Atomic bool listening; /* it is the one that takes the console's input */
-};
-
-static void say(struct console *c, const uint8_t *data, size_t size)
+static bool has_ports(const struct orc_console_device *c) /* negotiated: 5.3.5 */
 {
-	orc_console_say(c->console, orc_io_voice(&c->virtio), data, size);
+	return orc_virtio_has(&c->virtio, VIRTIO_CONSOLE_F_MULTIPORT);
 }
 
 /* ---- input ------------------------------------------------------------------------------------------------------ */
 
 /* Puts what waits into a chain. */
-static uint32_t give(struct console *c, const struct orc_chain *chain)
+static uint32_t give(struct orc_console_port *p, const struct orc_chain *chain)
 {
 	uint8_t input[ORC_CONSOLE_TYPED];
 	size_t n = chain->writable_bytes < sizeof input ? chain->writable_bytes : sizeof input;
 
-	n = orc_console_read(c->console, orc_io_voice(&c->virtio), input, n);
+	n = orc_console_read(p->stream, orc_io_voice(&p->device->virtio), input, n);
 	return (uint32_t)orc_chain_write(chain, 0, input, n);
 }
 
-static bool has_input(const struct console *c)
+/* For a guest that has it open: Linux drops what comes before. */
+static bool has_input(const struct orc_console_port *p)
 {
-	return atomic_load(&c->listening) && orc_console_typed(c->console);
+	return atomic_load(&p->listening) && (p->open || !has_ports(p->device)) && orc_console_typed(p->stream);
 }
 
-static void typed(void *device)
-{
-	orc_virtio_again(device, RECEIVE);
-}
-
-static enum orc_served serve_receive(struct console *c, struct orc_queue *q)
+static enum orc_served serve_receive(struct orc_console_port *p, struct orc_queue *q)
 {
 	struct orc_chain chain;
 
 	for (unsigned left = q->size; left; left--) {
-		if (!has_input(c))
+		if (!has_input(p))
 			return ORC_WAITING;
 		if (!orc_queue_take(q, &chain))
 			return ORC_DRAINED;
 		if (chain.readable) /* 5.3.6.1 */
 			orc_queue_refuse(q, &chain);
 		else
-			orc_queue_put(q, &chain, give(c, &chain));
+			orc_queue_put(q, &chain, give(p, &chain));
 	}
 	return ORC_MORE;
 }
 
 /* ---- output ----------------------------------------------------------------------------------------------------- */
 
-static void transmit(struct console *c, const struct orc_chain *chain)
+static size_t say(struct orc_console_port *p, const uint8_t *data, size_t size)
 {
-	for (unsigned i = 0; i < chain->readable; i++) /* of a long one the console copies no more than it keeps */
-		say(c, chain->iov[i].iov_base, chain->iov[i].iov_len);
+	orc_vcpu *voice = orc_io_voice(&p->device->virtio);
+
+	if (p->number)
+		return orc_port_say(p->stream, voice, data, size);
+	orc_console_say(p->stream, voice, data, size); /* of a long one the console copies no more than it keeps */
+	return size;
 }
 
-static enum orc_served serve_transmit(struct console *c, struct orc_queue *q)
+/* Whether all of it is output now. What is left is sent when the chain is taken again: it may be shorter by then. */
+static bool transmit(struct orc_console_port *p, const struct orc_chain *chain)
+{
+	struct iovec left[ORC_CHAIN_MOST];
+	size_t pieces = orc_iov_slice(chain->iov, chain->readable, p->sent, chain->readable_bytes, left);
+
+	for (size_t i = 0; i < pieces; i++) {
+		size_t n = say(p, left[i].iov_base, left[i].iov_len);
+
+		p->sent += (uint32_t)n;
+		if (n < left[i].iov_len)
+			return false;
+	}
+	p->sent = 0;
+	return true;
+}
+
+void orc_console_port_closed(struct orc_console_port *p)
+{
+	p->closing = false;
+	if (p->number)
+		orc_port_set_open(p->stream, orc_io_voice(&p->device->virtio), false);
+}
+
+static enum orc_served serve_transmit(struct orc_console_port *p, struct orc_queue *q)
 {
 	struct orc_chain chain;
 	orc_u64 bytes = 0;
 
 	for (unsigned left = q->size; left && bytes < ORC_CONSOLE_KEPT; left--, bytes += chain.readable_bytes) {
-		if (!orc_queue_take(q, &chain))
+		if (!orc_queue_take(q, &chain)) {
+			if (p->closing)
+				orc_console_port_closed(p);
 			return ORC_DRAINED;
+		}
 		if (chain.writable) { /* 5.3.6.1 */
 			orc_queue_refuse(q, &chain);
-		} else {
-			transmit(c, &chain);
+		} else if (transmit(p, &chain)) {
 			orc_queue_put(q, &chain, 0);
+		} else {
+			orc_queue_give_back(q, &chain);
+			return ORC_WAITING; /* for the reader */
 		}
 	}
 	return ORC_MORE;
 }
 
-/* ---- the device ------------------------------------------------------------------------------------------------- */
+/* ---- what happens at a console ---------------------------------------------------------------------------------- */
 
-static enum orc_served serve(orc_virtio *v, uint16_t queue)
+static void typed(void *port)
 {
-	struct console *c = (struct console *)v;
+	struct orc_console_port *p = port;
 
-	return queue == RECEIVE ? serve_receive(c, &v->queue[queue]) : serve_transmit(c, &v->queue[queue]);
+	orc_virtio_again(&p->device->virtio, orc_console_receive_queue(p));
 }
 
-/* 5.3.5.1: a character, also before there is a driver. */
-static void write_config(orc_virtio *v, uint32_t offset, const uint8_t *data, uint32_t size)
+static void room(void *port)
 {
-	(void)size;
-	if (offset == offsetof(struct virtio_console_config, emerg_wr))
-		say((struct console *)v, data, 1);
+	struct orc_console_port *p = port;
+
+	orc_virtio_again(&p->device->virtio, orc_console_transmit_queue(p));
 }
 
-static void free_console(orc_virtio *v)
+static void take_input(struct orc_console_port *p)
 {
-	orc_virtio_console_listen(v, false);
-	orc_virtio_fini(v);
-	free(v);
+	atomic_store(&p->listening, true);
+	orc_console_attach(p->stream, (struct orc_console_reader){typed, p, room});
+	typed(p); /* what was typed before */
 }
 
-static const struct orc_virtio_ops console = {
-	.type = VIRTIO_ID_CONSOLE, .queues = QUEUES, .queue_size = QUEUE, .config_size = sizeof(struct virtio_console_config),
-	.features = 1ull << VIRTIO_CONSOLE_F_SIZE | 1ull << VIRTIO_CONSOLE_F_EMERG_WRITE,
-	.serve = serve, .config_write = write_config, .free = free_console,
-};
-
-orc_virtio *orc_virtio_console_new(const orc_guest_memory *memory, orc_console *output, uint16_t columns, uint16_t rows)
+void orc_virtio_console_listen(orc_virtio *v)
 {
-	const struct virtio_console_config config = {.cols = columns, .rows = rows};
-	struct console *c = calloc(1, sizeof *c);
-
-	if (!c)
-		return NULL;
-	c->console = output;
-	orc_virtio_init(&c->virtio, &console, memory, 0, 0);
-	memcpy(c->virtio.config, &config, sizeof config);
-	return &c->virtio;
+	take_input(&((struct orc_console_device *)v)->port[0]);
 }
 
-void orc_virtio_console_listen(orc_virtio *v, bool on)
+void orc_virtio_console_stop(orc_virtio *v)
 {
-	struct console *c = (struct console *)v;
+	struct orc_console_device *c = (struct orc_console_device *)v;
 
-	atomic_store(&c->listening, on);
-	if (on) {
-		orc_console_attach(c->console, (struct orc_console_reader){typed, v});
-		typed(v); /* what was typed before */
-	} else {
-		orc_console_detach(c->console, v);
+	for (unsigned i = 0; i < c->n; i++) {
+		struct orc_console_port *p = &c->port[i];
+
+		if (!atomic_exchange(&p->listening, false))
+			continue;
+		orc_console_detach(p->stream, p);
+		if (p->number)
+			orc_port_set_open(p->stream, NULL, false);
 	}
 }
 
@@ -147,4 +158,175 @@ void orc_virtio_console_resize(orc_virtio *v, uint16_t columns, uint16_t rows)
 	const uint16_t size[] = {columns, rows};
 
 	orc_virtio_config_set(v, offsetof(struct virtio_console_config, cols), size, sizeof size);
+	pthread_mutex_lock(&v->lock);
+	orc_console_tell_size((struct orc_console_device *)v);
+	pthread_mutex_unlock(&v->lock);
+}
+
+/* ---- the device ------------------------------------------------------------------------------------------------- */
+
+/* Of a data queue. */
+static struct orc_console_port *port_of(struct orc_console_device *c, uint16_t queue)
+{
+	return &c->port[queue < QUEUES ? 0 : queue / 2 - 1];
+}
+
+static bool is_control(uint16_t queue)
+{
+	return queue == ORC_CONSOLE_CONTROL_RECEIVE || queue == ORC_CONSOLE_CONTROL_TRANSMIT;
+}
+
+static enum orc_served serve(orc_virtio *v, uint16_t queue)
+{
+	struct orc_console_device *c = (struct orc_console_device *)v;
+	struct orc_queue *q = &v->queue[queue];
+
+	if (queue >= QUEUES && !has_ports(c)) /* 5.3.2: there is none of that number */
+		return ORC_WAITING;
+	if (queue == ORC_CONSOLE_CONTROL_RECEIVE)
+		return orc_console_serve_control_receive(c, q);
+	if (queue == ORC_CONSOLE_CONTROL_TRANSMIT)
+		return orc_console_serve_control_transmit(c, q);
+	return queue % 2 ? serve_transmit(port_of(c, queue), q) : serve_receive(port_of(c, queue), q);
+}
+
+/* 5.3.5.1: a character, also before there is a driver. */
+static void write_config(orc_virtio *v, uint32_t offset, const uint8_t *data, uint32_t size)
+{
+	(void)size;
+	if (offset == offsetof(struct virtio_console_config, emerg_wr))
+		say(&((struct orc_console_device *)v)->port[0], data, 1);
+}
+
+static void reset(orc_virtio *v)
+{
+	struct orc_console_device *c = (struct orc_console_device *)v;
+
+	for (unsigned i = 0; i < c->n; i++) {
+		struct orc_console_port *p = &c->port[i];
+
+		p->added = p->ready = p->open = false;
+		p->pending = 0;
+		p->sent = 0;
+		orc_console_port_closed(p);
+	}
+}
+
+static void reset_queue(orc_virtio *v, uint16_t queue)
+{
+	if (queue % 2 && !is_control(queue))
+		port_of((struct orc_console_device *)v, queue)->sent = 0;
+}
+
+static void free_console(orc_virtio *v)
+{
+	orc_virtio_console_stop(v);
+	orc_virtio_fini(v);
+	free(v);
+}
+
+/* ---- its state -------------------------------------------------------------------------------------------------- */
+
+/* Of a port. What waits in its stream is the stream's. */
+struct saved {
+	uint8_t flags, pending;
+	uint16_t unused;
+	uint32_t sent;
+};
+enum { ADDED = 1, READY = 2, IS_OPEN = 4, CLOSING = 8, FLAGS = 15 };
+_Static_assert(sizeof(struct saved[1 + ORC_CONSOLE_PORTS]) <= ORC_VIRTIO_KIND, "state of the ports");
+
+static void save(const orc_virtio *v, struct orc_virtio_state *s)
+{
+	const struct orc_console_device *c = (const struct orc_console_device *)v;
+	struct saved saved[1 + ORC_CONSOLE_PORTS] = {0};
+
+	for (unsigned i = 0; i < c->n; i++) {
+		const struct orc_console_port *p = &c->port[i];
+
+		saved[i] = (struct saved){.flags = (uint8_t)(p->added * ADDED | p->ready * READY | p->open * IS_OPEN | p->closing * CLOSING),
+					  .pending = p->pending, .sent = p->sent};
+	}
+	memcpy(s->kind, saved, sizeof saved);
+}
+
+/* Nothing of a port without control messages; and each of a port's states has those before it. */
+static bool fits(const orc_virtio *v, const struct orc_virtio_state *s)
+{
+	const bool ports = s->status & VIRTIO_CONFIG_S_DRIVER_OK && s->accepted >> VIRTIO_CONSOLE_F_MULTIPORT & 1;
+	const struct orc_console_device *c = (const struct orc_console_device *)v;
+	struct saved saved[1 + ORC_CONSOLE_PORTS];
+
+	memcpy(saved, s->kind, sizeof saved);
+	for (unsigned i = 0; i < 1 + ORC_CONSOLE_PORTS; i++) {
+		uint8_t f = saved[i].flags;
+
+		if ((!ports || i >= c->n) && (f || saved[i].pending || saved[i].sent))
+			return false;
+		if (f & ~FLAGS || !orc_console_can_be_pending(saved[i].pending) || (!(f & ADDED) && saved[i].pending) ||
+		    (f & READY && !(f & ADDED)) || (f & (IS_OPEN | CLOSING) && !(f & READY)) ||
+		    (f & (IS_OPEN | CLOSING)) == (IS_OPEN | CLOSING))
+			return false;
+	}
+	return true;
+}
+
+static void load(orc_virtio *v, const struct orc_virtio_state *s)
+{
+	struct orc_console_device *c = (struct orc_console_device *)v;
+	struct saved saved[1 + ORC_CONSOLE_PORTS];
+
+	memcpy(saved, s->kind, sizeof saved);
+	for (unsigned i = 0; i < c->n; i++) {
+		struct orc_console_port *p = &c->port[i];
+
+		p->added = saved[i].flags & ADDED;
+		p->ready = saved[i].flags & READY;
+		p->open = saved[i].flags & IS_OPEN;
+		p->closing = saved[i].flags & CLOSING;
+		p->pending = saved[i].pending;
+		p->sent = saved[i].sent;
+		if (p->number && (p->open || p->closing))
+			orc_port_set_open(p->stream, orc_io_voice(v), true);
+	}
+}
+
+/* ---- made ------------------------------------------------------------------------------------------------------- */
+
+static const struct orc_virtio_ops ops = {
+	.type = VIRTIO_ID_CONSOLE, .queue_size = QUEUE, .config_size = sizeof(struct virtio_console_config),
+	.features = 1ull << VIRTIO_CONSOLE_F_SIZE | 1ull << VIRTIO_CONSOLE_F_EMERG_WRITE,
+	.serve = serve, .config_write = write_config, .reset = reset, .queue_reset = reset_queue,
+	.save = save, .fits = fits, .load = load, .free = free_console,
+};
+
+orc_virtio *orc_virtio_console_new(const orc_guest_memory *memory, orc_console *console, uint16_t columns, uint16_t rows, unsigned ports)
+{
+	struct virtio_console_config config = {.cols = columns, .rows = rows};
+	struct orc_console_device *c = calloc(1, sizeof *c);
+
+	if (!c)
+		return NULL;
+	c->n = 1 + ports;
+	c->port[0].stream = console;
+	for (unsigned i = 0; i < c->n; i++) {
+		c->port[i].device = c;
+		c->port[i].number = (uint8_t)i;
+	}
+	if (ports)
+		config.max_nr_ports = c->n; /* valid with the feature alone: 5.3.4 */
+	orc_virtio_init(&c->virtio, &ops, memory, (uint16_t)(QUEUES * c->n + (ports ? CONTROL_QUEUES : 0)),
+			ports ? 1ull << VIRTIO_CONSOLE_F_MULTIPORT : 0);
+	memcpy(c->virtio.config, &config, sizeof config);
+	return &c->virtio;
+}
+
+void orc_virtio_console_port(orc_virtio *v, unsigned port, const char *name, size_t size, orc_console *stream)
+{
+	struct orc_console_port *p = &((struct orc_console_device *)v)->port[port];
+
+	p->stream = stream;
+	p->name_size = (uint8_t)(size < sizeof p->name ? size : sizeof p->name);
+	memcpy(p->name, name, p->name_size);
+	take_input(p);
 }

@@ -59,6 +59,8 @@ static void write_queue_reset(orc_virtio *v, uint16_t i, uint16_t value)
 		return;
 	v->queue[i].enabled = false;
 	v->queue_resetting |= 1ull << i;
+	if (v->ops->queue_reset)
+		v->ops->queue_reset(v, i);
 	orc_virtio_settle(v);
 }
 

@@ -1,4 +1,5 @@
 /* An entropy device (virtio 1.2, 5.4): one queue of buffers, which are filled with the host's random bytes. */
+#include <errno.h>
 #include <stdlib.h>
 #include <sys/random.h>
 
@@ -10,14 +11,16 @@ enum {
 	BYTES = 4096,
 };
 
+/* At least one byte (5.4.6.2): once the host's pool is seeded, which orc_virtio_rng_new has seen, there always are some. */
 static uint32_t fill(const struct orc_chain *c)
 {
 	uint8_t bytes[BYTES];
 	size_t wanted = c->writable_bytes < BYTES ? c->writable_bytes : BYTES;
-	ssize_t n = getrandom(bytes, wanted, GRND_NONBLOCK);
+	ssize_t n;
 
-	/* Not yet seeded, or no memory: none. The driver asks again. */
-	return n <= 0 ? 0 : (uint32_t)orc_chain_write(c, 0, bytes, (size_t)n);
+	while ((n = getrandom(bytes, wanted, 0)) < 0 && errno == EINTR)
+		;
+	return n < 0 ? 0 : (uint32_t)orc_chain_write(c, 0, bytes, (size_t)n);
 }
 
 static enum orc_served serve(orc_virtio *v, uint16_t queue)
@@ -49,7 +52,10 @@ static const struct orc_virtio_ops rng = {
 orc_virtio *orc_virtio_rng_new(const orc_guest_memory *memory)
 {
 	orc_virtio *v = calloc(1, sizeof *v);
+	uint8_t byte;
 
+	while (getrandom(&byte, 1, 0) < 0 && errno == EINTR) /* waits, if the host itself is just booting */
+		;
 	if (v)
 		orc_virtio_init(v, &rng, memory, 0, 0);
 	return v;

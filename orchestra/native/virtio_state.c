@@ -23,6 +23,8 @@ void orc_virtio_save(orc_virtio *v, struct orc_virtio_state *s)
 	}
 	memcpy(s->vector, v->vector, sizeof s->vector);
 	memcpy(s->config, v->config, sizeof s->config);
+	if (v->ops->save)
+		v->ops->save(v, s);
 	pthread_mutex_unlock(&v->lock);
 }
 
@@ -101,6 +103,8 @@ static void take_over(orc_virtio *v, const struct orc_virtio_state *s, const str
 	}
 	memcpy(v->vector, s->vector, sizeof v->vector);
 	memcpy(v->config, s->config, sizeof v->config);
+	if (v->ops->load)
+		v->ops->load(v, s);
 	fire_saved(v, s->pending);
 	if (v->status & VIRTIO_CONFIG_S_DRIVER_OK && v->ops->start)
 		v->ops->start(v);
@@ -113,7 +117,7 @@ bool orc_virtio_load(orc_virtio *v, const struct orc_virtio_state *s)
 	bool fits;
 
 	pthread_mutex_lock(&v->lock);
-	fits = is_state(v, s) && !orc_virtio_in_flight(v);
+	fits = is_state(v, s) && !orc_virtio_in_flight(v) && (!v->ops->fits || v->ops->fits(v, s));
 	for (uint16_t i = 0; fits && i < v->queues; i++)
 		fits = make_queue(v, s, i, &queue[i]);
 	if (fits)

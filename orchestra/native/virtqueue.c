@@ -320,10 +320,10 @@ bool orc_queue_listen(struct orc_queue *q)
 {
 	if (!q->enabled || q->error)
 		return false;
+	if (load(&q->used->flags)) /* with event indices too: 2.7.10.2 */
+		store(q, &q->used->flags, 0);
 	if (q->event_idx)
 		store(q, avail_event(q), q->next_avail);
-	else
-		store(q, &q->used->flags, 0);
 	/* seq_cst, both: the driver writes the index and then looks whether to notify (2.7.13.4.1), we the other way round. What it
 	 * made available before it could see our wish we see here. */
 	return load(&q->avail->idx) != q->next_avail;

@@ -30,6 +30,11 @@ struct orc_guest_memory {
 orc_guest_memory *orc_guest_memory_new(const struct kvm_userspace_memory_region *, size_t slots, orc_dirty *);
 void orc_guest_memory_free(orc_guest_memory *);
 
+/* Has the host give its pages now, for writing: MADV_POPULATE_WRITE (Linux 5.14), else by touching each. What is there stays,
+ * also while others write it. Any thread. 0 or a negative errno. */
+int orc_populate(void *host, size_t size);
+void orc_touch(void *host, size_t size); /* the latter; a page that the host has not ends the process */
+
 enum orc_queue_error {
 	ORC_QUEUE_FINE = 0,
 	/* When a queue is enabled, or taken over. */

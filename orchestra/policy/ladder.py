@@ -29,7 +29,7 @@ from typing import Any, ClassVar, Final
 
 import attrs
 
-from ..model.actions import Action, CapCpu, Evict, Isolate, Pause, Stop, Throttle, Warn
+from ..model.actions import Action, CapCpu, Evict, Isolate, Pause, SetMemory, Stop, Throttle, Warn
 from ..model.effects import inverse
 from .facts import Facts, VmFacts
 from .harm import HARM, Signals
@@ -252,6 +252,8 @@ class Ladder(Metered):
             return Throttle(limit=step.limit, meter=self.meter, **about)
         if step.cpu is not None:
             return CapCpu(share=step.cpu, **about)
+        if step.memory is not None:
+            return SetMemory(memory=step.memory, **about)
         return _ACTIONS[step.rung](**about)
 
     def _evidence(self, state: LadderState, facts: Facts) -> dict[str, Any]:
@@ -266,4 +268,4 @@ _ACTIONS: Final[Mapping[Rung, Callable[..., Action]]] = {
     Rung.EVICT: Evict,
     Rung.STOP: Stop,
 }
-"""The actions that need nothing but the VM. A throttle and a cap need the figures of their step."""
+"""The actions that need nothing but the VM. The others need the figures of their step."""

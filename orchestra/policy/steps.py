@@ -8,6 +8,7 @@ from typing import Any, Final
 import attrs
 
 from ..model.errors import SpecError
+from ..model.memory import check_size
 from ..model.spec import Limit, Meter, as_meter, optional_limit
 from .harm import HARM, OWN, calm, check_signal
 from .rates import unfelt
@@ -26,6 +27,7 @@ class Rung(StrEnum):
     WARN = "warn"
     THROTTLE = "throttle"
     CAP_CPU = "cap_cpu"
+    SET_MEMORY = "set_memory"
     ISOLATE = "isolate"
     PAUSE = "pause"
     EVICT = "evict"
@@ -85,6 +87,7 @@ class Step:
         returns: how many times the VM must have come up to the step below since it was last on no step.
         limit: the limit of a throttle.
         cpu: the share of a CPU cap: a part of the time.
+        memory: what the guest is asked to keep to (`SetMemory`), in bytes. VMs need a `Balloon` for that.
 
     Raises:
         SpecError: a number is out of its range, or a figure is missing that the rung needs, or is there and not needed.
@@ -98,6 +101,7 @@ class Step:
     returns: int = 0
     limit: Limit | None = None
     cpu: float | None = None
+    memory: int | None = None
 
     def __attrs_post_init__(self) -> None:
         if self.rung is Rung.OBSERVE:
@@ -116,6 +120,12 @@ class Step:
             )
         if self.cpu is not None:
             within("cpu", self.cpu, 0.01, 1, "of the time")
+        if (self.memory is None) == (self.rung is Rung.SET_MEMORY):
+            raise SpecError(
+                f"{self.rung}: memory={self.memory!r}: set_memory needs its bytes of memory, nothing else has any"
+            )
+        if self.memory is not None:
+            check_size("memory", self.memory)
 
     @property
     def tail(self) -> float:

@@ -32,6 +32,8 @@ class Instruction:
         text: disassembly, Intel syntax; None without a disassembler or bytes.
         symbol: the function it is in; None if no symbols were given or none fits.
         offset: bytes from the symbol to it.
+        nested: a guest of the guest made the locks. The address, the ring and the space are then in that guest, and
+            no symbol is given: the files are about another.
     """
 
     address: int
@@ -47,6 +49,7 @@ class Instruction:
     text: str | None = None
     symbol: str | None = None
     offset: int = 0
+    nested: bool = False
 
     @property
     def place(self) -> str:

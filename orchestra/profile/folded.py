@@ -14,7 +14,8 @@ def _frame(text: str) -> str:
 
 
 def _space(instruction: Instruction) -> str:
-    return f"space {instruction.space:#x}" if instruction.space else "no paging"
+    space = f"space {instruction.space:#x}" if instruction.space else "no paging"
+    return f"nested guest, {space}" if instruction.nested else space
 
 
 def _function(instruction: Instruction) -> str:

@@ -22,8 +22,9 @@ Row: TypeAlias = tuple[int, int, int, int, int, int, bytes]
 """rip, mode, cpl, space, samples, weight, code: as the journal's table `profiles` has them.
 
 `code` begins with two bytes of its own: how many of the others are before `rip`, and where `rip` is (0: on the
-instruction, 1: behind it, 2: either).
+instruction, 1: behind it, 2: either; 4 more: in a nested guest).
 """
+_NESTED: Final = 4
 
 
 @attrs.frozen
@@ -35,6 +36,7 @@ class Place:
     cpl: int
     space: int
     where: Where
+    nested: bool = False
 
 
 @attrs.define(eq=False)
@@ -61,7 +63,7 @@ class Samples:
         usual: Where = {"fault-like": "on", "trap-like": "behind"}.get(detection or "", "either")  # type: ignore[assignment]
         self.unplaced += lost
         for s in sampled:
-            place = Place(s.rip, s.mode, s.cpl, s.space, "either" if s.rode else usual)
+            place = Place(s.rip, s.mode, s.cpl, s.space, "either" if s.rode else usual, s.nested)
             for sums in (self.places, self._new):
                 put(sums, place, s.samples, s.weight, s.error, s.before, s.code)
         for sums in (self.places, self._new):
@@ -80,9 +82,13 @@ class Samples:
         """What is new since this was asked last."""
         new, self._new = self._new, {}
         return [
-            (p.rip, p.mode, p.cpl, p.space, s.samples, s.weight, bytes((s.before, _WHERE.index(p.where))) + s.code)
+            (p.rip, p.mode, p.cpl, p.space, s.samples, s.weight, bytes((s.before, _mark(p))) + s.code)
             for p, s in new.items()
         ]
+
+
+def _mark(place: Place) -> int:
+    return _WHERE.index(place.where) + (_NESTED if place.nested else 0)
 
 
 def put(
@@ -103,7 +109,8 @@ def from_rows(rows: Iterable[Row]) -> dict[Place, Sum]:
     """The sums of a journal's rows."""
     sums: dict[Place, Sum] = {}
     for rip, mode, cpl, space, samples, weight, blob in rows:
-        known = len(blob) >= 2 and blob[1] < len(_WHERE)
-        place = Place(rip, mode, cpl, space, _WHERE[blob[1]] if known else "either")
+        nested, where = divmod(blob[1], _NESTED) if len(blob) >= 2 else (0, len(_WHERE))
+        known = nested <= 1 and where < len(_WHERE)
+        place = Place(rip, mode, cpl, space, _WHERE[where] if known else "either", known and nested == 1)
         put(sums, place, samples, weight, 0, blob[0] if known else 0, blob[2:] if known else b"")
     return sums

@@ -39,6 +39,7 @@ def _instruction(place: Place, total: Sum, disassemble: bool) -> Instruction:
         exact=found.locks if found else place.where == "on",
         code=found.code if found else b"",
         text=found.text if found else None,
+        nested=place.nested,
     )
 
 
@@ -54,10 +55,10 @@ def make_profile(
     """Parameters as `Profile`'s fields; `symbols`: the first that knows an address names it."""
     symbols = tuple(symbols)
     disassemble = disassembly.available()
-    merged: dict[tuple[int, int, int, int], Instruction] = {}
+    merged: dict[tuple[int, int, int, int, bool], Instruction] = {}
     for place, total in places.items():
         one = _instruction(place, total, disassemble)
-        key = (one.address, one.mode, one.cpl, one.space)
+        key = (one.address, one.mode, one.cpl, one.space, one.nested)
         same = merged.get(key)  # reported on it as well as behind it
         if same is not None:
             one = attrs.evolve(
@@ -70,7 +71,7 @@ def make_profile(
     weight = sum(one.weight for one in merged.values())
     instructions = []
     for one in sorted(merged.values(), key=lambda one: (-one.weight, one.address, one.space, one.cpl)):
-        symbol, offset = _name(one.address, symbols)
+        symbol, offset = (None, 0) if one.nested else _name(one.address, symbols)
         instructions.append(
             attrs.evolve(one, share=one.weight / weight if weight else 0.0, symbol=symbol, offset=offset)
         )

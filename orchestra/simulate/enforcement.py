@@ -103,6 +103,8 @@ class SimulatedEnforcement:
         return key
 
     def _count(self, host: int, key: Key, more: int) -> None:
+        if key.what is What.MEMORY:
+            return  # a guest that gives memory back runs as before: the simulator has no memory
         if key.what is not What.THROTTLE:
             self.hindering[host] += more
         elif key.vm is not None:  # a limit of a host or a tenant may stand for ever: no reason to look at an idle host

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import attrs
 
-from ..model.actions import CapCpu, Evict, Isolate, Kill, Pause, Stop, Throttle, Warn
+from ..model.actions import CapCpu, Evict, Isolate, Kill, Pause, SetMemory, Stop, Throttle, Warn
 from .arrays import Bools, Floats, Ints, np
 from .enforcement import SimulatedEnforcement
 from .engines import ActionRecord
@@ -261,7 +261,11 @@ class Metrics:
             )
             if restrains:
                 self._restrained(vm, deed.time, harmless=isinstance(action, Warn))
-            elif not self.enforcement.held[vm] and np.isfinite(self.last_guilty[vm]):
+            elif (
+                not isinstance(action, SetMemory)
+                and not self.enforcement.held[vm]
+                and np.isfinite(self.last_guilty[vm])
+            ):
                 self.release.append(max(0.0, deed.time - float(self.last_guilty[vm])))
 
     def _restrained(self, vm: int, time: float, harmless: bool) -> None:

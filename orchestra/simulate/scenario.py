@@ -11,7 +11,7 @@ from typing import Final
 
 import attrs
 
-from ..config import toml as tomlfile
+from .. import toml as tomlfile
 from ..config.forms import dialect
 from ..model.codec import CodecError, Wrong
 from ..model.errors import SpecError
@@ -253,7 +253,7 @@ def read_scenario(path: Path | str) -> Scenario:
     """A scenario from a TOML file.
 
     Raises:
-        orchestra.config.toml.TomlError: it says what can't be; all mistakes at once, with line and key.
+        orchestra.toml.TomlError: it says what can't be; all mistakes at once, with line and key.
         OSError: it can't be read.
     """
     return tomlfile.read(Path(path), Scenario, SCENARIO)

@@ -10,6 +10,7 @@ from ..backend.memory import GuestMemory
 from ..backend.memory_layout import memory_slots
 from ..machine.devices.bus import Bus, NativeDevice
 from ..machine.devices.console import Console
+from ..machine.devices.consoleport import Ports
 from ..machine.devices.pci import OnBus, PciHost
 from ..machine.devices.peripheral import Hooks, Peripheral, implementation
 from ..machine.devices.timers import Timers, VmTimer
@@ -27,6 +28,13 @@ CONFIGURATION: Final = 1 << 15  # of device 1, in the memory-mapped window
 def answer(native: Any, offset: int, data: bytes) -> bool:
     """Write to an ``orc_device``. False: it goes up to Python."""
     return bool(lib.orc_device_answer(native, offset, len(data), 1, True, ffi.from_buffer(bytearray(data))))
+
+
+def ask(native: Any, offset: int, size: int) -> int:
+    """Read an ``orc_device``. No read goes up to Python."""
+    data = ffi.new("uint8_t[]", size)
+    assert lib.orc_device_answer(native, offset, size, 1, False, data)
+    return int.from_bytes(ffi.buffer(data), "little")
 
 
 class RecordedLine:
@@ -101,6 +109,7 @@ class DeviceRig:
         device: the device.
         memory: the guest's memory, which a test writes like the guest.
         line, pulse, msis: its interrupts; `line.levels`, `pulse.fired`, `msis[0].fired` and `.where` say what it did.
+        console, ports: what the device has to talk and listen to.
         now: the time, in nanoseconds. `advance` sets it.
         outcomes: with which the device ended the VM.
         wall_clock: seconds since 1970 of the host's clock.
@@ -115,6 +124,7 @@ class DeviceRig:
         self.outcomes: list[Outcome] = []
         self.wall_clock = 1_700_000_000.0
         self.console = Console(lambda wake: wake())
+        self.ports = Ports(lambda wake: wake(), [spec])
         self.mmio = Bus("mmio", 1 << 52)
         self.bus = PciHost(self.mmio, [] if wiring.pci is None else [wiring.pci])
         self.bells = tuple(RecordedBell() for _ in (wiring.pci.bells if wiring.pci is not None else ()))
@@ -125,6 +135,7 @@ class DeviceRig:
             memory=self.memory,
             timer=self._timers.new,
             console=self.console,
+            ports=self.ports,
             end=self.outcomes.append,
             wall_clock=lambda: self.wall_clock,
             line=self.line,
@@ -134,6 +145,7 @@ class DeviceRig:
             bells=self.bells,
             bus=self.bus,
             guest=guest,
+            backing=self.memory.backing,
         )
         kind = implementation(spec)
         self.device: Peripheral[Any, Any] = kind(spec, hooks) if state is None else kind.from_state(spec, hooks, state)

@@ -156,6 +156,8 @@ class EmulatedBackend:
             ), can
         if what := unwired(spec.machine_devices, spec.irqchip_kind):
             return f"{what}: the emulated backend delivers no interrupts and has no ioeventfds", can
+        if spec.cpu != "host":
+            return "cpu: the emulated backend has one CPU, unicorn's, and shows it as it is", can
         ring = spec.backing.dirty_ring
         if ring is not None or spec.log_dirty or any(region.log_dirty for region in spec.regions):
             return (

@@ -6,11 +6,15 @@ import errno
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
+import attrs
+
+from ...model.cpu import MSRS, CpuTemplate
 from ...model.errors import BusLockUnsupported, OrchestraError, SpecError
 from ...model.memory import MMIO_HOLE, PAGE
 from ...model.spec import VmSpec
+from ...model.topology import Topology
 from ...native import ffi, lib
 from ...native.core import VcpuCore, install_signal, monotonic_ns
 from .. import Detection
@@ -20,7 +24,8 @@ from ..memory_layout import entries, memory_slots
 from ..registers import Registers, SpecialRegisters
 from ..threaded import ThreadedEngine
 from . import state
-from .cpuid import Cpuid, make_cpuid, missing_features
+from .cpu import features_of, lacking, make_cpuid, missing_features, msr_values
+from .cpuid import Cpuid
 from .dirty import DirtyLog
 from .ioctl import failure
 from .system import Kvm
@@ -36,6 +41,9 @@ IDENTITY_MAP_ADDRESS: Final = 0xFFFB_C000
 
 SLOT: Final = ((1 << 31) - 1) * PAGE
 """Bytes of a memory slot at most (include/linux/kvm_host.h, KVM_MEM_MAX_NR_PAGES: its bitmap of pages must fit)."""
+
+MOST_KINDS: Final = 256
+"""Kinds of CPUs that are remembered. A table takes 2 KiB, and users may bring any number of templates."""
 
 IRQCHIPS: Final = {"none": lib.ORC_NO_IRQCHIP, "full": lib.ORC_FULL_IRQCHIP, "split": lib.ORC_SPLIT_IRQCHIP}
 
@@ -179,8 +187,10 @@ class KvmBackend:
     def __init__(self, kvm: Kvm, why: str) -> None:
         self.kvm = kvm
         self.why = why
-        self._cpuids: dict[tuple[int, bool], list[Cpuid]] = {}
+        self._cpuids: dict[_Kind, list[Cpuid]] = {}
+        self._shown: dict[_Kind, frozenset[str]] = {}
         self._supported = kvm.supported_cpuid().entries()
+        self._msrs = kvm.feature_msrs(MSRS)
         # api.rst 4.4: KVM_CAP_MAX_VCPUS; without it as many as recommended; without that, 4
         # CPUID 0x80000008, EAX bits 7:0; a CPU without that leaf has 36 (Intel SDM vol. 3, 4.1.4)
         leaf = next((entry for entry in self._supported if entry.function == 0x80000008), None)
@@ -231,13 +241,15 @@ class KvmBackend:
     ) -> KvmMachine:
         machine = KvmMachine(memory)
         # A table belongs to one thread at a time, and making one takes as long as the rest. There is one kind of them
-        # for each number of vCPUs, and those of a fleet are few.
-        local_apics = spec.irqchip_kind != "none"
-        tables = self._cpuids.setdefault((spec.vcpus, local_apics), [])
+        # for each template and number of vCPUs, and those of a fleet are few.
+        kind = _kind(spec)
+        tables = self._cpuids.setdefault(kind, [])
         try:
             cpuid = tables.pop()
         except IndexError:
-            cpuid = Cpuid.from_entries(make_cpuid(self._supported, spec.vcpus, local_apics))
+            cpuid = Cpuid.from_entries(make_cpuid(self._supported, *kind))
+        if msrs := msr_values(self._msrs, kind[2]):
+            states = [attrs.evolve(state, msrs=(*msrs, *state.msrs)) for state in states]
         try:
             machine.build(self.kvm, spec, cores, states, cpuid, bus_locks=bus_locks, sync_regs=self._sync_regs)
         except BaseException:
@@ -256,9 +268,8 @@ class KvmBackend:
             return f"vcpus={spec.vcpus}: this host's KVM allows at most {self._max_vcpus} in a VM", "ask for fewer"
         if refusal := self._no_room(spec):
             return refusal
-        if missing := missing_features(self._supported, spec.boot.cpu_features):
-            what = f"boot: a {type(spec.boot).__name__} needs CPU features that this host's KVM does not give"
-            return f"{what}: {', '.join(missing)}", "use a host with them, or a guest that needs less"
+        if refusal := self._no_such_cpu(spec):
+            return refusal
         ring, most = spec.backing.dirty_ring, self._most_ring
         if ring is not None and ring > most:
             what = (
@@ -274,6 +285,26 @@ class KvmBackend:
         for capability, needed in _kernel_parts(spec):
             if needed and not self.kvm.extension(getattr(lib, capability)):
                 return f"{needed}: this host's KVM has no {capability}", "use Linux 4.5 or newer, on x86-64"
+        return None
+
+    def _no_such_cpu(self, spec: VmSpec) -> tuple[str, str] | None:
+        """As `refusal`, of the CPU that the guest is to find."""
+        needed, kind = spec.boot.cpu_features, _kind(spec)
+        template = kind[2]
+        if missing := missing_features(self._supported, needed):
+            what = f"boot: a {type(spec.boot).__name__} needs CPU features that this host's KVM does not give"
+            return f"{what}: {', '.join(missing)}", "use a host with them, or a guest that needs less"
+        if kind not in self._shown:
+            if missing := lacking(self._supported, self._msrs, template, kind[1]):
+                what = f"cpu: this host's KVM lacks {', '.join(missing)}, which template {template.name!r} has"
+                return what, "use a host with them, or a template that every host of the fleet can show"
+            if len(self._shown) >= MOST_KINDS:
+                self._shown.clear()
+                self._cpuids.clear()
+            self._shown[kind] = features_of(make_cpuid(self._supported, *kind))
+        if missing := [name for name in needed if name not in self._shown[kind]]:
+            what = f"boot: a {type(spec.boot).__name__} needs CPU features that template {template.name!r} hides"
+            return f"{what}: {', '.join(missing)}", "show them"
         return None
 
     def _no_room(self, spec: VmSpec) -> tuple[str, str] | None:
@@ -297,6 +328,14 @@ class KvmBackend:
 
     def close(self) -> None:
         self.kvm.close()
+
+
+_Kind: TypeAlias = tuple[int, bool, CpuTemplate, Topology]
+"""What a CPUID table depends on, as `make_cpuid` takes it."""
+
+
+def _kind(spec: VmSpec) -> _Kind:
+    return spec.vcpus, spec.irqchip_kind != "none", spec.cpu_template, spec.topology
 
 
 def _kernel_parts(spec: VmSpec) -> tuple[tuple[str, str], ...]:

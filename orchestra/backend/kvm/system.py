@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterable
 from typing import Any
 
 from ...model.errors import BackendUnavailable, KvmError, ResourceLimit
 from ...native import ffi, lib
+from ..registers import new_struct
 from .cpuid import Cpuid
 from .ioctl import call, failure
 from .vm import KvmVm
@@ -101,6 +103,20 @@ class Kvm:
                 room = msrs.nmsrs
             else:
                 return tuple(msrs.indices[i] for i in range(msrs.nmsrs))
+
+    def feature_msrs(self, numbers: Iterable[int]) -> dict[int, int]:
+        """Which of these MSRs KVM has for guests, with the values that it gives them (KVM_GET_MSRS of the system)."""
+        found: dict[int, int] = {}
+        if not self.extension(lib.KVM_CAP_GET_MSR_FEATURES):
+            return found
+        for number in numbers:
+            msrs = new_struct("struct kvm_msrs *", {"nmsrs": 1, "entries": [{"index": number}]})
+            try:
+                if call(self.fd, "KVM_GET_MSRS", msrs):
+                    found[number] = int(msrs.entries[0].data)
+            except KvmError:
+                pass  # EINVAL: it has no such
+        return found
 
     def create_vm(self) -> KvmVm:
         """A VM without memory or vCPUs (KVM_CREATE_VM, of the default type).

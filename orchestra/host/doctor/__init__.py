@@ -22,6 +22,7 @@ __all__ = ["AUTO", "Finding", "Report", "Verdict", "examine"]
 CHECKS: Final[tuple[Callable[[Host], Iterator[Finding]], ...]] = (
     backends.dev_kvm,
     backends.linux,
+    backends.cpu_templates,
     backends.unicorn,
     backends.picked,
     backends.kernel,

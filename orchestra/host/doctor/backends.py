@@ -6,16 +6,30 @@ from collections.abc import Iterator
 
 from ...backend.detection import Asked, pick
 from ...backend.emulated import library
-from ...backend.kvm.cpuid import missing_features
+from ...backend.kvm.cpu import lacking, missing_features
+from ...model.cpu import CPU_TEMPLATES
 from ...model.errors import OrchestraError
 from ...model.linux import LinuxBoot
 from ...native import lib
 from .files import Host
 from .report import AUTO, Finding
 
-__all__ = ["BUS_LOCKS", "LINUX", "cpu", "dev_kvm", "kernel", "linux", "picked", "unicorn", "virtualised"]
+__all__ = [
+    "BUS_LOCKS",
+    "LINUX",
+    "TEMPLATES",
+    "cpu",
+    "cpu_templates",
+    "dev_kvm",
+    "kernel",
+    "linux",
+    "picked",
+    "unicorn",
+    "virtualised",
+]
 
 LINUX = "Linux guests"
+TEMPLATES = "CPU templates"
 BUS_LOCKS = Asked("bus_locks='require'")
 
 
@@ -50,6 +64,21 @@ def linux(host: Host) -> Iterator[Finding]:
         yield Finding(LINUX, "note", "hardly", meaning, "use a host whose CPU has VT-x or AMD-V, and lends it")
     else:
         yield Finding(LINUX, "ok", "yes", "this host's KVM gives guests all that a Linux kernel needs: LinuxBoot works")
+
+
+def cpu_templates(host: Host) -> Iterator[Finding]:
+    """Which of the built-in CPU templates VMs can have here, and what the nearest that they can't have lacks."""
+    if host.no_kvm is not None:
+        return
+    lost = {name: lacking(host.cpuid, {}, one, True) for name, one in CPU_TEMPLATES.items()}
+    here = ", ".join(name for name, missing in lost.items() if not missing)
+    others = {name: missing for name, missing in lost.items() if missing}
+    if not others:
+        yield Finding(TEMPLATES, "ok", here, "VMs can have each of the built-in CPU templates")
+        return
+    nearest = min(others, key=lambda name: len(others[name]))
+    meaning = f"VMs can have these CPU templates; for {nearest} this host's KVM lacks {', '.join(others[nearest])}"
+    yield Finding(TEMPLATES, "ok", here, meaning)
 
 
 def unicorn(host: Host) -> Iterator[Finding]:

@@ -11,11 +11,12 @@ from ...backend.detection import Found
 from ...backend.kvm.cpuid import CpuidEntry
 from ...backend.kvm.system import Kvm
 from ...native import lib
+from ..files import Files
 
 __all__ = ["Host"]
 
 
-class Host:
+class Host(Files):
     """The files that the checks read; a file that can't be read is empty."""
 
     def __init__(
@@ -25,7 +26,7 @@ class Host:
         importable: Callable[[str], bool],
         load_unicorn: Callable[[], object],
     ) -> None:
-        self.root = root
+        super().__init__(root)
         self.open_kvm = open_kvm
         self.importable = importable
         self.load_unicorn = load_unicorn
@@ -43,17 +44,6 @@ class Host:
             Found("kvm", bus_locks=seen) if self.no_kvm is None else Found.closed("kvm", self.no_kvm),
             Found("emulated") if self.no_unicorn is None else Found.closed("emulated", self.no_unicorn),
         )
-
-    def read(self, path: str) -> str:
-        try:
-            return (self.root / path.lstrip("/")).read_text(errors="replace").strip()
-        except (OSError, ValueError):
-            return ""
-
-    def number(self, path: str) -> int | None:
-        text = self.read(path)
-        # 20 digits hold every number of 64 bits.
-        return int(text) if re.fullmatch(r"-?[0-9]{1,20}", text) else None
 
     @cached_property
     def cpu(self) -> dict[str, str]:
@@ -100,17 +90,6 @@ class Host:
             return None, "unknown"
         return (int(found[1]) if found[1].isdecimal() else None), found[2]
 
-    @cached_property
-    def cgroup_mounts(self) -> list[tuple[str, str, set[str]]]:
-        """Each cgroup file system: mount point, type and options (/proc/self/mountinfo, proc(5))."""
-        mounts = []
-        for line in self.read("proc/self/mountinfo").splitlines():
-            left, _, right = line.partition(" - ")
-            before, after = left.split(), right.split()
-            if len(before) > 5 and len(after) > 2 and after[0] in ("cgroup", "cgroup2"):
-                mounts.append((before[4], after[0], {*before[5].split(","), *after[2].split(",")}))
-        return mounts
-
     @property
     def nx_huge_pages(self) -> str:
         return self.read("sys/module/kvm/parameters/nx_huge_pages")
@@ -124,18 +103,3 @@ class Host:
         """The command that switches favordynmods on; any mount counts for the whole host."""
         mount = min(self.cgroup_mounts, key=lambda mount: mount[1] != "cgroup2")[0]
         return f"`mount -o remount,favordynmods {mount}`"
-
-    def cgroup_values(self, controller: str, file: str) -> list[int]:
-        """The numbers in `file` of this process's cgroup and of those above it ("max" is none)."""
-        values = []
-        for line in self.read("proc/self/cgroup").splitlines():
-            _, controllers, path = (*line.split(":", 2), "", "")[:3]
-            for mount, kind, options in self.cgroup_mounts:
-                unified = kind == "cgroup2" and not controllers
-                if unified or (controller in controllers.split(",") and controller in options):
-                    parts = [part for part in path.split("/") if part]
-                    for depth in range(len(parts), -1, -1):
-                        value = self.number("/".join((mount, *parts[:depth], file)))
-                        if value is not None:
-                            values.append(value)
-        return values

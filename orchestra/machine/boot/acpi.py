@@ -19,18 +19,14 @@ from ...backend.memory import GuestMemory
 from ...model import platform
 from ...model.boot import Layout
 from ...model.devices import Serial
-from ...model.errors import SpecError
+from ...model.linux import check_apic_ids
 from . import aml
 
-__all__ = ["MOST_VCPUS", "build", "write_tables"]
+__all__ = ["build", "write_tables"]
 
 HEADER: Final = struct.Struct("<4sIBB6s8sI4sI")
 OEM: Final = b"ORCHES"
 CREATOR: Final = b"ORCH"
-MOST_VCPUS: Final = 255
-"""A local APIC id of the MADT's short entry has 8 bits, and 255 is everybody. Ids beyond need x2APIC entries, and a
-guest with interrupt remapping or KVM's extended destination ids."""
-
 # FADT flags (table 5.10). In hardware-reduced mode a set button flag means that there is no fixed button.
 _WBINVD, _NO_FIXED_POWER_BUTTON, _NO_FIXED_SLEEP_BUTTON, _RESET_REGISTER, _HW_REDUCED = 0, 4, 5, 10, 20
 _FLAGS: Final = sum(
@@ -49,11 +45,7 @@ def build(layout: Layout) -> dict[int, bytes]:
     Raises:
         SpecError: it has more vCPUs than the tables have room for.
     """
-    if layout.vcpus > MOST_VCPUS:
-        raise SpecError(
-            f"vcpus={layout.vcpus}: a guest that finds its CPUs by ACPI has at most {MOST_VCPUS}: APIC ids above 254 "
-            "need x2APIC, which orchestra does not announce yet"
-        )
+    check_apic_ids(layout.vcpus)
     placed: dict[int, bytes] = {}
     next_address = platform.ACPI_TABLES.start + 64  # behind the RSDP
 

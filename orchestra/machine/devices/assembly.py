@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from threading import RLock
 from typing import Any, Final, Protocol, runtime_checkable
@@ -32,9 +32,11 @@ from ...native import ffi, lib
 from ...native.core import Charged
 from ..contain import contained, in_device
 from ..pacer import Pacer
+from .balloon import BalloonFigures
 from .bridge import ConfigPorts
 from .bus import Bus
 from .console import Console
+from .consoleport import ConsolePort
 from .io import IoThread
 from .pci import OnBus, PciHost
 from .peripheral import NOWHERE, Hooks, implementation
@@ -82,6 +84,14 @@ class EventDevice(Protocol):
         """Tell the guest of `model.platform.POWER_BUTTON`, or of another such event."""
 
 
+@runtime_checkable
+class MemoryTaker(Protocol):
+    """A device that takes memory from the guest for the host."""
+
+    def take(self, size: int) -> None: ...
+    def figures(self) -> BalloonFigures: ...
+
+
 class Dma:
     """Guest memory as devices have it. A device can't write where the guest may not write.
 
@@ -111,6 +121,7 @@ class Assembly:
     Made on any thread; the methods are for the fleet's thread.
 
     Parameters:
+        ports: the host's ends of the devices' streams (`Wiring.streams`).
         post: runs a function soon on the fleet's thread; from any thread.
         in_turn: runs a function when it is this VM's turn (`machine.inbox`).
         pacer: keeps devices to a part of the event loop's time.
@@ -127,6 +138,7 @@ class Assembly:
         board: Board,
         machine: Machine,
         console: Console,
+        ports: Mapping[str, ConsolePort],
         post: Callable[..., object],
         in_turn: Callable[[Callable[[], object]], object],
         pacer: Pacer,
@@ -135,7 +147,7 @@ class Assembly:
         specs = board.spec.machine_devices
         if states is not None and len(states) != len(specs):
             raise StateError(f"vm {board.spec.name!r}: {len(states)} states for {len(specs)} devices")
-        self._board, self._machine, self._console = board, machine, console
+        self._board, self._machine, self._console, self._ports = board, machine, console, ports
         whose = board.spec.tenant or "default", board.spec.name
         self._service = Service(whose, board.now, board.end, board.answer_buckets(), in_turn, pacer, post)
         self._service.going_on = states is not None
@@ -144,6 +156,8 @@ class Assembly:
         self._bus, self._guest = self._pci_bus(specs)
         self._slots = iter(self._bus.slots if self._bus is not None else ())
         self._stopped = False
+        self._held = False
+        self._taken: int | None = None  # while it is held: what is to be asked for when it goes on
         self.plugged: list[Plugged] = []
         try:
             for index, spec in enumerate(specs):
@@ -230,7 +244,9 @@ class Assembly:
             slot=slot,
             bells=tuple(wires.bell() for _ in bells) if wires is not None else (),
             bus=self._bus if wiring.hosts_pci else None,
+            ports=self._ports,
             guest=self._guest,
+            backing=self._board.memory.backing,
         )
 
     # ---- rings and expiries
@@ -257,6 +273,28 @@ class Assembly:
         assert isinstance(device, EventDevice)  # it is `event_device`
         await self._service.serve(plugged, partial(device.happened, event))
 
+    # ---- memory
+
+    @property
+    def memory_taker(self) -> MemoryTaker | None:
+        """The balloon; None: there is none."""
+        found = (plugged.device for plugged in self.plugged)
+        return next((device for device in found if isinstance(device, MemoryTaker)), None)
+
+    def keep_to(self, memory: int | None) -> None:
+        """Ask the guest to keep to so many bytes of RAM; None: to all of it. A paused VM is asked when it goes on, as
+        nothing of a quiesced VM may change. Nothing is done without a balloon."""
+        size = self._board.spec.backing.size
+        self._taken = size - (size if memory is None else memory)
+        if not self._held:
+            self._take()
+
+    def _take(self) -> None:
+        size, self._taken = self._taken, None
+        taker = self.memory_taker
+        if size is not None and taker is not None:
+            taker.take(size)
+
     # ---- pause, state, reset, end
 
     def begin(self) -> None:
@@ -269,12 +307,15 @@ class Assembly:
 
         It does not wait for what is in flight. `state` does.
         """
+        self._held = True
         self._service.hold()
         if self._io is not None:
             self._io.hold("pause")
 
     def let_go(self) -> None:
         """The VM goes on. Timers whose time came during the pause expire now."""
+        self._held = False
+        self._take()
         self._service.let_go()
         if self._io is not None:
             self._io.let_go("pause")

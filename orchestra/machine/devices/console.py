@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable
-from typing import Any, Final
+from typing import Final
 
 import attrs
 import trio
 
 from ...model.checks import number, whole
 from ...model.errors import ConsoleTimeout, SpecError, StateError
+from ...model.printable import printable
 from ...native import ffi, lib
+from .stream import Notify, Stream
 
 __all__ = ["Console", "ConsoleState"]
 
@@ -36,7 +38,7 @@ class ConsoleState:
             )
 
 
-class Console:
+class Console(Stream):
     """What the guest wrote to its serial port and consoles, and what you type for it.
 
         await vm.console.wait_for("login: ", timeout=60)
@@ -51,20 +53,19 @@ class Console:
     Parameters:
         notify: runs a function soon on the fleet's thread. Any thread.
         name: the VM's, for messages.
+
+    Attributes:
+        size: columns and rows of the terminal that shows it (`resize`); None: nobody has said.
     """
 
-    def __init__(self, notify: Callable[[Callable[[], None]], None], name: str = "") -> None:
-        self.handle: Any = ffi.gc(lib.orc_console_new(), lib.orc_console_free)
-        if self.handle == ffi.NULL:
-            raise MemoryError("orc_console_new")
-        self._notify = notify
-        self._name = name
-        self._closed = False
+    def __init__(self, notify: Notify, name: str = "") -> None:
+        super().__init__(lib.orc_console_new(), notify, name)
+        self.size: tuple[int, int] | None = None
         self._found = 0  # where the last match of `wait_for` ended
-        self._changed = trio.Event()
+        self._screens: list[Callable[[int, int], None]] = []
 
     @classmethod
-    def from_state(cls, notify: Callable[[Callable[[], None]], None], state: ConsoleState) -> Console:
+    def from_state(cls, notify: Notify, state: ConsoleState) -> Console:
         """A console that has had that output.
 
         Raises:
@@ -83,12 +84,7 @@ class Console:
     def put(self, data: bytes) -> None:
         """Add output. Any thread."""
         if lib.orc_console_put(self.handle, ffi.from_buffer(data), len(data)):
-            self._notify(self.wake)
-
-    def wake(self) -> None:
-        """Wake the tasks that follow: there is new output. Fleet's thread."""
-        self._changed.set()
-        self._changed = trio.Event()
+            self.changed()
 
     def _since(self, position: int) -> tuple[bytes, int]:
         """The kept output from a position on, and the position after it."""
@@ -109,8 +105,8 @@ class Console:
         return self.log().decode(errors="replace")
 
     def last_lines(self, most: int = LINES) -> str:
-        """The last lines, for an error: so many at most, long ones cut off. Any thread."""
-        return "\n".join(line[:WIDTH] for line in self.text.splitlines()[-most:])
+        """The last lines, for an error: so many at most, long ones cut off, control characters as text. Any thread."""
+        return "\n".join(printable(line[:WIDTH]) for line in self.text.splitlines()[-most:])
 
     @property
     def total(self) -> int:
@@ -184,7 +180,7 @@ class Console:
 
     @property
     def _who(self) -> str:
-        return f"vm {self._name!r}: " if self._name else ""
+        return f"vm {self._vm!r}: " if self._vm else ""
 
     def _last_lines(self) -> str:
         lines = self.last_lines()
@@ -198,22 +194,37 @@ class Console:
         Raises:
             StateError: no device takes input: the VM has none, has ended, or is between two runs.
         """
-        left = memoryview(data.encode() if isinstance(data, str) else data).cast("B")
-        while True:
-            changed = self._changed
-            if self._closed or not lib.orc_console_listened(self.handle):
-                await trio.lowlevel.checkpoint()
-                raise StateError(
-                    f"{self._who}nothing takes input now: it has ended, is between two runs, or has no device that "
-                    "takes any, such as Serial()"
-                )
-            left = left[lib.orc_console_type(self.handle, ffi.from_buffer(left), len(left)) :]
-            if not left:
-                await trio.lowlevel.checkpoint()
-                return
-            await changed.wait()
+        await self._type(data, self._refusal)
 
-    def close(self) -> None:
-        """No more output will come. Fleet's thread."""
-        self._closed = True
-        self.wake()
+    def _refusal(self) -> str | None:
+        if not self._closed and lib.orc_console_listened(self.handle):
+            return None
+        return (
+            f"{self._who}nothing takes input now: it has ended, is between two runs, or has no device that "
+            "takes any, such as Serial()"
+        )
+
+    # ---- its size
+
+    def resize(self, columns: int, rows: int) -> None:
+        """Tell the guest how large the terminal is that shows its console: its virtio consoles, also of later runs.
+
+        A serial port has no size. There the guest has to ask the terminal, as ``resize`` of xterm does.
+
+        Raises:
+            SpecError: it is no number from 1 to 65535.
+        """
+        self.size = whole("columns", columns, 1, 0xFFFF), whole("rows", rows, 1, 0xFFFF)
+        for shows in self._screens:
+            shows(columns, rows)
+
+    def add_screen(self, shows: Callable[[int, int], None]) -> None:
+        """Call that with columns and rows: now, if there are any, and whenever they change. For devices. Any thread."""
+        self._screens.append(shows)
+        if self.size is not None:
+            shows(*self.size)
+
+    def remove_screen(self, shows: Callable[[int, int], None]) -> None:
+        """Not any more."""
+        if shows in self._screens:
+            self._screens.remove(shows)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pkgutil import resolve_name
 from typing import Any, ClassVar, Final, Generic, Protocol, TypeVar
 
 import attrs
 
+from ...backend.memory import Backing
 from ...backend.wiring import Bell, InterruptLine, InterruptPulse, MsiVector
 from ...model.actions import Outcome
 from ...model.devices import DeviceSpec
 from ...model.errors import SpecError, StateError
 from .console import Console
+from .consoleport import ConsolePort
 from .pci import PciHost, Slot
 from .timers import Timer
 
@@ -64,7 +66,9 @@ class Hooks:
         slot: what it is on the PCI bus; None: it is not there.
         bells: its doorbells there, as many as `PciFunction.bells`.
         bus: the PCI bus, for its host bridge.
+        ports: the host's ends of its streams (`Wiring.streams`).
         guest: the guest's memory for a device of the core (``orc_guest_memory *``); None: the VM has no PCI bus.
+        backing: what the pages of its RAM are (`GuestMemory.backing`).
         interrupts: the irqchip's lines for a device of the core (``orc_interrupts *``); None: there are none.
     """
 
@@ -80,7 +84,9 @@ class Hooks:
     slot: Slot | None = None
     bells: tuple[Bell, ...] = ()
     bus: PciHost | None = None
+    ports: Mapping[str, ConsolePort] = attrs.field(factory=dict)
     guest: Any = None
+    backing: Backing = "anonymous"
 
 
 class Peripheral(ABC, Generic[SpecT, StateT]):

@@ -7,19 +7,19 @@ No Python is on that way. Python binds and masks vectors, when a driver programs
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Final, Generic, TypeVar
 
 import attrs
 
 from ...model.devices import DeviceSpec
 from ...model.errors import SpecError
-from ...model.virtio import Console, Rng
+from ...model.virtio import Rng
 from ...native import ffi, lib
 from .bus import NativeDevice
 from .io import IoThread
 from .peripheral import Hooks, Peripheral
 
-__all__ = ["ConsoleDevice", "QueueState", "RngDevice", "VectorState", "VirtioDevice", "VirtioState"]
+__all__ = ["QueueState", "RngDevice", "VectorState", "VirtioDevice", "VirtioState"]
 
 SpecT = TypeVar("SpecT", bound=DeviceSpec)
 
@@ -47,6 +47,10 @@ class VectorState:
     masked: bool = True
 
 
+KIND: Final = 64
+"""ORC_VIRTIO_KIND: bytes of state that only this kind of device knows."""
+
+
 @attrs.frozen
 class VirtioState:
     """``struct orc_virtio_state``, which says what each is. `pending`: a bit for each vector."""
@@ -66,9 +70,11 @@ class VirtioState:
     queue: tuple[QueueState, ...] = ()
     vector: tuple[VectorState, ...] = ()
     config: bytes = b""
+    kind: bytes = bytes(KIND)
 
 
-SIMPLE = tuple(field for field in attrs.fields_dict(VirtioState) if field not in ("queue", "vector", "config"))
+BYTES = ("config", "kind")
+SIMPLE = tuple(field for field in attrs.fields_dict(VirtioState) if field not in ("queue", "vector", *BYTES))
 
 
 class VirtioDevice(NativeDevice, Peripheral[SpecT, VirtioState], Generic[SpecT]):
@@ -130,6 +136,7 @@ class VirtioDevice(NativeDevice, Peripheral[SpecT, VirtioState], Generic[SpecT])
             queue=tuple(_taken(QueueState, raw.queue[number]) for number in range(raw.queues)),
             vector=tuple(_taken(VectorState, raw.vector[number]) for number in range(raw.vectors)),
             config=bytes(ffi.buffer(raw.config)),
+            kind=bytes(ffi.buffer(raw.kind)),
             **{name: getattr(raw, name) for name in SIMPLE},
         )
 
@@ -141,7 +148,8 @@ class VirtioDevice(NativeDevice, Peripheral[SpecT, VirtioState], Generic[SpecT])
             raw.queues, raw.vectors = len(state.queue), len(state.vector)
             _give(QueueState, state.queue, raw.queue)
             _give(VectorState, state.vector, raw.vector)
-            raw.config = tuple(state.config)
+            for name in BYTES:
+                setattr(raw, name, tuple(getattr(state, name)))
         except (AttributeError, IndexError, OverflowError, TypeError) as error:
             raise SpecError(f"{type(self.spec).__name__}: a value of its state does not fit ({error})") from None
         if not lib.orc_virtio_load(self.handle, raw):
@@ -164,17 +172,3 @@ class RngDevice(VirtioDevice[Rng]):
 
     def _make(self) -> Any:
         return lib.orc_virtio_rng_new(self.hooks.guest)
-
-
-class ConsoleDevice(VirtioDevice[Console]):
-    """native/virtio_console.c. What waits to be typed is the console's state, not the device's."""
-
-    def _make(self) -> Any:
-        spec = self.spec
-        return lib.orc_virtio_console_new(self.hooks.guest, self.hooks.console.handle, spec.columns, spec.rows)
-
-    def listen(self) -> None:
-        lib.orc_virtio_console_listen(self.handle, True)
-
-    def stop(self) -> None:
-        lib.orc_virtio_console_listen(self.handle, False)  # the console outlives the I/O thread, and is typed at

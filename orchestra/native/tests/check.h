@@ -28,7 +28,8 @@ struct test {
 #define TEST(function) {#function, function}
 
 extern const struct test bucket_tests[], budget_tests[], ring_tests[], runner_tests[], wait_tests[], gate_tests[], bus_tests[],
-	channel_tests[], ask_tests[], uart_tests[], virtqueue_tests[], virtio_tests[], io_tests[], pci_tests[], store_tests[], blk_tests[],
+	channel_tests[], ask_tests[], uart_tests[], virtqueue_tests[], virtio_tests[], io_tests[], pci_tests[], console_tests[],
+	rules_tests[], store_tests[], blk_tests[], balloon_tests[],
 	cap_tests[], profile_tests[], kvm_tests[], decode_tests[];
 extern _Thread_local int clock_reads; /* of this thread, of any clock: test_cap.c */
 extern const char *skipped; /* set by a test that can't be run here: why */

@@ -1,4 +1,5 @@
-/* Whatever a guest does to virtio devices: any memory, any accesses of registers, an entropy device, a console and a disk.
+/* Whatever a guest does to virtio devices: any memory, any accesses of registers, an entropy device, a console with and
+ * without ports, a disk and a balloon.
  *
  * The input is a program of small steps, so that a mutation of it changes one of them. Guest memory has no neighbours: what is
  * touched outside of it, or written where it is read-only, faults. With clang this is a target of libFuzzer; with gcc
@@ -9,6 +10,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/virtio_blk.h>
+#include <linux/virtio_console.h>
 #include <stdatomic.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -18,11 +20,13 @@
 
 const char *skipped;
 
-enum { BASE = 0x10000, ROOM = 0x4000, HIGH = BASE + ROOM, READ_ONLY = 0x20000, RINGS = BASE, BETWEEN = 0x400, QUEUES = 2, MOST = 8 };
+enum { BASE = 0x10000, ROOM = 0x4000, HIGH = BASE + ROOM, READ_ONLY = 0x20000, RINGS = BASE, BETWEEN = 0x100, MOST = 8 };
+enum { PORTS = 2, QUEUES = 2 * (1 + PORTS) + 2, CONTROL_TRANSMIT = 3 };
 
 static uint8_t *host; /* ROOM, ROOM, a page: each between pages that are not there */
 static orc_guest_memory *memory;
 static uint64_t requests, broken[ORC_QUEUE_ERRORS]; /* that were served; runs in which a guest broke that rule */
+static uint64_t given_back; /* bytes, by balloons */
 
 static void map_memory(void)
 {
@@ -88,13 +92,27 @@ static uint64_t number(struct input *in)
 
 struct machine {
 	orc_virtio *v;
-	orc_console *console;
+	orc_console *console, *port[PORTS]; /* NULL: it has none */
+	uint64_t multiport;                 /* its feature */
 	struct driver d[QUEUES];
 };
 
 static bool answer(orc_virtio *v, uint64_t offset, uint32_t size, bool write, void *data)
 {
 	return orc_device_answer(orc_virtio_device(v), offset, size, 1, write, data);
+}
+
+/* What the device writes of a request of that queue. */
+static bool is_written(const struct machine *m, const struct driver *d)
+{
+	return m->v->ops->type == VIRTIO_ID_BALLOON ? d >= &m->d[3] : !((d - m->d) & 1);
+}
+
+static void tick(orc_virtio *v)
+{
+	pthread_mutex_lock(&v->lock);
+	orc_virtio_called(v);
+	pthread_mutex_unlock(&v->lock);
 }
 
 static void wait_for_disk(orc_virtio *v)
@@ -147,12 +165,24 @@ static void disk_request(struct vring_desc *table, struct input *in)
 	table[2] = (struct vring_desc){HIGH - 1, 1, VRING_DESC_F_WRITE, 0};
 }
 
+/* A list of pages, in guest memory or beside it, or what is no list. */
+static struct vring_desc page_list(struct input *in)
+{
+	uint32_t page[64];
+	unsigned n = 1 + byte(in) % 64;
+
+	for (unsigned i = 0; i < n; i++)
+		page[i] = (uint32_t)(byte(in) & 15 ? (BASE >> 12) + byte(in) % 9u : number(in));
+	memcpy(host + 0x3000, page, n * sizeof *page);
+	return (struct vring_desc){.addr = BASE + 0x3000, .len = n * (uint32_t)sizeof *page};
+}
+
 /* A request that is well made, but for one number of it, perhaps. */
 static void request(struct machine *m, struct driver *d, struct input *in)
 {
 	uint8_t how = byte(in), head = byte(in) % MOST;
 	bool disk = m->v->ops->type == VIRTIO_ID_BLOCK;
-	uint16_t n = disk ? 3 : how & 1 ? word(in) % 300 : 1, flags = d == m->d ? VRING_DESC_F_WRITE : 0;
+	uint16_t n = disk ? 3 : how & 1 ? word(in) % 300 : 1, flags = is_written(m, d) ? VRING_DESC_F_WRITE : 0;
 	struct vring_desc *table = (struct vring_desc *)(host + 0x800);
 
 	if (!n)
@@ -179,12 +209,43 @@ static void request(struct machine *m, struct driver *d, struct input *in)
 			break;
 		}
 	}
+	if (m->v->ops->type == VIRTIO_ID_BALLOON && d <= &m->d[1] && how & 4)
+		table[0] = page_list(in);
 	if (how & 1 || disk)
 		describe(d, head, BASE + 0x800, n * 16, VRING_DESC_F_INDIRECT, 0);
 	else
 		d->table[head] = table[0];
 	offer(d, head);
-	orc_virtio_again(m->v, d == m->d ? 0 : 1);
+	orc_virtio_again(m->v, (uint16_t)(d - m->d));
+}
+
+static void console_step(struct machine *m, uint8_t what, struct input *in)
+{
+	const struct virtio_console_control control = {.id = byte(in) & 3, .event = byte(in) & 7, .value = byte(in) & 1};
+	orc_console *stream = what & 16 && m->port[0] ? m->port[what >> 7] : m->console;
+	struct driver *d = &m->d[CONTROL_TRANSMIT];
+	static uint8_t taken[ORC_CONSOLE_KEPT + 1];
+
+	switch (what >> 5 & 3) {
+	case 0:
+		orc_console_type(stream, host, word(in) & 1023);
+		break;
+	case 1: /* a message that is well made */
+		if (!m->port[0] || !d->avail)
+			break;
+		memcpy(host + 0x3000, &control, sizeof control);
+		describe(d, control.id, BASE + 0x3000, sizeof control, 0, 0);
+		offer(d, (uint16_t)control.id);
+		orc_virtio_again(m->v, CONTROL_TRANSMIT);
+		break;
+	case 2:
+		if (stream != m->console)
+			CHECK(orc_port_take(stream, taken, 1 + word(in)) <= ORC_CONSOLE_KEPT);
+		break;
+	case 3:
+		orc_virtio_console_resize(m->v, byte(in), byte(in));
+		break;
+	}
 }
 
 /* As it should, but for one number, perhaps. */
@@ -244,9 +305,9 @@ static void change_state(struct machine *m, struct input *in)
 static void step(struct machine *m, struct input *in)
 {
 	uint8_t what = byte(in), status;
-	struct driver *d = &m->d[what >> 4 & 1 && m->v->queues > 1];
+	uint16_t queue = m->v->queues > 2 ? byte(in) % m->v->queues : what >> 4 & 1 && m->v->queues > 1, i;
+	struct driver *d = &m->d[queue];
 	uint64_t value = 0, offset;
-	uint16_t i;
 
 	switch (what & 15) {
 	case 0:
@@ -289,7 +350,7 @@ static void step(struct machine *m, struct input *in)
 		if (!d->avail)
 			break;
 		offer(d, what & 32 ? word(in) : byte(in) % MOST);
-		orc_virtio_again(m->v, d == m->d ? 0 : 1);
+		orc_virtio_again(m->v, queue);
 		break;
 	case 10:
 	case 11:
@@ -297,23 +358,33 @@ static void step(struct machine *m, struct input *in)
 		break;
 	case 12:
 		if (m->v->ops->type == VIRTIO_ID_CONSOLE)
-			orc_console_type(m->console, host, word(in) & 1023);
+			console_step(m, what, in);
+		if (m->v->ops->type == VIRTIO_ID_BALLOON)
+			tick(m->v);
 		break;
 	case 13:
 		change_state(m, in);
 		break;
 	case 14:
-		start_driver(m, what & 32 ? F_RINGS : number(in), in);
+		start_driver(m, (what & 32 ? F_RINGS : number(in)) | m->multiport, in);
 		break;
 	case 15:
-		if (what & 16 && m->v->ops->type == VIRTIO_ID_CONSOLE)
-			orc_virtio_console_resize(m->v, byte(in), byte(in));
+		if (what & 16 && m->v->ops->type == VIRTIO_ID_BALLOON)
+			orc_virtio_balloon_set_target(m->v, word(in));
 		else
-			orc_virtio_again(m->v, 0);
+			orc_virtio_again(m->v, queue);
 		break;
 	}
 	status = m->v->status & 15;
 	CHECK(status == 0 || status == 1 || status == 3 || status == 11 || status == 15);
+}
+
+static orc_virtio *new_balloon(unsigned flags)
+{
+	orc_virtio *v;
+
+	CHECK(!orc_virtio_balloon_new(memory, flags, 1, &v)); /* the timer is always ready */
+	return v;
 }
 
 static orc_virtio *new_disk(unsigned flags)
@@ -330,6 +401,21 @@ static orc_virtio *new_disk(unsigned flags)
 	return v;
 }
 
+static orc_virtio *new_console(struct machine *m, bool ports)
+{
+	orc_virtio *v = orc_virtio_console_new(memory, m->console, 80, 25, ports ? PORTS : 0);
+
+	CHECK(v);
+	for (unsigned i = 0; ports && i < PORTS; i++) {
+		m->port[i] = orc_port_new();
+		CHECK(m->port[i]);
+		orc_virtio_console_port(v, i + 1, "a name", 6 * i, m->port[i]);
+		m->multiport = 1ull << VIRTIO_CONSOLE_F_MULTIPORT;
+	}
+	orc_virtio_console_listen(v);
+	return v;
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
@@ -343,22 +429,30 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	if (!memory)
 		map_memory();
 	memset(host, 0, ROOM);
-	m.v = how & 8 ? new_disk(how & 16 ? ORC_STORE_NO_URING : 0)
-	      : how & 1 ? orc_virtio_console_new(memory, console, 80, 25) : orc_virtio_rng_new(memory);
-	CHECK(m.v && console);
 	m.console = console;
-	if (m.v->ops->type == VIRTIO_ID_CONSOLE)
-		orc_virtio_console_listen(m.v, true);
+	m.v = (how & 24) == 16 ? new_balloon(how & 1 ? ORC_BALLOON_REPORTING : 0)
+	      : how & 8 ? new_disk(how & 16 ? ORC_STORE_NO_URING : 0)
+	      : how & 1 ? new_console(&m, how & 32) : orc_virtio_rng_new(memory);
+	CHECK(m.v && console);
 	if (how & 2)
-		start_driver(&m, how & 4 ? F_RINGS : 0, NULL);
+		start_driver(&m, (how & 4 ? F_RINGS : 0) | m.multiport, NULL);
 	while (in.left)
 		step(&m, &in);
 	serve_all(m.v, true);
 	orc_virtio_look(m.v, &counters);
 	requests += counters.requests;
 	broken[counters.error]++;
+	if (m.v->ops->type == VIRTIO_ID_BALLOON) {
+		struct orc_balloon_counters c;
+
+		orc_virtio_balloon_look(m.v, &c);
+		given_back += c.given_back;
+		CHECK(!c.failed, "pages are aligned, and the guest's");
+	}
 	orc_device_free(orc_virtio_device(m.v));
 	orc_console_free(console);
+	for (unsigned i = 0; i < PORTS; i++)
+		orc_console_free(m.port[i]);
 	return 0;
 }
 
@@ -524,7 +618,8 @@ int main(int argc, char **argv)
 		edges += known[i];
 	printf("%llu runs in %.0f s, seed %llu; %u inputs that went somewhere new, %u edges\n", (unsigned long long)runs, seconds,
 	       (unsigned long long)((uint64_t)begin | 1), kept, edges);
-	printf("%llu requests; rules that were broken:\n", (unsigned long long)requests);
+	printf("%llu requests, %llu KiB given back; rules that were broken:\n", (unsigned long long)requests,
+	       (unsigned long long)given_back >> 10);
 	for (unsigned i = 1; i < ORC_QUEUE_ERRORS; i++)
 		printf("%10llu %s\n", (unsigned long long)broken[i], orc_queue_error_name(i));
 	free(corpus);

@@ -10,8 +10,8 @@ int main(int argc, char **argv)
 {
 	const struct test *const files[] = {
 		bucket_tests, budget_tests, ring_tests, runner_tests, wait_tests, gate_tests, bus_tests, channel_tests, ask_tests,
-		uart_tests, virtqueue_tests, virtio_tests, io_tests, pci_tests, store_tests, blk_tests, cap_tests, profile_tests, kvm_tests,
-		decode_tests,
+		uart_tests, virtqueue_tests, virtio_tests, io_tests, pci_tests, console_tests, rules_tests, store_tests, blk_tests,
+		balloon_tests, cap_tests, profile_tests, kvm_tests, decode_tests,
 	};
 	int ran = 0, left_out = 0;
 

@@ -3,76 +3,7 @@
 #include <sched.h>
 #include <unistd.h>
 
-#include "driver.h"
-
-enum { RINGS = LOW, DATA = LOW + 0x8000, W = VRING_DESC_F_WRITE, N = VRING_DESC_F_NEXT, SIZE = 8 };
-
-/* A device with its driver and all that it is wired to. */
-struct bench {
-	struct guest *g;
-	orc_virtio *v;
-	struct driver d[2];
-	int kick[2], vector[3];
-	uint16_t queues;
-};
-
-static void wire(struct bench *b, struct guest *g, orc_virtio *v, uint64_t rings)
-{
-	*b = (struct bench){.g = g, .v = v, .queues = orc_virtio_queues(v)};
-	CHECK(v && b->queues <= 2);
-	for (uint16_t i = 0; i < b->queues; i++) {
-		b->d[i] = driver_at(g, rings + 0x1000u * i, SIZE);
-		orc_virtio_set_kick_fd(v, i, b->kick[i] = new_eventfd());
-	}
-	for (uint16_t i = 0; i <= b->queues; i++)
-		orc_virtio_set_vector_fd(v, i, b->vector[i] = new_eventfd());
-}
-
-static void drive(struct bench *b, uint64_t features)
-{
-	CHECK(negotiate(b->v, features | F_VERSION_1));
-	put(b->v, VIRTIO_PCI_COMMON_MSIX, 2, b->queues);
-	for (uint16_t i = 0; i < b->queues; i++)
-		set_up(b->v, i, &b->d[i], features, i);
-	go(b->v);
-}
-
-static void unwire(struct bench *b) /* its I/O thread has stopped */
-{
-	orc_device_free(orc_virtio_device(b->v));
-	for (uint16_t i = 0; i < b->queues; i++)
-		close(b->kick[i]);
-	for (uint16_t i = 0; i <= b->queues; i++)
-		close(b->vector[i]);
-}
-
-static void request(struct bench *b, int queue, uint16_t head, uint64_t address, uint32_t size, uint16_t flags)
-{
-	describe(&b->d[queue], head, address, size, flags, 0);
-	offer(&b->d[queue], head);
-	if (must_notify(&b->d[queue]))
-		notify(b->kick[queue]);
-}
-
-static struct vring_used_elem await_used(struct bench *b, int queue)
-{
-	struct vring_used_elem e;
-
-	for (;;) {
-		ask_for_interrupt(&b->d[queue]);
-		if (reap(&b->d[queue], &e))
-			return e;
-		await(b->vector[queue]);
-	}
-}
-
-static orc_io *io_new(void)
-{
-	orc_io *io;
-
-	CHECK(!orc_io_start("orchestra-io-of-a-long-name", &io));
-	return io;
-}
+#include "bench.h"
 
 /* ---- entropy ---------------------------------------------------------------------------------------------------- */
 
@@ -458,125 +389,7 @@ static void devices_come_and_go_while_others_are_served(void)
 	guest_end(&g);
 }
 
-/* ---- console ---------------------------------------------------------------------------------------------------- */
-
 enum { RECEIVE, TRANSMIT };
-
-static void what_a_guest_transmits_is_on_the_console(void)
-{
-	struct guest g;
-	struct bench b;
-	orc_console *console = orc_console_new();
-	orc_io *io = io_new();
-	uint8_t text[64];
-	orc_u64 position = 0;
-
-	guest_begin(&g, NULL);
-	wire(&b, &g, orc_virtio_console_new(g.memory, console, 80, 25), RINGS);
-	CHECK(!orc_io_attach(io, b.v));
-	CHECK(put(b.v, ORC_BAR_DEVICE + 8, 4, 'e') && put(b.v, ORC_BAR_DEVICE, 2, 1), "before there is a driver");
-	CHECK(get(b.v, ORC_BAR_DEVICE, 4) == (25 << 16 | 80));
-	drive(&b, F_RINGS);
-	memcpy(at(&g, DATA), "hello", 5);
-	memcpy(at(&g, DATA + 0x100), " world", 6);
-	describe(&b.d[TRANSMIT], 1, DATA + 0x100, 6, 0, 0);
-	describe(&b.d[TRANSMIT], 0, DATA, 5, N, 1);
-	offer(&b.d[TRANSMIT], 0);
-	notify(b.kick[TRANSMIT]);
-	CHECK(await_used(&b, TRANSMIT).len == 0);
-	CHECK(orc_console_copy(console, &position, text, sizeof text) == 12 && !memcmp(text, "ehello world", 12));
-	request(&b, TRANSMIT, 0, DATA, LOW_SIZE - 0x8000, 0); /* more than it keeps */
-	await_used(&b, TRANSMIT);
-	CHECK(orc_console_total(console) == 12 + LOW_SIZE - 0x8000);
-	request(&b, TRANSMIT, 0, DATA, 5, W);
-	await(b.vector[2]);
-	CHECK(get(b.v, VIRTIO_PCI_COMMON_STATUS, 1) & NEEDS_RESET);
-	orc_io_stop(io);
-	unwire(&b);
-	orc_io_free(io);
-	orc_console_free(console);
-	guest_end(&g);
-}
-
-static void input_waits_until_the_guest_has_buffers_for_it(void)
-{
-	struct guest g;
-	struct bench b;
-	orc_console *console = orc_console_new();
-	orc_io *io = io_new();
-	static uint8_t in[3 * ORC_CONSOLE_TYPED], out[sizeof in];
-	size_t given, got = 0;
-
-	guest_begin(&g, NULL);
-	for (size_t i = 0; i < sizeof in; i++)
-		in[i] = (uint8_t)(i * 7 >> 3);
-	wire(&b, &g, orc_virtio_console_new(g.memory, console, 80, 25), RINGS);
-	CHECK(!orc_io_attach(io, b.v));
-	given = orc_console_type(console, in, sizeof in); /* before anybody listens */
-	orc_virtio_console_listen(b.v, true);
-	drive(&b, 0);
-	for (uint16_t i = 0; got < sizeof in; i++) {
-		struct vring_used_elem e;
-
-		request(&b, RECEIVE, i % SIZE, DATA, 100 + i, W);
-		e = await_used(&b, RECEIVE);
-		CHECK(e.len && e.len <= 100u + i && got + e.len <= sizeof in);
-		memcpy(out + got, at(&g, DATA), e.len);
-		got += e.len;
-		given += orc_console_type(console, in + given, sizeof in - given);
-	}
-	CHECK(!memcmp(in, out, sizeof in) && !orc_console_typed(console));
-	request(&b, RECEIVE, 0, DATA, 100, W);
-	CHECK(orc_console_type(console, in, 1) == 1 && await_used(&b, RECEIVE).len == 1, "buffers wait for input");
-	request(&b, RECEIVE, 0, DATA, 100, 0);
-	CHECK(orc_console_type(console, in, 1) == 1);
-	await(b.vector[2]);
-	CHECK(get(b.v, VIRTIO_PCI_COMMON_STATUS, 1) & NEEDS_RESET);
-	orc_virtio_console_listen(b.v, false);
-	CHECK(!orc_console_listened(console));
-	orc_io_stop(io);
-	unwire(&b);
-	orc_io_free(io);
-	orc_console_free(console);
-	guest_end(&g);
-}
-
-static void a_console_takes_no_input_that_is_for_another_device(void)
-{
-	struct guest g;
-	struct bench b;
-	orc_console *console = orc_console_new();
-	uint8_t byte = 'x';
-
-	guest_begin(&g, NULL);
-	wire(&b, &g, orc_virtio_console_new(g.memory, console, 80, 25), RINGS);
-	drive(&b, 0);
-	CHECK(orc_console_type(console, &byte, 1) == 1);
-	request(&b, RECEIVE, 0, DATA, 100, W);
-	pthread_mutex_lock(&b.v->lock);
-	orc_virtio_serve(b.v, RECEIVE);
-	pthread_mutex_unlock(&b.v->lock);
-	CHECK(orc_console_typed(console) == 1);
-	unwire(&b);
-	orc_console_free(console);
-	guest_end(&g);
-}
-
-static void a_console_that_is_resized_tells_its_driver(void)
-{
-	struct guest g;
-	struct bench b;
-	orc_console *console = orc_console_new();
-
-	guest_begin(&g, NULL);
-	wire(&b, &g, orc_virtio_console_new(g.memory, console, 80, 25), RINGS);
-	drive(&b, 1);
-	orc_virtio_console_resize(b.v, 132, 50);
-	CHECK(is_readable(b.vector[2]) && get(b.v, ORC_BAR_DEVICE, 2) == 132 && get(b.v, ORC_BAR_DEVICE + 2, 2) == 50);
-	unwire(&b);
-	orc_console_free(console);
-	guest_end(&g);
-}
 
 /* ---- all at once ------------------------------------------------------------------------------------------------ */
 
@@ -643,11 +456,11 @@ static void a_guest_its_owner_and_its_user_are_at_a_device_at_the_same_time(void
 	uint64_t seed = 5;
 
 	guest_begin(&g, NULL);
-	wire(&c.b, &g, orc_virtio_console_new(g.memory, console, 80, 25), RINGS);
+	wire(&c.b, &g, orc_virtio_console_new(g.memory, console, 80, 25, 0), RINGS);
 	CHECK(!orc_io_attach(c.io, c.b.v));
 	start_again(&c.b);
 	c.console = console;
-	orc_virtio_console_listen(c.b.v, true);
+	orc_virtio_console_listen(c.b.v);
 	owner = start(play_owner, &c);
 	user = start(play_user, &c);
 	for (unsigned i = 0, heads[2] = {0, 0}; i < 3000; i++) {
@@ -687,10 +500,6 @@ const struct test io_tests[] = {
 	TEST(a_reset_waits_for_requests_that_end_on_the_io_thread),
 	TEST(after_stop_no_guest_memory_is_touched_whoever_notifies),
 	TEST(devices_come_and_go_while_others_are_served),
-	TEST(what_a_guest_transmits_is_on_the_console),
-	TEST(input_waits_until_the_guest_has_buffers_for_it),
-	TEST(a_console_takes_no_input_that_is_for_another_device),
-	TEST(a_console_that_is_resized_tells_its_driver),
 	TEST(a_guest_its_owner_and_its_user_are_at_a_device_at_the_same_time),
 	{0},
 };

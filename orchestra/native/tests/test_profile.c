@@ -80,6 +80,23 @@ static void the_first_lock_is_sampled_and_what_is_taken_is_gone(void)
 	orc_fleet_free(f);
 }
 
+static void the_same_address_in_a_nested_guest_is_another_place(void)
+{
+	orc_fleet *f = orc_fleet_new();
+	orc_vcpu *v = sampled(f, 1);
+	struct orc_record nested = {.reason = KVM_EXIT_X86_BUS_LOCK, .flags = KVM_RUN_X86_BUS_LOCK | KVM_RUN_X86_GUEST_MODE,
+				    .rip = 0x1000, .has_rip = 1, .arg = {7}};
+	struct drained d;
+
+	lock_at(v, 0x1000, 7);
+	for (int i = 0; i < 3; i++)
+		orc_vcpu_account(v, &nested, 0);
+	d = drain(v);
+	CHECK(d.used == 2 && !d.site[0].nested && d.site[0].weight == 1 && d.site[1].nested && d.site[1].weight == 3);
+	orc_vcpu_free(v);
+	orc_fleet_free(f);
+}
+
 static void weights_add_up_to_the_locks_that_were_counted(void)
 {
 	enum { LOCKS = 200000 };
@@ -261,6 +278,7 @@ static void nothing_is_lost_or_doubled_when_it_is_taken_while_the_vcpu_runs(void
 
 const struct test profile_tests[] = {
 	TEST(the_first_lock_is_sampled_and_what_is_taken_is_gone),
+	TEST(the_same_address_in_a_nested_guest_is_another_place),
 	TEST(weights_add_up_to_the_locks_that_were_counted),
 	TEST(a_changed_interval_holds_at_once_and_zero_is_none),
 	TEST(heavy_ones_stay_when_the_table_is_full_and_the_error_is_bounded),

@@ -12,8 +12,8 @@ from typing import Any, Final, TypeAlias, TypeVar
 
 import attrs
 
-from ..model.codec import CodecError, Dialect, decode
-from ..model.errors import FileError, SpecError
+from .model.codec import CodecError, Dialect, decode
+from .model.errors import FileError, SpecError
 
 __all__ = ["TOML", "Mistake", "TomlError", "read", "structure"]
 
