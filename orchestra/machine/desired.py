@@ -265,9 +265,10 @@ class Desired:
         return attrs.evolve(self, io_limits=others if io_limit is None else (*others, AskedIoLimit(by, io_limit, disk)))
 
     def check_for(self, spec: VmSpec) -> None:
-        """Raises:
-        SpecError: the record limits a vCPU or a disk that a VM of that spec does not have, or asks for memory that it
-            can't have.
+        """Check that a VM of that spec can be as this record says.
+
+        Raises:
+            SpecError: the record limits a vCPU or a disk that the VM does not have, or asks for memory that it can't have.
         """
         for io in self.io_limits:
             if io.disk is not None and io.disk not in spec.disks:
