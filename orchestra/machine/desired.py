@@ -268,7 +268,8 @@ class Desired:
         """Check that a VM of that spec can be as this record says.
 
         Raises:
-            SpecError: the record limits a vCPU or a disk that the VM does not have, or asks for memory that it can't have.
+            SpecError: the record limits a vCPU or a disk that the VM does not have, or asks for memory that it can't
+                have.
         """
         for io in self.io_limits:
             if io.disk is not None and io.disk not in spec.disks:
