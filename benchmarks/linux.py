@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import attrs
 
 import orchestra as orc
-from orchestra.backend.kvm.cpu import missing_features
+from orchestra.backend.kvm.masks import missing_features
 from orchestra.backend.kvm.system import Kvm
 from orchestra.model.errors import OrchestraError
 

@@ -61,7 +61,9 @@ static int64_t write_message(void *device, const struct orc_chain *chain)
 {
 	struct orc_console_port *p = with_message(device);
 	enum message message = (enum message)__builtin_ctz(p->pending);
-	const struct virtio_console_control control = {.id = p->number, .event = event_of[message], .value = message == OPEN};
+	/* Linux makes a port a console only if the value is not 0 (drivers/char/virtio_console.c, handle_control_message). */
+	const struct virtio_console_control control = {.id = p->number, .event = event_of[message],
+						       .value = message == OPEN || message == CONSOLE_PORT};
 
 	if (chain->writable_bytes < sizeof control)
 		return ORC_REFUSED;

@@ -210,7 +210,7 @@ static void come_up(struct ports *p)
 		is_told(p, i, VIRTIO_CONSOLE_PORT_ADD, 0, "", 0);
 	for (uint32_t i = 0; i < 3; i++)
 		tell(p, i, VIRTIO_CONSOLE_PORT_READY, 1);
-	is_told(p, 0, VIRTIO_CONSOLE_CONSOLE_PORT, 0, "", 0);
+	is_told(p, 0, VIRTIO_CONSOLE_CONSOLE_PORT, 1, "", 0);
 	is_told(p, 0, VIRTIO_CONSOLE_RESIZE, 0, size, 4);
 	is_told(p, 0, VIRTIO_CONSOLE_PORT_OPEN, 1, "", 0);
 	is_told(p, 1, VIRTIO_CONSOLE_PORT_NAME, 0, "org.example.agent", 17);
