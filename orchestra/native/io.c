@@ -167,6 +167,7 @@ static void *run(void *argument)
 	atomic_store(&io->tid, gettid());
 	orc_slice_restore();
 	pthread_mutex_lock(&io->lock);
+	pthread_cond_broadcast(&io->quiet);
 	while (!io->stopping) {
 		bool work = has_work(io);
 		orc_ns until;
@@ -249,6 +250,11 @@ int orc_io_start(const char *name, orc_io **out)
 		free_it(io);
 	} else {
 		io->started = true;
+		/* Who isolates the VM, or looks at its threads, from now on finds this one. */
+		pthread_mutex_lock(&io->lock);
+		while (!atomic_load(&io->tid))
+			pthread_cond_wait(&io->quiet, &io->lock);
+		pthread_mutex_unlock(&io->lock);
 		*out = io;
 	}
 	return rc;
