@@ -377,6 +377,8 @@ static void change_state(struct machine *m, struct input *in)
 static void power_on(struct machine *m)
 {
 	wait_for_disk(m->v);
+	if (!m->v->ops->serve)
+		lend_all(m->v, true);
 	orc_virtio_power_on(m->v);
 	CHECK(!m->v->status);
 }
