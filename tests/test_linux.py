@@ -240,11 +240,6 @@ async def test_elf_kernel_boots_to_a_shell(initrd, tmp_path, pvh, end, reason, c
         assert await ended(vm, end) == orc.Shutdown(reason=reason)
 
 
-@pytest.mark.xfail(
-    run=False,
-    reason="its first byte is lost: Linux sets RTS for its console, so the port takes a byte, and a driver that opens "
-    "the port reads the data register for luck",
-)
 async def test_what_is_typed_while_the_kernel_boots_waits_for_the_shell(initrd):
     async with orc.open_fleet(backend="kvm", bus_locks="auto") as fleet:
         vm = await fleet.launch(spec_of(had(linux_kit.debian_kernel), initrd))

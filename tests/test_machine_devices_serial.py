@@ -723,6 +723,14 @@ def cleared_by_linux(uart: Uart16550) -> None:
         uart.write(FCR, 1, value)
 
 
+def made_the_console_by_linux(uart: Uart16550) -> None:
+    """serial8250_console_setup: FIFOs, DTR and RTS are on from then on, and nobody reads."""
+    uart.write(IER, 1, 0)
+    uart.write(FCR, 1, FIFOS)
+    uart.write(FCR, 1, FIFOS | 0x80)
+    uart.write(MCR, 1, 0x0B)
+
+
 def said_by_linux(uart: Uart16550) -> None:
     """A line of its console, while nobody has opened it for reading."""
     uart.write(IER, 1, 0)
@@ -753,6 +761,7 @@ async def test_what_is_typed_before_linux_listens_waits_for_it_byte_for_byte():
     console, uart = attached()
     await console.write(data[:3])
     found_by_linux(uart)
+    made_the_console_by_linux(uart)
     await console.write(data[3:40])
     said_by_linux(uart)
     await console.write(data[40:70])
@@ -776,7 +785,7 @@ async def test_a_guest_that_polls_gets_its_input_however_little_it_has_set_up():
     assert got == b"def"
 
 
-@pytest.mark.parametrize(("register", "value"), [(IER, RX), (MCR, RTS), (FCR, FIFOS)])
+@pytest.mark.parametrize(("register", "value"), [(IER, RX), (FCR, FIFOS)])
 async def test_a_guest_that_listens_gets_its_input_at_the_first_look(register, value):
     console, uart = attached()
     uart.write(IER, 1, 0)

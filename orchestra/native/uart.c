@@ -82,10 +82,11 @@ static void put(orc_uart *u, uint8_t byte, bool looped)
 }
 
 /* Whether the guest takes input. One that has not touched the port may; a driver that sets it up does once it has switched on
- * FIFOs, interrupts for data or RTS; and one that has none of these, once it asks for data again and again. */
+ * FIFOs or interrupts for data; and one that has neither, once it asks for data again and again. RTS says nothing: Linux sets it
+ * for its console, and switches the FIFOs off and reads the data register for luck when the port is opened. */
 static bool listens(const orc_uart *u)
 {
-	return !u->set_up || u->polls || u->fcr & FCR_ENABLE || u->ier & IER_RX || u->mcr & MCR_RTS;
+	return !u->set_up || u->polls || u->fcr & FCR_ENABLE || u->ier & IER_RX;
 }
 
 /* In loopback the input is cut off. */
