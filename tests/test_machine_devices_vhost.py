@@ -640,6 +640,25 @@ async def test_silent_back_end_holds_its_own_launch_and_nothing_else(path: Path,
 
 
 @pytest.mark.kvm
+async def test_limit_that_does_not_hold_a_disk_of_another_process_is_refused(path: Path, tmp_path: Path):
+    raw, limit = tmp_path / "raw", orc.IoLimit(operations=100)
+    raw.write_bytes(bytes(MiB))
+    spec = vm_of(path)
+    spec = attrs.evolve(spec, tenant="t", devices=(*spec.devices, orc.Disk(str(raw))))
+    with ScriptedBackEnd(path):
+        async with orc.open_fleet(backend="kvm", bus_locks="auto", tenants={"t": None}) as fleet:
+            vm = await fleet.launch(spec)
+            with pytest.raises(orc.SpecError, match=r"io_limit of tenant 't': it does not hold .* of vm 'v'"):
+                await fleet.change_tenant(orc.Tenant("t", io_limit=limit))
+            assert fleet.tenants["t"].io_limit is None
+            for where, whose in (({"tenant": "t"}, "tenant 't'"), ({"vm": "v"}, "vm 'v'")):
+                done = await fleet.apply(orc.SetIoLimit(io_limit=limit, **where))
+                assert f"io_limit of {whose}: it does not hold" in str(done.error)
+            vm.disks["vdb"].set_limit(limit)  # the raw one alone
+            assert vm.disks["vdb"].limit == limit
+
+
+@pytest.mark.kvm
 async def test_vm_has_a_back_end_pauses_restarts_and_leaves_nothing(path: Path):
     before = descriptors()
     with ScriptedBackEnd(path) as scripted:

@@ -21,6 +21,7 @@ from ..backend import Backend
 from ..host.control.bandwidth import CpuCgroup
 from ..machine.budget import Budget, Budgets
 from ..machine.control import VmControl
+from ..machine.disks import check_held
 from ..machine.iobudget import IoBudget
 from ..model.actions import (
     Action,
@@ -44,6 +45,7 @@ from ..model.actions import (
 )
 from ..model.effects import ActionsInForce, releases
 from ..model.errors import BusLockUnsupported, OrchestraError, SpecError, StateError
+from ..model.iolimit import IoLimit
 from ..model.spec import ANSWER_LIMIT, Limit, Meter
 from ..native.core import FleetCore
 from ..native.shared import SharedBuckets
@@ -315,7 +317,19 @@ class FleetExecutor:
                 self._fleet.control(action.vm).disks.set_limit_nowait(policy, action.disk, action.io_limit)
             return
         self._check_open()
+        if action.tenant is not None:
+            self.check_io(action.io_limit, action.tenant)
         self._fleet.io_budget(group=action.group, tenant=action.tenant).ask(policy, action.io_limit)
+
+    def check_io(self, limit: IoLimit | None, tenant: str) -> None:
+        """Check that a limit on all disks of a tenant holds all of them.
+
+        Raises:
+            SpecError: another process serves one of them.
+        """
+        for vm in self._fleet.controls.values():
+            if vm.tenant == tenant and vm.outcome is None:
+                check_held(vm.spec, limit, f"tenant {tenant!r}")
 
     def given_io(self, budget: IoBudget, by: str, **where: Any) -> None:
         """As `given`, of how fast disks may be. `where`: fields of `SetIoLimit`."""

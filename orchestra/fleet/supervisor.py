@@ -15,10 +15,11 @@ from ..machine.control import VmControl
 from ..machine.cpufile import with_cpu_read
 from ..machine.desired import Desired
 from ..machine.devices.bus import Device
+from ..machine.disks import check_held
 from ..machine.vm import make_vm
 from ..model.actions import Action, Outcome, SetIoLimit, SetLimit, State, Stopped, Throttle, Unthrottle
 from ..model.errors import SpecError, StateError, UnknownVm, VmExists
-from ..model.spec import Meter, Tenant, VmSpec
+from ..model.spec import Meter, VmSpec
 from .executor import FleetExecutor
 from .spec import DEFAULT_TENANT
 from .tenancy import Tenancy
@@ -106,7 +107,8 @@ class Supervisor:
             if placed.meter is Meter.BUS_LOCKS:
                 field = "limit" if placed.vcpu is None else "vcpu_limit"
                 context.executor.check_seen(placed.limits.in_force, f"vm {spec.name!r}: {field}")
-        self._check_io(spec, state.tenant)
+        self._check_groups(spec)
+        check_held(spec, state.io.in_force, f"tenant {state.tenant.name!r}")
         context.backend.check(desired.spec(spec))
         previous = self.controls.get(spec.name)
         if previous is not None and previous.outcome is None:
@@ -140,8 +142,8 @@ class Supervisor:
                 raise
         return vm
 
-    def _check_io(self, spec: VmSpec, tenant: Tenant) -> None:
-        """The limits that the fleet has for the VM's disks must be there, and hold all of them."""
+    def _check_groups(self, spec: VmSpec) -> None:
+        """The groups of disks that it names must be there."""
         groups = self._context.tenancy.io_groups
         for name, disk in spec.disks.items():
             if disk.io_group is not None and disk.io_group not in groups:
@@ -150,12 +152,6 @@ class Supervisor:
                     f"vm {spec.name!r}, disk {name!r}: io_group={disk.io_group!r}: this fleet has no such group; there "
                     f"are: {known} (`io_groups` of open_fleet)"
                 )
-        served = next((device for device in spec.devices if device.has_back_end), None)
-        if served is not None and tenant.io_limit is not None:
-            raise SpecError(
-                f"vm {spec.name!r}: tenant {tenant.name!r} has an io_limit, and that does not hold the process which "
-                f"serves {type(served).__name__}: use a raw Disk, or a tenant without io_limit"
-            )
 
     def check_open(self, what: str) -> None:
         """Raises:

@@ -180,6 +180,7 @@ def _check(tenant: object, executor: FleetExecutor) -> None:
     if not isinstance(tenant, Tenant):
         raise SpecError(f"tenant={tenant!r}: must be a Tenant")
     executor.check_seen(tenant.limit, f"tenant {tenant.name!r}: limit")
+    executor.check_io(tenant.io_limit, tenant.name)
 
 
 def _close(budgets: Budgets) -> None:

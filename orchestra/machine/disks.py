@@ -16,7 +16,7 @@ from .context import InstanceContext
 from .desired import Desired
 from .iobudget import IoBudget
 
-__all__ = ["DiskStatistics", "Disks", "VmDisk", "VmDisks"]
+__all__ = ["DiskStatistics", "Disks", "VmDisk", "VmDisks", "check_held"]
 
 LEVELS: Final = ("disk", "vm", "group", "tenant")
 """As `enum` ORC_BLK_OWN, and so on, of native/virtio.h has them, from the narrowest to the widest."""
@@ -52,6 +52,20 @@ class DiskStatistics:
 
 
 COUNTS: Final = tuple(field.name for field in attrs.fields(DiskStatistics) if not field.name.startswith("throttled"))
+
+
+def check_held(spec: VmSpec, limit: IoLimit | None, whose: str) -> None:
+    """Check that a limit on all disks of a VM holds all of them.
+
+    Raises:
+        SpecError: another process serves one of them.
+    """
+    served = next((device for device in spec.devices if device.has_back_end), None)
+    if limit is not None and served is not None:
+        raise SpecError(
+            f"io_limit of {whose}: it does not hold the process that serves {type(served).__name__} of vm "
+            f"{spec.name!r}: use a raw Disk there, or no limit"
+        )
 
 
 class Counted(Protocol):
@@ -176,6 +190,8 @@ class VmDisks:
             raise StateError(f"vm {vm.name!r} has ended: it has no limit to change")
         if not self.ports:
             raise SpecError(f"vm {vm.name!r} has no disk to limit")
+        if disk is None:
+            check_held(vm.spec, limit, f"vm {vm.name!r}")
         budget = self._all if disk is None else self.port(disk).budgets[0]
         vm.wanted = vm.wanted.with_io_limit(by, disk, limit)
         budget.put(vm.wanted.io_limits_at(disk))
