@@ -745,7 +745,7 @@ def opened_by_linux(uart: Uart16550) -> None:
     """serial8250_do_startup, serial8250_do_set_termios and uart_port_startup: `read for luck`, and then it listens."""
     cleared_by_linux(uart)
     for _ in range(2):
-        for register in (LSR, DATA, IIR, MSR):
+        for register in (LSR, DATA, IIR, MSR, LSR, LSR):  # for luck; is the port there; can it transmit
             uart.read(register, 1)
         uart.write(IER, 1, THRE)
         uart.read(LSR, 1)

@@ -12,6 +12,7 @@
 #include "core.h"
 
 enum {
+	LOOKS = 8, /* at the line status in a row, of a guest that waits for data. Linux makes up to three when a port is opened */
 	IER_RX = 1, IER_THRE = 2, IER_LINE = 4, IER_MODEM = 8,
 	IIR_NONE = 1, IIR_THRE = 2, IIR_RX = 4, IIR_LINE = 6, IIR_MODEM = 0, IIR_FIFO = 0xc0,
 	FCR_ENABLE = 1, FCR_CLEAR_RX = 2,
@@ -38,7 +39,8 @@ struct orc_uart {
 	pthread_mutex_t lock;
 	uint8_t received[FIFO], first, waiting; /* a ring; from where, and how many */
 	bool looped[FIFO];                      /* it is the guest's own, from loopback */
-	bool set_up, asked, polls;              /* see `listens` */
+	bool set_up, polls;                     /* see `listens` */
+	uint8_t looks;                          /* for data, in a row, up to LOOKS */
 	uint8_t ier, lcr, mcr, scratch, fcr;
 	uint16_t divisor;
 	uint8_t line_errors, modem_changes;
@@ -171,7 +173,8 @@ static uint8_t read_register(orc_uart *u, orc_vcpu *by, orc_u64 number)
 {
 	uint8_t value;
 
-	u->asked &= number == 5;
+	if (number != 5)
+		u->looks = 0;
 	if (u->lcr & LCR_DLAB && number < 2)
 		return (uint8_t)(number ? u->divisor >> 8 : u->divisor);
 	switch (number) {
@@ -191,8 +194,8 @@ static uint8_t read_register(orc_uart *u, orc_vcpu *by, orc_u64 number)
 	case 4:
 		return u->mcr;
 	case 5:
-		u->polls |= u->asked;
-		u->asked = true;
+		if (u->looks < LOOKS && ++u->looks == LOOKS)
+			u->polls = true;
 		refill(u, by);
 		value = LSR_THRE | LSR_IDLE | u->line_errors | (u->waiting ? LSR_DATA : 0);
 		u->line_errors = 0;
@@ -220,7 +223,7 @@ static void write_register(orc_uart *u, orc_vcpu *by, orc_u64 number, uint8_t va
 {
 	uint8_t before;
 
-	u->asked = false;
+	u->looks = 0;
 	if (u->lcr & LCR_DLAB && number < 2) {
 		u->divisor = number ? (uint16_t)((u->divisor & 0xff) | value << 8) : (uint16_t)((u->divisor & 0xff00) | value);
 		return;
@@ -281,7 +284,7 @@ static bool answer(orc_device *d, orc_vcpu *by, const struct orc_access *a)
 
 	pthread_mutex_lock(&u->lock);
 	if (a->write && a->size == 1 && a->offset == 0 && !(u->lcr & LCR_DLAB)) { /* a string is transmitted as a whole */
-		u->asked = false;
+		u->looks = 0;
 		transmit(u, by, a->data, a->count);
 		u->thre_pending = true;
 		update(u, by);
@@ -335,7 +338,8 @@ static void take_over(orc_uart *u, const struct orc_uart_state *s)
 	u->divisor = s->divisor;
 	u->thre_pending = s->thre_pending;
 	memset(u->looped, 0, sizeof u->looped);
-	u->asked = u->polls = false;
+	u->polls = false;
+	u->looks = 0;
 	u->set_up = s->ier || s->mcr || s->fcr;
 }
 
