@@ -185,7 +185,6 @@ bool orc_console_listened(orc_console *);
 size_t orc_console_typed(orc_console *);
 size_t orc_console_copy_typed(orc_console *, uint8_t *out, size_t room);
 size_t orc_console_read(orc_console *, orc_vcpu *by, uint8_t *out, size_t size);
-orc_console *orc_port_new(void);
 size_t orc_port_say(orc_console *, orc_vcpu *by, const uint8_t *, size_t);
 void orc_port_set_open(orc_console *, orc_vcpu *by, bool open);
 uint32_t orc_port_opening(orc_console *);

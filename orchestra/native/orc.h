@@ -9,7 +9,7 @@
  * Where nothing is said, a function is the owner's.
  *
  * Locks: capper->lock, orc_dirty's two, bus->lock (among owners), stock->lock (owners, makers), fleet->gate.lock, those of
- * devices: console->reader_lock, then uart->lock, then console->lock or interrupts->lock (and virtio.h). Of the others none is held while
+ * devices: console->reader_lock, then uart->lock, then console->lock, its input_lock or interrupts->lock (and virtio.h). Of the others none is held while
  * another is taken, but dirty->lock before its sums_lock; under capper->lock vCPUs are commanded and kicked, which takes none.
  * A runner takes none but devices' (and dirty->lock, when its ring of written pages is full, and at its end), so that nobody
  * waits until one has its CPU back: what runners write is written for readers that do not wait.
@@ -510,7 +510,8 @@ bool orc_vcpu_settle(orc_vcpu *, uint32_t number, enum orc_asked, const void *an
 /* A VM's output: the last of it, and how much there was. Any thread. */
 enum { ORC_CONSOLE_KEPT = 64 * 1024 };
 typedef struct orc_console orc_console;
-orc_console *orc_console_new(void);
+orc_console *orc_console_new(void); /* NULL: no memory */
+orc_console *orc_console_hold(orc_console *); /* a device: it outlives its owner's orc_console_free until the device calls that, too */
 void orc_console_free(orc_console *);
 bool orc_console_put(orc_console *, const uint8_t *, size_t); /* whether the task that waits for output is to be notified */
 /* A new console as one that has had `total` bytes, of which these are the last that it kept, and where these wait for the guest.
@@ -525,7 +526,7 @@ bool orc_console_want(orc_console *, orc_u64 position);
 /* Input for the guest, which one device takes. Any thread. */
 enum { ORC_CONSOLE_TYPED = 4096, ORC_CONSOLE_WAITING = ORC_CONSOLE_TYPED + 16 /* with what a device gave back: ORC_UART_FIFO */ };
 struct orc_console_reader {
-	void (*typed)(void *device); /* there is input; it locks the device and calls orc_console_read */
+	void (*typed)(void *device); /* there is input; it has orc_console_read called, with the device locked, and does not wait for that */
 	void *device;
 	void (*room)(void *device); /* of a port: there is room for output again. NULL of others */
 };
@@ -542,9 +543,8 @@ void orc_console_unread(orc_console *, const uint8_t *, size_t);
 /* The device, with its lock held: takes input. by: whose thread this is; a writer that waits for room is told through it. */
 size_t orc_console_read(orc_console *, orc_vcpu *by, uint8_t *out, size_t size);
 
-/* A port: a stream of bytes between a program in the guest, which opens and closes it, and one reader here. A console whose
- * output waits until it is taken, ORC_CONSOLE_KEPT bytes at most; its device waits with what comes then. Any thread. */
-orc_console *orc_port_new(void); /* NULL: no memory. By orc_console_free, too */
+/* As a port it is a stream of bytes between a program in the guest, which opens and closes it, and one reader here: output waits
+ * until it is taken, ORC_CONSOLE_KEPT bytes at most; the device waits with what comes then. Any thread. */
 /* The device: how much there was room for; the next room is announced, once. As orc_console_say. */
 size_t orc_port_say(orc_console *, orc_vcpu *by, const uint8_t *, size_t);
 /* The device: the guest has it open from now on, or not; then input that waits is forgotten. The reader who waits is told. */
@@ -585,7 +585,7 @@ typedef void (*orc_uart_interrupt)(void *line, bool level);
 orc_uart *orc_uart_new(orc_uart_output, void *to, orc_uart_interrupt, void *line);
 orc_uart *orc_serial_new(orc_console *, orc_interrupts *, uint32_t gsi); /* on these; interrupts NULL: not wired */
 void orc_serial_listen(orc_uart *); /* one of orc_serial_new: it takes the console's input from now on */
-/* Owner, once no vCPU has it: it takes no more input, and is freed without a look at the console, which may go first. */
+/* Owner, once no vCPU has it: it takes no more input. */
 void orc_serial_stop(orc_uart *);
 orc_device *orc_uart_device(orc_uart *);
 /* Bytes from the other side: how many fitted. Any thread. */
