@@ -101,8 +101,11 @@ int orc_runner_tid(const orc_runner *);
 void orc_runner_join(orc_runner *);
 
 int64_t orc_slice(int thread);
-bool orc_slice_shorten(void);
-void orc_slice_restore(void);
+unsigned orc_prefer(void);
+void orc_prefer_no_more(unsigned);
+#define ORC_PREFERRED ...
+#define ORC_LOOP_NICE ...
+#define CAP_SYS_NICE ...
 extern "Python" void orc_proceed(void *, int);
 void orc_enter(void *, int);
 

@@ -29,6 +29,7 @@
 #ifndef ORC_H
 #define ORC_H
 
+#include <linux/capability.h>
 #include <linux/kvm.h>
 #include <pthread.h>
 #include <stdatomic.h>
@@ -322,13 +323,16 @@ int orc_runner_start(orc_vcpu *, const char *name, orc_runner_run *, orc_runner_
 int orc_runner_tid(const orc_runner *); /* the kernel's number of the thread */
 void orc_runner_join(orc_runner *); /* waits until the thread is gone, and frees all of it; before the vCPU is */
 
-/* ---- the scheduler's slice ------------------------------------------------------------------------------------- */
+/* ---- priority.c: an event loop's thread beside guests -------------------------------------------------------- */
 
 orc_ns orc_slice(int thread); /* of any thread, 0: the calling one. 0: this kernel has none, or not for the thread's policy */
-/* The calling thread's: a short one, if it has the default. True if it has a short one now because of this call. */
-bool orc_slice_shorten(void);
-/* The default again, if it has the short one. A thread inherits its parent's: each that is for long work begins with this. */
-void orc_slice_restore(void);
+/* The calling thread is to run before guests: with a short slice and with a nice value, each where it has the default and is allowed.
+ * Returns which of them it has now because of this call. */
+enum { ORC_LOOP_NICE = -3 };
+enum orc_preferred { ORC_PREFERRED_SLICE = 1, ORC_PREFERRED_NICE = 2, ORC_PREFERRED = 3 };
+unsigned orc_prefer(void);
+/* The defaults again, of those that it has. A thread may inherit its parent's: each that is for long work begins with this. */
+void orc_prefer_no_more(unsigned);
 
 struct orc_counters {
 	orc_u64 exits[ORC_REASONS];
