@@ -126,7 +126,7 @@ static void *work(void *argument)
 	orc_builder *b = argument;
 	struct orc_plan *plan;
 
-	orc_slice_restore(); /* the fleet's thread has a short one */
+	orc_prefer_no_more(ORC_PREFERRED); /* the thread of the event loop may have it */
 	pthread_mutex_lock(&b->lock);
 	for (;;) {
 		if ((plan = take(b)))
