@@ -683,6 +683,8 @@ static unsigned long refused;
 
 static int makes_vms(unsigned long request, void *argument)
 {
+	int vm;
+
 	(void)argument;
 	if (request == refused) {
 		errno = ENOMEM;
@@ -690,9 +692,9 @@ static int makes_vms(unsigned long request, void *argument)
 	}
 	if (request != KVM_CREATE_VM)
 		return 0;
-	newest_vm = open("/dev/null", O_RDWR | O_CLOEXEC);
+	vm = newest_vm = open("/dev/null", O_RDWR | O_CLOEXEC); /* two threads may be here */
 	vms_made++;
-	return newest_vm;
+	return vm;
 }
 
 static void wait_done(int done)
@@ -706,6 +708,8 @@ static void a_builder_makes_one_vm_ahead_and_takes_it_for_the_next_plan(void)
 {
 	orc_builder *b = orc_builder_new();
 	int done = eventfd(0, EFD_CLOEXEC), ahead = -1;
+	orc_ns since = 0;
+	bool late = false; /* a test that had no CPU for so long finds the spare VM gone */
 
 	vms_made = 0;
 	refused = 0;
@@ -716,15 +720,17 @@ static void a_builder_makes_one_vm_ahead_and_takes_it_for_the_next_plan(void)
 		CHECK(!orc_builder_begin(b, &plan, done));
 		wait_done(done);
 		CHECK(!plan.result && plan.vm >= 0);
-		CHECK(ahead < 0 || plan.vm == ahead, "%d, not %d", plan.vm, ahead);
+		late = late || (since && orc_now() - since > SECOND / 2);
+		CHECK(ahead < 0 || late || plan.vm == ahead, "%d, not %d", plan.vm, ahead);
 		while (vms_made <= i)
 			usleep(100);
 		ahead = newest_vm;
+		since = orc_now();
 		close(plan.vm);
 	}
 	orc_builder_free(b);
 	played = NULL;
-	CHECK(vms_made == 4, "%d", vms_made);
+	CHECK(late || vms_made == 4, "%d", vms_made);
 	CHECK(fcntl(ahead, F_GETFD) < 0 && errno == EBADF);
 	close(done);
 }
