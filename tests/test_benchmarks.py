@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import re
 import shutil
@@ -18,7 +19,7 @@ import attrs
 import pytest
 
 import benchmarks.__main__ as program
-from benchmarks import linux, linux_disk, qemu
+from benchmarks import linux, linux_boot, linux_disk, qemu
 from benchmarks.__main__ import BENCHMARKS
 from benchmarks.hostile import FLOODS, Taken, judge, percentile
 from benchmarks.linux_many import Step, slope
@@ -80,6 +81,33 @@ def test_cpu_of_a_vmm_is_without_the_guests_also_where_ticks_are_lost() -> None:
     before = qemu.Spent(total=1.0, guest=0.5, ticked=10.0, busy=10.0)
     assert qemu.Spent(total=4.0, guest=2.5, ticked=13.0, busy=13.0).since(before) == pytest.approx(1.0)
     assert qemu.Spent(total=4.0, guest=1.5, ticked=11.5, busy=13.0).since(before) == pytest.approx(1.0)
+
+
+def test_free_memory_is_written_before_a_boot_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    def watched(*how: int, **more: int) -> mmap.mmap:
+        mapped.append(true(*how, **more))
+        taken.append(resident() - before)
+        return mapped[-1]
+
+    true, before = mmap.mmap, resident()
+    mapped: list[mmap.mmap] = []
+    taken: list[int] = []
+    monkeypatch.setattr(linux_boot, "CLEARED", 64 << 20)
+    monkeypatch.setattr(mmap, "mmap", watched)
+    linux_boot.clear_memory()
+    assert [one.closed for one in mapped] == [True]
+    assert taken[0] >= 60 << 20
+    assert resident() - before < 30 << 20
+
+
+def test_ours_finds_its_modules_compiled_wherever_it_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    command = [sys.executable, "-c", "import benchmarks.row"]
+    subprocess.run(command, cwd=ROOT, env=linux_boot.installed(tmp_path), check=True)
+    assert list(tmp_path.rglob("row.*.pyc"))
 
 
 def test_reads_of_a_disk_are_judged_by_throughput_and_by_cpu_for_the_same_bytes() -> None:
