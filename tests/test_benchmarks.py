@@ -24,7 +24,7 @@ from benchmarks.__main__ import BENCHMARKS
 from benchmarks.hostile import FLOODS, Taken, judge, percentile
 from benchmarks.linux_many import Step, slope
 from benchmarks.rate import excess, jain
-from benchmarks.row import Row, table
+from benchmarks.row import Options, Row, table
 
 ROOT = Path(__file__).parent.parent
 
@@ -97,7 +97,7 @@ def test_free_memory_is_written_before_a_boot_and_given_back(monkeypatch: pytest
     taken: list[int] = []
     monkeypatch.setattr(linux_boot, "CLEARED", 64 << 20)
     monkeypatch.setattr(mmap, "mmap", watched)
-    linux_boot.clear_memory()
+    linux_boot.clear_memory(Options(quick=False, floor=Path(), build=Path()))
     assert [one.closed for one in mapped] == [True]
     assert taken[0] >= 60 << 20
     assert resident() - before < 30 << 20
