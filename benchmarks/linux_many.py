@@ -18,7 +18,7 @@ import trio
 import orchestra as orc
 
 from .idle import of_guests
-from .linux import BOOTED, Files, made, skipped, spec
+from .linux import BOOTED, Files, made, progress, skipped, spec
 from .linux_idle import devices
 from .row import Options, Row
 
@@ -85,6 +85,7 @@ async def together(files: Files, image: Path, steps: Sequence[int]) -> list[Step
             gc.collect()
             guests = of_guests(vms)
             taken.append(Step(many, seconds, sorted(each), (_pss() - guests) / 2**20, guests / 2**20))
+            progress(f"{many} VMs: {seconds:.1f} s, {taken[-1].mib:.2f} MiB")
     return taken
 
 
