@@ -15,7 +15,8 @@ from .row import Options, Row
 
 __all__ = ["linux_locks"]
 
-LIMIT = orc.Limit(rate=50, burst=1)
+LIMIT = orc.Limit(rate=50, burst=5)
+"""A burst of some, so that a vCPU that gets its CPU late makes up for it."""
 HELD, KEPT = 0.01, 0.98
 SIDES = ("another process of the offender's guest", "another VM")
 
