@@ -640,6 +640,7 @@ async def test_no_descriptor_left_in_the_middle_of_a_launch_rolls_it_back_and_th
     stage = Stage("kvm")
     async with stage.open() as fleet:
         other = await fleet.launch(stage.spec("spin", "other"))
+        await _no_spare_vm()
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         open_now = _open_descriptors()
         spec = stage.spec("halt", vcpus=vcpus)
@@ -660,6 +661,16 @@ async def test_no_descriptor_left_in_the_middle_of_a_launch_rolls_it_back_and_th
 
 def _open_descriptors() -> set[int]:
     return {int(fd) for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")}
+
+
+async def _no_spare_vm() -> None:
+    """Wait until the core has given up the VM that it made ahead of the next launch."""
+    with trio.fail_after(10):
+        while True:
+            vms = [fd for fd in _open_descriptors() if "kvm-vm" in os.readlink(f"/proc/self/fd/{fd}")]
+            if len(vms) == 1:  # that of `other`
+                return
+            await trio.sleep(0.05)
 
 
 def _limit_for(used: set[int], spare: int) -> int:
@@ -709,13 +720,15 @@ class NoThreadForAVcpu:
 
 
 @pytest.mark.kvm
-@pytest.mark.parametrize("step", ["GuestMemory", "boot", "Assembly", "Vcpu"])
-async def test_whatever_fails_in_a_launch_rolls_it_back(nothing_left, monkeypatch, step):
+@pytest.mark.parametrize("step", ["making.GuestMemory", "making.boot", "instance.Assembly", "instance.Vcpu"])
+@pytest.mark.parametrize("backing", ["anonymous", "shared"])  # the core makes it; a worker thread does
+async def test_whatever_fails_in_a_launch_rolls_it_back(nothing_left, monkeypatch, step, backing):
     stage = Stage("kvm")
-    spec = stage.spec("halt", vcpus=2, devices=[orc.Serial()])
+    memory = orc.Memory(1 << 20, backing=backing)
+    spec = stage.spec("halt", vcpus=2, memory=memory, devices=[orc.Serial()])
     async with stage.open() as fleet:
         with monkeypatch.context() as patch:
-            patch.setattr(f"orchestra.machine.instance.{step}", None)
+            patch.setattr(f"orchestra.machine.{step}", None)
             with pytest.raises((TypeError, AttributeError)):
                 await fleet.launch(spec)
         assert dict(fleet.vms) == {}
@@ -735,7 +748,7 @@ async def test_more_vcpus_than_the_host_allows_is_an_error_that_says_how_many(no
 async def test_a_failed_launch_is_told_to_whoever_waits_for_that_vm(nothing_left, monkeypatch):
     stage = Stage("kvm")
     async with stage.open() as fleet:
-        monkeypatch.setattr(fleet.backend, "create", lambda *args, **more: 1 / 0)
+        monkeypatch.setattr(fleet.backend, "plan", lambda *args, **more: 1 / 0)
         outcomes = []
 
         async def follow() -> None:
