@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import attrs
+import trio
 
 import orchestra as orc
 from orchestra.backend.kvm.masks import missing_features
@@ -22,7 +23,20 @@ from orchestra.model.errors import OrchestraError
 
 from . import floor, machine, qemu
 
-__all__ = ["BOOTED", "CMDLINE", "MEMORY", "PEER_CMDLINE", "Files", "Guest", "made", "order", "peer", "skipped", "spec"]
+__all__ = [
+    "BOOTED",
+    "CMDLINE",
+    "MEMORY",
+    "PEER_CMDLINE",
+    "Files",
+    "Guest",
+    "made",
+    "order",
+    "peer",
+    "progress",
+    "skipped",
+    "spec",
+]
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))  # who fetches kernels: one place for tests and benchmarks
 import linux_kit
@@ -33,6 +47,8 @@ PEER_CMDLINE = f"console=ttyS0 reboot=a {CMDLINE}"
 """The same, with what orchestra adds."""
 BOOTED = 300.0
 """Seconds. In an emulated machine a kernel takes half a minute."""
+ANSWERED = 60.0
+"""Seconds. No order takes longer than ten."""
 
 
 @attrs.frozen
@@ -116,16 +132,24 @@ async def order(guest: Guest, text: str) -> list[int]:
     """Type a line to a guest that is ready, and return the numbers of its answer.
 
     Raises:
-        RuntimeError: it failed.
+        RuntimeError: it failed, or did not answer.
     """
     console = guest.console if isinstance(guest, orc.Vm) else guest
     await console.write(f"{text}\n".encode())
-    while True:
-        said = (await console.wait_for(b"\n")).decode(errors="replace").split()
-        if said[:1] == ["failed:"]:
-            raise RuntimeError(" ".join(said))
-        if said[:1] == ["did"]:
-            return [int(word) for word in said[1:] if word.isdigit()]
+    with trio.move_on_after(ANSWERED):
+        while True:
+            said = (await console.wait_for(b"\n")).decode(errors="replace").split()
+            if said[:1] == ["failed:"]:
+                raise RuntimeError(" ".join(said))
+            if said[:1] == ["did"]:
+                return [int(word) for word in said[1:] if word.isdigit()]
+    written = guest.console.log() if isinstance(guest, orc.Vm) else guest.console
+    raise RuntimeError(f"no answer to {text!r} in {ANSWERED:g} s: {written[-2000:].decode(errors='replace')}")
+
+
+def progress(text: str) -> None:
+    """What is measured just now, for a person who waits."""
+    print(f"  {text}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import graphlib
 import hashlib
 import os
 import re
@@ -68,7 +69,7 @@ def debian_kernel() -> Path:
 
 
 VIRTIO = ("virtio", "virtio_ring", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci")
-"""What every virtio device needs, each behind what it needs itself."""
+"""What every virtio device needs."""
 KVM = ("irqbypass", "kvm", "kvm-amd")
 """Of a guest that has guests itself."""
 GUESTS = Path(__file__).parent / "guests"
@@ -80,13 +81,22 @@ LOAD = "for module in /*.ko; do insmod $module; done"
 
 
 def modules(*names: str) -> dict[str, bytes]:
-    """Modules of Debian's kernel as files of an initrd, whose names have this order."""
+    """Modules of Debian's kernel as files of an initrd, whose names have the order in which the kernel takes them.
+
+    Which needs which changes with the kernel: each says so itself (modinfo's "depends").
+    """
     package = _newest(KERNEL_PACKAGE)
-    patterns = [f"lib/modules/*/kernel/**/{name}.ko" for name in names]
-    return {
-        f"{place:02}-{name}.ko": _unpacked(package, pattern).read_bytes()
-        for place, (name, pattern) in enumerate(zip(names, patterns, strict=True))
-    }
+    known = {name.replace("-", "_"): name for name in names}
+    content = {name: _unpacked(package, f"lib/modules/*/kernel/**/{name}.ko").read_bytes() for name in names}
+    needs = {name: [known[need] for need in _needs(file) if need in known] for name, file in content.items()}
+    order = graphlib.TopologicalSorter(needs).static_order()
+    return {f"{place:02}-{name}.ko": content[name] for place, name in enumerate(order)}
+
+
+def _needs(module: bytes) -> list[str]:
+    """The modules that a module is to be loaded behind."""
+    found = re.search(rb"\0depends=([^\0]*)\0", module)
+    return found[1].decode().split(",") if found and found[1] else []
 
 
 def program(source: Path) -> bytes:

@@ -70,6 +70,7 @@ async def answer(vm: orc.Vm, line: str) -> str:
 async def booted(fleet: orc.Fleet, spec: orc.VmSpec) -> orc.Vm:
     vm = await fleet.launch(spec)
     await vm.console.wait_for(PROMPT, timeout=BOOTED)
+    assert "unknown symbol in module" not in vm.console.text  # insmod's, of a module before those that it needs
     return vm
 
 

@@ -5,6 +5,7 @@
  *
  *     read FILE SIZE DEEP RANDOM MS    reads of a disk, so many at the same time, past the page cache: bytes and nanoseconds
  *     work MS                          arithmetic on CPU 0: rounds
+ *     cpus                             how many are up
  *     offend                           a process on the last CPU makes split locks for ever
  *     desist                           and is ended
  *     off                              powers off */
@@ -33,6 +34,8 @@
 #include <unistd.h>
 
 enum { DEEPEST = 64, LINE = 256 };
+
+static long cpus;
 
 static int64_t now(void)
 {
@@ -157,7 +160,7 @@ static _Noreturn void lock_for_ever(void)
 	static alignas(128) char memory[128];
 	int *across = (int *)(memory + 62); /* a line is 64 bytes */
 
-	pin(sysconf(_SC_NPROCESSORS_ONLN) - 1);
+	pin(cpus - 1);
 	memory[62] = memory[65] = 0; /* a page's first touch is reported otherwise */
 	for (;;)
 		__asm__ volatile("lock incl (%0)" : : "r"(across) : "memory");
@@ -194,6 +197,8 @@ static void obey(const char *line)
 		read_disk(path, size, deep, random, milliseconds);
 	} else if (sscanf(line, "work %ld", &milliseconds) == 1) {
 		work(milliseconds);
+	} else if (!strncmp(line, "cpus", 4)) {
+		printf("did %ld\n", cpus);
 	} else if (!strncmp(line, "offend", 6)) {
 		offender = fork();
 		if (!offender)
@@ -217,6 +222,8 @@ int main(void)
 
 	setvbuf(stdout, NULL, _IOLBF, 0);
 	puts("init");
+	/* Before this process is pinned: without /sys and /proc the C library counts the CPUs that it may use. */
+	cpus = sysconf(_SC_NPROCESSORS_ONLN);
 	if (!tcgetattr(0, &terminal)) {
 		terminal.c_lflag &= ~(tcflag_t)ECHO;
 		tcsetattr(0, TCSANOW, &terminal);

@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/mman.h>
 #include <sys/timerfd.h>
 #include <unistd.h>
 
@@ -51,7 +52,8 @@ struct disk {
 	orc_virtio virtio;
 	orc_store *store;
 	char id[VIRTIO_BLK_ID_BYTES];
-	struct request *request, *free; /* all of them, and a list */
+	struct request *request, *free; /* all of them; and a list of those that were in flight and are done */
+	unsigned begun; /* so many of the first were ever in flight: the memory of the others is not touched, and costs none */
 	struct orc_blk_counters counters;
 	int timer; /* -1: it has no buckets */
 	struct account account[ORC_BLK_METERS][ORC_BLK_LEVELS];
@@ -329,12 +331,34 @@ static void give_id(struct disk *d, struct request *r)
 	finish(d, r, VIRTIO_BLK_S_OK);
 }
 
+static size_t requests_size(void)
+{
+	return IN_FLIGHT * sizeof(struct request);
+}
+
+/* One that is not in flight, of those that were before, if it can be. NULL: all are. */
+static struct request *idle_request(const struct disk *d)
+{
+	if (d->free)
+		return d->free;
+	return d->begun < IN_FLIGHT ? &d->request[d->begun] : NULL;
+}
+
+/* What idle_request gave is in flight from now on. */
+static void begin_request(struct disk *d)
+{
+	if (d->free)
+		d->free = d->free->next;
+	else
+		d->begun++;
+}
+
 static enum orc_served take_all(struct disk *d, struct orc_queue *q)
 {
 	enum orc_served served = ORC_MORE;
 
 	for (unsigned left = q->size; left; left--) {
-		struct request *r = d->free;
+		struct request *r = idle_request(d);
 		uint8_t status;
 
 		if (!r) {
@@ -364,7 +388,7 @@ static enum orc_served take_all(struct disk *d, struct orc_queue *q)
 			give_id(d, r);
 			continue;
 		}
-		d->free = r->next;
+		begin_request(d);
 		/* 5.2.6.2: a driver that can't flush takes what is written for durable. */
 		r->operation.durable = !has(d, VIRTIO_BLK_F_FLUSH);
 		orc_store_start(d->store, &r->operation);
@@ -435,10 +459,10 @@ static enum orc_served serve(orc_virtio *v, uint16_t queue)
 {
 	struct disk *d = (struct disk *)v;
 	enum orc_served served = take_all(d, &v->queue[queue]);
-	const bool full = !d->free;
+	const bool full = !idle_request(d);
 
 	put_done(d);
-	return full && d->free ? ORC_MORE : served;
+	return full && idle_request(d) ? ORC_MORE : served;
 }
 
 static void reset(orc_virtio *v)
@@ -464,7 +488,7 @@ static void free_disk(orc_virtio *v)
 	orc_virtio_fini(v);
 	if (d->timer >= 0)
 		close(d->timer);
-	free(d->request);
+	munmap(d->request, requests_size());
 	free(d);
 }
 
@@ -498,28 +522,27 @@ int orc_virtio_blk_new(const orc_guest_memory *memory, orc_store *store, const c
 						 : 1ull << VIRTIO_BLK_F_DISCARD | 1ull << VIRTIO_BLK_F_WRITE_ZEROES;
 	struct disk *d = calloc(1, sizeof *d);
 	int epoll = epoll_create1(EPOLL_CLOEXEC), rc = 0;
+	/* Mapped, so that it costs memory only as it is used; calloc may give memory that was used before, and clears it. */
+	void *requests = mmap(NULL, requests_size(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 
-	if (d)
-		d->request = calloc(IN_FLIGHT, sizeof *d->request); /* of mapped pages: those that are used cost memory */
 	if (epoll < 0)
 		rc = -errno;
-	else if (!d || !d->request)
+	else if (!d || requests == MAP_FAILED)
 		rc = -ENOMEM;
 	else
 		rc = orc_store_watch(store, epoll);
 	if (rc) {
 		if (epoll >= 0)
 			close(epoll);
-		if (d)
-			free(d->request);
+		if (requests != MAP_FAILED)
+			munmap(requests, requests_size());
 		free(d);
 		return rc;
 	}
+	d->request = requests;
 	d->store = store;
 	d->timer = d->waits_for = -1;
 	memcpy(d->id, id, strnlen(id, sizeof d->id));
-	for (unsigned i = IN_FLIGHT; i--; d->free = &d->request[i])
-		d->request[i].next = d->free;
 	orc_virtio_init(&d->virtio, &ops, memory, 0, features);
 	orc_virtio_watch(&d->virtio, epoll, ready);
 	configure(d);

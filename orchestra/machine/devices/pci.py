@@ -133,13 +133,13 @@ class Slot:
         self.number = number
         self.function = function
         self._host = host
-        self._space = configuration(function, bar)
+        space = configuration(function, bar)  # the core has a copy of it
+        self._msix, self._window = space.msix, space.window
         self._claim: Claim | None = None
         self._device: OnBus | None = None
         self._lock = RLock()
         self._bells: Sequence[Bell] = ()
         self._told = (False, False)
-        space = self._space
         if result := lib.orc_pci_add(host.handle, number, space.reset, space.writable, space.effects):
             raise MemoryError(f"orc_pci_add: {result}")
 
@@ -156,9 +156,9 @@ class Slot:
     @property
     def interrupts(self) -> bool:
         """Whether its vectors may interrupt now, but for their own masks. Any thread."""
-        if not self._space.msix or not self.master:  # an MSI is a write of a bus master: 6.8.3
+        if not self._msix or not self.master:  # an MSI is a write of a bus master: 6.8.3
             return False
-        return self._read(self._space.msix + 2, 2) & (MSIX_ENABLE | MSIX_MASKED) == MSIX_ENABLE
+        return self._read(self._msix + 2, 2) & (MSIX_ENABLE | MSIX_MASKED) == MSIX_ENABLE
 
     @property
     def mapped(self) -> range | None:
@@ -172,9 +172,9 @@ class Slot:
             KvmError, ResourceLimit: the kernel refuses a doorbell.
         """
         self._device, self._lock, self._bells = device, lock, bells
-        if self._space.window:
+        if self._window:
             native = getattr(device, "native", ffi.NULL)
-            lib.orc_pci_window(self._host.handle, self.number, self._space.window, native)
+            lib.orc_pci_window(self._host.handle, self.number, self._window, native)
         self._host.sync()
 
     def sync(self) -> bool:

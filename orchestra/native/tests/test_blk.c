@@ -764,6 +764,36 @@ static void of_a_bucket_with_a_burst_that_is_given_once_so_much_goes_at_once(voi
 	orc_bucket_free(bucket);
 }
 
+/* Pages of this process that are in RAM: the second number of /proc/self/statm (Documentation/filesystems/proc.rst). */
+static long resident(void)
+{
+	FILE *statm = fopen("/proc/self/statm", "r");
+	long all, found;
+
+	CHECK(statm && fscanf(statm, "%ld %ld", &all, &found) == 2);
+	fclose(statm);
+	return found;
+}
+
+static void a_disk_without_requests_costs_no_memory_for_them(void)
+{
+	enum { DISKS = 64, PAGES_EACH = 32 }; /* with the shadow that a sanitizer has of them; for requests 130 would do */
+	orc_virtio *disk[DISKS];
+	struct guest g;
+	long before;
+
+	guest_begin(&g, NULL);
+	for (int round = 0; round < 2; round++) { /* the second in memory that the first had */
+		before = resident();
+		for (int i = 0; i < DISKS; i++)
+			CHECK(!orc_virtio_blk_new(g.memory, file_store(new_file(CAPACITY, 0), CAPACITY, 0), "disk", &disk[i]));
+		CHECK(resident() - before < DISKS * PAGES_EACH, "%ld pages of %d disks", resident() - before, DISKS);
+		for (int i = 0; i < DISKS; i++)
+			orc_device_free(orc_virtio_device(disk[i]));
+	}
+	guest_end(&g);
+}
+
 const struct test blk_tests[] = {
 	TEST(the_configuration_has_capacity_and_limits),
 	TEST(each_kind_of_request_does_what_it_says),
@@ -786,5 +816,6 @@ const struct test blk_tests[] = {
 	TEST(disks_of_a_group_get_the_same_share_however_long_their_requests_are),
 	TEST(a_guest_that_resets_its_disk_again_and_again_uses_up_nothing_of_its_group),
 	TEST(of_a_bucket_with_a_burst_that_is_given_once_so_much_goes_at_once),
+	TEST(a_disk_without_requests_costs_no_memory_for_them),
 	{0},
 };
