@@ -553,6 +553,7 @@ enum {
 #define VIRTIO_MSI_NO_VECTOR ...
 orc_device *orc_virtio_device(orc_virtio *);
 uint16_t orc_virtio_type(const orc_virtio *);
+void orc_virtio_stop(orc_virtio *);
 uint16_t orc_virtio_queues(const orc_virtio *);
 uint16_t orc_virtio_vectors(const orc_virtio *);
 uint32_t orc_virtio_config_size(const orc_virtio *);

@@ -278,10 +278,18 @@ void orc_virtio_init(orc_virtio *v, const struct orc_virtio_ops *ops, const orc_
 	forget(v);
 }
 
-void orc_virtio_fini(orc_virtio *v)
+void orc_virtio_stop(orc_virtio *v)
 {
+	pthread_mutex_lock(&v->lock);
 	if (v->watched >= 0)
 		close(v->watched);
+	v->watched = -1;
+	pthread_mutex_unlock(&v->lock);
+}
+
+void orc_virtio_fini(orc_virtio *v)
+{
+	orc_virtio_stop(v);
 	pthread_mutex_destroy(&v->lock);
 }
 

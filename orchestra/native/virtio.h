@@ -161,7 +161,7 @@ void orc_virtio_again(orc_virtio *, uint16_t queue);
 /* Changes the configuration, and tells the driver. Any thread, the lock not held. */
 void orc_virtio_config_set(orc_virtio *, uint32_t offset, const void *data, uint32_t size);
 /* Before it is attached: whatever else wakes it (an io_uring's eventfd, input). The descriptor is the device's own: it closes it
- * when it is freed. One for each device. */
+ * in orc_virtio_stop, or when it is freed. One for each device. */
 void orc_virtio_watch(orc_virtio *, int fd, orc_virtio_ready *);
 
 /* ---- between io.c and virtio*.c --------------------------------------------------------------------------------- */
@@ -238,6 +238,8 @@ struct orc_virtio_state {
 	uint8_t kind[ORC_VIRTIO_KIND];
 };
 void orc_virtio_save(orc_virtio *, struct orc_virtio_state *);
+/* Gives back its descriptor. After orc_io_stop; nothing else but looks at it is done then. A second call does nothing. */
+void orc_virtio_stop(orc_virtio *);
 /* As one that was saved, of the same kind with the same features and memory. Its eventfds are set: those of pending vectors are
  * written, and all queues are looked at once. False: no such device can be in that state, and this one is as it was. */
 bool orc_virtio_load(orc_virtio *, const struct orc_virtio_state *);
@@ -353,7 +355,7 @@ void orc_virtio_blk_limit_changed(orc_virtio *); /* of a bucket that it has: who
 /* The kernel's number of its store's thread; 0: it has none (yet: one that begins later is where the I/O thread is). Owner. */
 int orc_virtio_blk_thread(orc_virtio *);
 /* Its store is freed now, and its files are closed, so that another one can have them; of its buckets it needs none any more. After
- * orc_io_stop. */
+ * orc_io_stop. A second call does nothing. */
 void orc_virtio_blk_close(orc_virtio *);
 struct orc_blk_counters {
 	orc_u64 reads, writes, flushes, discards, zeroes; /* that were done */

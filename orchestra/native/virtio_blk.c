@@ -458,12 +458,8 @@ static void free_disk(orc_virtio *v)
 {
 	struct disk *d = (struct disk *)v;
 
-	if (d->store) /* else it was closed, and its buckets may be gone */
-		leave_all(d);
-	orc_store_free(d->store);
+	orc_virtio_blk_close(v);
 	orc_virtio_fini(v);
-	if (d->timer >= 0)
-		close(d->timer);
 	free(d->request);
 	free(d);
 }
@@ -564,8 +560,15 @@ void orc_virtio_blk_close(orc_virtio *v)
 {
 	struct disk *d = (struct disk *)v;
 
-	leave_all(d); /* the buckets may be gone before it is freed */
-	orc_store_free(d->store);
+	if (!d->store) /* it was closed, and its buckets may be gone */
+		return;
+	pthread_mutex_lock(&v->lock);
+	leave_all(d);
+	if (d->timer >= 0)
+		close(d->timer);
+	d->timer = -1;
+	pthread_mutex_unlock(&v->lock);
+	orc_store_free(d->store); /* it may take long */
 	d->store = NULL;
 }
 

@@ -38,3 +38,4 @@ class ConsoleDevice(VirtioDevice[Console]):
         lib.orc_virtio_console_stop(self.handle)  # consoles outlive the I/O thread, and are written to
         for port in self._ports:
             port.changed()  # it is closed, which nobody else says
+        super().stop()
