@@ -207,6 +207,7 @@ typedef void (*orc_uart_interrupt)(void *line, bool level);
 orc_uart *orc_uart_new(orc_uart_output, void *to, orc_uart_interrupt, void *line);
 orc_uart *orc_serial_new(orc_console *, orc_interrupts *, uint32_t gsi);
 void orc_serial_listen(orc_uart *);
+void orc_serial_hold(orc_uart *, bool on);
 void orc_serial_stop(orc_uart *);
 orc_device *orc_uart_device(orc_uart *);
 size_t orc_uart_receive(orc_uart *, const uint8_t *, size_t);

@@ -45,6 +45,7 @@ struct orc_uart {
 	uint16_t divisor;
 	uint8_t line_errors, modem_changes;
 	bool thre_pending, level;
+	bool held; /* the VM is paused: nothing comes in */
 };
 
 /* ---- what follows from the registers -------------------------------------------------------------------------- */
@@ -94,7 +95,7 @@ static bool listens(const orc_uart *u)
 /* In loopback the input is cut off. */
 static bool has_room(const orc_uart *u)
 {
-	return !(u->mcr & MCR_LOOP) && u->waiting < depth(u);
+	return !u->held && !(u->mcr & MCR_LOOP) && u->waiting < depth(u);
 }
 
 /* What waits at the other end comes as soon as there is room. */
@@ -448,6 +449,15 @@ static void typed(void *device)
 
 	pthread_mutex_lock(&u->lock);
 	update(u, NULL);
+	pthread_mutex_unlock(&u->lock);
+}
+
+void orc_serial_hold(orc_uart *u, bool on)
+{
+	pthread_mutex_lock(&u->lock);
+	u->held = on;
+	if (!on)
+		update(u, NULL); /* what was typed meanwhile */
 	pthread_mutex_unlock(&u->lock);
 }
 
