@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import gc
 import os
-import resource
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ import trio
 
 import orchestra as orc
 from conftest import guest
+from rlimits import so_many_left
 
 pytestmark = pytest.mark.kvm
 
@@ -56,26 +56,6 @@ def descriptors() -> Counter[str]:
         with suppress(OSError):
             found[os.readlink(f"/proc/self/fd/{fd}")] += 1
     return found
-
-
-@contextmanager
-def so_many_left(number: int) -> Iterator[None]:
-    """In the block this process can have so many descriptors more."""
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    highest = max(map(int, os.listdir("/proc/self/fd")))
-    used: list[int] = []
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1 + number, before[1]))
-        with suppress(OSError):
-            while True:
-                used.append(os.dup(0))
-        for _ in range(number):
-            os.close(used.pop())
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
-        for fd in used:
-            os.close(fd)
 
 
 async def test_vm_that_has_ended_holds_no_descriptor(image: str, nothing_left):

@@ -636,6 +636,8 @@ uint64_t orc_virtio_live_queues(orc_virtio *);
 uint64_t orc_virtio_lend(orc_virtio *, struct orc_virtio_state *out);
 void orc_virtio_back(orc_virtio *, const uint16_t *next);
 void orc_virtio_wake(orc_virtio *, uint16_t queue);
+uint32_t orc_virtio_owed(orc_virtio *, uint64_t *kicks);
+void orc_virtio_owe(orc_virtio *, uint32_t vectors);
 
 /* ---- spawn.c, uring.h ---- */
 

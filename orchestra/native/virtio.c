@@ -17,16 +17,6 @@
 
 /* ---- interrupts ------------------------------------------------------------------------------------------------- */
 
-void orc_virtio_notify(int fd)
-{
-	struct pollfd takes = {.fd = fd, .events = POLLOUT};
-	const uint64_t one = 1;
-
-	if (fd >= 0 && poll(&takes, 1, 0) == 1 && takes.revents & POLLOUT)
-		while (write(fd, &one, sizeof one) < 0 && errno == EINTR)
-			;
-}
-
 /* Of the ISR too, whether MSI-X is enabled or not: that is the PCI function's affair, and who uses MSI-X does not look at it. */
 static void interrupt(orc_virtio *v, uint16_t vector, uint8_t isr)
 {
@@ -36,8 +26,8 @@ static void interrupt(orc_virtio *v, uint16_t vector, uint8_t isr)
 	if (vector >= v->vectors || v->vector_fd[vector] < 0)
 		return;
 	v->interrupts++;
-	if (!v->ops->serve) {
-		orc_virtio_notify(v->vector_fd[vector]);
+	if (!v->ops->serve) { /* another process has that eventfd as well: virtio_lent.c */
+		v->owed_vectors |= 1u << vector;
 		return;
 	}
 	/* Full (EAGAIN): it fires anyway. */
@@ -48,7 +38,7 @@ static void interrupt(orc_virtio *v, uint16_t vector, uint8_t isr)
 uint32_t orc_virtio_pending(const orc_virtio *v)
 {
 	struct pollfd fired[ORC_VIRTIO_VECTORS];
-	uint32_t bits = 0;
+	uint32_t bits = v->owed_vectors;
 
 	for (unsigned i = 0; i < v->vectors; i++)
 		fired[i] = (struct pollfd){.fd = v->vector_fd[i], .events = POLLIN}; /* -1 is left out */

@@ -118,6 +118,8 @@ struct orc_virtio {
 	bool resetting;           /* something is in flight or lent still; `status` is as it was */
 	bool master;              /* the bus lets it access memory: orc_virtio_set_master */
 	orc_u64 lent;             /* queues that another process serves now, a bit each */
+	orc_u64 owed_kicks;       /* of such a device: queues whose kick_fd is to be written, */
+	uint32_t owed_vectors;    /* and vectors that are to fire (orc_virtio_owed) */
 	uint16_t queue_select, config_vector;
 	struct orc_queue queue[ORC_VIRTIO_QUEUES];
 	uint16_t queue_vector[ORC_VIRTIO_QUEUES];
@@ -176,8 +178,6 @@ uint32_t orc_virtio_in_flight(const orc_virtio *);
 uint32_t orc_virtio_pending(const orc_virtio *); /* vectors that fired and that no irqfd has taken, a bit each */
 struct orc_virtio_state;
 void orc_virtio_look_at_state(orc_virtio *, struct orc_virtio_state *); /* orc_virtio_save, which takes the lock */
-/* Writes to an eventfd that another process has as well: not if that would wait, whatever its flags are by now. -1: nothing. */
-void orc_virtio_notify(int fd);
 /* Registers by offset, of any size and at any place; what is not there reads as 0 and ignores writes. */
 void orc_virtio_common_read(orc_virtio *, uint32_t offset, uint8_t *data, uint32_t size);
 void orc_virtio_common_write(orc_virtio *, uint32_t offset, const uint8_t *data, uint32_t size);
@@ -329,7 +329,7 @@ void orc_virtio_balloon_look(orc_virtio *, struct orc_balloon_counters *out); /*
  * that concerns whom the queues belong to (status, a queue's enable and vector) is stored and then goes up to Python. */
 orc_virtio *orc_virtio_lent_new(const orc_guest_memory *, uint16_t type, uint16_t queues, uint16_t queue_size, orc_u64 features,
 				const uint8_t *config, uint32_t config_size);
-/* Any thread, all four. Which queues the driver has running, a bit each: those that should be lent. */
+/* Any thread, all of these. Which queues the driver has running, a bit each: those that should be lent. */
 orc_u64 orc_virtio_live_queues(orc_virtio *);
 /* They are lent from now on, with the device as `out` says; 0: none is running, or they are lent already. Until they are back, a
  * reset of the driver's is not over. */
@@ -337,8 +337,11 @@ orc_u64 orc_virtio_lend(orc_virtio *, struct orc_virtio_state *out);
 /* All that was lent is back, and nobody touches guest memory for it any more; `next`: where each queue is. */
 void orc_virtio_back(orc_virtio *, const uint16_t *next);
 /* Notifies the back-end, as it may have taken a notification that it did not act on before, and the driver, as what was used last
- * may have been told to nobody. */
+ * may have been told to nobody: both are owed from now on. */
 void orc_virtio_wake(orc_virtio *, uint16_t queue);
+/* Who is to be notified, a bit each; they are the caller's then. `kicks` NULL: vectors alone. Any thread. */
+uint32_t orc_virtio_owed(orc_virtio *, uint64_t *kicks);
+void orc_virtio_owe(orc_virtio *, uint32_t vectors); /* back: they can't fire now, and are pending */
 
 /* virtio_blk.c: a disk whose bytes a store has (store.h), which it frees; not if this fails. `id`: at most 20 characters, for the
  * guest's /dev/disk/by-id. 0 or a negative errno. */
