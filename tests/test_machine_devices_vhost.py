@@ -398,7 +398,8 @@ def test_back_end_that_fills_our_eventfds_keeps_no_lock_and_goes_with_its_vm(
         back_end(rig).let_go("start")
         DiskDriver(rig).start()
         scripted.wait_for(Request.SET_STATUS)
-        until(lambda: os.eventfd_read(rig.bells[0].fd))  # it was kicked as it got the queue
+        assert select.select([rig.bells[0].fd], [], [], 60)[0]  # it is kicked as it gets the queue
+        os.eventfd_read(rig.bells[0].fd)
         monkeypatch.setattr(lending, "takes", lambda fd: True)  # the look came before
         os.eventfd_write(scripted.fds[Request.SET_VRING_KICK], (1 << 64) - 2)
         os.set_blocking(scripted.fds[Request.SET_VRING_KICK], True)

@@ -324,9 +324,10 @@ struct orc_balloon_counters {
 };
 void orc_virtio_balloon_look(orc_virtio *, struct orc_balloon_counters *out); /* any thread; waits for nobody */
 
-/* virtio_lent.c: a device whose queues another process serves. `features`: all that it offers. `config_size` bytes are its configuration, which stays; queue_size is
- * a power of two up to ORC_QUEUE_MOST. NULL: no memory, or a number that does not fit. It is never attached to an orc_io. An access
- * that concerns whom the queues belong to (status, a queue's enable and vector) is stored and then goes up to Python. */
+/* virtio_lent.c: a device whose queues another process serves. `features`: all that it offers. `config_size` bytes are its
+ * configuration, which stays; queue_size is a power of two up to ORC_QUEUE_MOST. NULL: no memory, or a number that does not fit. It
+ * is never attached to an orc_io. An access that concerns whom the queues belong to (status, a queue's enable and vector) is
+ * stored and then goes up to Python; so does one that notifies a queue, where no ioeventfd is. */
 orc_virtio *orc_virtio_lent_new(const orc_guest_memory *, uint16_t type, uint16_t queues, uint16_t queue_size, orc_u64 features,
 				const uint8_t *config, uint32_t config_size);
 /* Any thread, all of these. Which queues the driver has running, a bit each: those that should be lent. */
