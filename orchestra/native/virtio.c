@@ -176,7 +176,7 @@ static void forget(orc_virtio *v)
 	v->waiting = 0;
 	v->error = ORC_QUEUE_FINE;
 	v->error_queue = 0;
-	atomic_store(&v->kicked, 0);
+	atomic_fetch_and(&v->kicked, ORC_KICKED_CONFIG);
 }
 
 void orc_virtio_reset(orc_virtio *v)
@@ -224,15 +224,48 @@ void orc_virtio_set_master(orc_virtio *v, bool on)
 
 /* ---- its configuration ------------------------------------------------------------------------------------------- */
 
-void orc_virtio_config_set(orc_virtio *v, uint32_t offset, const void *data, uint32_t size)
+void orc_virtio_configure(orc_virtio *v)
 {
-	pthread_mutex_lock(&v->lock);
+	uint8_t data[ORC_VIRTIO_WISH];
+	uint32_t offset, size;
+
+	pthread_mutex_lock(&v->wish_lock);
+	offset = v->wish.offset;
+	size = v->wish.size;
+	memcpy(data, v->wish.data, sizeof data);
+	v->wish.size = 0;
+	pthread_mutex_unlock(&v->wish_lock);
+	if (!size)
+		return;
 	if (memcmp(v->config + offset, data, size)) {
 		memcpy(v->config + offset, data, size);
 		v->config_changed = true;
 		if (v->status & VIRTIO_CONFIG_S_DRIVER_OK && !v->resetting)
 			interrupt(v, v->config_vector, ORC_ISR_CONFIG);
 	}
+	if (v->ops->configured)
+		v->ops->configured(v);
+}
+
+void orc_virtio_config_set(orc_virtio *v, uint32_t offset, const void *data, uint32_t size)
+{
+	orc_io *io;
+
+	pthread_mutex_lock(&v->wish_lock);
+	v->wish.offset = offset;
+	v->wish.size = size;
+	memcpy(v->wish.data, data, size);
+	pthread_mutex_unlock(&v->wish_lock);
+	if (pthread_mutex_trylock(&v->lock)) {
+		io = atomic_load(&v->io);
+		if (io) { /* which may be at the device for milliseconds, again and again */
+			atomic_fetch_or(&v->kicked, ORC_KICKED_CONFIG);
+			orc_io_wake(io);
+			return;
+		}
+		pthread_mutex_lock(&v->lock);
+	}
+	orc_virtio_configure(v);
 	pthread_mutex_unlock(&v->lock);
 }
 
@@ -259,6 +292,7 @@ void orc_virtio_init(orc_virtio *v, const struct orc_virtio_ops *ops, const orc_
 	v->watched = -1;
 	v->master = true;
 	pthread_mutex_init(&v->lock, NULL);
+	pthread_mutex_init(&v->wish_lock, NULL);
 	for (unsigned i = 0; i < ORC_VIRTIO_QUEUES; i++)
 		v->kick_fd[i] = -1;
 	for (unsigned i = 0; i < ORC_VIRTIO_VECTORS; i++) {
@@ -280,6 +314,7 @@ void orc_virtio_stop(orc_virtio *v)
 void orc_virtio_fini(orc_virtio *v)
 {
 	orc_virtio_stop(v);
+	pthread_mutex_destroy(&v->wish_lock);
 	pthread_mutex_destroy(&v->lock);
 }
 

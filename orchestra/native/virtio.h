@@ -38,7 +38,9 @@ enum {
 	ORC_VIRTIO_VECTORS = ORC_VIRTIO_QUEUES + 1, /* one for each queue, and one for changes of the configuration */
 	ORC_VIRTIO_CONFIG = 128,                    /* bytes of the device's own configuration, at most */
 	ORC_VIRTIO_KIND = 64,                       /* bytes of state that only its kind knows */
+	ORC_VIRTIO_WISH = 8,                        /* bytes of the configuration that the owner changes at once */
 };
+#define ORC_KICKED_CONFIG (1ull << 63) /* the owner has changed the configuration */
 struct orc_virtio_state;
 
 /* BAR 0 of every device, whatever it has. A page for each part: a hypervisor above us could map them one by one, and the
@@ -78,6 +80,8 @@ struct orc_virtio_ops {
 	enum orc_served (*serve)(orc_virtio *, uint16_t queue);
 	/* Runner: within config_size, 1 to 8 bytes. To store them in v->config is its own affair. NULL: nothing is written. */
 	void (*config_write)(orc_virtio *, uint32_t offset, const uint8_t *data, uint32_t size);
+	/* Any thread: the owner has changed the configuration. NULL: nothing. */
+	void (*configured)(orc_virtio *);
 	/* Any thread: the driver has set DRIVER_OK, or a saved state has it; v->accepted says what was negotiated. NULL: nothing. */
 	void (*start)(orc_virtio *);
 	/* Any thread: nothing is taken from now on. Requests in flight end as they may, soon, and are put, which writes nothing
@@ -106,7 +110,8 @@ struct orc_virtio {
 	uint16_t queues, vectors;
 	orc_u64 offered;
 	_Atomic(orc_io *) io;     /* that serves it; NULL: none yet */
-	_Atomic orc_u64 kicked;   /* queues that are to be served, a bit each. Any thread sets, the I/O thread clears */
+	/* Queues that are to be served, a bit each, and ORC_KICKED_CONFIG. Any thread sets, the I/O thread clears. */
+	_Atomic orc_u64 kicked;
 	int watched;              /* a descriptor; -1: none. Before it is attached */
 	orc_virtio_ready *ready;
 
@@ -134,6 +139,12 @@ struct orc_virtio {
 	uint16_t error_queue;
 	orc_u64 interrupts, kicks;
 	uint8_t config[ORC_VIRTIO_CONFIG]; /* little-endian, as the guest reads it */
+
+	pthread_mutex_t wish_lock; /* what follows; last of all */
+	struct {
+		uint32_t offset, size; /* size 0: none */
+		uint8_t data[ORC_VIRTIO_WISH];
+	} wish; /* of orc_virtio_config_set */
 };
 
 /* ---- for the author of a kind ----------------------------------------------------------------------------------- */
@@ -160,7 +171,9 @@ enum orc_served orc_virtio_each(struct orc_queue *, const struct orc_chain_work 
 bool orc_virtio_live(const orc_virtio *, uint16_t queue);
 /* Have a queue served by the I/O thread. Any thread, the lock held or not. */
 void orc_virtio_again(orc_virtio *, uint16_t queue);
-/* Changes the configuration, and tells the driver. Any thread, the lock not held. */
+/* Changes the configuration (up to ORC_VIRTIO_WISH bytes, always the same ones of a device), and tells the driver. Any thread, no
+ * lock held: it waits for nobody. If another thread is at an attached device, the I/O thread does it soon, or once it is held no
+ * more; of several changes the last counts. */
 void orc_virtio_config_set(orc_virtio *, uint32_t offset, const void *data, uint32_t size);
 /* Before it is attached: whatever else wakes it (an io_uring's eventfd, input). The descriptor is the device's own: it closes it
  * in orc_virtio_stop, or when it is freed. One for each device. */
@@ -172,6 +185,7 @@ void orc_virtio_watch(orc_virtio *, int fd, orc_virtio_ready *);
 void orc_virtio_reset(orc_virtio *);     /* begins it: 2.4 */
 void orc_virtio_all_again(orc_virtio *); /* each queue */
 void orc_virtio_serve(orc_virtio *, uint16_t queue); /* if it is live */
+void orc_virtio_configure(orc_virtio *); /* as the owner has wished by orc_virtio_config_set */
 void orc_virtio_settle(orc_virtio *); /* after requests were put: interrupts, errors, resets that waited for them */
 void orc_virtio_called(orc_virtio *); /* what it watches is ready */
 uint32_t orc_virtio_in_flight(const orc_virtio *);

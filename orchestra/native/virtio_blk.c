@@ -27,6 +27,9 @@ enum {
 	/* Of a discard or of zeroes: a file system frees so much in milliseconds. One range for each request: Linux sends no more
 	 * unless they lie side by side. */
 	RANGE = 1 << 30,
+	/* Bytes of the requests that are started in one turn, with the last one whole. What the page cache has is copied at once, with
+	 * the device's lock held: a quarter of a millisecond, or for the longest request some ten. */
+	TURN = 2 << 20,
 	HEADER = 16, /* struct virtio_blk_outhdr */
 	ALIGNMENT = 4096, /* of what is discarded: less than a page frees nothing */
 };
@@ -52,9 +55,12 @@ struct disk {
 	orc_store *store;
 	char id[VIRTIO_BLK_ID_BYTES];
 	struct request *request, *free; /* all of them, and a list */
-	struct orc_blk_counters counters;
 	int timer; /* -1: it has no buckets */
 	struct account account[ORC_BLK_METERS][ORC_BLK_LEVELS];
+	/* Over what follows: who looks at the figures never waits for a request. Last of all locks. Whoever changes them has the
+	 * device's lock as well, and with that alone they can be read. */
+	pthread_mutex_t look;
+	struct orc_blk_counters counters;
 	int waits_for; /* the level that the request at the queue's head waits for; -1: it does not wait */
 	orc_ns looked; /* when that was found */
 };
@@ -132,11 +138,22 @@ static void arm(const struct disk *d, orc_ns turn)
 	timerfd_settime(d->timer, TFD_TIMER_ABSTIME, &t, NULL);
 }
 
-/* The time since the last look counts for the level that it waited for. */
+/* The time since the last look counts for the level that it waited for. `look` held. */
 static void count_wait(const struct disk *d, orc_ns now, struct orc_blk_counters *c)
 {
 	if (d->waits_for >= 0 && now > d->looked)
 		c->waited[d->waits_for] += (orc_u64)(now - d->looked);
+}
+
+/* The request at the queue's head waits for that level from now on; -1: for none. */
+static void wait_for(struct disk *d, int level, orc_ns now)
+{
+	pthread_mutex_lock(&d->look);
+	count_wait(d, now, &d->counters);
+	d->counters.waits += level >= 0 && d->waits_for < 0;
+	d->waits_for = level;
+	d->looked = now;
+	pthread_mutex_unlock(&d->look);
 }
 
 /* Whether a bucket has a limit, or had one when the disk last looked. Most disks have none, and their requests cost no more. */
@@ -170,10 +187,7 @@ static bool may_go(struct disk *d, const struct request *r)
 				waits_for = l;
 			}
 		}
-	count_wait(d, now, &d->counters);
-	d->counters.waits += waits_for >= 0 && d->waits_for < 0;
-	d->waits_for = waits_for;
-	d->looked = now;
+	wait_for(d, waits_for, now);
 	if (waits_for >= 0) {
 		arm(d, turn);
 		return false;
@@ -191,8 +205,7 @@ static bool may_go(struct disk *d, const struct request *r)
  * again would use up what others share with it. */
 static void leave_all(struct disk *d)
 {
-	count_wait(d, orc_now(), &d->counters);
-	d->waits_for = -1;
+	wait_for(d, -1, orc_now());
 	for (int m = 0; m < ORC_BLK_METERS; m++)
 		for (int l = 0; l < ORC_BLK_LEVELS; l++)
 			leave(&d->account[m][l]);
@@ -200,16 +213,19 @@ static void leave_all(struct disk *d)
 
 static void idle(struct disk *d) /* the driver has nothing that waits any more */
 {
-	orc_ns now;
-
-	if (d->waits_for < 0)
-		return;
-	now = orc_now();
-	count_wait(d, now, &d->counters);
-	d->waits_for = -1;
+	if (d->waits_for >= 0)
+		wait_for(d, -1, orc_now());
 }
 
 /* ---- one request ------------------------------------------------------------------------------------------------- */
+
+static void count_error(struct disk *d, int result)
+{
+	pthread_mutex_lock(&d->look);
+	d->counters.errors++;
+	d->counters.no_space += result == -ENOSPC || result == -EDQUOT;
+	pthread_mutex_unlock(&d->look);
+}
 
 static void finish(struct disk *d, struct request *r, uint8_t status)
 {
@@ -218,7 +234,8 @@ static void finish(struct disk *d, struct request *r, uint8_t status)
 
 	if (orc_queue_is_open(&d->virtio.queue[0]))
 		((uint8_t *)last->iov_base)[last->iov_len - 1] = status;
-	d->counters.errors += status != VIRTIO_BLK_S_OK;
+	if (status != VIRTIO_BLK_S_OK)
+		count_error(d, r->operation.result);
 	/* 2.7.8.2: so many from the first one on. The status is the last one. */
 	if (r->chain.writable_bytes == 1)
 		written = 1;
@@ -297,6 +314,7 @@ static uint8_t check(struct disk *d, struct request *r)
 	uint32_t out;
 
 	r->data = 0;
+	r->operation.result = 0;
 	r->cost[ORC_BLK_OPERATIONS] = 1;
 	r->cost[ORC_BLK_SECTORS] = 0;
 	if (orc_chain_read(&r->chain, 0, &header, sizeof header) != HEADER)
@@ -332,8 +350,9 @@ static void give_id(struct disk *d, struct request *r)
 static enum orc_served take_all(struct disk *d, struct orc_queue *q)
 {
 	enum orc_served served = ORC_MORE;
+	orc_u64 bytes = 0;
 
-	for (unsigned left = q->size; left; left--) {
+	for (unsigned left = q->size; left && bytes < TURN; left--) {
 		struct request *r = d->free;
 		uint8_t status;
 
@@ -365,6 +384,7 @@ static enum orc_served take_all(struct disk *d, struct orc_queue *q)
 			continue;
 		}
 		d->free = r->next;
+		bytes += r->chain.readable_bytes + r->chain.writable_bytes;
 		/* 5.2.6.2: a driver that can't flush takes what is written for durable. */
 		r->operation.durable = !has(d, VIRTIO_BLK_F_FLUSH);
 		orc_store_start(d->store, &r->operation);
@@ -380,6 +400,7 @@ static void count(struct disk *d, const struct request *r)
 	const orc_u64 bytes = r->cost[ORC_BLK_SECTORS] * SECTOR;
 	struct orc_blk_counters *c = &d->counters;
 
+	pthread_mutex_lock(&d->look);
 	switch (r->operation.kind) {
 	case ORC_OPERATION_READ:
 		c->reads++;
@@ -398,6 +419,7 @@ static void count(struct disk *d, const struct request *r)
 	default:
 		c->zeroes++;
 	}
+	pthread_mutex_unlock(&d->look);
 }
 
 static void put_done(struct disk *d)
@@ -410,7 +432,6 @@ static void put_done(struct disk *d)
 		next = o->next;
 		if (!o->result)
 			count(d, r);
-		d->counters.no_space += o->result == -ENOSPC || o->result == -EDQUOT;
 		finish(d, r, o->result ? VIRTIO_BLK_S_IOERR : VIRTIO_BLK_S_OK);
 		r->next = d->free;
 		d->free = r;
@@ -460,6 +481,7 @@ static void free_disk(orc_virtio *v)
 
 	orc_virtio_blk_close(v);
 	orc_virtio_fini(v);
+	pthread_mutex_destroy(&d->look);
 	free(d->request);
 	free(d);
 }
@@ -511,6 +533,7 @@ int orc_virtio_blk_new(const orc_guest_memory *memory, orc_store *store, const c
 		free(d);
 		return rc;
 	}
+	pthread_mutex_init(&d->look, NULL);
 	d->store = store;
 	d->timer = d->waits_for = -1;
 	memcpy(d->id, id, strnlen(id, sizeof d->id));
@@ -574,8 +597,10 @@ void orc_virtio_blk_close(orc_virtio *v)
 
 void orc_virtio_blk_look(orc_virtio *v, struct orc_blk_counters *out)
 {
-	pthread_mutex_lock(&v->lock);
-	*out = ((struct disk *)v)->counters;
-	count_wait((struct disk *)v, orc_now(), out);
-	pthread_mutex_unlock(&v->lock);
+	struct disk *d = (struct disk *)v;
+
+	pthread_mutex_lock(&d->look);
+	*out = d->counters;
+	count_wait(d, orc_now(), out);
+	pthread_mutex_unlock(&d->look);
 }

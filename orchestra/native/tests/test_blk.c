@@ -764,7 +764,47 @@ static void of_a_bucket_with_a_burst_that_is_given_once_so_much_goes_at_once(voi
 	orc_bucket_free(bucket);
 }
 
+static void whoever_looks_at_the_figures_waits_for_no_request(void)
+{
+	struct orc_blk_counters c;
+	struct bench b;
+
+	begin(&b, 0);
+	CHECK(!one(&b, IN, 0, DATA, 512, W));
+	orc_io_hold(b.io);
+	pthread_mutex_lock(&b.v->lock); /* the I/O thread copies what the page cache has */
+	orc_virtio_blk_look(b.v, &c);
+	pthread_mutex_unlock(&b.v->lock);
+	orc_io_let_go(b.io);
+	CHECK(c.reads == 1 && c.read_bytes == 512);
+	end(&b);
+}
+
+/* Those of a full ring are 16 MiB, of which a turn copies as much as it may; and then the device's lock is free. */
+static void long_requests_are_started_some_in_each_turn(void)
+{
+	enum { EACH = 256 * 1024, REQUESTS = 32, IN_A_TURN = (2 << 20) / EACH };
+	struct bench b;
+	unsigned seen;
+
+	make(&b, 0);
+	drive(&b, F_DISK);
+	for (unsigned i = 0; i < REQUESTS; i++)
+		ask(&b, i, IN, 0, DATA, EACH, W);
+	pthread_mutex_lock(&b.v->lock);
+	orc_virtio_serve(b.v, 0);
+	seen = b.d.used->idx + b.v->queue[0].in_flight;
+	pthread_mutex_unlock(&b.v->lock);
+	CHECK(seen >= IN_A_TURN && seen <= IN_A_TURN + 1, "%u", seen);
+	CHECK(!orc_io_attach(b.io, b.v));
+	for (unsigned i = 0; i < REQUESTS; i++)
+		await_used(&b);
+	end(&b);
+}
+
 const struct test blk_tests[] = {
+	TEST(whoever_looks_at_the_figures_waits_for_no_request),
+	TEST(long_requests_are_started_some_in_each_turn),
 	TEST(the_configuration_has_capacity_and_limits),
 	TEST(each_kind_of_request_does_what_it_says),
 	TEST(what_can_not_be_done_is_an_error_for_the_guest),
