@@ -19,7 +19,10 @@
 
 enum {
 	QUEUE = 128,
-	IN_FLIGHT = 64, /* of which a file system or an NVMe device is busy; a hold waits for no more than these */
+	IN_FLIGHT = 64, /* of which a file system or an NVMe device is busy */
+	/* Bytes that are read, written or zeroed at the same time, with the last request whole: a millisecond of the fastest devices. A
+	 * hold, and a capped guest's rest, wait for no more than these: at most a second of slow ones, or for a long request some. */
+	BYTES_IN_FLIGHT = 16 << 20,
 	SECTOR = 512,
 	/* With header and status a chain of a full ring. Half of ORC_CHAIN_MOST, so that each piece may lie in two regions. */
 	SEGMENTS = QUEUE - 2,
@@ -55,6 +58,7 @@ struct disk {
 	orc_store *store;
 	char id[VIRTIO_BLK_ID_BYTES];
 	struct request *request, *free; /* all of them, and a list */
+	orc_u64 in_flight; /* bytes */
 	int timer; /* -1: it has no buckets */
 	struct account account[ORC_BLK_METERS][ORC_BLK_LEVELS];
 	/* Over what follows: who looks at the figures never waits for a request. Last of all locks. Whoever changes them has the
@@ -347,6 +351,16 @@ static void give_id(struct disk *d, struct request *r)
 	finish(d, r, VIRTIO_BLK_S_OK);
 }
 
+static orc_u64 bytes_of(const struct request *r)
+{
+	return r->cost[ORC_BLK_SECTORS] * SECTOR;
+}
+
+static bool is_full(const struct disk *d) /* until a request is done */
+{
+	return !d->free || d->in_flight >= BYTES_IN_FLIGHT;
+}
+
 static enum orc_served take_all(struct disk *d, struct orc_queue *q)
 {
 	enum orc_served served = ORC_MORE;
@@ -356,8 +370,8 @@ static enum orc_served take_all(struct disk *d, struct orc_queue *q)
 		struct request *r = d->free;
 		uint8_t status;
 
-		if (!r) {
-			served = ORC_WAITING; /* until one of them is done */
+		if (is_full(d)) {
+			served = ORC_WAITING;
 			break;
 		}
 		if (!orc_queue_take(q, &r->chain)) {
@@ -384,7 +398,8 @@ static enum orc_served take_all(struct disk *d, struct orc_queue *q)
 			continue;
 		}
 		d->free = r->next;
-		bytes += r->chain.readable_bytes + r->chain.writable_bytes;
+		bytes += bytes_of(r);
+		d->in_flight += bytes_of(r);
 		/* 5.2.6.2: a driver that can't flush takes what is written for durable. */
 		r->operation.durable = !has(d, VIRTIO_BLK_F_FLUSH);
 		orc_store_start(d->store, &r->operation);
@@ -397,7 +412,7 @@ static enum orc_served take_all(struct disk *d, struct orc_queue *q)
 
 static void count(struct disk *d, const struct request *r)
 {
-	const orc_u64 bytes = r->cost[ORC_BLK_SECTORS] * SECTOR;
+	const orc_u64 bytes = bytes_of(r);
 	struct orc_blk_counters *c = &d->counters;
 
 	pthread_mutex_lock(&d->look);
@@ -433,6 +448,7 @@ static void put_done(struct disk *d)
 		if (!o->result)
 			count(d, r);
 		finish(d, r, o->result ? VIRTIO_BLK_S_IOERR : VIRTIO_BLK_S_OK);
+		d->in_flight -= bytes_of(r);
 		r->next = d->free;
 		d->free = r;
 	}
@@ -456,10 +472,10 @@ static enum orc_served serve(orc_virtio *v, uint16_t queue)
 {
 	struct disk *d = (struct disk *)v;
 	enum orc_served served = take_all(d, &v->queue[queue]);
-	const bool full = !d->free;
+	const bool full = is_full(d);
 
 	put_done(d);
-	return full && d->free ? ORC_MORE : served;
+	return full && !is_full(d) ? ORC_MORE : served;
 }
 
 static void reset(orc_virtio *v)
