@@ -39,7 +39,9 @@ GOOD = {
     "proc/sys/kernel/split_lock_mitigate": "0\n",
     "proc/self/limits": LIMITS
     + "Max processes             90000                90001                processes \n"
-    + "Max open files            65536                524288               files     \n",
+    + "Max open files            65536                524288               files     \n"
+    + "Max nice priority         30                   30                             \n",
+    "proc/self/status": "Name:\tpython\nCapEff:\t0000000000000000\n",
     "proc/sys/kernel/threads-max": "100000\n",
     "proc/self/cgroup": "0::/system.slice/fleet.service\n",
     "proc/self/mountinfo": MOUNTS.format(options=",favordynmods"),
@@ -502,6 +504,22 @@ def test_what_keeps_the_kernel_from_capping_is_a_note_with_a_remedy(find, files,
     assert finding.status == "note"
     assert value in finding.value
     assert remedy in finding.remedy
+
+
+@pytest.mark.parametrize(
+    ("allowed", "capabilities", "status", "value"),
+    [
+        ("23", "0000000000000000", "ok", "nice -3 (RLIMIT_NICE 23)"),
+        ("0", "0000000000800000", "ok", "nice -3 (CAP_SYS_NICE)"),
+        ("22", "ffffffffff7fffff", "note", "nice 0 (no CAP_SYS_NICE; RLIMIT_NICE 22, hard limit 22)"),
+        ("rubbish", "rubbish", "note", "nice 0 (no CAP_SYS_NICE; RLIMIT_NICE 0, hard limit rubbish)"),
+    ],
+)
+def test_whether_the_event_loop_may_run_before_guests(find, allowed, capabilities, status, value):
+    files = limits("Max nice priority", allowed) | {"proc/self/status": f"CapEff:\t{capabilities}\n"}
+    finding = find("event loop's priority", files)
+    assert (finding.status, finding.value) == (status, value)
+    assert ("ulimit -e 23" in finding.remedy and "LimitNICE=-3" in finding.remedy) == (status != "ok")
 
 
 # ---- limits

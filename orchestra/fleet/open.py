@@ -14,8 +14,8 @@ from ..backend import Backend, Detection, choose
 from ..backend.detection import Asked
 from ..host.control.bandwidth import CpuCgroup
 from ..host.control.placement import Quarantine, quarantine_cpus
+from ..host.control.priority import LoopPriority
 from ..host.control.resources import ControlGroup
-from ..host.control.slice import ShortSlice
 from ..host.observe import HostSignals
 from ..machine.workers import at_length
 from ..model.errors import BusLockUnsupported, SpecError
@@ -35,7 +35,7 @@ log: Final = logging.getLogger("orchestra")
 LOOKED_AT: Final = 1.0
 """Seconds between two looks at the host, if only a probe needs them: there is no journal."""
 
-_SLICE: Final[trio.lowlevel.RunVar[ShortSlice | None]] = trio.lowlevel.RunVar("orchestra.slice", None)
+_PRIORITY: Final[trio.lowlevel.RunVar[LoopPriority | None]] = trio.lowlevel.RunVar("orchestra.priority", None)
 
 NO_HOST: Final = "the scripted backend runs nothing on this host"
 
@@ -97,7 +97,7 @@ async def open_fleet(spec: FleetSpec) -> AsyncIterator[Fleet]:
         if resources.recorder is not None:
             await stack.enter_async_context(_recording(resources.recorder, resources))
         if backend.blocking:
-            stack.enter_context(_short_slice())
+            stack.enter_context(_priority())
         yield await stack.enter_async_context(_running(spec, resources, policies))
 
 
@@ -142,17 +142,17 @@ def _recorder(journal: Recorder | JournalSpec | None) -> Recorder | None:
 
 
 @contextmanager
-def _short_slice() -> Iterator[None]:
-    """A short slice for this thread, of the scheduler's time, while fleets of this run of trio are open."""
-    slice = _SLICE.get()
-    if slice is None:
-        slice = ShortSlice()
-        _SLICE.set(slice)
-    slice.acquire()
+def _priority() -> Iterator[None]:
+    """This thread runs before busy guests while fleets of this run of trio are open."""
+    priority = _PRIORITY.get()
+    if priority is None:
+        priority = LoopPriority()
+        _PRIORITY.set(priority)
+    priority.acquire()
     try:
         yield
     finally:
-        slice.release()
+        priority.release()
 
 
 @asynccontextmanager

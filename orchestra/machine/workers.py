@@ -17,7 +17,7 @@ from typing import Any, Final, TypeVar, cast
 import trio
 
 from ..backend.memory import GuestMemory, Region, unmap
-from ..host.control.slice import end_short_slice
+from ..host.control.priority import end_priority
 from ..host.files import Files
 
 __all__ = ["Workers", "at_length"]
@@ -36,7 +36,7 @@ and the restarts that wait for them, need not wait for a big one."""
 
 def at_length(function: Callable[..., T], *arguments: object) -> T:
     """Call a function that takes long, on a worker thread: with the default slice, whatever the thread inherited."""
-    end_short_slice()
+    end_priority()
     return function(*arguments)
 
 

@@ -16,7 +16,7 @@ SOURCES = [
     "vcpu.c",
     "stock.c",
     "runner.c",
-    "slice.c",
+    "priority.c",
     "signal.c",
     "thread.c",
     "bus.c",

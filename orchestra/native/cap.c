@@ -96,7 +96,7 @@ static void *run(void *argument)
 {
 	struct orc_capper *capper = argument;
 
-	orc_slice_restore();
+	orc_prefer_no_more(ORC_PREFERRED);
 	prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0);
 	pthread_mutex_lock(&capper->lock);
 	capper->period = orc_now();

@@ -101,8 +101,11 @@ int orc_runner_tid(const orc_runner *);
 void orc_runner_join(orc_runner *);
 
 int64_t orc_slice(int thread);
-bool orc_slice_shorten(void);
-void orc_slice_restore(void);
+unsigned orc_prefer(void);
+void orc_prefer_no_more(unsigned);
+#define ORC_PREFERRED ...
+#define ORC_LOOP_NICE ...
+#define CAP_SYS_NICE ...
 extern "Python" void orc_proceed(void *, int);
 void orc_enter(void *, int);
 
@@ -185,7 +188,6 @@ bool orc_console_listened(orc_console *);
 size_t orc_console_typed(orc_console *);
 size_t orc_console_copy_typed(orc_console *, uint8_t *out, size_t room);
 size_t orc_console_read(orc_console *, orc_vcpu *by, uint8_t *out, size_t size);
-orc_console *orc_port_new(void);
 size_t orc_port_say(orc_console *, orc_vcpu *by, const uint8_t *, size_t);
 void orc_port_set_open(orc_console *, orc_vcpu *by, bool open);
 uint32_t orc_port_opening(orc_console *);

@@ -171,7 +171,7 @@ static void *run(void *argument)
 	struct epoll_event event[EVENTS];
 
 	atomic_store(&io->tid, gettid());
-	orc_slice_restore();
+	orc_prefer_no_more(ORC_PREFERRED);
 	pthread_mutex_lock(&io->lock);
 	pthread_cond_broadcast(&io->quiet);
 	while (!io->stopping) {

@@ -9,7 +9,7 @@
  * Where nothing is said, a function is the owner's.
  *
  * Locks: capper->lock, orc_dirty's two, bus->lock (among owners), stock->lock (owners, makers), fleet->gate.lock, those of
- * devices: console->reader_lock, then uart->lock, then console->lock or interrupts->lock (and virtio.h). Of the others none is held while
+ * devices: console->reader_lock, then uart->lock, then console->lock, its input_lock or interrupts->lock (and virtio.h). Of the others none is held while
  * another is taken, but dirty->lock before its sums_lock; under capper->lock vCPUs are commanded and kicked, which takes none.
  * A runner takes none but devices' (and dirty->lock, when its ring of written pages is full, and at its end), so that nobody
  * waits until one has its CPU back: what runners write is written for readers that do not wait.
@@ -29,6 +29,7 @@
 #ifndef ORC_H
 #define ORC_H
 
+#include <linux/capability.h>
 #include <linux/kvm.h>
 #include <pthread.h>
 #include <stdatomic.h>
@@ -322,13 +323,16 @@ int orc_runner_start(orc_vcpu *, const char *name, orc_runner_run *, orc_runner_
 int orc_runner_tid(const orc_runner *); /* the kernel's number of the thread */
 void orc_runner_join(orc_runner *); /* waits until the thread is gone, and frees all of it; before the vCPU is */
 
-/* ---- the scheduler's slice ------------------------------------------------------------------------------------- */
+/* ---- priority.c: an event loop's thread beside guests -------------------------------------------------------- */
 
 orc_ns orc_slice(int thread); /* of any thread, 0: the calling one. 0: this kernel has none, or not for the thread's policy */
-/* The calling thread's: a short one, if it has the default. True if it has a short one now because of this call. */
-bool orc_slice_shorten(void);
-/* The default again, if it has the short one. A thread inherits its parent's: each that is for long work begins with this. */
-void orc_slice_restore(void);
+/* The calling thread is to run before guests: with a short slice and with a nice value, each where it has the default and is allowed.
+ * Returns which of them it has now because of this call. */
+enum { ORC_LOOP_NICE = -3 };
+enum orc_preferred { ORC_PREFERRED_SLICE = 1, ORC_PREFERRED_NICE = 2, ORC_PREFERRED = 3 };
+unsigned orc_prefer(void);
+/* The defaults again, of those that it has. A thread may inherit its parent's: each that is for long work begins with this. */
+void orc_prefer_no_more(unsigned);
 
 struct orc_counters {
 	orc_u64 exits[ORC_REASONS];
@@ -510,7 +514,8 @@ bool orc_vcpu_settle(orc_vcpu *, uint32_t number, enum orc_asked, const void *an
 /* A VM's output: the last of it, and how much there was. Any thread. */
 enum { ORC_CONSOLE_KEPT = 64 * 1024 };
 typedef struct orc_console orc_console;
-orc_console *orc_console_new(void);
+orc_console *orc_console_new(void); /* NULL: no memory */
+orc_console *orc_console_hold(orc_console *); /* a device: it outlives its owner's orc_console_free until the device calls that, too */
 void orc_console_free(orc_console *);
 bool orc_console_put(orc_console *, const uint8_t *, size_t); /* whether the task that waits for output is to be notified */
 /* A new console as one that has had `total` bytes, of which these are the last that it kept, and where these wait for the guest.
@@ -525,7 +530,7 @@ bool orc_console_want(orc_console *, orc_u64 position);
 /* Input for the guest, which one device takes. Any thread. */
 enum { ORC_CONSOLE_TYPED = 4096, ORC_CONSOLE_WAITING = ORC_CONSOLE_TYPED + 16 /* with what a device gave back: ORC_UART_FIFO */ };
 struct orc_console_reader {
-	void (*typed)(void *device); /* there is input; it locks the device and calls orc_console_read */
+	void (*typed)(void *device); /* there is input; it has orc_console_read called, with the device locked, and does not wait for that */
 	void *device;
 	void (*room)(void *device); /* of a port: there is room for output again. NULL of others */
 };
@@ -542,9 +547,8 @@ void orc_console_unread(orc_console *, const uint8_t *, size_t);
 /* The device, with its lock held: takes input. by: whose thread this is; a writer that waits for room is told through it. */
 size_t orc_console_read(orc_console *, orc_vcpu *by, uint8_t *out, size_t size);
 
-/* A port: a stream of bytes between a program in the guest, which opens and closes it, and one reader here. A console whose
- * output waits until it is taken, ORC_CONSOLE_KEPT bytes at most; its device waits with what comes then. Any thread. */
-orc_console *orc_port_new(void); /* NULL: no memory. By orc_console_free, too */
+/* As a port it is a stream of bytes between a program in the guest, which opens and closes it, and one reader here: output waits
+ * until it is taken, ORC_CONSOLE_KEPT bytes at most; the device waits with what comes then. Any thread. */
 /* The device: how much there was room for; the next room is announced, once. As orc_console_say. */
 size_t orc_port_say(orc_console *, orc_vcpu *by, const uint8_t *, size_t);
 /* The device: the guest has it open from now on, or not; then input that waits is forgotten. The reader who waits is told. */
@@ -585,9 +589,9 @@ typedef void (*orc_uart_interrupt)(void *line, bool level);
 orc_uart *orc_uart_new(orc_uart_output, void *to, orc_uart_interrupt, void *line);
 orc_uart *orc_serial_new(orc_console *, orc_interrupts *, uint32_t gsi); /* on these; interrupts NULL: not wired */
 void orc_serial_listen(orc_uart *); /* one of orc_serial_new: it takes the console's input from now on */
-/* Its VM is paused: input waits at the console, and neither registers nor the line change by it. Any thread. */
+/* Its VM is paused: input waits at the console, and neither registers nor the line change by it. Any thread; waits for no lock. */
 void orc_serial_hold(orc_uart *, bool on);
-/* Owner, once no vCPU has it: it takes no more input, and is freed without a look at the console, which may go first. */
+/* Owner, once no vCPU has it: it takes no more input. */
 void orc_serial_stop(orc_uart *);
 orc_device *orc_uart_device(orc_uart *);
 /* Bytes from the other side: how many fitted. Any thread. */

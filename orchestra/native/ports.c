@@ -31,13 +31,19 @@ static bool answer_debug_console(orc_device *d, orc_vcpu *by, const struct orc_a
 	return true;
 }
 
+static void free_debug_console(orc_device *d)
+{
+	orc_console_free(((struct debug_console *)d)->console);
+	free(d);
+}
+
 orc_device *orc_debug_console_new(orc_console *console, uint8_t detected)
 {
 	struct debug_console *c = calloc(1, sizeof *c);
 
 	if (!c)
 		return NULL;
-	*c = (struct debug_console){{answer_debug_console, free_it}, console, detected};
+	*c = (struct debug_console){{answer_debug_console, free_debug_console}, orc_console_hold(console), detected};
 	return &c->device;
 }
 

@@ -71,7 +71,7 @@ static void *run(void *argument)
 	struct orc_probe *p = argument;
 	orc_ns next = orc_now();
 
-	orc_slice_restore(); /* it measures what a guest would have */
+	orc_prefer_no_more(ORC_PREFERRED); /* it measures what a guest would have */
 	pthread_setname_np(pthread_self(), "orchestra-probe");
 	pthread_mutex_lock(&p->lock);
 	while (!p->stopping) {

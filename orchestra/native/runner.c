@@ -34,7 +34,7 @@ static void *begin(void *argument)
 {
 	orc_runner *r = argument;
 
-	orc_slice_restore();
+	orc_prefer_no_more(ORC_PREFERRED);
 	orc_vcpu_attach(r->v);
 	r->proceed(r->context, (int)r->run(r->v));
 	return NULL;

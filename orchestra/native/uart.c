@@ -45,7 +45,8 @@ struct orc_uart {
 	uint16_t divisor;
 	uint8_t line_errors, modem_changes;
 	bool thre_pending, level;
-	bool held; /* the VM is paused: nothing comes in */
+	_Atomic bool arrived; /* input came, and whoever had the lock looks before it goes on */
+	_Atomic bool held;    /* the VM is paused: nothing comes in. Any thread */
 };
 
 /* ---- what follows from the registers -------------------------------------------------------------------------- */
@@ -95,7 +96,7 @@ static bool listens(const orc_uart *u)
 /* In loopback the input is cut off. */
 static bool has_room(const orc_uart *u)
 {
-	return !u->held && !(u->mcr & MCR_LOOP) && u->waiting < depth(u);
+	return !atomic_load(&u->held) && !(u->mcr & MCR_LOOP) && u->waiting < depth(u);
 }
 
 /* What waits at the other end comes as soon as there is room. */
@@ -133,6 +134,25 @@ static void update(orc_uart *u, orc_vcpu *by)
 		return;
 	u->level = level;
 	u->interrupt(u->line, level);
+}
+
+/* Input came, or whoever had the lock has let go of it. Nobody waits for the lock here: who types is an event loop, and a vCPU's
+ * thread that has the lock may wait long for a CPU. */
+static void look(orc_uart *u, orc_vcpu *by)
+{
+	while (atomic_load(&u->arrived) && !pthread_mutex_trylock(&u->lock)) {
+		if (atomic_exchange(&u->arrived, false))
+			update(u, by);
+		pthread_mutex_unlock(&u->lock);
+		atomic_thread_fence(memory_order_seq_cst); /* it may have come since: who types has the other order */
+	}
+}
+
+static void unlock(orc_uart *u, orc_vcpu *by)
+{
+	pthread_mutex_unlock(&u->lock);
+	atomic_thread_fence(memory_order_seq_cst);
+	look(u, by);
 }
 
 /* ---- data ----------------------------------------------------------------------------------------------------- */
@@ -293,7 +313,7 @@ static bool answer(orc_device *d, orc_vcpu *by, const struct orc_access *a)
 		for (uint32_t i = 0; i < a->count; i++)
 			access_registers(u, by, a, a->data + (size_t)i * a->size);
 	}
-	pthread_mutex_unlock(&u->lock);
+	unlock(u, by);
 	return true;
 }
 
@@ -321,7 +341,7 @@ void orc_uart_save(orc_uart *u, struct orc_uart_state *s)
 		.thre_pending = u->thre_pending, .level = u->level};
 	for (uint8_t i = 0; i < u->waiting; i++)
 		s->received[i] = u->received[(u->first + i) % FIFO];
-	pthread_mutex_unlock(&u->lock);
+	unlock(u, NULL);
 }
 
 static void take_over(orc_uart *u, const struct orc_uart_state *s)
@@ -351,7 +371,7 @@ static void enter(orc_uart *u, const struct orc_uart_state *s)
 	take_over(u, s);
 	u->level = cause(u) != IIR_NONE;
 	u->interrupt(u->line, u->level);
-	pthread_mutex_unlock(&u->lock);
+	unlock(u, NULL);
 }
 
 bool orc_uart_load(orc_uart *u, const struct orc_uart_state *s)
@@ -373,7 +393,7 @@ void orc_uart_reset(orc_uart *u)
 
 	pthread_mutex_lock(&u->lock);
 	clear(u);
-	pthread_mutex_unlock(&u->lock);
+	unlock(u, NULL);
 	power_on(&s);
 	enter(u, &s);
 }
@@ -415,7 +435,7 @@ size_t orc_uart_receive(orc_uart *u, const uint8_t *data, size_t n)
 	for (; taken < n && has_room(u); taken++)
 		put(u, data[taken], false);
 	update(u, NULL);
-	pthread_mutex_unlock(&u->lock);
+	unlock(u, NULL);
 	return taken;
 }
 
@@ -423,7 +443,7 @@ size_t orc_uart_receive(orc_uart *u, const uint8_t *data, size_t n)
 
 struct serial {
 	orc_uart uart;
-	orc_console *console; /* NULL: it was stopped */
+	orc_console *console;
 	orc_interrupts *interrupts;
 	uint32_t gsi;
 };
@@ -447,38 +467,35 @@ static void typed(void *device)
 {
 	orc_uart *u = device;
 
-	pthread_mutex_lock(&u->lock);
-	update(u, NULL);
-	pthread_mutex_unlock(&u->lock);
+	atomic_store(&u->arrived, true);
+	atomic_thread_fence(memory_order_seq_cst);
+	look(u, NULL);
 }
 
 void orc_serial_hold(orc_uart *u, bool on)
 {
-	pthread_mutex_lock(&u->lock);
-	u->held = on;
+	atomic_store(&u->held, on); /* a vCPU that is at the registers has not parked: whoever waits for that sees what it did */
 	if (!on)
-		update(u, NULL); /* what was typed meanwhile */
-	pthread_mutex_unlock(&u->lock);
+		typed(u); /* what was typed meanwhile */
 }
 
 void orc_serial_stop(orc_uart *u)
 {
 	struct serial *s = (struct serial *)u;
 
-	if (s->console)
-		orc_console_detach(s->console, s);
+	orc_console_detach(s->console, s);
 	pthread_mutex_lock(&u->lock);
-	if (s->console && u->input) /* what the guest has not read is for the next run */
+	if (u->input) /* what the guest has not read is for the next run */
 		clear(u);
 	u->input = NULL;
 	u->unread = NULL;
-	pthread_mutex_unlock(&u->lock);
-	s->console = NULL;
+	unlock(u, NULL);
 }
 
 static void free_serial(orc_device *d)
 {
 	orc_serial_stop((orc_uart *)d);
+	orc_console_free(((struct serial *)d)->console);
 	free_uart(d);
 }
 
@@ -498,7 +515,7 @@ orc_uart *orc_serial_new(orc_console *console, orc_interrupts *interrupts, uint3
 		return NULL;
 	make(&s->uart, say, console, raise_or_lower, s);
 	s->uart.device.free = free_serial;
-	s->console = console;
+	s->console = orc_console_hold(console);
 	s->interrupts = interrupts;
 	s->gsi = gsi;
 	return &s->uart;
@@ -511,7 +528,7 @@ void orc_serial_listen(orc_uart *u)
 	pthread_mutex_lock(&u->lock);
 	u->input = hear; /* not before: it is for the one device that takes input */
 	u->unread = give_back;
-	pthread_mutex_unlock(&u->lock);
+	unlock(u, NULL);
 	orc_console_attach(s->console, (struct orc_console_reader){.typed = typed, .device = u});
 	typed(u); /* what was typed before */
 }

@@ -308,7 +308,7 @@ enum {
 	ORC_CONSOLE_NAME = 64,                           /* bytes of a port's name */
 };
 orc_virtio *orc_virtio_console_new(const orc_guest_memory *, orc_console *, uint16_t columns, uint16_t rows, unsigned ports);
-/* Before it is attached: port 1 to `ports` is that one (orc_port_new). Its name: UTF-8, `size` bytes. */
+/* Before it is attached: port 1 to `ports` is that one (orc_console_new). Its name: UTF-8, `size` bytes. */
 void orc_virtio_console_port(orc_virtio *, unsigned port, const char *name, size_t size, orc_console *);
 void orc_virtio_console_listen(orc_virtio *); /* it takes the console's input from now on; that of its ports it always takes */
 /* It takes no input and gives no output any more: what is done at the console and its ports reaches neither the device nor its I/O

@@ -192,7 +192,11 @@ static void reset_queue(orc_virtio *v, uint16_t queue)
 
 static void free_console(orc_virtio *v)
 {
+	struct orc_console_device *c = (struct orc_console_device *)v;
+
 	orc_virtio_console_stop(v);
+	for (unsigned i = 0; i < c->n; i++)
+		orc_console_free(c->port[i].stream);
 	orc_virtio_fini(v);
 	free(v);
 }
@@ -281,7 +285,7 @@ orc_virtio *orc_virtio_console_new(const orc_guest_memory *memory, orc_console *
 	if (!c)
 		return NULL;
 	c->n = 1 + ports;
-	c->port[0].stream = console;
+	c->port[0].stream = orc_console_hold(console);
 	for (unsigned i = 0; i < c->n; i++) {
 		c->port[i].device = c;
 		c->port[i].number = (uint8_t)i;
@@ -298,7 +302,7 @@ void orc_virtio_console_port(orc_virtio *v, unsigned port, const char *name, siz
 {
 	struct orc_console_port *p = &((struct orc_console_device *)v)->port[port];
 
-	p->stream = stream;
+	p->stream = orc_console_hold(stream);
 	p->name_size = (uint8_t)(size < sizeof p->name ? size : sizeof p->name);
 	memcpy(p->name, name, p->name_size);
 	take_input(p);

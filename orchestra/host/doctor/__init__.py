@@ -35,6 +35,7 @@ CHECKS: Final[tuple[Callable[[Host], Iterator[Finding]], ...]] = (
     costs.nx_huge_pages,
     costs.favordynmods,
     costs.cpu_caps,
+    costs.loop_priority,
     limits.open_files,
     limits.threads,
     limits.memory,

@@ -1,14 +1,16 @@
-"""Checks what makes launches slow on this host, and what can keep CPU caps."""
+"""Checks what makes launches and event loops slow on this host, and what can keep CPU caps."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
+from ...native import lib
 from ..control.delegation import own_cgroup, why_not
 from .files import Host
 from .report import Finding
 
-__all__ = ["cpu_caps", "favordynmods", "nx_huge_pages"]
+__all__ = ["cpu_caps", "favordynmods", "loop_priority", "nx_huge_pages"]
 
 
 def nx_huge_pages(host: Host) -> Iterator[Finding]:
@@ -50,3 +52,21 @@ def cpu_caps(host: Host) -> Iterator[Finding]:
         yield Finding(check, "note", obstacle.what, instead, obstacle.remedy)
     else:
         yield Finding(check, "ok", str(folder), 'cap_by="cgroup" can have the kernel keep CPU caps')
+
+
+def loop_priority(host: Host) -> Iterator[Finding]:
+    """Whether the thread of a fleet may have its nice value (`host.control.priority`; setrlimit(2), RLIMIT_NICE)."""
+    found = re.search(r"^CapEff:\s*([0-9a-fA-F]+)", host.read("proc/self/status"), re.MULTILINE)
+    capable = found is not None and bool(int(found[1], 16) >> lib.CAP_SYS_NICE & 1)
+    soft, hard = host.limit("Max nice priority")
+    check, wanted = "event loop's priority", lib.ORC_LOOP_NICE
+    least = 20 - wanted  # RLIMIT_NICE counts the other way round
+    if capable or (soft or 0) >= least:
+        why = "CAP_SYS_NICE" if capable else f"RLIMIT_NICE {soft}"
+        meaning = "the event loop runs before guests that keep all CPUs busy"
+        yield Finding(check, "ok", f"nice {wanted} ({why})", meaning)
+    else:
+        value = f"nice 0 (no CAP_SYS_NICE; RLIMIT_NICE {soft or 0}, hard limit {hard})"
+        meaning = "beside guests that keep all CPUs busy the event loop waits for each of them, 3 to 20 ms"
+        remedy = f"`ulimit -e {least}`, or LimitNICE={wanted} in the systemd unit"
+        yield Finding(check, "note", value, meaning, remedy)

@@ -148,6 +148,8 @@ class Console(Stream):
                 return
             elif lib.orc_console_want(self.handle, position):
                 await changed.wait()
+            else:  # there is more, but the guest overwrote it all while it was read
+                await trio.lowlevel.checkpoint()
 
     async def wait_for(self, pattern: bytes | str, *, timeout: float | None = None) -> bytes:  # noqa: ASYNC109 (its error has the last lines)
         """Wait until the guest has written `pattern`. Output from before this call counts, from the last match on.

@@ -37,7 +37,7 @@ class ConsolePort(Stream):
     """
 
     def __init__(self, notify: Notify, name: str, vm: str = "") -> None:
-        super().__init__(lib.orc_port_new(), notify, vm)
+        super().__init__(lib.orc_console_new(), notify, vm)
         self.name = name
         self._reads = self._writes = False
 

@@ -59,8 +59,7 @@ class Uart16550(NativeDevice, Peripheral[Serial, UartState]):
         lib.orc_serial_hold(self._handle, False)
 
     def stop(self) -> None:
-        # Not left to the garbage collector: until the next run nothing takes input, and in a cycle of objects the
-        # console may be freed before this is.
+        # Not left to the garbage collector: until the next run nothing takes input.
         lib.orc_serial_stop(self._handle)
 
     def reset(self) -> None:

@@ -507,7 +507,7 @@ static orc_virtio *new_console(struct machine *m, bool ports)
 
 	CHECK(v);
 	for (unsigned i = 0; ports && i < PORTS; i++) {
-		m->port[i] = orc_port_new();
+		m->port[i] = orc_console_new();
 		CHECK(m->port[i]);
 		orc_virtio_console_port(v, i + 1, "a name", 6 * i, m->port[i]);
 		m->multiport = 1ull << VIRTIO_CONSOLE_F_MULTIPORT;

@@ -365,6 +365,59 @@ static void a_console_keeps_the_end_of_any_output_and_counts_all_of_it(void)
 	}
 }
 
+static uint8_t byte_at(orc_u64 position)
+{
+	return (uint8_t)(position * 0x9e3779b97f4a7c15u >> 56);
+}
+
+static _Atomic bool written_all;
+
+static void *write_long_and_short(void *of)
+{
+	static uint8_t bytes[2 * ORC_CONSOLE_KEPT];
+	uint64_t seed = 3;
+	orc_u64 total = 0;
+
+	for (int i = 0; i < 3000; i++) {
+		size_t n = random_number(&seed) % (i % 50 ? 700 : sizeof bytes);
+
+		for (size_t j = 0; j < n; j++)
+			bytes[j] = byte_at(total + j);
+		orc_console_put(of, bytes, n);
+		total += n;
+	}
+	atomic_store(&written_all, true);
+	return NULL;
+}
+
+static void what_is_read_beside_a_writer_is_what_was_written_there(void)
+{
+	static uint8_t out[ORC_CONSOLE_KEPT];
+	orc_console *c = orc_console_new();
+	orc_u64 follows = 0;
+	bool over = false;
+	pthread_t writer;
+
+	atomic_store(&written_all, false);
+	writer = start(write_long_and_short, c);
+	while (!over) {
+		orc_u64 start = 0, *position[] = {&follows, &start};
+
+		over = atomic_load(&written_all);
+		for (int i = 0; i < 2; i++) {
+			orc_u64 from = *position[i];
+			size_t n = orc_console_copy(c, position[i], out, sizeof out);
+
+			CHECK(*position[i] >= from && *position[i] >= n && *position[i] <= orc_console_total(c));
+			for (size_t j = 0; j < n; j++)
+				CHECK(out[j] == byte_at(*position[i] - n + j));
+		}
+	}
+	CHECK(follows == orc_console_total(c));
+	join(writer);
+	orc_console_free(c);
+}
+
 static void output_is_announced_once_for_each_time_that_somebody_waits(void)
 {
 	orc_console *c = orc_console_new();
@@ -434,6 +487,7 @@ const struct test bus_tests[] = {
 	TEST(a_claim_that_moves_answers_at_each_moment_and_a_device_that_goes_is_called_no_more),
 	TEST(a_device_that_goes_is_waited_for_also_if_other_claims_have_changed_meanwhile),
 	TEST(a_console_keeps_the_end_of_any_output_and_counts_all_of_it),
+	TEST(what_is_read_beside_a_writer_is_what_was_written_there),
 	TEST(output_is_announced_once_for_each_time_that_somebody_waits),
 	TEST(interrupt_lines_may_be_set_while_they_are_closed),
 	{0},

@@ -142,7 +142,7 @@ static void begin(struct ports *p, uint64_t features)
 {
 	const char *const name[] = {"org.example.agent", "\xc3\xa9tat"};
 
-	*p = (struct ports){.io = io_new(), .console = orc_console_new(), .port = {orc_port_new(), orc_port_new()}};
+	*p = (struct ports){.io = io_new(), .console = orc_console_new(), .port = {orc_console_new(), orc_console_new()}};
 	guest_begin(&p->g, NULL);
 	wire(&p->b, &p->g, orc_virtio_console_new(p->g.memory, p->console, 80, 25, 2), RINGS);
 	for (unsigned i = 0; i < 2; i++)

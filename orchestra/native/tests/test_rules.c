@@ -27,7 +27,7 @@ static void begin(struct world *w, unsigned kind)
 	orc_virtio *v;
 	int file;
 
-	*w = (struct world){.kind = kind, .io = io_new(), .console = orc_console_new(), .port = orc_port_new(), .flags = W};
+	*w = (struct world){.kind = kind, .io = io_new(), .console = orc_console_new(), .port = orc_console_new(), .flags = W};
 	guest_begin(&w->g, NULL);
 	switch (kind) {
 	case RNG:

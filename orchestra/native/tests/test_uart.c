@@ -1,6 +1,8 @@
 /* The 16550 under threads and under whatever a guest does. What its registers do: tests/test_machine_devices_serial.py. */
 #include <sched.h>
+#include <signal.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include "check.h"
 
@@ -167,23 +169,81 @@ static void several_serial_ports_write_to_one_console_and_lose_nothing(void)
 	orc_console_free(console);
 }
 
-static void a_serial_port_that_was_stopped_may_outlive_its_console(void)
+static void devices_on_a_console_may_be_used_and_freed_after_its_owner_freed_it(void)
 {
 	orc_console *goes = orc_console_new();
 	orc_uart *u = orc_serial_new(goes, NULL, 0);
+	orc_device *debug = orc_debug_console_new(goes, 0xe9);
+	uint8_t text[4] = "text";
 
 	orc_serial_listen(u);
-	CHECK(orc_console_listened(goes));
+	CHECK(orc_console_listened(goes) && orc_console_type(goes, text, 2) == 2);
+	orc_console_free(goes); /* the sanitizers see whether it is gone */
+	put(u, DATA, 1, 'x');
+	CHECK(orc_device_answer(debug, 0xe9, 1, 4, true, text));
+	CHECK(get(u, DATA, 1) == 't');
 	orc_serial_stop(u);
-	CHECK(!orc_console_listened(goes));
-	orc_console_free(goes);
-	orc_device_free(orc_uart_device(u)); /* the sanitizers see whether it looks at the console */
+	orc_device_free(orc_uart_device(u));
+	orc_device_free(debug);
+}
+
+/* A page whose reader is held until it is let go: a thread that loses its CPU in the middle of what it does. */
+static uint8_t *page;
+static _Atomic bool held, let_go;
+
+static void hold(int signal)
+{
+	(void)signal;
+	atomic_store(&held, true);
+	while (!atomic_load(&let_go))
+		sched_yield();
+	mprotect(page, 4096, PROT_READ);
+}
+
+static void *write_from_the_page(void *uart)
+{
+	CHECK(orc_device_answer(orc_uart_device(uart), DATA, 1, 64, true, page));
+	return NULL;
+}
+
+static void who_reads_and_types_waits_for_no_guest_that_is_held_while_it_writes(void)
+{
+	struct sigaction ours = {.sa_handler = hold}, before;
+	orc_uart *u;
+	uint8_t text[80];
+	orc_u64 position = 0;
+	pthread_t guest;
+
+	console = orc_console_new();
+	u = orc_serial_new(console, NULL, 0);
+	orc_serial_listen(u);
+	atomic_store(&held, false);
+	atomic_store(&let_go, false);
+	page = mmap(NULL, 4096, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	CHECK(page != MAP_FAILED && !sigaction(SIGSEGV, &ours, &before));
+	CHECK(!orc_console_put(console, (const uint8_t *)"hello", 5));
+	guest = start(write_from_the_page, u);
+	while (!atomic_load(&held))
+		sched_yield();
+	CHECK(orc_console_total(console) == 5);
+	CHECK(orc_console_copy(console, &position, text, sizeof text) == 5 && !memcmp(text, "hello", 5));
+	CHECK(orc_console_want(console, 5));
+	CHECK(orc_console_type(console, (const uint8_t *)"x", 1) == 1 && orc_console_typed(console) == 1);
+	atomic_store(&let_go, true);
+	join(guest);
+	CHECK(!sigaction(SIGSEGV, &before, NULL));
+	CHECK(orc_console_total(console) == 5 + 64 && !orc_console_typed(console), "the guest took it when it went on");
+	CHECK(get(u, DATA, 1) == 'x');
+	CHECK(!munmap(page, 4096));
+	orc_device_free(orc_uart_device(u));
+	orc_console_free(console);
 }
 
 const struct test uart_tests[] = {
 	TEST(any_accesses_leave_the_line_at_the_level_that_iir_tells),
 	TEST(bytes_that_another_thread_sends_are_read_in_order_and_each_is_once),
 	TEST(several_serial_ports_write_to_one_console_and_lose_nothing),
-	TEST(a_serial_port_that_was_stopped_may_outlive_its_console),
+	TEST(devices_on_a_console_may_be_used_and_freed_after_its_owner_freed_it),
+	TEST(who_reads_and_types_waits_for_no_guest_that_is_held_while_it_writes),
 	{0},
 };

@@ -24,7 +24,7 @@ from typing import Final
 
 import attrs
 
-from ....host.control.slice import end_short_slice
+from ....host.control.priority import end_priority
 from ....model.actions import Failed
 from ....model.errors import OrchestraError, ResourceLimit, VhostUserError
 from ....native import lib
@@ -199,7 +199,7 @@ class BackEnd:
     # ---- the thread
 
     def _run(self) -> None:
-        end_short_slice()
+        end_priority()
         connection: Connection | None = None
         try:
             connection = self._connect()
