@@ -14,6 +14,8 @@ import trio
 
 import orchestra as orc
 from conftest import guest
+from orchestra.machine.devices.disk import DiskDevice
+from orchestra.machine.devices.io import IoThread
 from rlimits import so_many_left
 
 pytestmark = pytest.mark.kvm
@@ -87,3 +89,25 @@ async def test_launch_without_descriptors_is_a_limit_of_the_host_and_can_be_trie
                     await vm.stop()
                     break
     assert refused > 30
+
+
+@pytest.mark.parametrize(("owner", "step"), [(IoThread, "stop"), (DiskDevice, "drained"), (DiskDevice, "stop")])
+async def test_whatever_fails_at_the_end_of_queues_is_that_vms_alone(owner, step, image, monkeypatch, nothing_left):
+    """Each step raises once, when it has done its work: the VM has failed, and holds nothing."""
+    real, failed = getattr(owner, step), []
+
+    def fails(*args: object) -> None:
+        real(*args)
+        if not failed:
+            failed.append(step)
+            raise ZeroDivisionError("injected")
+
+    async with orc.open_fleet(backend="kvm", bus_locks="off") as fleet:
+        before = descriptors()
+        vm = await fleet.launch(spec(image))
+        monkeypatch.setattr(owner, step, fails)
+        outcome = await vm.stop()
+        assert isinstance(outcome, orc.Failed)
+        assert "ZeroDivisionError: injected" in outcome.reason
+        assert descriptors() - before == Counter()
+        await (await fleet.launch(spec(image))).stop()

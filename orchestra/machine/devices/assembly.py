@@ -517,16 +517,18 @@ class Assembly:
             disks = [plugged.device.thread for plugged in self.plugged if isinstance(plugged.device, DiskDevice)]
             yield [] if thread is None else [thread, *(one for one in disks if one)]
 
-    def end_queues(self) -> None:
+    def end_queues(self, problems: list[str] | None = None) -> None:
         """End what serves queues, which first waits for all requests in flight, and what of its devices may take long.
-        The guest has ended. Any thread. A second call does nothing."""
+        The guest has ended. Any thread. A second call does nothing. An error of one stops no other."""
         if self._drained:
             return
         self._drained = True
         for server in self._servers:
-            server.stop()
+            with contained(f"vm {self._board.spec.name}: end of {type(server).__name__}", problems):
+                server.stop()
         for device in self._served():
-            device.drained()
+            with contained(f"vm {self._board.spec.name}: end of {type(device).__name__}", problems):
+                device.drained()
 
     def stop(self, problems: list[str] | None = None) -> None:
         """Stop all devices, after the guest has ended and `run` is over. An error of one stops no other."""
@@ -534,7 +536,7 @@ class Assembly:
             return
         self._stopped = True
         self._service.close()
-        self.end_queues()  # first: no device can stop while it is served
+        self.end_queues(problems)  # first: no device can stop while it is served
         for plugged in self.plugged:
             with contained(f"vm {self._board.spec.name}: stop of device {plugged.name}", problems), plugged.lock:
                 plugged.device.stop()
