@@ -303,6 +303,18 @@ def test_apic_ids_divide_into_the_threads_cores_and_sockets_that_were_asked_for(
     assert len(cores) == vcpus // threads
 
 
+@pytest.mark.parametrize(
+    ("vendor", "shown"), [(b"AuthenticAMD", False), (b"HygonGenuine", False), (b"GenuineIntel", True)]
+)
+def test_amd_cpus_have_no_arch_capabilities(vendor, shown):
+    """KVM offers it for all; the one of Linux 6.18 was seen to take it away again from guests whose vendor is AMD."""
+    ebx, edx, ecx = struct.unpack("<III", vendor)
+    host = [CpuidEntry(function=0, eax=7, ebx=ebx, ecx=ecx, edx=edx), CpuidEntry(function=7, flags=1, edx=1 << 29)]
+    assert ("arch_capabilities" in features_of(make_cpuid(host, 1, True))) == shown
+    template = orc.CpuTemplate(name="wants", features=("arch_capabilities",))
+    assert lacking(host, {}, template, True) == ([] if shown else ["arch_capabilities"])
+
+
 # ---- on this host
 
 

@@ -9,6 +9,7 @@ import re
 import resource
 from collections.abc import Iterable
 
+import attrs
 import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
@@ -639,7 +640,8 @@ async def test_a_host_without_kvm_is_told_what_to_do(monkeypatch, nothing_left, 
 async def test_no_descriptor_left_in_the_middle_of_a_launch_rolls_it_back_and_the_fleet_lives_on(nothing_left, vcpus):
     stage = Stage("kvm")
     async with stage.open() as fleet:
-        other = await fleet.launch(stage.spec("spin", "other"))
+        # Too large to be made by the core, which would make another VM ahead after it.
+        other = await fleet.launch(attrs.evolve(stage.spec("spin", "other"), memory=65 * orc.MiB))
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         open_now = _open_descriptors()
         spec = stage.spec("halt", vcpus=vcpus)
@@ -709,13 +711,15 @@ class NoThreadForAVcpu:
 
 
 @pytest.mark.kvm
-@pytest.mark.parametrize("step", ["GuestMemory", "boot", "Assembly", "Vcpu"])
-async def test_whatever_fails_in_a_launch_rolls_it_back(nothing_left, monkeypatch, step):
+@pytest.mark.parametrize("step", ["making.GuestMemory", "making.boot", "instance.Assembly", "instance.Vcpu"])
+@pytest.mark.parametrize("backing", ["anonymous", "shared"])  # the core makes it; a worker thread does
+async def test_whatever_fails_in_a_launch_rolls_it_back(nothing_left, monkeypatch, step, backing):
     stage = Stage("kvm")
-    spec = stage.spec("halt", vcpus=2, devices=[orc.Serial()])
+    memory = orc.Memory(1 << 20, backing=backing)
+    spec = stage.spec("halt", vcpus=2, memory=memory, devices=[orc.Serial()])
     async with stage.open() as fleet:
         with monkeypatch.context() as patch:
-            patch.setattr(f"orchestra.machine.instance.{step}", None)
+            patch.setattr(f"orchestra.machine.{step}", None)
             with pytest.raises((TypeError, AttributeError)):
                 await fleet.launch(spec)
         assert dict(fleet.vms) == {}
@@ -735,7 +739,7 @@ async def test_more_vcpus_than_the_host_allows_is_an_error_that_says_how_many(no
 async def test_a_failed_launch_is_told_to_whoever_waits_for_that_vm(nothing_left, monkeypatch):
     stage = Stage("kvm")
     async with stage.open() as fleet:
-        monkeypatch.setattr(fleet.backend, "create", lambda *args, **more: 1 / 0)
+        monkeypatch.setattr(fleet.backend, "plan", lambda *args, **more: 1 / 0)
         outcomes = []
 
         async def follow() -> None:

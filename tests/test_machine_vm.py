@@ -1022,10 +1022,10 @@ async def test_a_restart_that_the_host_refuses_counts_as_a_failure_of_that_vm(no
         )
         errors = iter([MemoryError("none"), RuntimeError("can't start new thread")])
 
-        def create(*args: object, **more: object) -> None:
+        def plan(*args: object, **more: object) -> None:
             raise next(errors)
 
-        monkeypatch.setattr(fleet.backend, "create", create)
+        monkeypatch.setattr(fleet.backend, "plan", plan)
         await vm.resume()
         outcome = await vm.wait()
         assert isinstance(outcome, orc.Failed)

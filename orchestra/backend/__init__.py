@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, runtime_checkable
 
 from ..model.errors import NoSuchBackend
 from ..model.mistakes import meant
@@ -28,7 +28,18 @@ if TYPE_CHECKING:
     from .detection import Asked
     from .kvm.dirty import DirtyLog
 
-__all__ = ["Backend", "Detection", "Engine", "EntryState", "Machine", "RunResult", "Threaded", "choose"]
+__all__ = [
+    "Backend",
+    "Detection",
+    "Engine",
+    "EntryState",
+    "Machine",
+    "Plan",
+    "Planner",
+    "RunResult",
+    "Threaded",
+    "choose",
+]
 
 
 class RunResult(IntEnum):
@@ -133,6 +144,40 @@ class Machine(Protocol):
 
     def close(self) -> None:
         """Release everything but the memory: the owner of the memory closes it."""
+
+
+class Plan(Protocol):
+    """A VM that the core can make without Python."""
+
+    @property
+    def raw(self) -> Any:
+        """``struct orc_plan *``, for the fleet's builder."""
+
+    def make(self) -> None:
+        """Make the VM on this thread."""
+
+    def machine(self) -> Machine:
+        """The machine, once the VM is made. Once; any thread.
+
+        Raises:
+            OrchestraError: the VM could not be made. Everything is given back.
+        """
+
+
+@runtime_checkable
+class Planner(Protocol):
+    """A backend whose VMs the core can make without Python. `Backend.create` does the same on one thread."""
+
+    def plan(
+        self,
+        spec: VmSpec,
+        cores: Sequence[VcpuCore],
+        memory: GuestMemory,
+        states: Sequence[EntryState],
+        *,
+        bus_locks: bool,
+    ) -> Plan:
+        """Parameters as of `Backend.create`. Whoever calls this has the VM made, and then calls `Plan.machine`."""
 
 
 class Backend(Protocol):

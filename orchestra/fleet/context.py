@@ -19,12 +19,13 @@ from typing import Any
 import attrs
 import trio
 
-from ..backend import Backend, Detection
+from ..backend import Backend, Detection, Planner
 from ..backend.files import open_path
 from ..host.control.bandwidth import CpuCgroup
 from ..host.control.placement import Quarantine
 from ..host.observe import HostSignals, ThreadTimes
 from ..machine.budget import Budgets
+from ..machine.builder import Builder
 from ..machine.control import VmControl
 from ..machine.inbox import Inbox
 from ..machine.instance import Instance
@@ -80,6 +81,7 @@ class FleetContext:
         guard = Guard() if spec.guard is None else attrs.evolve(spec.guard)
         self.core = resources.core
         self.backend = backend
+        self.planner: Planner | None = backend if isinstance(backend, Planner) else None
         self.bus_lock_detection = resources.detection
         self.bus_locks = resources.detection is not None
         self.quarantine = resources.quarantine
@@ -88,6 +90,7 @@ class FleetContext:
         self.inbox = Inbox(resources.core)
         threads = ThreadTimes() if backend.blocking else None
         self.workers = Workers(backend.blocking)
+        self.builder = Builder()
         self.tenancy = Tenancy(spec, backend.now())
         self.records = Records(resources.recorder)
         self.supervisor = Supervisor(self, nursery)
@@ -134,6 +137,7 @@ class FleetContext:
         for vm in list(self.supervisor.controls.values()):
             self.supervisor.drop(vm)
         await self.workers.idle()
+        self.builder.close()
         self.tenancy.close()
 
     def start_soon(self, function: Callable[..., Any], *args: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, Final, Protocol
 
-from ..backend import Backend, Detection
+from ..backend import Backend, Detection, Planner
 from ..backend.files import Opener
 from ..host.control.bandwidth import CpuCgroup
 from ..host.control.placement import Quarantine
@@ -14,6 +14,7 @@ from ..model.errors import OrchestraError
 from ..model.spec import Limit, Meter
 from ..native.core import FleetCore, VcpuCore
 from ..profile import Samples
+from .builder import Builder
 from .claims import Claims
 from .debt import Owed
 from .desired import Desired
@@ -34,10 +35,13 @@ class InstanceContext(Protocol):
     """One fleet, as its VMs see it. All methods are for the fleet's thread, unless their docstring says otherwise."""
 
     backend: Backend
+    planner: Planner | None
+    """The backend, if the core can make its VMs (`builder`)."""
     core: FleetCore
     bus_locks: bool
     bus_lock_detection: Detection | None
     workers: Workers
+    builder: Builder
     quarantine: Quarantine
     inbox: Inbox
     pacer: Pacer

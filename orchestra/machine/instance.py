@@ -5,7 +5,6 @@ A `Vm` is the handle that lives on; a restart gives it a new `Instance`. `Instan
 
 from __future__ import annotations
 
-import errno
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,22 +17,22 @@ from ..backend import Machine
 from ..backend.kvm.dirty import DirtyLog, read_logs
 from ..backend.memory import GuestMemory
 from ..model.actions import Failed, Halted, Outcome, Stopped
-from ..model.errors import OrchestraError, ResourceLimit
+from ..model.errors import OrchestraError
 from ..model.spec import Meter, VmSpec
 from ..native.core import Charged, Command, VcpuCore
-from . import boot
-from .budget import Budgets, above, connect
+from .budget import Budgets, above
 from .calls import Calls
 from .contain import contained
 from .context import InstanceContext, Owner
 from .cores import Cores
 from .desired import Desired
-from .devices.assembly import NONE, Assembly, close_back_ends, connect_back_ends
+from .devices.assembly import NONE, Assembly
 from .devices.buses import Buses
 from .lifecycle import Event, Lifecycle
+from .making import Making
 from .pause_levels import Level, PauseLevels
 from .pausing import Pausing
-from .prefault import Claim, check_room, claim, populate
+from .prefault import claim, populate
 from .restraint import Restraint, make_caps
 from .vcpu import Vcpu
 
@@ -41,8 +40,6 @@ __all__ = ["Instance"]
 
 log: Final = logging.getLogger("orchestra")
 
-NO_THREAD: Final = "can't start new thread"  # threading's RuntimeError has no type of its own
-THREADS: Final = "see ulimit -u and cgroup pids.max"
 CLOSED: Final = "the fleet was closed"
 
 
@@ -58,6 +55,7 @@ class Instance:
         calls: functions for the vCPUs' threads.
         restraint: caps and isolation.
         pausing: pauses the run, and lets it go on.
+        levels: the budgets of each vCPU, from the widest to the narrowest.
     """
 
     def __init__(
@@ -89,7 +87,7 @@ class Instance:
         self.disks = owner.disks
         self._owner = owner
         self._caps = caps
-        self._levels = levels
+        self.levels = levels
         self.back_ends = NONE
         self._machine: Machine
         self.owed = owner.owed
@@ -107,24 +105,7 @@ class Instance:
         """
         context = self.context
         with claim(context.workers, self.spec) as mine:
-            build = partial(self._build, mine)
-            if context.backend.blocking:
-                try:
-                    if self.spec.has_back_ends:
-                        connect = partial(connect_back_ends, self.spec)
-                        self.back_ends = await context.workers.run(connect, context.workers.files)
-                    await context.workers.run(build, context.workers.setup)
-                except BaseException as error:
-                    if self.back_ends:
-                        close = partial(close_back_ends, self.back_ends)
-                        with trio.CancelScope(shield=True):
-                            await context.workers.run(close, context.workers.files)
-                    if not isinstance(error, RuntimeError) or NO_THREAD not in str(error):
-                        raise
-                    raise ResourceLimit(errno.EAGAIN, f"vm {self.name!r}: {error}; {THREADS}") from error
-            else:
-                await trio.lowlevel.checkpoint()
-                build()
+            await Making(self, self._cores).make(mine)
             try:
                 if self.spec.backing.prefault:
                     await populate(self.memory, context.workers, mine)
@@ -164,38 +145,23 @@ class Instance:
         except OrchestraError as error:
             self._owner.on_isolation_failed(error)
 
-    def _build(self, mine: Claim) -> None:
-        """Make the machine. May run on a worker thread: ioctls that create VMs take from 0.3 to 30 ms."""
-        context, spec = self.context, self.spec
-        check_room(spec, mine)
-        self.memory = GuestMemory(spec, open_file=context.open_file)
+    def equip(self, machine: Machine) -> None:
+        """Plug the devices in and start the threads, which are held. If that fails, the machine is closed."""
+        context, owner = self.context, self._owner
+        self._machine = machine
         try:
-            for index in range(spec.vcpus):
-                core = VcpuCore(context.core, context.next_id())
-                self._cores.append(core)
-                connect(core, self._levels[index])
-                core.set_buses(self.ports.handle, self.mmio.handle)
-            states = boot.load(spec, self.memory)
-            self._machine = context.backend.create(spec, self._cores, self.memory, states, bus_locks=context.bus_locks)
-            try:
-                owner = self._owner
-                self.devices = Assembly(
-                    self, self._machine, owner.console, owner.ports, context.post, self._in_turn, context.pacer
-                )
-                self.vcpus += [Vcpu(self, index, engine) for index, engine in enumerate(self._machine.engines)]
-                for vcpu in self.vcpus:
-                    if vcpu.engine.threaded:
-                        vcpu.spawn()
-            except BaseException:
-                self._join()
-                if self.devices is not None:
-                    self.devices.stop()  # what they opened is theirs to close
-                self._machine.close()
-                raise
+            self.devices = Assembly(
+                self, machine, owner.console, owner.ports, context.post, self._in_turn, context.pacer
+            )
+            self.vcpus += [Vcpu(self, index, engine) for index, engine in enumerate(machine.engines)]
+            for vcpu in self.vcpus:
+                if vcpu.engine.threaded:
+                    vcpu.spawn()
         except BaseException:
-            for core in self._cores:
-                core.close()
-            self.memory.close()
+            self._join()
+            if self.devices is not None:
+                self.devices.stop()  # what they opened is theirs to close
+            machine.close()
             raise
 
     def _join(self) -> None:
@@ -325,7 +291,7 @@ class Instance:
 
     def device_buckets(self, meter: Meter) -> Sequence[Charged]:
         """What the work of its devices is charged to, as the accesses of its vCPUs are: all levels but the vCPU's."""
-        return above(self.context.core.shared, self._levels[0][:3], meter)
+        return above(self.context.core.shared, self.levels[0][:3], meter)
 
     # ---- called by runners, on their threads
 

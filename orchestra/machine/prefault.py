@@ -24,7 +24,7 @@ from ..model.memory import MiB
 from ..model.spec import VmSpec
 from .workers import Workers
 
-__all__ = ["Claim", "check_room", "claim", "populate"]
+__all__ = ["Claim", "check_room", "claim", "is_small", "populate"]
 
 SMALL: Final = 64 * MiB
 """No host lacks that for one VM, so that launches of small VMs need not read the host's files."""
@@ -75,6 +75,12 @@ def claim(workers: Workers, spec: VmSpec) -> Iterator[Claim]:
         yield made
     finally:
         made.taken(made.left)
+
+
+def is_small(spec: VmSpec) -> bool:
+    """Whether `check_room` has nothing to read, as every host has room for the VM; and its memory is no file."""
+    backing = spec.backing
+    return backing.backing == "anonymous" and not backing.huge_pages and not backing.prefault and size_of(spec) <= SMALL
 
 
 def check_room(spec: VmSpec, mine: Claim) -> None:

@@ -263,8 +263,8 @@ class Runs:
         return guest
 
     async def _old_is_unmapped(self) -> None:
-        """Wait until the last run's memory is unmapped: a guest that resets itself all the time never has a third."""
-        await trio.lowlevel.checkpoint()
+        """Wait until the last run's memory is unmapped: a guest that resets itself all the time never has a third. No
+        checkpoint if there was none."""
         await self.wait_unmapped()
 
     async def wait_unmapped(self) -> None:

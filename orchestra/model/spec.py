@@ -235,11 +235,6 @@ def _to_restart(value: object) -> object:
     return Restart(when=value) if isinstance(value, str) else value  # type: ignore[arg-type]  # Restart checks it
 
 
-@functools.lru_cache(maxsize=64)  # a launch asks for it five times
-def _plain(size: int) -> Memory:
-    return Memory(size)
-
-
 @attrs.frozen(kw_only=True)
 class VmSpec:
     """One virtual machine.
@@ -350,31 +345,33 @@ class VmSpec:
         disks_of(self.devices)
         self._check_layout()
 
-    @property
+    # Each launch asks for these a dozen times. A spec never changes, so each is worked out once.
+
+    @functools.cached_property
     def disks(self) -> Mapping[str, Disk]:
         """The disks by name."""
         return disks_of(self.devices)
 
-    @property
+    @functools.cached_property
     def ram(self) -> tuple[range, ...]:
         """Guest-physical ranges of the RAM, around the MMIO hole."""
         return ram_ranges(self.backing.size)
 
-    @property
+    @functools.cached_property
     def backing(self) -> Memory:
         """What the RAM is made of, also where `memory` is just a number. Anonymous memory is shared instead if another
         process serves a device: it must map the memory."""
-        memory = self.memory if isinstance(self.memory, Memory) else _plain(self.memory)
+        memory = self.memory if isinstance(self.memory, Memory) else Memory(self.memory)
         if memory.backing == "anonymous" and self.has_back_ends:
             return attrs.evolve(memory, backing="shared")
         return memory
 
-    @property
+    @functools.cached_property
     def has_back_ends(self) -> bool:
         """Whether other processes serve devices of it, and have its memory."""
         return any(device.has_back_end for device in self.devices)
 
-    @property
+    @functools.cached_property
     def layout(self) -> Layout:
         """What it has for what it boots."""
         ram = self.ram
@@ -387,7 +384,7 @@ class VmSpec:
             devices=self.machine_devices,
         )
 
-    @property
+    @functools.cached_property
     def irqchip_kind(self) -> Irqchip:
         """The interrupt controllers that it has: as `irqchip` says, or as what it boots needs."""
         return self.boot.irqchip if self.irqchip is None else irqchip_kind(self.irqchip)
@@ -405,7 +402,7 @@ class VmSpec:
             raise _fail("cpu", self.cpu, "is a file: launch the VM, which reads it, or use load_cpu_template")
         return CPU_TEMPLATES[self.cpu]
 
-    @property
+    @functools.cached_property
     def machine_devices(self) -> tuple[DeviceSpec, ...]:
         """All devices, in the order in which they are plugged in: those of the platform before `devices`."""
         return *self.boot.platform(), *self.devices

@@ -48,6 +48,7 @@ SOURCES = [
     "spawn.c",
     "kvm.c",
     "build.c",
+    "builder.c",
     "cap.c",
     "dirty.c",
     "dirty_ring.c",

@@ -105,12 +105,19 @@ static int set_up(struct orc_plan *plan, uint32_t i)
 
 int orc_kvm_build(struct orc_plan *plan)
 {
+	return orc_kvm_build_in(plan, -1);
+}
+
+int orc_kvm_build_in(struct orc_plan *plan, int vm)
+{
 	long rc;
 
-	plan->vm = -1;
+	plan->vm = vm;
 	plan->vcpus_made = 0;
-	STEP(KVM_CREATE_VM, plan->kvm, 0);
-	plan->vm = (int)rc;
+	if (vm < 0) {
+		STEP(KVM_CREATE_VM, plan->kvm, 0);
+		plan->vm = (int)rc;
+	}
 	STEP(KVM_SET_IDENTITY_MAP_ADDR, plan->vm, &plan->identity_map);
 	STEP(KVM_SET_TSS_ADDR, plan->vm, plan->tss);
 	if (plan->bus_locks) {

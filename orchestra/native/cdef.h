@@ -497,9 +497,18 @@ struct orc_plan {
 	uint32_t vcpus_made;
 	const char *step;
 	uint32_t msr;
+	int result;
+	...;
 };
 int orc_kvm_build(struct orc_plan *);
 void orc_cpuid_set_apic_id(struct kvm_cpuid2 *, uint32_t id);
+
+/* ---- builder.c ---- */
+
+typedef struct orc_builder orc_builder;
+orc_builder *orc_builder_new(void);
+int orc_builder_begin(orc_builder *, struct orc_plan *, int done);
+void orc_builder_free(orc_builder *);
 
 /* ---- unicorn.c, emulate*.c ---- */
 

@@ -701,10 +701,24 @@ struct orc_plan {
 	uint32_t vcpus_made;
 	const char *step; /* the call that failed */
 	uint32_t msr;     /* that was refused, if this was "KVM_SET_MSRS of MSR" */
+	/* the builder's */
+	int result; /* out: as of orc_kvm_build */
+	int done;
+	struct orc_plan *next;
 };
 /* Makes a VM with its vCPUs. 0 or a negative errno. */
 int orc_kvm_build(struct orc_plan *);
+/* The same in that empty VM, which is the plan's from here on; -1: makes one. */
+int orc_kvm_build_in(struct orc_plan *, int vm);
 void orc_cpuid_set_apic_id(struct kvm_cpuid2 *, uint32_t id);
+
+/* ---- builder.c: a fleet's threads that make VMs. Owner. -------------------------------------------------------- */
+
+typedef struct orc_builder orc_builder;
+orc_builder *orc_builder_new(void); /* without a thread so far. NULL: no memory */
+/* Has a plan made. The plan is the builder's, until the eventfd `done` is written. -EAGAIN: the host has no thread left. */
+int orc_builder_begin(orc_builder *, struct orc_plan *, int done);
+void orc_builder_free(orc_builder *); /* makes what waits, and ends its threads */
 
 /* ---- unicorn.c, emulate*.c ------------------------------------------------------------------------------------ */
 

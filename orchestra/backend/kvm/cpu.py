@@ -56,6 +56,7 @@ def make_cpuid(
     - Where the TSC runs at one rate, a leaf with that rate, so that a kernel need not measure it.
     - No power management: turbo, energy bias and UMWAIT (which would keep a core asleep that others wait for) are the
       host's. No performance counters and no debug store, as no state of them is kept.
+    - AMD's CPUs have no IA32_ARCH_CAPABILITIES. KVM offers it for them as well, and some versions take it away again.
 
     The APIC ids are those of vCPU 0: `Cpuid.with_apic_id` and the core patch them for each.
 
@@ -65,8 +66,8 @@ def make_cpuid(
         template: what the host can give (`lacking`).
         topology: which fits the number of vCPUs.
     """
-    entries = [_offered(one, local_apics) for one in supported if one.function not in (*TOPOLOGY_LEAVES, RATES)]
-    made = templated(entries, template)
+    entries = [one for one in supported if one.function not in (*TOPOLOGY_LEAVES, RATES)]
+    made = templated(_offer(entries, local_apics), template)
     rates = local_apics and any(one.function == 0x8000_0007 and one.edx >> 8 & 1 for one in made)  # invariant TSC
     has_topology = any(one.function == 0 and one.eax >= 0xB for one in made)
     made = [_grouped(one, vcpus, topology) for one in made]
@@ -76,7 +77,13 @@ def make_cpuid(
     return made + (_levels(0xB, vcpus, topology) if has_topology else [])
 
 
-def _offered(entry: CpuidEntry, local_apics: bool) -> CpuidEntry:
+def _offer(supported: Iterable[CpuidEntry], local_apics: bool) -> list[CpuidEntry]:
+    table = list(supported)
+    amd = _is_amd(table)
+    return [_offered(one, local_apics, amd) for one in table]
+
+
+def _offered(entry: CpuidEntry, local_apics: bool, amd: bool) -> CpuidEntry:
     match entry.function:
         case 0x1:
             return attrs.evolve(
@@ -86,8 +93,9 @@ def _offered(entry: CpuidEntry, local_apics: bool) -> CpuidEntry:
             )
         case 0x6:  # turbo, energy bias
             return attrs.evolve(entry, eax=_bits(entry.eax, {1: False}), ecx=_bits(entry.ecx, {3: False}))
-        case 0x7 if entry.index == 0:  # UMWAIT
-            return attrs.evolve(entry, ecx=_bits(entry.ecx, {5: False}))
+        case 0x7 if entry.index == 0:  # UMWAIT, arch_capabilities
+            edx = _bits(entry.edx, {29: False}) if amd else entry.edx
+            return attrs.evolve(entry, ecx=_bits(entry.ecx, {5: False}), edx=edx)
         case 0xA:
             return attrs.evolve(entry, eax=0, ebx=0, ecx=0, edx=0)
     return entry
@@ -103,8 +111,12 @@ def tells_threads(made: Iterable[CpuidEntry]) -> bool:
     """Whether a guest can read from this table which vCPUs are threads of one core. On AMD it looks only if there is
     topoext (Linux, arch/x86/kernel/cpu/topology_amd.c; before 6.9, cpu/amd.c, amd_get_topology)."""
     table = list(made)
+    return not _is_amd(table) or "topoext" in features_of(table)
+
+
+def _is_amd(table: Sequence[CpuidEntry]) -> bool:
     vendors = [struct.pack("<III", one.ebx, one.edx, one.ecx) for one in table if one.function == 0]
-    return not {b"AuthenticAMD", b"HygonGenuine"}.intersection(vendors) or "topoext" in features_of(table)
+    return bool({b"AuthenticAMD", b"HygonGenuine"}.intersection(vendors))
 
 
 # ---- against a template
@@ -119,7 +131,7 @@ def lacking(
         supported: what KVM_GET_SUPPORTED_CPUID says.
         msrs: the values that KVM gives the MSRs of templates; those that it has.
     """
-    offered = [_offered(one, local_apics) for one in supported]
+    offered = _offer(supported, local_apics)
     missing = sorted(template.rules().features - features_of(offered))
     found = {(one.function, one.index): one for one in offered}
     for one in template.cpuid:

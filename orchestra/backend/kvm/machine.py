@@ -11,6 +11,7 @@ from typing import Any, Final, TypeAlias
 import attrs
 
 from ...model.cpu import MSRS, CpuTemplate
+from ...model.devices import Irqchip
 from ...model.errors import BusLockUnsupported, OrchestraError, SpecError
 from ...model.memory import MMIO_HOLE, PAGE
 from ...model.spec import VmSpec
@@ -34,7 +35,7 @@ from .vcpu import KvmVcpu
 from .vm import KvmVm
 from .wires import KvmWires
 
-__all__ = ["KvmBackend", "KvmEngine", "KvmMachine"]
+__all__ = ["KvmBackend", "KvmEngine", "KvmMachine", "KvmPlan"]
 
 # Three pages and one below 4 GiB and above the APICs, where every VMM has them (api.rst, KVM_SET_TSS_ADDR).
 TSS_ADDRESS: Final = 0xFFFB_D000
@@ -83,6 +84,87 @@ class KvmEngine(ThreadedEngine):
         self.vcpu.close()
 
 
+class KvmPlan:
+    """All that the core needs to make a VM without Python, and the machine that comes of it.
+
+    Attributes:
+        raw: ``struct orc_plan *``, for ``orc_kvm_build`` or a fleet's builder.
+
+    Parameters:
+        tables: where the CPUID table goes once the VM is made.
+    """
+
+    def __init__(
+        self,
+        backend: KvmBackend,
+        spec: VmSpec,
+        cores: Sequence[VcpuCore],
+        memory: GuestMemory,
+        states: Sequence[EntryState],
+        cpuid: Cpuid,
+        tables: list[Cpuid],
+        bus_locks: bool,
+    ) -> None:
+        self._backend, self._spec, self._cores, self._memory = backend, spec, cores, memory
+        self._cpuid, self._tables = cpuid, tables
+        self._slots = slots = memory_slots(memory)
+        entry, self._kept = entries(states)
+        self._entry = entry
+        self._fds, self._runs = ffi.new("int[]", len(cores)), ffi.new("struct kvm_run *[]", len(cores))
+        self.raw = plan = ffi.new("struct orc_plan *")
+        kvm = backend.kvm
+        plan.kvm, plan.bus_locks, plan.irqchip = kvm.fd, bus_locks, IRQCHIPS[spec.irqchip_kind]
+        plan.pit = spec.pit
+        plan.identity_map, plan.tss, plan.run_size = IDENTITY_MAP_ADDRESS, TSS_ADDRESS, kvm.vcpu_mmap_size
+        plan.dirty_ring = spec.backing.dirty_ring or 0
+        plan.slots, plan.slot, plan.vcpus, plan.entry = len(slots), slots, len(cores), entry
+        plan.cpuid, plan.vcpu, plan.run, plan.vm = cpuid.buffer, self._fds, self._runs, -1
+
+    def make(self) -> None:
+        """Make the VM on this thread: `machine` has it."""
+        self.raw.result = lib.orc_kvm_build(self.raw)
+
+    def machine(self) -> KvmMachine:
+        """The machine, once the VM is made. Once; any thread.
+
+        Raises:
+            OrchestraError: what `failure` makes of the step that failed. Everything is given back.
+        """
+        self._tables.append(self._cpuid)
+        machine = KvmMachine(self._memory)
+        try:
+            self._adopt(machine)
+        except BaseException:
+            machine.close()
+            raise
+        return machine
+
+    def _adopt(self, machine: KvmMachine) -> None:
+        plan, kvm, slots, fds = self.raw, self._backend.kvm, self._slots, self._fds
+        result = int(plan.result)
+        if plan.vm >= 0:
+            made = range(plan.vcpus_made)
+            # Until a `KvmVcpu` has taken them over, nothing else would close these if a step in between raises.
+            with ExitStack() as nobodys:
+                for index in made:
+                    nobodys.callback(os.close, fds[index])
+                    nobodys.callback(lib.munmap, self._runs[index], kvm.vcpu_mmap_size)
+                vm = KvmVm.adopt(plan.vm, kvm.vcpu_mmap_size, self._memory, bus_lock_exits=bool(plan.bus_locks))
+                machine.vm = vm
+                vcpus = [KvmVcpu(vm, fds[index], self._runs[index], kvm.vcpu_mmap_size) for index in made]
+                nobodys.pop_all()
+            # Also after a step that failed: what was made by then gets its owners, so that `close` gives all of it
+            # back.
+            machine.take(vm, vcpus, self._cores, slots, self._spec.irqchip_kind, self._backend.sync_regs)
+            if not result:
+                machine.log_dirty(slots, plan.dirty_ring, [fds[index] for index in made])
+        if result == -errno.EOPNOTSUPP:
+            raise BusLockUnsupported(f"vm {self._spec.name!r}: this host's KVM can't report its bus locks")
+        if result:
+            step = ffi.string(plan.step).decode()
+            raise failure(-result, f"{step} {plan.msr:#x}" if step.endswith("MSR") else step)
+
+
 class KvmMachine:
     """One VM on KVM."""
 
@@ -95,51 +177,25 @@ class KvmMachine:
         self.wires: KvmWires | None = None
         self._slots: Any = None
 
-    def build(
-        self, kvm: Kvm, spec: VmSpec, cores: Sequence[VcpuCore], states: Sequence[EntryState], cpuid: Cpuid, **how: bool
+    def take(
+        self,
+        vm: KvmVm,
+        vcpus: Sequence[KvmVcpu],
+        cores: Sequence[VcpuCore],
+        slots: Any,
+        irqchip: Irqchip,
+        sync_regs: bool,
     ) -> None:
-        """Make all of it in one call into the core. Raises what `failure` makes of the step that failed."""
-        plan = ffi.new("struct orc_plan *")
-        slots = memory_slots(self.memory)
-        entry, _kept = entries(states)
-        fds, runs = ffi.new("int[]", len(cores)), ffi.new("struct kvm_run *[]", len(cores))
-        plan.kvm, plan.bus_locks, plan.irqchip = kvm.fd, how["bus_locks"], IRQCHIPS[spec.irqchip_kind]
-        plan.pit = spec.pit
-        plan.identity_map, plan.tss, plan.run_size = IDENTITY_MAP_ADDRESS, TSS_ADDRESS, kvm.vcpu_mmap_size
-        ring = spec.backing.dirty_ring or 0
-        plan.dirty_ring = ring
-        plan.slots, plan.slot, plan.vcpus, plan.entry = len(slots), slots, len(cores), entry
-        plan.cpuid, plan.vcpu, plan.run = cpuid.buffer, fds, runs
+        """Take over what the core has made."""
+        self.interrupts = vm.interrupts if irqchip == "full" else None
+        self.wires = KvmWires(vm, irqchip)
+        for core, vcpu in zip(cores, vcpus, strict=False):  # after a step that failed, there may be fewer vCPUs
+            self.engines.append(KvmEngine(core, vcpu, sync_regs))
+            lib.orc_vcpu_profile_memory(core.handle, slots, len(slots))
+        self._slots = slots  # as long as the vCPUs that read code through it
 
-        result = lib.orc_kvm_build(plan)
-        if plan.vm >= 0:
-            made = range(plan.vcpus_made)
-            # Until a `KvmVcpu` has taken them over, nothing else would close these if a step in between raises.
-            with ExitStack() as nobodys:
-                for index in made:
-                    nobodys.callback(os.close, fds[index])
-                    nobodys.callback(lib.munmap, runs[index], kvm.vcpu_mmap_size)
-                self.vm = KvmVm.adopt(plan.vm, kvm.vcpu_mmap_size, self.memory, bus_lock_exits=how["bus_locks"])
-                vcpus = [KvmVcpu(self.vm, fds[index], runs[index], kvm.vcpu_mmap_size) for index in made]
-                nobodys.pop_all()
-            # Also after a step that failed: what was made by then gets its owners, so that `close` gives all of it
-            # back.
-            irqchip = spec.irqchip_kind
-            self.interrupts = self.vm.interrupts if irqchip == "full" else None
-            self.wires = KvmWires(self.vm, irqchip)
-            for index, vcpu in enumerate(vcpus):
-                self.engines.append(KvmEngine(cores[index], vcpu, how["sync_regs"]))
-                lib.orc_vcpu_profile_memory(cores[index].handle, slots, len(slots))
-            self._slots = slots  # as long as the vCPUs that read code through it
-            if not result:
-                self._log_dirty(slots, ring, [fds[index] for index in made])
-        if result == -errno.EOPNOTSUPP:
-            raise BusLockUnsupported(f"vm {spec.name!r}: this host's KVM can't report its bus locks")
-        if result:
-            step = ffi.string(plan.step).decode()
-            raise failure(-result, f"{step} {plan.msr:#x}" if step.endswith("MSR") else step)
-
-    def _log_dirty(self, slots: Any, ring: int, vcpus: Sequence[int]) -> None:
+    def log_dirty(self, slots: Any, ring: int, vcpus: Sequence[int]) -> None:
+        """Keep the log of the pages that the guest writes."""
         assert self.vm is not None
         self.dirty = DirtyLog(self.vm.fd, slots, ring, vcpus)
         self.memory.on_write = self.dirty.written
@@ -200,7 +256,7 @@ class KvmBackend:
         # KVM_CHECK_EXTENSION gives the largest ring in bytes, for either capability; a host may have only one of them.
         rings = (lib.KVM_CAP_DIRTY_LOG_RING_ACQ_REL, lib.KVM_CAP_DIRTY_LOG_RING)
         self._most_ring = max(map(kvm.extension, rings)) // ffi.sizeof("struct kvm_dirty_gfn")
-        self._sync_regs = bool(kvm.extension(lib.KVM_CAP_SYNC_REGS) & lib.KVM_SYNC_X86_REGS)
+        self.sync_regs = bool(kvm.extension(lib.KVM_CAP_SYNC_REGS) & lib.KVM_SYNC_X86_REGS)
 
     @classmethod
     def open(cls, path: str = "/dev/kvm") -> KvmBackend:
@@ -231,7 +287,7 @@ class KvmBackend:
     def now(self) -> int:
         return monotonic_ns()
 
-    def create(
+    def plan(
         self,
         spec: VmSpec,
         cores: Sequence[VcpuCore],
@@ -239,8 +295,8 @@ class KvmBackend:
         states: Sequence[EntryState],
         *,
         bus_locks: bool,
-    ) -> KvmMachine:
-        machine = KvmMachine(memory)
+    ) -> KvmPlan:
+        """What the core needs to make that VM. Its owner has to call `KvmPlan.machine` once it is made."""
         # A table belongs to one thread at a time, and making one takes as long as the rest. There is one kind of them
         # for each template and number of vCPUs, and those of a fleet are few.
         kind = _kind(spec)
@@ -252,13 +308,23 @@ class KvmBackend:
         if msrs := msr_values(self._msrs, kind[2]):
             states = [attrs.evolve(state, msrs=(*msrs, *state.msrs)) for state in states]
         try:
-            machine.build(self.kvm, spec, cores, states, cpuid, bus_locks=bus_locks, sync_regs=self._sync_regs)
+            return KvmPlan(self, spec, cores, memory, states, cpuid, tables, bus_locks)
         except BaseException:
-            machine.close()
-            raise
-        finally:
             tables.append(cpuid)
-        return machine
+            raise
+
+    def create(
+        self,
+        spec: VmSpec,
+        cores: Sequence[VcpuCore],
+        memory: GuestMemory,
+        states: Sequence[EntryState],
+        *,
+        bus_locks: bool,
+    ) -> KvmMachine:
+        plan = self.plan(spec, cores, memory, states, bus_locks=bus_locks)
+        plan.make()
+        return plan.machine()
 
     def limits_changed(self) -> None:
         """Nothing: the core wakes threads."""
@@ -279,8 +345,8 @@ class KvmBackend:
                 else (f"dirty_ring={ring}: this host's KVM keeps no rings of written pages (Linux 5.11)")
             )
             return what, "leave it out: written pages are then logged in bitmaps"
-        wanted, given = spec.bus_lock_detection, self.bus_lock_detection()
-        if wanted is not None and given is not None and wanted != given:
+        wanted = spec.bus_lock_detection
+        if wanted is not None and (given := self.bus_lock_detection()) is not None and wanted != given:
             what = f"bus_lock_detection={wanted!r}: this host's CPU reports them {given}"
             return what, "leave it out, or choose with backend='emulated'"
         for capability, needed in _kernel_parts(spec):

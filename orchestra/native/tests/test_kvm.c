@@ -2,6 +2,7 @@
 #include <fcntl.h>
 #include <sched.h>
 #include <string.h>
+#include <sys/eventfd.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -675,6 +676,129 @@ static void exits_that_need_nothing_done_stay_in_the_loop(void)
 	orc_fleet_free(f);
 }
 
+/* ---- the builder ---- */
+
+static _Atomic int vms_made, newest_vm;
+static unsigned long refused;
+
+static int makes_vms(unsigned long request, void *argument)
+{
+	int vm;
+
+	(void)argument;
+	if (request == refused) {
+		errno = ENOMEM;
+		return -1;
+	}
+	if (request != KVM_CREATE_VM)
+		return 0;
+	vm = newest_vm = open("/dev/null", O_RDWR | O_CLOEXEC); /* two threads may be here */
+	vms_made++;
+	return vm;
+}
+
+static void wait_done(int done)
+{
+	eventfd_t times;
+
+	CHECK(!eventfd_read(done, &times) && times == 1);
+}
+
+static void a_builder_makes_one_vm_ahead_and_takes_it_for_the_next_plan(void)
+{
+	orc_builder *b = orc_builder_new();
+	int done = eventfd(0, EFD_CLOEXEC), ahead = -1;
+	orc_ns since = 0;
+	bool late = false; /* a test that had no CPU for so long finds the spare VM gone */
+
+	vms_made = 0;
+	refused = 0;
+	played = makes_vms;
+	for (int i = 1; i <= 3; i++) {
+		struct orc_plan plan = {.kvm = 5, .vm = -1};
+
+		CHECK(!orc_builder_begin(b, &plan, done));
+		wait_done(done);
+		CHECK(!plan.result && plan.vm >= 0);
+		late = late || (since && orc_now() - since > SECOND / 2);
+		CHECK(ahead < 0 || late || plan.vm == ahead, "%d, not %d", plan.vm, ahead);
+		while (vms_made <= i)
+			usleep(100);
+		ahead = newest_vm;
+		since = orc_now();
+		close(plan.vm);
+	}
+	orc_builder_free(b);
+	played = NULL;
+	CHECK(late || vms_made == 4, "%d", vms_made);
+	CHECK(fcntl(ahead, F_GETFD) < 0 && errno == EBADF);
+	close(done);
+}
+
+static void a_spare_vm_goes_if_nothing_is_launched(void)
+{
+	orc_builder *b = orc_builder_new();
+	struct orc_plan plan = {.kvm = 5, .vm = -1};
+	int done = eventfd(0, EFD_CLOEXEC);
+
+	vms_made = 0;
+	played = makes_vms;
+	CHECK(!orc_builder_begin(b, &plan, done));
+	wait_done(done);
+	close(plan.vm);
+	while (vms_made < 2)
+		usleep(100);
+	for (int i = 0; i < 1000 && fcntl(newest_vm, F_GETFD) >= 0; i++)
+		usleep(10000);
+	CHECK(fcntl(newest_vm, F_GETFD) < 0);
+	orc_builder_free(b);
+	played = NULL;
+	close(done);
+}
+
+static void a_plan_that_fails_says_at_which_step_and_nothing_is_made_ahead(void)
+{
+	orc_builder *b = orc_builder_new();
+	struct orc_plan plan = {.kvm = 5, .vm = -1};
+	int done = eventfd(0, EFD_CLOEXEC);
+
+	refused = KVM_SET_TSS_ADDR;
+	vms_made = 0;
+	played = makes_vms;
+	CHECK(!orc_builder_begin(b, &plan, done));
+	wait_done(done);
+	CHECK(plan.result == -ENOMEM && !strcmp(plan.step, "KVM_SET_TSS_ADDR"));
+	CHECK(!close(plan.vm)); /* its owner's, as far as it got */
+	usleep(10000);
+	orc_builder_free(b);
+	CHECK(vms_made == 1, "%d", vms_made); /* the host lacks something: nothing is made ahead */
+	refused = 0;
+	played = NULL;
+	close(done);
+}
+
+static void plans_that_wait_are_made_before_a_builder_goes(void)
+{
+	enum { PLANS = 100 };
+	orc_builder *b = orc_builder_new();
+	struct orc_plan plans[PLANS];
+	int done[PLANS];
+
+	played = makes_vms;
+	for (int i = 0; i < PLANS; i++) {
+		plans[i] = (struct orc_plan){.kvm = 5, .vm = -1};
+		done[i] = eventfd(0, EFD_CLOEXEC);
+		CHECK(!orc_builder_begin(b, &plans[i], done[i]));
+	}
+	orc_builder_free(b);
+	played = NULL;
+	for (int i = 0; i < PLANS; i++) {
+		wait_done(done[i]);
+		CHECK(!plans[i].result && !close(plans[i].vm));
+		close(done[i]);
+	}
+}
+
 static void the_signal_may_be_installed_again(void)
 {
 	CHECK(!orc_signal_install());
@@ -692,6 +816,10 @@ const struct test kvm_tests[] = {
 	TEST(exits_are_held_to_their_limit_in_the_loop),
 	TEST(a_kick_just_before_the_guest_is_entered_holds_until_then),
 	TEST(two_threads_kick_a_spinning_guest_2000_times_and_none_is_lost),
+	TEST(a_builder_makes_one_vm_ahead_and_takes_it_for_the_next_plan),
+	TEST(a_spare_vm_goes_if_nothing_is_launched),
+	TEST(a_plan_that_fails_says_at_which_step_and_nothing_is_made_ahead),
+	TEST(plans_that_wait_are_made_before_a_builder_goes),
 	TEST(ones_are_counted_in_every_word),
 	TEST(a_reading_counts_each_page_once_and_starts_the_log_over),
 	TEST(what_was_written_before_logging_ends_counts),
