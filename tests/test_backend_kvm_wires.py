@@ -334,3 +334,15 @@ async def test_a_line_that_is_resampled_is_raised_again_if_the_device_still_want
         with trio.fail_after(20):
             assert await vm.wait() == orc.Shutdown("exit port", 3)
     assert ends[0]  # it was still high at the first end, and fell afterwards, or the guest would have had no second
+
+
+def test_an_eventfd_that_another_process_has_filled_makes_nobody_wait(wires):
+    """It may have cleared O_NONBLOCK, which is the file's."""
+    msi = wires.msi()
+    os.set_blocking(msi.fd, True)
+    os.eventfd_write(msi.fd, (1 << 64) - 2)
+    assert not msi.deliver()  # it goes nowhere: it is not bound
+    assert msi.route(0xFEE00000, 0x41)
+    assert msi.deliver()
+    msi.mask()
+    assert not msi.deliver()

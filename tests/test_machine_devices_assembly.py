@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
 import threading
 from collections.abc import Callable
 from typing import Any
 
+import attrs
 import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
@@ -449,3 +451,41 @@ async def test_a_device_can_not_write_for_a_guest_what_the_guest_can_not():
     with pytest.raises(GuestMemoryError):
         dma.read(0x10_1000, 1)
     memory.close()
+
+
+# ---- a pause
+
+
+@KVM
+@pytest.mark.parametrize("console", [orc.Serial(), orc.Console()], ids=["serial", "virtio"])
+async def test_nothing_that_is_done_at_the_console_changes_a_quiesced_vm(console: orc.DeviceSpec, nothing_left):
+    """Devices are saved one after the other, and the interrupt controllers after them: so they all must stay."""
+    chipset = orc.LinuxBoot(kernel="any").platform()
+    async with orc.open_fleet(backend="kvm") as fleet:
+        vm = await fleet.launch(
+            orc.VmSpec(
+                name="guest",
+                boot=orc.FlatImage(code=guest("spin"), mode=16),
+                irqchip="full",
+                devices=(*chipset, console),
+            )
+        )
+        if isinstance(console, orc.Serial):
+            port = device(vm, len(chipset))
+            port.restore(attrs.evolve(port.state(), ier=1, fcr=1, mcr=8))  # its driver wants interrupts for data
+        await vm.pause()
+        assert vm.quiesced
+        devices = vm._control.guest.devices
+        before = devices.state()
+        await vm.console.write(b"typed")
+        vm.console.resize(100, 40)
+        vm.console.resize(120, 50)
+        assert devices.state() == before
+        await vm.resume()
+        await wait_until(lambda: devices.state() != before)
+        state = devices.state()[-1]
+        if isinstance(console, orc.Serial):
+            assert (state.received, state.level) == (b"typed", True)
+        else:
+            assert state.config[:4] == struct.pack("<2H", 120, 50)
+        await vm.stop()

@@ -23,18 +23,21 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 import orchestra as orc
 from orchestra.machine.devices.disk import open_store
-from orchestra.machine.devices.vhost import frontend
+from orchestra.machine.devices.vhost import device, frontend, lending
 from orchestra.machine.devices.vhost.backend import BackEnd
-from orchestra.machine.devices.vhost.frontend import FrontEnd
-from orchestra.machine.devices.vhost.messages import Request
+from orchestra.machine.devices.vhost.frontend import FrontEnd, Vring
+from orchestra.machine.devices.vhost.messages import HEADER, RamRegion, Request
 from orchestra.machine.devices.vhost.qemu import PROGRAM, command_line, explain
+from orchestra.model import virtio
 from orchestra.native import lib
 from orchestra.testing import DeviceRig
+from rlimits import so_many_left
 from vhost_kit import (
     BUS_MASTER,
     COMMAND,
     MEMORY_SPACE,
     NEEDS_RESET,
+    STATUS,
     WRITE,
     DiskDriver,
     ScriptedBackEnd,
@@ -337,6 +340,78 @@ def test_back_end_that_does_not_read_is_an_error_after_its_time():
             FrontEnd(ours, "x", answer=0.05).negotiate()
 
 
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda front_end: front_end.start(
+            0, 0, [RamRegion(0, MiB, 0)], dict.fromkeys(range(16), Vring(8, 0, 0, 0, 0, 0, -1)), 0
+        ),
+        lambda front_end: front_end.stop(range(16)),
+    ],
+    ids=["lend", "recall"],
+)
+def test_back_end_that_answers_each_request_at_the_last_moment_has_a_time_for_all_of_them(ask: Any):
+    """Whoever ends the VM waits for what is asked just now."""
+    here, there = socket.socketpair()
+    answered = []
+
+    def answers() -> None:
+        with suppress(OSError, struct.error):
+            while True:
+                kind, _, size = HEADER.unpack(there.recv(HEADER.size))
+                payload = there.recv(size)
+                threading.Event().wait(0.1)
+                there.sendall(reply(kind, payload) if kind == Request.GET_VRING_BASE else number(kind, 0))
+                answered.append(kind)
+
+    thread = threading.Thread(target=answers)
+    thread.start()
+    with there:
+        with here, pytest.raises(orc.VhostUserError, match="does not answer"):
+            ask(FrontEnd(here, "disk at x", answer=30.0, finish=0.5))
+        thread.join()
+    assert len(answered) < 10  # of 16 and more
+
+
+def test_pause_needs_no_descriptors(path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Another VM of the process may have taken the last one."""
+    connect = device._connect
+    monkeypatch.setattr(device, "_connect", lambda name: attrs.evolve(connect(name), drain=True))
+    with ScriptedBackEnd(path) as scripted, rig_of(path) as rig:
+        back_end(rig).let_go("start")
+        DiskDriver(rig).start()
+        scripted.wait_for(Request.SET_STATUS)
+        quiet = threading.Event()
+        with so_many_left(0):
+            back_end(rig).hold("pause")
+            back_end(rig).when_still(quiet.set)
+            assert quiet.wait(60)
+        assert rig.outcomes == []
+        assert Request.GET_VRING_BASE in scripted.seen
+
+
+def test_back_end_that_fills_our_eventfds_keeps_no_lock_and_goes_with_its_vm(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """It may clear O_NONBLOCK, which is the file's, and fill the eventfd between our look and our write."""
+    with ScriptedBackEnd(path) as scripted, rig_of(path) as rig:
+        back_end(rig).let_go("start")
+        DiskDriver(rig).start()
+        scripted.wait_for(Request.SET_STATUS)
+        assert select.select([rig.bells[0].fd], [], [], 60)[0]  # it is kicked as it gets the queue
+        os.eventfd_read(rig.bells[0].fd)
+        monkeypatch.setattr(lending, "takes", lambda fd: True)  # the look came before
+        os.eventfd_write(scripted.fds[Request.SET_VRING_KICK], (1 << 64) - 2)
+        os.set_blocking(scripted.fds[Request.SET_VRING_KICK], True)
+        rig.write(virtio.NOTIFY, 0, 4)
+        until(lambda: back_end(rig)._lending.at == rig.bells[0].fd)
+        assert rig.read(STATUS, 1)  # the device's lock is free
+        threading.Event().wait(0.05)
+        assert threads()
+        back_end(rig).stop()
+    assert threads() == []
+
+
 def test_descriptors_that_come_with_an_answer_are_dropped():
     ours, theirs = socket.socketpair()
     with ours, theirs:
@@ -465,6 +540,7 @@ import os, sys
 sys.path.insert(0, sys.argv[1])
 import orchestra as orc
 from orchestra.testing import DeviceRig
+from rlimits import so_many_left
 from vhost_kit import DiskDriver, children
 
 with DeviceRig(orc.Disk(sys.argv[2], format="qcow2"), memory=orc.MiB) as rig:

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import select
 from typing import Protocol
 
-__all__ = ["Bell", "InterruptLine", "InterruptPulse", "MsiVector", "Wires"]
+__all__ = ["Bell", "InterruptLine", "InterruptPulse", "MsiVector", "Wires", "takes"]
+
+
+def takes(fd: int) -> bool:
+    """Whether an eventfd takes a write now."""
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    return any(event & select.POLLOUT for _, event in poll.poll(0))
 
 
 class InterruptLine(Protocol):
@@ -38,6 +46,10 @@ class MsiVector(InterruptPulse, Protocol):
         Both come from the guest. Returns False if `address` is no interrupt address of x86-64; the route is then as
         before.
         """
+
+    def deliver(self) -> bool:
+        """As `fire`, of an eventfd that another process has as well, and may have filled: it never waits. False: it is
+        not bound, and nothing was done."""
 
     def mask(self) -> None:
         """Keep what is fired from now on in the eventfd, until `route`."""

@@ -348,7 +348,8 @@ class Instance:
         problems: list[str] = []
         if self.devices is not None:
             if self.devices.has_queues:  # the file of a disk may take long, or hang: no other VM waits for that
-                await self.context.workers.run(self.devices.end_queues, self.context.workers.files)
+                end_queues = partial(self.devices.end_queues, problems)
+                await self.context.workers.run(end_queues, self.context.workers.files)
             self.devices.stop(problems)
         self._finish(problems)
         await self.context.workers.run(lambda: self._close(problems), self.context.workers.teardown)

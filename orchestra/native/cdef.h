@@ -209,6 +209,7 @@ typedef void (*orc_uart_interrupt)(void *line, bool level);
 orc_uart *orc_uart_new(orc_uart_output, void *to, orc_uart_interrupt, void *line);
 orc_uart *orc_serial_new(orc_console *, orc_interrupts *, uint32_t gsi);
 void orc_serial_listen(orc_uart *);
+void orc_serial_hold(orc_uart *, bool on);
 void orc_serial_stop(orc_uart *);
 orc_device *orc_uart_device(orc_uart *);
 size_t orc_uart_receive(orc_uart *, const uint8_t *, size_t);
@@ -564,6 +565,7 @@ enum {
 #define VIRTIO_MSI_NO_VECTOR ...
 orc_device *orc_virtio_device(orc_virtio *);
 uint16_t orc_virtio_type(const orc_virtio *);
+void orc_virtio_stop(orc_virtio *);
 uint16_t orc_virtio_queues(const orc_virtio *);
 uint16_t orc_virtio_vectors(const orc_virtio *);
 uint32_t orc_virtio_config_size(const orc_virtio *);
@@ -645,6 +647,8 @@ uint64_t orc_virtio_live_queues(orc_virtio *);
 uint64_t orc_virtio_lend(orc_virtio *, struct orc_virtio_state *out);
 void orc_virtio_back(orc_virtio *, const uint16_t *next);
 void orc_virtio_wake(orc_virtio *, uint16_t queue);
+uint32_t orc_virtio_owed(orc_virtio *, uint64_t *kicks);
+void orc_virtio_owe(orc_virtio *, uint32_t vectors);
 
 /* ---- spawn.c, uring.h ---- */
 

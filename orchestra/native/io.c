@@ -104,6 +104,12 @@ static void serve(orc_io *io, orc_virtio *v)
 	if (!kicked)
 		return;
 	pthread_mutex_lock(&v->lock);
+	if (kicked & ORC_KICKED_CONFIG) {
+		if (atomic_load(&io->holds))
+			atomic_fetch_or(&v->kicked, ORC_KICKED_CONFIG);
+		else
+			orc_virtio_configure(v);
+	}
 	for (uint16_t i = 0; i < v->queues; i++) {
 		if (!(kicked >> i & 1))
 			continue;

@@ -589,6 +589,8 @@ typedef void (*orc_uart_interrupt)(void *line, bool level);
 orc_uart *orc_uart_new(orc_uart_output, void *to, orc_uart_interrupt, void *line);
 orc_uart *orc_serial_new(orc_console *, orc_interrupts *, uint32_t gsi); /* on these; interrupts NULL: not wired */
 void orc_serial_listen(orc_uart *); /* one of orc_serial_new: it takes the console's input from now on */
+/* Its VM is paused: input waits at the console, and neither registers nor the line change by it. Any thread; waits for no lock. */
+void orc_serial_hold(orc_uart *, bool on);
 /* Owner, once no vCPU has it: it takes no more input. */
 void orc_serial_stop(orc_uart *);
 orc_device *orc_uart_device(orc_uart *);

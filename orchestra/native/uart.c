@@ -46,6 +46,7 @@ struct orc_uart {
 	uint8_t line_errors, modem_changes;
 	bool thre_pending, level;
 	_Atomic bool arrived; /* input came, and whoever had the lock looks before it goes on */
+	_Atomic bool held;    /* the VM is paused: nothing comes in. Any thread */
 };
 
 /* ---- what follows from the registers -------------------------------------------------------------------------- */
@@ -95,7 +96,7 @@ static bool listens(const orc_uart *u)
 /* In loopback the input is cut off. */
 static bool has_room(const orc_uart *u)
 {
-	return !(u->mcr & MCR_LOOP) && u->waiting < depth(u);
+	return !atomic_load(&u->held) && !(u->mcr & MCR_LOOP) && u->waiting < depth(u);
 }
 
 /* What waits at the other end comes as soon as there is room. */
@@ -469,6 +470,13 @@ static void typed(void *device)
 	atomic_store(&u->arrived, true);
 	atomic_thread_fence(memory_order_seq_cst);
 	look(u, NULL);
+}
+
+void orc_serial_hold(orc_uart *u, bool on)
+{
+	atomic_store(&u->held, on); /* a vCPU that is at the registers has not parked: whoever waits for that sees what it did */
+	if (!on)
+		typed(u); /* what was typed meanwhile */
 }
 
 void orc_serial_stop(orc_uart *u)

@@ -17,16 +17,6 @@
 
 /* ---- interrupts ------------------------------------------------------------------------------------------------- */
 
-void orc_virtio_notify(int fd)
-{
-	struct pollfd takes = {.fd = fd, .events = POLLOUT};
-	const uint64_t one = 1;
-
-	if (fd >= 0 && poll(&takes, 1, 0) == 1 && takes.revents & POLLOUT)
-		while (write(fd, &one, sizeof one) < 0 && errno == EINTR)
-			;
-}
-
 /* Of the ISR too, whether MSI-X is enabled or not: that is the PCI function's affair, and who uses MSI-X does not look at it. */
 static void interrupt(orc_virtio *v, uint16_t vector, uint8_t isr)
 {
@@ -36,8 +26,8 @@ static void interrupt(orc_virtio *v, uint16_t vector, uint8_t isr)
 	if (vector >= v->vectors || v->vector_fd[vector] < 0)
 		return;
 	v->interrupts++;
-	if (!v->ops->serve) {
-		orc_virtio_notify(v->vector_fd[vector]);
+	if (!v->ops->serve) { /* another process has that eventfd as well: virtio_lent.c */
+		v->owed_vectors |= 1u << vector;
 		return;
 	}
 	/* Full (EAGAIN): it fires anyway. */
@@ -48,7 +38,7 @@ static void interrupt(orc_virtio *v, uint16_t vector, uint8_t isr)
 uint32_t orc_virtio_pending(const orc_virtio *v)
 {
 	struct pollfd fired[ORC_VIRTIO_VECTORS];
-	uint32_t bits = 0;
+	uint32_t bits = v->owed_vectors;
 
 	for (unsigned i = 0; i < v->vectors; i++)
 		fired[i] = (struct pollfd){.fd = v->vector_fd[i], .events = POLLIN}; /* -1 is left out */
@@ -186,7 +176,7 @@ static void forget(orc_virtio *v)
 	v->waiting = 0;
 	v->error = ORC_QUEUE_FINE;
 	v->error_queue = 0;
-	atomic_store(&v->kicked, 0);
+	atomic_fetch_and(&v->kicked, ORC_KICKED_CONFIG);
 }
 
 void orc_virtio_reset(orc_virtio *v)
@@ -234,15 +224,48 @@ void orc_virtio_set_master(orc_virtio *v, bool on)
 
 /* ---- its configuration ------------------------------------------------------------------------------------------- */
 
-void orc_virtio_config_set(orc_virtio *v, uint32_t offset, const void *data, uint32_t size)
+void orc_virtio_configure(orc_virtio *v)
 {
-	pthread_mutex_lock(&v->lock);
+	uint8_t data[ORC_VIRTIO_WISH];
+	uint32_t offset, size;
+
+	pthread_mutex_lock(&v->wish_lock);
+	offset = v->wish.offset;
+	size = v->wish.size;
+	memcpy(data, v->wish.data, sizeof data);
+	v->wish.size = 0;
+	pthread_mutex_unlock(&v->wish_lock);
+	if (!size)
+		return;
 	if (memcmp(v->config + offset, data, size)) {
 		memcpy(v->config + offset, data, size);
 		v->config_changed = true;
 		if (v->status & VIRTIO_CONFIG_S_DRIVER_OK && !v->resetting)
 			interrupt(v, v->config_vector, ORC_ISR_CONFIG);
 	}
+	if (v->ops->configured)
+		v->ops->configured(v);
+}
+
+void orc_virtio_config_set(orc_virtio *v, uint32_t offset, const void *data, uint32_t size)
+{
+	orc_io *io;
+
+	pthread_mutex_lock(&v->wish_lock);
+	v->wish.offset = offset;
+	v->wish.size = size;
+	memcpy(v->wish.data, data, size);
+	pthread_mutex_unlock(&v->wish_lock);
+	if (pthread_mutex_trylock(&v->lock)) {
+		io = atomic_load(&v->io);
+		if (io) { /* which may be at the device for milliseconds, again and again */
+			atomic_fetch_or(&v->kicked, ORC_KICKED_CONFIG);
+			orc_io_wake(io);
+			return;
+		}
+		pthread_mutex_lock(&v->lock);
+	}
+	orc_virtio_configure(v);
 	pthread_mutex_unlock(&v->lock);
 }
 
@@ -269,6 +292,7 @@ void orc_virtio_init(orc_virtio *v, const struct orc_virtio_ops *ops, const orc_
 	v->watched = -1;
 	v->master = true;
 	pthread_mutex_init(&v->lock, NULL);
+	pthread_mutex_init(&v->wish_lock, NULL);
 	for (unsigned i = 0; i < ORC_VIRTIO_QUEUES; i++)
 		v->kick_fd[i] = -1;
 	for (unsigned i = 0; i < ORC_VIRTIO_VECTORS; i++) {
@@ -278,10 +302,19 @@ void orc_virtio_init(orc_virtio *v, const struct orc_virtio_ops *ops, const orc_
 	forget(v);
 }
 
-void orc_virtio_fini(orc_virtio *v)
+void orc_virtio_stop(orc_virtio *v)
 {
+	pthread_mutex_lock(&v->lock);
 	if (v->watched >= 0)
 		close(v->watched);
+	v->watched = -1;
+	pthread_mutex_unlock(&v->lock);
+}
+
+void orc_virtio_fini(orc_virtio *v)
+{
+	orc_virtio_stop(v);
+	pthread_mutex_destroy(&v->wish_lock);
 	pthread_mutex_destroy(&v->lock);
 }
 

@@ -38,7 +38,9 @@ enum {
 	ORC_VIRTIO_VECTORS = ORC_VIRTIO_QUEUES + 1, /* one for each queue, and one for changes of the configuration */
 	ORC_VIRTIO_CONFIG = 128,                    /* bytes of the device's own configuration, at most */
 	ORC_VIRTIO_KIND = 64,                       /* bytes of state that only its kind knows */
+	ORC_VIRTIO_WISH = 8,                        /* bytes of the configuration that the owner changes at once */
 };
+#define ORC_KICKED_CONFIG (1ull << 63) /* the owner has changed the configuration */
 struct orc_virtio_state;
 
 /* BAR 0 of every device, whatever it has. A page for each part: a hypervisor above us could map them one by one, and the
@@ -78,6 +80,8 @@ struct orc_virtio_ops {
 	enum orc_served (*serve)(orc_virtio *, uint16_t queue);
 	/* Runner: within config_size, 1 to 8 bytes. To store them in v->config is its own affair. NULL: nothing is written. */
 	void (*config_write)(orc_virtio *, uint32_t offset, const uint8_t *data, uint32_t size);
+	/* Any thread: the owner has changed the configuration. NULL: nothing. */
+	void (*configured)(orc_virtio *);
 	/* Any thread: the driver has set DRIVER_OK, or a saved state has it; v->accepted says what was negotiated. NULL: nothing. */
 	void (*start)(orc_virtio *);
 	/* Any thread: nothing is taken from now on. Requests in flight end as they may, soon, and are put, which writes nothing
@@ -106,7 +110,8 @@ struct orc_virtio {
 	uint16_t queues, vectors;
 	orc_u64 offered;
 	_Atomic(orc_io *) io;     /* that serves it; NULL: none yet */
-	_Atomic orc_u64 kicked;   /* queues that are to be served, a bit each. Any thread sets, the I/O thread clears */
+	/* Queues that are to be served, a bit each, and ORC_KICKED_CONFIG. Any thread sets, the I/O thread clears. */
+	_Atomic orc_u64 kicked;
 	int watched;              /* a descriptor; -1: none. Before it is attached */
 	orc_virtio_ready *ready;
 
@@ -118,6 +123,8 @@ struct orc_virtio {
 	bool resetting;           /* something is in flight or lent still; `status` is as it was */
 	bool master;              /* the bus lets it access memory: orc_virtio_set_master */
 	orc_u64 lent;             /* queues that another process serves now, a bit each */
+	orc_u64 owed_kicks;       /* of such a device: queues whose kick_fd is to be written, */
+	uint32_t owed_vectors;    /* and vectors that are to fire (orc_virtio_owed) */
 	uint16_t queue_select, config_vector;
 	struct orc_queue queue[ORC_VIRTIO_QUEUES];
 	uint16_t queue_vector[ORC_VIRTIO_QUEUES];
@@ -132,6 +139,12 @@ struct orc_virtio {
 	uint16_t error_queue;
 	orc_u64 interrupts, kicks;
 	uint8_t config[ORC_VIRTIO_CONFIG]; /* little-endian, as the guest reads it */
+
+	pthread_mutex_t wish_lock; /* what follows; last of all */
+	struct {
+		uint32_t offset, size; /* size 0: none */
+		uint8_t data[ORC_VIRTIO_WISH];
+	} wish; /* of orc_virtio_config_set */
 };
 
 /* ---- for the author of a kind ----------------------------------------------------------------------------------- */
@@ -158,10 +171,12 @@ enum orc_served orc_virtio_each(struct orc_queue *, const struct orc_chain_work 
 bool orc_virtio_live(const orc_virtio *, uint16_t queue);
 /* Have a queue served by the I/O thread. Any thread, the lock held or not. */
 void orc_virtio_again(orc_virtio *, uint16_t queue);
-/* Changes the configuration, and tells the driver. Any thread, the lock not held. */
+/* Changes the configuration (up to ORC_VIRTIO_WISH bytes, always the same ones of a device), and tells the driver. Any thread, no
+ * lock held: it waits for nobody. If another thread is at an attached device, the I/O thread does it soon, or once it is held no
+ * more; of several changes the last counts. */
 void orc_virtio_config_set(orc_virtio *, uint32_t offset, const void *data, uint32_t size);
 /* Before it is attached: whatever else wakes it (an io_uring's eventfd, input). The descriptor is the device's own: it closes it
- * when it is freed. One for each device. */
+ * in orc_virtio_stop, or when it is freed. One for each device. */
 void orc_virtio_watch(orc_virtio *, int fd, orc_virtio_ready *);
 
 /* ---- between io.c and virtio*.c --------------------------------------------------------------------------------- */
@@ -170,14 +185,13 @@ void orc_virtio_watch(orc_virtio *, int fd, orc_virtio_ready *);
 void orc_virtio_reset(orc_virtio *);     /* begins it: 2.4 */
 void orc_virtio_all_again(orc_virtio *); /* each queue */
 void orc_virtio_serve(orc_virtio *, uint16_t queue); /* if it is live */
+void orc_virtio_configure(orc_virtio *); /* as the owner has wished by orc_virtio_config_set */
 void orc_virtio_settle(orc_virtio *); /* after requests were put: interrupts, errors, resets that waited for them */
 void orc_virtio_called(orc_virtio *); /* what it watches is ready */
 uint32_t orc_virtio_in_flight(const orc_virtio *);
 uint32_t orc_virtio_pending(const orc_virtio *); /* vectors that fired and that no irqfd has taken, a bit each */
 struct orc_virtio_state;
 void orc_virtio_look_at_state(orc_virtio *, struct orc_virtio_state *); /* orc_virtio_save, which takes the lock */
-/* Writes to an eventfd that another process has as well: not if that would wait, whatever its flags are by now. -1: nothing. */
-void orc_virtio_notify(int fd);
 /* Registers by offset, of any size and at any place; what is not there reads as 0 and ignores writes. */
 void orc_virtio_common_read(orc_virtio *, uint32_t offset, uint8_t *data, uint32_t size);
 void orc_virtio_common_write(orc_virtio *, uint32_t offset, const uint8_t *data, uint32_t size);
@@ -238,6 +252,8 @@ struct orc_virtio_state {
 	uint8_t kind[ORC_VIRTIO_KIND];
 };
 void orc_virtio_save(orc_virtio *, struct orc_virtio_state *);
+/* Gives back its descriptor. After orc_io_stop; nothing else but looks at it is done then. A second call does nothing. */
+void orc_virtio_stop(orc_virtio *);
 /* As one that was saved, of the same kind with the same features and memory. Its eventfds are set: those of pending vectors are
  * written, and all queues are looked at once. False: no such device can be in that state, and this one is as it was. */
 bool orc_virtio_load(orc_virtio *, const struct orc_virtio_state *);
@@ -322,12 +338,13 @@ struct orc_balloon_counters {
 };
 void orc_virtio_balloon_look(orc_virtio *, struct orc_balloon_counters *out); /* any thread; waits for nobody */
 
-/* virtio_lent.c: a device whose queues another process serves. `features`: all that it offers. `config_size` bytes are its configuration, which stays; queue_size is
- * a power of two up to ORC_QUEUE_MOST. NULL: no memory, or a number that does not fit. It is never attached to an orc_io. An access
- * that concerns whom the queues belong to (status, a queue's enable and vector) is stored and then goes up to Python. */
+/* virtio_lent.c: a device whose queues another process serves. `features`: all that it offers. `config_size` bytes are its
+ * configuration, which stays; queue_size is a power of two up to ORC_QUEUE_MOST. NULL: no memory, or a number that does not fit. It
+ * is never attached to an orc_io. An access that concerns whom the queues belong to (status, a queue's enable and vector) is
+ * stored and then goes up to Python; so does one that notifies a queue, where no ioeventfd is. */
 orc_virtio *orc_virtio_lent_new(const orc_guest_memory *, uint16_t type, uint16_t queues, uint16_t queue_size, orc_u64 features,
 				const uint8_t *config, uint32_t config_size);
-/* Any thread, all four. Which queues the driver has running, a bit each: those that should be lent. */
+/* Any thread, all of these. Which queues the driver has running, a bit each: those that should be lent. */
 orc_u64 orc_virtio_live_queues(orc_virtio *);
 /* They are lent from now on, with the device as `out` says; 0: none is running, or they are lent already. Until they are back, a
  * reset of the driver's is not over. */
@@ -335,8 +352,11 @@ orc_u64 orc_virtio_lend(orc_virtio *, struct orc_virtio_state *out);
 /* All that was lent is back, and nobody touches guest memory for it any more; `next`: where each queue is. */
 void orc_virtio_back(orc_virtio *, const uint16_t *next);
 /* Notifies the back-end, as it may have taken a notification that it did not act on before, and the driver, as what was used last
- * may have been told to nobody. */
+ * may have been told to nobody: both are owed from now on. */
 void orc_virtio_wake(orc_virtio *, uint16_t queue);
+/* Who is to be notified, a bit each; they are the caller's then. `kicks` NULL: vectors alone. Any thread. */
+uint32_t orc_virtio_owed(orc_virtio *, uint64_t *kicks);
+void orc_virtio_owe(orc_virtio *, uint32_t vectors); /* back: they can't fire now, and are pending */
 
 /* virtio_blk.c: a disk whose bytes a store has (store.h), which it frees; not if this fails. `id`: at most 20 characters, for the
  * guest's /dev/disk/by-id. 0 or a negative errno. */
@@ -353,7 +373,7 @@ void orc_virtio_blk_limit_changed(orc_virtio *); /* of a bucket that it has: who
 /* The kernel's number of its store's thread; 0: it has none (yet: one that begins later is where the I/O thread is). Owner. */
 int orc_virtio_blk_thread(orc_virtio *);
 /* Its store is freed now, and its files are closed, so that another one can have them; of its buckets it needs none any more. After
- * orc_io_stop. */
+ * orc_io_stop. A second call does nothing. */
 void orc_virtio_blk_close(orc_virtio *);
 struct orc_blk_counters {
 	orc_u64 reads, writes, flushes, discards, zeroes; /* that were done */

@@ -20,7 +20,10 @@
 
 enum {
 	QUEUE = 128,
-	IN_FLIGHT = 64, /* of which a file system or an NVMe device is busy; a hold waits for no more than these */
+	IN_FLIGHT = 64, /* of which a file system or an NVMe device is busy */
+	/* Bytes that are read, written or zeroed at the same time, with the last request whole: a millisecond of the fastest devices. A
+	 * hold, and a capped guest's rest, wait for no more than these: at most a second of slow ones, or for a long request some. */
+	BYTES_IN_FLIGHT = 16 << 20,
 	SECTOR = 512,
 	/* With header and status a chain of a full ring. Half of ORC_CHAIN_MOST, so that each piece may lie in two regions. */
 	SEGMENTS = QUEUE - 2,
@@ -28,6 +31,9 @@ enum {
 	/* Of a discard or of zeroes: a file system frees so much in milliseconds. One range for each request: Linux sends no more
 	 * unless they lie side by side. */
 	RANGE = 1 << 30,
+	/* Bytes of the requests that are started in one turn, with the last one whole. What the page cache has is copied at once, with
+	 * the device's lock held: a quarter of a millisecond, or for the longest request some ten. */
+	TURN = 2 << 20,
 	HEADER = 16, /* struct virtio_blk_outhdr */
 	ALIGNMENT = 4096, /* of what is discarded: less than a page frees nothing */
 };
@@ -54,9 +60,13 @@ struct disk {
 	char id[VIRTIO_BLK_ID_BYTES];
 	struct request *request, *free; /* all of them; and a list of those that were in flight and are done */
 	unsigned begun; /* so many of the first were ever in flight: the memory of the others is not touched, and costs none */
-	struct orc_blk_counters counters;
+	orc_u64 in_flight; /* bytes */
 	int timer; /* -1: it has no buckets */
 	struct account account[ORC_BLK_METERS][ORC_BLK_LEVELS];
+	/* Over what follows: who looks at the figures never waits for a request. Last of all locks. Whoever changes them has the
+	 * device's lock as well, and with that alone they can be read. */
+	pthread_mutex_t look;
+	struct orc_blk_counters counters;
 	int waits_for; /* the level that the request at the queue's head waits for; -1: it does not wait */
 	orc_ns looked; /* when that was found */
 };
@@ -134,11 +144,22 @@ static void arm(const struct disk *d, orc_ns turn)
 	timerfd_settime(d->timer, TFD_TIMER_ABSTIME, &t, NULL);
 }
 
-/* The time since the last look counts for the level that it waited for. */
+/* The time since the last look counts for the level that it waited for. `look` held. */
 static void count_wait(const struct disk *d, orc_ns now, struct orc_blk_counters *c)
 {
 	if (d->waits_for >= 0 && now > d->looked)
 		c->waited[d->waits_for] += (orc_u64)(now - d->looked);
+}
+
+/* The request at the queue's head waits for that level from now on; -1: for none. */
+static void wait_for(struct disk *d, int level, orc_ns now)
+{
+	pthread_mutex_lock(&d->look);
+	count_wait(d, now, &d->counters);
+	d->counters.waits += level >= 0 && d->waits_for < 0;
+	d->waits_for = level;
+	d->looked = now;
+	pthread_mutex_unlock(&d->look);
 }
 
 /* Whether a bucket has a limit, or had one when the disk last looked. Most disks have none, and their requests cost no more. */
@@ -172,10 +193,7 @@ static bool may_go(struct disk *d, const struct request *r)
 				waits_for = l;
 			}
 		}
-	count_wait(d, now, &d->counters);
-	d->counters.waits += waits_for >= 0 && d->waits_for < 0;
-	d->waits_for = waits_for;
-	d->looked = now;
+	wait_for(d, waits_for, now);
 	if (waits_for >= 0) {
 		arm(d, turn);
 		return false;
@@ -193,8 +211,7 @@ static bool may_go(struct disk *d, const struct request *r)
  * again would use up what others share with it. */
 static void leave_all(struct disk *d)
 {
-	count_wait(d, orc_now(), &d->counters);
-	d->waits_for = -1;
+	wait_for(d, -1, orc_now());
 	for (int m = 0; m < ORC_BLK_METERS; m++)
 		for (int l = 0; l < ORC_BLK_LEVELS; l++)
 			leave(&d->account[m][l]);
@@ -202,16 +219,19 @@ static void leave_all(struct disk *d)
 
 static void idle(struct disk *d) /* the driver has nothing that waits any more */
 {
-	orc_ns now;
-
-	if (d->waits_for < 0)
-		return;
-	now = orc_now();
-	count_wait(d, now, &d->counters);
-	d->waits_for = -1;
+	if (d->waits_for >= 0)
+		wait_for(d, -1, orc_now());
 }
 
 /* ---- one request ------------------------------------------------------------------------------------------------- */
+
+static void count_error(struct disk *d, int result)
+{
+	pthread_mutex_lock(&d->look);
+	d->counters.errors++;
+	d->counters.no_space += result == -ENOSPC || result == -EDQUOT;
+	pthread_mutex_unlock(&d->look);
+}
 
 static void finish(struct disk *d, struct request *r, uint8_t status)
 {
@@ -220,7 +240,8 @@ static void finish(struct disk *d, struct request *r, uint8_t status)
 
 	if (orc_queue_is_open(&d->virtio.queue[0]))
 		((uint8_t *)last->iov_base)[last->iov_len - 1] = status;
-	d->counters.errors += status != VIRTIO_BLK_S_OK;
+	if (status != VIRTIO_BLK_S_OK)
+		count_error(d, r->operation.result);
 	/* 2.7.8.2: so many from the first one on. The status is the last one. */
 	if (r->chain.writable_bytes == 1)
 		written = 1;
@@ -299,6 +320,7 @@ static uint8_t check(struct disk *d, struct request *r)
 	uint32_t out;
 
 	r->data = 0;
+	r->operation.result = 0;
 	r->cost[ORC_BLK_OPERATIONS] = 1;
 	r->cost[ORC_BLK_SECTORS] = 0;
 	if (orc_chain_read(&r->chain, 0, &header, sizeof header) != HEADER)
@@ -353,16 +375,27 @@ static void begin_request(struct disk *d)
 		d->begun++;
 }
 
+static orc_u64 bytes_of(const struct request *r)
+{
+	return r->cost[ORC_BLK_SECTORS] * SECTOR;
+}
+
+static bool is_full(const struct disk *d) /* until a request is done */
+{
+	return !idle_request(d) || d->in_flight >= BYTES_IN_FLIGHT;
+}
+
 static enum orc_served take_all(struct disk *d, struct orc_queue *q)
 {
 	enum orc_served served = ORC_MORE;
+	orc_u64 bytes = 0;
 
-	for (unsigned left = q->size; left; left--) {
+	for (unsigned left = q->size; left && bytes < TURN; left--) {
 		struct request *r = idle_request(d);
 		uint8_t status;
 
-		if (!r) {
-			served = ORC_WAITING; /* until one of them is done */
+		if (is_full(d)) {
+			served = ORC_WAITING;
 			break;
 		}
 		if (!orc_queue_take(q, &r->chain)) {
@@ -389,6 +422,8 @@ static enum orc_served take_all(struct disk *d, struct orc_queue *q)
 			continue;
 		}
 		begin_request(d);
+		bytes += bytes_of(r);
+		d->in_flight += bytes_of(r);
 		/* 5.2.6.2: a driver that can't flush takes what is written for durable. */
 		r->operation.durable = !has(d, VIRTIO_BLK_F_FLUSH);
 		orc_store_start(d->store, &r->operation);
@@ -401,9 +436,10 @@ static enum orc_served take_all(struct disk *d, struct orc_queue *q)
 
 static void count(struct disk *d, const struct request *r)
 {
-	const orc_u64 bytes = r->cost[ORC_BLK_SECTORS] * SECTOR;
+	const orc_u64 bytes = bytes_of(r);
 	struct orc_blk_counters *c = &d->counters;
 
+	pthread_mutex_lock(&d->look);
 	switch (r->operation.kind) {
 	case ORC_OPERATION_READ:
 		c->reads++;
@@ -422,6 +458,7 @@ static void count(struct disk *d, const struct request *r)
 	default:
 		c->zeroes++;
 	}
+	pthread_mutex_unlock(&d->look);
 }
 
 static void put_done(struct disk *d)
@@ -434,8 +471,8 @@ static void put_done(struct disk *d)
 		next = o->next;
 		if (!o->result)
 			count(d, r);
-		d->counters.no_space += o->result == -ENOSPC || o->result == -EDQUOT;
 		finish(d, r, o->result ? VIRTIO_BLK_S_IOERR : VIRTIO_BLK_S_OK);
+		d->in_flight -= bytes_of(r);
 		r->next = d->free;
 		d->free = r;
 	}
@@ -459,10 +496,10 @@ static enum orc_served serve(orc_virtio *v, uint16_t queue)
 {
 	struct disk *d = (struct disk *)v;
 	enum orc_served served = take_all(d, &v->queue[queue]);
-	const bool full = !idle_request(d);
+	const bool full = is_full(d);
 
 	put_done(d);
-	return full && idle_request(d) ? ORC_MORE : served;
+	return full && !is_full(d) ? ORC_MORE : served;
 }
 
 static void reset(orc_virtio *v)
@@ -482,12 +519,9 @@ static void free_disk(orc_virtio *v)
 {
 	struct disk *d = (struct disk *)v;
 
-	if (d->store) /* else it was closed, and its buckets may be gone */
-		leave_all(d);
-	orc_store_free(d->store);
+	orc_virtio_blk_close(v);
 	orc_virtio_fini(v);
-	if (d->timer >= 0)
-		close(d->timer);
+	pthread_mutex_destroy(&d->look);
 	munmap(d->request, requests_size());
 	free(d);
 }
@@ -540,6 +574,7 @@ int orc_virtio_blk_new(const orc_guest_memory *memory, orc_store *store, const c
 		return rc;
 	}
 	d->request = requests;
+	pthread_mutex_init(&d->look, NULL);
 	d->store = store;
 	d->timer = d->waits_for = -1;
 	memcpy(d->id, id, strnlen(id, sizeof d->id));
@@ -587,15 +622,24 @@ void orc_virtio_blk_close(orc_virtio *v)
 {
 	struct disk *d = (struct disk *)v;
 
-	leave_all(d); /* the buckets may be gone before it is freed */
-	orc_store_free(d->store);
+	if (!d->store) /* it was closed, and its buckets may be gone */
+		return;
+	pthread_mutex_lock(&v->lock);
+	leave_all(d);
+	if (d->timer >= 0)
+		close(d->timer);
+	d->timer = -1;
+	pthread_mutex_unlock(&v->lock);
+	orc_store_free(d->store); /* it may take long */
 	d->store = NULL;
 }
 
 void orc_virtio_blk_look(orc_virtio *v, struct orc_blk_counters *out)
 {
-	pthread_mutex_lock(&v->lock);
-	*out = ((struct disk *)v)->counters;
-	count_wait((struct disk *)v, orc_now(), out);
-	pthread_mutex_unlock(&v->lock);
+	struct disk *d = (struct disk *)v;
+
+	pthread_mutex_lock(&d->look);
+	*out = d->counters;
+	count_wait(d, orc_now(), out);
+	pthread_mutex_unlock(&d->look);
 }

@@ -122,9 +122,11 @@ void orc_virtio_console_resize(orc_virtio *v, uint16_t columns, uint16_t rows)
 	const uint16_t size[] = {columns, rows};
 
 	orc_virtio_config_set(v, offsetof(struct virtio_console_config, cols), size, sizeof size);
-	pthread_mutex_lock(&v->lock);
+}
+
+static void configured(orc_virtio *v)
+{
 	orc_console_tell_size((struct orc_console_device *)v);
-	pthread_mutex_unlock(&v->lock);
 }
 
 /* ---- the device ------------------------------------------------------------------------------------------------- */
@@ -270,7 +272,7 @@ static void load(orc_virtio *v, const struct orc_virtio_state *s)
 static const struct orc_virtio_ops ops = {
 	.type = VIRTIO_ID_CONSOLE, .queue_size = QUEUE, .config_size = sizeof(struct virtio_console_config),
 	.features = 1ull << VIRTIO_CONSOLE_F_SIZE | 1ull << VIRTIO_CONSOLE_F_EMERG_WRITE,
-	.serve = serve, .config_write = write_config, .reset = reset, .queue_reset = reset_queue,
+	.serve = serve, .config_write = write_config, .configured = configured, .reset = reset, .queue_reset = reset_queue,
 	.save = save, .fits = fits, .load = load, .free = free_console,
 };
 

@@ -4,8 +4,9 @@
  *   the driver sets DRIVER_OK     -> goes up to Python -> orc_virtio_lend: the back-end gets the queues
  *   the driver resets, or a pause -> Python has the back-end stop -> orc_virtio_back: where each queue is; the reset is over
  *
- * The back-end has duplicates of kick_fd and vector_fd. It may clear their O_NONBLOCK and fill them, so they are only written if
- * poll says that they take it (notify in virtio.c). */
+ * The back-end has duplicates of kick_fd and vector_fd. It may clear their O_NONBLOCK and fill them, at any moment: so whoever
+ * writes to one may wait for ever, and nothing here does. What is to be written is owed, and Python writes it: a vector that is
+ * bound, which the kernel empties at each write; and a kick on the back-end's own thread, which others can do without. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -88,9 +89,31 @@ void orc_virtio_wake(orc_virtio *v, uint16_t queue)
 {
 	pthread_mutex_lock(&v->lock);
 	if (queue < v->queues) {
-		orc_virtio_notify(v->kick_fd[queue]);
+		v->owed_kicks |= 1ull << queue;
 		if (v->queue_vector[queue] < v->vectors)
-			orc_virtio_notify(v->vector_fd[v->queue_vector[queue]]);
+			v->owed_vectors |= 1u << v->queue_vector[queue];
 	}
+	pthread_mutex_unlock(&v->lock);
+}
+
+uint32_t orc_virtio_owed(orc_virtio *v, uint64_t *kicks)
+{
+	uint32_t vectors;
+
+	pthread_mutex_lock(&v->lock);
+	vectors = v->owed_vectors;
+	v->owed_vectors = 0;
+	if (kicks) {
+		*kicks = v->owed_kicks;
+		v->owed_kicks = 0;
+	}
+	pthread_mutex_unlock(&v->lock);
+	return vectors;
+}
+
+void orc_virtio_owe(orc_virtio *v, uint32_t vectors)
+{
+	pthread_mutex_lock(&v->lock);
+	v->owed_vectors |= vectors;
 	pthread_mutex_unlock(&v->lock);
 }

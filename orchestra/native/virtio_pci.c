@@ -113,11 +113,12 @@ static bool write_part(orc_virtio *v, uint32_t part, uint32_t offset, const uint
 	case ORC_BAR_NOTIFY: /* KVM has an ioeventfd there: this is for whoever has none. The place says which queue, not the value */
 		if (offset % ORC_NOTIFY_MULTIPLIER || offset / ORC_NOTIFY_MULTIPLIER >= v->queues)
 			break;
-		if (v->ops->serve)
+		if (v->ops->serve) {
 			orc_virtio_again(v, (uint16_t)(offset / ORC_NOTIFY_MULTIPLIER));
-		else
-			orc_virtio_notify(v->kick_fd[offset / ORC_NOTIFY_MULTIPLIER]);
-		break;
+			break;
+		}
+		v->owed_kicks |= 1ull << offset / ORC_NOTIFY_MULTIPLIER;
+		return true;
 	case ORC_BAR_TABLE:
 		return write_table(v, offset, data, size);
 	}

@@ -139,6 +139,7 @@ void orc_virtio_power_on(orc_virtio *v)
 	orc_virtio_reset(v);
 	v->generation = 0;
 	v->config_changed = false;
+	v->owed_kicks = v->owed_vectors = 0;
 	for (unsigned i = 0; i < v->vectors; i++) {
 		v->vector[i] = (struct orc_vector){.masked = true};
 		if (v->vector_fd[i] >= 0)

@@ -79,6 +79,11 @@ class RecordedMsi(RecordedPulse):
         self.where = (address, data)
         return True
 
+    def deliver(self) -> bool:
+        if self.where is not None:
+            self.fire()
+        return self.where is not None
+
     def mask(self) -> None:
         self.where = None
 

@@ -11,6 +11,7 @@ from typing import Any, Final
 from ...model.devices import IRQS, Irqchip
 from ...model.errors import OrchestraError, ResourceLimit
 from ...native import ffi, lib
+from ..wiring import takes
 from .ioctl import failure
 from .vm import KvmVm
 
@@ -141,6 +142,12 @@ class Msi(Pulse):
             self._routes.set(self.gsi, address, data)
             self._bind(True)
         return True
+
+    def deliver(self) -> bool:
+        with self._lock:  # bound, the kernel empties it at each write. Only one that was full before may be full still
+            if self._bound and self.fd >= 0 and takes(self.fd):
+                os.eventfd_write(self.fd, 1)
+            return self._bound
 
     def mask(self) -> None:
         with self._lock:

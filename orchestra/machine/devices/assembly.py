@@ -113,6 +113,17 @@ class Served(Protocol):
         """The I/O thread has ended: give back what may take long. Before `stop`. Any thread."""
 
 
+@runtime_checkable
+class Reached(Protocol):
+    """A device that the host reaches at any time: by what is typed at a console, or by its new size."""
+
+    def paused(self) -> None:
+        """The VM pauses: from now on what the host does waits, and changes nothing of the device. Fleet's thread."""
+
+    def resumed(self) -> None:
+        """The VM goes on: now it gets that. Fleet's thread."""
+
+
 class Server(Protocol):
     """Serves queues while nothing holds it, or has another process do that: `IoThread`, `vhost.backend.BackEnd`."""
 
@@ -292,6 +303,9 @@ class Assembly:
     def _served(self) -> list[Served]:
         return [plugged.device for plugged in self.plugged if isinstance(plugged.device, Served)]
 
+    def _reached(self) -> list[Reached]:
+        return [plugged.device for plugged in self.plugged if isinstance(plugged.device, Reached)]
+
     def _serve(self) -> None:
         """Start the I/O thread, held, if a device needs it."""
         served = self._served()
@@ -421,7 +435,7 @@ class Assembly:
             server.let_go("start")
 
     def hold(self, still: Callable[[], object] = lambda: None) -> None:
-        """The VM pauses: from now on nothing reaches a device by ring, timer or queue, until `let_go`.
+        """The VM pauses: from now on nothing reaches a device by ring, timer, queue or console, until `let_go`.
 
         It does not wait for what is in flight: see `is_still`.
 
@@ -430,6 +444,8 @@ class Assembly:
         """
         self._held = True
         self._service.hold()
+        for device in self._reached():
+            device.paused()
         for server in self._servers:
             server.hold("pause")
         for back_end in self._back_ends.values():
@@ -450,6 +466,8 @@ class Assembly:
         """The VM goes on. Timers whose time came during the pause expire now."""
         self._held = False
         self._take()
+        for device in self._reached():
+            device.resumed()
         self._service.let_go()
         for server in self._servers:
             server.let_go("pause")
@@ -499,16 +517,18 @@ class Assembly:
             disks = [plugged.device.thread for plugged in self.plugged if isinstance(plugged.device, DiskDevice)]
             yield [] if thread is None else [thread, *(one for one in disks if one)]
 
-    def end_queues(self) -> None:
+    def end_queues(self, problems: list[str] | None = None) -> None:
         """End what serves queues, which first waits for all requests in flight, and what of its devices may take long.
-        The guest has ended. Any thread. A second call does nothing."""
+        The guest has ended. Any thread. A second call does nothing. An error of one stops no other."""
         if self._drained:
             return
         self._drained = True
         for server in self._servers:
-            server.stop()
+            with contained(f"vm {self._board.spec.name}: end of {type(server).__name__}", problems):
+                server.stop()
         for device in self._served():
-            device.drained()
+            with contained(f"vm {self._board.spec.name}: end of {type(device).__name__}", problems):
+                device.drained()
 
     def stop(self, problems: list[str] | None = None) -> None:
         """Stop all devices, after the guest has ended and `run` is over. An error of one stops no other."""
@@ -516,7 +536,7 @@ class Assembly:
             return
         self._stopped = True
         self._service.close()
-        self.end_queues()  # first: no device can stop while it is served
+        self.end_queues(problems)  # first: no device can stop while it is served
         for plugged in self.plugged:
             with contained(f"vm {self._board.spec.name}: stop of device {plugged.name}", problems), plugged.lock:
                 plugged.device.stop()

@@ -26,6 +26,8 @@ QCOW2: Final = b"QFI\xfb"
 """How a qcow2 image begins (QEMU's docs/interop/qcow2.txt)."""
 FLOCK: Final = "hhqqi4x"  # struct flock on x86-64
 F_OFD_SETLK: Final = 37  # include/uapi/asm-generic/fcntl.h; `fcntl` has it from Python 3.9 on where the libc has it
+SHORT: Final = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+"""Of the host's resources, and not of the file."""
 BLKGETSIZE64: Final = 0x80081272  # include/uapi/linux/fs.h: _IOR(0x12, 114, size_t)
 
 
@@ -34,9 +36,13 @@ class DiskDevice(VirtioDevice[Disk]):
 
     def __init__(self, spec: Disk, hooks: Hooks) -> None:
         super().__init__(spec, hooks)
-        if hooks.disk is not None:
-            for level, budget in enumerate(hooks.disk.budgets):
+        try:
+            for level, budget in enumerate(() if hooks.disk is None else hooks.disk.budgets):
                 self._limit_by(level, () if budget is None else budget.buckets)
+        except BaseException:  # the error may live for long, and this with it: the next launch locks the same files
+            self.stop()
+            raise
+        if hooks.disk is not None:
             hooks.disk.plugged(self)
 
     def _limit_by(self, level: int, buckets: Sequence[Any]) -> None:
@@ -93,6 +99,7 @@ class DiskDevice(VirtioDevice[Disk]):
         if self.hooks.disk is not None:
             self.hooks.disk.unplugged(self)
         lib.orc_virtio_blk_close(self.handle)  # of one that was never served; else nothing
+        super().stop()
 
 
 def open_store(disk: Disk, open_file: Opener = open_path) -> Any:
@@ -129,7 +136,7 @@ def _check(result: int, disk: Disk) -> None:
         raise FileError(f"{disk.path}: is not what a disk with a base has written: give an empty or another file")
     if result == -errno.ESTALE:
         raise FileError(f"{disk.path}: was written over a base of another size than {disk.base}: give that base")
-    if result in (-errno.ENOMEM, -errno.EMFILE, -errno.ENFILE):
+    if -result in SHORT:
         raise ResourceLimit(-result, f"disk {disk.path}")
     if result:
         raise FileError(f"{disk.path}: can't be used as a disk: {os.strerror(-result)}")
@@ -175,6 +182,8 @@ def _opened(opened: ExitStack, open_file: Opener, path: str, *, readonly: bool, 
         # O_NONBLOCK: not to wait for the writer of a pipe. On files and block devices it has no effect.
         file = open_file(path, mode | os.O_NONBLOCK | more)
     except OSError as error:
+        if error.errno in SHORT:
+            raise ResourceLimit(error.errno, f"disk {path}: see ulimit -n and fs.file-max") from error
         raise FileError(f"{path}: {_why(error, readonly, more)}") from error
     opened.callback(os.close, file)
     kind = os.fstat(file).st_mode

@@ -52,6 +52,12 @@ class Uart16550(NativeDevice, Peripheral[Serial, UartState]):
     def listen(self) -> None:
         lib.orc_serial_listen(self._handle)
 
+    def paused(self) -> None:
+        lib.orc_serial_hold(self._handle, True)
+
+    def resumed(self) -> None:
+        lib.orc_serial_hold(self._handle, False)
+
     def stop(self) -> None:
         # Not left to the garbage collector: until the next run nothing takes input.
         lib.orc_serial_stop(self._handle)

@@ -192,6 +192,10 @@ class VirtioDevice(VirtioFunction[SpecT]):
     def drained(self) -> None:
         """The I/O thread has ended: give back what may take long. Before `stop`. Any thread."""
 
+    def stop(self) -> None:
+        # Not left to the garbage collector: a VM that has ended holds nothing of the host.
+        lib.orc_virtio_stop(self.handle)
+
     @property
     def outstanding(self) -> int | None:
         """How many of its requests are in flight. None: some may be, as it is being served just now."""

@@ -17,6 +17,8 @@ class ConsoleDevice(VirtioDevice[Console]):
 
     def __init__(self, spec: Console, hooks: Hooks) -> None:
         super().__init__(spec, hooks)  # console and ports must outlive the device
+        self._paused = False
+        self._size: tuple[int, int] | None = None  # which the guest is told once it goes on
         self._ports = [hooks.ports[name] for name in spec.ports]
         for number, (name, port) in enumerate(zip(spec.ports, self._ports, strict=True), 1):
             encoded = name.encode()
@@ -28,7 +30,19 @@ class ConsoleDevice(VirtioDevice[Console]):
         return lib.orc_virtio_console_new(self.hooks.guest, console, spec.columns, spec.rows, len(spec.ports))
 
     def _resize(self, columns: int, rows: int) -> None:
-        lib.orc_virtio_console_resize(self.handle, columns, rows)
+        if self._paused:
+            self._size = columns, rows
+        else:
+            lib.orc_virtio_console_resize(self.handle, columns, rows)
+
+    def paused(self) -> None:
+        self._paused = True
+
+    def resumed(self) -> None:
+        self._paused = False
+        size, self._size = self._size, None
+        if size is not None:
+            self._resize(*size)
 
     def listen(self) -> None:
         lib.orc_virtio_console_listen(self.handle)
@@ -38,3 +52,4 @@ class ConsoleDevice(VirtioDevice[Console]):
         lib.orc_virtio_console_stop(self.handle)  # consoles outlive the I/O thread, and are written to
         for port in self._ports:
             port.changed()  # it is closed, which nobody else says
+        super().stop()

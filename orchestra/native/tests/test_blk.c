@@ -1,6 +1,7 @@
 /* A disk through its queue, served by the I/O thread: from a request's descriptors to bytes in a file, and back. */
 #include <linux/virtio_blk.h>
 #include <sched.h>
+#include <semaphore.h>
 
 #include "driver.h"
 #include "files.h"
@@ -794,7 +795,102 @@ static void a_disk_without_requests_costs_no_memory_for_them(void)
 	guest_end(&g);
 }
 
+static void whoever_looks_at_the_figures_waits_for_no_request(void)
+{
+	struct orc_blk_counters c;
+	struct bench b;
+
+	begin(&b, 0);
+	CHECK(!one(&b, IN, 0, DATA, 512, W));
+	orc_io_hold(b.io);
+	pthread_mutex_lock(&b.v->lock); /* the I/O thread copies what the page cache has */
+	orc_virtio_blk_look(b.v, &c);
+	pthread_mutex_unlock(&b.v->lock);
+	orc_io_let_go(b.io);
+	CHECK(c.reads == 1 && c.read_bytes == 512);
+	end(&b);
+}
+
+/* Those of a full ring are 16 MiB, of which a turn copies as much as it may; and then the device's lock is free. */
+static void long_requests_are_started_some_in_each_turn(void)
+{
+	enum { EACH = 256 * 1024, REQUESTS = 32, IN_A_TURN = (2 << 20) / EACH };
+	struct bench b;
+	unsigned seen;
+
+	make(&b, 0);
+	drive(&b, F_DISK);
+	for (unsigned i = 0; i < REQUESTS; i++)
+		ask(&b, i, IN, 0, DATA, EACH, W);
+	pthread_mutex_lock(&b.v->lock);
+	orc_virtio_serve(b.v, 0);
+	seen = b.d.used->idx + b.v->queue[0].in_flight;
+	pthread_mutex_unlock(&b.v->lock);
+	CHECK(seen >= IN_A_TURN && seen <= IN_A_TURN + 1, "%u", seen);
+	CHECK(!orc_io_attach(b.io, b.v));
+	for (unsigned i = 0; i < REQUESTS; i++)
+		await_used(&b);
+	end(&b);
+}
+
+/* A store whose thread waits until it may. */
+struct slow {
+	orc_store store;
+	sem_t may;
+};
+
+static int wait_for_it(orc_store *s, struct orc_operation *o)
+{
+	(void)o;
+	while (sem_wait(&((struct slow *)s)->may))
+		;
+	return 0;
+}
+
+static void free_slow(orc_store *s)
+{
+	orc_store_fini(s);
+	sem_destroy(&((struct slow *)s)->may);
+	free(s);
+}
+
+/* A hold waits for what is in flight, and so does a guest's rest under a cap. */
+static void of_long_requests_few_are_in_flight(void)
+{
+	static const struct orc_store_ops slowly = {.execute = wait_for_it, .free = free_slow};
+	enum { REQUESTS = 20, MOST = (16 << 20) / CAPACITY };
+	const struct virtio_blk_discard_write_zeroes all = {.num_sectors = SECTORS};
+	struct slow *slow = calloc(1, sizeof *slow);
+	struct bench b = {.file = -1};
+
+	CHECK(slow && !sem_init(&slow->may, 0, 0));
+	guest_begin(&b.g, NULL);
+	CHECK(!orc_store_init(&slow->store, &slowly, new_file(CAPACITY, 0), CAPACITY, 512, ORC_STORE_NO_URING));
+	CHECK(!orc_io_start("io", &b.io) && !orc_virtio_blk_new(b.g.memory, &slow->store, "slow", &b.v));
+	orc_virtio_set_kick_fd(b.v, 0, b.kick = new_eventfd());
+	orc_virtio_set_vector_fd(b.v, 0, b.vector = new_eventfd());
+	CHECK(!orc_io_attach(b.io, b.v));
+	drive(&b, F_DISK);
+	memcpy(at(&b.g, DATA), &all, sizeof all);
+	for (unsigned i = 0; i < REQUESTS; i++)
+		ask(&b, i, VIRTIO_BLK_T_WRITE_ZEROES, 0, DATA, sizeof all, 0);
+	for (unsigned done = 0; done < REQUESTS; done++) {
+		int n;
+
+		do { /* what can be started is; and no more */
+			n = orc_virtio_outstanding(b.v);
+			CHECK(n <= MOST, "%d", n);
+		} while (n < MOST && (unsigned)n < REQUESTS - done);
+		CHECK(!sem_post(&slow->may));
+		await_used(&b);
+	}
+	end(&b);
+}
+
 const struct test blk_tests[] = {
+	TEST(whoever_looks_at_the_figures_waits_for_no_request),
+	TEST(long_requests_are_started_some_in_each_turn),
+	TEST(of_long_requests_few_are_in_flight),
 	TEST(the_configuration_has_capacity_and_limits),
 	TEST(each_kind_of_request_does_what_it_says),
 	TEST(what_can_not_be_done_is_an_error_for_the_guest),

@@ -597,6 +597,41 @@ static void a_guest_its_owner_and_its_user_are_at_a_device_at_the_same_time(void
 	guest_end(&g);
 }
 
+/* A device may be served again and again, a few milliseconds each time, and whoever waits for its lock may not get it for long. */
+static void whoever_changes_the_configuration_waits_for_no_device(void)
+{
+	enum { LAST = 120 };
+	orc_io *io = io_new();
+	orc_console *console = orc_console_new();
+	struct guest g;
+	struct bench b;
+	orc_ns deadline = orc_now() + PATIENCE;
+
+	guest_begin(&g, NULL);
+	wire(&b, &g, orc_virtio_console_new(g.memory, console, 80, 25, 0), RINGS);
+	CHECK(!orc_io_attach(io, b.v));
+	orc_virtio_console_resize(b.v, 90, 25);
+	CHECK(get(b.v, ORC_BAR_DEVICE, 2) == 90, "at once, as nobody is at it");
+	pthread_mutex_lock(&b.v->lock); /* somebody is */
+	orc_virtio_console_resize(b.v, 100, 25);
+	orc_virtio_console_resize(b.v, LAST, 25);
+	orc_io_hold_soon(io);
+	pthread_mutex_unlock(&b.v->lock);
+	orc_io_wait(io);
+	put(b.v, VIRTIO_PCI_COMMON_STATUS, 1, 0);
+	CHECK(get(b.v, ORC_BAR_DEVICE, 2) != 100, "the last one counts");
+	orc_io_let_go(io);
+	while (get(b.v, ORC_BAR_DEVICE, 2) != LAST) {
+		CHECK(orc_now() < deadline, "a reset does not forget it");
+		sched_yield();
+	}
+	orc_io_stop(io);
+	unwire(&b);
+	orc_io_free(io);
+	orc_console_free(console);
+	guest_end(&g);
+}
+
 /* ---- what it costs ----------------------------------------------------------------------------------------------- */
 
 static orc_ns cpu_of(const orc_io *io)
@@ -721,6 +756,7 @@ const struct test io_tests[] = {
 	TEST(after_stop_no_guest_memory_is_touched_whoever_notifies),
 	TEST(devices_come_and_go_while_others_are_served),
 	TEST(a_guest_its_owner_and_its_user_are_at_a_device_at_the_same_time),
+	TEST(whoever_changes_the_configuration_waits_for_no_device),
 	TEST(notifications_for_nothing_cost_little_and_keep_no_request_waiting),
 	TEST(notifications_are_charged_to_the_buckets_and_wait_for_them),
 	TEST(a_capped_io_thread_uses_no_more_than_its_part),

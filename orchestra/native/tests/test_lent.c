@@ -128,8 +128,8 @@ static void what_concerns_the_back_end_goes_up_and_nothing_else(void)
 	CHECK(put(b.v, VIRTIO_PCI_COMMON_Q_SIZE, 2, 8));
 	CHECK(put(b.v, ORC_BAR_DEVICE, 4, 7));
 	CHECK(get(b.v, ORC_BAR_DEVICE, 4) == 0x04030201, "read-only");
-	CHECK(put(b.v, ORC_BAR_NOTIFY + ORC_NOTIFY_MULTIPLIER, 4, 1));
-	CHECK(is_readable(b.kick[1]) && !is_readable(b.kick[0]));
+	CHECK(!put(b.v, ORC_BAR_NOTIFY + ORC_NOTIFY_MULTIPLIER, 4, 1));
+	CHECK(put(b.v, ORC_BAR_NOTIFY + ORC_NOTIFY_MULTIPLIER * 2, 4, 1), "there is no such queue");
 	end(&b);
 }
 
@@ -142,27 +142,28 @@ static void ring_reset_is_not_offered(void)
 	end(&b);
 }
 
-static void fill(int fd) /* and make it wait, as a hostile back-end may */
-{
-	const uint64_t all = UINT64_MAX - 1;
-
-	CHECK(write(fd, &all, sizeof all) == sizeof all);
-	CHECK(!fcntl(fd, F_SETFL, 0));
-}
-
-static void eventfds_that_a_back_end_has_filled_block_nobody(void)
+static void eventfds_that_a_back_end_has_are_not_written_but_owed(void)
 {
 	struct bench b;
+	struct orc_virtio_state s;
+	uint64_t kicks = 99;
 
 	begin(&b);
 	run(&b);
-	fill(b.kick[0]);
-	fill(b.vector[1]);
-	orc_virtio_wake(b.v, 0);
-	CHECK(put(b.v, ORC_BAR_NOTIFY, 4, 0));
+	CHECK(!orc_virtio_owed(b.v, &kicks) && !kicks);
 	orc_virtio_wake(b.v, 1);
-	CHECK(is_readable(b.kick[1]) && is_readable(b.vector[2]));
 	orc_virtio_wake(b.v, 99);
+	CHECK(!put(b.v, ORC_BAR_NOTIFY, 4, 0), "goes up: Python is to notify the back-end");
+	for (unsigned i = 0; i < 3; i++)
+		CHECK(!is_readable(b.vector[i]) && (i > 1 || !is_readable(b.kick[i])));
+	orc_virtio_save(b.v, &s);
+	CHECK(s.pending == 4, "a vector that is owed is pending");
+	CHECK(orc_virtio_owed(b.v, NULL) == 4 && !orc_virtio_owed(b.v, &kicks) && kicks == 3);
+	CHECK(!orc_virtio_owed(b.v, &kicks) && !kicks, "once");
+	orc_virtio_owe(b.v, 4);
+	CHECK(get(b.v, ORC_BAR_PBA, 4) == 4, "it could not fire");
+	orc_virtio_power_on(b.v);
+	CHECK(!orc_virtio_owed(b.v, &kicks));
 	end(&b);
 }
 
@@ -278,7 +279,7 @@ const struct test lent_tests[] = {
 	TEST(queues_go_on_where_they_came_back),
 	TEST(what_concerns_the_back_end_goes_up_and_nothing_else),
 	TEST(ring_reset_is_not_offered),
-	TEST(eventfds_that_a_back_end_has_filled_block_nobody),
+	TEST(eventfds_that_a_back_end_has_are_not_written_but_owed),
 	TEST(numbers_that_do_not_fit_make_no_device),
 	TEST(program_has_its_output_and_the_descriptors_it_is_given),
 	TEST(program_that_is_not_there_is_an_error),

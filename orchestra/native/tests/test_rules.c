@@ -519,6 +519,8 @@ static void any_event_goes_to_any_vector_or_to_none(void)
 			if (!orc_virtio_config_size(w.b.v))
 				continue;
 			orc_virtio_config_set(w.b.v, 0, &(uint8_t){(uint8_t)(vector + 1)}, 1);
+			while (get(w.b.v, ORC_BAR_DEVICE, 1) != (uint8_t)(vector + 1)) /* soon, if the I/O thread is at it */
+				sched_yield();
 			for (uint16_t i = 0; i < vectors; i++) {
 				CHECK(is_readable(w.b.vector[i]) == (i == back));
 				if (i == back)

@@ -11,8 +11,10 @@ back-end: ioeventfd in, requests in shared memory, the vector's eventfd out.
 
 from __future__ import annotations
 
+import errno
 import os
 import select
+import signal
 import socket
 import threading
 import time
@@ -25,6 +27,8 @@ import attrs
 from ....host.control.priority import end_priority
 from ....model.actions import Failed
 from ....model.errors import OrchestraError, ResourceLimit, VhostUserError
+from ....native import lib
+from ....native.core import install_signal
 from .daemon import Daemon
 from .frontend import FrontEnd
 from .lending import Lendable, Lending
@@ -35,6 +39,9 @@ __all__ = ["BackEnd", "Connection"]
 AT_ONCE: Final = 1.0
 """Seconds for the end of a process that has closed its socket, or broken the protocol. What it has not written by then
 is lost, as by a loss of power."""
+
+STUCK: Final = 0.25
+"""Seconds. A call on an eventfd takes microseconds."""
 
 
 @attrs.frozen(eq=False)
@@ -69,6 +76,7 @@ class BackEnd:
 
     def __init__(self, name: str, connect: Callable[[], Connection], config_size: int) -> None:
         self.features, self.queues, self.config = 0, 0, b""
+        install_signal()  # for `_unstick`
         self._name, self._connect, self._config_size = name, connect, config_size
         self._changed = threading.Condition()  # for what follows
         self._lending: Lending | None = None
@@ -78,7 +86,10 @@ class BackEnd:
         self._told: list[Callable[[], object]] = []
         self._stopping = self._over = self._ready = False
         self._problem: OrchestraError | None = None
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        try:
+            self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        except OSError as error:
+            raise _short(name, error) from error
         self._thread = threading.Thread(target=self._run, name=f"orchestra {name}"[:64], daemon=True)
         try:
             self._thread.start()
@@ -95,8 +106,12 @@ class BackEnd:
 
     def serve(self, device: Lendable) -> None:
         """Lend that device's queues from now on, while its driver has them running and nobody holds it."""
+        try:
+            lending = Lending(self._name, device, drain=self._drain)
+        except OSError as error:
+            raise _short(self._name, error) from error
         with self._changed:
-            self._lending = Lending(self._name, device, drain=self._drain)
+            self._lending = lending
             problem = self._problem
         if problem is not None:
             device.end(Failed(str(problem)))
@@ -150,7 +165,26 @@ class BackEnd:
             self._stopping = True
             self._changed.notify_all()
         self.look()
-        self._thread.join()
+        self._thread.join(STUCK)
+        while self._thread.is_alive():
+            at = self._at()
+            self._thread.join(STUCK)
+            if at >= 0:
+                self._unstick(at)
+
+    def _at(self) -> int:
+        lending = self._lending
+        return -1 if lending is None else lending.at
+
+    def _unstick(self, fd: int) -> None:
+        """The back-end has filled or emptied that eventfd, and the thread waits in a call on it.
+
+        A signal makes the kernel begin the call again, by then on an eventfd of ours. The guest has ended: it rings no
+        more."""
+        with self._changed:  # the thread does not end meanwhile, see `_end`
+            if not self._over and self._at() == fd:
+                os.dup2(self._wake, fd, inheritable=False)
+                signal.pthread_kill(self._thread.ident or 0, lib.orc_signal_number())
 
     def close(self) -> None:
         """End it, and give its descriptors back."""
@@ -159,6 +193,8 @@ class BackEnd:
             wake, self._wake = self._wake, -1
             if wake >= 0:
                 os.close(wake)
+            if self._lending is not None:
+                self._lending.close()
 
     # ---- the thread
 
@@ -231,6 +267,8 @@ class BackEnd:
     def _fail(self, error: Exception, connection: Connection | None) -> None:
         daemon = None if connection is None else connection.daemon
         problem = error if isinstance(error, OrchestraError) else VhostUserError(f"{self._name}: {error!r}")
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            problem = _short(self._name, error)
         if connection is not None and daemon is not None:
             asked = not daemon.has_ended(within=AT_ONCE)  # its socket closes first
             daemon.end(patience=AT_ONCE)
@@ -258,3 +296,7 @@ class BackEnd:
             self._over = True
             self._changed.notify_all()
         self._come_to_rest()
+
+
+def _short(name: str, error: OSError) -> ResourceLimit:
+    return ResourceLimit(error.errno or 0, f"{name}: {error.strerror}: see ulimit -n")

@@ -17,7 +17,7 @@ from ..peripheral import Hooks
 from ..virtio import VirtioFunction, VirtioState
 from . import qemu
 from .backend import BackEnd, Connection
-from .lending import Lendable
+from .lending import Lendable, fire
 from .messages import RamRegion
 
 __all__ = ["QcowDevice", "VhostUserDiskDevice"]
@@ -63,6 +63,7 @@ class VhostUserDevice(VirtioFunction[SpecT]):
                 memory=self._ram.descriptor,
                 regions=[RamRegion(*region) for region in self._ram.regions],
                 read=hooks.memory.read,
+                deliver=self._deliver,
                 end=hooks.end,
             )
         )
@@ -90,8 +91,12 @@ class VhostUserDevice(VirtioFunction[SpecT]):
         """How many of its requests are in flight. None: some may be, until the back-end has given the queues back."""
         return 0 if self._back_end.is_still else None
 
+    def _deliver(self, vector: int) -> bool:
+        return self.hooks.msis[vector].deliver()
+
     def interrupts_changed(self) -> None:
         super().interrupts_changed()
+        fire(self.handle, self._deliver)  # at once: once the vCPU is back in its guest, or paused, nothing is owed
         self._back_end.look()
 
     def reset(self) -> None:

@@ -5,10 +5,12 @@ For one thread, which may block; never the fleet's. A back-end may answer anythi
 
 from __future__ import annotations
 
+import math
 import socket
 import struct
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Final
 
 import attrs
@@ -39,7 +41,9 @@ ANSWER: Final = 30.0
 is itself emulated, and busy, in some."""
 
 FINISH: Final = 60.0
-"""Seconds for GET_VRING_BASE: the back-end finishes its requests first, and a disk may take long for one."""
+"""Seconds for GET_VRING_BASE: the back-end finishes its requests first, and a disk may take long for one. Also for all
+that is asked at a negotiation, a lend or a recall together: whoever ends the VM waits so long, and no longer for a
+back-end that answers each request at the last moment."""
 
 VERSION_1: Final = 32
 BASE_SIZE: Final = 8
@@ -83,6 +87,19 @@ class FrontEnd:
         self._answer, self._finish = answer, finish
         self._protocol = Protocol(0)
         self._told_memory = False
+        self._until = math.inf  # when all that is asked now must be answered
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """A block in which all that is asked has the time of `finish` together."""
+        self._until = time.monotonic() + self._finish
+        try:
+            yield
+        finally:
+            self._until = math.inf
+
+    def _deadline(self, seconds: float) -> float:
+        return min(time.monotonic() + seconds, self._until)
 
     # ---- what is asked
 
@@ -92,6 +109,10 @@ class FrontEnd:
         Raises:
             VhostUserError: it lacks what this front-end needs, or is no back-end.
         """
+        with self._together():
+            self._negotiate()
+
+    def _negotiate(self) -> None:
         self._tell(Request.SET_OWNER, acknowledged=False)
         features = self._ask_number(Request.GET_FEATURES)
         if not features >> VERSION_1 & 1 or not features >> PROTOCOL_FEATURES & 1:
@@ -128,6 +149,12 @@ class FrontEnd:
         Raises:
             VhostUserError: it refuses, or does not answer.
         """
+        with self._together():
+            self._start(features, memory, regions, vrings, status)
+
+    def _start(
+        self, features: int, memory: int, regions: Sequence[RamRegion], vrings: Mapping[int, Vring], status: int
+    ) -> None:
         self._tell(Request.SET_FEATURES, struct.pack("<Q", features | 1 << PROTOCOL_FEATURES))
         if not self._told_memory:
             self._tell(Request.SET_MEM_TABLE, table(regions), [memory] * len(regions))
@@ -157,6 +184,10 @@ class FrontEnd:
 
     def stop(self, indices: Sequence[int]) -> dict[int, int]:
         """Have the back-end stop serving these queues. Returns where each is."""
+        with self._together():
+            return self._stop(indices)
+
+    def _stop(self, indices: Sequence[int]) -> dict[int, int]:
         found = {}
         for index in indices:
             payload = self._ask(Request.GET_VRING_BASE, vring(index, 0), BASE_SIZE, within=self._finish)
@@ -176,7 +207,7 @@ class FrontEnd:
     def _tell(
         self, kind: Request, payload: bytes = b"", descriptors: Sequence[int] = (), *, acknowledged: bool = True
     ) -> None:
-        deadline = time.monotonic() + self._answer
+        deadline = self._deadline(self._answer)
         self._send(kind, request(kind, payload, acknowledged=acknowledged), descriptors, deadline)
         if acknowledged and (result := parse_number(self._receive(kind, 8, deadline))):
             raise self._error(f"it refuses {kind.name} ({result:#x})")
@@ -185,7 +216,7 @@ class FrontEnd:
         return parse_number(self._ask(kind, b"", 8))
 
     def _ask(self, kind: Request, payload: bytes, size: int, *, within: float | None = None) -> bytes:
-        deadline = time.monotonic() + (self._answer if within is None else within)
+        deadline = self._deadline(self._answer if within is None else within)
         self._send(kind, request(kind, payload), (), deadline)
         return self._receive(kind, size, deadline)
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from typing import Any, Final
 
 import attrs
 
+from ....backend.wiring import takes
 from ....model.actions import Outcome
 from ....model.errors import VhostUserError
 from ....native import ffi, lib
@@ -43,6 +44,7 @@ class Lendable:
         kicks, calls: eventfds of its queues and of its vectors.
         memory: the descriptor of guest memory.
         read: reads guest memory.
+        deliver: fires that vector without a wait; False: it can't fire now.
         end: ends the VM. Any thread.
     """
 
@@ -53,7 +55,20 @@ class Lendable:
     memory: int
     regions: Sequence[RamRegion]
     read: Callable[[int, int], bytes]
+    deliver: Callable[[int], bool]
     end: Callable[[Outcome], object]
+
+
+def fire(handle: Any, deliver: Callable[[int], bool], kicks: Any = ffi.NULL) -> None:
+    """Fire the vectors that a device owes its driver. Those that can't fire are pending. Any thread.
+
+    Parameters:
+        kicks: a ``uint64_t *`` that gets the queues whose back-end is owed a kick.
+    """
+    vectors = int(lib.orc_virtio_owed(handle, kicks))
+    late = sum(1 << vector for vector in range(vectors.bit_length()) if vectors >> vector & 1 and not deliver(vector))
+    if late:
+        lib.orc_virtio_owe(handle, late)
 
 
 class Wait:
@@ -73,6 +88,7 @@ class Lending:
 
     Attributes:
         lent: the queues, and the vectors that they were lent with.
+        at: the eventfd that it writes or reads just now; -1: none. The back-end has it as well, and may make it wait.
 
     Parameters:
         name: of the back-end, for errors.
@@ -82,7 +98,10 @@ class Lending:
 
     def __init__(self, name: str, device: Lendable, *, drain: bool) -> None:
         self.device, self.lent = device, dict[int, int]()
-        self._name, self._drain_first = name, drain
+        self.at = -1
+        self._name = name
+        # Made now: where descriptors are used up later, a pause goes on.
+        self._own = [os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for _ in device.kicks] if drain else []
 
     def follow(self, front_end: FrontEnd, *, held: bool) -> None:
         """Lend and recall, as the driver wants it by now.
@@ -97,6 +116,21 @@ class Lending:
             self._lend(front_end)
         elif self.lent:
             self._interrupt(front_end)
+        self._notify()
+
+    def _notify(self) -> None:
+        """Write the notifications that are due."""
+        kicks = ffi.new("uint64_t *")
+        fire(self.device.handle, self.device.deliver, kicks)
+        for queue, kick in enumerate(self.device.kicks):
+            if kicks[0] >> queue & 1:
+                self._kick(kick)
+
+    def _kick(self, fd: int) -> None:
+        self.at = fd
+        if takes(fd):  # if not, it is readable for as long as nobody reads it
+            os.eventfd_write(fd, 1)
+        self.at = -1
 
     def _lend(self, front_end: FrontEnd) -> None:
         device, state = self.device, ffi.new("struct orc_virtio_state *")
@@ -141,7 +175,7 @@ class Lending:
             VhostUserError: the back-end does not do it.
         """
         if self.lent:
-            if self._drain_first:
+            if self._own:
                 self._drain(front_end)
             places = front_end.stop(list(self.lent))
             self._finish(places)
@@ -154,22 +188,31 @@ class Lending:
         may still be at our last kick then: so the kick is taken back, and the queues are looked at once more. A guest
         that goes on meanwhile (a pause takes its time) rings its own eventfd, which is served later.
         """
-        with ExitStack() as closed:
-            kicks = {queue: os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK) for queue in self.lent}
-            for queue, kick in kicks.items():
-                closed.callback(os.close, kick)
-                front_end.kick(queue, kick)
-            wait = Wait(f"{self._name}: its back-end does not finish its requests")
-            while busy := self._busy():
-                for queue in busy:
-                    with suppress(BlockingIOError):
-                        os.eventfd_write(kicks[queue], 1)
-                wait.a_moment()
-                if not self._busy():
-                    for kick in kicks.values():
-                        with suppress(BlockingIOError):
-                            os.eventfd_read(kick)
-                    front_end.settle()
+        kicks = {queue: self._own[queue] for queue in self.lent}
+        for queue, kick in kicks.items():
+            self._clear(kick)
+            front_end.kick(queue, kick)
+        wait = Wait(f"{self._name}: its back-end does not finish its requests")
+        while busy := self._busy():
+            for queue in busy:
+                self._kick(kicks[queue])
+            wait.a_moment()
+            if not self._busy():
+                for kick in kicks.values():
+                    self._clear(kick)
+                front_end.settle()
+
+    def _clear(self, kick: int) -> None:
+        self.at = kick
+        with suppress(BlockingIOError):
+            os.eventfd_read(kick)
+        self.at = -1
+
+    def close(self) -> None:
+        """Give its descriptors back, once its thread has ended. A second call does nothing."""
+        own, self._own = self._own, []
+        for kick in own:
+            os.close(kick)
 
     def _busy(self) -> list[int]:
         """The queues with requests that are available and not used."""
