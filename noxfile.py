@@ -69,6 +69,9 @@ def tests(session: nox.Session) -> None:
     """The test-suite with coverage, on each Python found; `-- --no-cov` for without."""
     # Editable: the extension module uses the stable ABI, so the one built in the tree serves every session.
     session.install("-e", ".[test]")
+    if "-m" in session.posargs:  # a choice of one's own
+        session.run("pytest", "--cov", *SPREAD, *session.posargs)
+        return
     # What measures time has the machine for itself; all the rest is spread over its CPUs.
     session.run("pytest", "--cov", "--cov-report=", *SPREAD, "-m", "not timed", *session.posargs)
     session.run("pytest", "--cov", "--cov-append", "--cov-report=term-missing", "-m", "timed", *session.posargs)
@@ -92,7 +95,13 @@ def types(session: nox.Session) -> None:
 @nox.session(venv_backend="none")
 def native(session: nox.Session) -> None:
     """The C core's own tests under the address, undefined-behaviour and thread sanitizers."""
-    session.run("make", "-C", "orchestra/native/tests", *(session.posargs or ("asan", "ubsan", "tsan")), external=True)
+    sanitizers = session.posargs or ("asan", "ubsan", "tsan")
+    make = ("make", "-C", "orchestra/native/tests")
+    # Compiled beside each other, and then run one after the other: the tests want the CPUs for themselves.
+    built = [f"build/{name}" for name in sanitizers if name in ("test", "asan", "ubsan", "tsan")]
+    if built:
+        session.run(*make, "-j", str(os.cpu_count()), *built, external=True)
+    session.run(*make, *sanitizers, external=True)
 
 
 @nox.session

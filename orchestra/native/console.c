@@ -229,14 +229,16 @@ void orc_port_set_open(orc_console *c, orc_vcpu *by, bool open)
 {
 	bool changed = open != (atomic_load(&c->opening) != 0), waits = false;
 
-	if (open && changed && !++c->openings)
-		c->openings = 1;
-	atomic_store(&c->opening, open ? c->openings : 0);
-	if (!open) { /* what was written for the program that had it is for no other */
+	if (open) {
+		if (changed && !++c->openings)
+			c->openings = 1;
+		atomic_store(&c->opening, c->openings);
+	} else { /* what was written for the program that had it is for no other, and gone for whoever sees that it is closed */
 		pthread_mutex_lock(&c->input_lock);
 		atomic_store_explicit(&c->typed, 0, memory_order_relaxed);
 		waits = c->full;
 		c->full = false;
+		atomic_store(&c->opening, 0);
 		pthread_mutex_unlock(&c->input_lock);
 	}
 	if (((changed && is_wanted(c)) || waits) && by)
