@@ -6,6 +6,7 @@ import fcntl
 import os
 import pty
 import select
+import signal
 import subprocess
 import termios
 import time
@@ -25,6 +26,7 @@ class Seat:
         self.seen = b""
 
         def take() -> None:
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as at a login, also where the tests run under nohup
             fcntl.ioctl(self.slave, termios.TIOCSCTTY, 0)
 
         files = {"stdin": self.slave, "stdout": self.slave, "stderr": self.slave, **options}

@@ -3,6 +3,7 @@
 #define DRIVER_H
 
 #include <poll.h>
+#include <sched.h>
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
